@@ -1,0 +1,55 @@
+# Everything works from a fresh clone with Python >= 3.11, make and a package index.
+#   make demo    train the quickstart recipe and show what it learned
+#   make test    all tests, with the coverage of src
+#   make setup   .venv with everything that tests and checks need
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+# The newest Python that really starts: version managers leave names on the path that only print an error.
+PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 \
+	&& { command -v $$python; break; }; done)
+# One compilation cache for all tests and the demo of this clone.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: demo test setup check format benchmark-memory benchmark-startup clean
+.DEFAULT_GOAL := test
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 to 3.13 with venv found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps make a second call instant. The demo needs less than the tests do, so it has its own.
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.all: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,hf,dev]'
+	@touch $@
+
+setup: $(VENV)/.all
+
+demo: $(VENV)/.core
+	$(BIN)/python benchmarks/demo.py
+
+test: setup
+	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark-memory: $(VENV)/.core
+	$(BIN)/python benchmarks/loss_memory.py
+
+benchmark-startup: $(VENV)/.core
+	$(BIN)/python benchmarks/startup.py
+
+clean:
+	rm -rf $(VENV) .cache .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

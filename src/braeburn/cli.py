@@ -1,0 +1,285 @@
+"""The command line. Each command imports what it needs, so that `--help` answers at once."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from braeburn.errors import UserError
+
+app = typer.Typer(
+    help="Pretrain language models in pure JAX, from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or file.py:function.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field; may be given repeatedly.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
+
+
+def main() -> None:
+    """Runs the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the built-in recipes."""
+    from braeburn import recipes
+
+    descriptions = {name: recipes.description(name) for name in recipes.BUILT_IN}
+    if as_json:
+        _print_json(descriptions)
+        return
+    width = max(map(len, descriptions))
+    for name, text in descriptions.items():
+        print(f"{name:<{width}}  {text}")
+
+
+@app.command()
+def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) -> None:
+    """Print the resolved run, where each value came from, and what it amounts to."""
+    from braeburn.config import flatten
+    from braeburn.model import spec, transformer
+    from braeburn.train.stages import model_of_stage
+
+    run, origins = _resolve(recipe, assignments)
+    specs = transformer.param_specs(run.model)
+    parameters = {
+        "total": spec.count(specs),
+        "embedding": spec.count(specs, ("embedding",)),
+        "non_embedding": spec.count(specs, ("matrix", "norm")),
+    }
+    stages = {
+        name: {
+            "tokens": stage.steps * stage.batch_tokens,
+            "steps": stage.steps,
+            "sequence_length": stage.sequence_length,
+            "batch_size": stage.batch_size,
+            "rope_base": model_of_stage(run.model, stage).rope_base,
+        }
+        for name, stage in run.stages.items()
+    }
+    resolved = run.model_dump(mode="json")
+    if as_json:
+        _print_json({"run": resolved, "provenance": origins, "parameters": parameters, "stages": stages})
+        return
+    leaves = list(flatten(resolved))
+    width = max(len(path) for path, _ in leaves)
+    values = {path: json.dumps(value) for path, value in leaves}
+    value_width = min(40, max(map(len, values.values())))
+    for path, value in values.items():
+        print(f"{path:<{width}}  {value:<{value_width}}  {origins.get(path, 'default')}")
+    print(
+        f"\nparameters: {parameters['total']:,} "
+        f"({parameters['non_embedding']:,} without the {parameters['embedding']:,} of embeddings)"
+    )
+    rows = [("stage", "tokens", "steps", "sequence", "batch", "RoPE base")]
+    rows += [
+        (
+            name,
+            f"{s['tokens']:,}",
+            f"{s['steps']:,}",
+            f"{s['sequence_length']:,}",
+            str(s["batch_size"]),
+            f"{s['rope_base']:,.0f}",
+        )
+        for name, s in stages.items()
+    ]
+    total = (sum(s["tokens"] for s in stages.values()), run.total_steps)
+    rows.append(("all", f"{total[0]:,}", f"{total[1]:,}", "", "", ""))
+    _print_rows(rows)
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="The run directory; a run begun there goes on.")],
+    assignments: Set = None,
+    stop_after_steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Save and stop after N steps of this call.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train all stages of a recipe; run again on the same folder, it resumes."""
+    run, origins = _resolve(recipe, assignments)
+    _set_up_logging()
+    from braeburn.train.compilation import cache_compilations
+
+    cache_compilations()
+    from braeburn.train.loop import train
+
+    outcome = train(run, out, origins=origins, stop_after_steps=stop_after_steps)
+    if as_json:
+        _print_json({"step": outcome.step, "finished": outcome.finished, "stages": outcome.stages})
+        return
+    rows = [("stage", "tokens", "loss", "held-out", "loss", "bits per byte")]
+    for stage in outcome.stages:
+        for source, held_out in stage["held_out"].items() or [("-", None)]:
+            figures = (f"{held_out['loss']:.4f}", f"{held_out['bits_per_byte']:.4f}") if held_out else ("-", "-")
+            rows.append((stage["stage"], f"{stage['tokens']:,}", f"{stage['loss']:.4f}", source, *figures))
+    if outcome.stages:
+        _print_rows(rows)
+
+
+@app.command()
+def evaluate(
+    directory: RunFolder,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Text, JSONL or Parquet; without it, the run's held-out text."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
+    _set_up_logging()
+    from braeburn.train.compilation import cache_compilations
+
+    cache_compilations()
+    from braeburn.evaluate.text import evaluate_files, evaluate_held_out
+    from braeburn.train.trained import load
+
+    trained = load(directory)
+    results = evaluate_files(trained, data, field) if data else evaluate_held_out(trained)
+    if as_json:
+        _print_json({"step": trained.step, "results": results})
+        return
+    rows = [("text", "tokens", "loss", "perplexity", "accuracy", "bits per byte")]
+    rows += [
+        (
+            name,
+            f"{values['tokens']:,}",
+            f"{values['loss']:.4f}",
+            f"{values['perplexity']:.3f}",
+            f"{values['accuracy']:.2%}",
+            f"{values['bits_per_byte']:.4f}",
+        )
+        for name, values in results.items()
+    ]
+    _print_rows(rows)
+
+
+@app.command()
+def generate(
+    directory: RunFolder,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given repeatedly.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens only; 0 is all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")
+    ] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue prompts with the newest checkpoint."""
+    _set_up_logging()
+    from braeburn.train.compilation import cache_compilations
+
+    cache_compilations()
+    from braeburn.evaluate.generate import generate
+    from braeburn.train.trained import load
+
+    trained = load(directory)
+    tokenizer = trained.tokenizer
+    continuations = generate(
+        trained.params,
+        [[tokenizer.begin, *tokenizer.encode(text)] for text in prompt],
+        trained.model,
+        trained.run.precision,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0 if greedy else temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_id=tokenizer.end,
+    )
+    texts = [tokenizer.decode(tokens) for tokens in continuations]
+    if as_json:
+        samples = [
+            {"prompt": before, "text": text, "tokens": tokens}
+            for before, text, tokens in zip(prompt, texts, continuations, strict=True)
+        ]
+        _print_json({"step": trained.step, "samples": samples})
+        return
+    print("\n---\n".join(before + text for before, text in zip(prompt, texts, strict=True)))
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face directory: Llama or Qwen3, dense.")],
+    out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a run directory of a Hugging Face model, to evaluate, sample or train on."""
+    from braeburn.interop.exchange import import_huggingface
+
+    run = import_huggingface(hf_dir, out)
+    if as_json:
+        _print_json({"out": str(out), "model": run.model.model_dump(mode="json")})
+        return
+    print(f"imported {str(hf_dir)!r} into {str(out)!r}")
+
+
+@app.command()
+def export(
+    directory: RunFolder,
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    format: Annotated[str, typer.Option(help="hf: safetensors, config and tokenizer for transformers.")] = "hf",  # noqa: A002
+    as_json: AsJson = False,
+) -> None:
+    """Write the newest checkpoint for other software."""
+    if format != "hf":
+        raise UserError(f"--format {format!r} is not known; use --format hf")
+    from braeburn.interop.exchange import export_huggingface
+
+    step = export_huggingface(directory, out)
+    if as_json:
+        _print_json({"out": str(out), "format": format, "step": step})
+        return
+    print(f"exported step {step} of {str(directory)!r} into {str(out)!r}")
+
+
+def _resolve(recipe: str, assignments: list[str] | None) -> Any:
+    """The run that a recipe and its overrides amount to, and where each value came from."""
+    from braeburn.config import override, parse_assignment, provenance
+    from braeburn.recipes import load
+
+    base = load(recipe)
+    values = dict(parse_assignment(text) for text in assignments or [])
+    return override(base, values), provenance(base, values)
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("braeburn").setLevel(logging.INFO)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_rows(rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as their widest cell, the first to the left and figures to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(w) if column == 0 else cell.rjust(w)
+            for column, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

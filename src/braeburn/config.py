@@ -1,0 +1,436 @@
+"""The typed run: every choice that determines a training run, as one frozen value.
+
+A recipe is a function that returns a `Run`; `override` makes another `Run` from it by dotted paths, and `provenance`
+tells where each value came from. Nothing here imports JAX, so a bad value is refused before an accelerator is touched.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from braeburn.errors import UserError, did_you_mean
+
+Size = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RopeScaling(_Frozen):
+    """How rotary frequencies are stretched to reach further than the model was trained for (names as in transformers)."""
+
+    kind: Literal["linear", "llama3"] = "llama3"
+    factor: Positive = 8.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: Size = 8192
+
+
+class Model(_Frozen):
+    """A decoder-only transformer: grouped-query attention, rotary positions, RMSNorm before each block, SwiGLU."""
+
+    vocab_size: Size
+    d_model: Size
+    num_layers: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    ffn_dim: Size
+    qk_norm: bool = True
+    tied_embeddings: bool = True
+    norm_epsilon: Positive = 1e-5
+    rope_base: Positive = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    z_loss: NonNegative = 1e-6
+    scan_layers: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> "Model":
+        if self.num_heads % self.num_kv_heads:
+            fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
+                f"set num_kv_heads to one of {fits}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd, but rotary positions need pairs; use {self.head_dim + 1}"
+            )
+        return self
+
+
+class Schedule(_Frozen):
+    """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to `floor`."""
+
+    warmup_steps: Count = 0
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Stage(_Frozen):
+    """One stage of training. Sizes are in tokens; `mixture` maps the names of sources to weights of any scale."""
+
+    tokens: Size
+    sequence_length: Size
+    batch_tokens: Size
+    mixture: dict[str, NonNegative] = Field(min_length=1)
+    learning_rate: Positive
+    weight_decay: NonNegative = 0.0
+    schedule: Schedule = Schedule()
+    rope_base: Positive | None = None
+    accumulation_steps: Size = 1
+    teacher: str | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in one batch."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the stage; the last may pass `tokens` by less than one batch."""
+        return math.ceil(self.tokens / self.batch_tokens)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stage":
+        if self.batch_tokens % self.sequence_length:
+            nearest = max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of sequence_length={self.sequence_length}; "
+                f"set batch_tokens to {nearest}"
+            )
+        if self.batch_size % self.accumulation_steps:
+            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ValueError(
+                f"accumulation_steps={self.accumulation_steps} does not divide the {self.batch_size} sequences of a "
+                f"batch; set accumulation_steps to one of {fits}"
+            )
+        if not sum(self.mixture.values()) > 0:
+            raise ValueError("mixture has no weight above zero; give at least one source a positive weight")
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} leaves none of the stage's {self.steps} steps to "
+                f"decay; set schedule.warmup_steps below {self.steps} or raise tokens"
+            )
+        if self.teacher is not None:
+            raise ValueError(f"teacher={self.teacher!r}: this version cannot distil; remove teacher from the stage")
+        return self
+
+
+class AfmOptimizer(_Frozen):
+    """The optimizer of the Apple Foundation Models (AXLearn's `adastar_optimizer`) with muP-simple update scales."""
+
+    kind: Literal["afm"] = "afm"
+    momentum: Fraction = 0.95
+    second_moment_decay: Fraction = 0.95
+    epsilon: Positive = 1e-30
+    update_rms: Positive = 1.0
+    mup_base_width: Size = 768
+    clip_norm: Positive = 1.0
+    skip_norm: Positive = 100.0
+
+
+class AdamW(_Frozen):
+    """AdamW with decoupled weight decay, multiplied by the learning rate, on every parameter but the norms."""
+
+    kind: Literal["adamw"] = "adamw"
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: Positive = 1e-8
+    clip_norm: Positive = 1.0
+    skip_norm: Positive = 1e6
+
+
+Optimizer = Annotated[AfmOptimizer | AdamW, Field(discriminator="kind")]
+
+
+class Source(_Frozen):
+    """Documents from files: globs, local or of any fsspec file system, compressed or not.
+
+    `text` takes a file as one document, or splits it at `separator`; `jsonl` and `parquet` take `field` of each row;
+    `auto` decides by the file's name. `python-code`, `python-prose` (docstrings) and `python-long` read Python files,
+    those of the running Python's standard library unless `paths` names others.
+    """
+
+    paths: tuple[str, ...] = ()
+    format: Literal["auto", "text", "jsonl", "parquet", "python-code", "python-prose", "python-long"] = "auto"
+    field: str = "text"
+    separator: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Source":
+        if not self.paths and not self.format.startswith("python-"):
+            raise ValueError(f"paths is empty with format={self.format!r}; name at least one file or glob in paths")
+        return self
+
+
+class Data(_Frozen):
+    """Where text comes from and how it is turned into batches.
+
+    `tokenizer` is the path of a `tokenizer.json`; with none, a byte-level BPE of `model.vocab_size` entries is trained
+    on the sources. `held_out` is the fraction of documents, chosen by hash, that training never sees. `cache` holds
+    the tokenised shards; with none, they are kept below the user's cache folder.
+    """
+
+    sources: dict[str, Source] = Field(default_factory=dict)
+    tokenizer: str | None = None
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    cache: str | None = None
+    workers: Count = 0
+    prefetch: Size = 4
+
+
+class Mesh(_Frozen):
+    """Devices along each axis of the mesh, the slowest link first."""
+
+    replica: Size = 1
+    data: Size = 1
+    fsdp: Size = 1
+    context: Size = 1
+    tensor: Size = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> "Mesh":
+        for axis, size in self:
+            if size != 1:
+                raise ValueError(f"{axis}={size}: this version trains on one device; set {axis} to 1")
+        return self
+
+
+class Checkpoint(_Frozen):
+    """When checkpoints are written and which are kept: the newest `keep_last` and every `keep_every_steps`-th."""
+
+    every_steps: Size = 1000
+    keep_last: Size = 2
+    keep_every_steps: Size | None = None
+
+
+class Precision(_Frozen):
+    """The type of activations and of the weights as they are multiplied; parameters and optimizer are float32."""
+
+    compute: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+NamedActivation = Literal["query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up", "ffn_output"]
+
+
+class Remat(_Frozen):
+    """What the forward pass keeps for the backward pass: all, only each layer's input, or that and `names`."""
+
+    policy: Literal["none", "full", "save_named"] = "none"
+    names: tuple[NamedActivation, ...] = ("query", "key", "value", "attention", "ffn_gate", "ffn_up")
+
+
+class Evaluation(_Frozen):
+    """Held-out evaluation at the end of each stage and every `every_steps`, over at most `tokens` of each source."""
+
+    every_steps: Size | None = None
+    tokens: Size = 262_144
+
+
+class Run(_Frozen):
+    """One complete training run."""
+
+    name: str
+    model: Model
+    stages: dict[str, Stage]
+    data: Data = Data()
+    optimizer: Optimizer = AfmOptimizer()
+    seed: Count = 0
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    precision: Precision = Precision()
+    remat: Remat = Remat()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps over all stages."""
+        return sum(stage.steps for stage in self.stages.values())
+
+    def stage_at(self, step: int) -> tuple[str, Stage, int]:
+        """The stage that runs the 0-based global `step`: its name, the stage and the step's index within it."""
+        first = 0
+        for name, stage in self.stages.items():
+            if step < first + stage.steps:
+                return name, stage, step - first
+            first += stage.steps
+        raise IndexError(f"step {step} lies beyond the run's {first} steps")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Run":
+        for name, stage in self.stages.items():
+            for source in stage.mixture:
+                if source not in self.data.sources:
+                    raise ValueError(
+                        f"stages.{name}.mixture.{source} is not a source of the data; "
+                        + did_you_mean(source, self.data.sources)
+                    )
+        return self
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested dicts as (dotted path, value)."""
+    if isinstance(value, Mapping) and value:
+        for key, child in value.items():
+            yield from flatten(child, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`path=value` as (path, value), the value read as JSON where it is JSON and as a string otherwise.
+
+    Raises:
+        UserError: there is no `=`.
+    """
+    path, equals, raw = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {text!r} is not an assignment; write --set path=value, as in --set seed=1")
+    try:
+        return path.strip(), json.loads(raw)
+    except json.JSONDecodeError:
+        return path.strip(), {"None": None, "True": True, "False": False}.get(raw, raw)
+
+
+def override(run: Run, assignments: Mapping[str, Any]) -> Run:
+    """A run with the fields at dotted paths replaced, validated again.
+
+    Raises:
+        UserError: a path names no field (the nearest ones are listed) or a value is refused.
+    """
+    fields = run.model_dump(exclude_unset=True)
+    for path, value in assignments.items():
+        _assign(run, fields, path, value)
+    return validate(fields)
+
+
+def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    node: Any = run
+    for depth, name in enumerate(parents):
+        if not _has_child(node, name):
+            raise UserError(_unknown_field(run, path, ".".join(parents[: depth + 1])))
+        node = _child(node, name)
+        # A field left at its default is absent from `fields`, or None where the recipe switched it off.
+        fields = _descend(fields, name)
+    open_ended = isinstance(node, dict)
+    if node is None and parents[-1] == "rope_scaling":
+        node = RopeScaling()
+    if not open_ended and not _has_child(node, last):
+        raise UserError(_unknown_field(run, path, path))
+    if last == "kind" and value != getattr(node, "kind", value):
+        fields.clear()  # the other kind has other fields
+    fields[last] = value
+
+
+def _descend(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    if fields.get(name) is None:
+        fields[name] = {}
+    child = fields[name]
+    return child if isinstance(child, dict) else {}
+
+
+def _has_child(node: Any, name: str) -> bool:
+    return name in node if isinstance(node, dict) else name in getattr(type(node), "model_fields", {})
+
+
+def _child(node: Any, name: str) -> Any:
+    return node[name] if isinstance(node, dict) else getattr(node, name)
+
+
+def _unknown_field(run: Run, path: str, unknown: str) -> str:
+    known = [leaf for leaf, _ in flatten(run.model_dump())]
+    # A bare `learning_rate` or a misspelt last part should still find `stages.core.learning_rate`.
+    last = path.rpartition(".")[2]
+    same_end = [leaf for leaf in known if leaf.rpartition(".")[2] == last]
+    candidates = same_end or known
+    return f"{unknown!r} is not a field of the run {run.name!r}; {did_you_mean(path, candidates)}"
+
+
+def validate(fields: Mapping[str, Any]) -> Run:
+    """A run from nested dicts, as `config.json` and overrides hold it.
+
+    Raises:
+        UserError: a field is missing, unknown or refused, in one sentence.
+    """
+    try:
+        return Run.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(explain_validation_error(error)) from None
+
+
+def explain_validation_error(error: ValidationError) -> str:
+    """The first problem of a validation as one sentence that names field, value and fix."""
+    problem = error.errors()[0]
+    # The discriminator of a union appears in the location, but is no field.
+    path = ".".join(str(part) for part in problem["loc"] if part not in ("afm", "adamw"))
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{path}: {message}" if path else message
+    if problem["type"] == "extra_forbidden":
+        owner = _type_at(problem["loc"][:-1])
+        known = owner.model_fields if owner else Run.model_fields
+        return f"{path!r} is not a field; {did_you_mean(str(problem['loc'][-1]), known)}"
+    if problem["type"] == "missing":
+        return f"{path} is missing; give it a value"
+    reason = problem["msg"].removeprefix("Input ")
+    return f"{path}={problem['input']!r} is not valid: it {reason}"
+
+
+def _type_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The model type that a validation error's location points into."""
+    current: Any = Run
+    for part in location:
+        if part in ("afm", "adamw"):
+            current = AfmOptimizer if part == "afm" else AdamW
+            continue
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(str(part))
+            current = field.annotation if field else None
+        else:  # a dict of models
+            current = next((a for a in get_args(current) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def provenance(recipe: Run, assignments: Mapping[str, Any]) -> dict[str, str]:
+    """Where each leaf of the resolved run came from: "default", "recipe" or "command line"."""
+    named = {path for path, _ in flatten(recipe.model_dump(exclude_unset=True))}
+    resolved = override(recipe, assignments)
+    origins = {}
+    for path, _ in flatten(resolved.model_dump()):
+        if any(path == a or path.startswith(a + ".") for a in assignments):
+            origins[path] = "command line"
+        else:
+            origins[path] = "recipe" if path in named else "default"
+    return origins
+
+
+def read_run(directory: Path) -> Run:
+    """The run that a run directory's `config.json` holds.
+
+    Raises:
+        UserError: there is no such file, or it holds no run of this version.
+    """
+    path = directory / "config.json"
+    try:
+        fields = json.loads(path.read_text())["run"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{str(directory)!r} is not a run directory: it holds no config.json; "
+            f"name the folder given to --out of train or import"
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(
+            f"{str(path)!r} does not hold a run; restore it or start in another folder with --out"
+        ) from None
+    return validate(fields)

@@ -1,0 +1,109 @@
+"""Batches by step. A batch is a pure function of (seed, stage, step): resuming needs the step and nothing else."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from braeburn.config import Stage
+from braeburn.data.mixture import Mixture, derive_key
+from braeburn.data.packing import Batch, Sequences, stack, windows
+from braeburn.data.store import TokenStore
+
+
+def batch_at(
+    step: int, mixture: Mixture, sequences: Mapping[str, Sequences], batch_size: int, rows: range | None = None
+) -> Batch:
+    """The batch of a step of a stage, every field [B, T].
+
+    Args:
+        step: 0-based, within the stage.
+        mixture: from positions to sources.
+        sequences: of each source in the mixture.
+        batch_size: sequences in the whole batch.
+        rows: those of the batch to read; all by default.
+    """
+    places = [mixture.at(step * batch_size + row) for row in (range(batch_size) if rows is None else rows)]
+    return stack([sequences[source][index] for source, index in places])
+
+
+class Batches:
+    """The batches of one stage, indexed by the step within it. It can be pickled for workers."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        stage_name: str,
+        seed: int,
+        stores: Mapping[str, TokenStore],
+        rows: range | None = None,
+    ) -> None:
+        """Reads `rows` of each batch, which lie within range(stage.batch_size); all by default.
+
+        Raises:
+            UserError: a source has fewer tokens than one sequence.
+        """
+        self._steps, self._batch_size, self._rows = stage.steps, stage.batch_size, rows
+        self._mixture = Mixture(stage.mixture, derive_key(seed, stage_name, "mixture"))
+        self._sequences = {
+            name: Sequences(stores[name], stage.sequence_length, derive_key(seed, stage_name, name, "sequences"), name)
+            for name in self._mixture.names
+        }
+
+    def __len__(self) -> int:
+        """Steps in the stage."""
+        return self._steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step, every field [B, T]."""
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} is not within the stage's {self._steps}")
+        return batch_at(step, self._mixture, self._sequences, self._batch_size, self._rows)
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """Hides a batch's arrays from grain, which would pass them through /dev/shm, small in containers, and leak them."""
+
+    batch: Batch
+
+
+def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Iterator[Batch]:
+    """The batches from step `start` to the last in order, read ahead by a thread or by `workers` processes.
+
+    What a worker raises is raised here. Close the iterator to stop early; a worker imports the caller's main module.
+
+    Args:
+        batches: the stage's.
+        start: first step.
+        workers: processes; 0 reads in a thread of this one.
+        prefetch: batches kept ready, for each worker.
+    """
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's processes ask for flags that only absl's own main would parse
+    dataset = (
+        grain.MapDataset.source(batches)[start:]
+        .map(_Parcel)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
+    )
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch))
+    iterator = iter(dataset)
+    try:
+        for parcel in iterator:
+            yield parcel.batch
+    finally:
+        iterator.close()  # ends the processes when the reader stops early
+
+
+def held_out_batches(store: TokenStore, sequence_length: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+    """Batches [B, T] of the first windows of a held-out store, at most `max_tokens` but one window at least.
+
+    The last batch is filled up with rows of zero weight, so that all have one shape.
+    """
+    rows = islice(windows(store, sequence_length), max(1, max_tokens // sequence_length))
+    while batch := list(islice(rows, batch_size)):
+        padding = {field: values * 0 for field, values in batch[0].items()}
+        yield stack(batch + [padding] * (batch_size - len(batch)))

@@ -1,0 +1,96 @@
+"""Which source a training position draws from, as a pure function: no state, so resuming needs one integer."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+
+BLOCK = 1024  # positions over which the proportions are exact
+_ROUNDS = 8
+_WORD = (1 << 64) - 1
+
+Indices = TypeVar("Indices", int, np.ndarray)
+
+
+def derive_key(*parts: int | str) -> int:
+    """64 bits that the parts determine, alike in every process and version of Python."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
+
+
+def permute(index: Indices, size: int, key: int) -> Indices:
+    """The image of `index` under a bijection of range(size) that `key` chooses, in constant memory.
+
+    A Feistel network permutes the next power of four; values beyond `size` are sent round again until they fall inside.
+
+    Args:
+        index: an int, or an array of them (uint64), in range(size).
+        size: from 1 to 2**62.
+        key: 64 bits.
+    """
+    if size == 1:
+        return index
+    half = ((size - 1).bit_length() + 1) // 2
+    if isinstance(index, np.ndarray):
+        moved = _feistel(index.astype(np.uint64), half, key)
+        while (outside := moved >= size).any():
+            moved[outside] = _feistel(moved[outside], half, key)
+        return moved
+    moved = _feistel(int(index), half, key)
+    while moved >= size:
+        moved = _feistel(moved, half, key)
+    return moved
+
+
+def _feistel(x: Indices, half: int, key: int) -> Indices:
+    mask = (1 << half) - 1
+    left, right = x >> half, x & mask
+    for turn in range(_ROUNDS):
+        left, right = right, left ^ (_mix(right, (key + turn * 0x9E3779B97F4A7C15) & _WORD) & mask)
+    return left << half | right
+
+
+def _mix(x: Indices, key: int) -> Indices:
+    """MurmurHash3's finaliser of x under a key; the masks make Python's integers wrap as uint64 does."""
+    x = ((x ^ key) * 0xFF51AFD7ED558CCD) & _WORD
+    x = ((x ^ x >> 33) * 0xC4CEB9FE1A85EC53) & _WORD
+    return x ^ x >> 33
+
+
+class Mixture:
+    """Positions 0, 1, 2, ... shared among sources in proportion to their weights, in a seeded order.
+
+    In each block of 1024 positions a source has its share, rounded but at least one; within a source the indices
+    0, 1, 2, ... are used once each.
+    """
+
+    def __init__(self, weights: Mapping[str, float], seed: int) -> None:
+        """Weights are of any scale, at least one above zero; the seed is a 64-bit key."""
+        self.seed = seed
+        # Sorted, so that the order in which a recipe names its sources changes nothing.
+        self.names = sorted(name for name, weight in weights.items() if weight > 0)
+        self.block = max(BLOCK, len(self.names))
+        self.counts = _apportion([weights[name] for name in self.names], self.block)
+        self._ends = np.cumsum(self.counts)
+
+    def at(self, position: int) -> tuple[str, int]:
+        """The source that position draws from, and the index within that source."""
+        block, place = divmod(position, self.block)
+        slot = permute(place, self.block, derive_key(self.seed, "mixture", block))
+        source = int(np.searchsorted(self._ends, slot, side="right"))
+        count = self.counts[source]
+        return self.names[source], block * count + slot - (int(self._ends[source]) - count)
+
+
+def _apportion(weights: list[float], total: int) -> list[int]:
+    """Positive integers in proportion to the weights that sum to `total`, by largest remainder."""
+    scale = max(weights)  # weights near the largest float must not overflow their sum
+    shares = [weight / scale for weight in weights]
+    quotas = [share / sum(shares) * total for share in shares]
+    counts = [max(1, int(quota)) for quota in quotas]
+    while (missing := total - sum(counts)) != 0:
+        step = 1 if missing > 0 else -1
+        able = [i for i, count in enumerate(counts) if count + step >= 1]
+        counts[max(able, key=lambda i: step * (quotas[i] - counts[i]))] += step
+    return counts

@@ -1,0 +1,125 @@
+"""From a run's configuration to its tokenizer and token stores, built once and kept in a cache."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from braeburn.config import Data, Run, Source
+from braeburn.data.corpus import documents, files
+from braeburn.data.store import FORMAT_VERSION, TokenStore, build_store, writing
+from braeburn.data.tokenizer import PATTERN, Tokenizer, sample, train
+from braeburn.errors import UserError
+
+TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training reads. A source with no held-out document maps to None in `held_out`."""
+
+    tokenizer: Tokenizer
+    train: dict[str, TokenStore]
+    held_out: dict[str, TokenStore | None]
+
+
+def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = None) -> Prepared:
+    """Trains or loads the tokenizer, then builds or opens the stores of every source that a stage draws from.
+
+    Args:
+        run: names the sources, the tokenizer and the cache.
+        log: takes one line for each thing that is built, and warnings.
+        tokenizer: used as it is where given, as on resuming.
+
+    Raises:
+        UserError: a source, the tokenizer, the cache or their sizes do not fit.
+    """
+    used = {name for stage in run.stages.values() for name, weight in stage.mixture.items() if weight > 0}
+    sources = {name: run.data.sources[name] for name in sorted(used)}
+    cache = cache_folder(run.data)
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    fingerprints = {name: _source_fingerprint(name, source) for name, source in sources.items()}
+    if tokenizer is None:
+        tokenizer = _tokenizer(run, sources, fingerprints, cache, log)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={run.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries; "
+            f"set model.vocab_size to at least {tokenizer.vocab_size}, or data.tokenizer to a smaller one"
+        )
+    train_stores, held_out_stores = dict[str, TokenStore](), dict[str, TokenStore | None]()
+    for name, source in sources.items():
+        both = []
+        for side in (False, True):
+            fingerprint = _fingerprint(fingerprints[name], tokenizer.hash, run.data.held_out, side, FORMAT_VERSION)
+            directory = cache / "stores" / f"{name}-{'held-out' if side else 'train'}-{fingerprint}"
+            if not directory.exists():
+                began = time.perf_counter()
+                build_store(
+                    directory,
+                    documents(name, source, side, run.data.held_out),
+                    tokenizer,
+                    source=fingerprints[name],
+                    held_out=side,
+                )
+                log(f"tokenised {directory.name} in {time.perf_counter() - began:.1f} s")
+            both.append(TokenStore.open(directory, tokenizer.hash))
+        train_stores[name], held_out = both
+        held_out_stores[name] = held_out if held_out.documents else None
+        log(
+            f"data.sources.{name}: {train_stores[name].documents} documents, {train_stores[name].tokens} tokens for "
+            f"training; {held_out.documents} documents, {held_out.tokens} tokens held out"
+        )
+        if not held_out.documents:
+            log(
+                f"warning: data.held_out={run.data.held_out} holds out no document of {name}, so it cannot be "
+                f"evaluated; raise data.held_out or add documents"
+            )
+    return Prepared(tokenizer, train_stores, held_out_stores)
+
+
+def cache_folder(data: Data) -> Path:
+    """Where tokenizers and stores are kept."""
+    if data.cache is not None:
+        return Path(data.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "braeburn" / "data"
+
+
+def _tokenizer(
+    run: Run, sources: dict[str, Source], fingerprints: dict[str, str], cache: Path, log: Callable[[str], None]
+) -> Tokenizer:
+    if run.data.tokenizer is not None:
+        return Tokenizer.load(run.data.tokenizer)
+    fingerprint = _fingerprint(fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES)
+    path = cache / "tokenizers" / f"{fingerprint}.json"
+    if path.exists():
+        try:
+            return Tokenizer.load(path)
+        except UserError:
+            log(f"warning: the trained tokenizer {str(path)!r} is corrupt; training it again")
+    began = time.perf_counter()
+    streams = [
+        (document.text for document in documents(name, source, False, run.data.held_out))
+        for name, source in sources.items()
+    ]
+    tokenizer = train(sample(streams, TRAINING_BYTES), run.model.vocab_size)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+    log(f"trained a tokenizer of {tokenizer.vocab_size} entries in {time.perf_counter() - began:.1f} s")
+    return tokenizer
+
+
+def _source_fingerprint(name: str, source: Source) -> str:
+    # Which files parse, and so have docstrings, depends on the version of Python.
+    python = list(sys.version_info[:2]) if source.format == "python-prose" else []
+    listing = [(file.path, file.size, file.version) for file in files(name, source)]
+    return _fingerprint(source.model_dump(), python, listing)
+
+
+def _fingerprint(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

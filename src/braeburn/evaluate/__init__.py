@@ -1,0 +1,1 @@
+"""What a trained model is worth: generated text and held-out loss."""

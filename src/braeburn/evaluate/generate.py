@@ -1,0 +1,230 @@
+"""Text generation: one pass over the prompts, then one token at a time over a cache, in two compiled programs."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from braeburn.config import Model, Precision
+from braeburn.errors import UserError
+from braeburn.model import transformer
+from braeburn.model.spec import ParamSpec, Tree
+
+NO_STOP = -1  # equals no token
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedily at temperature 0, otherwise from what top-k and then top-p leave."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+
+def generate(
+    params: Tree,
+    prompts: Sequence[Sequence[int]],
+    model: Model,
+    precision: Precision,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_id: int | None = None,
+) -> list[list[int]]:
+    """Continues every prompt, all at once.
+
+    What a row samples depends on `seed`, its index and its prompt, not on the rows beside it. Lengths are rounded up,
+    so other prompts of about the same length reuse the compiled programs.
+
+    Args:
+        params: parameters of any float type, as `transformer.param_specs(model)` describes them.
+        prompts: token ids of each prompt, of any lengths.
+        model: sizes.
+        precision: the type to compute in; logits are float32.
+        max_new_tokens: the most tokens to add to a prompt.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: how many of the likeliest tokens to sample from; None for all.
+        top_p: samples from the fewest likeliest tokens whose probabilities sum to this.
+        seed: of the sampling.
+        stop_id: the token that ends a row; it is not returned.
+
+    Returns:
+        The new tokens of each prompt.
+
+    Raises:
+        UserError: a prompt is empty or names no token of the model, or a setting is out of range.
+    """
+    sampling = Sampling(float(temperature), top_k, float(top_p))
+    _check_settings(sampling, max_new_tokens)
+    _check_prompts(prompts, model.vocab_size)
+    if not prompts:
+        return []
+
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), round_up(lengths.max())), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    capacity = round_up(max_new_tokens)
+    logits, cache = prefill(params, tokens, lengths, model, precision, capacity)
+    generated, counts = decode(
+        params,
+        logits,
+        cache,
+        lengths,
+        jax.random.key(seed),
+        max_new_tokens,
+        NO_STOP if stop_id is None else stop_id,
+        model,
+        precision,
+        sampling,
+        capacity,
+    )
+    return [row[:count].tolist() for row, count in zip(np.asarray(generated), np.asarray(counts), strict=True)]
+
+
+def _check_settings(sampling: Sampling, max_new_tokens: int) -> None:
+    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature={temperature} is not 0 or more; set temperature to 0 for greedy text, or to 1")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k={top_k} leaves no token; set top_k to 1 or more, or to None for all")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p} is not in (0, 1]; set top_p to 1 to keep all tokens")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} adds nothing; set max_new_tokens to 1 or more")
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompts[{index}] is empty; start it with the tokenizer's begin token")
+        strange = [token for token in prompt if not 0 <= token < vocab_size]
+        if strange:
+            raise UserError(
+                f"prompts[{index}] has the token {strange[0]}, but vocab_size={vocab_size}; encode it with the model's "
+                f"own tokenizer"
+            )
+
+
+def round_up(length: int) -> int:
+    """The next power of two, at least 64: few distinct lengths, so few compilations."""
+    return max(64, 1 << (int(length) - 1).bit_length())
+
+
+def compute_weights(params: Tree, model: Model, precision: Precision) -> Tree:
+    """Matrices in the type they are multiplied in, so that it is done once and not for each token."""
+
+    def convert(spec: ParamSpec, leaf: Array) -> Array:
+        return leaf if spec.role == "norm" else leaf.astype(precision.compute)
+
+    return jax.tree.map(convert, transformer.param_specs(model), params)
+
+
+def last_logits(params: Tree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """Float32 logits of one position of each row."""
+    head = transformer.head_matrix(params).astype(hidden.dtype)
+    return jnp.einsum("BD,VD->BV", hidden, head, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "precision", "capacity"))
+def prefill(
+    params: Tree,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    model: Model,
+    precision: Precision,
+    capacity: int,
+) -> tuple[Float[Array, "B V"], tuple[Array, Array]]:
+    """Logits after each row's last token, and a cache of the prompts with room for `capacity` more positions.
+
+    Rows are padded on the right. The slots of the padding hold its keys and values, but a query sees only the slots up
+    to its own position, and a row overwrites each of them before it gets there.
+    """
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    cache = transformer.empty_cache(model, batch, length, precision)
+    hidden, cache = transformer.forward_cached(params, tokens, positions, cache, model, precision)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    room = [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]
+    return last_logits(params, last), jax.tree.map(lambda slots: jnp.pad(slots, room), cache)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "precision", "sampling", "capacity"))
+def decode(
+    params: Tree,
+    logits: Float[Array, "B V"],
+    cache: tuple[Array, Array],
+    lengths: Int[Array, " B"],
+    key: Key[Array, ""],
+    limit: Int[Array, ""],
+    stop_id: Int[Array, ""],
+    model: Model,
+    precision: Precision,
+    sampling: Sampling,
+    capacity: int,
+) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
+    """Up to `limit` <= `capacity` new tokens of each row, and how many come before the row's `stop_id`."""
+    batch = logits.shape[0]
+    params = compute_weights(params, model, precision)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+    def append(
+        generated: Array, counts: Array, logits: Array, step: Int[Array, ""] | int
+    ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
+        token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(row_keys, step), sampling)
+        running = (counts == step) & (token != stop_id)
+        return generated.at[:, step].set(token), counts + running
+
+    # A row still runs while it has as many tokens as there were steps.
+    def unfinished(state: tuple) -> Array:
+        step, _, counts, _ = state
+        return (step < limit) & jnp.any(counts == step)
+
+    def advance(state: tuple) -> tuple:
+        step, generated, counts, cache = state
+        newest = jax.lax.dynamic_slice_in_dim(generated, step - 1, 1, axis=1)
+        positions = (lengths + step - 1)[:, None]
+        hidden, cache = transformer.forward_cached(params, newest, positions, cache, model, precision)
+        return step + 1, *append(generated, counts, last_logits(params, hidden[:, 0]), step), cache
+
+    empty = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros(batch, jnp.int32)
+    state = (jnp.int32(1), *append(*empty, logits, 0), cache)
+    _, generated, counts, _ = jax.lax.while_loop(unfinished, advance, state)
+    return generated, counts
+
+
+def choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
+    """The next token of each row."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def filter_logits(logits: Float[Array, "*B V"], top_k: int | None, top_p: float) -> Float[Array, "*B V"]:
+    """The logits with -inf for every token but those to sample from.
+
+    Top-k keeps the `top_k` likeliest, the lower id first among equals. Top-p then keeps the fewest of these, likeliest
+    first, whose probabilities among them sum to at least `top_p`.
+    """
+    vocab_size = logits.shape[-1]
+    if (top_k is None or top_k >= vocab_size) and top_p >= 1:
+        return logits
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    kept = jnp.arange(vocab_size) < (top_k or vocab_size)
+    if top_p < 1:
+        probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = kept & (before < top_p)
+    kept = jnp.broadcast_to(kept, logits.shape)
+    ranks = jnp.argsort(order, axis=-1)
+    return jnp.where(jnp.take_along_axis(kept, ranks, axis=-1), logits, -jnp.inf)

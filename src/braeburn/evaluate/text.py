@@ -1,0 +1,52 @@
+"""Evaluation of a trained model on files."""
+
+import tempfile
+from pathlib import Path
+
+from braeburn.config import Source
+from braeburn.data.corpus import documents
+from braeburn.data.loader import held_out_batches
+from braeburn.data.prepare import prepare
+from braeburn.data.store import TokenStore, build_store
+from braeburn.errors import UserError
+from braeburn.train.held_out import evaluator, measure
+from braeburn.train.trained import Trained
+
+BATCH_TOKENS = 4096
+DEFAULT_SEQUENCE_LENGTH = 2048
+
+
+def evaluate_files(trained: Trained, paths: list[str], field: str = "text") -> dict[str, dict[str, float]]:
+    """Results for each of `paths` (files, globs, or URLs of any fsspec file system), all of its documents.
+
+    Raises:
+        UserError: a path matches nothing, or cannot be read as text.
+    """
+    results = {}
+    for path in paths:
+        source = Source(paths=(path,), field=field)
+        with tempfile.TemporaryDirectory() as folder:
+            store_path = Path(folder) / "store"
+            build_store(store_path, documents(path, source), trained.tokenizer)
+            results[path] = _evaluate(trained, TokenStore.open(store_path, trained.tokenizer.hash), None)
+    return results
+
+
+def evaluate_held_out(trained: Trained) -> dict[str, dict[str, float]]:
+    """Results for the held-out text of each source that the run trained on.
+
+    Raises:
+        UserError: the run has no held-out text.
+    """
+    prepared = prepare(trained.run, lambda line: None, trained.tokenizer)
+    stores = {source: store for source, store in prepared.held_out.items() if store is not None}
+    if not stores:
+        raise UserError("the run holds out no text; name files with --data")
+    return {name: _evaluate(trained, store, trained.run.evaluation.tokens) for name, store in stores.items()}
+
+
+def _evaluate(trained: Trained, store: TokenStore, max_tokens: int | None) -> dict[str, float]:
+    length = trained.sequence_length or DEFAULT_SEQUENCE_LENGTH
+    evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes)
+    batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens or store.tokens)
+    return measure(evaluate, trained.params, batches).summary()

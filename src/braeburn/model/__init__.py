@@ -1,0 +1,1 @@
+"""The decoder: parameters, forward pass, attention and loss."""

@@ -1,0 +1,112 @@
+"""`ParamSpec`: the one source of truth about a parameter.
+
+Initial values, abstract arrays, parameter counts, optimizer roles, shardings and exports all derive from a tree of
+specs. A tree is a nested dict whose leaves are `ParamSpec`s; its paths name the parameters.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+# muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs.
+Role = Literal["matrix", "embedding", "norm"]
+Tree = dict[str, Any]
+
+LAYERS = "layers"
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter, or one kind of parameter of every layer stacked along a leading `layers` axis.
+
+    Attributes:
+        shape: sizes of the dimensions.
+        axes: the logical name of each dimension.
+        role: what the optimizer and pruning take it for.
+        fan_in: logical axes that the weight is summed over; values are drawn with variance 1 / (their product).
+            Empty for a parameter that starts at one.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    role: Role
+    fan_in: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first dimension runs over layers."""
+        return self.axes[:1] == (LAYERS,)
+
+    @property
+    def block_dims(self) -> tuple[int, ...]:
+        """The dimensions of one layer's tensor: all but the stacking one."""
+        return tuple(range(1 if self.stacked else 0, len(self.shape)))
+
+    def initial(self, key: Array) -> Array:
+        """Float32 initial values. Layer i of a stacked parameter depends on `key` and i alone."""
+        if not self.fan_in:
+            return jnp.ones(self.shape, jnp.float32)
+        scale = math.prod(self.shape[self.axes.index(axis)] for axis in self.fan_in) ** -0.5
+        block = tuple(self.shape[dim] for dim in self.block_dims)
+        if not self.stacked:
+            return scale * jax.random.normal(key, block, jnp.float32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.shape[0]))
+        return scale * jax.vmap(lambda layer_key: jax.random.normal(layer_key, block, jnp.float32))(keys)
+
+
+def walk(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a nested dict as (path, leaf), the path joined by `/`, in the tree's own order."""
+    for name, child in tree.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(child, dict):
+            yield from walk(child, path)
+        else:
+            yield path, child
+
+
+def map_specs(function: Callable[[str, ParamSpec], Any], specs: Tree, prefix: str = "") -> Tree:
+    """A tree of `function(path, spec)` with the structure of `specs`."""
+    result: Tree = {}
+    for name, child in specs.items():
+        path = f"{prefix}/{name}" if prefix else name
+        result[name] = map_specs(function, child, path) if isinstance(child, dict) else function(path, child)
+    return result
+
+
+def initialize(specs: Tree, seed: int | Array) -> Tree:
+    """Float32 initial values of all parameters.
+
+    Each parameter's random key derives from its path, so that adding or removing one changes no other.
+    """
+    root = jax.random.key(seed)
+
+    def initial(path: str, spec: ParamSpec) -> Array:
+        digest = hashlib.sha256(path.encode()).digest()
+        return spec.initial(jax.random.fold_in(root, int.from_bytes(digest[:4], "little")))
+
+    return map_specs(initial, specs)
+
+
+def abstract(specs: Tree, dtype: Any = jnp.float32) -> Tree:
+    """Shapes and types of all parameters, without values."""
+    return map_specs(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs)
+
+
+def count(specs: Tree, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")) -> int:
+    """Number of parameters with one of `roles`."""
+    return sum(spec.size for _, spec in walk(specs) if spec.role in roles)

@@ -1,0 +1,218 @@
+"""The decoder, top to bottom: embedding, layers of attention and SwiGLU, final norm.
+
+Shapes are named by letters: B sequences, T positions, D d_model, N query heads, K key-value heads, H head_dim,
+F ffn_dim, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from braeburn.config import Model, Precision, Remat
+from braeburn.model import rope
+from braeburn.model.attention import attention, cached_attention
+from braeburn.model.loss import cross_entropy
+from braeburn.model.spec import LAYERS, ParamSpec, Tree
+
+# (query, key, value, the layer's state) -> (attended values, the layer's new state); the state is a cache or None.
+Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+
+def param_specs(model: Model) -> Tree:
+    """The specs of every parameter of a model."""
+    sizes = {
+        "vocab": model.vocab_size,
+        "embed": model.d_model,
+        "heads": model.num_heads,
+        "kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "ffn": model.ffn_dim,
+        LAYERS: model.num_layers,
+    }
+
+    def matrix(*axes: str, fan_in: tuple[str, ...]) -> ParamSpec:
+        axes = (LAYERS, *axes)
+        return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "matrix", fan_in)
+
+    def norm(*axes: str) -> ParamSpec:
+        return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "norm")
+
+    # Rows as long as d_model give logits of unit variance, also where the embedding doubles as the head.
+    embedding = ParamSpec((model.vocab_size, model.d_model), ("vocab", "embed"), "embedding", ("embed",))
+    layers = {
+        "attention_norm": norm(LAYERS, "embed"),
+        "query": matrix("embed", "heads", "head_dim", fan_in=("embed",)),
+        "key": matrix("embed", "kv_heads", "head_dim", fan_in=("embed",)),
+        "value": matrix("embed", "kv_heads", "head_dim", fan_in=("embed",)),
+        "attention_output": matrix("heads", "head_dim", "embed", fan_in=("heads", "head_dim")),
+        "ffn_norm": norm(LAYERS, "embed"),
+        "gate": matrix("embed", "ffn", fan_in=("embed",)),
+        "up": matrix("embed", "ffn", fan_in=("embed",)),
+        "down": matrix("ffn", "embed", fan_in=("ffn",)),
+    }
+    if model.qk_norm:
+        layers |= {"query_norm": norm(LAYERS, "head_dim"), "key_norm": norm(LAYERS, "head_dim")}
+    specs: Tree = {"embedding": embedding, "layers": layers, "final_norm": norm("embed")}
+    if not model.tied_embeddings:
+        specs["head"] = embedding
+    return specs
+
+
+def head_matrix(params: Tree) -> Float[Array, "V D"]:
+    """The matrix that turns final hidden states into logits: the embedding itself where they are tied."""
+    return params.get("head", params["embedding"])
+
+
+def rms_norm(x: Float[Array, "*S D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*S D"]:
+    """Root-mean-square normalisation over the last dimension in float32 (arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (normal * scale).astype(x.dtype)
+
+
+def layer(
+    x_BTD: Float[Array, "B T D"], weights: Tree, state: Any, rotation: tuple[Array, Array], attend: Attend, model: Model
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One pre-norm block: attention, then SwiGLU, each added to the residual stream."""
+    dtype, epsilon = x_BTD.dtype, model.norm_epsilon
+
+    with jax.named_scope("attention"):
+        normal_BTD = rms_norm(x_BTD, weights["attention_norm"], epsilon)
+        query_BTNH = jnp.einsum("BTD,DNH->BTNH", normal_BTD, weights["query"].astype(dtype))
+        key_BTKH = jnp.einsum("BTD,DKH->BTKH", normal_BTD, weights["key"].astype(dtype))
+        value_BTKH = jnp.einsum("BTD,DKH->BTKH", normal_BTD, weights["value"].astype(dtype))
+        if model.qk_norm:
+            query_BTNH = rms_norm(query_BTNH, weights["query_norm"], epsilon)
+            key_BTKH = rms_norm(key_BTKH, weights["key_norm"], epsilon)
+        query_BTNH = checkpoint_name(rope.rotate(query_BTNH, *rotation), "query")
+        key_BTKH = checkpoint_name(rope.rotate(key_BTKH, *rotation), "key")
+        value_BTKH = checkpoint_name(value_BTKH, "value")
+        attended_BTNH, state = attend(query_BTNH, key_BTKH, value_BTKH, state)
+        attended_BTNH = checkpoint_name(attended_BTNH, "attention")
+        output_BTD = jnp.einsum("BTNH,NHD->BTD", attended_BTNH, weights["attention_output"].astype(dtype))
+        x_BTD = x_BTD + checkpoint_name(output_BTD, "attention_output")
+
+    with jax.named_scope("ffn"):
+        normal_BTD = rms_norm(x_BTD, weights["ffn_norm"], epsilon)
+        gate_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", normal_BTD, weights["gate"].astype(dtype)), "ffn_gate")
+        up_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", normal_BTD, weights["up"].astype(dtype)), "ffn_up")
+        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        output_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, weights["down"].astype(dtype))
+        return x_BTD + checkpoint_name(output_BTD, "ffn_output"), state
+
+
+def decoder(
+    params: Tree,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    attend: Attend,
+    states: Any,
+    model: Model,
+    precision: Precision,
+    remat: Remat,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Hidden states after the final norm, and each layer's new state, stacked along a leading L."""
+    frequencies = rope.inverse_frequencies(model.head_dim, model.rope_base, model.rope_scaling)
+    rotation = rope.rotation(positions, frequencies)
+
+    def body(x_BTD: Array, weights_and_state: tuple[Tree, Any]) -> tuple[Array, Any]:
+        return layer(x_BTD, *weights_and_state, rotation, attend, model)
+
+    body = rematerialized(body, remat)
+    with jax.named_scope("embedding"):
+        x_BTD = params["embedding"][tokens].astype(precision.compute)
+    stacked = (params["layers"], states)
+    if model.scan_layers:
+        x_BTD, states = jax.lax.scan(body, x_BTD, stacked)
+    else:
+        new_states = []
+        for one_layer in unstack(stacked, model.num_layers):
+            x_BTD, state = body(x_BTD, one_layer)
+            new_states.append(state)
+        states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_states)
+    with jax.named_scope("final_norm"):
+        return rms_norm(x_BTD, params["final_norm"], model.norm_epsilon), states
+
+
+def unstack(stacked: Any, num_layers: int) -> list[Any]:
+    """The trees of single layers. Split, not indexed: the gradient is then one concatenation and not L paddings."""
+    leaves, structure = jax.tree.flatten(stacked)
+    split = [jax.lax.split(leaf, [1] * num_layers, axis=0) for leaf in leaves]
+    return [structure.unflatten([jnp.squeeze(parts[i], 0) for parts in split]) for i in range(num_layers)]
+
+
+def rematerialized(body: Callable, remat: Remat) -> Callable:
+    """A layer that keeps for the backward pass only what the policy says."""
+    if remat.policy == "none":
+        return body
+    if remat.policy == "full":
+        return jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable)
+    return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*remat.names))
+
+
+def forward(
+    params: Tree,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    model: Model,
+    precision: Precision,
+    remat: Remat = Remat(),
+) -> Float[Array, "B T D"]:
+    """Final hidden states of packed sequences; a token attends to the earlier ones of its own segment."""
+
+    def attend(query: Array, key: Array, value: Array, state: None) -> tuple[Array, None]:
+        return attention(query, key, value, segment_ids), state
+
+    hidden, _ = decoder(params, tokens, positions, attend, None, model, precision, remat)
+    return hidden
+
+
+def loss(
+    params: Tree, batch: dict[str, Array], model: Model, precision: Precision, remat: Remat
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """What training minimises on a batch, and its parts.
+
+    Args:
+        params: float32 parameters.
+        batch: `inputs`, `targets`, `positions`, `segment_ids`, int32 [B, T], and `weights`, float32 [B, T].
+        model: sizes, and the RoPE base of the stage.
+        precision: the type to compute in.
+        remat: what to keep for the backward pass.
+
+    Returns:
+        The weighted sum of nll and z-loss in nats, and {"loss": the weighted sum of nll alone}.
+    """
+    hidden = forward(params, batch["inputs"], batch["positions"], batch["segment_ids"], model, precision, remat)
+    with jax.named_scope("loss"):
+        total, nll = cross_entropy(hidden, head_matrix(params), batch["targets"], batch["weights"], model.z_loss)
+    return total, {"loss": nll}
+
+
+def empty_cache(model: Model, batch: int, length: int, precision: Precision) -> tuple[Array, Array]:
+    """Keys and values of `length` positions for every layer, [L, B, length, K, H]."""
+    shape = (model.num_layers, batch, length, model.num_kv_heads, model.head_dim)
+    return jnp.zeros(shape, precision.compute), jnp.zeros(shape, precision.compute)
+
+
+def forward_cached(
+    params: Tree,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: tuple[Array, Array],
+    model: Model,
+    precision: Precision,
+) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    """Final hidden states of new tokens and the cache with their keys and values at their positions."""
+    rows = jnp.arange(tokens.shape[0])[:, None]
+
+    def attend(query: Array, key: Array, value: Array, state: tuple[Array, Array]) -> tuple[Array, Any]:
+        keys, values = state
+        keys, values = keys.at[rows, positions].set(key), values.at[rows, positions].set(value)
+        return cached_attention(query, keys, values, positions), (keys, values)
+
+    return decoder(params, tokens, positions, attend, cache, model, precision, Remat())

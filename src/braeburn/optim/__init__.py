@@ -1,0 +1,1 @@
+"""Optimizers as optax transformations, with schedules and a guard against bad steps."""

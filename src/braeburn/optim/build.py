@@ -1,0 +1,81 @@
+"""The complete optimizer of a stage: guard, clipping, direction, schedule and weight decay.
+
+Its state has the same structure in every stage, so that it carries over; `begin_stage` restarts the schedule alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from braeburn.config import AfmOptimizer, Model, Optimizer, Stage
+from braeburn.model.spec import Tree, map_specs
+from braeburn.optim.afm import scale_by_afm
+from braeburn.optim.schedules import multiplier
+
+
+class OptimizerState(NamedTuple):
+    """What the optimizer remembers.
+
+    Attributes:
+        stage_steps: valid steps since the stage began, the schedule's clock.
+        skipped: invalid steps since the run began.
+        grad_norm: global L2 norm of the last gradient, before clipping.
+        learning_rate: of the last step, schedule included.
+        direction: moments, advanced by valid steps only.
+    """
+
+    stage_steps: Int[Array, ""]
+    skipped: Int[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    direction: optax.OptState
+
+
+def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Model) -> optax.GradientTransformation:
+    """The transformation from raw gradients to additive updates for one stage.
+
+    A step is valid if its gradient is finite and of norm below `skip_norm`; an invalid one changes only `skipped`.
+    Valid gradients are clipped to `clip_norm`. AFM multiplies weight decay by the schedule alone and decays every
+    parameter; AdamW multiplies it by the learning rate too and spares the norms.
+    """
+    if isinstance(optimizer, AfmOptimizer):
+        direction = scale_by_afm(optimizer, specs, model.d_model)
+        decay = map_specs(lambda _, spec: stage.weight_decay, specs)
+    else:
+        direction = optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon)
+        weight_decay = stage.learning_rate * stage.weight_decay
+        decay = map_specs(lambda _, spec: 0.0 if spec.role == "norm" else weight_decay, specs)
+
+    def init(params: Tree) -> OptimizerState:
+        zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return OptimizerState(zero, zero, nothing, nothing, direction.init(params))
+
+    def update(gradients: Tree, state: OptimizerState, params: Tree | None = None) -> tuple[Tree, OptimizerState]:
+        norm = optax.global_norm(gradients)
+        # False for a norm that is not a number, too.
+        valid = norm < optimizer.skip_norm
+        clip = jnp.minimum(1.0, optimizer.clip_norm / (norm + 1e-8))
+        updates, moved = direction.update(jax.tree.map(lambda g: g * clip, gradients), state.direction, params)
+        sigma = multiplier(stage.schedule, stage.steps, state.stage_steps + 1)
+
+        def delta(update: Array, decay: float, param: Array) -> Array:
+            return jnp.where(valid, -sigma * (stage.learning_rate * update + decay * param), 0.0)
+
+        advance = valid.astype(jnp.int32)
+        return jax.tree.map(delta, updates, decay, params), OptimizerState(
+            stage_steps=state.stage_steps + advance,
+            skipped=state.skipped + 1 - advance,
+            grad_norm=norm,
+            learning_rate=sigma * stage.learning_rate,
+            direction=jax.tree.map(lambda new, old: jnp.where(valid, new, old), moved, state.direction),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def begin_stage(state: OptimizerState) -> OptimizerState:
+    """The state with the schedule at its start; moments and counts of the run stay."""
+    return state._replace(stage_steps=jnp.zeros_like(state.stage_steps))

@@ -1,0 +1,88 @@
+"""The built-in recipes, and the way to a user's own.
+
+A recipe is a function without arguments that returns a complete `Run`. What it leaves out takes the default of the
+field; what it says is its own.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+from braeburn.config import Run, explain_validation_error
+from braeburn.errors import UserError
+
+# Name on the command line -> module and function.
+BUILT_IN = {
+    "quickstart": ("quickstart", "quickstart"),
+    "afm-tiny": ("quickstart", "afm_tiny"),
+    "afm-85m": ("afm", "afm_85m"),
+    "afm-on-device": ("afm", "afm_on_device"),
+    "afm-6.4b": ("afm", "afm_6_4b"),
+    "afm-server": ("afm", "afm_server"),
+    "llama2-7b": ("llama", "llama2_7b"),
+    "llama2-70b": ("llama", "llama2_70b"),
+    "llama3-8b": ("llama", "llama3_8b"),
+    "llama3-70b": ("llama", "llama3_70b"),
+    "qwen3-0.6b": ("qwen", "qwen3_0_6b"),
+    "qwen3-8b": ("qwen", "qwen3_8b"),
+}
+
+
+def load(name: str) -> Run:
+    """The run of a built-in recipe or of `file.py:function`.
+
+    Raises:
+        UserError: there is no such recipe, or it fails.
+    """
+    return _call(name, _function(name))
+
+
+def description(name: str) -> str:
+    """The first line of a built-in recipe's docstring."""
+    return (inspect.getdoc(_function(name)) or "").partition("\n")[0]
+
+
+def _function(name: str) -> Callable[[], Run]:
+    if name in BUILT_IN:
+        module, function = BUILT_IN[name]
+        return getattr(importlib.import_module(f"braeburn.recipes.{module}"), function)
+    file, colon, function = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        return _from_file(Path(file), function)
+    nearest = difflib.get_close_matches(name, BUILT_IN, n=3, cutoff=0.4)
+    hint = "did you mean " + " or ".join(map(repr, nearest)) if nearest else "`braeburn recipes` lists those there are"
+    raise UserError(f"{name!r} is not a recipe; {hint} (a recipe of your own is written file.py:function)")
+
+
+def _from_file(path: Path, function: str) -> Callable[[], Run]:
+    if not path.is_file():
+        raise UserError(f"recipe file {str(path)!r} does not exist; check the path before the colon")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    if specification is None or specification.loader is None:
+        raise UserError(f"recipe file {str(path)!r} cannot be imported; give it a .py name")
+    module = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"recipe file {str(path)!r} fails on import: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == path.stem]
+        raise UserError(f"{str(path)!r} has no function {function!r}; its functions are {', '.join(own) or 'none'}")
+    return getattr(module, function)
+
+
+def _call(name: str, function: Callable[[], Run]) -> Run:
+    from pydantic import ValidationError
+
+    try:
+        run = function()
+    except ValidationError as error:
+        raise UserError(f"recipe {name!r}: {explain_validation_error(error)}") from None
+    except TypeError as error:
+        raise UserError(f"recipe {name!r} cannot be called without arguments: {error}") from error
+    if not isinstance(run, Run):
+        raise UserError(f"recipe {name!r} returned {type(run).__name__}; it must return a braeburn.config.Run")
+    return run

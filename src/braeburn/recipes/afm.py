@@ -1,0 +1,136 @@
+"""The Apple Foundation Models, from their reports (arXiv 2407.21075) and the public code of AXLearn.
+
+Data is not part of a recipe: the sources name folders to be filled, or to be set from the command line.
+"""
+
+from braeburn.config import Checkpoint, Data, Model, Remat, Run, Schedule, Source, Stage
+
+WEB = ("web", "code", "maths", "long")
+
+
+def stages(*, batch_tokens: int) -> dict[str, Stage]:
+    """The three stages: core, continued with maths and code up-weighted, and context lengthening.
+
+    Token counts, rates, decay and RoPE bases are the published ones; the weights of the mixtures are not published.
+    """
+    continued = Schedule(warmup_steps=1000, floor=0.001)
+    return {
+        "core": Stage(
+            tokens=6_300_000_000_000,
+            sequence_length=4096,
+            batch_tokens=batch_tokens,
+            mixture={"web": 0.75, "code": 0.15, "maths": 0.10},
+            learning_rate=0.01,
+            weight_decay=3.16e-4,
+            schedule=Schedule(warmup_steps=5000, floor=0.005),
+        ),
+        "continued": Stage(
+            tokens=1_000_000_000_000,
+            sequence_length=8192,
+            batch_tokens=batch_tokens,
+            mixture={"web": 0.40, "code": 0.35, "maths": 0.25},
+            learning_rate=3e-4,
+            weight_decay=1e-5,
+            schedule=continued,
+        ),
+        "context": Stage(
+            tokens=100_000_000_000,
+            sequence_length=32_768,
+            batch_tokens=batch_tokens,
+            mixture={"web": 0.30, "code": 0.25, "maths": 0.20, "long": 0.25},
+            learning_rate=3e-4,
+            weight_decay=1e-5,
+            schedule=continued,
+            rope_base=6_315_089.0,
+        ),
+    }
+
+
+def data() -> Data:
+    """One folder of JSON lines for each source."""
+    return Data(sources={name: Source(paths=(f"data/{name}/*.jsonl.zst",), format="jsonl") for name in WEB})
+
+
+def afm_on_device() -> Run:
+    """AFM-on-device, 2.7B: the published 3B model trained from scratch on 7.4T tokens."""
+    return Run(
+        name="afm-on-device",
+        model=Model(
+            vocab_size=49_152,
+            d_model=3072,
+            num_layers=26,
+            num_heads=24,
+            num_kv_heads=8,
+            head_dim=128,
+            ffn_dim=8064,
+        ),
+        stages=stages(batch_tokens=2048 * 4096),
+        data=data(),
+        checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),
+        remat=Remat(policy="save_named", names=("query", "key", "value", "attention", "ffn_gate", "ffn_up")),
+    )
+
+
+def afm_6_4b() -> Run:
+    """The 6.4B model that AFM-on-device is pruned from: the same but for a wider FFN.
+
+    The report says only that the FFN was pruned; its width here is the multiple of 128 that gives 6.4B parameters.
+    """
+    run = afm_on_device()
+    return run.model_copy(update={"name": "afm-6.4b", "model": run.model.model_copy(update={"ffn_dim": 23_296})})
+
+
+def afm_server() -> Run:
+    """AFM-server as a 69B dense model: shape assumed, since unpublished; batch 4096 x 4096.
+
+    Published are the 100k vocabulary, eight KV heads, and everything that it shares with AFM-on-device. Assumed are
+    the depth, width, and FFN, those of the 70B class.
+    """
+    return Run(
+        name="afm-server",
+        model=Model(
+            vocab_size=100_352,
+            d_model=8192,
+            num_layers=80,
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=128,
+            ffn_dim=28_672,
+        ),
+        stages=stages(batch_tokens=4096 * 4096),
+        data=data(),
+        checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),
+        remat=Remat(policy="full"),
+    )
+
+
+def afm_85m() -> Run:
+    """85M parameters of the AFM family on a single accelerator: 1.7B + 0.3B + 0.1B tokens."""
+    published = stages(batch_tokens=64 * 4096)
+    shorter = {
+        "core": {"tokens": 1_700_000_000, "sequence_length": 2048, "schedule": Schedule(warmup_steps=300, floor=0.005)},
+        "continued": {
+            "tokens": 300_000_000,
+            "sequence_length": 4096,
+            "schedule": Schedule(warmup_steps=60, floor=0.001),
+        },
+        "context": {
+            "tokens": 100_000_000,
+            "sequence_length": 16_384,
+            "schedule": Schedule(warmup_steps=20, floor=0.001),
+        },
+    }
+    return Run(
+        name="afm-85m",
+        model=Model(
+            vocab_size=12_288,
+            d_model=768,
+            num_layers=12,
+            num_heads=12,
+            num_kv_heads=4,
+            head_dim=64,
+            ffn_dim=2048,
+        ),
+        stages={name: stage.model_copy(update=shorter[name]) for name, stage in published.items()},
+        data=data(),
+    )

@@ -1,0 +1,157 @@
+"""Checkpoints through orbax: written in the background, atomically, and complete in themselves.
+
+`checkpoints/STEP/` holds the parameters, the optimizer's state, and the run with its tokenizer; a folder of that name
+exists only once all of it is on disk. This is the only module that knows orbax.
+"""
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from braeburn.config import Checkpoint, Run
+from braeburn.errors import UserError
+from braeburn.model.spec import Tree, walk
+from braeburn.train.state import TrainState
+
+# Orbax tells of every save and restore at this level.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, directory: Path, options: Checkpoint | None = None):
+        """Opens `directory`/checkpoints; with `options` for writing, without for reading only."""
+        self._directory = directory.absolute() / "checkpoints"
+        self._newest_saved: int | None = None
+        if options is None and not self._directory.is_dir():
+            raise UserError(f"{str(directory)!r} holds no checkpoint; train for at least one checkpoint first")
+        settings: dict[str, Any] = {"read_only": True}
+        if options is not None:
+            settings = {
+                "max_to_keep": options.keep_last,
+                "keep_period": options.keep_every_steps,
+                "cleanup_tmp_directories": True,
+            }
+        with _explained(self._directory):
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(**settings),
+                item_names=("params", "optimizer", "run"),
+            )
+
+    def newest(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, run: Run, tokenizer: str) -> bool:
+        """Begins to write a checkpoint; it does not change when the state does.
+
+        Returns whether there was anything to do: a step that is saved already is left alone.
+
+        Raises:
+            UserError: an earlier write failed, as for want of space.
+        """
+        if self._newest_saved == step or step in self._manager.all_steps():
+            return False
+        self._newest_saved = step
+        with _explained(self._directory):
+            items = {"params": ocp.args.StandardSave(state.params)}
+            if state.optimizer is not None:
+                items["optimizer"] = ocp.args.StandardSave(state.optimizer)
+            description = {"run": run.model_dump(mode="json"), "tokenizer": json.loads(tokenizer)}
+            self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(description), **items), force=True)
+        return True
+
+    def wait(self) -> None:
+        """Returns once every checkpoint begun is on disk."""
+        with _explained(self._directory):
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, params: Tree, init_optimizer: Callable[[Tree], Any]) -> TrainState:
+        """The state saved at `step`.
+
+        Args:
+            step: of a complete checkpoint.
+            params: abstract parameters to restore into.
+            init_optimizer: gives the optimizer's state for parameters; used where the checkpoint holds none.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        values = self.restore_params(step, params)
+        if (self._directory / str(step) / "optimizer").is_dir():
+            abstract = jax.eval_shape(init_optimizer, params)
+            optimizer = self._read(step, optimizer=ocp.args.StandardRestore(_placed(abstract)))["optimizer"]
+        else:
+            optimizer = jax.jit(init_optimizer)(values)
+        return TrainState(jnp.asarray(step, jnp.int32), values, optimizer)
+
+    def restore_params(self, step: int, params: Tree) -> Tree:
+        """The parameters saved at `step`, in the structure of the abstract `params`."""
+        return self._read(step, params=ocp.args.StandardRestore(_placed(params)))["params"]
+
+    def restore_run(self, step: int) -> tuple[dict[str, Any], str]:
+        """The fields of the run that saved `step`, and its tokenizer's JSON."""
+        description = self._read(step, run=ocp.args.JsonRestore())["run"]
+        return description["run"], json.dumps(description["tokenizer"], ensure_ascii=False)
+
+    def close(self) -> None:
+        """Finishes what is being written."""
+        with _explained(self._directory):
+            self._manager.close()
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            older = [s for s in self._manager.all_steps() if s < step]
+            remedy = f"to go on from step {max(older)}" if older else "to begin again"
+            folder = self._directory / str(step)
+            logging.getLogger(__name__).debug("reading %s", folder, exc_info=error)
+            raise UserError(
+                f"the checkpoint {str(folder)!r} is damaged or of another model "
+                f"({_first_line(error)}); move it away {remedy}"
+            ) from error
+
+
+def bytes_on_disk(params: Tree, optimizer: Any) -> int:
+    """Upper bound of a checkpoint's size: the arrays as they are."""
+    leaves = [leaf for _, leaf in walk(params)] + jax.tree.leaves(optimizer)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _placed(abstract: Any) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160].rstrip(".: ")
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Turns failures to write into sentences."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+            free = shutil.disk_usage(directory.parent).free
+            raise UserError(
+                f"no space left for a checkpoint in {str(directory)!r} ({free:,} bytes free); earlier checkpoints are "
+                f"whole: free some space or lower checkpoint.keep_last, then run the same command to resume"
+            ) from error
+        if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
+            raise UserError(f"{str(directory)!r} cannot be written to; choose another folder with --out") from error
+        raise

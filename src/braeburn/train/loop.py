@@ -1,0 +1,222 @@
+"""The training loop: all stages of a run as one, from wherever the run directory's last checkpoint left off."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from braeburn.config import Run, validate
+from braeburn.data.loader import Batches, held_out_batches, prefetch
+from braeburn.data.prepare import Prepared, prepare
+from braeburn.data.tokenizer import Tokenizer
+from braeburn.errors import UserError
+from braeburn.model import transformer
+from braeburn.model.spec import abstract, initialize
+from braeburn.optim.build import begin_stage
+from braeburn.train.checkpoint import Checkpoints, bytes_on_disk
+from braeburn.train.directory import RunDirectory
+from braeburn.train.guard import SkipCounter, StopRequest, check_space
+from braeburn.train.held_out import measure
+from braeburn.train.metrics import MetricsWriter, Recorder
+from braeburn.train.progress import Display, duration
+from braeburn.train.stages import Program, abstract_state, compile_stage, stage_optimizer
+from braeburn.train.state import TrainState, new_state
+from braeburn.train.trained import require_same_tokenizer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        step: steps made in all.
+        finished: whether every stage is done.
+        stages: a row for each finished stage: stage, step, tokens, loss (the mean of its last steps, in nats) and
+            held_out (results by source).
+    """
+
+    step: int
+    finished: bool
+    stages: list[dict[str, Any]]
+
+
+def train(
+    run: Run, out: Path, *, origins: dict[str, str] | None = None, stop_after_steps: int | None = None
+) -> Outcome:
+    """Trains `run` in the folder `out`, or goes on with it there.
+
+    Args:
+        run: the complete run.
+        out: its run directory; a run begun there goes on from its newest checkpoint, bit for bit.
+        origins: where each value of the run came from, for `config.json`.
+        stop_after_steps: save and return after this many steps of this call.
+
+    Raises:
+        UserError: anything that the user can mend; what is on disk stays whole.
+    """
+    if not run.stages:
+        raise UserError(f"stages of the run {run.name!r} is empty; add a stage to train")
+    directory = RunDirectory(out)
+    state_shape = abstract_state(run, next(iter(run.stages.values())))
+    size = bytes_on_disk(state_shape.params, state_shape.optimizer)
+    check_space(directory.path, size, run.checkpoint.keep_last)
+
+    with Display(run.total_steps) as display, StopRequest() as stop:
+        resumed = _newest_step(directory, run)
+        tokenizer = Tokenizer.load(directory.tokenizer) if directory.tokenizer.exists() else None
+        prepared = prepare(run, display.say, tokenizer)
+        directory.write_config(run, origins or {})
+        if tokenizer is None:
+            prepared.tokenizer.save(directory.tokenizer)
+        loop = _Loop(run, directory, prepared, display, stop)
+        return loop.run_from(resumed, stop_after_steps)
+
+
+def _newest_step(directory: RunDirectory, run: Run) -> int | None:
+    """The step to resume from, after checking that `run` may go on here; None to begin."""
+    if not directory.begun():
+        strangers = [p.name for p in directory.path.iterdir() if not p.name.startswith(".")]
+        if strangers:
+            raise UserError(
+                f"--out {str(directory.path)!r} holds {strangers[0]!r} but no run; choose an empty or new folder"
+            )
+        return None
+    step = None
+    if (directory.path / "checkpoints").is_dir():
+        step = Checkpoints(directory.path).newest()
+    directory.check_unchanged(run, step or 0)
+    return step
+
+
+class _Loop:
+    """The parts of a run that its stages share."""
+
+    def __init__(self, run: Run, directory: RunDirectory, prepared: Prepared, display: Display, stop: StopRequest):
+        self.run = run
+        self.directory = directory
+        self.prepared = prepared
+        self.display = display
+        self.stop = stop
+        self.specs = transformer.param_specs(run.model)
+        self.checkpoints = Checkpoints(directory.path, run.checkpoint)
+        self.tokenizer_json = prepared.tokenizer.json
+
+    def run_from(self, resumed: int | None, stop_after_steps: int | None) -> Outcome:
+        """Runs stages until the run is finished or asked to stop."""
+        state = self._begin() if resumed is None else self._restore(resumed)
+        step, total = int(state.step), self.run.total_steps
+        last = total if stop_after_steps is None else min(step + stop_after_steps, total)
+        self.directory.forget_after(step)
+        writer = MetricsWriter(self.directory.path)
+        try:
+            while step < last and not self.stop.signal:
+                name, stage, index = self.run.stage_at(step)
+                program = self._compile(name)
+                self.display.begin_stage(name, stage.steps, index)
+                recorder = Recorder(self.run, name, writer, self.display)
+                state = self._steps(program, recorder, state, index, min(stage.steps, index + last - step))
+                step = int(state.step)
+                if self._ends_stage(step):
+                    self._end_stage(program, recorder, state, writer)
+                self._save(state)
+        finally:
+            writer.close()
+        self.checkpoints.close()
+        if self.stop.signal:
+            self.directory.event("preemption", step=step, signal=self.stop.signal)
+        else:
+            self.directory.event("stop", step=step, finished=step == total)
+        self.display.say(f"{'finished' if step == total else 'stopped'} at step {step} of {total}")
+        return Outcome(step, step == total, self.directory.stage_results(step))
+
+    def _begin(self) -> TrainState:
+        self.directory.event("start", total_steps=self.run.total_steps)
+        params = jax.jit(lambda: initialize(self.specs, self.run.seed))()
+        return new_state(params, stage_optimizer(self.run, next(iter(self.run.stages.values()))))
+
+    def _restore(self, step: int) -> TrainState:
+        fields, tokenizer = self.checkpoints.restore_run(step)
+        saved = Tokenizer.from_json(tokenizer)
+        require_same_tokenizer(self.prepared.tokenizer, saved, self.directory.tokenizer, step)
+        if validate(fields).model != self.run.model:
+            raise UserError(
+                f"model differs from that of checkpoint {step} in {str(self.directory.path)!r}; "
+                f"put the fields of model back, or choose another --out"
+            )
+        stage = self.run.stage_at(min(step, self.run.total_steps - 1))[1]
+        state = self.checkpoints.restore(step, abstract(self.specs), stage_optimizer(self.run, stage).init)
+        self.directory.event("resume", step=step)
+        self.display.say(f"resuming from step {step} of {self.run.total_steps}")
+        return state
+
+    def _compile(self, name: str) -> Program:
+        began = time.monotonic()
+        program = compile_stage(self.run, name, self.prepared.tokenizer.token_bytes)
+        seconds = time.monotonic() - began
+        self.directory.event("compile", stage=name, seconds=round(seconds, 3))
+        self.display.say(f"stage {name}: compiled in {duration(seconds)}")
+        return program
+
+    def _steps(self, program: Program, recorder: Recorder, state: TrainState, index: int, until: int) -> TrainState:
+        """Makes the steps index..until of a stage. Metrics are read once the next step is on its way."""
+        if index == 0:
+            state = state._replace(optimizer=begin_stage(state.optimizer))
+        batches = Batches(program.stage, program.name, self.run.seed, self.prepared.train)
+        stream = prefetch(batches, index, self.run.data.workers, self.run.data.prefetch)
+        step = int(state.step)
+        for _ in range(index, until):
+            began = time.monotonic()
+            batch = next(stream)
+            waited = time.monotonic() - began
+            state, metrics = program.step(state, batch)
+            step += 1
+            recorder.observe(step, metrics, waited)
+            if self.stop.signal:
+                break
+            if not self._ends_stage(step):
+                if self.run.evaluation.every_steps and step % self.run.evaluation.every_steps == 0:
+                    results = self._evaluate(program, state)
+                    recorder.writer.held_out(step, results)
+                    self.directory.event("evaluation", stage=program.name, step=step, held_out=results)
+                if step % self.run.checkpoint.every_steps == 0:
+                    self._save(state)
+        recorder.flush()
+        return state
+
+    def _ends_stage(self, step: int) -> bool:
+        return step == self.run.total_steps or self.run.stage_at(step)[2] == 0
+
+    def _save(self, state: TrainState) -> None:
+        step = int(state.step)
+        if self.checkpoints.save(step, state, self.run, self.tokenizer_json):
+            self.directory.event("checkpoint", step=step)
+
+    def _evaluate(self, program: Program, state: TrainState) -> dict[str, dict[str, float]]:
+        stage = program.stage
+        sequences = max(1, stage.batch_size // stage.accumulation_steps)
+        results = {}
+        for source, store in self.prepared.held_out.items():
+            if store is not None and stage.mixture.get(source):
+                batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
+                results[source] = measure(program.evaluate, state.params, batches).summary()
+        return results
+
+    def _end_stage(self, program: Program, recorder: Recorder, state: TrainState, writer: MetricsWriter) -> None:
+        results = self._evaluate(program, state)
+        step = int(state.step)
+        writer.held_out(step, results)
+        self.directory.event(
+            "stage_end",
+            stage=program.name,
+            step=step,
+            tokens=program.stage.steps * program.stage.batch_tokens,
+            loss=recorder.recent_loss,
+            held_out=results,
+        )
+        for source, values in results.items():
+            self.display.say(
+                f"stage {program.name}: held-out {source} loss {values['loss']:.4f}, "
+                f"{values['bits_per_byte']:.4f} bits per byte"
+            )

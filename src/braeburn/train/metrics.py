@@ -1,0 +1,148 @@
+"""What a run writes down of each step, and the arithmetic of model FLOPs utilisation."""
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from braeburn.config import Model, Run
+from braeburn.model.spec import Tree, count
+from braeburn.model.transformer import param_specs
+from braeburn.train.guard import SkipCounter
+from braeburn.train.progress import Display
+
+# Dense bf16 peak of one device in FLOP/s, by what JAX calls it (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "AMD Instinct MI300X": 1307e12,
+    "AMD Instinct MI325X": 1307e12,
+    "AMD Instinct MI355X": 2500e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s; None where it is not known, as for CPUs."""
+    if device_kind in PEAK_FLOPS:
+        return PEAK_FLOPS[device_kind]
+    # GPUs append their memory and form, as in "NVIDIA H100 80GB HBM3".
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind + " ")), None)
+
+
+def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
+    """Model FLOPs of one training token, 6 N + 12 L d S (PaLM, arXiv 2204.02311, appendix B).
+
+    N counts the weights that multiply: all but an embedding that is only looked up. d is the width of attention.
+    """
+    weights = count(specs)
+    if not model.tied_embeddings:
+        weights -= model.vocab_size * model.d_model
+    return 6 * weights + 12 * model.num_layers * model.num_heads * model.head_dim * sequence_length
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and TensorBoard."""
+
+    def __init__(self, directory: Path):
+        """Opens both for appending; rows are flushed as they are written."""
+        from tensorboardX import SummaryWriter
+
+        self._file = (directory / "metrics.jsonl").open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One step's row; its numbers also go to TensorBoard."""
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def held_out(self, step: int, results: dict[str, dict[str, float]]) -> None:
+        """Held-out results by source, for TensorBoard; the loop records them as an event too."""
+        for source, values in results.items():
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"held_out/{source}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+class Recorder:
+    """Turns a stage's metrics on the device into rows, each a step late so that the device never waits."""
+
+    def __init__(self, run: Run, stage: str, writer: MetricsWriter, display: Display):
+        """Begins to time the next step."""
+        self.writer = writer
+        self._display = display
+        self._name = stage
+        self._stage = run.stages[stage]
+        self._first_step, self._first_token = 0, 0
+        for name, earlier in run.stages.items():
+            if name == stage:
+                break
+            self._first_step += earlier.steps
+            self._first_token += earlier.steps * earlier.batch_tokens
+        self._flops = flops_per_token(run.model, param_specs(run.model), self._stage.sequence_length)
+        self._skips = SkipCounter()
+        self._recent: deque[float] = deque(maxlen=20)
+        self._pending: tuple[int, dict[str, Any], float] | None = None
+        self._last = time.monotonic()
+
+    @property
+    def recent_loss(self) -> float | None:
+        """Mean loss of the last steps, up to 20, in nats per token."""
+        return sum(self._recent) / len(self._recent) if self._recent else None
+
+    def observe(self, step: int, metrics: dict[str, Any], data_seconds: float) -> None:
+        """Takes the metrics of `step`, just dispatched, and writes the row of the one before."""
+        self.flush()
+        self._pending = (step, metrics, data_seconds)
+
+    def flush(self) -> None:
+        """Waits for the last step and writes its row.
+
+        Raises:
+            UserError: no step has been valid for long.
+        """
+        if self._pending is None:
+            return
+        step, metrics, data_seconds = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        tokens_per_second = self._stage.batch_tokens / seconds
+        peak = peak_flops(jax.devices()[0].device_kind)
+        row = {
+            "step": step,
+            "stage": self._name,
+            "tokens": self._first_token + (step - self._first_step) * self._stage.batch_tokens,
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * self._flops / peak if peak else None,
+            "step_seconds": seconds,
+            "data_seconds": data_seconds,
+            "skipped": int(values["skipped"]),
+        }
+        self._recent.append(values["loss"])
+        self.writer.write(row)
+        self._display.step(row, step - self._first_step)
+        self._skips.observe(step, row["skipped"])

@@ -1,0 +1,80 @@
+"""How a run shows itself while it trains: a live display on a terminal, plain lines elsewhere. Both go to stderr."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Display:
+    """Shows one run. Use as a context manager."""
+
+    def __init__(self, total_steps: int, console: Console | None = None):
+        """Prepares a display of `total_steps` over all stages."""
+        self._console = console or Console(stderr=True, highlight=False)
+        self._total_steps = total_steps
+        self._last_line = -float("inf")
+        self._seconds_per_step: float | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+            )
+            self._bar = Progress(*columns, console=self._console)
+
+    def __enter__(self) -> "Display":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def begin_stage(self, name: str, steps: int, done: int) -> None:
+        """A stage of `steps` begins, or goes on after `done`."""
+        self._seconds_per_step = None
+        if self._bar:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(name, total=steps, completed=done, facts="")
+        self.say(f"stage {name}: {steps - done} steps" + (f" left of {steps}" if done else ""))
+
+    def step(self, row: dict[str, Any], stage_step: int) -> None:
+        """A step was made; `row` is that of `metrics.jsonl`."""
+        seconds = row["step_seconds"]
+        before = self._seconds_per_step
+        self._seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
+        facts = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        if row["mfu"] is not None:
+            facts += f"  MFU {row['mfu']:.1%}"
+        # Later stages may have longer steps: the estimate is of this stage's pace.
+        remaining = (self._total_steps - row["step"]) * self._seconds_per_step
+        facts += f"  {duration(remaining)} left"
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=stage_step, facts=facts)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._total_steps:
+            self._last_line = now
+            self.say(f"step {row['step']}/{self._total_steps}  {row['stage']}  {facts}")
+
+
+def duration(seconds: float) -> str:
+    """A length of time to two units, as in `3 h 20 min`."""
+    whole = round(seconds)
+    for name, size, smaller, smaller_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // smaller_size} {smaller}"
+    return f"{whole} s"

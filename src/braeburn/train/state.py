@@ -1,0 +1,23 @@
+"""Everything that training changes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from braeburn.model.spec import Tree
+
+
+class TrainState(NamedTuple):
+    """Steps made, float32 parameters and the optimizer's state."""
+
+    step: Int[Array, ""]
+    params: Tree
+    optimizer: optax.OptState
+
+
+def new_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; `params` are taken over, not copied."""
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))

@@ -1,0 +1,57 @@
+"""One optimizer step, as a pure function of state and batch that knows no model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from braeburn.train.state import TrainState
+
+Batch = dict[str, Array]
+# (params, batch) -> (what is minimised, metrics); both are weighted sums over tokens, by `weights` of the batch.
+LossFunction = Callable[[Any, Batch], tuple[Array, dict[str, Array]]]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    accumulation_steps: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The next state and the step's metrics: float32 scalars, means over the batch's tokens.
+
+    With `accumulation_steps` A, the batch of B sequences is worked through in A parts of B / A, whose gradients are
+    summed before the one update: the result is that of the whole batch.
+    """
+    batch = batch | {"weights": batch["weights"] / jnp.sum(batch["weights"])}
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    if accumulation_steps == 1:
+        (_, metrics), gradients = gradient(state.params, batch)
+    else:
+        # Part i takes the sequences i, i + A, ...: each part then lies on the same devices as the whole.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
+            (_, metrics), gradients = gradient(state.params, part)
+            return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
+
+        (_, metrics), gradients = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
+        (gradients, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
+
+    with jax.named_scope("optimizer"):
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+    metrics = metrics | {
+        "grad_norm": optimizer_state.grad_norm,
+        "learning_rate": optimizer_state.learning_rate,
+        "skipped": optimizer_state.skipped,
+    }
+    return TrainState(state.step + 1, params, optimizer_state), metrics

@@ -1,0 +1,122 @@
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from braeburn.config import Stage
+from braeburn.data.corpus import Document
+from braeburn.data.loader import Batches, held_out_batches, prefetch
+from braeburn.data.packing import Batch
+from braeburn.data.store import TokenStore, build_store
+from braeburn.data.tokenizer import train
+from braeburn.errors import UserError
+
+TOKENIZER = train(["x"], 257)
+STAGE = Stage(tokens=12 * 6 * 16, sequence_length=16, batch_tokens=96, mixture={"a": 3, "b": 1}, learning_rate=1)
+FIELDS = {
+    "inputs": np.int32,
+    "targets": np.int32,
+    "positions": np.int32,
+    "segment_ids": np.int32,
+    "weights": np.float32,
+}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStore]:
+    folder = tmp_path_factory.mktemp("stores")
+    for name, count in (("a", 40), ("b", 15)):
+        build_store(folder / name, [Document("", f"{name}{i} " * (i + 1)) for i in range(count)], TOKENIZER)
+    return {name: TokenStore.open(folder / name, TOKENIZER.hash) for name in "ab"}
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[field], b[field]) for field in a)
+
+
+def test_batches_depend_on_seed_stage_and_step_alone(stores: dict[str, TokenStore]) -> None:
+    batches = Batches(STAGE, "core", 0, stores)
+    assert len(batches) == 12
+    for field, values in batches[3].items():
+        assert (values.shape, values.dtype) == ((6, 16), FIELDS[field])
+    assert batches[3].keys() == FIELDS.keys()
+    assert all(same(batches[i], Batches(STAGE, "core", 0, stores)[i]) for i in reversed(range(12)))
+    assert not same(batches[0], batches[1])
+    assert not same(batches[0], Batches(STAGE, "core", 1, stores)[0])
+    assert not same(batches[0], Batches(STAGE, "decay", 0, stores)[0])
+    with pytest.raises(IndexError):
+        batches[12]
+
+
+@pytest.mark.parametrize("start", [0, 5, 12])
+def test_prefetch_equals_indexing(stores: dict[str, TokenStore], start: int) -> None:
+    batches = Batches(STAGE, "core", 0, stores)
+    read = list(prefetch(batches, start, workers=0, prefetch=3))
+    assert len(read) == 12 - start
+    assert all(same(batch, batches[start + i]) for i, batch in enumerate(read))
+
+
+def test_prefetch_by_processes_equals_indexing(stores: dict[str, TokenStore]) -> None:
+    batches = Batches(STAGE, "core", 0, stores)
+    read = list(prefetch(batches, 5, workers=2, prefetch=2))
+    assert len(read) == 7
+    assert all(same(batch, batches[5 + i]) for i, batch in enumerate(read))
+
+
+class Broken(Batches):
+    def __getitem__(self, step: int) -> Batch:
+        if step == 1:
+            raise UserError("one sentence")
+        return super().__getitem__(step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_of_workers_surface_as_they_are(stores: dict[str, TokenStore], workers: int) -> None:
+    iterator: Iterator[Batch] = prefetch(Broken(STAGE, "core", 0, stores), 0, workers=workers, prefetch=2)
+    next(iterator)
+    with pytest.raises(UserError) as error:
+        next(iterator)
+    assert str(error.value) == "one sentence"
+
+
+def test_stopping_early_ends_the_reader(stores: dict[str, TokenStore]) -> None:
+    iterator = prefetch(Batches(STAGE, "core", 0, stores), 0, workers=0, prefetch=2)
+    assert len(list(islice(iterator, 2))) == 2
+    iterator.close()  # type: ignore[attr-defined]
+    assert list(iterator) == []
+
+
+def test_rows_of_processes_make_up_the_batch(stores: dict[str, TokenStore]) -> None:
+    whole = Batches(STAGE, "core", 0, stores)[4]
+    parts = [Batches(STAGE, "core", 0, stores, rows=rows)[4] for rows in (range(2), range(2, 3), range(3, 6))]
+    assert same(whole, {field: np.concatenate([part[field] for part in parts]) for field in whole})
+
+
+def test_a_sequence_longer_than_the_data_is_refused(stores: dict[str, TokenStore]) -> None:
+    stage = Stage(tokens=10**6, sequence_length=10**5, batch_tokens=10**5, mixture={"a": 1}, learning_rate=1)
+    with pytest.raises(UserError, match="sequence longer than the data: source 'a'"):
+        Batches(stage, "core", 0, stores)
+
+
+def test_held_out_batches_have_one_shape(stores: dict[str, TokenStore]) -> None:
+    store = stores["b"]
+    batches = list(held_out_batches(store, 16, 4, max_tokens=10**9))
+    assert {values.shape for batch in batches for values in batch.values()} == {(4, 16)}
+    weights = np.concatenate([batch["weights"].ravel() for batch in batches])
+    assert weights.sum() == store.tokens
+    targets = np.concatenate([batch["targets"].ravel() for batch in batches])[weights > 0]
+    assert np.array_equal(targets, store.read(1, store.tokens + 1))
+    assert TOKENIZER.token_bytes[targets].sum() == store.text_bytes
+    few = list(held_out_batches(store, 16, 4, max_tokens=100))
+    assert sum(batch["weights"].sum() for batch in few) == 96
+    assert sum(batch["weights"].sum() for batch in held_out_batches(store, 16, 4, max_tokens=1)) == 16
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, braeburn.data.loader, braeburn.data.prepare; print([m for m in sys.modules if m in HEAVY])"
+    code = code.replace("HEAVY", "('jax', 'grain', 'pyarrow', 'fsspec', 'tokenizers', 'zstandard')")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

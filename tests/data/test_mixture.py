@@ -1,0 +1,64 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from braeburn.data.mixture import BLOCK, Mixture, derive_key, permute
+
+KEYS = st.integers(0, 2**64 - 1)
+
+
+@given(st.integers(1, 3000), KEYS)
+@settings(deadline=None)
+def test_permute_is_a_bijection(size: int, key: int) -> None:
+    image = permute(np.arange(size, dtype=np.uint64), size, key)
+    assert np.array_equal(np.sort(image), np.arange(size))
+
+
+@given(st.integers(1, 2**62).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))), KEYS)
+@settings(deadline=None)
+def test_permute_is_the_same_for_integers_and_arrays(size_index: tuple[int, int], key: int) -> None:
+    size, index = size_index
+    image = permute(index, size, key)
+    assert 0 <= image < size
+    assert permute(np.array([index], np.uint64), size, key)[0] == image
+
+
+def test_permute_depends_on_the_key_and_mixes() -> None:
+    images = np.stack([permute(np.arange(1000, dtype=np.uint64), 1000, derive_key(i)) for i in range(200)])
+    assert len({image.tobytes() for image in images}) == 200
+    # Each place's mean over keys is that of a uniform draw: 499.5 with a standard error of 20.4.
+    assert abs(images.mean(axis=0) - 499.5).max() < 5 * 20.4
+
+
+WEIGHTS = st.dictionaries(st.text(max_size=5), st.floats(0, 1e300), min_size=1, max_size=6).filter(
+    lambda weights: sum(weights.values()) > 0
+)
+
+
+@given(WEIGHTS, st.integers(0, 2**64 - 1), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_each_index_is_used_once_in_proportion(weights: dict[str, float], seed: int, first: int) -> None:
+    mixture = Mixture(weights, seed)
+    drawn = [mixture.at(first * BLOCK + position) for position in range(BLOCK)]
+    positive = {name: weight for name, weight in weights.items() if weight > 0}
+    largest = max(positive.values())
+    total = sum(weight / largest for weight in positive.values())
+    for name, weight in positive.items():
+        indices = sorted(index for source, index in drawn if source == name)
+        count = len(indices)
+        assert indices == list(range(first * count, (first + 1) * count))
+        assert count >= 1
+        assert abs(count - weight / largest / total * BLOCK) <= len(positive)
+    assert {name for name, _ in drawn} == set(positive)
+
+
+def test_order_of_names_changes_nothing_and_the_seed_does() -> None:
+    a, b = Mixture({"x": 1, "y": 2}, 0), Mixture({"y": 200, "x": 100}, 0)
+    assert [a.at(i) for i in range(5000)] == [b.at(i) for i in range(5000)]
+    assert [a.at(i) for i in range(50)] != [Mixture({"x": 1, "y": 2}, 1).at(i) for i in range(50)]
+
+
+def test_values_are_pinned() -> None:
+    # A change here changes the data of every run that resumes.
+    assert derive_key(0, "core", "sequences") == 16885759983617818705
+    assert [permute(i, 10, 1) for i in range(10)] == [6, 1, 8, 0, 2, 9, 4, 7, 5, 3]

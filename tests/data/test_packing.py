@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from braeburn.data.corpus import Document
+from braeburn.data.packing import Row, Sequences, windows
+from braeburn.data.store import TokenStore, build_store
+from braeburn.data.tokenizer import train
+from braeburn.errors import UserError
+
+TOKENIZER = train(["x"], 257)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory):
+    def make(lengths: tuple[int, ...]) -> TokenStore:
+        """A store whose documents have these numbers of tokens, the begin token included."""
+        directory = tmp_path_factory.getbasetemp() / f"packing-{hash(lengths)}"
+        if not directory.exists():
+            texts = ["".join(chr(97 + (i + j) % 26) for j in range(n - 1)) for i, n in enumerate(lengths)]
+            build_store(directory, [Document("", text) for text in texts], TOKENIZER, shard_tokens=11)
+        return TokenStore.open(directory, TOKENIZER.hash)
+
+    return make
+
+
+def naive(store: TokenStore, start: int, length: int) -> Row:
+    """One window, token by token."""
+    tokens = store.read(0, store.tokens + 1).tolist()
+    starts = set(store.document_starts(0, store.tokens).tolist())
+    row: Row = {field: [] for field in ("inputs", "targets", "positions", "segment_ids", "weights")}
+    segment, position = 1, 0
+    for place in range(start, start + length):
+        if place >= store.tokens:
+            values = (store.begin, store.begin, 0, 0, 0.0)
+        else:
+            if place in starts and place > start:
+                segment, position = segment + 1, 0
+            values = (tokens[place], tokens[place + 1], position, segment, 1.0)
+            position += 1
+        for field, value in zip(row, values, strict=True):
+            row[field].append(value)
+    return row
+
+
+def assert_equal(row: Row, expected: Row) -> None:
+    for field, values in expected.items():
+        assert row[field].dtype == (np.float32 if field == "weights" else np.int32)
+        assert row[field].tolist() == values, field
+
+
+LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12).map(tuple)
+
+
+@given(lengths=LENGTHS, length=st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_windows_cover_the_store_exactly(make, lengths: tuple[int, ...], length: int) -> None:
+    store = make(lengths)
+    rows = list(windows(store, length))
+    for index, row in enumerate(rows):
+        assert_equal(row, naive(store, index * length, length))
+    assert sum(int(row["weights"].sum()) for row in rows) == store.tokens
+    inputs = np.concatenate([row["inputs"] for row in rows])[: store.tokens]
+    assert np.array_equal(inputs, store.read(0, store.tokens))
+
+
+@given(lengths=LENGTHS, length=st.integers(1, 40), seed=st.integers(0, 2**64 - 1))
+@settings(max_examples=40, deadline=None)
+def test_sequences_are_windows_of_one_shift_an_epoch(make, lengths: tuple[int, ...], length: int, seed: int) -> None:
+    store = make(lengths)
+    if store.tokens < length:
+        with pytest.raises(
+            UserError, match=rf"'books' has {store.tokens} .*sequence_length={length}; set it to at most"
+        ):
+            Sequences(store, length, seed, "books")
+        return
+    sequences = Sequences(store, length, seed, "books")
+    assert sequences.windows == max(1, (store.tokens - (length - 1)) // length)
+    possible = [naive(store, start, length) for start in range(store.tokens - length + 1)]
+    for epoch in range(3):
+        rows = [sequences[epoch * sequences.windows + i] for i in range(sequences.windows)]
+        fits = [
+            shift
+            for shift in range(length)
+            if shift + sequences.windows * length <= store.tokens
+            and sorted(r["inputs"].tolist() for r in rows)
+            == sorted(possible[shift + w * length]["inputs"] for w in range(sequences.windows))
+        ]
+        assert fits
+        for row in rows:
+            assert any(row["targets"].tolist() == p["targets"] for p in possible)
+            match = next(
+                p for p in possible if all(row[field].tolist() == p[field] for field in ("inputs", "segment_ids"))
+            )
+            assert row["positions"].tolist() == match["positions"]
+
+
+def test_epochs_differ(make) -> None:
+    store = make((30,) * 20)
+    sequences = Sequences(store, 8, 0, "books")
+    epochs = [
+        b"".join(sequences[e * sequences.windows + i]["inputs"].tobytes() for i in range(sequences.windows))
+        for e in range(4)
+    ]
+    assert len(set(epochs)) == 4
+    again = Sequences(store, 8, 1, "books")
+    assert again[0]["inputs"].tobytes() != sequences[0]["inputs"].tobytes()

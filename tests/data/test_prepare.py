@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from braeburn.config import Run, override, validate
+from braeburn.data.prepare import cache_folder, prepare
+from braeburn.data.tokenizer import train
+from braeburn.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    for name in ("web", "books"):
+        rows = (json.dumps({"text": f"{name} number {i} " * 5}) + "\n" for i in range(200))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    sources = {name: {"paths": [str(tmp_path / f"{name}.jsonl")]} for name in ("web", "books")}
+    return validate(
+        {
+            "name": "tiny",
+            "model": {
+                "vocab_size": 300, "d_model": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8,
+                "ffn_dim": 8,
+            },
+            "stages": {
+                "core": {
+                    "tokens": 640, "sequence_length": 16, "batch_tokens": 64, "learning_rate": 1,
+                    "mixture": {"web": 1, "books": 1, "unused": 0},
+                }
+            },
+            "data": {
+                "sources": sources | {"unused": {"paths": ["/nowhere"]}}, "cache": str(tmp_path / "cache"),
+                "held_out": 0.1,
+            },
+        }
+    )  # fmt: skip
+
+
+def test_builds_once_and_again_only_what_changed(run: Run, tmp_path: Path) -> None:
+    lines: list[str] = []
+    first = prepare(run, lines.append)
+    assert first.tokenizer.vocab_size <= 300
+    assert set(first.train) == set(first.held_out) == {"web", "books"}
+    for name, store in first.train.items():
+        held_out = first.held_out[name]
+        assert held_out is not None and held_out.documents > 5
+        assert store.documents + held_out.documents == 200
+    assert sum("trained a tokenizer" in line for line in lines) == 1
+    assert sum("tokenised" in line for line in lines) == 4
+
+    lines.clear()
+    second = prepare(run, lines.append)
+    assert second.tokenizer.hash == first.tokenizer.hash
+    assert not [line for line in lines if "tokenised" in line or "trained a" in line]
+
+    lines.clear()
+    with (tmp_path / "web.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    prepare(run, lines.append, tokenizer=first.tokenizer)
+    assert sum("tokenised web" in line for line in lines) == 2
+    assert not [line for line in lines if "tokenised books" in line or "trained a" in line]
+
+
+def test_corrupt_cached_tokenizer_is_trained_again(run: Run, tmp_path: Path) -> None:
+    first = prepare(run, print)
+    (path,) = (tmp_path / "cache/tokenizers").iterdir()
+    path.write_text("{")
+    lines: list[str] = []
+    assert prepare(run, lines.append).tokenizer.hash == first.tokenizer.hash
+    assert "corrupt" in lines[0]
+
+
+def test_own_tokenizer_must_fit_the_model(run: Run, tmp_path: Path) -> None:
+    train(["several words several words"], 269).save(tmp_path / "tokenizer.json")
+    mine = override(run, {"data.tokenizer": str(tmp_path / "tokenizer.json")})
+    assert prepare(mine, print).tokenizer.vocab_size == 269
+    with pytest.raises(UserError, match=r"model\.vocab_size=260 .* 269 .*at least 269"):
+        prepare(override(mine, {"model.vocab_size": 260}), print)
+
+
+def test_nothing_held_out_is_said(run: Run) -> None:
+    lines: list[str] = []
+    prepared = prepare(override(run, {"data.held_out": 1e-9}), lines.append)
+    assert prepared.held_out == {"web": None, "books": None}
+    assert sum("warning: data.held_out=1e-09 holds out no document of web" in line for line in lines) == 1
+
+
+def test_cache_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = run.data.model_copy(update={"cache": None})
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder(data) == Path("/somewhere/braeburn/data")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(data) == Path.home() / ".cache/braeburn/data"

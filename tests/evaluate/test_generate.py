@@ -1,0 +1,221 @@
+"""Generation: the cache changes nothing, rows do not see each other, and sampling follows the filtered distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from braeburn.config import Model, Precision, RopeScaling
+from braeburn.errors import UserError
+from braeburn.evaluate.generate import Sampling, choose, decode, filter_logits, generate, prefill, round_up
+from braeburn.model import transformer
+from braeburn.model.spec import ParamSpec, Tree, map_specs
+
+FLOAT32 = Precision(compute="float32")
+SIZES = {
+    "vocab_size": 101,
+    "d_model": 48,
+    "num_layers": 2,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "ffn_dim": 64,
+}
+QWEN3 = Model(**SIZES)
+LLAMA = Model(
+    **SIZES, qk_norm=False, tied_embeddings=False, rope_scaling=RopeScaling(original_max_position_embeddings=32)
+)
+models = pytest.mark.parametrize("model", [QWEN3, LLAMA], ids=["qwen3", "llama"])
+PROMPTS = [[5, 17, 3], [42], list(range(1, 71)), [9] * 12]
+
+
+def make_params(model: Model) -> Tree:
+    """Random weights, large enough in the layers for text that does not repeat itself; drawn without compiling."""
+    generator = np.random.default_rng(0)
+
+    def draw(_: str, spec: ParamSpec) -> np.ndarray:
+        if spec.role == "norm":
+            return generator.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        scale = spec.shape[-1] ** -0.5 if spec.role == "embedding" else 0.4
+        return (generator.standard_normal(spec.shape) * scale).astype(np.float32)
+
+    return jax.tree.map(jnp.asarray, map_specs(draw, transformer.param_specs(model)))
+
+
+def all_logits(params: Tree, tokens: list[int], model: Model) -> np.ndarray:
+    """Logits after every token, without a cache."""
+    tokens_BT = jnp.array([tokens])
+    positions = jnp.arange(len(tokens))[None]
+    hidden = transformer.forward(params, tokens_BT, positions, jnp.zeros_like(tokens_BT), model, FLOAT32)
+    return np.asarray(jnp.einsum("TD,VD->TV", hidden[0], transformer.head_matrix(params)))
+
+
+def greedy(params: Tree, prompts: list[list[int]], model: Model, **options) -> list[list[int]]:
+    return generate(params, prompts, model, FLOAT32, **({"max_new_tokens": 40, "temperature": 0.0} | options))
+
+
+@models
+def test_the_cache_gives_what_recomputing_gives(model):
+    params = make_params(model)
+    for prompt, new in zip(PROMPTS, greedy(params, PROMPTS, model), strict=True):
+        logits = all_logits(params, prompt + new, model)[len(prompt) - 1 : -1]
+        assert new == logits.argmax(-1).tolist()
+        assert len(set(new)) > 3  # not one token over and over
+
+
+@models
+def test_each_step_of_the_cache_gives_the_same_logits(model):
+    params = make_params(model)
+    tokens = PROMPTS[2]
+    expected = all_logits(params, tokens, model)
+    for length in (1, 37, 70):
+        rows = np.zeros((2, 128), np.int32)
+        rows[0, :length] = tokens[:length]
+        logits, _ = prefill(params, rows, np.array([length, 1]), model, FLOAT32, 64)
+        np.testing.assert_allclose(logits[0], expected[length - 1], atol=1e-5)
+
+
+@models
+def test_prompts_together_continue_as_each_alone(model):
+    params = make_params(model)
+    together = greedy(params, PROMPTS, model)
+    assert together == [greedy(params, [prompt], model)[0] for prompt in PROMPTS]
+
+
+def test_sampling_does_not_depend_on_the_other_rows():
+    params = make_params(QWEN3)
+    options = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 11}
+    first = generate(params, PROMPTS, QWEN3, FLOAT32, **options)
+    assert first == generate(params, PROMPTS, QWEN3, FLOAT32, **options)
+    others = generate(params, [[1] * 90, PROMPTS[1], [2, 3], PROMPTS[3]], QWEN3, FLOAT32, **options)
+    assert (others[1], others[3]) == (first[1], first[3])
+    assert generate(params, PROMPTS[:1], QWEN3, FLOAT32, **options) == first[:1]
+    assert generate(params, PROMPTS, QWEN3, FLOAT32, **(options | {"seed": 12})) != first
+    same_prompt = generate(params, [[7]] * 4, QWEN3, FLOAT32, **options)
+    assert len(set(map(tuple, same_prompt))) == 4
+
+
+def test_rows_are_cut_at_their_own_stop():
+    params = make_params(QWEN3)
+    whole = greedy(params, PROMPTS, QWEN3)
+    stop = whole[0][5]
+    expected = [row[: row.index(stop)] if stop in row else row for row in whole]
+    assert greedy(params, PROMPTS, QWEN3, stop_id=stop) == expected
+    assert len({len(row) for row in expected}) > 1
+    assert greedy(params, PROMPTS[:1], QWEN3, stop_id=whole[0][0]) == [[]]
+
+
+@pytest.mark.parametrize("count", [1, 64, 65])
+def test_the_limit_is_exact(count):
+    params = make_params(QWEN3)
+    assert [len(row) for row in greedy(params, PROMPTS[:2], QWEN3, max_new_tokens=count)] == [count, count]
+
+
+def test_other_prompts_and_limits_reuse_the_compiled_programs():
+    params = make_params(QWEN3)
+    greedy(params, [[1, 2], [3]], QWEN3, max_new_tokens=8)
+    compiled = prefill._cache_size(), decode._cache_size()
+    greedy(params, [[4] * 50, [5] * 64], QWEN3, max_new_tokens=60, stop_id=3, seed=5)
+    assert (prefill._cache_size(), decode._cache_size()) == compiled
+
+
+def test_bfloat16_generates():
+    params = make_params(QWEN3)
+    assert [len(row) for row in generate(params, PROMPTS, QWEN3, Precision(), max_new_tokens=5)] == [5] * 4
+
+
+def test_greedy_text_equals_that_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from braeburn.interop import huggingface
+
+    for model in (QWEN3, LLAMA):
+        params = make_params(model)
+        directory = tmp_path / str(model.qk_norm)
+        huggingface.write(directory, params, model, None, max_position_embeddings=256, begin_id=None, end_id=None)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        ours = greedy(params, PROMPTS, model, max_new_tokens=64)
+        for prompt, new in zip(PROMPTS, ours, strict=True):
+            tokens = torch.tensor([prompt])
+            output = theirs.generate(tokens, do_sample=False, max_new_tokens=64, attention_mask=torch.ones_like(tokens))
+            assert output[0, len(prompt) :].tolist() == new
+
+
+def naive_filter(logits: np.ndarray, top_k: int | None, top_p: float) -> tuple[list[int], float]:
+    """The ids to keep, and how far `top_p` is from the sums that decide."""
+    ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
+    if top_p >= 1:
+        return sorted(ranked), 1.0
+    weights = np.exp(np.float64(logits[ranked]) - logits.max())
+    kept, total, margin = [], 0.0, 1.0
+    for i, probability in zip(ranked, weights / weights.sum(), strict=True):
+        margin = min(margin, abs(total - top_p))
+        if total >= top_p:
+            break
+        kept.append(i)
+        total += probability
+    return sorted(kept), margin
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(-40, 40), min_size=8, max_size=8),
+    st.none() | st.integers(1, 10),
+    st.one_of(st.just(1.0), st.floats(0.01, 1.0)),
+)
+def test_filter_keeps_what_a_naive_one_keeps(quarters, top_k, top_p):
+    logits = np.array(quarters, np.float32) / 4  # with ties
+    filtered = np.asarray(filter_logits(jnp.array(logits), top_k, top_p))
+    kept = np.flatnonzero(np.isfinite(filtered)).tolist()
+    np.testing.assert_array_equal(filtered[kept], logits[kept])
+    assert kept
+    expected, margin = naive_filter(logits, top_k, top_p)
+    if margin > 1e-5:  # closer than that, rounding decides
+        assert kept == expected
+
+
+def test_filter_works_on_each_row():
+    logits = jax.random.normal(jax.random.key(0), (3, 5, 17))
+    filtered = filter_logits(logits, 6, 0.8)
+    rows = [filter_logits(row, 6, 0.8) for row in logits.reshape(-1, 17)]
+    np.testing.assert_array_equal(filtered.reshape(-1, 17), jnp.stack(rows))
+
+
+def test_samples_follow_the_filtered_distribution():
+    logits = jnp.array([0.0, 1.0, 2.0, -1.0, 1.5, 0.5])
+    sampling = Sampling(temperature=0.7, top_k=4, top_p=0.95)
+    count = 20_000
+    tokens = choose(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count), sampling)
+    expected = jax.nn.softmax(filter_logits(logits / 0.7, 4, 0.95))
+    found = np.bincount(tokens, minlength=6) / count
+    np.testing.assert_allclose(found, expected, atol=0.015)
+    assert set(np.flatnonzero(found)) <= set(np.flatnonzero(expected))
+
+
+def test_round_up():
+    assert [round_up(n) for n in (1, 64, 65, 128, 1500)] == [64, 64, 128, 128, 2048]
+
+
+def test_no_prompts_give_no_rows():
+    assert greedy(make_params(QWEN3), [], QWEN3) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "sentence"),
+    [
+        ([[1], []], {}, r"prompts\[1\] is empty; start it with the tokenizer's begin token"),
+        ([[1, 101]], {}, r"prompts\[0\] has the token 101, but vocab_size=101"),
+        ([[-1]], {}, "has the token -1"),
+        ([[1]], {"temperature": -0.5}, "temperature=-0.5 is not 0 or more"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan is not 0 or more"),
+        ([[1]], {"top_k": 0}, "top_k=0 leaves no token"),
+        ([[1]], {"top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
+        ([[1]], {"top_p": 1.5}, "top_p=1.5"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 adds nothing"),
+    ],
+)
+def test_bad_requests_are_refused(prompts, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        greedy({}, prompts, QWEN3, **options)
