@@ -26,7 +26,7 @@ class _Frozen(BaseModel):
 
 
 class RopeScaling(_Frozen):
-    """How rotary frequencies are stretched to reach further than the model was trained for (names as in transformers)."""
+    """How rotary frequencies are stretched to reach beyond the trained length; names as in transformers."""
 
     kind: Literal["linear", "llama3"] = "llama3"
     factor: Positive = 8.0

@@ -151,7 +151,7 @@ def test_the_schedule_restarts_with_a_stage_and_the_moments_carry_over():
         _, state = core.update(random_tree(rng, 0.1), state, params)
     begun = begin_stage(state)
     assert int(begun.stage_steps) == 0
-    assert int(begun.direction.count) == 5
+    assert int(begun.direction.updates) == 5
     _, after = later.update(random_tree(rng, 0.1), begun, params)
     assert float(after.learning_rate) == pytest.approx(0.5 / 7)
 

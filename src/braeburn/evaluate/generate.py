@@ -218,13 +218,14 @@ def filter_logits(logits: Float[Array, "*B V"], top_k: int | None, top_p: float)
     vocab_size = logits.shape[-1]
     if (top_k is None or top_k >= vocab_size) and top_p >= 1:
         return logits
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    kept = jnp.arange(vocab_size) < (top_k or vocab_size)
+    # `top_k` is in descending order with the lower id first among equals, so what is kept is a prefix of it.
+    ranked, ids = jax.lax.top_k(logits, min(top_k or vocab_size, vocab_size))
+    last = jnp.full((*logits.shape[:-1], 1), ranked.shape[-1] - 1)
     if top_p < 1:
-        probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+        probabilities = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = kept & (before < top_p)
-    kept = jnp.broadcast_to(kept, logits.shape)
-    ranks = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(kept, ranks, axis=-1), logits, -jnp.inf)
+        last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    last_logit = jnp.take_along_axis(ranked, last, axis=-1)
+    last_id = jnp.take_along_axis(ids, last, axis=-1)
+    kept = (logits > last_logit) | ((logits == last_logit) & (jnp.arange(vocab_size) <= last_id))
+    return jnp.where(kept, logits, -jnp.inf)

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def attention(
 @functools.cache
 def select(request: Request) -> Backend:
     """The first back end that supports the request; the choice is logged once for each distinct request."""
-    passed_over = []
+    passed_over: list[str] = []
     for backend in BACKENDS:
         reason = backend.why_not(request)
         if reason is None:
@@ -107,14 +108,12 @@ def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array,
         mask, head_shards=1, q_seq_shards=1, block_sizes=splash_blocks(length), interpret=interpret
     )
 
-    def one_sequence(query_NTH: Array, key_KTH: Array, value_KTH: Array, ids_T: Array) -> Array:
-        return kernel(query_NTH, key_KTH, value_KTH, segment_ids=splash.SegmentIds(ids_T, ids_T))
-
+    ids = splash.SegmentIds(segment_ids, segment_ids)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(head_dim), key, value)]
-    return jnp.swapaxes(jax.vmap(one_sequence)(*heads_first, segment_ids), 1, 2).astype(query.dtype)
+    return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2).astype(query.dtype)
 
 
-def splash_blocks(length: int):  # noqa: ANN201 - the type lives in an import that only TPU runs need
+def splash_blocks(length: int) -> Any:
     """Tiles of the splash kernel: as large as divide the sequence, up to the 512 that suit every TPU's memory."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
@@ -141,38 +140,75 @@ def _why_not_splash(request: Request) -> str | None:
     return None
 
 
-def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-    """Attention in plain XLA that skips the causal upper half, block of queries by block of queries.
+LONG_SEQUENCE = 2048
+BLOCK = 128
 
-    A block sees only the keys up to its own end, so about half of the products are never formed. Long sequences
-    recompute each block's weights in the backward pass: memory stays linear in the sequence length.
+
+def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+    """Attention in plain XLA that skips the causal upper half, span by span of queries.
+
+    A span sees only the keys up to its own end: with 8 spans or more, at most 9/16 of the products are formed. In long
+    sequences a span is worked through in blocks, one after the other, whose weights are formed again in the backward
+    pass: memory stays linear in the length.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
-    # One block of queries for each key head: rows are (query head of the group, position).
     query = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    block = attention_block(length)
-    attend = _attend_block if length <= LONG_SEQUENCE else jax.checkpoint(_attend_block)
+    if length <= LONG_SEQUENCE:
+        span, attend = BLOCK, _attend_span
+    else:
+        span, attend = math.ceil(length / 8 / BLOCK) * BLOCK, _attend_span_in_blocks
     outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        visible = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]) & (
-            segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
+    for start in range(0, length, span):
+        stop = min(start + span, length)
+        positions = jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start))
+        output = attend(
+            query[:, :, :, start:stop],
+            positions,
+            segment_ids[:, start:stop],
+            key[:, :, :stop],
+            value[:, :, :stop],
+            segment_ids[:, :stop],
         )
-        outputs.append(attend(query[:, :, :, start:stop], key[:, :, :stop], value[:, :, :stop], visible))
+        outputs.append(output)
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
-LONG_SEQUENCE = 2048
+def _attend_span(
+    query: Float[Array, "B K G Q H"],
+    positions: Int[Array, "B Q"],
+    query_ids: Int[Array, "B Q"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    key_ids: Int[Array, "B S"],
+) -> Float[Array, "B K G Q H"]:
+    """Queries at `positions` over the keys from position 0 on."""
+    earlier = positions[:, :, None] >= jnp.arange(key.shape[2])
+    return _attend(query, key, value, earlier & (query_ids[:, :, None] == key_ids[:, None, :]))
 
 
-def attention_block(length: int) -> int:
-    """Queries handled at once: 128, or more where the sequence would otherwise unroll into over 16 blocks."""
-    return max(128, math.ceil(length / 16))
+def _attend_span_in_blocks(
+    query: Array, positions: Array, query_ids: Array, key: Array, value: Array, key_ids: Array
+) -> Array:
+    """`_attend_span`, a block of queries at a time."""
+    length = query.shape[3]
+
+    def blocks(array: Array, axis: int) -> Array:
+        widths = [(0, -length % BLOCK if dim == axis else 0) for dim in range(array.ndim)]
+        array = jnp.pad(array, widths)
+        return jnp.moveaxis(array.reshape(*array.shape[:axis], -1, BLOCK, *array.shape[axis + 1 :]), axis, 0)
+
+    @jax.checkpoint
+    def one_block(_: None, block: tuple[Array, Array, Array]) -> tuple[None, Array]:
+        return None, _attend_span(*block, key, value, key_ids)
+
+    _, output = jax.lax.scan(one_block, None, (blocks(query, 3), blocks(positions, 1), blocks(query_ids, 1)))
+    output = jnp.moveaxis(output, 0, 3)
+    return output.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :length]
 
 
-def _attend_block(
+def _attend(
     query: Float[Array, "B K G Q H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
@@ -195,7 +231,7 @@ def cached_attention(
     num_kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     visible = jnp.arange(key.shape[1])[None, None, :] <= positions[:, :, None]
-    output = _attend_block(grouped, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), visible)
+    output = _attend(grouped, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), visible)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 

@@ -21,6 +21,8 @@ from braeburn.model.spec import LAYERS, ParamSpec, Tree
 # (query, key, value, the layer's state) -> (attended values, the layer's new state); the state is a cache or None.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
+KEEP_ALL = Remat(policy="none")
+
 
 def param_specs(model: Model) -> Tree:
     """The specs of every parameter of a model."""
@@ -64,7 +66,7 @@ def param_specs(model: Model) -> Tree:
 
 def head_matrix(params: Tree) -> Float[Array, "V D"]:
     """The matrix that turns final hidden states into logits: the embedding itself where they are tied."""
-    return params.get("head", params["embedding"])
+    return params["head"] if "head" in params else params["embedding"]
 
 
 def rms_norm(x: Float[Array, "*S D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*S D"]:
@@ -142,7 +144,7 @@ def unstack(stacked: Any, num_layers: int) -> list[Any]:
     """The trees of single layers. Split, not indexed: the gradient is then one concatenation and not L paddings."""
     leaves, structure = jax.tree.flatten(stacked)
     split = [jax.lax.split(leaf, [1] * num_layers, axis=0) for leaf in leaves]
-    return [structure.unflatten([jnp.squeeze(parts[i], 0) for parts in split]) for i in range(num_layers)]
+    return [jax.tree.unflatten(structure, [jnp.squeeze(parts[i], 0) for parts in split]) for i in range(num_layers)]
 
 
 def rematerialized(body: Callable, remat: Remat) -> Callable:
@@ -161,7 +163,7 @@ def forward(
     segment_ids: Int[Array, "B T"],
     model: Model,
     precision: Precision,
-    remat: Remat = Remat(),
+    remat: Remat = KEEP_ALL,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of packed sequences; a token attends to the earlier ones of its own segment."""
 
@@ -215,4 +217,4 @@ def forward_cached(
         keys, values = keys.at[rows, positions].set(key), values.at[rows, positions].set(value)
         return cached_attention(query, keys, values, positions), (keys, values)
 
-    return decoder(params, tokens, positions, attend, cache, model, precision, Remat())
+    return decoder(params, tokens, positions, attend, cache, model, precision, KEEP_ALL)

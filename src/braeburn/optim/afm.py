@@ -15,7 +15,7 @@ from braeburn.model.spec import ParamSpec, Tree, map_specs
 class AfmState(NamedTuple):
     """Moments, float32, and the number of updates made."""
 
-    count: Int[Array, ""]
+    updates: Int[Array, ""]
     second_moment: Tree
     momentum: Tree
 
@@ -34,7 +34,7 @@ def scale_by_afm(optimizer: AfmOptimizer, specs: Tree, d_model: int) -> optax.Gr
         return AfmState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
 
     def update(gradients: Tree, state: AfmState, params: Tree | None = None) -> tuple[Tree, AfmState]:
-        count = state.count + 1
+        count = state.updates + 1
         decay = optimizer.second_moment_decay
         # 1 - decay^count without the cancellation of a power near one; decay 0 keeps no history.
         correction = -jnp.expm1(count.astype(jnp.float32) * math.log(decay)) if decay else 1.0

@@ -1,4 +1,4 @@
-"""Qwen3 dense models (arXiv 2505.09388): sizes as published; batches and rates, unpublished, are those of their class."""
+"""Qwen3 dense models (arXiv 2505.09388): sizes as published; batches and rates are unpublished: those of their class."""
 
 from braeburn.config import AdamW, Checkpoint, Data, Model, Remat, Run, Schedule, Source, Stage
 

@@ -76,7 +76,7 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray) -> Ev
     return evaluate
 
 
-def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, np.ndarray]]) -> HeldOut:
+def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]]) -> HeldOut:
     """Sums over all batches, added up in float64 on the host."""
     sums = [evaluate(params, batch) for batch in batches]
     return HeldOut(**{name: math.fsum(float(part[name]) for part in sums) for name in HeldOut.__annotations__})

@@ -17,7 +17,7 @@ from braeburn.model.spec import abstract, initialize
 from braeburn.optim.build import begin_stage
 from braeburn.train.checkpoint import Checkpoints, bytes_on_disk
 from braeburn.train.directory import RunDirectory
-from braeburn.train.guard import SkipCounter, StopRequest, check_space
+from braeburn.train.guard import StopRequest, check_space
 from braeburn.train.held_out import measure
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration

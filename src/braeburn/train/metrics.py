@@ -129,7 +129,7 @@ class Recorder:
         seconds, self._last = now - self._last, now
         tokens_per_second = self._stage.batch_tokens / seconds
         peak = peak_flops(jax.devices()[0].device_kind)
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "stage": self._name,
             "tokens": self._first_token + (step - self._first_step) * self._stage.batch_tokens,

@@ -1,6 +1,6 @@
 """Everything that training changes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from braeburn.model.spec import Tree
 class TrainState(NamedTuple):
     """Steps made, float32 parameters and the optimizer's state."""
 
-    step: Int[Array, ""]
+    step: Int[Array, ""] | Any
     params: Tree
     optimizer: optax.OptState
 

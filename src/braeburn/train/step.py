@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from braeburn.train.state import TrainState
 
-Batch = dict[str, Array]
+# Arrays [B, ...] by name; abstract or of NumPy as well.
+Batch = dict[str, Any]
 # (params, batch) -> (what is minimised, metrics); both are weighted sums over tokens, by `weights` of the batch.
 LossFunction = Callable[[Any, Batch], tuple[Array, dict[str, Array]]]
 
