@@ -1,0 +1,89 @@
+"""What the tests share: a home for caches, a small corpus of real files, and one finished tiny run."""
+
+import atexit
+import json
+import os
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Before JAX is imported, here and in the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+if "BRAEBURN_TEST_CACHE" in os.environ:
+    os.environ["XDG_CACHE_HOME"] = os.environ["BRAEBURN_TEST_CACHE"]
+else:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="braeburn-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+import pytest  # noqa: E402
+
+from braeburn.config import Run, override  # noqa: E402
+from braeburn.recipes import load  # noqa: E402
+from support import braeburn  # noqa: E402
+
+# In the standard library of every Python from 3.11 to 3.13; the last seven are of more than 32 KiB.
+FILES = [
+    "abc", "bisect", "calendar", "cmd", "code", "codeop", "colorsys", "contextlib", "copy", "csv", "dis",
+    "filecmp", "fileinput", "fnmatch", "fractions", "getopt", "gettext", "graphlib", "gzip", "heapq", "hmac",
+    "keyword", "linecache", "netrc", "numbers", "operator", "pprint", "queue", "reprlib", "sched", "selectors",
+    "shlex", "string", "tabnanny", "textwrap", "timeit", "token", "tokenize", "trace", "uuid", "codecs",
+    "functools", "os", "smtplib", "socket", "statistics", "traceback",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of real Python files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in FILES:
+        shutil.copy(Path(sysconfig.get_path("stdlib"), f"{name}.py"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_fields(corpus: Path) -> dict[str, Any]:
+    """What makes `afm-tiny` small enough for tests: 6 + 4 + 4 steps on the corpus."""
+    return {
+        **{f"data.sources.{name}.paths": [str(corpus)] for name in ("code", "prose", "long")},
+        "data.held_out": 0.1,
+        "stages.core.tokens": 6 * 1024,
+        "stages.core.schedule.warmup_steps": 2,
+        "stages.continued.tokens": 4 * 1024,
+        "stages.continued.schedule.warmup_steps": 1,
+        "stages.context.tokens": 4 * 1024,
+        "stages.context.schedule.warmup_steps": 1,
+        "evaluation.tokens": 2048,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_fields: dict[str, Any]) -> Run:
+    """The tiny run."""
+    return override(load("afm-tiny"), tiny_fields)
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tiny_fields: dict[str, Any]) -> list[str]:
+    """The tiny run for the command line: the recipe and its overrides."""
+    return ["afm-tiny", *(part for path, v in tiny_fields.items() for part in ("--set", f"{path}={json.dumps(v)}"))]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_arguments: list[str]) -> Path:
+    """The directory of the tiny run, trained by the command line without interruption; not to be changed."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    answer = braeburn("train", *tiny_arguments, "--out", directory)
+    assert answer.code == 0, answer.err
+    return directory
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, for a test to damage."""
+    return shutil.copytree(finished, tmp_path / "copied")

@@ -13,7 +13,6 @@ from braeburn.errors import UserError
 
 app = typer.Typer(
     help="Pretrain language models in pure JAX, from one recipe.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,13 +26,23 @@ Set = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 
 
+# typer brings a click of its own.
+UsageError: Any = typer.BadParameter.__base__
+
+
 def main() -> None:
     """Runs the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="braeburn", standalone_mode=False))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except UsageError as error:
+        message = f"{error.format_message().rstrip('.')}; `{error.ctx.command_path} --help` lists what there is"
+    except typer.Abort:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    sys.exit(2)
 
 
 @app.command()
@@ -53,11 +62,11 @@ def recipes(as_json: AsJson = False) -> None:
 @app.command()
 def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) -> None:
     """Print the resolved run, where each value came from, and what it amounts to."""
+    run, origins = _resolve(recipe, assignments)
     from braeburn.config import flatten
     from braeburn.model import spec, transformer
     from braeburn.train.stages import model_of_stage
 
-    run, origins = _resolve(recipe, assignments)
     specs = transformer.param_specs(run.model)
     parameters = {
         "total": spec.count(specs),
@@ -117,10 +126,7 @@ def train(
 ) -> None:
     """Train all stages of a recipe; run again on the same folder, it resumes."""
     run, origins = _resolve(recipe, assignments)
-    _set_up_logging()
-    from braeburn.train.compilation import cache_compilations
-
-    cache_compilations()
+    _begin_computing()
     from braeburn.train.loop import train
 
     outcome = train(run, out, origins=origins, stop_after_steps=stop_after_steps)
@@ -147,10 +153,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
-    _set_up_logging()
-    from braeburn.train.compilation import cache_compilations
-
-    cache_compilations()
+    _begin_computing()
     from braeburn.evaluate.text import evaluate_files, evaluate_held_out
     from braeburn.train.trained import load
 
@@ -189,10 +192,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with the newest checkpoint."""
-    _set_up_logging()
-    from braeburn.train.compilation import cache_compilations
-
-    cache_compilations()
+    _begin_computing()
     from braeburn.evaluate.generate import generate
     from braeburn.train.trained import load
 
@@ -205,7 +205,7 @@ def generate(
         trained.run.precision,
         max_new_tokens=max_new_tokens,
         temperature=0.0 if greedy else temperature,
-        top_k=top_k,
+        top_k=top_k or None,
         top_p=top_p,
         seed=seed,
         stop_id=tokenizer.end,
@@ -266,7 +266,11 @@ def _resolve(recipe: str, assignments: list[str] | None) -> Any:
     return override(base, values), provenance(base, values)
 
 
-def _set_up_logging() -> None:
+def _begin_computing() -> None:
+    """Logs go to standard error, compiled programs to the cache. Imports JAX."""
+    from braeburn.train.compilation import cache_compilations
+
+    cache_compilations()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("braeburn").setLevel(logging.INFO)
 

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -309,43 +309,39 @@ def override(run: Run, assignments: Mapping[str, Any]) -> Run:
         UserError: a path names no field (the nearest ones are listed) or a value is refused.
     """
     fields = run.model_dump(exclude_unset=True)
+    kind = assignments.get("optimizer.kind", run.optimizer.kind)
+    if kind != run.optimizer.kind:
+        # The other kind has other fields, which may be assigned before or after it.
+        fields["optimizer"] = {"kind": kind}
+        other = {"afm": AfmOptimizer, "adamw": AdamW}.get(str(kind), type(run.optimizer))
+        run = run.model_copy(update={"optimizer": other()})
     for path, value in assignments.items():
         _assign(run, fields, path, value)
-    return validate(fields)
+    return validate(_with_kind(fields, run))
+
+
+def _with_kind(fields: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Nested fields that say of which kind the optimizer is, which a recipe leaves to its type."""
+    if isinstance(fields.get("optimizer"), dict):
+        fields["optimizer"].setdefault("kind", run.optimizer.kind)
+    return fields
 
 
 def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
+    """Sets the leaf at `path` of `fields`, which hold what is set already, if the run has such a field."""
     *parents, last = path.split(".")
-    node: Any = run
+    known: Any = run.model_dump()
     for depth, name in enumerate(parents):
-        if not _has_child(node, name):
+        if not isinstance(known, dict) or name not in known:
             raise UserError(_unknown_field(run, path, ".".join(parents[: depth + 1])))
-        node = _child(node, name)
-        # A field left at its default is absent from `fields`, or None where the recipe switched it off.
-        fields = _descend(fields, name)
-    open_ended = isinstance(node, dict)
-    if node is None and parents[-1] == "rope_scaling":
-        node = RopeScaling()
-    if not open_ended and not _has_child(node, last):
+        known = RopeScaling().model_dump() if name == "rope_scaling" else known[name]
+        # A field left at its default is absent, or None where the recipe switched it off.
+        fields[name] = fields = fields.get(name) or {}
+    if parents[-1:] not in (["stages"], ["sources"], ["mixture"]) and (
+        not isinstance(known, dict) or last not in known
+    ):
         raise UserError(_unknown_field(run, path, path))
-    if last == "kind" and value != getattr(node, "kind", value):
-        fields.clear()  # the other kind has other fields
     fields[last] = value
-
-
-def _descend(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    if fields.get(name) is None:
-        fields[name] = {}
-    child = fields[name]
-    return child if isinstance(child, dict) else {}
-
-
-def _has_child(node: Any, name: str) -> bool:
-    return name in node if isinstance(node, dict) else name in getattr(type(node), "model_fields", {})
-
-
-def _child(node: Any, name: str) -> Any:
-    return node[name] if isinstance(node, dict) else getattr(node, name)
 
 
 def _unknown_field(run: Run, path: str, unknown: str) -> str:
@@ -378,33 +374,20 @@ def explain_validation_error(error: ValidationError) -> str:
         message = str(problem["ctx"]["error"])
         return f"{path}: {message}" if path else message
     if problem["type"] == "extra_forbidden":
-        owner = _type_at(problem["loc"][:-1])
-        known = owner.model_fields if owner else Run.model_fields
+        known = {field for kind in _Frozen.__subclasses__() for field in kind.model_fields}
         return f"{path!r} is not a field; {did_you_mean(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"{path} is missing; give it a value"
+    if problem["type"].startswith("union_tag"):
+        kind = problem["input"].get("kind") if isinstance(problem["input"], dict) else problem["input"]
+        return f"{path}.kind={kind!r} is not valid: it must be 'afm' or 'adamw'"
     reason = problem["msg"].removeprefix("Input ")
-    return f"{path}={problem['input']!r} is not valid: it {reason}"
-
-
-def _type_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The model type that a validation error's location points into."""
-    current: Any = Run
-    for part in location:
-        if part in ("afm", "adamw"):
-            current = AfmOptimizer if part == "afm" else AdamW
-            continue
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(str(part))
-            current = field.annotation if field else None
-        else:  # a dict of models
-            current = next((a for a in get_args(current) if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+    return f"{path or 'the run'}={problem['input']!r} is not valid: it {reason}"
 
 
 def provenance(recipe: Run, assignments: Mapping[str, Any]) -> dict[str, str]:
     """Where each leaf of the resolved run came from: "default", "recipe" or "command line"."""
-    named = {path for path, _ in flatten(recipe.model_dump(exclude_unset=True))}
+    named = {path for path, _ in flatten(_with_kind(recipe.model_dump(exclude_unset=True), recipe))}
     resolved = override(recipe, assignments)
     origins = {}
     for path, _ in flatten(resolved.model_dump()):
@@ -423,14 +406,17 @@ def read_run(directory: Path) -> Run:
     """
     path = directory / "config.json"
     try:
-        fields = json.loads(path.read_text())["run"]
-    except FileNotFoundError:
+        fields = json.loads(path.read_bytes())["run"]
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{str(directory)!r} is not a run directory: it holds no config.json; "
             f"name the folder given to --out of train or import"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{str(path)!r} does not hold a run; restore it or start in another folder with --out"
         ) from None
-    return validate(fields)
+    try:
+        return validate(fields)
+    except UserError as error:
+        raise UserError(f"{str(path)!r} does not hold a run of this version of Braeburn: {error}") from None

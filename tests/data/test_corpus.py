@@ -24,12 +24,7 @@ def jsonl(field: str = "text") -> bytes:
     return b"\n".join(json.dumps({"id": i, field: text}).encode() for i, text in enumerate(TEXTS)) + b"\n"
 
 
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".zst": zstandard.compress,
-}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)

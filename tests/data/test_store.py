@@ -196,7 +196,7 @@ def test_errors_of_the_documents_pass_and_leave_nothing(tmp_path: Path) -> None:
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # /dev/full answers every write as a full disk does.
     monkeypatch.setattr("braeburn.data.store._shard_path", lambda directory, kind, index: Path("/dev/full"))
-    with pytest.raises(UserError, match=r"no space left .*data\.cache"):
+    with pytest.raises(UserError, match=r"cannot write .*No space left .*data\.cache"):
         build_store(tmp_path / "cache/s", DOCUMENTS, TOKENIZER)
     assert list((tmp_path / "cache").iterdir()) == []
 

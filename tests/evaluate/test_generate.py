@@ -77,9 +77,9 @@ def test_each_step_of_the_cache_gives_the_same_logits(model):
     tokens = PROMPTS[2]
     expected = all_logits(params, tokens, model)
     for length in (1, 37, 70):
-        rows = np.zeros((2, 128), np.int32)
+        rows = np.zeros((4, 128), np.int32)
         rows[0, :length] = tokens[:length]
-        logits, _ = prefill(params, rows, np.array([length, 1]), model, FLOAT32, 64)
+        logits, _ = prefill(params, rows, np.array([length, 1, 1, 1]), model, FLOAT32, 64)
         np.testing.assert_allclose(logits[0], expected[length - 1], atol=1e-5)
 
 
@@ -87,7 +87,9 @@ def test_each_step_of_the_cache_gives_the_same_logits(model):
 def test_prompts_together_continue_as_each_alone(model):
     params = make_params(model)
     together = greedy(params, PROMPTS, model)
-    assert together == [greedy(params, [prompt], model)[0] for prompt in PROMPTS]
+    assert together[:1] == greedy(params, PROMPTS[:1], model)
+    for row, prompt in zip(together, PROMPTS, strict=True):  # in the same shape, which needs no other program
+        assert row == greedy(params, [[1], prompt, [2] * 90, [3, 4]], model)[1]
 
 
 def test_sampling_does_not_depend_on_the_other_rows():
@@ -99,7 +101,7 @@ def test_sampling_does_not_depend_on_the_other_rows():
     assert (others[1], others[3]) == (first[1], first[3])
     assert generate(params, PROMPTS[:1], QWEN3, FLOAT32, **options) == first[:1]
     assert generate(params, PROMPTS, QWEN3, FLOAT32, **(options | {"seed": 12})) != first
-    same_prompt = generate(params, [[7]] * 4, QWEN3, FLOAT32, **options)
+    same_prompt = generate(params, [[7] * 65] * 4, QWEN3, FLOAT32, **options)
     assert len(set(map(tuple, same_prompt))) == 4
 
 
@@ -116,14 +118,14 @@ def test_rows_are_cut_at_their_own_stop():
 @pytest.mark.parametrize("count", [1, 64, 65])
 def test_the_limit_is_exact(count):
     params = make_params(QWEN3)
-    assert [len(row) for row in greedy(params, PROMPTS[:2], QWEN3, max_new_tokens=count)] == [count, count]
+    assert [len(row) for row in greedy(params, PROMPTS, QWEN3, max_new_tokens=count)] == [count] * 4
 
 
 def test_other_prompts_and_limits_reuse_the_compiled_programs():
     params = make_params(QWEN3)
-    greedy(params, [[1, 2], [3]], QWEN3, max_new_tokens=8)
+    greedy(params, PROMPTS, QWEN3, max_new_tokens=8)
     compiled = prefill._cache_size(), decode._cache_size()
-    greedy(params, [[4] * 50, [5] * 64], QWEN3, max_new_tokens=60, stop_id=3, seed=5)
+    greedy(params, [[4] * 50, [5] * 128, [6], [7]], QWEN3, max_new_tokens=60, stop_id=3, seed=5)
     assert (prefill._cache_size(), decode._cache_size()) == compiled
 
 
@@ -140,7 +142,7 @@ def test_greedy_text_equals_that_of_transformers(tmp_path):
     for model in (QWEN3, LLAMA):
         params = make_params(model)
         directory = tmp_path / str(model.qk_norm)
-        huggingface.write(directory, params, model, None, max_position_embeddings=256, begin_id=None, end_id=None)
+        huggingface.write(directory, params, model, None, max_position_embeddings=256)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
         ours = greedy(params, PROMPTS, model, max_new_tokens=64)
         for prompt, new in zip(PROMPTS, ours, strict=True):

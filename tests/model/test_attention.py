@@ -94,8 +94,7 @@ def test_splash_attention_gradients_equal_those_of_blocked_attention_in_interpre
 
 
 @pytest.mark.parametrize(
-    ("backend", "platform", "call"),
-    [("splash", "tpu", "tpu_custom_call"), ("cudnn", "cuda", "cudnn")],
+    ("backend", "platform", "call"), [("splash", "tpu", "tpu_custom_call"), ("cudnn", "cuda", "cudnn")]
 )
 def test_kernels_lower_for_hardware_that_is_absent(monkeypatch, backend, platform, call):
     # Lowering asks the host's cuDNN for its version, and needs nothing else of it.

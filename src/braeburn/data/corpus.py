@@ -1,16 +1,16 @@
 """Documents from files of any fsspec file system, streamed, and split into training and held-out text by hash."""
 
 import ast
+import contextlib
 import hashlib
 import io
 import json
 import lzma
-import os
 import re
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -20,6 +20,7 @@ from braeburn.errors import UserError
 
 LONG_FILE_BYTES = 32 * 1024
 _PARQUET_ROWS = 256
+_ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _TESTS_AND_TOOLS = ("test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data")
 _NOT_LIBRARY = frozenset((*_TESTS_AND_TOOLS, "site-packages", "dist-packages", "__pycache__"))
@@ -65,16 +66,29 @@ def documents(name: str, source: Source, held_out: bool | None = None, fraction:
     Raises:
         UserError: no file matches, a file cannot be read, or nothing is left to train on.
     """
-    reader = _Reader(name, source, held_out, fraction)
-    found = False
+    found, left_out = False, 0
+    form = source.format
+    by_file = form.startswith("python-") or (form in ("auto", "text") and source.separator is None)
     for file in files(name, source):
-        for document in reader.read(file):
+        if form == "python-long" and file.size < LONG_FILE_BYTES:
+            continue
+        whole = by_file and not (form == "auto" and file.suffix in _ROWS)
+        # Where it can be, the side is decided before the file is opened.
+        if whole and held_out not in (None, is_held_out(file.name, fraction)):
+            left_out += 1
+            continue
+        for document in _read(name, source, file):
+            if not document.text or document.text.isspace():
+                continue
+            if not whole and held_out not in (None, is_held_out(document.name, fraction)):
+                left_out += 1
+                continue
             found = True
             yield document
     if not found and held_out is not True:
-        if reader.left_out:
+        if left_out:
             raise UserError(
-                f"data.sources.{name}: all its documents ({reader.left_out}) are held out; add files, "
+                f"data.sources.{name}: all its documents ({left_out}) are held out; add files, "
                 f"set data.sources.{name}.separator to cut them into documents, or lower data.held_out"
             )
         raise UserError(
@@ -125,9 +139,9 @@ def _match(name: str, source: Source, pattern: str) -> Iterator[File]:
         raise UserError(f"{where}cannot list {pattern!r}: {error}; check the path and its permissions") from None
     is_python = source.format.startswith("python-")
     found = [
-        File(p, p[len(root) :].lstrip("/"), int(info.get("size") or 0), _version(info), filesystem)
+        _file(p, root, info, filesystem)
         for p, info in matches.items()
-        if info["type"] == "file" and not (is_python and not p.endswith(".py"))
+        if info["type"] == "file" and (p.endswith(".py") or not is_python)
     ]
     if not found:
         kind = "Python file" if is_python else "file"
@@ -135,134 +149,88 @@ def _match(name: str, source: Source, pattern: str) -> Iterator[File]:
     yield from found
 
 
-def _version(info: dict[str, Any]) -> str:
-    """What changes when a file is written again, under the names that file systems give it."""
+def _file(path: str, root: str, info: Mapping[str, Any], filesystem: Any) -> File:
+    # What changes when a file is written again, under the names that file systems give it.
     keys = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "created")
-    return next((str(info[key]) for key in keys if info.get(key)), "")
+    version = next((str(info[key]) for key in keys if info.get(key)), "")
+    return File(path, path[len(root) :].lstrip("/"), int(info.get("size") or 0), version, filesystem)
 
 
 def _standard_library() -> Iterator[File]:
     from fsspec.implementations.local import LocalFileSystem
 
-    root, filesystem = Path(sysconfig.get_path("stdlib")), LocalFileSystem()
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if s not in _NOT_LIBRARY]
-        for path in (Path(folder, n) for n in names if n.endswith(".py")):
-            status = path.stat()
-            name = path.relative_to(root).as_posix()
-            yield File(path.as_posix(), name, status.st_size, str(status.st_mtime), filesystem)
+    root, filesystem = Path(sysconfig.get_path("stdlib")).as_posix(), LocalFileSystem()
+    for _, folders, found in filesystem.walk(root, detail=True):
+        for name in _NOT_LIBRARY & folders.keys():
+            del folders[name]
+        yield from (_file(i["name"], root, i, filesystem) for i in found.values() if i["name"].endswith(".py"))
 
 
-class _Reader:
-    """Reads the documents of one side of the split, and counts those of the other in `left_out`."""
-
-    def __init__(self, name: str, source: Source, held_out: bool | None, fraction: float) -> None:
-        self.name, self.source, self.held_out, self.fraction = name, source, held_out, fraction
-        self.left_out = 0
-
-    def read(self, file: File) -> Iterator[Document]:
-        chosen: str = self.source.format
-        if chosen == "auto":
-            chosen = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(file.suffix, "text")
-        reader = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet}.get(chosen, self._python)
-        try:
-            yield from reader(file)
-        except UnicodeDecodeError as error:
-            raise self._error(
-                file, f"is not UTF-8 ({error.reason} at byte {error.start}); convert it or leave it out"
-            ) from None
-        except (EOFError, zlib.error, lzma.LZMAError) as error:
-            raise self._error(file, f"is truncated or corrupt ({error}); fetch it again or leave it out") from None
-        except OSError as error:
-            raise self._error(file, f"cannot be read ({error}); check its permissions or fetch it again") from None
-
-    def _error(self, file: File, problem: str) -> UserError:
-        return UserError(f"data.sources.{self.name}: {file.path!r} {problem}")
-
-    def _wants(self, name: str) -> bool:
-        wanted = self.held_out is None or is_held_out(name, self.fraction) is self.held_out
-        self.left_out += not wanted
-        return wanted
-
-    def _text(self, file: File) -> Iterator[Document]:
-        if self.source.separator is None:
-            # Decided before the file is opened: each side reads only its own files.
-            if self._wants(file.name) and not _is_blank(text := _read_text(file)):
-                yield Document(file.name, text)
-            return
-        for index, piece in enumerate(_read_text(file).split(self.source.separator)):
-            if not _is_blank(piece) and self._wants(name := f"{file.name}#{index}"):
-                yield Document(name, piece)
-
-    def _jsonl(self, file: File) -> Iterator[Document]:
-        wanted = self.source.field
-        with _open(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except json.JSONDecodeError as error:
-                    raise self._error(
-                        file,
-                        f"line {number} is not JSON ({error.msg}) with a field {wanted!r}; mend or drop the line",
-                    ) from None
-                if not isinstance(row, dict) or not isinstance(row.get(wanted), str):
+def _read(name: str, source: Source, file: File) -> Iterator[Document]:
+    """All documents of a file, blank ones too."""
+    form = _ROWS.get(file.suffix, "text") if source.format == "auto" else source.format
+    where = f"data.sources.{name}: {file.path!r}"
+    try:
+        if form in ("jsonl", "parquet"):
+            rows = (_jsonl if form == "jsonl" else _parquet)(file, source.field, where)
+            fix = f"set data.sources.{name}.field to the one that holds the text"
+            for lack, row in rows:
+                if not isinstance(row, dict) or not isinstance(text := row.get(source.field), str):
                     names = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-                    raise self._error(
-                        file,
-                        f"line {number} has no text in the field {wanted!r} (it has: {names}); "
-                        f"set data.sources.{self.name}.field to the one that holds the text",
-                    )
-                yield from self._row(row[wanted])
-
-    def _parquet(self, file: File) -> Iterator[Document]:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise _needs_extra(file, "pyarrow") from None
-        wanted, number = self.source.field, 0
-        try:
-            with _open(file) as stream:
-                table = pyarrow.parquet.ParquetFile(stream)
-                if wanted not in table.schema_arrow.names:
-                    raise self._error(
-                        file,
-                        f"has no column {wanted!r} (it has: {', '.join(table.schema_arrow.names)}); "
-                        f"set data.sources.{self.name}.field to the one that holds the text",
-                    )
-                for batch in table.iter_batches(_PARQUET_ROWS, columns=[wanted]):
-                    for value in batch.column(0):
-                        if not isinstance(text := value.as_py(), str):
-                            raise self._error(
-                                file,
-                                f"row {number} has no text in the column {wanted!r}; drop the row, or set "
-                                f"data.sources.{self.name}.field to the one that holds the text",
-                            )
-                        yield from self._row(text)
-                        number += 1
-        except pyarrow.ArrowException as error:
-            raise self._error(file, f"is not a sound parquet file ({error}); fetch it again or leave it out") from None
-
-    def _row(self, text: str) -> Iterator[Document]:
-        text = _encodable(text)
-        if not _is_blank(text) and self._wants(name := hashlib.sha256(text.encode()).hexdigest()):
-            yield Document(name, text)
-
-    def _python(self, file: File) -> Iterator[Document]:
-        if self.source.format == "python-long" and file.size < LONG_FILE_BYTES:
+                    raise UserError(f"{where} {lack} {source.field!r} (it has: {names}); {fix}")
+                text = _encodable(text)
+                yield Document(hashlib.sha256(text.encode()).hexdigest(), text)
             return
-        if not self._wants(file.name):
-            return
-        try:
-            text = _read_text(file)
-        except UnicodeDecodeError:
-            return
-        if self.source.format == "python-prose":
-            text = _encodable(_prose(text))
-        if not _is_blank(text):
-            yield Document(file.name, text)
+        with _open(file) as stream:
+            data = stream.read()
+        if form.startswith("python-"):
+            with contextlib.suppress(UnicodeDecodeError):
+                text = data.decode("utf-8-sig")
+                yield Document(file.name, _encodable(_prose(text)) if form == "python-prose" else text)
+        elif source.separator is None:
+            yield Document(file.name, data.decode("utf-8-sig"))
+        else:
+            for index, piece in enumerate(data.decode("utf-8-sig").split(source.separator)):
+                yield Document(f"{file.name}#{index}", piece)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert it or leave it out"
+        ) from None
+    except ImportError as error:
+        raise UserError(f"{where} needs a package ({error}); run pip install 'braeburn[data]'") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(
+            f"{where} is unreadable, truncated or corrupt ({error}); fetch it again or leave it out"
+        ) from None
+
+
+def _jsonl(file: File, field: str, where: str) -> Iterator[tuple[str, Any]]:
+    """What to say where the field is missing, and the contents, of each line that is not blank."""
+    with _open(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield f"line {number} has no text in the field", json.loads(line.decode("utf-8-sig"))
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"{where} line {number} is not JSON ({error.msg}) with a field {field!r}; mend or drop it"
+                    ) from None
+
+
+def _parquet(file: File, field: str, where: str) -> Iterator[tuple[str, Any]]:
+    """The same of each row, with the one column alone."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open(file) as stream:
+            table = pyarrow.parquet.ParquetFile(stream)
+            if field not in (names := table.schema_arrow.names):
+                yield "has no column", dict.fromkeys(names)
+            rows = (row for batch in table.iter_batches(_PARQUET_ROWS, columns=[field]) for row in batch.to_pylist())
+            yield from ((f"row {number} has no text in the column", row) for number, row in enumerate(rows))
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{where} is not a sound parquet file ({error}); fetch it again or leave it out") from None
 
 
 def _prose(code: str) -> str:
@@ -273,27 +241,11 @@ def _prose(code: str) -> str:
             tree = ast.parse(code)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return ""
-    return "\n\n".join(_docstrings([tree]))
-
-
-def _docstrings(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    for node in nodes:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring and not docstring.isspace():
-                yield docstring.strip()
-        # Only statements hold docstrings; walking the expressions too takes ten times as long.
-        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
-            yield from _docstrings(getattr(node, block, ()))
-
-
-def _read_text(file: File) -> str:
-    with _open(file) as stream:
-        return stream.read().decode("utf-8-sig")
-
-
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()
+    holders = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    texts = (ast.get_docstring(node) for node in sorted(holders, key=lambda node: getattr(node, "lineno", 0)))
+    return "\n\n".join(text.strip() for text in texts if text and not text.isspace())
 
 
 def _encodable(text: str) -> str:
@@ -303,50 +255,9 @@ def _encodable(text: str) -> str:
 
 def _open(file: File) -> IO[bytes]:
     """The bytes of a file, decompressed as its name tells."""
-    if file.path.lower().endswith(".zst"):
-        try:
-            return io.BufferedReader(_Zstandard(file.filesystem.open(file.path, "rb")), 1 << 17)
-        except ImportError:
-            raise _needs_extra(file, "zstandard") from None
-    return file.filesystem.open(file.path, "rb", compression="infer")
+    if not file.path.lower().endswith(".zst"):
+        return file.filesystem.open(file.path, "rb", compression="infer")
+    import pyarrow
 
-
-def _needs_extra(file: File, package: str) -> UserError:
-    return UserError(f"{file.path!r} needs the package {package}; run pip install 'braeburn[data]'")
-
-
-class _Zstandard(io.RawIOBase):
-    """All frames of a zstd stream. fsspec's reader stops after the first, or where the file is cut off, silently."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        import zstandard
-
-        self._stream, self._library = stream, zstandard
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._compressed, self._plain, self._started = b"", memoryview(b""), False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            self._compressed = self._compressed or self._stream.read(1 << 16)
-            if not self._compressed:
-                if self._started and not self._frame.eof:
-                    raise EOFError("the last frame is incomplete")
-                return 0
-            if self._frame.eof:
-                self._frame = self._library.ZstdDecompressor().decompressobj()
-            self._started = True
-            try:
-                self._plain = memoryview(self._frame.decompress(self._compressed))
-            except self._library.ZstdError as error:
-                raise EOFError(str(error)) from None
-            self._compressed = self._frame.unused_data if self._frame.eof else b""
-        count = min(len(self._plain), len(buffer))
-        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
-        return count
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
+    # fsspec's reader stops after the first frame, or where the file is cut off, without a word.
+    return io.BufferedReader(pyarrow.CompressedInputStream(file.filesystem.open(file.path, "rb"), "zstd"))

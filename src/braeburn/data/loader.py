@@ -30,12 +30,7 @@ class Batches:
     """The batches of one stage, indexed by the step within it. It can be pickled for workers."""
 
     def __init__(
-        self,
-        stage: Stage,
-        stage_name: str,
-        seed: int,
-        stores: Mapping[str, TokenStore],
-        rows: range | None = None,
+        self, stage: Stage, stage_name: str, seed: int, stores: Mapping[str, TokenStore], rows: range | None = None
     ) -> None:
         """Reads `rows` of each batch, which lie within range(stage.batch_size); all by default.
 

@@ -15,7 +15,7 @@ from braeburn.data.store import FORMAT_VERSION, TokenStore, build_store, writing
 from braeburn.data.tokenizer import PATTERN, Tokenizer, sample, train
 from braeburn.errors import UserError
 
-TRAINING_BYTES = 64 * 2**20  # text that a tokenizer is trained on
+TRAINING_BYTES_PER_ENTRY = 2048  # text that a tokenizer is trained on, for each entry of its vocabulary
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = 
     Raises:
         UserError: a source, the tokenizer, the cache or their sizes do not fit.
     """
-    used = {name for stage in run.stages.values() for name, weight in stage.mixture.items() if weight > 0}
-    sources = {name: run.data.sources[name] for name in sorted(used)}
+    sources = used_sources(run)
     cache = cache_folder(run.data)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -82,6 +81,12 @@ def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = 
     return Prepared(tokenizer, train_stores, held_out_stores)
 
 
+def used_sources(run: Run) -> dict[str, Source]:
+    """The sources that some stage draws from."""
+    used = {name for stage in run.stages.values() for name, weight in stage.mixture.items() if weight > 0}
+    return {name: run.data.sources[name] for name in sorted(used)}
+
+
 def cache_folder(data: Data) -> Path:
     """Where tokenizers and stores are kept."""
     if data.cache is not None:
@@ -94,7 +99,7 @@ def _tokenizer(
 ) -> Tokenizer:
     if run.data.tokenizer is not None:
         return Tokenizer.load(run.data.tokenizer)
-    fingerprint = _fingerprint(fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES)
+    fingerprint = _fingerprint(fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES_PER_ENTRY)
     path = cache / "tokenizers" / f"{fingerprint}.json"
     if path.exists():
         try:
@@ -106,7 +111,7 @@ def _tokenizer(
         (document.text for document in documents(name, source, False, run.data.held_out))
         for name, source in sources.items()
     ]
-    tokenizer = train(sample(streams, TRAINING_BYTES), run.model.vocab_size)
+    tokenizer = train(sample(streams, TRAINING_BYTES_PER_ENTRY * run.model.vocab_size), run.model.vocab_size)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +23,9 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 
 FORMAT_VERSION = 1
-SHARD_TOKENS = 2**26
+SHARD_TOKENS = 2**25  # held in memory until the shard is full
 BATCH_BYTES = 4 * 2**20  # text that is encoded at once
 _ABANDONED_SECONDS = 3600
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def build_store(
@@ -58,30 +56,35 @@ def build_store(
         _remove_abandoned(directory)
         try:
             partial.mkdir()
-            writer = _Writer(partial, np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32), shard_tokens)
-            try:
+            text_bytes, shards = 0, list[dict[str, Any]]()
+
+            def encoded() -> Iterator[np.ndarray]:
+                nonlocal text_bytes
                 for texts in _batches(documents):
-                    writer.text_bytes += sum(len(text.encode()) for text in texts)
-                    for tokens in tokenizer.encode_documents(texts):
-                        writer.add(tokens)
-            finally:
-                writer.close()
+                    text_bytes += sum(len(text.encode()) for text in texts)
+                    yield from tokenizer.encode_documents(texts)
+
+            dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+            for index, (tokens, starts) in enumerate(_shards(encoded(), dtype, shard_tokens)):
+                shard: dict[str, Any] = {"tokens": len(tokens), "documents": len(starts)}
+                for kind, values in (("tokens", tokens), ("documents", starts)):
+                    shard[f"{kind}_sha256"] = hashlib.sha256(values.data).hexdigest()
+                    _write(_shard_path(partial, kind, index), values.data)
+                shards.append(shard)
             manifest = {
                 "format_version": FORMAT_VERSION,
-                "dtype": writer.dtype.name,
+                "dtype": dtype.name,
                 "tokenizer": tokenizer.hash,
                 "begin": tokenizer.begin,
                 "source": source,
                 "held_out": held_out,
                 "shard_tokens": shard_tokens,
-                "tokens": sum(shard["tokens"] for shard in writer.shards),
-                "documents": sum(shard["documents"] for shard in writer.shards),
-                "text_bytes": writer.text_bytes,
-                "shards": writer.shards,
+                "tokens": sum(shard["tokens"] for shard in shards),
+                "documents": sum(shard["documents"] for shard in shards),
+                "text_bytes": text_bytes,
+                "shards": shards,
             }
-            with (partial / "manifest.json").open("w") as file:
-                json.dump(manifest, file, indent=1)
-                _sync(file)
+            _write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
             try:
                 partial.rename(directory)
             except OSError as error:
@@ -97,15 +100,10 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise UserError(
-                f"no space left to write to {str(folder)!r}; free some, or set data.cache to a folder on a larger disk"
-            ) from None
-        if error.errno in _FORBIDDEN:
-            raise UserError(
-                f"cannot write to {str(folder)!r} ({error.strerror}); set data.cache to a folder that you may write"
-            ) from None
-        raise
+        raise UserError(
+            f"cannot write to {str(folder)!r} ({error.strerror or error}); free space there, or set data.cache to "
+            f"another folder that you may write"
+        ) from None
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
@@ -129,56 +127,28 @@ def _remove_abandoned(directory: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write(path: Path, data: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-class _Writer:
-    """Fills shards to exactly `shard_tokens`; a document may go on in the next shard."""
-
-    def __init__(self, directory: Path, dtype: np.dtype, shard_tokens: int) -> None:
-        self.dtype, self.text_bytes, self.shards = dtype, 0, list[dict[str, Any]]()
-        self._directory, self._shard_tokens = directory, shard_tokens
-        self._files: dict[str, IO[bytes]] = {}
-        self._hashes: dict[str, Any] = {}
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Appends a document, int32 [tokens]."""
-        starts_here = True
-        while len(tokens):
-            if not self.shards or self.shards[-1]["tokens"] == self._shard_tokens:
-                self._next_shard()
-            shard = self.shards[-1]
-            if starts_here:
-                position = (len(self.shards) - 1) * self._shard_tokens + shard["tokens"]
-                self._write("documents", np.array([position], "<i8"))
-                shard["documents"] += 1
-                starts_here = False
-            room = self._shard_tokens - shard["tokens"]
-            piece, tokens = tokens[:room], tokens[room:]
-            self._write("tokens", piece.astype(self.dtype.newbyteorder("<")))
-            shard["tokens"] += len(piece)
-
-    def close(self) -> None:
-        """Makes the last shard durable."""
-        for kind, file in self._files.items():
-            with file:
-                _sync(file)
-            self.shards[-1][f"{kind}_sha256"] = self._hashes[kind].hexdigest()
-        self._files = {}
-
-    def _next_shard(self) -> None:
-        self.close()
-        for kind in ("tokens", "documents"):
-            self._files[kind] = _shard_path(self._directory, kind, len(self.shards)).open("wb")
-            self._hashes[kind] = hashlib.sha256()
-        self.shards.append({"tokens": 0, "documents": 0})
-
-    def _write(self, kind: str, values: np.ndarray) -> None:
-        data = values.tobytes()
-        self._files[kind].write(data)
-        self._hashes[kind].update(data)
+def _shards(
+    documents: Iterable[np.ndarray], dtype: np.dtype, shard_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens of `shard_tokens` at a time, and the positions where documents start; one may go on in the next shard."""
+    pieces, starts, size, first = [np.empty(0, dtype)], list[int](), 0, 0
+    for tokens in documents:
+        starts.append(first + size)
+        pieces.append(tokens.astype(dtype))
+        size += len(tokens)
+        while size >= shard_tokens:
+            joined = np.concatenate(pieces)
+            yield joined[:shard_tokens], np.array(starts, "<i8")
+            pieces, starts, size, first = [joined[shard_tokens:]], [], size - shard_tokens, first + shard_tokens
+    if size:
+        yield np.concatenate(pieces), np.array(starts, "<i8")
 
 
 def _shard_path(directory: Path, kind: str, index: int) -> Path:
@@ -204,7 +174,7 @@ class TokenStore:
         self.begin: int = manifest["begin"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shard_tokens: int = manifest["shard_tokens"]
-        self._sizes = [(shard["tokens"], shard["documents"]) for shard in manifest["shards"]]
+        self._count = len(manifest["shards"])
 
     @classmethod
     def open(cls, directory: Path, tokenizer_hash: str) -> "TokenStore":
@@ -225,8 +195,6 @@ class TokenStore:
                     f"{tokenizer_hash[:12]}); delete that folder, or set data.tokenizer to the one that made it"
                 )
             store = cls(directory, manifest)
-            if store.tokens != sum(shard["tokens"] for shard in manifest["shards"]):
-                raise _corrupt(path, "does not add up")
             _verify(directory, manifest)
         except FileNotFoundError:
             raise _corrupt(path, "is missing") from None
@@ -246,45 +214,34 @@ class TokenStore:
         """
         if not 0 <= start <= stop <= self.tokens + 1:
             raise IndexError(f"tokens {start}:{stop} are not within the store's {self.tokens}")
-        result = np.empty(stop - start, np.int32)
-        result[max(0, self.tokens - start) :] = self.begin
-        position, last = start, min(stop, self.tokens)
-        while position < last:
-            shard, offset = divmod(position, self._shard_tokens)
-            count = min(last - position, self._shard_tokens - offset)
-            result[position - start : position - start + count] = self._token_shards[shard][offset : offset + count]
-            position += count
-        return result
+        size, first = self._shard_tokens, start // self._shard_tokens
+        pieces: list[Any] = [
+            tokens[max(0, start - index * size) : stop - index * size]
+            for index, (tokens, _) in enumerate(self._shards[first : -(-stop // size)], first)
+        ]
+        end = [self.begin] * (stop - max(start, self.tokens))
+        return np.concatenate([*pieces, end], dtype=np.int32, casting="unsafe")
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """The positions in [start, stop) at which a document starts, int64, ascending."""
-        found = []
-        for shard in range(
-            start // self._shard_tokens, min(-(-stop // self._shard_tokens), len(self._document_shards))
-        ):
-            starts = self._document_shards[shard]
+        found = [np.empty(0, np.int64)]
+        for _, starts in self._shards[start // self._shard_tokens : -(-stop // self._shard_tokens)]:
             found.append(starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)])
-        return np.concatenate([np.empty(0, np.int64), *found])
+        return np.concatenate(found)
 
     @cached_property
-    def _token_shards(self) -> list[np.ndarray]:
-        return self._map("tokens", self._dtype)
+    def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and starts of documents of each shard; an empty file cannot be mapped."""
 
-    @cached_property
-    def _document_shards(self) -> list[np.ndarray]:
-        return self._map("documents", np.dtype("<i8"))
+        def mapped(kind: str, dtype: np.dtype) -> list[np.ndarray]:
+            paths = [_shard_path(self.directory, kind, index) for index in range(self._count)]
+            return [np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype) for path in paths]
 
-    def _map(self, kind: str, dtype: np.dtype) -> list[np.ndarray]:
-        return [
-            np.memmap(_shard_path(self.directory, kind, index), dtype, "r")
-            if sizes[kind == "documents"]
-            else np.empty(0, dtype)
-            for index, sizes in enumerate(self._sizes)
-        ]
+        return list(zip(mapped("tokens", self._dtype), mapped("documents", np.dtype("<i8")), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the maps, which are opened again on the other side; pickling one would copy the shard."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_token_shards", "_document_shards")}
+        return {k: v for k, v in self.__dict__.items() if k != "_shards"}
 
 
 def _verify(directory: Path, manifest: dict[str, Any]) -> None:

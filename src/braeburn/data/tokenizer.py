@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -84,11 +85,10 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"data.tokenizer: there is no file {str(path)!r}; {fix}")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)), repr(str(path)))
-        except UserError:
-            raise
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"data.tokenizer: {str(path)!r} is not a sound tokenizer.json ({error}); {fix}") from None
+        return cls(tokenizer, repr(str(path)))
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -119,22 +119,22 @@ class Tokenizer:
         """The text of ids; special tokens have none."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def token(self, i: int) -> str:
+        """The token of that id as the vocabulary has it."""
+        return self._tokenizer.id_to_token(i) or ""
+
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of text that each token stands for, int32 [vocab_size]; 0 for special tokens and unused ids."""
         lengths = np.zeros(self.vocab_size, np.int32)
         is_byte_level = '"ByteLevel"' in json.dumps([json.loads(self.json)[k] for k in ("pre_tokenizer", "decoder")])
         for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            lengths[i] = len(token) if is_byte_level else _sentencepiece_bytes(token)
+            # SentencePiece writes a space as U+2581, and a byte that is no character as <0xFF>.
+            text = token if is_byte_level else re.sub("^<0x[0-9A-Fa-f]{2}>$", "?", token).replace("\u2581", " ")
+            lengths[i] = len(text) if is_byte_level else len(text.encode())
         for i, added in self._tokenizer.get_added_tokens_decoder().items():
             lengths[i] = 0 if added.special else len(added.content.encode())
         return lengths
-
-
-def _sentencepiece_bytes(token: str) -> int:
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-        return 1
-    return len(token.replace("\u2581", " ").encode())
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -172,20 +172,13 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def sample(streams: Iterable[Iterator[str]], limit_bytes: int) -> Iterator[str]:
     """The first texts of each stream in turn, each text once, until their UTF-8 bytes reach the limit."""
-    streams, seen, total = list(streams), set[bytes](), 0
-    while streams:
-        alive = []
-        for stream in streams:
-            text = next(stream, None)
-            if text is None:
-                continue
-            alive.append(stream)
-            data = text.encode()
-            if (digest := hashlib.sha256(data).digest()) in seen:
-                continue
+    seen, total = set[bytes](), 0
+    for text in itertools.chain.from_iterable(itertools.zip_longest(*streams)):
+        data = (text or "").encode()  # None where a stream has ended
+        digest = hashlib.sha256(data).digest()
+        if data and digest not in seen:
             seen.add(digest)
             yield text
             total += len(data)
             if total >= limit_bytes:
                 return
-        streams = alive

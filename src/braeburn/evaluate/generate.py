@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from braeburn.config import Model, Precision
 from braeburn.errors import UserError
 from braeburn.model import transformer
-from braeburn.model.spec import ParamSpec, Tree
+from braeburn.model.spec import Tree
 
 NO_STOP = -1  # equals no token
 
@@ -63,8 +63,22 @@ def generate(
         UserError: a prompt is empty or names no token of the model, or a setting is out of range.
     """
     sampling = Sampling(float(temperature), top_k, float(top_p))
-    _check_settings(sampling, max_new_tokens)
-    _check_prompts(prompts, model.vocab_size)
+    for allowed, sentence in (
+        (0 <= temperature < float("inf"), f"temperature={temperature} is not 0 or more; set it to 0 for greedy text"),
+        (top_k is None or top_k >= 1, f"top_k={top_k} leaves no token; set top_k to 1 or more, or to None for all"),
+        (0 < top_p <= 1, f"top_p={top_p} is not in (0, 1]; set top_p to 1 to keep all tokens"),
+        (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} adds nothing; set max_new_tokens to 1 or more"),
+    ):
+        if not allowed:
+            raise UserError(sentence)
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompts[{index}] is empty; start it with the tokenizer's begin token")
+        if strange := [token for token in prompt if not 0 <= token < model.vocab_size]:
+            raise UserError(
+                f"prompts[{index}] has the token {strange[0]}, but vocab_size={model.vocab_size}; encode it with the "
+                f"model's own tokenizer"
+            )
     if not prompts:
         return []
 
@@ -74,58 +88,16 @@ def generate(
         row[: len(prompt)] = prompt
     capacity = round_up(max_new_tokens)
     logits, cache = prefill(params, tokens, lengths, model, precision, capacity)
+    key, stop = jax.random.key(seed), NO_STOP if stop_id is None else stop_id
     generated, counts = decode(
-        params,
-        logits,
-        cache,
-        lengths,
-        jax.random.key(seed),
-        max_new_tokens,
-        NO_STOP if stop_id is None else stop_id,
-        model,
-        precision,
-        sampling,
-        capacity,
+        params, logits, cache, lengths, key, max_new_tokens, stop, model, precision, sampling, capacity
     )
     return [row[:count].tolist() for row, count in zip(np.asarray(generated), np.asarray(counts), strict=True)]
-
-
-def _check_settings(sampling: Sampling, max_new_tokens: int) -> None:
-    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature={temperature} is not 0 or more; set temperature to 0 for greedy text, or to 1")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k} leaves no token; set top_k to 1 or more, or to None for all")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p} is not in (0, 1]; set top_p to 1 to keep all tokens")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} adds nothing; set max_new_tokens to 1 or more")
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompts[{index}] is empty; start it with the tokenizer's begin token")
-        strange = [token for token in prompt if not 0 <= token < vocab_size]
-        if strange:
-            raise UserError(
-                f"prompts[{index}] has the token {strange[0]}, but vocab_size={vocab_size}; encode it with the model's "
-                f"own tokenizer"
-            )
 
 
 def round_up(length: int) -> int:
     """The next power of two, at least 64: few distinct lengths, so few compilations."""
     return max(64, 1 << (int(length) - 1).bit_length())
-
-
-def compute_weights(params: Tree, model: Model, precision: Precision) -> Tree:
-    """Matrices in the type they are multiplied in, so that it is done once and not for each token."""
-
-    def convert(spec: ParamSpec, leaf: Array) -> Array:
-        return leaf if spec.role == "norm" else leaf.astype(precision.compute)
-
-    return jax.tree.map(convert, transformer.param_specs(model), params)
 
 
 def last_logits(params: Tree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
@@ -173,7 +145,12 @@ def decode(
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
     """Up to `limit` <= `capacity` new tokens of each row, and how many come before the row's `stop_id`."""
     batch = logits.shape[0]
-    params = compute_weights(params, model, precision)
+    # Matrices in the type that they are multiplied in, so that it is done once and not for each token.
+    params = jax.tree.map(
+        lambda spec, leaf: leaf if spec.role == "norm" else leaf.astype(precision.compute),
+        transformer.param_specs(model),
+        params,
+    )
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
 
     def append(
@@ -220,12 +197,9 @@ def filter_logits(logits: Float[Array, "*B V"], top_k: int | None, top_p: float)
         return logits
     # `top_k` is in descending order with the lower id first among equals, so what is kept is a prefix of it.
     ranked, ids = jax.lax.top_k(logits, min(top_k or vocab_size, vocab_size))
-    last = jnp.full((*logits.shape[:-1], 1), ranked.shape[-1] - 1)
-    if top_p < 1:
-        probabilities = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
-    last_logit = jnp.take_along_axis(ranked, last, axis=-1)
-    last_id = jnp.take_along_axis(ids, last, axis=-1)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1 if top_p < 1 else jnp.full_like(ids[..., :1], -1)
+    last_logit, last_id = (jnp.take_along_axis(values, last, axis=-1) for values in (ranked, ids))
     kept = (logits > last_logit) | ((logits == last_logit) & (jnp.arange(vocab_size) <= last_id))
     return jnp.where(kept, logits, -jnp.inf)

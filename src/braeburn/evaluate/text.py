@@ -27,9 +27,18 @@ def evaluate_files(trained: Trained, paths: list[str], field: str = "text") -> d
         source = Source(paths=(path,), field=field)
         with tempfile.TemporaryDirectory() as folder:
             store_path = Path(folder) / "store"
-            build_store(store_path, documents(path, source), trained.tokenizer)
+            try:
+                build_store(store_path, documents(path, source), trained.tokenizer)
+            except UserError as error:
+                raise UserError(_as_options(str(error), path)) from None
             results[path] = _evaluate(trained, TokenStore.open(store_path, trained.tokenizer.hash), None)
     return results
+
+
+def _as_options(message: str, source: str) -> str:
+    """A message about the fields of a source, with the options of the command line in their stead."""
+    field = f"data.sources.{source}"
+    return message.replace(f"{field}.paths", "--data").replace(f"{field}.field", "--field").replace(field, "--data")
 
 
 def evaluate_held_out(trained: Trained) -> dict[str, dict[str, float]]:
@@ -48,5 +57,7 @@ def evaluate_held_out(trained: Trained) -> dict[str, dict[str, float]]:
 def _evaluate(trained: Trained, store: TokenStore, max_tokens: int | None) -> dict[str, float]:
     length = trained.sequence_length or DEFAULT_SEQUENCE_LENGTH
     evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes)
-    batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens or store.tokens)
+    # Without a limit, the last window counts too, though it is rarely full.
+    max_tokens = max_tokens or store.tokens + length
+    batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens)
     return measure(evaluate, trained.params, batches).summary()

@@ -29,10 +29,8 @@ def export_huggingface(directory: Path, out: Path) -> int:
         out,
         trained.params,
         trained.model,
-        directory / "tokenizer.json",
+        trained.tokenizer,
         max_position_embeddings=trained.sequence_length or DEFAULT_POSITIONS,
-        begin_id=trained.tokenizer.begin,
-        end_id=trained.tokenizer.end,
     )
     return trained.step
 
@@ -45,6 +43,8 @@ def import_huggingface(source: Path, out: Path) -> Run:
     Raises:
         UserError: the directory holds no dense Llama or Qwen3 model, or `out` is in use.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
     model, params, tokenizer_path = huggingface.read(source)
     tokenizer = Tokenizer.load(tokenizer_path)
     if tokenizer.vocab_size > model.vocab_size:
@@ -52,8 +52,6 @@ def import_huggingface(source: Path, out: Path) -> Run:
             f"{str(tokenizer_path)!r} has {tokenizer.vocab_size} entries but the model only {model.vocab_size} rows; "
             f"restore the tokenizer.json that belongs to {str(source)!r}"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
     run = Run(name=source.absolute().name, model=model, stages={}, precision=Precision(compute="float32"))
     # Built beside its place and renamed, so that an interrupted import leaves nothing that looks whole.
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")

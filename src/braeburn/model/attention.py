@@ -154,7 +154,8 @@ def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     query = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    # Positions last: on CPUs the products and their gradients are up to twice as fast as with positions first.
+    key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
     if length <= LONG_SEQUENCE:
         span, attend = BLOCK, _attend_span
     else:
@@ -167,8 +168,8 @@ def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array
             query[:, :, :, start:stop],
             positions,
             segment_ids[:, start:stop],
-            key[:, :, :stop],
-            value[:, :, :stop],
+            key[..., :stop],
+            value[..., :stop],
             segment_ids[:, :stop],
         )
         outputs.append(output)
@@ -179,12 +180,12 @@ def _attend_span(
     query: Float[Array, "B K G Q H"],
     positions: Int[Array, "B Q"],
     query_ids: Int[Array, "B Q"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    key: Float[Array, "B K H S"],
+    value: Float[Array, "B K H S"],
     key_ids: Int[Array, "B S"],
 ) -> Float[Array, "B K G Q H"]:
     """Queries at `positions` over the keys from position 0 on."""
-    earlier = positions[:, :, None] >= jnp.arange(key.shape[2])
+    earlier = positions[:, :, None] >= jnp.arange(key.shape[3])
     return _attend(query, key, value, earlier & (query_ids[:, :, None] == key_ids[:, None, :]))
 
 
@@ -210,14 +211,14 @@ def _attend_span_in_blocks(
 
 def _attend(
     query: Float[Array, "B K G Q H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    key: Float[Array, "B K H S"],
+    value: Float[Array, "B K H S"],
     visible: Array,  # bool [B, Q, S]
 ) -> Float[Array, "B K G Q H"]:
     scale = query.shape[-1] ** -0.5
-    scores = jnp.einsum("BKGQH,BKSH->BKGQS", query, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("BKGQH,BKHS->BKGQS", query, key, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-    return jnp.einsum("BKGQS,BKSH->BKGQH", weights.astype(value.dtype), value)
+    return jnp.einsum("BKGQS,BKHS->BKGQH", weights.astype(value.dtype), value)
 
 
 def cached_attention(
@@ -231,7 +232,7 @@ def cached_attention(
     num_kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     visible = jnp.arange(key.shape[1])[None, None, :] <= positions[:, :, None]
-    output = _attend(grouped, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), visible)
+    output = _attend(grouped, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1), visible)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 

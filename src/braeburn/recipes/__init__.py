@@ -78,11 +78,17 @@ def _call(name: str, function: Callable[[], Run]) -> Run:
     from pydantic import ValidationError
 
     try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise UserError(f"recipe {name!r} cannot be called without arguments ({error}); give them defaults") from error
+    try:
         run = function()
     except ValidationError as error:
         raise UserError(f"recipe {name!r}: {explain_validation_error(error)}") from None
-    except TypeError as error:
-        raise UserError(f"recipe {name!r} cannot be called without arguments: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"recipe {name!r} fails: {type(error).__name__}: {error}") from error
     if not isinstance(run, Run):
         raise UserError(f"recipe {name!r} returned {type(run).__name__}; it must return a braeburn.config.Run")
     return run

@@ -56,13 +56,7 @@ def afm_on_device() -> Run:
     return Run(
         name="afm-on-device",
         model=Model(
-            vocab_size=49_152,
-            d_model=3072,
-            num_layers=26,
-            num_heads=24,
-            num_kv_heads=8,
-            head_dim=128,
-            ffn_dim=8064,
+            vocab_size=49_152, d_model=3072, num_layers=26, num_heads=24, num_kv_heads=8, head_dim=128, ffn_dim=8064
         ),
         stages=stages(batch_tokens=2048 * 4096),
         data=data(),
@@ -89,13 +83,7 @@ def afm_server() -> Run:
     return Run(
         name="afm-server",
         model=Model(
-            vocab_size=100_352,
-            d_model=8192,
-            num_layers=80,
-            num_heads=64,
-            num_kv_heads=8,
-            head_dim=128,
-            ffn_dim=28_672,
+            vocab_size=100_352, d_model=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, ffn_dim=28_672
         ),
         stages=stages(batch_tokens=4096 * 4096),
         data=data(),
@@ -106,31 +94,18 @@ def afm_server() -> Run:
 
 def afm_85m() -> Run:
     """85M parameters of the AFM family on a single accelerator: 1.7B + 0.3B + 0.1B tokens."""
-    published = stages(batch_tokens=64 * 4096)
-    shorter = {
-        "core": {"tokens": 1_700_000_000, "sequence_length": 2048, "schedule": Schedule(warmup_steps=300, floor=0.005)},
-        "continued": {
-            "tokens": 300_000_000,
-            "sequence_length": 4096,
-            "schedule": Schedule(warmup_steps=60, floor=0.001),
-        },
-        "context": {
-            "tokens": 100_000_000,
-            "sequence_length": 16_384,
-            "schedule": Schedule(warmup_steps=20, floor=0.001),
-        },
+    sizes = {
+        "core": (1_700_000_000, 2048, 300),
+        "continued": (300_000_000, 4096, 60),
+        "context": (100_000_000, 16_384, 20),
     }
-    return Run(
-        name="afm-85m",
-        model=Model(
-            vocab_size=12_288,
-            d_model=768,
-            num_layers=12,
-            num_heads=12,
-            num_kv_heads=4,
-            head_dim=64,
-            ffn_dim=2048,
-        ),
-        stages={name: stage.model_copy(update=shorter[name]) for name, stage in published.items()},
-        data=data(),
+    shorter = {}
+    for name, stage in stages(batch_tokens=64 * 4096).items():
+        tokens, sequence_length, warmup_steps = sizes[name]
+        schedule = stage.schedule.model_copy(update={"warmup_steps": warmup_steps})
+        changes = {"tokens": tokens, "sequence_length": sequence_length, "schedule": schedule}
+        shorter[name] = stage.model_copy(update=changes)
+    model = Model(
+        vocab_size=12_288, d_model=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64, ffn_dim=2048
     )
+    return Run(name="afm-85m", model=model, stages=shorter, data=data())

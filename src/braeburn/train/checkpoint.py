@@ -4,12 +4,11 @@
 exists only once all of it is on disk. This is the only module that knows orbax.
 """
 
-import errno
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,29 @@ import orbax.checkpoint as ocp
 from braeburn.config import Checkpoint, Run
 from braeburn.errors import UserError
 from braeburn.model.spec import Tree, walk
+from braeburn.train.guard import writing
 from braeburn.train.state import TrainState
 
-# Orbax tells of every save and restore at this level.
-logging.getLogger("absl").setLevel(logging.ERROR)
+
+def _quieten_orbax() -> None:
+    """Leaves a write that fails to be raised where it is waited for; orbax also prints it from each of its threads."""
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    in_thread, unraisable = threading.excepthook, sys.unraisablehook
+
+    def print_of_thread(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("orbax."):
+            in_thread(failure)
+
+    # Writes that the first failure left behind report to an event loop that is gone.
+    def print_unraisable(failure: Any) -> None:
+        if str(failure.exc_value) != "Event loop is closed":
+            unraisable(failure)
+
+    threading.excepthook, sys.unraisablehook = print_of_thread, print_unraisable
+
+
+_quieten_orbax()
 
 
 class Checkpoints:
@@ -42,7 +60,7 @@ class Checkpoints:
                 "keep_period": options.keep_every_steps,
                 "cleanup_tmp_directories": True,
             }
-        with _explained(self._directory):
+        with writing(self._directory.parent):
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(**settings),
@@ -64,7 +82,7 @@ class Checkpoints:
         if self._newest_saved == step or step in self._manager.all_steps():
             return False
         self._newest_saved = step
-        with _explained(self._directory):
+        with writing(self._directory.parent):
             items = {"params": ocp.args.StandardSave(state.params)}
             if state.optimizer is not None:
                 items["optimizer"] = ocp.args.StandardSave(state.optimizer)
@@ -74,7 +92,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns once every checkpoint begun is on disk."""
-        with _explained(self._directory):
+        with writing(self._directory.parent):
             self._manager.wait_until_finished()
 
     def restore(self, step: int, params: Tree, init_optimizer: Callable[[Tree], Any]) -> TrainState:
@@ -107,7 +125,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes what is being written."""
-        with _explained(self._directory):
+        with writing(self._directory.parent):
             self._manager.close()
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -137,21 +155,3 @@ def _placed(abstract: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160].rstrip(".: ")
-
-
-@contextmanager
-def _explained(directory: Path) -> Iterator[None]:
-    """Turns failures to write into sentences."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
-            free = shutil.disk_usage(directory.parent).free
-            raise UserError(
-                f"no space left for a checkpoint in {str(directory)!r} ({free:,} bytes free); earlier checkpoints are "
-                f"whole: free some space or lower checkpoint.keep_last, then run the same command to resume"
-            ) from error
-        if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
-            raise UserError(f"{str(directory)!r} cannot be written to; choose another folder with --out") from error
-        raise

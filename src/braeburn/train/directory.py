@@ -1,10 +1,15 @@
 """The files of a run directory other than checkpoints, and the check that a run may go on in it."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,10 @@ from braeburn.config import Run, flatten, read_run
 from braeburn.errors import UserError
 
 # What may differ when a run goes on: how it is carried out, not what it computes.
-FREE_TO_CHANGE = ("name", "mesh", "checkpoint", "remat", "evaluation", "data.workers", "data.prefetch", "data.cache")
+FREE_TO_CHANGE = (
+    *("name", "mesh", "checkpoint", "remat", "evaluation", "model.scan_layers"),
+    *("data.workers", "data.prefetch", "data.cache"),
+)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -32,12 +40,12 @@ class RunDirectory:
         Raises:
             UserError: it is not a local folder that can be written to.
         """
-        if "://" in str(path) or str(path).startswith("gs:/"):
+        if re.match("[a-z0-9]{2,}:/", str(path)):  # a Path has but one slash after gs:
             raise UserError(f"--out {str(path)!r} is not a local folder; name a folder on a mounted file system")
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except (PermissionError, NotADirectoryError, FileExistsError, OSError) as error:
+        except OSError as error:
             reason = os.strerror(error.errno).lower() if error.errno else str(error)
             raise UserError(f"--out {str(path)!r} cannot be created ({reason}); choose another folder") from None
         if not os.access(path, os.W_OK | os.X_OK):
@@ -49,6 +57,30 @@ class RunDirectory:
     def tokenizer(self) -> Path:
         """The tokenizer that the run's tokens were made with."""
         return self.path / "tokenizer.json"
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Keeps other processes from training here, until the end of this one at the latest.
+
+        Raises:
+            UserError: one does, or the folder holds other things than a run.
+        """
+        strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
+        if strangers and not self.begun():
+            raise UserError(
+                f"--out {str(self.path)!r} holds {strangers[0]!r} but no run; choose an empty or new folder"
+            )
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"--out {str(self.path)!r} is in use by another process that trains there; "
+                    f"wait for it to end or stop it, or choose another --out"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     def begun(self) -> bool:
         """Whether a run was begun or imported here."""
@@ -63,29 +95,19 @@ class RunDirectory:
         Raises:
             UserError: naming the first field that differs.
         """
-        before, after = (dict(flatten(r.model_dump(mode="json"))) for r in (read_run(self.path), run))
+        earlier = read_run(self.path)
+        begun = _begun_stages(earlier, step)
+        before, after = (dict(flatten(r.model_dump(mode="json"))) for r in (earlier, run))
+        # The order of the stages that have begun counts too.
+        before = {"stages": begun, **before}
+        after["stages"] = list(run.stages)[: len(begun)]
         for path in [*before, *(path for path in after if path not in before)]:
-            if before.get(path) == after.get(path) or self._may_change(path, run, step):
+            if before.get(path) == after.get(path) or _may_change(path, begun, step):
                 continue
             raise UserError(
                 f"{path} is {after.get(path)!r} but the run in {str(self.path)!r} was begun with "
                 f"{before.get(path)!r}; put it back to resume, or choose another --out"
             )
-
-    def _may_change(self, path: str, run: Run, step: int) -> bool:
-        if path.startswith("model."):
-            return False
-        if step == 0 or any(path == free or path.startswith(free + ".") for free in FREE_TO_CHANGE):
-            return True
-        if path.startswith("stages."):
-            begun = []
-            first = 0
-            for name, stage in run.stages.items():
-                if first < step:
-                    begun.append(name)
-                first += stage.steps
-            return path.split(".")[1] not in begun
-        return False
 
     def write_config(self, run: Run, origins: dict[str, str]) -> None:
         """`config.json`: the whole run, where its values came from, and the versions that run it."""
@@ -105,21 +127,46 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                break  # a line cut short when the process was killed
-        write_atomically(path, "".join(line + "\n" for line in kept))
+        kept = [row for row in _lines(path) if row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def stage_results(self, step: int) -> list[dict[str, Any]]:
         """The end of each stage finished by `step`, as its event tells: stage, step, tokens, loss and held_out."""
         ends = {}
-        for line in (self.path / "events.jsonl").read_text().splitlines():
-            event = json.loads(line)
+        for event in _lines(self.path / "events.jsonl"):
             if event.pop("event") == "stage_end" and event["step"] <= step:
                 event.pop("time")
                 ends[event["stage"]] = event
         return list(ends.values())
+
+    def recent_loss(self, stage: str) -> float:
+        """Mean loss of the last steps of a stage, up to 20, in nats per token."""
+        losses = deque((row["loss"] for row in _lines(self.path / "metrics.jsonl") if row["stage"] == stage), 20)
+        return sum(losses) / len(losses)
+
+
+def _begun_stages(run: Run, step: int) -> list[str]:
+    """The names of the stages that have made a step by `step`."""
+    first, names = 0, []
+    for name, stage in run.stages.items():
+        if first < step:
+            names.append(name)
+        first += stage.steps
+    return names
+
+
+def _may_change(path: str, begun: list[str], step: int) -> bool:
+    """Whether a leaf may differ from `step` on, once the stages `begun` have made steps."""
+    if path.startswith("model.") and path not in FREE_TO_CHANGE:
+        return step == 0 and path == "model.z_loss"
+    if step == 0 or any(path == free or path.startswith(free + ".") for free in FREE_TO_CHANGE):
+        return True
+    return path.startswith("stages.") and path.split(".")[1] not in begun
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, but for a line that was cut short, as by a full disk."""
+    with path.open() as file:
+        for line in file:
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)

@@ -1,15 +1,18 @@
 """The training loop: all stages of a run as one, from wherever the run directory's last checkpoint left off."""
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from braeburn.config import Run, validate
+from braeburn.config import Run
+from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
-from braeburn.data.prepare import Prepared, prepare
+from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.model import transformer
@@ -17,11 +20,11 @@ from braeburn.model.spec import abstract, initialize
 from braeburn.optim.build import begin_stage
 from braeburn.train.checkpoint import Checkpoints, bytes_on_disk
 from braeburn.train.directory import RunDirectory
-from braeburn.train.guard import StopRequest, check_space
-from braeburn.train.held_out import measure
+from braeburn.train.guard import StopRequest, check_space, writing
+from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
-from braeburn.train.stages import Program, abstract_state, compile_stage, stage_optimizer
+from braeburn.train.stages import Program, abstract_state, compile_stage, model_of_stage, stage_optimizer
 from braeburn.train.state import TrainState, new_state
 from braeburn.train.trained import require_same_tokenizer
 
@@ -61,56 +64,90 @@ def train(
     directory = RunDirectory(out)
     state_shape = abstract_state(run, next(iter(run.stages.values())))
     size = bytes_on_disk(state_shape.params, state_shape.optimizer)
-    check_space(directory.path, size, run.checkpoint.keep_last)
 
-    with Display(run.total_steps) as display, StopRequest() as stop:
-        resumed = _newest_step(directory, run)
-        tokenizer = Tokenizer.load(directory.tokenizer) if directory.tokenizer.exists() else None
-        prepared = prepare(run, display.say, tokenizer)
+    with writing(directory.path), directory.claim(), Display(run.total_steps) as display, StopRequest() as stop:
+        resumed, tokenizer = _resume_point(directory, run)
+        check_space(directory.path, size, run.checkpoint.keep_last)
+        for name, source in used_sources(run).items():
+            files(name, source)  # before work begins that an exit would have to wait for
+        compiling = _begin_to_compile(run, resumed or 0)
+        loop = _Loop(run, directory, prepare(run, display.say, tokenizer), compiling, display, stop)
+        # Nothing was written until here, where no mistake of the user's is left to be found.
         directory.write_config(run, origins or {})
-        if tokenizer is None:
-            prepared.tokenizer.save(directory.tokenizer)
-        loop = _Loop(run, directory, prepared, display, stop)
+        loop.prepared.tokenizer.save(directory.tokenizer)
         return loop.run_from(resumed, stop_after_steps)
 
 
-def _newest_step(directory: RunDirectory, run: Run) -> int | None:
-    """The step to resume from, after checking that `run` may go on here; None to begin."""
+def _begin_to_compile(run: Run, step: int) -> dict[str, Future[Program]]:
+    """Compiles the first stage to run in a thread, while text is being tokenised."""
+    if step == run.total_steps:
+        return {}
+    name = run.stage_at(step)[0]
+    return {name: ThreadPoolExecutor(1).submit(compile_stage, run, name)}
+
+
+def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokenizer | None]:
+    """The step to resume from and the tokenizer to go on with, once `run` may go on here; Nones to begin."""
     if not directory.begun():
-        strangers = [p.name for p in directory.path.iterdir() if not p.name.startswith(".")]
-        if strangers:
-            raise UserError(
-                f"--out {str(directory.path)!r} holds {strangers[0]!r} but no run; choose an empty or new folder"
-            )
-        return None
-    step = None
-    if (directory.path / "checkpoints").is_dir():
-        step = Checkpoints(directory.path).newest()
+        return None, None
+    checkpoints = Checkpoints(directory.path) if (directory.path / "checkpoints").is_dir() else None
+    step = checkpoints.newest() if checkpoints else None
     directory.check_unchanged(run, step or 0)
-    return step
+    tokenizer = Tokenizer.load(directory.tokenizer) if directory.tokenizer.exists() else None
+    if checkpoints and step is not None:
+        _, saved_json = checkpoints.restore_run(step)
+        saved = Tokenizer.from_json(saved_json)
+        require_same_tokenizer(tokenizer or saved, saved, directory.tokenizer, step)
+        tokenizer = saved
+    if not step and tokenizer and run.data.tokenizer and Tokenizer.load(run.data.tokenizer).hash != tokenizer.hash:
+        raise UserError(
+            f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of the run in {str(directory.path)!r}; "
+            f"leave data.tokenizer unset to go on with that one, or choose another --out"
+        )
+    return step, tokenizer
 
 
 class _Loop:
     """The parts of a run that its stages share."""
 
-    def __init__(self, run: Run, directory: RunDirectory, prepared: Prepared, display: Display, stop: StopRequest):
+    def __init__(
+        self,
+        run: Run,
+        directory: RunDirectory,
+        prepared: Prepared,
+        compiling: dict[str, Future[Program]],
+        display: Display,
+        stop: StopRequest,
+    ):
         self.run = run
         self.directory = directory
         self.prepared = prepared
+        self.compiling = compiling
         self.display = display
         self.stop = stop
         self.specs = transformer.param_specs(run.model)
-        self.checkpoints = Checkpoints(directory.path, run.checkpoint)
-        self.tokenizer_json = prepared.tokenizer.json
+        self.evaluators: dict[str, Evaluate] = {}
+        # Those of all stages, so that text too short for the last is found out before the first.
+        self.batches = {name: Batches(stage, name, run.seed, prepared.train) for name, stage in run.stages.items()}
 
     def run_from(self, resumed: int | None, stop_after_steps: int | None) -> Outcome:
         """Runs stages until the run is finished or asked to stop."""
+        with closing(Checkpoints(self.directory.path, self.run.checkpoint)) as self.checkpoints:
+            step = self._run_from(resumed, stop_after_steps)
+        total = self.run.total_steps
+        if self.stop.signal:
+            self.directory.event("preemption", step=step, signal=self.stop.signal)
+        else:
+            self.directory.event("stop", step=step, finished=step == total)
+        self.display.say(f"{'finished' if step == total else 'stopped'} at step {step} of {total}")
+        return Outcome(step, step == total, self.directory.stage_results(step))
+
+    def _run_from(self, resumed: int | None, stop_after_steps: int | None) -> int:
         state = self._begin() if resumed is None else self._restore(resumed)
         step, total = int(state.step), self.run.total_steps
         last = total if stop_after_steps is None else min(step + stop_after_steps, total)
         self.directory.forget_after(step)
-        writer = MetricsWriter(self.directory.path)
-        try:
+        with closing(MetricsWriter(self.directory.path)) as writer:
             while step < last and not self.stop.signal:
                 name, stage, index = self.run.stage_at(step)
                 program = self._compile(name)
@@ -119,17 +156,9 @@ class _Loop:
                 state = self._steps(program, recorder, state, index, min(stage.steps, index + last - step))
                 step = int(state.step)
                 if self._ends_stage(step):
-                    self._end_stage(program, recorder, state, writer)
+                    self._end_stage(program, state, writer)
                 self._save(state)
-        finally:
-            writer.close()
-        self.checkpoints.close()
-        if self.stop.signal:
-            self.directory.event("preemption", step=step, signal=self.stop.signal)
-        else:
-            self.directory.event("stop", step=step, finished=step == total)
-        self.display.say(f"{'finished' if step == total else 'stopped'} at step {step} of {total}")
-        return Outcome(step, step == total, self.directory.stage_results(step))
+        return step
 
     def _begin(self) -> TrainState:
         self.directory.event("start", total_steps=self.run.total_steps)
@@ -137,14 +166,6 @@ class _Loop:
         return new_state(params, stage_optimizer(self.run, next(iter(self.run.stages.values()))))
 
     def _restore(self, step: int) -> TrainState:
-        fields, tokenizer = self.checkpoints.restore_run(step)
-        saved = Tokenizer.from_json(tokenizer)
-        require_same_tokenizer(self.prepared.tokenizer, saved, self.directory.tokenizer, step)
-        if validate(fields).model != self.run.model:
-            raise UserError(
-                f"model differs from that of checkpoint {step} in {str(self.directory.path)!r}; "
-                f"put the fields of model back, or choose another --out"
-            )
         stage = self.run.stage_at(min(step, self.run.total_steps - 1))[1]
         state = self.checkpoints.restore(step, abstract(self.specs), stage_optimizer(self.run, stage).init)
         self.directory.event("resume", step=step)
@@ -152,19 +173,16 @@ class _Loop:
         return state
 
     def _compile(self, name: str) -> Program:
-        began = time.monotonic()
-        program = compile_stage(self.run, name, self.prepared.tokenizer.token_bytes)
-        seconds = time.monotonic() - began
-        self.directory.event("compile", stage=name, seconds=round(seconds, 3))
-        self.display.say(f"stage {name}: compiled in {duration(seconds)}")
+        program = self.compiling.pop(name).result() if name in self.compiling else compile_stage(self.run, name)
+        self.directory.event("compile", stage=name, seconds=round(program.compile_seconds, 3))
+        self.display.say(f"stage {name}: compiled in {duration(program.compile_seconds)}")
         return program
 
     def _steps(self, program: Program, recorder: Recorder, state: TrainState, index: int, until: int) -> TrainState:
         """Makes the steps index..until of a stage. Metrics are read once the next step is on its way."""
         if index == 0:
             state = state._replace(optimizer=begin_stage(state.optimizer))
-        batches = Batches(program.stage, program.name, self.run.seed, self.prepared.train)
-        stream = prefetch(batches, index, self.run.data.workers, self.run.data.prefetch)
+        stream = prefetch(self.batches[program.name], index, self.run.data.workers, self.run.data.prefetch)
         step = int(state.step)
         for _ in range(index, until):
             began = time.monotonic()
@@ -190,20 +208,25 @@ class _Loop:
 
     def _save(self, state: TrainState) -> None:
         step = int(state.step)
-        if self.checkpoints.save(step, state, self.run, self.tokenizer_json):
+        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json):
             self.directory.event("checkpoint", step=step)
 
     def _evaluate(self, program: Program, state: TrainState) -> dict[str, dict[str, float]]:
         stage = program.stage
+        evaluate = self.evaluators.get(program.name)
+        if evaluate is None:
+            model = model_of_stage(self.run.model, stage)
+            evaluate = evaluator(model, self.run.precision, self.prepared.tokenizer.token_bytes)
+            self.evaluators[program.name] = evaluate
         sequences = max(1, stage.batch_size // stage.accumulation_steps)
         results = {}
         for source, store in self.prepared.held_out.items():
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
-                results[source] = measure(program.evaluate, state.params, batches).summary()
+                results[source] = measure(evaluate, state.params, batches).summary()
         return results
 
-    def _end_stage(self, program: Program, recorder: Recorder, state: TrainState, writer: MetricsWriter) -> None:
+    def _end_stage(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:
         results = self._evaluate(program, state)
         step = int(state.step)
         writer.held_out(step, results)
@@ -212,7 +235,7 @@ class _Loop:
             stage=program.name,
             step=step,
             tokens=program.stage.steps * program.stage.batch_tokens,
-            loss=recorder.recent_loss,
+            loss=self.directory.recent_loss(program.name),
             held_out=results,
         )
         for source, values in results.items():

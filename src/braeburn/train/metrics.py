@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,11 @@ def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 peak of a device in FLOP/s; None where it is not known, as for CPUs."""
     if device_kind in PEAK_FLOPS:
         return PEAK_FLOPS[device_kind]
-    # GPUs append their memory and form, as in "NVIDIA H100 80GB HBM3".
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind + " ")), None)
+    # GPUs append their memory and form, as in "NVIDIA H100 80GB HBM3" and "NVIDIA A100-SXM4-40GB"; TPUs do not.
+    model = device_kind.replace("-", " ")
+    return next(
+        (peak for kind, peak in PEAK_FLOPS.items() if model.startswith(kind + " ") and not kind.startswith("TPU")), None
+    )
 
 
 def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
@@ -100,14 +102,8 @@ class Recorder:
             self._first_token += earlier.steps * earlier.batch_tokens
         self._flops = flops_per_token(run.model, param_specs(run.model), self._stage.sequence_length)
         self._skips = SkipCounter()
-        self._recent: deque[float] = deque(maxlen=20)
         self._pending: tuple[int, dict[str, Any], float] | None = None
         self._last = time.monotonic()
-
-    @property
-    def recent_loss(self) -> float | None:
-        """Mean loss of the last steps, up to 20, in nats per token."""
-        return sum(self._recent) / len(self._recent) if self._recent else None
 
     def observe(self, step: int, metrics: dict[str, Any], data_seconds: float) -> None:
         """Takes the metrics of `step`, just dispatched, and writes the row of the one before."""
@@ -142,7 +138,6 @@ class Recorder:
             "data_seconds": data_seconds,
             "skipped": int(values["skipped"]),
         }
-        self._recent.append(values["loss"])
         self.writer.write(row)
         self._display.step(row, step - self._first_step)
         self._skips.observe(step, row["skipped"])

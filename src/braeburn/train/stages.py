@@ -1,20 +1,19 @@
 """What a stage of a run is made of: its model, optimizer and compiled programs."""
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from braeburn.config import Model, Run, Stage
 from braeburn.model import transformer
 from braeburn.model.spec import Tree, abstract
 from braeburn.optim.build import build_optimizer
-from braeburn.train.held_out import Evaluate, evaluator
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch, train_step
 
@@ -28,7 +27,7 @@ def model_at(run: Run, step: int) -> tuple[Model, int]:
     """The model as trained after `step` steps, and the longest sequence that it was trained on by then."""
     model, length, first = run.model, 0, 0
     for stage in run.stages.values():
-        if first < step or not length:
+        if first < step:
             model, length = model_of_stage(run.model, stage), max(length, stage.sequence_length)
         first += stage.steps
     return model, length
@@ -42,7 +41,7 @@ class Program:
     stage: Stage
     optimizer: optax.GradientTransformation
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
-    evaluate: Evaluate
+    compile_seconds: float
 
 
 def stage_optimizer(run: Run, stage: Stage) -> optax.GradientTransformation:
@@ -79,10 +78,10 @@ def abstract_state(run: Run, stage: Stage) -> TrainState:
     )
 
 
-def compile_stage(run: Run, name: str, token_bytes: np.ndarray) -> Program:
+def compile_stage(run: Run, name: str) -> Program:
     """Compiles a stage's train step. The state passed to it is given up, the one it returns takes its memory."""
+    began = time.monotonic()
     stage = run.stages[name]
     step = jax.jit(stage_step(run, stage), donate_argnums=0)
     compiled = step.lower(abstract_state(run, stage), abstract_batch(stage)).compile()
-    evaluate = evaluator(model_of_stage(run.model, stage), run.precision, token_bytes)
-    return Program(name, stage, stage_optimizer(run, stage), compiled, evaluate)
+    return Program(name, stage, stage_optimizer(run, stage), compiled, time.monotonic() - began)

@@ -1,0 +1,87 @@
+"""Models to time on one GPU: the dense Qwen3 shape at three sizes, sequences of 4096, bf16.
+
+A name that ends in `_80gb` or `_141gb` says which card the batch is meant for. What stays is estimated: 16 bytes a
+parameter (float32 weights, two moments and a gradient) and, for each token and layer, two bytes for each value that
+remat keeps. AdamW; `--set optimizer.kind=afm` on the command line takes the other one.
+"""
+
+from braeburn.config import AdamW, Data, Model, NamedActivation, Remat, Run, Source, Stage
+
+SEQUENCE_LENGTH = 4096
+# With these no product but those that feed query and key is computed twice.
+ALL_PRODUCTS: tuple[NamedActivation, ...] = (
+    "query",
+    "key",
+    "value",
+    "attention",
+    "attention_output",
+    "ffn_gate",
+    "ffn_up",
+)
+# The FFN is computed again: a third of the memory.
+ATTENTION_ONLY: tuple[NamedActivation, ...] = ("query", "key", "value", "attention")
+
+
+def _run(name: str, model: Model, sequences: int, kept: tuple[NamedActivation, ...] = ALL_PRODUCTS) -> Run:
+    return Run(
+        name=name,
+        model=model,
+        stages={
+            "pretrain": Stage(
+                tokens=sequences * SEQUENCE_LENGTH * 1000,
+                sequence_length=SEQUENCE_LENGTH,
+                batch_tokens=sequences * SEQUENCE_LENGTH,
+                mixture={"random": 1.0},
+                learning_rate=3e-4,
+                weight_decay=0.1,
+            )
+        },
+        data=Data(sources={"random": Source(paths=("random",))}),
+        optimizer=AdamW(),
+        remat=Remat(policy="save_named", names=kept),
+    )
+
+
+def _model(d_model: int, num_layers: int, num_heads: int, ffn_dim: int) -> Model:
+    return Model(
+        vocab_size=151_936,
+        d_model=d_model,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads // 2,
+        head_dim=128,
+        ffn_dim=ffn_dim,
+        norm_epsilon=1e-6,
+        rope_base=10_000.0,
+        z_loss=0.0,
+    )
+
+
+def dense_0_6b_80gb() -> Run:
+    """0.6B, the shape of Qwen3-0.6B."""
+    return _run("dense-0.6b", _model(1024, 28, 16, 3072), sequences=12)
+
+
+def dense_0_6b_141gb() -> Run:
+    """0.6B, the shape of Qwen3-0.6B."""
+    return _run("dense-0.6b", _model(1024, 28, 16, 3072), sequences=24)
+
+
+def dense_1_5b_80gb() -> Run:
+    """1.5B, Qwen3-1.7B with four layers fewer."""
+    return _run("dense-1.5b", _model(2048, 24, 16, 6144), sequences=6)
+
+
+def dense_1_5b_141gb() -> Run:
+    """1.5B, Qwen3-1.7B with four layers fewer."""
+    return _run("dense-1.5b", _model(2048, 24, 16, 6144), sequences=16)
+
+
+def dense_3b_80gb() -> Run:
+    """3B, Qwen3-4B with eight layers fewer and 20 query heads."""
+    return _run("dense-3b", _model(2560, 28, 20, 9728), sequences=4, kept=ATTENTION_ONLY)
+
+
+def dense_3b_141gb() -> Run:
+    """3B, Qwen3-4B with eight layers fewer and 20 query heads."""
+    return _run("dense-3b", _model(2560, 28, 20, 9728), sequences=8)

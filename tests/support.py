@@ -1,0 +1,79 @@
+"""Calls of the command line, and what is looked for in run directories."""
+
+import contextlib
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braeburn.cli import main
+
+PROGRAM = [sys.executable, "-c", "from braeburn.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call of the command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one sentence that a mistake is answered with."""
+        assert self.code == 2, self.err
+        assert "Traceback" not in self.err
+        *log, line = self.err.splitlines()
+        assert line.startswith("error: ")
+        assert not [earlier for earlier in log if earlier.startswith("error")]
+        return line
+
+
+def braeburn(*arguments: object) -> Answer:
+    """Calls the command line in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        before, sys.argv = sys.argv, ["braeburn", *map(str, arguments)]
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            sys.argv = before
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def process(*arguments: object, **options: Any) -> Answer:
+    """Calls the command line in a process of its own."""
+    done = subprocess.run(
+        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False, **options
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The hash of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in a run's `events.jsonl`."""
+    found = []
+    for line in (directory / "events.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # cut short where a test killed the process
+            found.append(json.loads(line))
+    return [event for event in found if event["event"] == kind]

@@ -1,0 +1,280 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from braeburn import config
+from braeburn.config import AdamW, AfmOptimizer, flatten, override, parse_assignment, provenance, validate
+from braeburn.errors import UserError, did_you_mean
+from braeburn.model import spec, transformer
+from braeburn.recipes import BUILT_IN, description, load
+from support import braeburn
+
+RUNS = {name: load(name) for name in BUILT_IN}
+LEAVES = [(name, path, value) for name, run in RUNS.items() for path, value in flatten(run.model_dump())]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_recipe_survives_json_and_is_described(name: str) -> None:
+    run = RUNS[name]
+    assert run.name == name
+    assert validate(json.loads(run.model_dump_json())) == run
+    assert validate(run.model_dump()) == run
+    assert len(description(name)) > 20
+    assert 0 < run.total_steps == sum(stage.steps for stage in run.stages.values())
+
+
+@given(st.sampled_from(LEAVES))
+@settings(deadline=None)
+def test_overriding_a_leaf_with_its_own_value_changes_nothing(leaf: tuple) -> None:
+    name, path, value = leaf
+    run = RUNS[name]
+    assert override(run, {path: value}) == run
+    assert provenance(run, {path: value})[path] == "command line"
+
+
+@given(path=st.sampled_from(sorted({path for _, path, _ in LEAVES})), value=JSON, name=st.sampled_from(sorted(RUNS)))
+@settings(deadline=None, max_examples=300)
+def test_any_value_gives_a_valid_run_or_one_sentence(path: str, value: object, name: str) -> None:
+    try:
+        run = override(RUNS[name], {path: value})
+    except UserError as error:
+        assert len(str(error).split()) >= 4
+    else:
+        assert validate(json.loads(run.model_dump_json())) == run
+
+
+@given(st.text())
+@settings(deadline=None)
+def test_any_path_is_refused_or_known(path: str) -> None:
+    try:
+        override(RUNS["afm-tiny"], {path: 1})
+    except UserError as error:
+        assert str(error)
+
+
+@given(st.from_regex(r"[a-z_.]+", fullmatch=True), JSON)
+def test_an_assignment_of_json_is_read_as_written(path: str, value: object) -> None:
+    assert parse_assignment(f"{path}={json.dumps(value)}") == (path, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed=3", ("seed", 3)),
+        ("name=my run", ("name", "my run")),
+        ("data.sources.code.separator==", ("data.sources.code.separator", "=")),
+        ("data.cache=/tmp/a=b", ("data.cache", "/tmp/a=b")),
+        ("model.rope_scaling=None", ("model.rope_scaling", None)),
+        ("model.qk_norm=True", ("model.qk_norm", True)),
+        ("model.qk_norm=false", ("model.qk_norm", False)),
+        ("stages.core.learning_rate=1e-3", ("stages.core.learning_rate", 1e-3)),
+        ('data.sources.code.paths=["a.py"]', ("data.sources.code.paths", ["a.py"])),
+    ],
+)
+def test_assignments(text: str, expected: tuple) -> None:
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["seed", "=1", ""])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="write --set path=value"):
+        parse_assignment(text)
+
+
+def test_override_changes_only_what_it_names() -> None:
+    run = RUNS["afm-tiny"]
+    changed = override(run, {"stages.core.learning_rate": 0.5, "model.ffn_dim": 96})
+    before, after = dict(flatten(run.model_dump())), dict(flatten(changed.model_dump()))
+    assert {path for path in before if before[path] != after[path]} == {"stages.core.learning_rate", "model.ffn_dim"}
+    assert run.stages["core"].learning_rate == 0.01
+
+
+def test_override_replaces_sections_and_opens_optional_ones() -> None:
+    run = RUNS["afm-tiny"]
+    assert override(run, {"stages.core.mixture": {"long": 1}}).stages["core"].mixture == {"long": 1}
+    assert override(run, {"model.rope_scaling.factor": 4}).model.rope_scaling == config.RopeScaling(factor=4)
+    assert override(RUNS["llama3-8b"], {"model.rope_scaling": None}).model.rope_scaling is None
+    wider = override(run, {"data.sources.mine": {"paths": ["x"]}, "stages.core.mixture.mine": 0.5})
+    assert wider.stages["core"].mixture == {"code": 0.8, "prose": 0.2, "mine": 0.5}
+
+
+def test_override_changes_the_optimizer_and_its_fields_in_any_order() -> None:
+    run = override(RUNS["afm-tiny"], {"optimizer.momentum": 0.5})
+    wanted = AdamW(beta1=0.8, clip_norm=2)
+    assignments = {"optimizer.kind": "adamw", "optimizer.beta1": 0.8, "optimizer.clip_norm": 2}
+    assert override(run, assignments).optimizer == wanted
+    assert override(run, dict(reversed(assignments.items()))).optimizer == wanted
+    assert override(RUNS["llama2-7b"], {"optimizer.kind": "afm"}).optimizer == AfmOptimizer()
+    with pytest.raises(UserError, match=r"'optimizer.momentum' is not a field"):
+        override(run, {"optimizer.kind": "adamw", "optimizer.momentum": 0.5})
+
+
+def test_provenance_tells_default_recipe_and_command_line_apart() -> None:
+    run = RUNS["llama2-7b"]
+    origins = provenance(run, {"stages.pretrain.tokens": 2**23 * 2000, "optimizer.beta1": 0.8})
+    assert origins["stages.pretrain.tokens"] == origins["optimizer.beta1"] == "command line"
+    assert origins["stages.pretrain.learning_rate"] == origins["optimizer.kind"] == "recipe"
+    assert origins["seed"] == origins["optimizer.beta2"] == "default"
+    assert provenance(RUNS["afm-tiny"], {})["optimizer.kind"] == "default"
+    assert set(origins) == {path for path, _ in flatten(override(run, {}).model_dump())}
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        ({"learning_rate": 1}, "did you mean 'stages.core.learning_rate'"),
+        ({"stages.core.lerning_rate": 1}, "did you mean 'stages.core.learning_rate'"),
+        ({"modl.d_model": 1}, "'modl' is not a field of the run 'afm-tiny'; did you mean 'model.d_model'"),
+        ({"name.first": 1}, "'name.first' is not a field"),
+        ({"stages.core": {"tokens": 1}}, "stages.core.sequence_length is missing; give it a value"),
+        ({"stages.core.schedule": {"warmup": 1}}, "'stages.core.schedule.warmup' is not a field; did you mean 'warmup"),
+        ({"model.d_model": 1.5}, "model.d_model=1.5 is not valid: it should be a valid integer"),
+        ({"model.d_model": 0}, "model.d_model=0 is not valid: it should be greater than 0"),
+        (
+            {"model.num_kv_heads": 3},
+            r"num_kv_heads=3 does not divide num_heads=4; set num_kv_heads to one of \[1, 2, 4",
+        ),
+        ({"model.head_dim": 15}, "head_dim=15 is odd, .* use 16"),
+        ({"stages.core.batch_tokens": 1000}, "batch_tokens=1000 is not a multiple .* set batch_tokens to 1024"),
+        ({"stages.core.accumulation_steps": 3}, r"set accumulation_steps to one of \[1, 2, 4, 8, 16\]"),
+        ({"stages.core.schedule.warmup_steps": 20}, "set schedule.warmup_steps below 20 or raise tokens"),
+        ({"stages.core.mixture.cod": 1}, "stages.core.mixture.cod is not a source of the data; did you mean 'code'"),
+        ({"stages.core.mixture": {"code": 0}}, "no weight above zero"),
+        ({"stages.core.learning_rate": float("nan")}, "learning_rate=nan is not valid"),
+        ({"optimizer.kind": "sgd"}, "optimizer.kind='sgd' is not valid: it must be 'afm' or 'adamw'"),
+        ({"optimizer.kind": ["afm"]}, "optimizer.kind=.* must be 'afm' or 'adamw'"),
+        ({"mesh.data": 2}, "mesh: data=2: this version trains on one device; set data to 1"),
+        ({"data.sources.code.format": "text"}, "data.sources.code: paths is empty"),
+        ({"precision.compute": "float16"}, "precision.compute='float16' is not valid: it should be 'float32' or"),
+    ],
+)
+def test_refusals_name_the_field_and_the_fix(assignments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(RUNS["afm-tiny"], assignments)
+
+
+@pytest.mark.parametrize("fields", [[], None, 3, {"run": 1}, {"name": "x"}])
+def test_what_is_no_run_is_refused(fields: object) -> None:
+    with pytest.raises(UserError, match=r"is missing|not a field|the run=.* is not valid"):
+        validate(fields)  # type: ignore[arg-type]
+
+
+def test_did_you_mean_lists_the_nearest_or_all() -> None:
+    assert did_you_mean("lerning", ["learning", "burning", "x"]) == "did you mean 'learning' or 'burning'?"
+    assert did_you_mean("zzz", ["b", "a", "a"]) == "it must be one of a, b"
+
+
+def test_flatten_gives_every_leaf_once() -> None:
+    assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]})) == {"a.b": 1, "a.c": {}, "d": [1, {"e": 2}]}
+
+
+def test_stages_and_their_steps() -> None:
+    run = override(RUNS["afm-tiny"], {"stages.core.tokens": 5 * 1024 + 1})
+    core = run.stages["core"]
+    assert (core.steps, core.batch_size, run.total_steps) == (6, 16, 26)
+    found = [(run.stage_at(step)[0], run.stage_at(step)[2]) for step in (0, 5, 6, 15, 16, 25)]
+    assert found == [("core", 0), ("core", 5), ("continued", 0), ("continued", 9), ("context", 0), ("context", 9)]
+    with pytest.raises(IndexError):
+        run.stage_at(26)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-70b", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("afm-on-device", 2_737_739_264),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
+    assert spec.count(transformer.param_specs(RUNS[name].model)) == parameters
+
+
+def test_parameters_of_afm_on_device_are_split_as_published() -> None:
+    specs = transformer.param_specs(RUNS["afm-on-device"].model)
+    assert round(spec.count(specs, ("matrix", "norm")) / 1e9, 3) == 2.587
+    assert round(spec.count(specs, ("embedding",)) / 1e9, 3) == 0.151
+
+
+def test_fewer_than_150_fields() -> None:
+    models = [m for m in vars(config).values() if isinstance(m, type) and issubclass(m, BaseModel)]
+    assert 50 < sum(len(model.model_fields) for model in models) < 150
+
+
+def test_resolving_a_recipe_imports_no_jax() -> None:
+    program = (
+        "import sys\n"
+        "from braeburn.config import override\n"
+        "from braeburn.recipes import BUILT_IN, load\n"
+        "for name in BUILT_IN: override(load(name), {'seed': 1})\n"
+        "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+RECIPES = '''
+from braeburn.config import Run, validate
+from braeburn.errors import UserError
+from braeburn.recipes import load
+
+def good(name="mine") -> Run:
+    """A run of mine."""
+    return load("afm-tiny").model_copy(update={"name": name})
+
+def needs(argument): ...
+def nothing(): ...
+def refused(): return Run(name="x", model={"vocab_size": -1}, stages={})
+def sentence(): raise UserError("set this to that")
+def broken(): return 1 / 0
+def wrong_type(): return len(3)
+'''
+
+
+def test_recipe_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(RECIPES)
+    assert load(f"{path}:good").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("god", "has no function 'god'; its functions are good, needs, nothing, refused, sentence, broken, wrong_type"),
+        ("needs", "cannot be called without arguments .*missing a required argument: 'argument'.*; give them defaults"),
+        ("nothing", "returned NoneType; it must return a braeburn.config.Run"),
+        ("refused", "recipe '.*mine.py:refused': model.vocab_size=-1 is not valid"),
+        ("sentence", "^set this to that$"),
+        ("broken", "recipe '.*mine.py:broken' fails: ZeroDivisionError: division by zero"),
+        ("wrong_type", r"fails: TypeError: object of type 'int' has no len\(\)"),
+    ],
+)
+def test_mistakes_in_a_recipe_of_a_file(tmp_path: Path, function: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(RECIPES)
+    with pytest.raises(UserError, match=message):
+        load(f"{path}:{function}")
+
+
+def test_recipe_files_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'.*none\.py' does not exist; check the path before the colon"):
+        load(f"{tmp_path}/none.py:run")
+    broken = tmp_path / "broken.py"
+    broken.write_text("def run(:\n")
+    assert "fails on import: SyntaxError" in braeburn("explain", f"{broken}:run").error
+    broken.write_text("import nowhere_to_be_found")
+    with pytest.raises(UserError, match="fails on import: ModuleNotFoundError"):
+        load(f"{broken}:run")

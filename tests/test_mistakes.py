@@ -1,0 +1,440 @@
+"""The usual mistakes, each answered with one sentence that names the fix, and nothing on disk the worse for it."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braeburn.data.tokenizer import train as train_tokenizer
+from support import PROGRAM, Answer, braeburn, contents, events, process, rows
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "other.json"
+    train_tokenizer(["some words and other words, some of them again"], 280).save(path)
+    return path
+
+
+def refused(directory: Path, *arguments: object) -> str:
+    """The sentence that a call is refused with, after which the run directory holds what it held."""
+    before = contents(directory)
+    sentence = braeburn(*arguments).error
+    assert contents(directory) == before
+    return sentence
+
+
+def without_jax(*arguments: object) -> Answer:
+    """A call in a process of its own that must end before JAX is imported."""
+    program = (
+        "import sys\nfrom braeburn.cli import main\ntry:\n    main()\n"
+        "finally:\n    assert not {'jax', 'orbax'} & set(sys.modules), 'JAX was imported'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=100, check=False
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("command", ["train", "explain"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["afm-tinny"], "'afm-tinny' is not a recipe; did you mean 'afm-tiny'"),
+        (["zebra"], "'zebra' is not a recipe; `braeburn recipes` lists those there are"),
+        (["afm-tiny", "--set", "stages.core.lerning_rate=1"], "did you mean 'stages.core.learning_rate'"),
+        (["afm-tiny", "--set", "model.num_kv_heads=3"], "model: num_kv_heads=3 does not divide num_heads=4; set"),
+        (["afm-tiny", "--set", "stages.core.mixture.cod=1"], "is not a source of the data; did you mean 'code'"),
+        (["afm-tiny", "--set", "seed"], "--set 'seed' is not an assignment; write --set path=value"),
+        (["none.py:run"], "recipe file 'none.py' does not exist"),
+    ],
+)
+def test_what_validation_sees_is_refused_before_jax_is_imported(
+    command: str, arguments: list[str], sentence: str, tmp_path: Path
+) -> None:
+    out = ["--out", tmp_path / "out"] if command == "train" else []
+    answer = without_jax(command, *arguments, *out)
+    assert sentence in answer.error
+    assert answer.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "afm-tiny"], "Missing option '--out'; `braeburn train --help`"),
+        (["train", "afm-tiny", "--out", "/tmp/x", "--stop-after-steps", "0"], "Invalid value for '--stop-after-steps'"),
+        (
+            ["train", "afm-tiny", "--out", "/tmp/x", "--stop-after-steps", "some"],
+            "Invalid value for '--stop-after-steps'",
+        ),
+        (["train", "--out", "/tmp/x"], "Missing argument 'RECIPE'"),
+        (["trian"], "No such command 'trian'"),
+        (["train", "afm-tiny", "--output", "/tmp/x"], "No such option: --output"),
+        (["generate", "/tmp"], "Missing option '--prompt'"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence_too(arguments: list[str], sentence: str) -> None:
+    answer = without_jax(*arguments)
+    assert sentence in answer.error
+    assert answer.err.count("\n") == 1
+
+
+def test_a_process_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
+    answer = process("train", "afm-tiny", "--out", tmp_path / "out", "--set", "data.sources.code.paths=['/nowhere']")
+    assert "data.sources.code.paths" in answer.error
+    assert answer.out == ""
+
+
+def test_missing_files(finished: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
+    assert "--data: no file matches '/nowhere.txt'; name an existing file" in refused(
+        finished, "evaluate", finished, "--data", "/nowhere.txt"
+    )
+    answer = braeburn(
+        "train", *tiny_arguments, "--out", tmp_path / "out", "--set", 'data.sources.code.paths=["/nowhere/*.py"]'
+    )
+    assert "data.sources.code.paths: no Python file matches '/nowhere/*.py'; name an existing" in answer.error
+    answer = braeburn(
+        "train", *tiny_arguments, "--out", tmp_path / "out", "--set", "data.tokenizer=/nowhere/tokenizer.json"
+    )
+    assert "data.tokenizer: there is no file '/nowhere/tokenizer.json'" in answer.error
+    assert list((tmp_path / "out").glob("[!.]*")) == []
+
+
+def test_empty_corpus(finished: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
+    empty = tmp_path / "empty.py"
+    empty.touch()
+    answer = braeburn(
+        "train", *tiny_arguments, "--out", tmp_path / "out", "--set", f'data.sources.code.paths=["{empty}"]'
+    )
+    assert "data.sources.code: empty corpus" in answer.error
+    assert "--data: empty corpus" in refused(finished, "evaluate", finished, "--data", empty)
+
+
+def test_text_that_is_not_there(finished: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"body": "some text"}\n')
+    sentence = refused(finished, "evaluate", finished, "--data", lines)
+    assert "has no text in the field 'text' (it has: body); set --field to the one that holds the text" in sentence
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8" in refused(finished, "evaluate", finished, "--data", binary)
+
+
+def test_corrupt_shard(copied: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(Path(os.environ["XDG_CACHE_HOME"], "braeburn", "data"), cache)
+    for shard in cache.glob("stores/code-train-*/tokens-00000.bin"):
+        content = bytearray(shard.read_bytes())
+        content[100] ^= 1
+        shard.write_bytes(content)
+    sentence = refused(copied, "train", *tiny_arguments, "--out", copied, "--set", f"data.cache={cache}")
+    assert "does not have the checksum in manifest.json; delete the folder" in sentence
+
+
+def test_tokenizer_of_another_run(copied: Path, other_tokenizer: Path, tiny_arguments: list[str]) -> None:
+    shutil.copy(other_tokenizer, copied / "tokenizer.json")
+    expected = f"the tokenizer {str(copied / 'tokenizer.json')!r} is not the one that checkpoint 14 was trained with"
+    for arguments in (
+        ["train", *tiny_arguments, "--out", copied],
+        ["evaluate", copied],
+        ["generate", copied, "--prompt", "x"],
+        ["export", copied, "--out", copied.with_name("exported")],
+    ):
+        sentence = refused(copied, *arguments)
+        assert expected in sentence and "put that run's own tokenizer.json back" in sentence
+    assert not copied.with_name("exported").exists()
+
+
+def test_a_lost_tokenizer_is_restored_from_the_checkpoint(
+    finished: Path, copied: Path, tiny_arguments: list[str]
+) -> None:
+    (copied / "tokenizer.json").unlink()
+    assert "there is no file" in refused(copied, "evaluate", copied)
+    assert braeburn("train", *tiny_arguments, "--out", copied).code == 0
+    assert (copied / "tokenizer.json").read_bytes() == (finished / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("model.ffn_dim=96", "model.ffn_dim is 96 but the run in '{}' was begun with 160; put it back to resume"),
+        ("model.z_loss=0", "model.z_loss is 0.0 but the run in '{}' was begun with 1e-06"),
+        ("stages.core.learning_rate=0.5", "stages.core.learning_rate is 0.5 but the run in '{}' was begun with 0.01"),
+        ("seed=1", "seed is 1 but the run in '{}' was begun with 0"),
+        ("optimizer.kind=adamw", "optimizer.kind is 'adamw' but the run in '{}' was begun with 'afm'"),
+    ],
+)
+def test_going_on_with_another_run(copied: Path, tiny_arguments: list[str], assignment: str, sentence: str) -> None:
+    answer = refused(copied, "train", *tiny_arguments, "--out", copied, "--set", assignment)
+    assert sentence.format(copied) in answer
+
+
+def test_going_on_with_other_stages(copied: Path, finished: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from pathlib import Path\nfrom braeburn.config import read_run\n"
+        f"run = read_run(Path({str(finished)!r}))\n"
+        "stages = run.stages\n"
+        "def dropped(): return run.model_copy(update={'stages': {k: stages[k] for k in ('core', 'continued')}})\n"
+        "def turned(): return run.model_copy(update={'stages': dict(reversed(stages.items()))})\n"
+        "def added(): return run.model_copy(update={'stages': {'zero': stages['core'], **stages}})\n"
+    )
+    for function in ("dropped", "turned", "added"):
+        sentence = refused(copied, "train", f"{recipe}:{function}", "--out", copied)
+        assert "stages is [" in sentence and "begun with ['core', 'continued', 'context']" in sentence
+
+
+def test_a_checkpoint_of_another_model_than_the_configuration(copied: Path, tiny_arguments: list[str]) -> None:
+    saved = json.loads((copied / "config.json").read_text())
+    saved["run"]["model"]["ffn_dim"] = 96
+    (copied / "config.json").write_text(json.dumps(saved))
+    sentence = refused(copied, "train", *tiny_arguments, "--set", "model.ffn_dim=96", "--out", copied)
+    assert "model differs from that of checkpoint 14" in sentence and "put the fields of model back" in sentence
+    sentence = refused(copied, "evaluate", copied)
+    assert "checkpoints/14' is damaged or of another model" in sentence
+
+
+def test_sequence_longer_than_the_data_in_a_later_stage(tiny_arguments: list[str], tmp_path: Path) -> None:
+    assignments = ["stages.context.sequence_length=262144", "stages.context.batch_tokens=262144"]
+    assignments += ["stages.context.tokens=1048576"]
+    answer = braeburn(
+        "train", *tiny_arguments, *(part for a in assignments for part in ("--set", a)), "--out", tmp_path / "out"
+    )
+    assert "sequence longer than the data: source 'long' has 116" in answer.error
+    assert "set it to at most 116" in answer.error
+    assert list((tmp_path / "out").glob("[!.]*")) == []
+
+
+def test_a_folder_that_holds_other_things(tiny_arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    sentence = refused(tmp_path, "train", *tiny_arguments, "--out", tmp_path)
+    assert "holds 'thesis.tex' but no run; choose an empty or new folder" in sentence
+
+
+@pytest.mark.parametrize("out", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_folder_in_a_bucket(
+    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sentence = braeburn("train", *tiny_arguments, "--out", out).error
+    assert "is not a local folder; name a folder on a mounted file system" in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_written(tiny_arguments: list[str], finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file / "run", file, Path("/proc/braeburn")):
+        sentence = braeburn("train", *tiny_arguments, "--out", out).error
+        assert f"--out {str(out)!r} cannot be created (" in sentence and "choose another folder" in sentence
+    assert "name another folder" in braeburn("export", finished, "--out", file / "exported").error
+    assert braeburn("export", finished, "--out", tmp_path / "hf").code == 0
+    assert "cannot be created (not a directory)" in braeburn("import", tmp_path / "hf", "--out", file / "new").error
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["generate", "--prompt", "x"], ["export", "--out", "/tmp/nowhere"]])
+def test_what_is_no_run_directory(command: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for directory in (tmp_path / "none", tmp_path, file):
+        sentence = braeburn(command[0], directory, *command[1:]).error
+        assert "is not a run directory: it holds no config.json; name the folder given to --out" in sentence
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'{"run": []}', b"\xff\xfe{", b'{"run": {"nmae": "x"}}'])
+def test_corrupt_configuration(copied: Path, tiny_arguments: list[str], content: bytes) -> None:
+    (copied / "config.json").write_bytes(content)
+    for arguments in (["evaluate", copied], ["train", *tiny_arguments, "--out", copied]):
+        assert f"{str(copied / 'config.json')!r} does not hold a run" in refused(copied, *arguments)
+
+
+def test_configuration_of_unknown_fields(copied: Path, tiny_arguments: list[str]) -> None:
+    saved = json.loads((copied / "config.json").read_text())
+    saved["run"]["model"]["num_experts"] = 8
+    (copied / "config.json").write_text(json.dumps(saved))
+    for arguments in (["evaluate", copied], ["train", *tiny_arguments, "--out", copied]):
+        sentence = refused(copied, *arguments)
+        assert "does not hold a run of this version" in sentence and "'model.num_experts' is not a field" in sentence
+
+
+def test_no_checkpoint_yet(copied: Path) -> None:
+    shutil.rmtree(copied / "checkpoints")
+    assert "holds no checkpoint; train for at least one checkpoint first" in refused(copied, "evaluate", copied)
+    (copied / "checkpoints").mkdir()
+    assert "holds no complete checkpoint; train for at least" in refused(copied, "evaluate", copied)
+
+
+def truncate(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("item", ["params", "run", "optimizer", "."])
+@pytest.mark.parametrize("damage", [truncate, empty])
+def test_damaged_newest_checkpoint(
+    finished: Path, copied: Path, tiny_arguments: list[str], damage: Any, item: str
+) -> None:
+    damage(copied / "checkpoints" / "14" / item)
+    calls = [["train", *tiny_arguments, "--out", copied]]
+    if item != "optimizer":
+        calls.append(["evaluate", copied])
+    for arguments in calls:
+        sentence = refused(copied, *arguments)
+        assert "checkpoints/14' is damaged" in sentence
+        assert sentence.endswith("; move it away to go on from step 10")
+    if damage is truncate and item in ("params", "."):
+        (copied / "checkpoints" / "14").rename(copied.with_name("14"))
+        answer = braeburn(*calls[0])
+        assert answer.code == 0, answer.err
+        assert [row["loss"] for row in rows(copied)] == [row["loss"] for row in rows(finished)]
+
+
+def test_a_run_in_use_by_another_process(copied: Path, tiny_arguments: list[str]) -> None:
+    from braeburn.train.directory import RunDirectory
+
+    with RunDirectory(copied).claim():
+        sentence = refused(copied, "train", *tiny_arguments, "--out", copied)
+        assert "is in use by another process that trains there" in sentence
+    assert braeburn("train", *tiny_arguments, "--out", copied).code == 0
+
+
+def test_exports_and_imports_that_cannot_be(finished: Path, tmp_path: Path) -> None:
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.tex").write_text("years of work")
+    assert "is not empty; name a new folder" in refused(occupied, "export", finished, "--out", occupied)
+    assert (
+        "--format 'onnx' is not known; use --format hf"
+        in braeburn("export", finished, "--out", tmp_path / "o", "--format", "onnx").error
+    )
+    assert braeburn("export", finished, "--out", tmp_path / "hf").code == 0
+    assert "is in use; choose a new or empty folder" in refused(occupied, "import", tmp_path / "hf", "--out", occupied)
+
+    for name, content in {"nonsense": "{", "gpt2": '{"model_type": "gpt2"}', "list": "[]"}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+        assert str(folder) in braeburn("import", folder, "--out", tmp_path / "imported").error
+    assert "there is no folder" in braeburn("import", tmp_path / "none", "--out", tmp_path / "imported").error
+    weights = tmp_path / "hf" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert "model.safetensors" in braeburn("import", tmp_path / "hf", "--out", tmp_path / "imported").error
+    assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--temperature", "-1", "Invalid value for '--temperature'"),
+        ("--top-p", "0", "top_p=0.0 is not in (0, 1]; set top_p to 1"),
+        ("--top-p", "2", "Invalid value for '--top-p'"),
+        ("--max-new-tokens", "0", "Invalid value for '--max-new-tokens'"),
+        ("--seed", "-1", "Invalid value for '--seed'"),
+    ],
+)
+def test_sampling_out_of_range(finished: Path, option: str, value: str, sentence: str) -> None:
+    assert sentence in refused(finished, "generate", finished, "--prompt", "x", option, value)
+
+
+def mount(folder: Path, *options: str) -> bool:
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
+    return (
+        shutil.which("mount") is not None and not subprocess.run(command, capture_output=True, check=False).returncode
+    )
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | None]:
+    """A folder that is a disk of the size that the test is marked with; None where the test has passed already.
+
+    Without the right to mount one here, the test runs in another process that has its own users and mounts.
+    """
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if mount(folder, "-o", f"size={request.param}"):
+        yield folder
+        subprocess.run(["umount", "-l", folder], check=False)
+        return
+    namespace = ["unshare", "-rm"]
+    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"], check=False).returncode:
+        pytest.skip("neither mount nor unshare -rm is allowed here")
+    node = f"{request.path}::{request.node.name}"
+    command = [*namespace, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", node]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    yield None
+
+
+def on_a_disk(size: str) -> Any:
+    """Runs a test on a small disk of its own, here or in another process."""
+
+    def decorate(test: Any) -> Any:
+        @functools.wraps(test)
+        def run(small_disk: Path | None, **fixtures: Any) -> None:
+            if small_disk is not None:
+                test(small_disk=small_disk, **fixtures)
+
+        return pytest.mark.parametrize("small_disk", [size], indirect=True)(run)
+
+    return decorate
+
+
+@on_a_disk("512k")
+def test_no_space_for_the_first_checkpoint(small_disk: Path, tiny_arguments: list[str]) -> None:
+    answer = braeburn("train", *tiny_arguments, "--out", small_disk / "run")
+    assert "no space left: a checkpoint takes 1,4" in answer.error
+    assert "(checkpoint.keep_last=2); free some or choose another --out" in answer.error
+    assert list((small_disk / "run").glob("[!.]*")) == []
+
+
+@on_a_disk("6m")
+def test_a_disk_that_fills_up_during_a_checkpoint(small_disk: Path, finished: Path, tiny_arguments: list[str]) -> None:
+    out = small_disk / "run"
+    arguments = ["train", *tiny_arguments, "--out", out, "--set", "checkpoint.keep_last=5"]
+    assert braeburn(*arguments, "--stop-after-steps", 6).code == 0
+    # Room for the early check to pass, but not for the next checkpoint with what goes with it.
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 1_600_000))
+    answer = process(*arguments)
+    assert answer.error.startswith("error: no space left in ") and "run the same command to resume" in answer.error
+    assert "resuming from step 6" in answer.err
+    ballast.unlink()
+
+    assert json.loads(braeburn("evaluate", out, "--json").out)["step"] in (6, 10)
+    answer = braeburn(*arguments)
+    assert answer.code == 0, answer.err
+    assert [(row["step"], row["loss"]) for row in rows(out)] == [(row["step"], row["loss"]) for row in rows(finished)]
+    assert [event["step"] for event in events(out, "stop")] == [6, 14]
+
+
+@on_a_disk("64k")
+def test_a_disk_that_cannot_be_written(small_disk: Path, tiny_arguments: list[str]) -> None:
+    (small_disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for out, problem in (
+        (small_disk / "run", "cannot be written to"),
+        (small_disk / "new", "cannot be created (read-only"),
+    ):
+        assert f"--out {str(out)!r} {problem}" in braeburn("train", *tiny_arguments, "--out", out).error
+
+
+def test_interruption_is_no_traceback(tiny_arguments: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "slow.py"
+    recipe.write_text("import os, signal\ndef run(): os.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([*PROGRAM, "explain", f"{recipe}:run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr in ("", "interrupted\n")
