@@ -73,20 +73,17 @@ def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
     """Compiles a stage of a run and times `steps` of its steps after `warmup` others."""
     import jax
 
-    from braeburn.model.spec import count, initialize
+    from braeburn.model.spec import count
     from braeburn.model.transformer import param_specs
     from braeburn.train.metrics import flops_per_token, peak_flops
-    from braeburn.train.stages import compile_stage, stage_optimizer
-    from braeburn.train.state import new_state
+    from braeburn.train.stages import compile_stage, initial_state
 
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
     stage, specs = run.stages[name], param_specs(run.model)
     began = time.perf_counter()
     program = compile_stage(run, name)
     compile_seconds = time.perf_counter() - began
-    params = jax.jit(lambda: initialize(specs, run.seed))()
-    state = new_state(params, stage_optimizer(run, stage))
-    del params
+    state = initial_state(run)
     batches = [random_batch(stage, run.model.vocab_size, seed) for seed in range(4)]
 
     state, metrics = program.step(state, batches[0])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on
 
 # typer brings a click of its own.
 UsageError: Any = typer.BadParameter.__base__
+
+
+def console() -> None:
+    """The installed command: `main`, for training in a process that takes its memory in huge pages.
+
+    They save a sixth of the time of a step on CPUs, and glibc reads its settings only as a process starts.
+    """
+    if sys.argv[1:2] == ["train"] and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    main()
 
 
 def main() -> None:
@@ -87,31 +99,12 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     if as_json:
         _print_json({"run": resolved, "provenance": origins, "parameters": parameters, "stages": stages})
         return
-    leaves = list(flatten(resolved))
-    width = max(len(path) for path, _ in leaves)
-    values = {path: json.dumps(value) for path, value in leaves}
-    value_width = min(40, max(map(len, values.values())))
-    for path, value in values.items():
-        print(f"{path:<{width}}  {value:<{value_width}}  {origins.get(path, 'default')}")
-    print(
-        f"\nparameters: {parameters['total']:,} "
-        f"({parameters['non_embedding']:,} without the {parameters['embedding']:,} of embeddings)"
-    )
-    rows = [("stage", "tokens", "steps", "sequence", "batch", "RoPE base")]
-    rows += [
-        (
-            name,
-            f"{s['tokens']:,}",
-            f"{s['steps']:,}",
-            f"{s['sequence_length']:,}",
-            str(s["batch_size"]),
-            f"{s['rope_base']:,.0f}",
-        )
-        for name, s in stages.items()
-    ]
-    total = (sum(s["tokens"] for s in stages.values()), run.total_steps)
-    rows.append(("all", f"{total[0]:,}", f"{total[1]:,}", "", "", ""))
-    _print_rows(rows)
+    _print_rows([(path, json.dumps(value), origins.get(path, "default")) for path, value in flatten(resolved)], "lll")
+    total, embedding = parameters["total"], parameters["embedding"]
+    print(f"\nparameters: {total:,} ({parameters['non_embedding']:,} without the {embedding:,} of embeddings)\n")
+    header = ("stage", *(field.replace("_", " ") for field in next(iter(stages.values()), {})))
+    rows = [(name, *(f"{value:,.0f}" for value in facts.values())) for name, facts in stages.items()]
+    _print_rows([header, *rows, ("all", f"{sum(f['tokens'] for f in stages.values()):,}", f"{run.total_steps:,}")])
 
 
 @app.command()
@@ -162,19 +155,9 @@ def evaluate(
     if as_json:
         _print_json({"step": trained.step, "results": results})
         return
-    rows = [("text", "tokens", "loss", "perplexity", "accuracy", "bits per byte")]
-    rows += [
-        (
-            name,
-            f"{values['tokens']:,}",
-            f"{values['loss']:.4f}",
-            f"{values['perplexity']:.3f}",
-            f"{values['accuracy']:.2%}",
-            f"{values['bits_per_byte']:.4f}",
-        )
-        for name, values in results.items()
-    ]
-    _print_rows(rows)
+    formats = {"tokens": ",", "loss": ".4f", "perplexity": ".3f", "accuracy": ".2%", "bits_per_byte": ".4f"}
+    rows = [(name, *(format(v[key], how) for key, how in formats.items())) for name, v in results.items()]
+    _print_rows([("text", *(key.replace("_", " ") for key in formats)), *rows])
 
 
 @app.command()
@@ -279,12 +262,10 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
-    """Columns as wide as their widest cell, the first to the left and figures to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def _print_rows(rows: Sequence[tuple[str, ...]], align: str = "l") -> None:
+    """Columns as wide as their widest cell: to the left where `align` has an l, the others, figures, to the right."""
+    columns = max(map(len, rows))
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
     for row in rows:
-        cells = [
-            cell.ljust(w) if column == 0 else cell.rjust(w)
-            for column, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+        sides = (str.ljust if align[column : column + 1] == "l" else str.rjust for column in range(columns))
+        print("  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=False)).rstrip())

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -233,19 +234,24 @@ def _parquet(file: File, field: str, where: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{where} is not a sound parquet file ({error}); fetch it again or leave it out") from None
 
 
+@functools.lru_cache(maxsize=1024)  # the tokenizer, training and held-out text each ask for the same files
 def _prose(code: str) -> str:
     """The docstrings of a Python file in their order, blank lines between; empty if it does not parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            tree = ast.parse(code)
+            texts = list(_docstrings(ast.parse(code)))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return ""
-    holders = [
-        n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    texts = (ast.get_docstring(node) for node in sorted(holders, key=lambda node: getattr(node, "lineno", 0)))
     return "\n\n".join(text.strip() for text in texts if text and not text.isspace())
+
+
+def _docstrings(node: ast.AST) -> Iterator[str | None]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield ast.get_docstring(node)
+    for block in ("body", "handlers", "orelse", "finalbody"):
+        for statement in getattr(node, block, ()):
+            yield from _docstrings(statement)
 
 
 def _encodable(text: str) -> str:

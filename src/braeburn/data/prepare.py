@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from braeburn.data.store import FORMAT_VERSION, TokenStore, build_store, writing
 from braeburn.data.tokenizer import PATTERN, Tokenizer, sample, train
 from braeburn.errors import UserError
 
-TRAINING_BYTES_PER_ENTRY = 2048  # text that a tokenizer is trained on, for each entry of its vocabulary
+TRAINING_BYTES_PER_ENTRY = 1024  # text that a tokenizer is trained on, for each entry of its vocabulary
 
 
 @dataclass(frozen=True)
@@ -50,35 +51,34 @@ def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = 
             f"model.vocab_size={run.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries; "
             f"set model.vocab_size to at least {tokenizer.vocab_size}, or data.tokenizer to a smaller one"
         )
-    train_stores, held_out_stores = dict[str, TokenStore](), dict[str, TokenStore | None]()
-    for name, source in sources.items():
+
+    def stores(name: str) -> tuple[TokenStore, TokenStore | None]:
         both = []
         for side in (False, True):
             fingerprint = _fingerprint(fingerprints[name], tokenizer.hash, run.data.held_out, side, FORMAT_VERSION)
             directory = cache / "stores" / f"{name}-{'held-out' if side else 'train'}-{fingerprint}"
             if not directory.exists():
                 began = time.perf_counter()
-                build_store(
-                    directory,
-                    documents(name, source, side, run.data.held_out),
-                    tokenizer,
-                    source=fingerprints[name],
-                    held_out=side,
-                )
+                texts = documents(name, sources[name], side, run.data.held_out)
+                build_store(directory, texts, tokenizer, source=fingerprints[name], held_out=side)
                 log(f"tokenised {directory.name} in {time.perf_counter() - began:.1f} s")
             both.append(TokenStore.open(directory, tokenizer.hash))
-        train_stores[name], held_out = both
-        held_out_stores[name] = held_out if held_out.documents else None
+        train, held_out = both
         log(
-            f"data.sources.{name}: {train_stores[name].documents} documents, {train_stores[name].tokens} tokens for "
-            f"training; {held_out.documents} documents, {held_out.tokens} tokens held out"
+            f"data.sources.{name}: {train.documents} documents, {train.tokens} tokens for training; "
+            f"{held_out.documents} documents, {held_out.tokens} tokens held out"
         )
         if not held_out.documents:
             log(
                 f"warning: data.held_out={run.data.held_out} holds out no document of {name}, so it cannot be "
                 f"evaluated; raise data.held_out or add documents"
             )
-    return Prepared(tokenizer, train_stores, held_out_stores)
+        return train, held_out if held_out.documents else None
+
+    # Two at a time: while one is read, which takes Python, another is tokenised, which does not.
+    with ThreadPoolExecutor(2) as pool:
+        pairs = dict(zip(sources, pool.map(stores, sources), strict=True))
+    return Prepared(tokenizer, {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()})
 
 
 def used_sources(run: Run) -> dict[str, Source]:

@@ -60,4 +60,4 @@ def _evaluate(trained: Trained, store: TokenStore, max_tokens: int | None) -> di
     # Without a limit, the last window counts too, though it is rarely full.
     max_tokens = max_tokens or store.tokens + length
     batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens)
-    return measure(evaluate, trained.params, batches).summary()
+    return measure(evaluate, trained.params, batches)

@@ -104,30 +104,17 @@ def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array,
 
     length, num_heads, head_dim = query.shape[1:]
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads)
+    # As large as divide the sequence, up to the 512 that suit every TPU's memory.
+    tile = next(size for size in (512, 256, SPLASH_TILE) if length % size == 0)
+    passes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    tiles: dict[str, Any] = {f"block_{name}": tile for name in passes}
     kernel = splash.make_splash_mha(
-        mask, head_shards=1, q_seq_shards=1, block_sizes=splash_blocks(length), interpret=interpret
+        mask, head_shards=1, q_seq_shards=1, block_sizes=splash.BlockSizes(**tiles), interpret=interpret
     )
 
     ids = splash.SegmentIds(segment_ids, segment_ids)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(head_dim), key, value)]
     return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2).astype(query.dtype)
-
-
-def splash_blocks(length: int) -> Any:
-    """Tiles of the splash kernel: as large as divide the sequence, up to the 512 that suit every TPU's memory."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-    tile = next(size for size in (512, 256, SPLASH_TILE) if length % size == 0)
-    return splash.BlockSizes(
-        block_q=tile,
-        block_kv=tile,
-        block_kv_compute=tile,
-        block_q_dkv=tile,
-        block_kv_dkv=tile,
-        block_kv_dkv_compute=tile,
-        block_q_dq=tile,
-        block_kv_dq=tile,
-    )
 
 
 def _why_not_splash(request: Request) -> str | None:

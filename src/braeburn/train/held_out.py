@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,35 +15,6 @@ from braeburn.model.loss import token_losses
 from braeburn.model.spec import Tree
 
 Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Sums over tokens that were predicted.
-
-    Attributes:
-        nll: negative log-likelihood in nats.
-        correct: tokens that were the likeliest.
-        tokens: tokens predicted, the end of each document included.
-        text_bytes: UTF-8 bytes that those tokens stand for.
-    """
-
-    nll: float
-    correct: float
-    tokens: float
-    text_bytes: float
-
-    def summary(self) -> dict[str, float]:
-        """Loss in nats per token, perplexity, accuracy, bits per byte, and the counts behind them."""
-        loss = self.nll / self.tokens
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "accuracy": self.correct / self.tokens,
-            "bits_per_byte": self.nll / math.log(2) / max(self.text_bytes, 1.0),
-            "tokens": int(self.tokens),
-            "bytes": int(self.text_bytes),
-        }
 
 
 def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray) -> Evaluate:
@@ -76,7 +46,19 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray) -> Ev
     return evaluate
 
 
-def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]]) -> HeldOut:
-    """Sums over all batches, added up in float64 on the host."""
-    sums = [evaluate(params, batch) for batch in batches]
-    return HeldOut(**{name: math.fsum(float(part[name]) for part in sums) for name in HeldOut.__annotations__})
+def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Results over all batches: loss in nats per token, perplexity, accuracy, bits per byte, and their denominators.
+
+    Tokens include the one that ends each document; bytes are those of the UTF-8 text that the tokens stand for.
+    """
+    parts = [evaluate(params, batch) for batch in batches]
+    sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
+    loss = sums["nll"] / sums["tokens"]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "accuracy": sums["correct"] / sums["tokens"],
+        "bits_per_byte": sums["nll"] / math.log(2) / max(sums["text_bytes"], 1.0),
+        "tokens": int(sums["tokens"]),
+        "bytes": int(sums["text_bytes"]),
+    }

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from braeburn.config import Run
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
@@ -16,7 +14,7 @@ from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.model import transformer
-from braeburn.model.spec import abstract, initialize
+from braeburn.model.spec import abstract
 from braeburn.optim.build import begin_stage
 from braeburn.train.checkpoint import Checkpoints, bytes_on_disk
 from braeburn.train.directory import RunDirectory
@@ -24,8 +22,8 @@ from braeburn.train.guard import StopRequest, check_space, writing
 from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
-from braeburn.train.stages import Program, abstract_state, compile_stage, model_of_stage, stage_optimizer
-from braeburn.train.state import TrainState, new_state
+from braeburn.train.stages import Program, abstract_state, compile_stage, initial_state, model_of_stage, stage_optimizer
+from braeburn.train.state import TrainState
 from braeburn.train.trained import require_same_tokenizer
 
 
@@ -70,20 +68,25 @@ def train(
         check_space(directory.path, size, run.checkpoint.keep_last)
         for name, source in used_sources(run).items():
             files(name, source)  # before work begins that an exit would have to wait for
-        compiling = _begin_to_compile(run, resumed or 0)
-        loop = _Loop(run, directory, prepare(run, display.say, tokenizer), compiling, display, stop)
+        ahead = _Ahead(run, resumed)
+        loop = _Loop(run, directory, prepare(run, display.say, tokenizer), ahead, display, stop)
         # Nothing was written until here, where no mistake of the user's is left to be found.
         directory.write_config(run, origins or {})
         loop.prepared.tokenizer.save(directory.tokenizer)
         return loop.run_from(resumed, stop_after_steps)
 
 
-def _begin_to_compile(run: Run, step: int) -> dict[str, Future[Program]]:
-    """Compiles the first stage to run in a thread, while text is being tokenised."""
-    if step == run.total_steps:
-        return {}
-    name = run.stage_at(step)[0]
-    return {name: ThreadPoolExecutor(1).submit(compile_stage, run, name)}
+class _Ahead:
+    """What the first stage to run needs of the compiler, worked on in a thread while text is being tokenised."""
+
+    def __init__(self, run: Run, resumed: int | None):
+        worker = ThreadPoolExecutor(1)
+        self.programs: dict[str, Future[Program]] = {}
+        if resumed != run.total_steps:
+            name = run.stage_at(resumed or 0)[0]
+            self.programs[name] = worker.submit(compile_stage, run, name)
+        self.state = worker.submit(initial_state, run) if resumed is None else None
+        worker.shutdown(wait=False)
 
 
 def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokenizer | None]:
@@ -107,28 +110,22 @@ def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokeni
     return step, tokenizer
 
 
+@dataclass
 class _Loop:
     """The parts of a run that its stages share."""
 
-    def __init__(
-        self,
-        run: Run,
-        directory: RunDirectory,
-        prepared: Prepared,
-        compiling: dict[str, Future[Program]],
-        display: Display,
-        stop: StopRequest,
-    ):
-        self.run = run
-        self.directory = directory
-        self.prepared = prepared
-        self.compiling = compiling
-        self.display = display
-        self.stop = stop
-        self.specs = transformer.param_specs(run.model)
+    run: Run
+    directory: RunDirectory
+    prepared: Prepared
+    ahead: _Ahead
+    display: Display
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
         self.evaluators: dict[str, Evaluate] = {}
         # Those of all stages, so that text too short for the last is found out before the first.
-        self.batches = {name: Batches(stage, name, run.seed, prepared.train) for name, stage in run.stages.items()}
+        stages, stores = self.run.stages, self.prepared.train
+        self.batches = {name: Batches(stage, name, self.run.seed, stores) for name, stage in stages.items()}
 
     def run_from(self, resumed: int | None, stop_after_steps: int | None) -> Outcome:
         """Runs stages until the run is finished or asked to stop."""
@@ -143,7 +140,11 @@ class _Loop:
         return Outcome(step, step == total, self.directory.stage_results(step))
 
     def _run_from(self, resumed: int | None, stop_after_steps: int | None) -> int:
-        state = self._begin() if resumed is None else self._restore(resumed)
+        if self.ahead.state:
+            self.directory.event("start", total_steps=self.run.total_steps)
+            state = self.ahead.state.result()
+        else:
+            state = self._restore(resumed or 0)
         step, total = int(state.step), self.run.total_steps
         last = total if stop_after_steps is None else min(step + stop_after_steps, total)
         self.directory.forget_after(step)
@@ -160,20 +161,18 @@ class _Loop:
                 self._save(state)
         return step
 
-    def _begin(self) -> TrainState:
-        self.directory.event("start", total_steps=self.run.total_steps)
-        params = jax.jit(lambda: initialize(self.specs, self.run.seed))()
-        return new_state(params, stage_optimizer(self.run, next(iter(self.run.stages.values()))))
-
     def _restore(self, step: int) -> TrainState:
         stage = self.run.stage_at(min(step, self.run.total_steps - 1))[1]
-        state = self.checkpoints.restore(step, abstract(self.specs), stage_optimizer(self.run, stage).init)
+        state = self.checkpoints.restore(
+            step, abstract(transformer.param_specs(self.run.model)), stage_optimizer(self.run, stage).init
+        )
         self.directory.event("resume", step=step)
         self.display.say(f"resuming from step {step} of {self.run.total_steps}")
         return state
 
     def _compile(self, name: str) -> Program:
-        program = self.compiling.pop(name).result() if name in self.compiling else compile_stage(self.run, name)
+        begun = self.ahead.programs.get(name)
+        program = begun.result() if begun else compile_stage(self.run, name)
         self.directory.event("compile", stage=name, seconds=round(program.compile_seconds, 3))
         self.display.say(f"stage {name}: compiled in {duration(program.compile_seconds)}")
         return program
@@ -223,7 +222,7 @@ class _Loop:
         for source, store in self.prepared.held_out.items():
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
-                results[source] = measure(evaluate, state.params, batches).summary()
+                results[source] = measure(evaluate, state.params, batches)
         return results
 
     def _end_stage(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:

@@ -12,9 +12,9 @@ import optax
 
 from braeburn.config import Model, Run, Stage
 from braeburn.model import transformer
-from braeburn.model.spec import Tree, abstract
+from braeburn.model.spec import Tree, abstract, initialize
 from braeburn.optim.build import build_optimizer
-from braeburn.train.state import TrainState
+from braeburn.train.state import TrainState, new_state
 from braeburn.train.step import Batch, train_step
 
 
@@ -85,3 +85,11 @@ def compile_stage(run: Run, name: str) -> Program:
     step = jax.jit(stage_step(run, stage), donate_argnums=0)
     compiled = step.lower(abstract_state(run, stage), abstract_batch(stage)).compile()
     return Program(name, stage, stage_optimizer(run, stage), compiled, time.monotonic() - began)
+
+
+def initial_state(run: Run) -> TrainState:
+    """The state before the run's first step."""
+    specs, optimizer = transformer.param_specs(run.model), stage_optimizer(run, next(iter(run.stages.values())))
+    # It runs once: on CPUs, whose compiler takes seconds to make random numbers fast, fast is not worth it.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    return jax.jit(lambda: new_state(initialize(specs, run.seed), optimizer), compiler_options=options)()

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
@@ -19,5 +18,5 @@ class TrainState(NamedTuple):
 
 
 def new_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; `params` are taken over, not copied."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
