@@ -66,9 +66,7 @@ def recipes(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(descriptions)
         return
-    width = max(map(len, descriptions))
-    for name, text in descriptions.items():
-        print(f"{name:<{width}}  {text}")
+    _print_rows(list(descriptions.items()), "ll")
 
 
 @app.command()
@@ -214,10 +212,8 @@ def import_(
     from braeburn.interop.exchange import import_huggingface
 
     run = import_huggingface(hf_dir, out)
-    if as_json:
-        _print_json({"out": str(out), "model": run.model.model_dump(mode="json")})
-        return
-    print(f"imported {str(hf_dir)!r} into {str(out)!r}")
+    result = {"out": str(out), "model": run.model.model_dump(mode="json")}
+    _print_json(result) if as_json else print(f"imported {str(hf_dir)!r} into {str(out)!r}")
 
 
 @app.command()
@@ -233,10 +229,8 @@ def export(
     from braeburn.interop.exchange import export_huggingface
 
     step = export_huggingface(directory, out)
-    if as_json:
-        _print_json({"out": str(out), "format": format, "step": step})
-        return
-    print(f"exported step {step} of {str(directory)!r} into {str(out)!r}")
+    result = {"out": str(out), "format": format, "step": step}
+    _print_json(result) if as_json else print(f"exported step {step} of {str(directory)!r} into {str(out)!r}")
 
 
 def _resolve(recipe: str, assignments: list[str] | None) -> Any:

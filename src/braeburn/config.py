@@ -312,19 +312,13 @@ def override(run: Run, assignments: Mapping[str, Any]) -> Run:
     kind = assignments.get("optimizer.kind", run.optimizer.kind)
     if kind != run.optimizer.kind:
         # The other kind has other fields, which may be assigned before or after it.
-        fields["optimizer"] = {"kind": kind}
-        other = {"afm": AfmOptimizer, "adamw": AdamW}.get(str(kind), type(run.optimizer))
-        run = run.model_copy(update={"optimizer": other()})
+        fields["optimizer"] = {}
+        run = run.model_copy(update={"optimizer": AdamW() if kind == "adamw" else AfmOptimizer()})
+    # A recipe leaves the kind to the type, and so out of the fields that it sets.
+    fields["optimizer"] = {"kind": kind, **fields.get("optimizer", {})}
     for path, value in assignments.items():
         _assign(run, fields, path, value)
-    return validate(_with_kind(fields, run))
-
-
-def _with_kind(fields: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Nested fields that say of which kind the optimizer is, which a recipe leaves to its type."""
-    if isinstance(fields.get("optimizer"), dict):
-        fields["optimizer"].setdefault("kind", run.optimizer.kind)
-    return fields
+    return validate(fields)
 
 
 def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
@@ -387,7 +381,8 @@ def explain_validation_error(error: ValidationError) -> str:
 
 def provenance(recipe: Run, assignments: Mapping[str, Any]) -> dict[str, str]:
     """Where each leaf of the resolved run came from: "default", "recipe" or "command line"."""
-    named = {path for path, _ in flatten(_with_kind(recipe.model_dump(exclude_unset=True), recipe))}
+    named = {path for path, _ in flatten(recipe.model_dump(exclude_unset=True))}
+    named |= {"optimizer.kind"} & {f"{field}.kind" for field in recipe.model_fields_set}
     resolved = override(recipe, assignments)
     origins = {}
     for path, _ in flatten(resolved.model_dump()):

@@ -10,21 +10,18 @@ KEYS = st.integers(0, 2**64 - 1)
 @given(st.integers(1, 3000), KEYS)
 @settings(deadline=None)
 def test_permute_is_a_bijection(size: int, key: int) -> None:
-    image = permute(np.arange(size, dtype=np.uint64), size, key)
-    assert np.array_equal(np.sort(image), np.arange(size))
+    assert sorted(permute(index, size, key) for index in range(size)) == list(range(size))
 
 
 @given(st.integers(1, 2**62).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))), KEYS)
 @settings(deadline=None)
-def test_permute_is_the_same_for_integers_and_arrays(size_index: tuple[int, int], key: int) -> None:
+def test_permute_stays_within_any_size(size_index: tuple[int, int], key: int) -> None:
     size, index = size_index
-    image = permute(index, size, key)
-    assert 0 <= image < size
-    assert permute(np.array([index], np.uint64), size, key)[0] == image
+    assert 0 <= permute(index, size, key) < size
 
 
 def test_permute_depends_on_the_key_and_mixes() -> None:
-    images = np.stack([permute(np.arange(1000, dtype=np.uint64), 1000, derive_key(i)) for i in range(200)])
+    images = np.array([[permute(index, 1000, derive_key(i)) for index in range(1000)] for i in range(200)])
     assert len({image.tobytes() for image in images}) == 200
     # Each place's mean over keys is that of a uniform draw: 499.5 with a standard error of 20.4.
     assert abs(images.mean(axis=0) - 499.5).max() < 5 * 20.4

@@ -34,14 +34,14 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("shard_tokens", [7, 500, 10**6])
 def test_holds_what_was_written(tmp_path: Path, shard_tokens: int) -> None:
-    build_store(tmp_path / "s", DOCUMENTS, TOKENIZER, source="abc", held_out=True, shard_tokens=shard_tokens)
+    build_store(tmp_path / "s", DOCUMENTS, TOKENIZER, shard_tokens=shard_tokens)
     store = TokenStore.open(tmp_path / "s", TOKENIZER.hash)
     assert (store.tokens, store.documents) == (len(TOKENS), len(TEXTS))
     assert store.text_bytes == sum(len(text.encode()) for text in TEXTS)
     assert np.array_equal(store.read(0, store.tokens + 1), [*TOKENS, TOKENIZER.begin])
     assert np.array_equal(store.document_starts(0, store.tokens), STARTS)
     manifest = json.loads((tmp_path / "s/manifest.json").read_text())
-    assert (manifest["dtype"], manifest["source"], manifest["held_out"]) == ("uint16", "abc", True)
+    assert manifest["dtype"] == "uint16"
     assert all(shard["tokens"] == shard_tokens for shard in manifest["shards"][:-1])
 
 

@@ -10,22 +10,6 @@ from braeburn.data.packing import Batch, Sequences, stack, windows
 from braeburn.data.store import TokenStore
 
 
-def batch_at(
-    step: int, mixture: Mixture, sequences: Mapping[str, Sequences], batch_size: int, rows: range | None = None
-) -> Batch:
-    """The batch of a step of a stage, every field [B, T].
-
-    Args:
-        step: 0-based, within the stage.
-        mixture: from positions to sources.
-        sequences: of each source in the mixture.
-        batch_size: sequences in the whole batch.
-        rows: those of the batch to read; all by default.
-    """
-    places = [mixture.at(step * batch_size + row) for row in (range(batch_size) if rows is None else rows)]
-    return stack([sequences[source][index] for source, index in places])
-
-
 class Batches:
     """The batches of one stage, indexed by the step within it. It can be pickled for workers."""
 
@@ -52,7 +36,9 @@ class Batches:
         """The batch of a step, every field [B, T]."""
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} is not within the stage's {self._steps}")
-        return batch_at(step, self._mixture, self._sequences, self._batch_size, self._rows)
+        rows = range(self._batch_size) if self._rows is None else self._rows
+        places = [self._mixture.at(step * self._batch_size + row) for row in rows]
+        return stack([self._sequences[source][index] for source, index in places])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TypeVar
 
 import numpy as np
 
@@ -11,48 +10,30 @@ BLOCK = 1024  # positions over which the proportions are exact
 _ROUNDS = 8
 _WORD = (1 << 64) - 1
 
-Indices = TypeVar("Indices", int, np.ndarray)
-
 
 def derive_key(*parts: int | str) -> int:
     """64 bits that the parts determine, alike in every process and version of Python."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
 
 
-def permute(index: Indices, size: int, key: int) -> Indices:
-    """The image of `index` under a bijection of range(size) that `key` chooses, in constant memory.
+def permute(index: int, size: int, key: int) -> int:
+    """The image of `index` under a bijection of range(size) that the 64-bit `key` chooses, in constant memory.
 
     A Feistel network permutes the next power of four; values beyond `size` are sent round again until they fall inside.
-
-    Args:
-        index: an int, or an array of them (uint64), in range(size).
-        size: from 1 to 2**62.
-        key: 64 bits.
     """
-    if size == 1:
-        return index
-    half = ((size - 1).bit_length() + 1) // 2
-    if isinstance(index, np.ndarray):
-        moved = _feistel(index.astype(np.uint64), half, key)
-        while (outside := moved >= size).any():
-            moved[outside] = _feistel(moved[outside], half, key)
-        return moved
-    moved = _feistel(int(index), half, key)
-    while moved >= size:
-        moved = _feistel(moved, half, key)
-    return moved
-
-
-def _feistel(x: Indices, half: int, key: int) -> Indices:
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    left, right = x >> half, x & mask
-    for turn in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right, (key + turn * 0x9E3779B97F4A7C15) & _WORD) & mask)
-    return left << half | right
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(_ROUNDS):
+            left, right = right, left ^ (_mix(right, (key + turn * 0x9E3779B97F4A7C15) & _WORD) & mask)
+        index = left << half | right
+        if index < size:
+            return index
 
 
-def _mix(x: Indices, key: int) -> Indices:
-    """MurmurHash3's finaliser of x under a key; the masks make Python's integers wrap as uint64 does."""
+def _mix(x: int, key: int) -> int:
+    """MurmurHash3's finaliser of x under a key, in 64 bits."""
     x = ((x ^ key) * 0xFF51AFD7ED558CCD) & _WORD
     x = ((x ^ x >> 33) * 0xC4CEB9FE1A85EC53) & _WORD
     return x ^ x >> 33

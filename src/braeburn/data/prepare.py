@@ -60,7 +60,7 @@ def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = 
             if not directory.exists():
                 began = time.perf_counter()
                 texts = documents(name, sources[name], side, run.data.held_out)
-                build_store(directory, texts, tokenizer, source=fingerprints[name], held_out=side)
+                build_store(directory, texts, tokenizer)
                 log(f"tokenised {directory.name} in {time.perf_counter() - began:.1f} s")
             both.append(TokenStore.open(directory, tokenizer.hash))
         train, held_out = both

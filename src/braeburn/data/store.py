@@ -25,17 +25,10 @@ from braeburn.errors import UserError
 FORMAT_VERSION = 1
 SHARD_TOKENS = 2**25  # held in memory until the shard is full
 BATCH_BYTES = 4 * 2**20  # text that is encoded at once
-_ABANDONED_SECONDS = 3600
 
 
 def build_store(
-    directory: Path,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    *,
-    source: str = "",
-    held_out: bool = False,
-    shard_tokens: int = SHARD_TOKENS,
+    directory: Path, documents: Iterable[Document], tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS
 ) -> None:
     """Tokenises the documents into a store at `directory`, unless another process has finished the same meanwhile.
 
@@ -43,8 +36,6 @@ def build_store(
         directory: where the store appears once it is complete.
         documents: read once, `BATCH_BYTES` of text at a time.
         tokenizer: turns each document into [begin] + tokens.
-        source: fingerprint of what the documents were read from, for the manifest.
-        held_out: which side of the split the documents are, for the manifest.
         shard_tokens: tokens in each shard but the last.
 
     Raises:
@@ -76,8 +67,6 @@ def build_store(
                 "dtype": dtype.name,
                 "tokenizer": tokenizer.hash,
                 "begin": tokenizer.begin,
-                "source": source,
-                "held_out": held_out,
                 "shard_tokens": shard_tokens,
                 "tokens": sum(shard["tokens"] for shard in shards),
                 "documents": sum(shard["documents"] for shard in shards),
@@ -123,7 +112,7 @@ def _remove_abandoned(directory: Path) -> None:
     """Removes what killed builders of this store left; a living one has written within the hour."""
     for partial in directory.parent.glob(f"{directory.name}.partial-*"):
         with contextlib.suppress(OSError):
-            if max(path.stat().st_mtime for path in [partial, *partial.iterdir()]) < time.time() - _ABANDONED_SECONDS:
+            if max(path.stat().st_mtime for path in [partial, *partial.iterdir()]) < time.time() - 3600:
                 shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -14,8 +14,6 @@ from braeburn.errors import UserError
 from braeburn.model import transformer
 from braeburn.model.spec import Tree
 
-NO_STOP = -1  # equals no token
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -88,7 +86,7 @@ def generate(
         row[: len(prompt)] = prompt
     capacity = round_up(max_new_tokens)
     logits, cache = prefill(params, tokens, lengths, model, precision, capacity)
-    key, stop = jax.random.key(seed), NO_STOP if stop_id is None else stop_id
+    key, stop = jax.random.key(seed), -1 if stop_id is None else stop_id  # -1 equals no token
     generated, counts = decode(
         params, logits, cache, lengths, key, max_new_tokens, stop, model, precision, sampling, capacity
     )

@@ -58,6 +58,5 @@ def _evaluate(trained: Trained, store: TokenStore, max_tokens: int | None) -> di
     length = trained.sequence_length or DEFAULT_SEQUENCE_LENGTH
     evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes)
     # Without a limit, the last window counts too, though it is rarely full.
-    max_tokens = max_tokens or store.tokens + length
-    batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens)
+    batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens or store.tokens + length)
     return measure(evaluate, trained.params, batches)

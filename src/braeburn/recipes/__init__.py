@@ -6,29 +6,22 @@ field; what it says is its own.
 
 import difflib
 import importlib
-import importlib.util
 import inspect
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
 from braeburn.config import Run, explain_validation_error
 from braeburn.errors import UserError
 
-# Name on the command line -> module and function.
-BUILT_IN = {
-    "quickstart": ("quickstart", "quickstart"),
-    "afm-tiny": ("quickstart", "afm_tiny"),
-    "afm-85m": ("afm", "afm_85m"),
-    "afm-on-device": ("afm", "afm_on_device"),
-    "afm-6.4b": ("afm", "afm_6_4b"),
-    "afm-server": ("afm", "afm_server"),
-    "llama2-7b": ("llama", "llama2_7b"),
-    "llama2-70b": ("llama", "llama2_70b"),
-    "llama3-8b": ("llama", "llama3_8b"),
-    "llama3-70b": ("llama", "llama3_70b"),
-    "qwen3-0.6b": ("qwen", "qwen3_0_6b"),
-    "qwen3-8b": ("qwen", "qwen3_8b"),
+# The modules of this package and the recipes in each; `afm-6.4b` is the function `afm_6_4b`.
+MODULES = {
+    "quickstart": ("quickstart", "afm-tiny"),
+    "afm": ("afm-85m", "afm-on-device", "afm-6.4b", "afm-server"),
+    "llama": ("llama2-7b", "llama2-70b", "llama3-8b", "llama3-70b"),
+    "qwen": ("qwen3-0.6b", "qwen3-8b"),
 }
+BUILT_IN = {name: module for module, names in MODULES.items() for name in names}
 
 
 def load(name: str) -> Run:
@@ -47,8 +40,8 @@ def description(name: str) -> str:
 
 def _function(name: str) -> Callable[[], Run]:
     if name in BUILT_IN:
-        module, function = BUILT_IN[name]
-        return getattr(importlib.import_module(f"braeburn.recipes.{module}"), function)
+        module = importlib.import_module(f"braeburn.recipes.{BUILT_IN[name]}")
+        return getattr(module, name.replace("-", "_").replace(".", "_"))
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _from_file(Path(file), function)
@@ -60,18 +53,14 @@ def _function(name: str) -> Callable[[], Run]:
 def _from_file(path: Path, function: str) -> Callable[[], Run]:
     if not path.is_file():
         raise UserError(f"recipe file {str(path)!r} does not exist; check the path before the colon")
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    if specification is None or specification.loader is None:
-        raise UserError(f"recipe file {str(path)!r} cannot be imported; give it a .py name")
-    module = importlib.util.module_from_spec(specification)
     try:
-        specification.loader.exec_module(module)
+        names = runpy.run_path(str(path), run_name=path.stem)
     except Exception as error:
         raise UserError(f"recipe file {str(path)!r} fails on import: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, function, None)):
-        own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == path.stem]
+    if not callable(names.get(function)):
+        own = [n for n, v in names.items() if inspect.isfunction(v) and v.__module__ == path.stem]
         raise UserError(f"{str(path)!r} has no function {function!r}; its functions are {', '.join(own) or 'none'}")
-    return getattr(module, function)
+    return names[function]
 
 
 def _call(name: str, function: Callable[[], Run]) -> Run:

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from braeburn.config import Checkpoint, Run
 from braeburn.errors import UserError
-from braeburn.model.spec import Tree, walk
+from braeburn.model.spec import Tree
 from braeburn.train.guard import writing
 from braeburn.train.state import TrainState
 
@@ -140,12 +140,6 @@ class Checkpoints:
                 f"the checkpoint {str(folder)!r} is damaged or of another model "
                 f"({_first_line(error)}); move it away {remedy}"
             ) from error
-
-
-def bytes_on_disk(params: Tree, optimizer: Any) -> int:
-    """Upper bound of a checkpoint's size: the arrays as they are."""
-    leaves = [leaf for _, leaf in walk(params)] + jax.tree.leaves(optimizer)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _placed(abstract: Any) -> Any:

@@ -90,10 +90,8 @@ def writing(directory: Path) -> Iterator[None]:
         raise
 
 
-def check_space(directory: Path, checkpoint_bytes: int, kept: int) -> None:
-    """Refuses to start a run whose checkpoints cannot fit.
-
-    One more than is kept must fit, since the oldest goes only when the newest is whole.
+def check_space(directory: Path, checkpoint_bytes: int) -> None:
+    """Refuses to start a run that cannot write its first checkpoint.
 
     Raises:
         UserError: naming what is needed and what is free.
@@ -101,6 +99,6 @@ def check_space(directory: Path, checkpoint_bytes: int, kept: int) -> None:
     free = shutil.disk_usage(directory).free
     if checkpoint_bytes > free:
         raise UserError(
-            f"no space left: a checkpoint takes {checkpoint_bytes:,} bytes and {str(directory)!r} has {free:,} free, "
-            f"with {kept + 1} needed at times (checkpoint.keep_last={kept}); free some or choose another --out"
+            f"no space left: a checkpoint takes {checkpoint_bytes:,} bytes and {str(directory)!r} has {free:,} free; "
+            f"free some or choose another --out"
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from braeburn.config import Run
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
@@ -16,7 +18,7 @@ from braeburn.errors import UserError
 from braeburn.model import transformer
 from braeburn.model.spec import abstract
 from braeburn.optim.build import begin_stage
-from braeburn.train.checkpoint import Checkpoints, bytes_on_disk
+from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest, check_space, writing
 from braeburn.train.held_out import Evaluate, evaluator, measure
@@ -61,11 +63,11 @@ def train(
         raise UserError(f"stages of the run {run.name!r} is empty; add a stage to train")
     directory = RunDirectory(out)
     state_shape = abstract_state(run, next(iter(run.stages.values())))
-    size = bytes_on_disk(state_shape.params, state_shape.optimizer)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
 
     with writing(directory.path), directory.claim(), Display(run.total_steps) as display, StopRequest() as stop:
         resumed, tokenizer = _resume_point(directory, run)
-        check_space(directory.path, size, run.checkpoint.keep_last)
+        check_space(directory.path, size)
         for name, source in used_sources(run).items():
             files(name, source)  # before work begins that an exit would have to wait for
         ahead = _Ahead(run, resumed)

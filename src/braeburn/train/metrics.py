@@ -13,36 +13,29 @@ from braeburn.model.transformer import param_specs
 from braeburn.train.guard import SkipCounter
 from braeburn.train.progress import Display
 
-# Dense bf16 peak of one device in FLOP/s, by what JAX calls it (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-    "AMD Instinct MI300X": 1307e12,
-    "AMD Instinct MI325X": 1307e12,
-    "AMD Instinct MI355X": 2500e12,
+# Dense bf16 peak of one device in TFLOP/s and what JAX calls the devices that have it (vendors' data sheets).
+PEAK_TFLOPS = {
+    197: ("TPU v5 lite", "TPU v5e"),
+    275: ("TPU v4",),
+    312: ("NVIDIA A100",),
+    459: ("TPU v5", "TPU v5p"),
+    918: ("TPU v6 lite", "TPU v6e"),
+    989: ("NVIDIA H100", "NVIDIA H200"),
+    1307: ("AMD Instinct MI300X", "AMD Instinct MI325X"),
+    2250: ("NVIDIA B200",),
+    2307: ("TPU7x",),
+    2500: ("NVIDIA GB200", "AMD Instinct MI355X"),
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 peak of a device in FLOP/s; None where it is not known, as for CPUs."""
-    if device_kind in PEAK_FLOPS:
-        return PEAK_FLOPS[device_kind]
     # GPUs append their memory and form, as in "NVIDIA H100 80GB HBM3" and "NVIDIA A100-SXM4-40GB"; TPUs do not.
-    model = device_kind.replace("-", " ")
-    return next(
-        (peak for kind, peak in PEAK_FLOPS.items() if model.startswith(kind + " ") and not kind.startswith("TPU")), None
-    )
+    model = device_kind if device_kind.startswith("TPU") else device_kind.replace("-", " ") + " "
+    for peak, kinds in PEAK_TFLOPS.items():
+        if any(model == kind or (model.startswith(kind + " ") and not kind.startswith("TPU")) for kind in kinds):
+            return peak * 1e12
+    return None
 
 
 def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
@@ -94,12 +87,9 @@ class Recorder:
         self._display = display
         self._name = stage
         self._stage = run.stages[stage]
-        self._first_step, self._first_token = 0, 0
-        for name, earlier in run.stages.items():
-            if name == stage:
-                break
-            self._first_step += earlier.steps
-            self._first_token += earlier.steps * earlier.batch_tokens
+        earlier = [run.stages[name] for name in list(run.stages)[: list(run.stages).index(stage)]]
+        self._first_step = sum(other.steps for other in earlier)
+        self._first_token = sum(other.steps * other.batch_tokens for other in earlier)
         self._flops = flops_per_token(run.model, param_specs(run.model), self._stage.sequence_length)
         self._skips = SkipCounter()
         self._pending: tuple[int, dict[str, Any], float] | None = None

@@ -54,8 +54,7 @@ class Display:
     def step(self, row: dict[str, Any], stage_step: int) -> None:
         """A step was made; `row` is that of `metrics.jsonl`."""
         seconds = row["step_seconds"]
-        before = self._seconds_per_step
-        self._seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
+        self._seconds_per_step = 0.9 * (self._seconds_per_step or seconds) + 0.1 * seconds
         facts = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
         if row["mfu"] is not None:
             facts += f"  MFU {row['mfu']:.1%}"
