@@ -1,3 +1,3 @@
-"""Braeburn: pretrain, prune and distil language models in pure JAX, from one recipe, on any XLA accelerator."""
+"""Braeburn: pretrain language models in pure JAX, from one recipe."""
 
 __version__ = "0.1.0"
