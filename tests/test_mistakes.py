@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -208,8 +209,8 @@ def test_sequence_longer_than_the_data_in_a_later_stage(tiny_arguments: list[str
     answer = braeburn(
         "train", *tiny_arguments, *(part for a in assignments for part in ("--set", a)), "--out", tmp_path / "out"
     )
-    assert "sequence longer than the data: source 'long' has 116" in answer.error
-    assert "set it to at most 116" in answer.error
+    tokens = re.search(r"sequence longer than the data: source 'long' has (\d+) training tokens", answer.error)
+    assert tokens is not None and f"set it to at most {tokens[1]}, or add files" in answer.error
     assert list((tmp_path / "out").glob("[!.]*")) == []
 
 
@@ -397,7 +398,7 @@ def on_a_disk(size: str) -> Any:
 def test_no_space_for_the_first_checkpoint(small_disk: Path, tiny_arguments: list[str]) -> None:
     answer = braeburn("train", *tiny_arguments, "--out", small_disk / "run")
     assert "no space left: a checkpoint takes 1,4" in answer.error
-    assert "(checkpoint.keep_last=2); free some or choose another --out" in answer.error
+    assert "bytes and " in answer.error and "free some or choose another --out" in answer.error
     assert list((small_disk / "run").glob("[!.]*")) == []
 
 

@@ -98,17 +98,14 @@ def _forward(
         slope = (probabilities * (1 + 2 * z_loss * log_z[..., None]) - one_hot) * weights_BT[..., None]
         slope = slope.astype(hidden.dtype)
         hidden_gradient = jnp.einsum("BTV,VD->BTD", slope, head_VD)
-        # In this order a CPU transposes the hidden states and not the logits, which are many times larger.
-        head_gradient += jnp.einsum("BTD,BTV->DV", hidden_BTD, slope, preferred_element_type=jnp.float32)
+        head_gradient += jnp.einsum("BTV,BTD->VD", slope, hidden_BTD, preferred_element_type=jnp.float32)
         return head_gradient, (nll, penalty, hidden_gradient)
 
     chunks = (_chunks(hidden, length), _chunks(targets, length), _chunks(weights, length))
-    head_gradient, (nll, penalty, hidden_gradient) = jax.lax.scan(
-        one_chunk, jnp.zeros(head_DV.shape, jnp.float32), chunks
-    )
+    head_gradient, (nll, penalty, hidden_gradient) = jax.lax.scan(one_chunk, jnp.zeros(head.shape, jnp.float32), chunks)
     total_nll = jnp.sum(nll)
     outputs = (total_nll + z_loss * jnp.sum(penalty), total_nll)
-    return outputs, (_whole(hidden_gradient, total), head_gradient.T.astype(head.dtype))
+    return outputs, (_whole(hidden_gradient, total), head_gradient.astype(head.dtype))
 
 
 def _backward(

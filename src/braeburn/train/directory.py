@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -142,7 +143,7 @@ class RunDirectory:
     def recent_loss(self, stage: str) -> float:
         """Mean loss of the last steps of a stage, up to 20, in nats per token."""
         losses = deque((row["loss"] for row in _lines(self.path / "metrics.jsonl") if row["stage"] == stage), 20)
-        return sum(losses) / len(losses)
+        return sum(math.nan if loss is None else loss for loss in losses) / len(losses)
 
 
 def _begun_stages(run: Run, step: int) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from braeburn.config import Run
+from braeburn.config import Run, validate
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.prepare import Prepared, prepare, used_sources
@@ -21,7 +21,7 @@ from braeburn.optim.build import begin_stage
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest, check_space, writing
-from braeburn.train.held_out import Evaluate, evaluator, measure
+from braeburn.train.held_out import evaluator, measure
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
 from braeburn.train.stages import Program, abstract_state, compile_stage, initial_state, model_of_stage, stage_optimizer
@@ -100,7 +100,12 @@ def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokeni
     directory.check_unchanged(run, step or 0)
     tokenizer = Tokenizer.load(directory.tokenizer) if directory.tokenizer.exists() else None
     if checkpoints and step is not None:
-        _, saved_json = checkpoints.restore_run(step)
+        fields, saved_json = checkpoints.restore_run(step)
+        if transformer.param_specs(validate(fields).model) != transformer.param_specs(run.model):
+            raise UserError(
+                f"model differs from that of checkpoint {step} in {str(directory.path)!r}; "
+                f"put the fields of model back, or choose another --out"
+            )
         saved = Tokenizer.from_json(saved_json)
         require_same_tokenizer(tokenizer or saved, saved, directory.tokenizer, step)
         tokenizer = saved
@@ -124,7 +129,6 @@ class _Loop:
     stop: StopRequest
 
     def __post_init__(self) -> None:
-        self.evaluators: dict[str, Evaluate] = {}
         # Those of all stages, so that text too short for the last is found out before the first.
         stages, stores = self.run.stages, self.prepared.train
         self.batches = {name: Batches(stage, name, self.run.seed, stores) for name, stage in stages.items()}
@@ -175,6 +179,8 @@ class _Loop:
     def _compile(self, name: str) -> Program:
         begun = self.ahead.programs.get(name)
         program = begun.result() if begun else compile_stage(self.run, name)
+        model = model_of_stage(self.run.model, program.stage)
+        self.evaluate = evaluator(model, self.run.precision, self.prepared.tokenizer.token_bytes)
         self.directory.event("compile", stage=name, seconds=round(program.compile_seconds, 3))
         self.display.say(f"stage {name}: compiled in {duration(program.compile_seconds)}")
         return program
@@ -214,17 +220,12 @@ class _Loop:
 
     def _evaluate(self, program: Program, state: TrainState) -> dict[str, dict[str, float]]:
         stage = program.stage
-        evaluate = self.evaluators.get(program.name)
-        if evaluate is None:
-            model = model_of_stage(self.run.model, stage)
-            evaluate = evaluator(model, self.run.precision, self.prepared.tokenizer.token_bytes)
-            self.evaluators[program.name] = evaluate
         sequences = max(1, stage.batch_size // stage.accumulation_steps)
         results = {}
         for source, store in self.prepared.held_out.items():
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
-                results[source] = measure(evaluate, state.params, batches)
+                results[source] = measure(self.evaluate, state.params, batches)
         return results
 
     def _end_stage(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:

@@ -1,6 +1,7 @@
 """What a run writes down of each step, and the arithmetic of model FLOPs utilisation."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,7 @@ def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
 
     N counts the weights that multiply: all but an embedding that is only looked up. d is the width of attention.
     """
-    weights = count(specs)
-    if not model.tied_embeddings:
-        weights -= model.vocab_size * model.d_model
+    weights = count(specs) - (0 if model.tied_embeddings else model.vocab_size * model.d_model)
     return 6 * weights + 12 * model.num_layers * model.num_heads * model.head_dim * sequence_length
 
 
@@ -61,7 +60,8 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """One step's row; its numbers also go to TensorBoard."""
-        self._file.write(json.dumps(row) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._tensorboard.add_scalar(name, value, row["step"])
