@@ -119,6 +119,7 @@ def test_evaluating_files_counts_their_bytes(finished: Path, tmp_path: Path) -> 
     answer = results(finished, plain, lines)
     assert answer["step"] == 14
     assert set(answer["results"]) == {str(plain), str(lines)}
+    assert json.loads(braeburn("evaluate", finished, "--data", plain, lines, "--json").out) == answer
     for path, included in ((plain, texts[:1]), (lines, texts)):
         figures = answer["results"][str(path)]
         assert figures["bytes"] == sum(len(text.encode()) for text in included)

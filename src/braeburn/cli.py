@@ -140,6 +140,9 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="FILE", help="Text, JSONL or Parquet; without it, the run's held-out text."),
     ] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE", hidden=True)
+    ] = None,  # --data FILE ... takes several
     field: Annotated[str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")] = "text",
     as_json: AsJson = False,
 ) -> None:
@@ -149,7 +152,8 @@ def evaluate(
     from braeburn.train.trained import load
 
     trained = load(directory)
-    results = evaluate_files(trained, data, field) if data else evaluate_held_out(trained)
+    texts = [*(data or []), *(more or [])]
+    results = evaluate_files(trained, texts, field) if texts else evaluate_held_out(trained)
     if as_json:
         _print_json({"step": trained.step, "results": results})
         return
