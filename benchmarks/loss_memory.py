@@ -18,7 +18,7 @@ import numpy as np
 from braeburn.config import AdamW, Data, Model, Precision, Run, Source, Stage
 from braeburn.model import transformer
 from braeburn.model.spec import Tree, initialize
-from braeburn.train.stages import abstract_batch, abstract_state, stage_optimizer, stage_step
+from braeburn.train.stages import abstract_batch, abstract_state, layout_of, stage_optimizer, stage_step
 from braeburn.train.step import Batch, train_step
 
 WANTED = 5.0
@@ -57,7 +57,9 @@ def whole_logits_loss(run: Run, params: Tree, batch: Batch) -> tuple[jax.Array, 
 def peak_bytes(run: Run, step: Any) -> int:
     """The most memory that a compiled train step holds at once, its arguments included."""
     stage = run.stages["only"]
-    compiled = jax.jit(step, donate_argnums=0).lower(abstract_state(run, stage), abstract_batch(stage)).compile()
+    layout = layout_of(run, "only")
+    shapes = (abstract_state(run, stage, layout), abstract_batch(stage, layout))
+    compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
     analysis = compiled.memory_analysis()
     # Results that take an argument's place are among the arguments. XLA's own peak leaves temporaries out on a CPU.
     return (
@@ -110,7 +112,7 @@ def main() -> int:
         optimizer=stage_optimizer(run, stage),
         accumulation_steps=1,
     )
-    chunked, whole = peak_bytes(run, stage_step(run, stage)), peak_bytes(run, whole_step)
+    chunked, whole = peak_bytes(run, stage_step(run, stage, layout_of(run, "only"))), peak_bytes(run, whole_step)
     difference = largest_difference(run)
     result = {
         "vocab_size": arguments.vocab_size,

@@ -76,15 +76,19 @@ def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
     from braeburn.model.spec import count
     from braeburn.model.transformer import param_specs
     from braeburn.train.metrics import flops_per_token, peak_flops
-    from braeburn.train.stages import compile_stage, initial_state
+    from braeburn.train.stages import compile_stage, initial_state, layout_of
 
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
     stage, specs = run.stages[name], param_specs(run.model)
     began = time.perf_counter()
-    program = compile_stage(run, name)
+    layout = layout_of(run, name)
+    program = compile_stage(run, name, layout)
     compile_seconds = time.perf_counter() - began
-    state = initial_state(run)
-    batches = [random_batch(stage, run.model.vocab_size, seed) for seed in range(4)]
+    state = initial_state(run, layout)
+    rows = range(stage.batch_size)
+    batches = [
+        layout.place(random_batch(stage, run.model.vocab_size, seed), rows, stage.batch_size) for seed in range(4)
+    ]
 
     state, metrics = program.step(state, batches[0])
     losses, ends = [float(metrics["loss"])], [time.perf_counter()]

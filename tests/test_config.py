@@ -154,7 +154,12 @@ def test_provenance_tells_default_recipe_and_command_line_apart() -> None:
         ({"stages.core.learning_rate": float("nan")}, "learning_rate=nan is not valid"),
         ({"optimizer.kind": "sgd"}, "optimizer.kind='sgd' is not valid: it must be 'afm' or 'adamw'"),
         ({"optimizer.kind": ["afm"]}, "optimizer.kind=.* must be 'afm' or 'adamw'"),
-        ({"mesh.data": 2}, "mesh: data=2: this version trains on one device; set data to 1"),
+        ({"mesh.data": 0}, "mesh: data=0 leaves no device; set data to 1, or to -1 for all devices left"),
+        (
+            {"offload.activations": ["query"]},
+            "offload.activations has 'query', which is not kept for the backward pass;",
+        ),
+        ({"mesh.data": -1}, "mesh: data and fsdp are both -1, but only one can be inferred; set data to a size"),
         ({"data.sources.code.format": "text"}, "data.sources.code: paths is empty"),
         ({"precision.compute": "float16"}, "precision.compute='float16' is not valid: it should be 'float32' or"),
     ],

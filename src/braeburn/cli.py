@@ -1,9 +1,11 @@
 """The command line. Each command imports what it needs, so that `--help` answers at once."""
 
+import dataclasses
 import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from braeburn.errors import UserError
+from braeburn.parallel import processes
 
 app = typer.Typer(
     help="Pretrain language models in pure JAX, from one recipe.",
@@ -24,6 +27,14 @@ RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field; may be given repeatedly.")
 ]
+Out = Annotated[Path, typer.Option(help="The run directory; a run begun there goes on.")]
+On = Annotated[
+    str, typer.Option("--on", metavar="TARGET", help="chip:count or chip:slicesxchips, as in h100:16 or v4:8x1024.")
+]
+MaxRestarts = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Restarts from the last checkpoint after failures, at most.")
+]
+Submit = Annotated[bool, typer.Option("--submit", help="Hand it to the cluster instead of printing it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 
 
@@ -38,7 +49,7 @@ def console() -> None:
     """
     if sys.argv[1:2] == ["train"] and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, sys.orig_argv)
     main()
 
 
@@ -52,9 +63,14 @@ def main() -> None:
         message = f"{error.format_message().rstrip('.')}; `{error.ctx.command_path} --help` lists what there is"
     except typer.Abort:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
-    sys.exit(2)
+        processes.leave(130)
+    except Exception:
+        if not processes.joined():
+            raise
+        traceback.print_exc()
+        processes.leave(1)
+    processes.report(message)
+    processes.leave(2)
 
 
 @app.command()
@@ -108,28 +124,42 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
 @app.command()
 def train(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option(help="The run directory; a run begun there goes on.")],
+    out: Out,
     assignments: Set = None,
     stop_after_steps: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Save and stop after N steps of this call.")
     ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of several processes by hand: where process 0 listens.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(metavar="N", help="Of several: how many.")] = None,
+    process_id: Annotated[int | None, typer.Option(metavar="I", help="Of several: which one, from 0.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train all stages of a recipe; run again on the same folder, it resumes."""
     run, origins = _resolve(recipe, assignments)
+    processes.find(coordinator, num_processes, process_id)  # before JAX, for whose import a mistake need not wait
+    processes.connect(coordinator, num_processes, process_id)
     _begin_computing()
     from braeburn.train.loop import train
 
     outcome = train(run, out, origins=origins, stop_after_steps=stop_after_steps)
+    if not processes.is_main():
+        return
     if as_json:
         _print_json({"step": outcome.step, "finished": outcome.finished, "stages": outcome.stages})
         return
+    _print_stages(outcome.stages)
+
+
+def _print_stages(stages: list[dict[str, Any]]) -> None:
+    """The table of finished stages that a run ends with."""
     rows = [("stage", "tokens", "loss", "held-out", "loss", "bits per byte")]
-    for stage in outcome.stages:
+    for stage in stages:
         for source, held_out in stage["held_out"].items() or [("-", None)]:
             figures = (f"{held_out['loss']:.4f}", f"{held_out['bits_per_byte']:.4f}") if held_out else ("-", "-")
             rows.append((stage["stage"], f"{stage['tokens']:,}", f"{stage['loss']:.4f}", source, *figures))
-    if outcome.stages:
+    if stages:
         _print_rows(rows)
 
 
@@ -237,6 +267,128 @@ def export(
     _print_json(result) if as_json else print(f"exported step {step} of {str(directory)!r} into {str(out)!r}")
 
 
+@app.command()
+def verify(recipe: Recipe, on: On = "cpu:8", assignments: Set = None, as_json: AsJson = False) -> None:
+    """Train a recipe, shrunk, on simulated devices: any layout, kill, resume or reshard must give the same losses."""
+    from braeburn.launch.shrink import ENVIRONMENT
+    from braeburn.parallel.target import parse_target
+
+    os.environ |= ENVIRONMENT  # before JAX, which a recipe of the user's may import
+    run, _ = _resolve(recipe, assignments)
+    target = parse_target(on)
+    _begin_computing()
+    from braeburn.launch.verify import verify
+
+    checks = verify(run, recipe, target, lambda line: print(line, file=sys.stderr, flush=True))
+    wrong = sum(not check.passed for check in checks)
+    if as_json:
+        _print_json({"passed": not wrong, "target": str(target), "checks": [dataclasses.asdict(c) for c in checks]})
+    else:
+        rows = [("check", "layout", "steps", "difference", "verdict", "")]
+        for c in checks:
+            difference = "-" if c.difference is None else f"{c.difference:.1e}" if c.difference else "0"
+            rows.append((c.check, c.layout, str(c.steps), difference, c.verdict, c.reason))
+        _print_rows(rows, "llrrll")
+        skipped = sum(c.verdict == "skipped" for c in checks)
+        print(f"\n{len(checks)} checks: {len(checks) - wrong - skipped} passed, {skipped} skipped, {wrong} failed")
+    if wrong:
+        raise typer.Exit(1)
+
+
+launch = typer.Typer(help="Several processes here, or the script or manifest for a cluster.")
+app.add_typer(launch, name="launch")
+
+
+@launch.command()
+def local(
+    recipe: Recipe,
+    out: Out,
+    num_processes: Annotated[int, typer.Option("--processes", min=1, metavar="N", help="How many.")],
+    assignments: Set = None,
+    max_restarts: MaxRestarts = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Train with several processes on this machine; when one dies or hangs, all go on from the last checkpoint."""
+    _resolve(recipe, assignments)
+    from braeburn.launch.local import launch
+    from braeburn.launch.supervisor import GaveUp
+
+    arguments = [*_train_arguments(recipe, out, assignments), *(["--json"] if as_json else [])]
+    try:
+        ending = launch(arguments, out, num_processes, max_restarts)
+    except GaveUp as failure:
+        processes.report(str(failure))
+        raise typer.Exit(1) from None
+    if not as_json:
+        print(ending.output, end="")
+        return
+    restarts = [dataclasses.asdict(restart) for restart in ending.restarts]
+    _print_json({**json.loads(ending.output), "processes": num_processes, "restarts": restarts})
+
+
+@launch.command()
+def slurm(
+    recipe: Recipe,
+    on: On,
+    out: Out,
+    assignments: Set = None,
+    time: Annotated[
+        str, typer.Option(metavar="LIMIT", help="Time limit of the job, as SLURM writes it.")
+    ] = "1-00:00:00",
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Partition of the cluster.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account to charge.")] = None,
+    max_restarts: MaxRestarts = 3,
+    submit: Submit = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the script that trains on a SLURM cluster, or submit it."""
+    from braeburn.launch.slurm import script
+    from braeburn.parallel.target import parse_target
+
+    run, _ = _resolve(recipe, assignments)
+    arguments = _train_arguments(recipe, out, assignments)
+    text = script(run.name, arguments, out, parse_target(on), time, partition, account, max_restarts)
+    _print_job("script", text, ["sbatch"] if submit else None, as_json)
+
+
+@launch.command()
+def kubernetes(
+    recipe: Recipe,
+    on: On,
+    out: Annotated[Path, typer.Option(help="The run directory inside the containers, below the volume's folder.")],
+    image: Annotated[str, typer.Option(help="Container image with Braeburn and the target's JAX.")],
+    claim: Annotated[str, typer.Option(metavar="NAME", help="PersistentVolumeClaim for the parent folder of --out.")],
+    assignments: Set = None,
+    max_restarts: MaxRestarts = 3,
+    submit: Submit = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the JobSet that trains on TPU slices, GPU nodes or CPUs of a Kubernetes cluster, or apply it."""
+    from braeburn.launch.kubernetes import manifest
+    from braeburn.parallel.target import parse_target
+
+    run, _ = _resolve(recipe, assignments)
+    arguments = _train_arguments(recipe, out, assignments)
+    text = manifest(run.name, arguments, out, parse_target(on), image, claim, max_restarts)
+    _print_job("manifest", text, ["kubectl", "apply", "-f", "-"] if submit else None, as_json)
+
+
+def _train_arguments(recipe: str, out: Path, assignments: list[str] | None) -> list[str]:
+    """The arguments of `train` that a launcher passes on."""
+    return [recipe, "--out", str(out), *(part for text in assignments or [] for part in ("--set", text))]
+
+
+def _print_job(kind: str, text: str, command: list[str] | None, as_json: bool) -> None:
+    """Prints what describes a job, or hands it to `command` and prints the answer."""
+    from braeburn.launch.submit import submit
+
+    answer = submit(command, text) if command else None
+    if as_json:
+        _print_json({kind: text, "submitted": answer})
+        return
+    print(answer or text, end="\n" if answer else "")
+
+
 def _resolve(recipe: str, assignments: list[str] | None) -> Any:
     """The run that a recipe and its overrides amount to, and where each value came from."""
     from braeburn.config import override, parse_assignment, provenance
@@ -248,12 +400,12 @@ def _resolve(recipe: str, assignments: list[str] | None) -> Any:
 
 
 def _begin_computing() -> None:
-    """Logs go to standard error, compiled programs to the cache. Imports JAX."""
+    """Logs go to standard error, from the main process only, and compiled programs to the cache. Imports JAX."""
     from braeburn.train.compilation import cache_compilations
 
     cache_compilations()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    logging.getLogger("braeburn").setLevel(logging.INFO)
+    logging.getLogger("braeburn").setLevel(logging.INFO if processes.is_main() else logging.WARNING)
 
 
 def _print_json(value: Any) -> None:

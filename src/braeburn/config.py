@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -68,6 +68,55 @@ class Model(_Frozen):
         return self
 
 
+MeshAxis = Literal["replica", "data", "fsdp", "context", "tensor"]
+# -1 stands for as many as the devices allow.
+AxisSize = Annotated[int, Field(ge=-1)]
+
+
+class Mesh(_Frozen):
+    """Devices along each axis of the mesh, the slowest link first; one size may be -1, to take what devices are left.
+
+    `replica` crosses slices or nodes and carries one sum of gradients a step; `data` does the same inside one. `fsdp`
+    splits the batch, and with it parameters, gradients and optimizer state; `context` splits sequences; `tensor`
+    splits heads, FFN and vocabulary, and the tokens between them.
+
+    `context_attention` tells how queries reach the keys of other context shards: passed around a ring, or gathered.
+    `torus` lays axes over the physical dimensions of a slice: for each axis its size along each of them, as in
+    {"fsdp": [8, 8, 4], "tensor": [1, 1, 4]} on 8 x 8 x 16 chips; without it the layout is JAX's choice.
+    """
+
+    replica: AxisSize = 1
+    data: AxisSize = 1
+    fsdp: AxisSize = -1
+    context: AxisSize = 1
+    tensor: AxisSize = 1
+    context_attention: Literal["all_gather", "ring"] = "all_gather"
+    torus: dict[MeshAxis, tuple[Size, ...]] | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis by its name, in the order of the mesh."""
+        return {axis: getattr(self, axis) for axis in get_args(MeshAxis)}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Mesh":
+        for axis, size in self.sizes.items():
+            if size == 0:
+                raise ValueError(f"{axis}=0 leaves no device; set {axis} to 1, or to -1 for all devices left")
+        inferred = [axis for axis, size in self.sizes.items() if size == -1]
+        if len(inferred) > 1:
+            raise ValueError(
+                f"{' and '.join(inferred)} are both -1, but only one can be inferred; set {inferred[0]} to a size, as 1"
+            )
+        if self.torus and len({len(factors) for factors in self.torus.values()}) > 1:
+            raise ValueError("torus names different numbers of dimensions; give each axis one size for each of them")
+        return self
+
+
+# A mesh of one device: nothing is split.
+ONE_DEVICE = Mesh(fsdp=1)
+
+
 class Schedule(_Frozen):
     """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to `floor`."""
 
@@ -77,7 +126,10 @@ class Schedule(_Frozen):
 
 
 class Stage(_Frozen):
-    """One stage of training. Sizes are in tokens; `mixture` maps the names of sources to weights of any scale."""
+    """One stage of training. Sizes are in tokens; `mixture` maps the names of sources to weights of any scale.
+
+    `mesh` takes the place of the run's, as where longer sequences are fewer in a batch and want splitting themselves.
+    """
 
     tokens: Size
     sequence_length: Size
@@ -88,6 +140,7 @@ class Stage(_Frozen):
     schedule: Schedule = Schedule()
     rope_base: Positive | None = None
     accumulation_steps: Size = 1
+    mesh: Mesh | None = None
     teacher: str | None = None
 
     @property
@@ -189,23 +242,6 @@ class Data(_Frozen):
     prefetch: Size = 4
 
 
-class Mesh(_Frozen):
-    """Devices along each axis of the mesh, the slowest link first."""
-
-    replica: Size = 1
-    data: Size = 1
-    fsdp: Size = 1
-    context: Size = 1
-    tensor: Size = 1
-
-    @model_validator(mode="after")
-    def _check(self) -> "Mesh":
-        for axis, size in self:
-            if size != 1:
-                raise ValueError(f"{axis}={size}: this version trains on one device; set {axis} to 1")
-        return self
-
-
 class Checkpoint(_Frozen):
     """When checkpoints are written and which are kept: the newest `keep_last` and every `keep_every_steps`-th."""
 
@@ -215,9 +251,13 @@ class Checkpoint(_Frozen):
 
 
 class Precision(_Frozen):
-    """The type of activations and of the weights as they are multiplied; parameters and optimizer are float32."""
+    """The type of activations and of the weights as they are multiplied; parameters and optimizer are float32.
+
+    `reduce` is the type in which fully sharded gradients are summed over devices.
+    """
 
     compute: Literal["float32", "bfloat16"] = "bfloat16"
+    reduce: Literal["float32", "bfloat16"] = "float32"
 
 
 NamedActivation = Literal["query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up", "ffn_output"]
@@ -228,6 +268,17 @@ class Remat(_Frozen):
 
     policy: Literal["none", "full", "save_named"] = "none"
     names: tuple[NamedActivation, ...] = ("query", "key", "value", "attention", "ffn_gate", "ffn_up")
+
+
+class Offload(_Frozen):
+    """What waits in the host's memory while it is not needed: the optimizer's state, and activations by name."""
+
+    optimizer: bool = False
+    activations: tuple[NamedActivation, ...] = ()
+
+
+# Everything waits on the device.
+NO_OFFLOAD = Offload()
 
 
 class Evaluation(_Frozen):
@@ -250,6 +301,7 @@ class Run(_Frozen):
     checkpoint: Checkpoint = Checkpoint()
     precision: Precision = Precision()
     remat: Remat = Remat()
+    offload: Offload = NO_OFFLOAD
     evaluation: Evaluation = Evaluation()
 
     @property
@@ -275,6 +327,13 @@ class Run(_Frozen):
                         f"stages.{name}.mixture.{source} is not a source of the data; "
                         + did_you_mean(source, self.data.sources)
                     )
+        kept = self.remat.names if self.remat.policy == "save_named" else ()
+        for name in self.offload.activations:
+            if name not in kept:
+                raise ValueError(
+                    f"offload.activations has {name!r}, which is not kept for the backward pass; set remat.policy to "
+                    f"'save_named' with {name!r} among remat.names"
+                )
         return self
 
 
@@ -328,7 +387,8 @@ def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
     for depth, name in enumerate(parents):
         if not isinstance(known, dict) or name not in known:
             raise UserError(_unknown_field(run, path, ".".join(parents[: depth + 1])))
-        known = RopeScaling().model_dump() if name == "rope_scaling" else known[name]
+        optional = {"rope_scaling": RopeScaling, "mesh": Mesh}  # may be None, and assigned into all the same
+        known = optional[name]().model_dump() if name in optional else known[name]
         # A field left at its default is absent, or None where the recipe switched it off.
         fields[name] = fields = fields.get(name) or {}
     if parents[-1:] not in (["stages"], ["sources"], ["mixture"]) and (

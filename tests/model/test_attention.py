@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.export import DisabledSafetyCheck, export
+from jax.sharding import PartitionSpec as P
 
+from braeburn.config import Mesh
 from braeburn.model import attention as A
 
 
@@ -93,20 +95,26 @@ def test_splash_attention_gradients_equal_those_of_blocked_attention_in_interpre
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), splash, blocked)
 
 
+@pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize(
     ("backend", "platform", "call"), [("splash", "tpu", "tpu_custom_call"), ("cudnn", "cuda", "cudnn")]
 )
-def test_kernels_lower_for_hardware_that_is_absent(monkeypatch, backend, platform, call):
+def test_kernels_lower_for_hardware_that_is_absent(monkeypatch, backend, platform, call, context):
     # Lowering asks the host's cuDNN for its version, and needs nothing else of it.
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     run = next(b.run for b in A.BACKENDS if b.name == backend)
     wide = jax.ShapeDtypeStruct((2, 512, 8, 128), jnp.bfloat16)
     narrow = jax.ShapeDtypeStruct((2, 512, 2, 128), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+    mesh = Mesh(fsdp=1, context=context)
 
-    def gradient(q, k, v, ids):
-        return jax.grad(lambda q, k, v: jnp.sum(run(q, k, v, ids).astype(jnp.float32)), argnums=(0, 1, 2))(q, k, v)
+    def total(q, k, v, ids):
+        return jnp.sum(run(q, k, v, ids, mesh).astype(jnp.float32))
 
+    gradient = jax.grad(total, argnums=(0, 1, 2))
+    if context > 1:
+        devices, split = jax.sharding.Mesh(jax.devices()[:context], ("context",)), P(None, "context")
+        gradient = jax.shard_map(gradient, mesh=devices, in_specs=split, out_specs=split, check_vma=False)
     allowed = [DisabledSafetyCheck.custom_call(f"__cudnn$fmhaScaleBiasSoftmax{way}") for way in ("", "Backward")]
     exported = export(jax.jit(gradient), platforms=[platform], disabled_checks=allowed)(wide, narrow, narrow, ids)
     assert call in exported.mlir_module()
@@ -140,6 +148,24 @@ def test_the_first_supported_back_end_is_chosen_and_says_why(caplog, changes, ch
     A.select.cache_clear()
     with caplog.at_level("INFO"):
         assert A.select(request(**changes)).name == chosen
-    assert chosen in caplog.text
+    assert f": {chosen}" in caplog.text
     for passed_over in [b.name for b in A.BACKENDS][: [b.name for b in A.BACKENDS].index(chosen)]:
         assert f"not {passed_over}: it needs" in caplog.text or f"not {passed_over}: it computes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ring": True, "platform": "tpu"}, "attention over 4096 tokens: ring over 4 shards"),
+        ({"platform": "cpu"}, "attention over 4096 tokens: blocked over 4 shards (not cudnn: it needs an NVIDIA GPU; "),
+        ({"platform": "tpu"}, "attention over 4096 tokens: splash over 4 shards (not cudnn"),
+        # 64 tokens a shard.
+        ({"platform": "tpu", "context_shards": 64}, "needs a sequence_length that is a multiple of 8192, not 4096"),
+    ],
+)
+def test_the_choice_for_split_sequences_names_the_shards_once(caplog, changes, message):
+    A.select.cache_clear()
+    with caplog.at_level("INFO"):
+        A.select(request(**({"context_shards": 4} | changes)))
+        A.select(request(**({"context_shards": 4} | changes)))
+    assert caplog.text.count(message) == 1

@@ -13,6 +13,8 @@ from braeburn.data.store import TokenStore, build_store
 from braeburn.data.tokenizer import train
 from braeburn.model import transformer
 from braeburn.model.spec import initialize
+from braeburn.model.transformer import param_specs
+from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
 
 TEXTS = ["The quick brown fox – schnell!", "jumps over", "the lazy dog, and over that dog's own shadow"]
@@ -50,7 +52,7 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
             nll += float((log_z - logits[range(len(targets)), targets]).sum())
             correct += int((logits.argmax(-1) == targets).sum())
 
-    evaluate = evaluator(model, precision, tokenizer.token_bytes)
+    evaluate = evaluator(model, precision, tokenizer.token_bytes, one_device(param_specs(model)))
     summary = measure(evaluate, params, held_out_batches(store, length, 4, store.tokens + length))
     assert summary["accuracy"] == pytest.approx(correct / len(stream))
     assert summary["loss"] == pytest.approx(nll / len(stream), rel=1e-5)

@@ -109,4 +109,4 @@ def test_code_stays_small() -> None:
     last = next((i for i, line in enumerate(step[first + 1 :], first + 1) if line.startswith("def ")), len(step))
     assert last - first < 80
     assert len(lines(SOURCE / "model" / "transformer.py")) < 400
-    assert sum(len(lines(path)) for path in SOURCE.rglob("*.py")) < 5000
+    assert sum(len(lines(path)) for path in SOURCE.rglob("*.py")) < 10_000

@@ -1,6 +1,6 @@
 """Batches by step. A batch is a pure function of (seed, stage, step): resuming needs the step and nothing else."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,14 +14,20 @@ class Batches:
     """The batches of one stage, indexed by the step within it. It can be pickled for workers."""
 
     def __init__(
-        self, stage: Stage, stage_name: str, seed: int, stores: Mapping[str, TokenStore], rows: range | None = None
+        self,
+        stage: Stage,
+        stage_name: str,
+        seed: int,
+        stores: Mapping[str, TokenStore],
+        rows: Sequence[int] | None = None,
     ) -> None:
-        """Reads `rows` of each batch, which lie within range(stage.batch_size); all by default.
+        """Reads the sequences `rows` of each batch of `stage.batch_size`; all by default.
 
         Raises:
             UserError: a source has fewer tokens than one sequence.
         """
-        self._steps, self._batch_size, self._rows = stage.steps, stage.batch_size, rows
+        self._steps, self._batch_size = stage.steps, stage.batch_size
+        self.rows = range(stage.batch_size) if rows is None else rows
         self._mixture = Mixture(stage.mixture, derive_key(seed, stage_name, "mixture"))
         self._sequences = {
             name: Sequences(stores[name], stage.sequence_length, derive_key(seed, stage_name, name, "sequences"), name)
@@ -36,8 +42,7 @@ class Batches:
         """The batch of a step, every field [B, T]."""
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} is not within the stage's {self._steps}")
-        rows = range(self._batch_size) if self._rows is None else self._rows
-        places = [self._mixture.at(step * self._batch_size + row) for row in rows]
+        places = [self._mixture.at(step * self._batch_size + row) for row in self.rows]
         return stack([self._sequences[source][index] for source, index in places])
 
 

@@ -9,6 +9,8 @@ from braeburn.data.loader import held_out_batches
 from braeburn.data.prepare import prepare
 from braeburn.data.store import TokenStore, build_store
 from braeburn.errors import UserError
+from braeburn.model.transformer import param_specs
+from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
 from braeburn.train.trained import Trained
 
@@ -56,7 +58,8 @@ def evaluate_held_out(trained: Trained) -> dict[str, dict[str, float]]:
 
 def _evaluate(trained: Trained, store: TokenStore, max_tokens: int | None) -> dict[str, float]:
     length = trained.sequence_length or DEFAULT_SEQUENCE_LENGTH
-    evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes)
+    layout = one_device(param_specs(trained.model))
+    evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes, layout)
     # Without a limit, the last window counts too, though it is rarely full.
     batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens or store.tokens + length)
     return measure(evaluate, trained.params, batches)

@@ -1,7 +1,8 @@
 """Causal attention that stays within documents, as an ordered list of back ends.
 
 `attention` takes the first back end that supports what is asked and logs which, and why the ones before were passed
-over. All share one meaning: query t of a sequence sees the keys s <= t of the same segment.
+over. All share one meaning: query t of a sequence sees the keys s <= t of the same segment. Where sequences are split
+over devices, each attends from its own tokens, in zigzag order, to the keys of all.
 """
 
 import functools
@@ -13,17 +14,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-logger = logging.getLogger(__name__)
+from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.parallel.collectives import CONTEXT, axis_index
+from braeburn.parallel.context import (
+    ATTENTION,
+    BLOCK,
+    MASKED,
+    gather_sequence,
+    gathered_attention,
+    ring_attention,
+    token_indices,
+    zigzag,
+)
 
-# Finite, so that a padding query whose keys are all masked gives a mean instead of NaN.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is known about a call when it is traced."""
+    """What is known about a call when it is traced; `ring` passes keys from shard to shard, else they are gathered."""
 
     platform: str
     dtype: jnp.dtype
@@ -31,6 +44,8 @@ class Request:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    context_shards: int = 1
+    ring: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class Backend:
 
     name: str
     why_not: Callable[[Request], str | None]
-    run: Callable[[Array, Array, Array, Array], Array]
+    run: Callable[[Array, Array, Array, Array, Mesh], Array]
 
     def is_supported(self, request: Request) -> bool:
         """Whether this back end can answer the request."""
@@ -51,37 +66,52 @@ def attention(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
+    mesh: Mesh = ONE_DEVICE,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query heads."""
+    """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query heads.
+
+    With several context shards, T counts the tokens of this shard, and the call must be inside a `shard_map` over
+    `mesh`; the sum of all devices' losses is what it can be differentiated for. Each back end gives its result, with
+    what its backward pass needs besides, the name "attention".
+    """
     request = Request(
         platform=jax.default_backend(),
         dtype=query.dtype,
-        sequence_length=query.shape[1],
+        sequence_length=query.shape[1] * mesh.context,
         num_heads=query.shape[2],
         num_kv_heads=key.shape[2],
         head_dim=query.shape[3],
+        context_shards=mesh.context,
+        ring=mesh.context > 1 and mesh.context_attention == "ring",
     )
-    return select(request).run(query, key, value, segment_ids)
+    return select(request).run(query, key, value, segment_ids, mesh)
 
 
 @functools.cache
 def select(request: Request) -> Backend:
     """The first back end that supports the request; the choice is logged once for each distinct request."""
     passed_over: list[str] = []
-    for backend in BACKENDS:
+    for backend in (RING,) if request.ring else BACKENDS:
         reason = backend.why_not(request)
         if reason is None:
+            over = f" over {request.context_shards} shards" if request.context_shards > 1 else ""
             because = f" ({'; '.join(passed_over)})" if passed_over else ""
-            logger.info("attention over %d tokens: %s%s", request.sequence_length, backend.name, because)
+            logger.info("attention over %d tokens: %s%s%s", request.sequence_length, backend.name, over, because)
             return backend
         passed_over.append(f"not {backend.name}: {reason}")
     raise NotImplementedError("; ".join(passed_over))
 
 
-def cudnn_attention(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+def cudnn_attention(query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE) -> Array:
     """The fused kernel of cuDNN; documents are told apart by a mask of one byte a pair of positions."""
-    same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=same_document, is_causal=True, implementation="cudnn")
+    key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
+    visible = segment_ids[:, None, :, None] == key_ids[:, None, None, :]
+    whole = mesh.context == 1
+    if not whole:
+        positions = token_indices(query.shape[1], axis_index(CONTEXT, mesh), mesh.context)
+        visible &= positions[:, None] >= jnp.arange(key.shape[1])
+    output = jax.nn.dot_product_attention(query, key, value, mask=visible, is_causal=whole, implementation="cudnn")
+    return checkpoint_name(output, ATTENTION)
 
 
 def _why_not_cudnn(request: Request) -> str | None:
@@ -97,47 +127,88 @@ def _why_not_cudnn(request: Request) -> str | None:
 SPLASH_TILE = 128
 
 
-def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array, *, interpret: bool = False) -> Array:
+def splash_attention(
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE, *, interpret: bool = False
+) -> Array:
     """The block-sparse Pallas kernel for TPU, one call for each sequence of the batch."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, num_heads, head_dim = query.shape[1:]
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads)
-    # As large as divide the sequence, up to the 512 that suit every TPU's memory.
-    tile = next(size for size in (512, 256, SPLASH_TILE) if length % size == 0)
+    shards = mesh.context
+    key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
+    mask = masks.MultiHeadMask([splash_mask(zigzag(length * shards, shards))] * num_heads)
+    # As large as divide a run of neighbouring tokens, up to the 512 that suit every TPU's memory.
+    run = length // 2 if shards > 1 else length
+    tile = next((size for size in (512, 256) if run % size == 0), SPLASH_TILE)
     passes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     tiles: dict[str, Any] = {f"block_{name}": tile for name in passes}
     kernel = splash.make_splash_mha(
-        mask, head_shards=1, q_seq_shards=1, block_sizes=splash.BlockSizes(**tiles), interpret=interpret
+        mask,
+        head_shards=1,
+        q_seq_shards=shards,
+        block_sizes=splash.BlockSizes(**tiles),
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
     )
+    if shards > 1:
+        kernel = jax.tree.map(lambda array: _own_queries(array, mesh), kernel)
 
-    ids = splash.SegmentIds(segment_ids, segment_ids)
+    ids = splash.SegmentIds(segment_ids, key_ids)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(head_dim), key, value)]
     return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2).astype(query.dtype)
+
+
+def splash_mask(positions: np.ndarray) -> Any:
+    """Splash attention's causal mask for queries at `positions`, int [T], over keys in the order of the sequence."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    class BlockCausalMask(masks.CausalMask):
+        """Of a tile all of whose entries are equal it gives only one: the rest would take 20 s at 64k tokens."""
+
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            rows, columns = self.q_sequence[index[0]], index[1]
+            if rows.min() >= columns.stop - 1:
+                return np.ones((1, 1), np.bool_)
+            if rows.max() < columns.start:
+                return np.zeros((1, 1), np.bool_)
+            return super().__getitem__(index)
+
+    mask = BlockCausalMask((positions.size, positions.size))
+    mask.q_sequence = positions.astype(np.int32)
+    return mask
+
+
+def _own_queries(array: Array, mesh: Mesh) -> Array:
+    """This shard's part of an array of the splash kernel: [heads, query blocks, key blocks] or [queries]."""
+    axis = min(1, array.ndim - 1)
+    size = array.shape[axis] // mesh.context
+    return jax.lax.dynamic_slice_in_dim(array, axis_index(CONTEXT, mesh) * size, size, axis)
 
 
 def _why_not_splash(request: Request) -> str | None:
     if request.platform != "tpu":
         return "it needs a TPU"
-    if request.sequence_length % SPLASH_TILE:
-        return f"it needs a sequence_length that is a multiple of {SPLASH_TILE}, not {request.sequence_length}"
+    multiple = SPLASH_TILE * request.context_shards
+    if request.sequence_length % multiple:
+        return f"it needs a sequence_length that is a multiple of {multiple}, not {request.sequence_length}"
     if request.head_dim % 128:
         return f"it needs a head_dim that is a multiple of 128, not {request.head_dim}"
     return None
 
 
 LONG_SEQUENCE = 2048
-BLOCK = 128
 
 
-def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE) -> Array:
     """Attention in plain XLA that skips the causal upper half, span by span of queries.
 
     A span sees only the keys up to its own end: with 8 spans or more, at most 9/16 of the products are formed. In long
     sequences a span is worked through in blocks, one after the other, whose weights are formed again in the backward
     pass: memory stays linear in the length.
     """
+    if mesh.context > 1:
+        return gathered_attention(query, key, value, segment_ids, mesh)
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     query = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
@@ -160,7 +231,8 @@ def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array
             segment_ids[:, :stop],
         )
         outputs.append(output)
-    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
+    output = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
+    return checkpoint_name(output, ATTENTION)
 
 
 def _attend_span(
@@ -228,3 +300,4 @@ BACKENDS = (
     Backend("splash", _why_not_splash, splash_attention),
     Backend("blocked", lambda request: None, blocked_attention),
 )
+RING = Backend("ring", lambda request: None, ring_attention)

@@ -2,13 +2,27 @@
 
 The gradient is worked out in the forward pass, chunk by chunk, while each chunk's logits are at hand (the idea of
 Liger Kernel, arXiv 2410.10989), so nothing of the size of the vocabulary is kept or computed twice.
+
+Over a mesh these are programs of one device. The shards of `tensor` hold the same tokens and share the vocabulary
+out: they exchange three numbers a token, never logits. With `fsdp` no device holds its rows of the head whole: they
+are gathered in blocks, each to meet all of the device's tokens, first for log Z and once more for the gradient.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.parallel.collectives import FSDP, TENSOR, all_gather, all_max, all_sum, axis_index, reduce_scatter
+
+# Float32 logits that exist at once: 256 MiB.
+MAX_LOGITS = 2**26
+
+# Of one shard of the vocabulary, for each token: (largest logit, sum of exp(logit - largest), the target's logit or 0).
+Statistics = tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]
 
 
 def chunk_length(batch: int, length: int, vocab_size: int) -> int:
@@ -17,8 +31,19 @@ def chunk_length(batch: int, length: int, vocab_size: int) -> int:
     A chunk has 1,024 tokens, or fewer where these would have over 2^26 logits (256 MiB in float32). Large batches take
     a sixteenth of their tokens at once, up to 4,096: each chunk reads and writes the head's whole gradient.
     """
-    tokens = max(min(1024, 2**26 // vocab_size), min(4096, batch * length // 16))
+    tokens = max(min(1024, MAX_LOGITS // vocab_size), min(4096, batch * length // 16))
     return max(1, min(length, tokens // batch))
+
+
+def block_length(tokens: int, width: int, vocab_size: int) -> int:
+    """Rows of the head that are gathered at once: an eighth, or fewer where they or their logits would have over 2^26.
+
+    Args:
+        tokens: how many meet each block.
+        width: length of a gathered row.
+        vocab_size: rows in all.
+    """
+    return max(1, min(-(-vocab_size // 8), MAX_LOGITS // max(tokens, width)))
 
 
 def _chunks(array: Array, length: int) -> Array:
@@ -38,19 +63,95 @@ def _logits(hidden_BTD: Array, head_DV: Array) -> Array:
     return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
+def _rows(count: int, mesh: Mesh) -> Int[Array, " V"]:
+    """The places in the whole vocabulary of this shard's `count` rows."""
+    return jnp.arange(count) + axis_index(TENSOR, mesh) * count
+
+
+def _update(statistics: Statistics, logits: Array, one_hot: Array) -> Statistics:
+    """The statistics with further logits [B, T, V] taken in (the online softmax of arXiv 1805.02867)."""
+    largest, total, chosen = statistics
+    larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
+    total = total * jnp.exp(largest - larger) + jnp.sum(jnp.exp(logits - larger[..., None]), axis=-1)
+    return larger, total, chosen + jnp.sum(jnp.where(one_hot, logits, 0), axis=-1)
+
+
+def _nothing(targets_BT: Array) -> Statistics:
+    zeros = jnp.zeros(targets_BT.shape, jnp.float32)
+    return zeros - jnp.inf, zeros, zeros
+
+
+def _joined(statistics: Statistics, mesh: Mesh) -> tuple[Array, Array, Array]:
+    """log Z, the target's logit, and 1 where that is the largest, from the statistics of all tensor shards."""
+    local, total, chosen = statistics
+    largest = all_max(local, TENSOR, mesh)
+    total, chosen = all_sum(jnp.stack([total * jnp.exp(local - largest), chosen]), TENSOR, mesh)
+    return largest + jnp.log(total), chosen, (chosen == largest).astype(jnp.float32)
+
+
+def _normalise(logits: Array, targets_BT: Array, mesh: Mesh) -> tuple[Array, Array, Array]:
+    """log Z, the target's logit, and 1 where that is the largest, from this shard's logits of some tokens."""
+    if mesh.tensor > 1:
+        one_hot = targets_BT[..., None] == _rows(logits.shape[-1], mesh)
+        return _joined(_update(_nothing(targets_BT), logits, one_hot), mesh)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
+    return log_z, chosen, (jnp.argmax(logits, axis=-1) == targets_BT).astype(jnp.float32)
+
+
+def _slope(logits: Array, log_z: Array, one_hot: Array, weights_BT: Array, z_loss: float, dtype: Any) -> Array:
+    """The gradient with respect to the logits."""
+    probabilities = jnp.exp(logits - log_z[..., None])
+    slope = (probabilities * (1 + 2 * z_loss * log_z[..., None]) - one_hot) * weights_BT[..., None]
+    return slope.astype(dtype)
+
+
+def _blocks(hidden_BTD: Array, head: Array, mesh: Mesh) -> tuple[Array, Array]:
+    """Rows of the head in blocks to gather: their places in the vocabulary [N, R], and they [N, R, D / fsdp].
+
+    The last block is filled up with rows of zeros, whose place is -1.
+    """
+    batch, total, width = hidden_BTD.shape
+    length = block_length(batch * total, width, head.shape[0])
+    padding = -head.shape[0] % length
+    rows = jnp.pad(_rows(head.shape[0], mesh), (0, padding), constant_values=-1)
+    head = jnp.pad(head.astype(hidden_BTD.dtype), ((0, padding), (0, 0)))
+    return rows.reshape(-1, length), head.reshape(-1, length, head.shape[1])
+
+
+def _block_logits(hidden_BTD: Array, rows: Array, head_RD: Array) -> Array:
+    logits = jnp.einsum("BTD,RD->BTR", hidden_BTD, head_RD, preferred_element_type=jnp.float32)
+    return jnp.where(rows >= 0, logits, -jnp.inf)
+
+
+def _normalise_by_blocks(hidden_BTD: Array, head: Array, targets_BT: Array, mesh: Mesh) -> tuple[Array, Array, Array]:
+    """As `_normalise`, of all tokens, where the head is split over fsdp."""
+
+    def one_block(statistics: Statistics, block: tuple[Array, Array]) -> tuple[Statistics, None]:
+        rows, shard = block
+        logits = _block_logits(hidden_BTD, rows, all_gather(shard, FSDP, 1, mesh))
+        return _update(statistics, logits, targets_BT[..., None] == rows), None
+
+    statistics, _ = jax.lax.scan(one_block, _nothing(targets_BT), _blocks(hidden_BTD, head, mesh))
+    return _joined(statistics, mesh)
+
+
 def token_losses(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"]
+    hidden: Float[Array, "B T D"], head: Float[Array, "V E"], targets: Int[Array, "B T"], mesh: Mesh = ONE_DEVICE
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """For each token, in float32: its negative log-likelihood in nats, log Z, and 1 where it was the likeliest."""
+    """For each token, in float32: its negative log-likelihood in nats, log Z, and 1 where it was the likeliest.
+
+    Over a mesh: of this device's tokens, the same on each shard of `tensor`; arguments as in `cross_entropy`.
+    """
+    if mesh.fsdp > 1:
+        log_z, chosen, correct = _normalise_by_blocks(hidden, head, targets, mesh)
+        return log_z - chosen, log_z, correct
     batch, total = targets.shape
     head_DV = head.astype(hidden.dtype).T
 
     def one_chunk(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
         hidden_BTD, targets_BT = chunk
-        logits = _logits(hidden_BTD, head_DV)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
-        correct = (jnp.argmax(logits, axis=-1) == targets_BT).astype(jnp.float32)
+        log_z, chosen, correct = _normalise(_logits(hidden_BTD, head_DV), targets_BT, mesh)
         return None, (log_z - chosen, log_z, correct)
 
     length = chunk_length(batch, total, head.shape[0])
@@ -59,26 +160,51 @@ def token_losses(
     return losses, log_z, correct
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V E"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     z_loss: float,
+    mesh: Mesh = ONE_DEVICE,
+    reduce_dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums over tokens: (nll + z_loss * log(Z)^2, to be differentiated; nll alone, which has no gradient).
 
     The z-loss keeps the logits' normaliser near one (PaLM, arXiv 2204.02311, section 5).
+
+    Over a mesh, inside `shard_map`, each device returns its share: the results of all devices sum to those of the whole
+    batch, the shards of `tensor` returning equal parts of what their tokens come to. Gradients are of that sum over
+    devices, whose cotangents must be equal along `tensor` and `fsdp`:
+      * for `hidden`, the part that comes through this shard's rows of the head. The shards of `tensor` each have such
+        a part for the same tokens, and the transpose of the gather that gave them the tokens adds them up.
+      * for `head`, that of the tokens of all devices along `fsdp`. It is not summed over the other axes: the devices
+        of `replica`, `data` and `context` each have that of their own tokens.
+
+    Args:
+        hidden: final hidden states of this device's tokens, in the type to compute in; the same on each shard of
+            `tensor`, different along all other axes.
+        head: float32, this device's [V / tensor, D / fsdp] of the whole [V, D].
+        targets: places in the whole vocabulary, int32.
+        weights: float32.
+        z_loss: coefficient.
+        mesh: resolved sizes.
+        reduce_dtype: the type in which the head's gradient is summed over `fsdp`.
     """
-    losses, log_z, _ = token_losses(hidden, head, targets)
-    nll = jnp.sum(weights * losses)
-    return nll + z_loss * jnp.sum(weights * jnp.square(log_z)), nll
+    losses, log_z, _ = token_losses(hidden, head, targets, mesh)
+    return _share(jnp.sum(weights * losses), jnp.sum(weights * jnp.square(log_z)), z_loss, mesh)
+
+
+def _share(nll: Array, penalty: Array, z_loss: float, mesh: Mesh) -> tuple[Array, Array]:
+    return (nll + z_loss * penalty) / mesh.tensor, nll / mesh.tensor
 
 
 def _forward(
-    hidden: Array, head: Array, targets: Array, weights: Array, z_loss: float
+    hidden: Array, head: Array, targets: Array, weights: Array, z_loss: float, mesh: Mesh, reduce_dtype: Any
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    if mesh.fsdp > 1:
+        return _forward_by_blocks(hidden, head, targets, weights, z_loss, mesh, reduce_dtype)
     batch, total = targets.shape
     length = chunk_length(batch, total, head.shape[0])
     head_VD = head.astype(hidden.dtype)
@@ -88,28 +214,45 @@ def _forward(
     def one_chunk(head_gradient: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
         hidden_BTD, targets_BT, weights_BT = chunk
         logits = _logits(hidden_BTD, head_DV)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
+        log_z, chosen, _ = _normalise(logits, targets_BT, mesh)
         nll = jnp.sum(weights_BT * (log_z - chosen))
         penalty = jnp.sum(weights_BT * jnp.square(log_z))
 
-        probabilities = jnp.exp(logits - log_z[..., None])
-        one_hot = targets_BT[..., None] == jnp.arange(head.shape[0])
-        slope = (probabilities * (1 + 2 * z_loss * log_z[..., None]) - one_hot) * weights_BT[..., None]
-        slope = slope.astype(hidden.dtype)
+        one_hot = targets_BT[..., None] == _rows(head.shape[0], mesh)
+        slope = _slope(logits, log_z, one_hot, weights_BT, z_loss, hidden.dtype)
         hidden_gradient = jnp.einsum("BTV,VD->BTD", slope, head_VD)
         head_gradient += jnp.einsum("BTV,BTD->VD", slope, hidden_BTD, preferred_element_type=jnp.float32)
         return head_gradient, (nll, penalty, hidden_gradient)
 
     chunks = (_chunks(hidden, length), _chunks(targets, length), _chunks(weights, length))
     head_gradient, (nll, penalty, hidden_gradient) = jax.lax.scan(one_chunk, jnp.zeros(head.shape, jnp.float32), chunks)
-    total_nll = jnp.sum(nll)
-    outputs = (total_nll + z_loss * jnp.sum(penalty), total_nll)
+    outputs = _share(jnp.sum(nll), jnp.sum(penalty), z_loss, mesh)
     return outputs, (_whole(hidden_gradient, total), head_gradient.astype(head.dtype))
 
 
+def _forward_by_blocks(
+    hidden: Array, head: Array, targets: Array, weights: Array, z_loss: float, mesh: Mesh, reduce_dtype: Any
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    log_z, chosen, _ = _normalise_by_blocks(hidden, head, targets, mesh)
+    outputs = _share(jnp.sum(weights * (log_z - chosen)), jnp.sum(weights * jnp.square(log_z)), z_loss, mesh)
+
+    def one_block(hidden_gradient: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows, shard = block
+        head_RD = all_gather(shard, FSDP, 1, mesh)
+        logits = _block_logits(hidden, rows, head_RD)
+        slope = _slope(logits, log_z, targets[..., None] == rows, weights, z_loss, hidden.dtype)
+        hidden_gradient += jnp.einsum("BTR,RD->BTD", slope, head_RD, preferred_element_type=jnp.float32)
+        gradient_RD = jnp.einsum("BTR,BTD->RD", slope, hidden, preferred_element_type=jnp.float32)
+        return hidden_gradient, reduce_scatter(gradient_RD.astype(reduce_dtype), FSDP, 1, mesh).astype(head.dtype)
+
+    blocks = _blocks(hidden, head, mesh)
+    hidden_gradient, head_gradient = jax.lax.scan(one_block, jnp.zeros(hidden.shape, jnp.float32), blocks)
+    head_gradient = head_gradient.reshape(-1, head.shape[1])[: head.shape[0]]
+    return outputs, (hidden_gradient.astype(hidden.dtype), head_gradient)
+
+
 def _backward(
-    z_loss: float, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
+    z_loss: float, mesh: Mesh, reduce_dtype: Any, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None, None]:
     hidden_gradient, head_gradient = residuals
     scale = cotangents[0]

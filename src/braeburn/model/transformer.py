@@ -2,6 +2,10 @@
 
 Shapes are named by letters: B sequences, T positions, D d_model, N query heads, K key-value heads, H head_dim,
 F ffn_dim, V vocabulary, L layers.
+
+On a mesh of several devices this is the program of each, over its part of everything (`braeburn.parallel`): its
+sequences, its piece of each, its heads, FFN units and vocabulary. Between attention and FFN, where every token is for
+itself, the tensor shards share out the tokens (sequence parallelism, arXiv 2205.05198).
 """
 
 from collections.abc import Callable
@@ -12,11 +16,21 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import Model, Precision, Remat
+from braeburn.config import NO_OFFLOAD, ONE_DEVICE, Mesh, Model, Offload, Precision, Remat
 from braeburn.model import rope
 from braeburn.model.attention import attention, cached_attention
 from braeburn.model.loss import cross_entropy
 from braeburn.model.spec import LAYERS, ParamSpec, Tree
+from braeburn.model.weights import gathered
+from braeburn.parallel.collectives import (
+    FSDP,
+    TENSOR,
+    all_gather,
+    all_to_all,
+    axis_index,
+    gather_tokens,
+    scatter_tokens,
+)
 
 # (query, key, value, the layer's state) -> (attended values, the layer's new state); the state is a cache or None.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -76,14 +90,37 @@ def rms_norm(x: Float[Array, "*S D"], scale: Float[Array, " D"], epsilon: float)
     return (normal * scale).astype(x.dtype)
 
 
+def embed(
+    embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], precision: Precision, mesh: Mesh
+) -> Float[Array, "B T D"]:
+    """The rows of the embedding for this device's tokens.
+
+    The table stays split. Each device looks up, in the part that it has, the tokens of all that share the rest of the
+    table with it, and the rows are exchanged: far less than the table.
+    """
+    tokens = all_gather(tokens, FSDP, 0, mesh)
+    if mesh.tensor == 1:
+        x_BTD = embedding[tokens].astype(precision.compute)
+    else:
+        own = tokens - axis_index(TENSOR, mesh) * embedding.shape[0]
+        x_BTD = embedding.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(precision.compute)
+    return all_to_all(scatter_tokens(x_BTD, mesh), FSDP, 0, 2, mesh)
+
+
 def layer(
-    x_BTD: Float[Array, "B T D"], weights: Tree, state: Any, rotation: tuple[Array, Array], attend: Attend, model: Model
+    x_BTD: Float[Array, "B T D"],
+    weights: Tree,
+    state: Any,
+    rotation: tuple[Array, Array],
+    attend: Attend,
+    model: Model,
+    mesh: Mesh,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One pre-norm block: attention, then SwiGLU, each added to the residual stream."""
     dtype, epsilon = x_BTD.dtype, model.norm_epsilon
 
     with jax.named_scope("attention"):
-        normal_BTD = rms_norm(x_BTD, weights["attention_norm"], epsilon)
+        normal_BTD = gather_tokens(rms_norm(x_BTD, weights["attention_norm"], epsilon), mesh)
         query_BTNH = jnp.einsum("BTD,DNH->BTNH", normal_BTD, weights["query"].astype(dtype))
         key_BTKH = jnp.einsum("BTD,DKH->BTKH", normal_BTD, weights["key"].astype(dtype))
         value_BTKH = jnp.einsum("BTD,DKH->BTKH", normal_BTD, weights["value"].astype(dtype))
@@ -94,16 +131,16 @@ def layer(
         key_BTKH = checkpoint_name(rope.rotate(key_BTKH, *rotation), "key")
         value_BTKH = checkpoint_name(value_BTKH, "value")
         attended_BTNH, state = attend(query_BTNH, key_BTKH, value_BTKH, state)
-        attended_BTNH = checkpoint_name(attended_BTNH, "attention")
         output_BTD = jnp.einsum("BTNH,NHD->BTD", attended_BTNH, weights["attention_output"].astype(dtype))
+        output_BTD = scatter_tokens(output_BTD, mesh)
         x_BTD = x_BTD + checkpoint_name(output_BTD, "attention_output")
 
     with jax.named_scope("ffn"):
-        normal_BTD = rms_norm(x_BTD, weights["ffn_norm"], epsilon)
+        normal_BTD = gather_tokens(rms_norm(x_BTD, weights["ffn_norm"], epsilon), mesh)
         gate_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", normal_BTD, weights["gate"].astype(dtype)), "ffn_gate")
         up_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", normal_BTD, weights["up"].astype(dtype)), "ffn_up")
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        output_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, weights["down"].astype(dtype))
+        output_BTD = scatter_tokens(jnp.einsum("BTF,FD->BTD", hidden_BTF, weights["down"].astype(dtype)), mesh)
         return x_BTD + checkpoint_name(output_BTD, "ffn_output"), state
 
 
@@ -115,18 +152,26 @@ def decoder(
     states: Any,
     model: Model,
     precision: Precision,
-    remat: Remat,
+    remat: Remat = KEEP_ALL,
+    offload: Offload = NO_OFFLOAD,
+    mesh: Mesh = ONE_DEVICE,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Hidden states after the final norm, and each layer's new state, stacked along a leading L."""
+    """Hidden states after the final norm, of this tensor shard's tokens, and each layer's new state, stacked."""
+    specs = param_specs(model)
+    # The norms of all layers at once: they are small. A layer's matrices are gathered as it is reached, and again for
+    # its backward pass.
+    params = gathered(params, specs, ("norm",), precision, mesh)
     frequencies = rope.inverse_frequencies(model.head_dim, model.rope_base, model.rope_scaling)
     rotation = rope.rotation(positions, frequencies)
 
     def body(x_BTD: Array, weights_and_state: tuple[Tree, Any]) -> tuple[Array, Any]:
-        return layer(x_BTD, *weights_and_state, rotation, attend, model)
+        weights, state = weights_and_state
+        weights = gathered(weights, specs["layers"], ("matrix",), precision, mesh)
+        return layer(x_BTD, weights, state, rotation, attend, model, mesh)
 
-    body = rematerialized(body, remat)
+    body = rematerialized(body, remat, offload, mesh)
     with jax.named_scope("embedding"):
-        x_BTD = params["embedding"][tokens].astype(precision.compute)
+        x_BTD = embed(params["embedding"], tokens, precision, mesh)
     stacked = (params["layers"], states)
     if model.scan_layers:
         x_BTD, states = jax.lax.scan(body, x_BTD, stacked)
@@ -147,13 +192,29 @@ def unstack(stacked: Any, num_layers: int) -> list[Any]:
     return [jax.tree.unflatten(structure, [jnp.squeeze(parts[i], 0) for parts in split]) for i in range(num_layers)]
 
 
-def rematerialized(body: Callable, remat: Remat) -> Callable:
-    """A layer that keeps for the backward pass only what the policy says."""
-    if remat.policy == "none":
+def rematerialized(body: Callable, remat: Remat, offload: Offload, mesh: Mesh) -> Callable:
+    """A layer that keeps for the backward pass only what the policy says, and never its gathered weights."""
+    policies = jax.checkpoint_policies
+    if offload.activations:
+        kept = [name for name in remat.names if name not in offload.activations]
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=kept,
+            names_which_can_be_offloaded=list(offload.activations),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    elif remat.policy == "save_named":
+        policy = policies.save_only_these_names(*remat.names)
+    elif remat.policy == "full":
+        policy = policies.nothing_saveable
+    elif mesh.fsdp == 1:
         return body
-    if remat.policy == "full":
-        return jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable)
-    return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*remat.names))
+    else:
+
+        def policy(primitive: Any, *_: Any, **settings: Any) -> bool:
+            return not (primitive.name == "all_gather" and FSDP in settings["axis_name"])
+
+    return jax.checkpoint(body, policy=policy)
 
 
 def forward(
@@ -164,18 +225,26 @@ def forward(
     model: Model,
     precision: Precision,
     remat: Remat = KEEP_ALL,
+    offload: Offload = NO_OFFLOAD,
+    mesh: Mesh = ONE_DEVICE,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of packed sequences; a token attends to the earlier ones of its own segment."""
 
     def attend(query: Array, key: Array, value: Array, state: None) -> tuple[Array, None]:
-        return attention(query, key, value, segment_ids), state
+        return attention(query, key, value, segment_ids, mesh), state
 
-    hidden, _ = decoder(params, tokens, positions, attend, None, model, precision, remat)
-    return hidden
+    hidden, _ = decoder(params, tokens, positions, attend, None, model, precision, remat, offload, mesh)
+    return gather_tokens(hidden, mesh)
 
 
 def loss(
-    params: Tree, batch: dict[str, Array], model: Model, precision: Precision, remat: Remat
+    params: Tree,
+    batch: dict[str, Array],
+    model: Model,
+    precision: Precision,
+    remat: Remat,
+    offload: Offload = NO_OFFLOAD,
+    mesh: Mesh = ONE_DEVICE,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """What training minimises on a batch, and its parts.
 
@@ -185,13 +254,18 @@ def loss(
         model: sizes, and the RoPE base of the stage.
         precision: the type to compute in.
         remat: what to keep for the backward pass.
+        offload: what of that to keep on the host.
+        mesh: resolved sizes; on several devices params and batch are this device's parts.
 
     Returns:
-        The weighted sum of nll and z-loss in nats, and {"loss": the weighted sum of nll alone}.
+        The weighted sum of nll and z-loss in nats, and {"loss": the weighted sum of nll alone}. On several devices,
+        this device's shares of them.
     """
-    hidden = forward(params, batch["inputs"], batch["positions"], batch["segment_ids"], model, precision, remat)
+    inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
+    hidden = forward(params, *inputs, model, precision, remat, offload, mesh)
     with jax.named_scope("loss"):
-        total, nll = cross_entropy(hidden, head_matrix(params), batch["targets"], batch["weights"], model.z_loss)
+        head, reduce = head_matrix(params), jnp.dtype(precision.reduce)
+        total, nll = cross_entropy(hidden, head, batch["targets"], batch["weights"], model.z_loss, mesh, reduce)
     return total, {"loss": nll}
 
 
@@ -217,4 +291,4 @@ def forward_cached(
         keys, values = keys.at[rows, positions].set(key), values.at[rows, positions].set(value)
         return cached_attention(query, keys, values, positions), (keys, values)
 
-    return decoder(params, tokens, positions, attend, cache, model, precision, KEEP_ALL)
+    return decoder(params, tokens, positions, attend, cache, model, precision)

@@ -1,6 +1,6 @@
 """Small runs on the standard library of the Python that runs them: nothing to download, on any machine."""
 
-from braeburn.config import Checkpoint, Data, Evaluation, Model, Precision, Run, Schedule, Source, Stage
+from braeburn.config import ONE_DEVICE, Checkpoint, Data, Evaluation, Model, Precision, Run, Schedule, Source, Stage
 
 SOURCES = {
     "code": Source(format="python-code"),
@@ -35,6 +35,7 @@ def quickstart() -> Run:
         },
         data=Data(sources=SOURCES, held_out=0.04),
         checkpoint=Checkpoint(every_steps=200),
+        mesh=ONE_DEVICE,
         precision=Precision(compute="float32"),
         evaluation=Evaluation(tokens=1_000_000),
     )

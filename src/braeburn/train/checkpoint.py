@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from braeburn.config import Checkpoint, Run
@@ -95,28 +95,34 @@ class Checkpoints:
         with writing(self._directory.parent):
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, params: Tree, init_optimizer: Callable[[Tree], Any]) -> TrainState:
-        """The state saved at `step`.
+    def restore(self, step: int, shape: TrainState, init_optimizer: Callable[[Tree], Any]) -> TrainState:
+        """The state saved at `step`, by whatever processes on whatever mesh.
 
         Args:
             step: of a complete checkpoint.
-            params: abstract parameters to restore into.
+            shape: the abstract state to restore into, each leaf with the sharding that it is to have.
             init_optimizer: gives the optimizer's state for parameters; used where the checkpoint holds none.
 
         Raises:
             UserError: the checkpoint is damaged.
         """
-        values = self.restore_params(step, params)
+        values = self.restore_params(step, shape.params)
+        places = jax.tree.map(lambda leaf: leaf.sharding, shape.optimizer)
         if (self._directory / str(step) / "optimizer").is_dir():
-            abstract = jax.eval_shape(init_optimizer, params)
-            optimizer = self._read(step, optimizer=ocp.args.StandardRestore(_placed(abstract)))["optimizer"]
+            wanted = jax.tree.map(_on_device, shape.optimizer)
+            optimizer = self._read(step, optimizer=ocp.args.StandardRestore(wanted))["optimizer"]
+            optimizer = jax.device_put(optimizer, places)
         else:
-            optimizer = jax.jit(init_optimizer)(values)
-        return TrainState(jnp.asarray(step, jnp.int32), values, optimizer)
+            optimizer = jax.jit(init_optimizer, out_shardings=places)(values)
+        count = jax.make_array_from_callback((), shape.step.sharding, lambda _: np.int32(step))
+        return TrainState(count, values, optimizer)
 
     def restore_params(self, step: int, params: Tree) -> Tree:
-        """The parameters saved at `step`, in the structure of the abstract `params`."""
-        return self._read(step, params=ocp.args.StandardRestore(_placed(params)))["params"]
+        """The parameters saved at `step`, in the structure of the abstract `params`.
+
+        They lie as the shardings of `params` say; without these, on this process's first device.
+        """
+        return self._read(step, params=ocp.args.StandardRestore(jax.tree.map(_on_device, params)))["params"]
 
     def restore_run(self, step: int) -> tuple[dict[str, Any], str]:
         """The fields of the run that saved `step`, and its tokenizer's JSON."""
@@ -142,9 +148,9 @@ class Checkpoints:
             ) from error
 
 
-def _placed(abstract: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.with_memory_kind("device"))
 
 
 def _first_line(error: Exception) -> str:

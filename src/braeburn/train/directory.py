@@ -20,7 +20,7 @@ from braeburn.errors import UserError
 
 # What may differ when a run goes on: how it is carried out, not what it computes.
 FREE_TO_CHANGE = (
-    *("name", "mesh", "checkpoint", "remat", "evaluation", "model.scan_layers"),
+    *("name", "mesh", "checkpoint", "remat", "offload", "evaluation", "model.scan_layers", "precision.reduce"),
     *("data.workers", "data.prefetch", "data.cache"),
 )
 
@@ -35,15 +35,19 @@ def write_atomically(path: Path, text: str) -> None:
 class RunDirectory:
     """A folder that holds one run."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, writes: bool = True):
         """Creates the folder where it is missing.
+
+        Args:
+            path: the folder.
+            writes: whether this process is the one of its run that writes here; in others, what writes does nothing.
 
         Raises:
             UserError: it is not a local folder that can be written to.
         """
         if re.match("[a-z0-9]{2,}:/", str(path)):  # a Path has but one slash after gs:
             raise UserError(f"--out {str(path)!r} is not a local folder; name a folder on a mounted file system")
-        self.path = path
+        self.path, self.writes = path, writes
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -120,13 +124,15 @@ class RunDirectory:
 
     def event(self, kind: str, **details: Any) -> None:
         """Appends a line to `events.jsonl`."""
+        if not self.writes:
+            return
         with (self.path / "events.jsonl").open("a") as file:
             file.write(json.dumps({"event": kind, "time": round(time.time(), 3), **details}) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drops the rows of `metrics.jsonl` beyond `step`: those steps are about to be made again."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
+        if not self.writes or not path.exists():
             return
         kept = [row for row in _lines(path) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -162,7 +168,9 @@ def _may_change(path: str, begun: list[str], step: int) -> bool:
         return step == 0 and path == "model.z_loss"
     if step == 0 or any(path == free or path.startswith(free + ".") for free in FREE_TO_CHANGE):
         return True
-    return path.startswith("stages.") and path.split(".")[1] not in begun
+    first, stage, *field = [*path.split("."), ""]
+    # How a batch is divided changes nothing but rounding.
+    return first == "stages" and (stage not in begun or field[:1] in (["accumulation_steps"], ["mesh"]))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

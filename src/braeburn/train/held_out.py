@@ -13,29 +13,33 @@ from braeburn.config import Model, Precision
 from braeburn.model import transformer
 from braeburn.model.loss import token_losses
 from braeburn.model.spec import Tree
+from braeburn.parallel.layout import Layout
 
 Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
 
 
-def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray) -> Evaluate:
+def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layout: Layout) -> Evaluate:
     """A compiled function from parameters and a batch to sums over the batch's weighted tokens.
 
     Args:
         model: sizes and RoPE base.
         precision: the type to compute in.
         token_bytes: UTF-8 bytes of each entry of the vocabulary, int32 [V].
+        layout: where parameters and batches lie.
     """
     # A model may have more rows than its tokenizer has entries.
     lengths = np.zeros(model.vocab_size, np.float32)
     lengths[: len(token_bytes)] = token_bytes[: model.vocab_size]
 
-    @jax.jit
+    mesh = layout.sizes
+
     def evaluate(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
         hidden = transformer.forward(
-            params, batch["inputs"], batch["positions"], batch["segment_ids"], model, precision
+            params, batch["inputs"], batch["positions"], batch["segment_ids"], model, precision, mesh=mesh
         )
-        losses, _, correct = token_losses(hidden, transformer.head_matrix(params), batch["targets"])
-        weights = batch["weights"]
+        losses, _, correct = token_losses(hidden, transformer.head_matrix(params), batch["targets"], mesh)
+        # Tensor shards have worked on the same tokens.
+        weights = batch["weights"] / mesh.tensor
         return {
             "nll": jnp.sum(weights * losses),
             "correct": jnp.sum(weights * correct),
@@ -43,7 +47,7 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray) -> Ev
             "text_bytes": jnp.sum(weights * jnp.asarray(lengths)[batch["targets"]]),
         }
 
-    return evaluate
+    return jax.jit(layout.total(evaluate))
 
 
 def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]]) -> dict[str, float]:

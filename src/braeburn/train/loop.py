@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,25 @@ from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.model import transformer
-from braeburn.model.spec import abstract
 from braeburn.optim.build import begin_stage
+from braeburn.parallel.agreement import AnyProcess, from_main, wait_for_all
+from braeburn.parallel.layout import Layout
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest, check_space, writing
+from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import evaluator, measure
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
-from braeburn.train.stages import Program, abstract_state, compile_stage, initial_state, model_of_stage, stage_optimizer
+from braeburn.train.stages import (
+    Program,
+    abstract_state,
+    compile_stage,
+    initial_state,
+    layout_of,
+    model_of_stage,
+    stage_optimizer,
+)
 from braeburn.train.state import TrainState
 from braeburn.train.trained import require_same_tokenizer
 
@@ -61,33 +71,52 @@ def train(
     """
     if not run.stages:
         raise UserError(f"stages of the run {run.name!r} is empty; add a stage to train")
-    directory = RunDirectory(out)
-    state_shape = abstract_state(run, next(iter(run.stages.values())))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
-
-    with writing(directory.path), directory.claim(), Display(run.total_steps) as display, StopRequest() as stop:
+    # Of all stages, so that a mesh that does not fit the last is found out before the first.
+    layouts = {name: layout_of(run, name) for name in run.stages}
+    main, heartbeat = jax.process_index() == 0, Heartbeat()
+    heartbeat.phase("preparing")
+    directory = RunDirectory(out, writes=main)
+    with ExitStack() as held, Display(run.total_steps, quiet=not main) as display, StopRequest() as stop:
+        held.enter_context(writing(directory.path))
+        from_main("the run directory was claimed", lambda: held.enter_context(directory.claim()))
         resumed, tokenizer = _resume_point(directory, run)
-        check_space(directory.path, size)
+        first = next(iter(run.stages))
+        state_shape = abstract_state(run, run.stages[first], layouts[first])
+        check_space(directory.path, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape)))
         for name, source in used_sources(run).items():
             files(name, source)  # before work begins that an exit would have to wait for
-        ahead = _Ahead(run, resumed)
-        loop = _Loop(run, directory, prepare(run, display.say, tokenizer), ahead, display, stop)
-        # Nothing was written until here, where no mistake of the user's is left to be found.
-        directory.write_config(run, origins or {})
-        loop.prepared.tokenizer.save(directory.tokenizer)
-        return loop.run_from(resumed, stop_after_steps)
+        wait_for_all("the run was checked")
+        used, present = layouts[first].num_devices, len(jax.devices())
+        if used < present:
+            display.say(f"using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
+        ahead = _Ahead(run, layouts, resumed)
+
+        def prepare_first() -> None:
+            prepared = prepare(run, display.say, tokenizer)
+            loops.append(_Loop(run, directory, layouts, prepared, ahead, display, stop, heartbeat))
+            # Nothing was written until here, where no mistake of the user's is left to be found.
+            directory.write_config(run, origins or {})
+            prepared.tokenizer.save(directory.tokenizer)
+
+        loops: list[_Loop] = []
+        from_main("text was prepared", prepare_first)
+        if not main:
+            # With the tokenizer of the main process, and its token store where they share a cache.
+            prepared = prepare(run, display.say, Tokenizer.load(directory.tokenizer))
+            loops.append(_Loop(run, directory, layouts, prepared, ahead, display, stop, heartbeat))
+        return loops[0].run_from(resumed, stop_after_steps)
 
 
 class _Ahead:
     """What the first stage to run needs of the compiler, worked on in a thread while text is being tokenised."""
 
-    def __init__(self, run: Run, resumed: int | None):
+    def __init__(self, run: Run, layouts: dict[str, Layout], resumed: int | None):
         worker = ThreadPoolExecutor(1)
         self.programs: dict[str, Future[Program]] = {}
         if resumed != run.total_steps:
             name = run.stage_at(resumed or 0)[0]
-            self.programs[name] = worker.submit(compile_stage, run, name)
-        self.state = worker.submit(initial_state, run) if resumed is None else None
+            self.programs[name] = worker.submit(compile_stage, run, name, layouts[name])
+        self.state = worker.submit(initial_state, run, layouts[next(iter(run.stages))]) if resumed is None else None
         worker.shutdown(wait=False)
 
 
@@ -123,64 +152,90 @@ class _Loop:
 
     run: Run
     directory: RunDirectory
+    layouts: dict[str, Layout]
     prepared: Prepared
     ahead: _Ahead
     display: Display
     stop: StopRequest
+    heartbeat: Heartbeat
+    stopping: bool = False
 
     def __post_init__(self) -> None:
         # Those of all stages, so that text too short for the last is found out before the first.
         stages, stores = self.run.stages, self.prepared.train
-        self.batches = {name: Batches(stage, name, self.run.seed, stores) for name, stage in stages.items()}
+        self.rows = {name: self.layouts[name].rows(stage.batch_size) for name, stage in stages.items()}
+        self.batches = {
+            name: Batches(stage, name, self.run.seed, stores, self.rows[name]) for name, stage in stages.items()
+        }
+        self.any_process = AnyProcess()
 
     def run_from(self, resumed: int | None, stop_after_steps: int | None) -> Outcome:
         """Runs stages until the run is finished or asked to stop."""
         with closing(Checkpoints(self.directory.path, self.run.checkpoint)) as self.checkpoints:
             step = self._run_from(resumed, stop_after_steps)
         total = self.run.total_steps
-        if self.stop.signal:
+        if self.stopping:
             self.directory.event("preemption", step=step, signal=self.stop.signal)
         else:
             self.directory.event("stop", step=step, finished=step == total)
         self.display.say(f"{'finished' if step == total else 'stopped'} at step {step} of {total}")
-        return Outcome(step, step == total, self.directory.stage_results(step))
+        return Outcome(step, step == total, self.directory.stage_results(step) if self.directory.writes else [])
 
     def _run_from(self, resumed: int | None, stop_after_steps: int | None) -> int:
         if self.ahead.state:
-            self.directory.event("start", total_steps=self.run.total_steps)
+            facts = self._facts(next(iter(self.run.stages)))
+            self.directory.event("start", total_steps=self.run.total_steps, **facts)
             state = self.ahead.state.result()
         else:
             state = self._restore(resumed or 0)
         step, total = int(state.step), self.run.total_steps
         last = total if stop_after_steps is None else min(step + stop_after_steps, total)
         self.directory.forget_after(step)
-        with closing(MetricsWriter(self.directory.path)) as writer:
-            while step < last and not self.stop.signal:
+        with closing(MetricsWriter(self.directory.path, quiet=not self.directory.writes)) as writer:
+            while step < last and not self.stopping:
                 name, stage, index = self.run.stage_at(step)
                 program = self._compile(name)
                 self.display.begin_stage(name, stage.steps, index)
-                recorder = Recorder(self.run, name, writer, self.display)
+                recorder = Recorder(self.run, name, writer, self.display, self.layouts[name].num_devices)
                 state = self._steps(program, recorder, state, index, min(stage.steps, index + last - step))
                 step = int(state.step)
                 if self._ends_stage(step):
                     self._end_stage(program, state, writer)
                 self._save(state)
+                if step < last and not self.stopping:
+                    state = self._hand_over(state, name, self.run.stage_at(step)[0])
         return step
 
+    def _hand_over(self, state: TrainState, before: str, after: str) -> TrainState:
+        """The state laid out for the next stage: where its mesh is another, by way of the checkpoint just begun."""
+        if self.layouts[before].sizes == self.layouts[after].sizes:
+            return state
+        self.checkpoints.wait()
+        return self._read(int(state.step), after)
+
     def _restore(self, step: int) -> TrainState:
-        stage = self.run.stage_at(min(step, self.run.total_steps - 1))[1]
-        state = self.checkpoints.restore(
-            step, abstract(transformer.param_specs(self.run.model)), stage_optimizer(self.run, stage).init
-        )
-        self.directory.event("resume", step=step)
+        name = self.run.stage_at(min(step, self.run.total_steps - 1))[0]
+        state = self._read(step, name)
+        self.directory.event("resume", step=step, **self._facts(name))
         self.display.say(f"resuming from step {step} of {self.run.total_steps}")
         return state
 
+    def _read(self, step: int, name: str) -> TrainState:
+        """The checkpoint of a step, laid out for a stage."""
+        self.heartbeat.phase("restoring")
+        stage = self.run.stages[name]
+        shape = abstract_state(self.run, stage, self.layouts[name])
+        return self.checkpoints.restore(step, shape, stage_optimizer(self.run, stage).init)
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        return {"processes": jax.process_count(), "mesh": self.layouts[name].sizes.sizes}
+
     def _compile(self, name: str) -> Program:
+        self.heartbeat.phase("compiling")
         begun = self.ahead.programs.get(name)
-        program = begun.result() if begun else compile_stage(self.run, name)
-        model = model_of_stage(self.run.model, program.stage)
-        self.evaluate = evaluator(model, self.run.precision, self.prepared.tokenizer.token_bytes)
+        program = begun.result() if begun else compile_stage(self.run, name, self.layouts[name])
+        model, layout = model_of_stage(self.run.model, program.stage), self.layouts[name]
+        self.evaluate = evaluator(model, self.run.precision, self.prepared.tokenizer.token_bytes, layout)
         self.directory.event("compile", stage=name, seconds=round(program.compile_seconds, 3))
         self.display.say(f"stage {name}: compiled in {duration(program.compile_seconds)}")
         return program
@@ -190,15 +245,17 @@ class _Loop:
         if index == 0:
             state = state._replace(optimizer=begin_stage(state.optimizer))
         stream = prefetch(self.batches[program.name], index, self.run.data.workers, self.run.data.prefetch)
-        step = int(state.step)
+        step, layout = int(state.step), self.layouts[program.name]
         for _ in range(index, until):
             began = time.monotonic()
-            batch = next(stream)
+            batch = layout.place(next(stream), self.rows[program.name], program.stage.batch_size)
             waited = time.monotonic() - began
             state, metrics = program.step(state, batch)
             step += 1
             recorder.observe(step, metrics, waited)
-            if self.stop.signal:
+            self.heartbeat.step(step)
+            if self.any_process.wants(self.stop.signal is not None):
+                self.stopping = True
                 break
             if not self._ends_stage(step):
                 if self.run.evaluation.every_steps and step % self.run.evaluation.every_steps == 0:
@@ -215,17 +272,20 @@ class _Loop:
 
     def _save(self, state: TrainState) -> None:
         step = int(state.step)
+        self.heartbeat.phase("saving")
         if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json):
             self.directory.event("checkpoint", step=step)
 
     def _evaluate(self, program: Program, state: TrainState) -> dict[str, dict[str, float]]:
-        stage = program.stage
+        self.heartbeat.phase("evaluating")
+        stage, layout = program.stage, self.layouts[program.name]
         sequences = max(1, stage.batch_size // stage.accumulation_steps)
         results = {}
         for source, store in self.prepared.held_out.items():
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
-                results[source] = measure(self.evaluate, state.params, batches)
+                placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
+                results[source] = measure(self.evaluate, state.params, placed)
         return results
 
     def _end_stage(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:
@@ -237,7 +297,7 @@ class _Loop:
             stage=program.name,
             step=step,
             tokens=program.stage.steps * program.stage.batch_tokens,
-            loss=self.directory.recent_loss(program.name),
+            loss=self.directory.recent_loss(program.name) if self.directory.writes else None,
             held_out=results,
         )
         for source, values in results.items():

@@ -51,8 +51,11 @@ def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
 class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard."""
 
-    def __init__(self, directory: Path):
-        """Opens both for appending; rows are flushed as they are written."""
+    def __init__(self, directory: Path, *, quiet: bool = False):
+        """Opens both for appending, or neither where `quiet`; rows are flushed as they are written."""
+        self._quiet = quiet
+        if quiet:
+            return
         from tensorboardX import SummaryWriter
 
         self._file = (directory / "metrics.jsonl").open("a", buffering=1)
@@ -60,6 +63,8 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """One step's row; its numbers also go to TensorBoard."""
+        if self._quiet:
+            return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         for name, value in row.items():
@@ -68,12 +73,14 @@ class MetricsWriter:
 
     def held_out(self, step: int, results: dict[str, dict[str, float]]) -> None:
         """Held-out results by source, for TensorBoard; the loop records them as an event too."""
-        for source, values in results.items():
+        for source, values in results.items() if not self._quiet else ():
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"held_out/{source}/{name}", value, step)
 
     def close(self) -> None:
         """Flushes both."""
+        if self._quiet:
+            return
         self._file.close()
         self._tensorboard.close()
 
@@ -81,8 +88,9 @@ class MetricsWriter:
 class Recorder:
     """Turns a stage's metrics on the device into rows, each a step late so that the device never waits."""
 
-    def __init__(self, run: Run, stage: str, writer: MetricsWriter, display: Display):
+    def __init__(self, run: Run, stage: str, writer: MetricsWriter, display: Display, num_devices: int):
         """Begins to time the next step."""
+        self._num_devices = num_devices
         self.writer = writer
         self._display = display
         self._name = stage
@@ -123,7 +131,7 @@ class Recorder:
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self._flops / peak if peak else None,
+            "mfu": tokens_per_second * self._flops / (peak * self._num_devices) if peak else None,
             "step_seconds": seconds,
             "data_seconds": data_seconds,
             "skipped": int(values["skipped"]),

@@ -12,15 +12,15 @@ SECONDS_BETWEEN_LINES = 10.0
 class Display:
     """Shows one run. Use as a context manager."""
 
-    def __init__(self, total_steps: int, console: Console | None = None):
-        """Prepares a display of `total_steps` over all stages."""
-        self._console = console or Console(stderr=True, highlight=False)
+    def __init__(self, total_steps: int, console: Console | None = None, *, quiet: bool = False):
+        """Prepares a display of `total_steps` over all stages, which shows nothing where `quiet`."""
+        self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
         self._total_steps = total_steps
         self._last_line = -float("inf")
         self._seconds_per_step: float | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

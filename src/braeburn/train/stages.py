@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from braeburn.config import Model, Run, Stage
+from braeburn.errors import UserError
 from braeburn.model import transformer
-from braeburn.model.spec import Tree, abstract, initialize
+from braeburn.model.spec import Tree, abstract, initialize, walk
 from braeburn.optim.build import build_optimizer
+from braeburn.parallel.layout import Layout, can_offload
+from braeburn.parallel.mesh import build, resolve
+from braeburn.parallel.rules import check
 from braeburn.train.state import TrainState, new_state
 from braeburn.train.step import Batch, train_step
 
@@ -49,47 +53,89 @@ def stage_optimizer(run: Run, stage: Stage) -> optax.GradientTransformation:
     return build_optimizer(run.optimizer, stage, transformer.param_specs(run.model), run.model)
 
 
-def stage_step(run: Run, stage: Stage) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layout:
+    """Where the arrays of a stage lie on `devices`, all that there are by default.
+
+    Raises:
+        UserError: the mesh does not fit the devices, or does not divide the stage.
+    """
+    specs = transformer.param_specs(run.model)
+    parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in walk(specs)}
+    mesh = run.stages[name].mesh or run.mesh
+    if -1 not in mesh.sizes.values():
+        check(run, name, mesh, parameters)  # before the devices are looked for
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve(mesh, len(devices))
+    check(run, name, sizes, parameters)
+    if (run.offload.optimizer or run.offload.activations) and not can_offload(devices[0]):
+        raise UserError(
+            f"offload needs host memory that the device can reach, and {devices[0].device_kind} has none; "
+            f"set offload.optimizer to false and offload.activations to []"
+        )
+    return Layout(sizes, build(sizes, devices), specs, run.offload)
+
+
+def stage_step(
+    run: Run, stage: Stage, layout: Layout
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The train step of a stage as a traceable function of state and batch."""
     model = model_of_stage(run.model, stage)
 
     def loss(params: Tree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return transformer.loss(params, batch, model, run.precision, run.remat)
+        return transformer.loss(params, batch, model, run.precision, run.remat, run.offload, layout.sizes)
 
-    return functools.partial(
-        train_step, loss=loss, optimizer=stage_optimizer(run, stage), accumulation_steps=stage.accumulation_steps
+    step = functools.partial(
+        train_step,
+        loss=loss,
+        optimizer=stage_optimizer(run, stage),
+        accumulation_steps=stage.accumulation_steps,
+        spread=layout.gradient,
     )
+    if not run.offload.optimizer:
+        return step
+
+    def fetch_and_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        on_device = layout.optimizer_state(state.optimizer, on_device=True)
+        return step(state._replace(optimizer=jax.device_put(state.optimizer, on_device)), batch)
+
+    return fetch_and_step
 
 
-def abstract_batch(stage: Stage) -> Batch:
-    """Shapes and types of a stage's batches."""
-    shape = (stage.batch_size, stage.sequence_length)
-    integers = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("inputs", "targets", "positions", "segment_ids")
-    }
-    return integers | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+def abstract_batch(stage: Stage, layout: Layout) -> Batch:
+    """Shapes, types and places of a stage's batches."""
+    shape, place = (stage.batch_size, stage.sequence_length), layout.batch()
+    types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
 
 
-def abstract_state(run: Run, stage: Stage) -> TrainState:
-    """Shapes and types of the train state, the same in every stage."""
+def abstract_state(run: Run, stage: Stage, layout: Layout) -> TrainState:
+    """Shapes, types and places of the train state, the same in every stage."""
     params = abstract(transformer.param_specs(run.model))
-    return TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(stage_optimizer(run, stage).init, params)
-    )
+    optimizer = jax.eval_shape(stage_optimizer(run, stage).init, params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer)
+    places = TrainState(layout.everywhere(), layout.parameters(), layout.optimizer_state(optimizer))
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
 
 
-def compile_stage(run: Run, name: str) -> Program:
+def compile_stage(run: Run, name: str, layout: Layout) -> Program:
     """Compiles a stage's train step. The state passed to it is given up, the one it returns takes its memory."""
     began = time.monotonic()
     stage = run.stages[name]
-    step = jax.jit(stage_step(run, stage), donate_argnums=0)
-    compiled = step.lower(abstract_state(run, stage), abstract_batch(stage)).compile()
+    state = abstract_state(run, stage, layout)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(stage_step(run, stage, layout), donate_argnums=0, out_shardings=(places, layout.everywhere()))
+    compiled = step.lower(state, abstract_batch(stage, layout)).compile()
     return Program(name, stage, stage_optimizer(run, stage), compiled, time.monotonic() - began)
 
 
-def initial_state(run: Run) -> TrainState:
-    """The state before the run's first step."""
+def initial_state(run: Run, layout: Layout) -> TrainState:
+    """The state before the run's first step, laid out for its first stage."""
     specs, optimizer = transformer.param_specs(run.model), stage_optimizer(run, next(iter(run.stages.values())))
     # It runs once: on CPUs, whose compiler takes seconds to make random numbers fast, fast is not worth it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    return jax.jit(lambda: new_state(initialize(specs, run.seed), optimizer), compiler_options=options)()
+    shape = abstract_state(run, next(iter(run.stages.values())), layout)
+    return jax.jit(
+        lambda: new_state(initialize(specs, run.seed), optimizer),
+        compiler_options=options,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shape),
+    )()

@@ -1,4 +1,4 @@
-"""One optimizer step, as a pure function of state and batch that knows no model."""
+"""One optimizer step, as a pure function of state and batch that knows no model and no mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +14,8 @@ from braeburn.train.state import TrainState
 Batch = dict[str, Any]
 # (params, batch) -> (what is minimised, metrics); both are weighted sums over tokens, by `weights` of the batch.
 LossFunction = Callable[[Any, Batch], tuple[Array, dict[str, Array]]]
+# A function of each device's parts of parameters and batch made one of the whole; see `Layout.gradient`.
+Spread = Callable[[Callable[[Any, Batch], tuple[Any, Any]]], Callable[[Any, Batch], tuple[Any, Any]]]
 
 
 def train_step(
@@ -23,28 +25,17 @@ def train_step(
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     accumulation_steps: int,
+    spread: Spread = lambda function: function,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The next state and the step's metrics: float32 scalars, means over the batch's tokens.
 
     With `accumulation_steps` A, the batch of B sequences is worked through in A parts of B / A, whose gradients are
-    summed before the one update: the result is that of the whole batch.
+    summed before the one update: the result is that of the whole batch. Devices sum theirs once, after all parts.
     """
     batch = batch | {"weights": batch["weights"] / jnp.sum(batch["weights"])}
-    gradient = jax.value_and_grad(loss, has_aux=True)
-
-    if accumulation_steps == 1:
-        (_, metrics), gradients = gradient(state.params, batch)
-    else:
-        # Part i takes the sequences i, i + A, ...: each part then lies on the same devices as the whole.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
-
-        def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
-            (_, metrics), gradients = gradient(state.params, part)
-            return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
-
-        (_, metrics), gradients = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
-        (gradients, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
+    gradients, metrics = spread(lambda params, own: gradient(loss, params, own, accumulation_steps))(
+        state.params, batch
+    )
 
     with jax.named_scope("optimizer"):
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
@@ -56,3 +47,22 @@ def train_step(
         "skipped": optimizer_state.skipped,
     }
     return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+def gradient(loss: LossFunction, params: Any, batch: Batch, accumulation_steps: int) -> tuple[Any, dict[str, Array]]:
+    """The gradient of `loss` over a batch, worked through in parts, and the metrics, both summed over the parts."""
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+    if accumulation_steps == 1:
+        (_, metrics), gradients = differentiate(params, batch)
+        return gradients, metrics
+
+    # Part i takes the sequences i, i + A, ...: which they are does not depend on the number of devices.
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
+        (_, metrics), gradients = differentiate(params, part)
+        return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
+
+    (_, metrics), gradients = jax.eval_shape(differentiate, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
+    return jax.lax.scan(accumulate, zeros, parts)[0]

@@ -1,0 +1,92 @@
+"""What the processes of one run tell each other outside the step, through the coordinator that JAX keeps."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import distributed  # the coordinator's key-value store has no public name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from braeburn.errors import UserError
+
+POLL_MILLISECONDS = 10_000
+BARRIER_MILLISECONDS = 3_600_000
+
+
+def from_main(name: str, function: Callable[[], Any]) -> Any:
+    """The JSON value of `function()` as the main process computes it, in every process.
+
+    Others wait as long as it takes.
+
+    Args:
+        name: of this exchange, used once in a run.
+        function: called in the main process only.
+
+    Raises:
+        UserError: in every process, where the main one raises it.
+    """
+    if jax.process_count() == 1:
+        return function()
+    client, key = _coordinator(), f"braeburn/{name}"
+    if jax.process_index() == 0:
+        try:
+            value = function()
+        except BaseException as error:
+            client.key_value_set(key, json.dumps({"error": str(error)}))
+            raise
+        client.key_value_set(key, json.dumps({"value": value}))
+        return value
+    while True:
+        try:
+            answer = json.loads(client.blocking_key_value_get(key, POLL_MILLISECONDS))
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise UserError(f"the main process ended before {name}; its own message tells why") from error
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process has come here.
+
+    Raises:
+        UserError: one of them ended before.
+    """
+    if jax.process_count() > 1:
+        try:
+            _coordinator().wait_at_barrier(f"braeburn/{name}", BARRIER_MILLISECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"another process ended before {name}; its own message tells why") from error
+
+
+def _coordinator() -> Any:
+    return distributed.global_state.client
+
+
+class AnyProcess:
+    """Whether any process wants something, the same answer in all of them and never waited for.
+
+    The answer to each call is about the call before: the question travels while a step runs.
+    """
+
+    def __init__(self) -> None:
+        """Every process must make one, and ask it equally often."""
+        devices = np.array(jax.devices())
+        self._sharding = NamedSharding(Mesh(devices, ("device",)), PartitionSpec("device"))
+        everywhere = NamedSharding(self._sharding.mesh, PartitionSpec())
+        self._any = jax.jit(jnp.any, out_shardings=everywhere)
+        self._asked: Any = None
+
+    def wants(self, wanted: bool) -> bool:
+        """Whether any process wanted it at the call before; with a single process, whether it wants it now."""
+        if jax.process_count() == 1:
+            return wanted
+        before = self._asked
+        flags = jax.make_array_from_callback((len(jax.devices()),), self._sharding, lambda _: np.array([wanted]))
+        self._asked = self._any(flags)
+        return before is not None and bool(before)

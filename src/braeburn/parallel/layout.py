@@ -1,0 +1,166 @@
+"""A run's arrays on its mesh: where each lies, and programs that run on every device's part of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from braeburn.config import NO_OFFLOAD, ONE_DEVICE, Mesh, Offload
+from braeburn.parallel.context import zigzag
+from braeburn.parallel.mesh import build
+from braeburn.parallel.rules import BATCH, LENGTH, Kind, partition
+
+Tree = Any
+Batch = dict[str, Any]
+HOST = "pinned_host"
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the arrays of one model lie.
+
+    Attributes:
+        sizes: the mesh's sizes, resolved.
+        mesh: its devices.
+        specs: tree of the parameters' specs, each with `axes`, `shape` and `role`.
+        offload: what waits in the host's memory.
+    """
+
+    sizes: Mesh
+    mesh: jax.sharding.Mesh
+    specs: Tree
+    offload: Offload = NO_OFFLOAD
+
+    def _partitions(self, kind: Kind) -> Tree:
+        return jax.tree.map(lambda spec: partition(spec.axes, spec.shape, kind, self.sizes, spec.role), self.specs)
+
+    @cached_property
+    def partitions(self) -> Tree:
+        """How each parameter is split."""
+        return self._partitions("parameters")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return int(self.mesh.size)
+
+    def _place(self, spec: PartitionSpec, memory: str | None = None) -> NamedSharding:
+        return NamedSharding(self.mesh, spec, memory_kind=memory)
+
+    def everywhere(self) -> NamedSharding:
+        """A copy on each device."""
+        return self._place(PartitionSpec())
+
+    def parameters(self) -> Tree:
+        """The shardings of the parameters, and of their gradients."""
+        return jax.tree.map(self._place, self.partitions)
+
+    def optimizer_state(self, state: Tree, *, on_device: bool = False) -> Tree:
+        """The shardings of an optimizer's state: what has a parameter's path and shape lies as its rule says.
+
+        Args:
+            state: the state, or its shapes.
+            on_device: of the state in use, also where it otherwise waits on the host.
+        """
+        rules = {_names(path): rule for path, rule in jax.tree.leaves_with_path(self._partitions("optimizer"))}
+        specs = {_names(path): spec for path, spec in jax.tree.leaves_with_path(self.specs)}
+        memory = HOST if self.offload.optimizer and not on_device else None
+
+        def place(path: Any, leaf: Any) -> NamedSharding:
+            names = _names(path)
+            for start in range(len(names)):
+                if names[start:] in specs and specs[names[start:]].shape == leaf.shape:
+                    return self._place(rules[names[start:]], memory)
+            return self.everywhere()
+
+        return jax.tree.map_with_path(place, state)
+
+    def batch_partition(self) -> PartitionSpec:
+        """How arrays [B, T] of a batch are split."""
+        rows, columns = (partition((axis,), (0,), "activations", self.sizes) for axis in (BATCH, LENGTH))
+        return PartitionSpec(*rows, *columns)
+
+    def batch(self) -> NamedSharding:
+        """The sharding of arrays [B, T] of a batch."""
+        return self._place(self.batch_partition())
+
+    def rows(self, batch_size: int) -> list[int]:
+        """The sequences of a batch that this process's devices work on, in order."""
+        shape = (batch_size, self.sizes.context)
+        places = self.batch().addressable_devices_indices_map(shape).values()
+        return sorted({row for place in places if place for row in range(*place[0].indices(batch_size))})
+
+    def place(self, batch: Batch, rows: Sequence[int], batch_size: int) -> Batch:
+        """A batch on the devices, from the `rows` that this process has read of it, [len(rows), T] each.
+
+        The tokens of a sequence are reordered so that each context shard gets an early piece and a late one.
+        """
+        sharding, own = self.batch(), np.asarray(rows)
+        order = zigzag(next(iter(batch.values())).shape[1], self.sizes.context)
+
+        def put(values: np.ndarray) -> Array:
+            values = np.asarray(values) if self.sizes.context == 1 else np.asarray(values)[:, order]
+
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None  # only this process's own parts are asked for
+                first, last, _ = index[0].indices(batch_size)
+                return values[np.searchsorted(own, np.arange(first, last)), index[1]]
+
+            return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, part)
+
+        return {name: put(values) for name, values in batch.items()}
+
+    def gradient(self, function: Callable[[Tree, Batch], tuple[Tree, Tree]]) -> Callable[[Tree, Batch], Any]:
+        """A program over whole arrays from one over each device's part.
+
+        Args:
+            function: (parameters, batch) -> (gradients of the sum over all devices with respect to this device's
+                parts, this device's shares of some sums). It may exchange with other devices.
+
+        Returns:
+            (parameters, batch) -> (gradients, sums). Copies of a parameter have their gradients summed here, once.
+        """
+
+        def local(params: Tree, batch: Batch) -> tuple[Tree, Tree]:
+            gradients, sums = function(params, batch)
+            return jax.tree.map(self._sum_over_copies, gradients, self.partitions), self._sum(sums)
+
+        return self._spread(local, (self.partitions, PartitionSpec()))
+
+    def total(self, function: Callable[[Tree, Batch], Tree]) -> Callable[[Tree, Batch], Tree]:
+        """A program (parameters, batch) -> sums over whole arrays from one that gives each device's shares of them."""
+        return self._spread(lambda params, batch: self._sum(function(params, batch)), PartitionSpec())
+
+    def _spread(self, function: Callable, out_specs: Any) -> Callable:
+        # What lies where is told by the specs: the kernels for attention do not carry the types that check it.
+        inputs = (self.partitions, self.batch_partition())
+        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=out_specs, check_vma=False)
+
+    def _sum_over_copies(self, gradient: Array, spec: PartitionSpec) -> Array:
+        split = {axis for dim in spec for axis in (dim if isinstance(dim, tuple) else (dim,))}
+        axes = tuple(axis for axis, size in self.sizes.sizes.items() if size > 1 and axis not in split)
+        return lax.psum(gradient, axes) if axes else gradient
+
+    def _sum(self, shares: Tree) -> Tree:
+        axes = tuple(axis for axis, size in self.sizes.sizes.items() if size > 1)
+        return jax.tree.map(lambda share: lax.psum(share, axes), shares) if axes else shares
+
+
+def can_offload(device: Any) -> bool:
+    """Whether arrays of a device may wait in the host's memory."""
+    return HOST in {memory.kind for memory in device.addressable_memories()}
+
+
+def one_device(specs: Tree) -> Layout:
+    """Everything on the first of this process's devices."""
+    return Layout(ONE_DEVICE, build(ONE_DEVICE, jax.local_devices()[:1]), specs)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(key.key) for key in path if hasattr(key, "key"))

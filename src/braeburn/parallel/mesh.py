@@ -1,0 +1,131 @@
+"""The mesh of devices: its sizes worked out, and its axes laid over slices and links."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+from braeburn.config import Mesh
+from braeburn.errors import UserError
+
+
+def resolve(mesh: Mesh, num_devices: int) -> Mesh:
+    """The mesh with its inferred size worked out for `num_devices`.
+
+    Raises:
+        UserError: the sizes do not come to the number of devices, or to fewer of them.
+    """
+    known = math.prod(size for size in mesh.sizes.values() if size > 0)
+    inferred = [axis for axis, size in mesh.sizes.items() if size == -1]
+    named = " x ".join(f"{axis}={size}" for axis, size in mesh.sizes.items() if size > 1)
+    if inferred:
+        if num_devices % known:
+            fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+            raise UserError(
+                f"mesh.{named.replace(' x ', ' x mesh.')} does not divide the {num_devices} devices; "
+                f"choose sizes whose product is one of {fits}"
+            )
+        return mesh.model_copy(update={inferred[0]: num_devices // known})
+    if known > num_devices:
+        raise UserError(
+            f"mesh ({named}) needs {known} devices but {num_devices} {'is' if num_devices == 1 else 'are'} there; "
+            f"lower a size, or set one to -1 to have it inferred"
+        )
+    return mesh
+
+
+def arrange(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
+    """Devices in an array of the mesh's shape, neighbours along the last axes joined by the best links.
+
+    Where devices belong to several slices, the outermost axes take the slices: with as many replicas as slices, each
+    replica is exactly one slice. Within a slice of TPUs JAX lays the axes over the torus, or `mesh.torus` does.
+
+    Args:
+        mesh: resolved sizes.
+        devices: as many as the mesh has, of JAX or alike: with `id`, and where there are any `slice_index`, `coords`.
+
+    Raises:
+        UserError: slices of unequal size, or a torus that is not the devices'.
+    """
+    shape = tuple(mesh.sizes.values())
+    slices: dict[int, list[Any]] = {}
+    for device in sorted(devices, key=lambda device: device.id):
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    if len({len(members) for members in slices.values()}) > 1:
+        counts = ", ".join(f"{len(members)} in slice {index}" for index, members in slices.items())
+        raise UserError(f"the mesh's {len(devices)} devices lie unevenly ({counts}); use all devices of each slice")
+    across = _across_slices(mesh, len(slices))
+    within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+    parts = [_arrange_slice(mesh, within, members) for _, members in sorted(slices.items())]
+    # [slices along each axis..., places along each axis...] interleaved: the slice is the slower part of each axis.
+    whole = np.array(parts, dtype=object).reshape(*across, *within)
+    order = [axis + part for axis in range(len(shape)) for part in (0, len(shape))]
+    return whole.transpose(order).reshape(shape)
+
+
+def build(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of JAX with the axes of `mesh`, resolved, over `devices` (the first of all, by default).
+
+    Raises:
+        UserError: see `arrange`; or several processes of which some would be left without a device of the mesh.
+    """
+    size = math.prod(mesh.sizes.values())
+    everything = jax.devices() if devices is None else devices
+    if size < len(everything) and len({device.process_index for device in everything}) > 1:
+        raise UserError(
+            f"mesh has {size} devices but the {jax.process_count()} processes have {len(everything)}; "
+            f"set one of its sizes to -1 to use them all, as --set mesh.fsdp=-1"
+        )
+    return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
+
+
+def _across_slices(mesh: Mesh, num_slices: int) -> tuple[int, ...]:
+    """How many slices each axis crosses, the outermost axis first."""
+    across, left = [], num_slices
+    for size in mesh.sizes.values():
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        raise UserError(
+            f"mesh.replica={mesh.replica} does not fit the {num_slices} slices of the devices; "
+            f"set mesh.replica to {num_slices} or a multiple of it"
+        )
+    return tuple(across)
+
+
+def _arrange_slice(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    if mesh.torus:
+        return _lay_over_torus(mesh, shape, devices)
+    if getattr(devices[0], "platform", "") == "tpu" and len(devices) > 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.array(devices, dtype=object).reshape(shape)
+
+
+def _lay_over_torus(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    torus = mesh.torus or {}
+    if not hasattr(devices[0], "coords"):
+        raise UserError("mesh.torus is set, but these devices have no place on a torus; remove mesh.torus")
+    places = np.array([device.coords for device in devices])
+    extent = tuple(int(n) for n in places.max(axis=0) - places.min(axis=0) + 1)
+    factors = [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]  # type: ignore[call-overload]
+    for axis, own, size in zip(mesh.sizes, factors, shape, strict=True):
+        if math.prod(own) != size:
+            raise UserError(
+                f"mesh.torus.{axis}={list(own)} has {math.prod(own)} chips, but mesh.{axis} has {size} within a "
+                f"slice; make their product {size}"
+            )
+    if tuple(map(math.prod, zip(*factors, strict=True))) != extent:
+        raise UserError(
+            f"mesh.torus multiplies to {list(map(math.prod, zip(*factors, strict=True)))} along the dimensions of the "
+            f"torus, but a slice is {' x '.join(map(str, extent))}; make the sizes along each dimension multiply to it"
+        )
+    grid = np.empty(extent, dtype=object)
+    for device, place in zip(devices, places - places.min(axis=0), strict=True):
+        grid[tuple(place)] = device
+    # Each dimension of the torus is cut into its factors; those of one axis are then brought together.
+    dims, axes = len(extent), len(factors)
+    grid = grid.reshape([factors[axis][dim] for dim in range(dims) for axis in range(axes)])
+    return grid.transpose([dim * axes + axis for axis in range(axes) for dim in range(dims)]).reshape(shape)

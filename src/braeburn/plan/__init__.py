@@ -1,0 +1,1 @@
+"""What a run will do on a machine, known before it runs."""

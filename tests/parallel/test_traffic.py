@@ -1,0 +1,175 @@
+"""What the compiled train step exchanges, against formulas: bytes on one device by kind and axes, to the byte."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+
+from braeburn.config import AdamW, Run, override
+from braeburn.model import loss, transformer
+from braeburn.model.spec import walk
+from braeburn.model.weights import gathered
+from braeburn.plan.collectives import Collective, collectives, traffic
+from braeburn.train.stages import compile_stage, layout_of
+
+# Sizes whose products differ, so that an array tells by its size what it is. Floats that are exchanged are float32.
+L, D, N, K, H, F, V = 5, 56, 8, 4, 8, 176, 520
+B, T = 16, 48
+SIZES = {
+    "model.num_layers": L,
+    "model.d_model": D,
+    "model.num_heads": N,
+    "model.num_kv_heads": K,
+    "model.head_dim": H,
+    "model.ffn_dim": F,
+    "model.vocab_size": V,
+    "stages.core.sequence_length": T,
+    "stages.core.batch_tokens": B * T,
+    "stages.core.tokens": 10 * B * T,
+    "stages.core.learning_rate": 1e-3,
+}
+FLOAT = 4
+MATRICES = FLOAT * L * (2 * D * N * H + 2 * D * K * H + 3 * D * F)
+NORMS = FLOAT * (L * (2 * D + 2 * H) + D)
+HEAD = FLOAT * V * D
+GRADIENT = MATRICES + NORMS + HEAD
+HIDDEN = FLOAT * B * T * D
+KEYS_AND_VALUES = FLOAT * 2 * L * B * T * K * H
+
+
+def fully_sharded(fsdp: int, batch_shards: int) -> dict[tuple[str, str], int]:
+    """Along fsdp, which has `fsdp` devices, of a batch that is split over `batch_shards`."""
+    return {
+        # Weights before each layer and before its backward pass, norms once, the head for log Z and for its gradient.
+        ("all-gather", "fsdp"): 2 * MATRICES + NORMS + 2 * HEAD,
+        ("reduce-scatter", "fsdp"): GRADIENT,
+        # Each device's tokens, a slice of whose embeddings each device looks up; and their gradients.
+        ("all-to-all", "fsdp"): 2 * HIDDEN // batch_shards,
+    }
+
+
+def tensor_parallel(gradients: int) -> dict[tuple[str, str], int]:
+    """Along tensor, of which `gradients` are for copies of weights.
+
+    Each layer gathers the tokens before attention and FFN and scatters them after, as do loss and embedding once; the
+    backward pass does it the other way round.
+    """
+    return {
+        ("all-gather", "tensor"): (4 * L + 2) * HIDDEN + NORMS,
+        ("reduce-scatter", "tensor"): (4 * L + 2) * HIDDEN + NORMS,
+        # For each token: the largest logit, the sum of exponentials, and the logit of the target.
+        ("all-reduce", "tensor"): 3 * FLOAT * B * T + gradients,
+    }
+
+
+# Mesh, bytes by kind and axes.
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
+    "data": ({"data": 8}, {("all-reduce", "data"): GRADIENT}),
+    "fsdp": ({"fsdp": 8}, fully_sharded(8, 8)),
+    "replica x fsdp": ({"replica": 2, "fsdp": 4}, fully_sharded(4, 8) | {("all-reduce", "replica"): GRADIENT // 4}),
+    "ring": (
+        {"context": 8, "context_attention": "ring"},
+        # Forward and backward 7 hops, and 8 of the gradients.
+        {("all-reduce", "context"): GRADIENT, ("collective-permute", "context"): (7 + 7 + 8) * KEYS_AND_VALUES // 8},
+    ),
+    "gathered context": (
+        {"context": 8},
+        {
+            ("all-reduce", "context"): GRADIENT,
+            ("all-gather", "context"): 2 * KEYS_AND_VALUES,
+            ("reduce-scatter", "context"): KEYS_AND_VALUES,
+        },
+    ),
+    "tensor": ({"tensor": 4}, tensor_parallel(0)),
+    "tensor, fewer key heads than shards": ({"tensor": 8}, tensor_parallel(FLOAT * 2 * L * D * K * H)),
+}
+
+
+def compiled(tiny: Run, mesh: dict[str, Any], accumulation_steps: int = 1) -> tuple[str, list[Collective]]:
+    """The text of the train step on a mesh, and its collectives."""
+    changes = {"mesh.fsdp": 1, "stages.core.accumulation_steps": accumulation_steps}
+    changes |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+    run = override(tiny, SIZES | changes).model_copy(update={"optimizer": AdamW()})
+    layout = layout_of(run, "core")
+    text = compile_stage(run, "core", layout).step.as_text()
+    return text, collectives(text, layout.sizes.sizes)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tiny: Run) -> Any:
+    results: dict[str, Any] = {}
+
+    def result(mesh: dict[str, Any]) -> tuple[str, list[Collective]]:
+        if str(mesh) not in results:
+            results[str(mesh)] = compiled(tiny, mesh)
+        return results[str(mesh)]
+
+    return result
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_bytes_are_those_of_the_formula(name: str, compiled_once: Any) -> None:
+    mesh, expected = LAYOUTS[name]
+    _, found = compiled_once(mesh)
+    assert not [c for c in found if c.conditional]
+    # Metrics and the gradient's norm; tokens and segments, which the compiler may exchange once for all layers.
+    scalars = [c for c in found if c.shape == ()]
+    integers = [c for c in found if c.dtype == "s32"]
+    assert sum(c.bytes * c.times for c in scalars) <= 128
+    assert sum(c.bytes * c.times for c in integers) <= 2 * L * 4 * B * T
+    rest = [c for c in found if c not in scalars + integers]
+    assert traffic(rest) == {(kind, (axis,)): size for (kind, axis), size in expected.items()}
+
+
+def test_accumulated_gradients_cross_replicas_once_a_step(tiny: Run) -> None:
+    _, found = compiled(tiny, {"replica": 2, "fsdp": 4}, accumulation_steps=2)
+    rest = [c for c in found if c.shape and c.dtype != "s32"]
+    # Within the replica gradients are never whole, so their sum is formed part by part; norms do not change between.
+    expected = {(kind, (axis,)): 2 * size for (kind, axis), size in fully_sharded(4, 16).items()}
+    expected["all-gather", ("fsdp",)] -= NORMS
+    assert traffic(rest) == expected | {("all-reduce", ("replica",)): GRADIENT // 4}
+
+
+def whole_arrays(text: str, mesh: dict[str, int]) -> list[tuple[int, ...]]:
+    """Arrays as large as a parameter of all layers, the head or the logits, where fsdp does not split them."""
+    tensor, batch_shards = mesh.get("tensor", 1), mesh.get("replica", 1) * mesh["fsdp"]
+    matrices = [L * D * N * H // tensor, L * D * K * H // tensor, L * D * F // tensor]
+    sizes = {*matrices, V // tensor * D, V // tensor * B * T // batch_shards}
+    arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
+    return [shape for shape in arrays if math.prod(shape) in sizes]
+
+
+SHARDED = [{"fsdp": 8}, {"replica": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}]
+
+
+@pytest.mark.parametrize("mesh", SHARDED, ids=str)
+def test_nothing_whole_is_ever_held(mesh: dict[str, int], compiled_once: Any) -> None:
+    text, found = compiled_once(mesh)
+    assert whole_arrays(text, mesh) == []
+    gathered = [c.bytes for c in found if c.kind == "all-gather" and c.axes == ("fsdp",)]
+    assert max(gathered) == FLOAT * D * F // mesh.get("tensor", 1)
+
+
+# Deliberately wrong programs, for the checks to notice.
+
+
+def test_weights_gathered_before_the_layers_are_noticed(monkeypatch: pytest.MonkeyPatch, tiny: Run) -> None:
+    def all_at_once(weights: Any, specs: Any, roles: tuple[str, ...], *rest: Any) -> Any:
+        return gathered(weights, specs, ("norm", "matrix"), *rest) if roles == ("norm",) else weights
+
+    monkeypatch.setattr(transformer, "gathered", all_at_once)
+    text, found = compiled(tiny, {"fsdp": 8})
+    assert (L, D, F) in whole_arrays(text, {"fsdp": 8})
+    assert max(c.bytes for c in found) == FLOAT * L * D * F
+    assert traffic(found)["all-gather", ("fsdp",)] < LAYOUTS["fsdp"][1]["all-gather", "fsdp"]
+
+
+def test_a_whole_head_is_noticed(monkeypatch: pytest.MonkeyPatch, tiny: Run) -> None:
+    monkeypatch.setattr(loss, "block_length", lambda tokens, width, vocab_size: vocab_size)
+    assert (V, D) in whole_arrays(compiled(tiny, {"fsdp": 8})[0], {"fsdp": 8})
+
+
+def test_sizes_are_those_of_the_model(tiny: Run) -> None:
+    specs = dict(walk(transformer.param_specs(override(tiny, SIZES).model)))
+    assert FLOAT * sum(math.prod(spec.shape) for spec in specs.values()) == GRADIENT

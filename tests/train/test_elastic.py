@@ -1,0 +1,104 @@
+"""A run that goes on with fewer processes and on other meshes loses and repeats nothing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recording
+
+from braeburn.config import Run, override
+from braeburn.train import loop
+from support import events, rows
+
+RECORDING = Path(__file__).with_name("recording.py")
+
+
+def run_processes(number: int, out: Path, records: Path, *arguments: str) -> None:
+    """Trains in `number` processes of one device each; each appends what it reads to a file of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for index in range(number):
+        environ = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "BRAEBURN_TEST_RECORD": f"{records}.{index}"}
+        place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(number), "--process-id", str(index)]
+        command = [sys.executable, str(RECORDING), "train", *arguments, "--out", str(out)]
+        children.append(
+            subprocess.Popen(
+                command + (place if number > 1 else []), env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    for child in children:
+        output, _ = child.communicate(timeout=300)
+        assert child.returncode == 0, output.decode()
+
+
+def recorded(records: Path, number: int) -> list[list[dict[str, str]]]:
+    """What each process read at each step: hashes of sequences by their row in the batch."""
+    lines = [Path(f"{records}.{index}").read_text().splitlines() for index in range(number)]
+    return [[json.loads(line)["rows"] for line in step] for step in zip(*lines, strict=True)]
+
+
+def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, records = tmp_path / "out", tmp_path / "record"
+    # One stage of 12 steps: every program more is compiled in every process.
+    run = tiny.model_copy(update={"stages": {"core": tiny.stages["core"].model_copy(update={"tokens": 12 * 1024})}})
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"from braeburn.config import validate\n\ndef run():\n    return validate({run.model_dump()!r})\n"
+    )
+
+    def go(number: int, mesh: dict[str, int], *arguments: str) -> list[list[dict[str, str]]]:
+        sets = [part for axis, size in mesh.items() for part in ("--set", f"mesh.{axis}={size}")]
+        own = records.with_name(f"record-{number}")
+        run_processes(number, out, own, f"{recipe}:run", *sets, *arguments)
+        return recorded(own, number)
+
+    first = go(4, {"fsdp": 4}, "--stop-after-steps", "4")
+    # Each process reads a quarter of each batch and no more.
+    assert [[sorted(map(int, rows)) for rows in step] for step in first] == [
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    ] * 4
+    second = go(2, {"fsdp": 1, "tensor": 2}, "--stop-after-steps", "4")
+    # Tensor shards work on the same sequences.
+    assert all(one == other for one, other in second)
+    third = go(1, {"fsdp": 1})
+    seen = [{row: name for rows in step for row, name in rows.items()} for step in first + second + third]
+
+    # The undisturbed run, on one device of this process.
+    undisturbed = tmp_path / "undisturbed"
+    monkeypatch.setenv("BRAEBURN_TEST_RECORD", str(tmp_path / "record-undisturbed.0"))
+    monkeypatch.setattr(loop, "prefetch", recording.prefetch)
+    loop.train(run, undisturbed)
+    assert seen == [step[0] for step in recorded(tmp_path / "record-undisturbed", 1)]
+
+    curves = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (out, undisturbed)
+    ]
+    assert [row["step"] for row in curves[0]] == list(range(1, 13))
+    difference = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(*curves, strict=True))
+    assert difference < 1e-5
+
+
+def test_meshes_may_differ_between_stages_and_calls(tiny: Run, finished: Path, tmp_path: Path) -> None:
+    """On eight devices: fully sharded, then offloaded and tensor-parallel, then split along long sequences."""
+    context = {"stages.context.mesh.context": 4, "stages.context.mesh.fsdp": 2}
+    loop.train(override(tiny, {"mesh.fsdp": 8, **context}), tmp_path, stop_after_steps=3)
+    tensor = {"mesh.fsdp": 4, "mesh.tensor": 2, "offload.optimizer": True, "stages.core.accumulation_steps": 2}
+    outcome = loop.train(override(tiny, {**tensor, **context}), tmp_path)
+    assert outcome.finished
+    pairs = list(zip(rows(tmp_path), rows(finished), strict=True))
+    assert [(a["step"], a["stage"]) for a, _ in pairs] == [(b["step"], b["stage"]) for _, b in pairs]
+    assert max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs) < 1e-5
+    (resumed,) = events(tmp_path, "resume")
+    assert resumed["step"] == 3 and resumed["mesh"]["tensor"] == 2
+    held_out = [[end["held_out"] for end in events(folder, "stage_end")] for folder in (tmp_path, finished)]
+    for ours, theirs in zip(*held_out, strict=True):
+        for source, values in ours.items():
+            assert values["loss"] == pytest.approx(theirs[source]["loss"], rel=1e-5)
+            assert values["tokens"] == theirs[source]["tokens"]
