@@ -1,6 +1,8 @@
 # Everything works from a fresh clone with Python >= 3.11, make and a package index.
 #   make demo    train the quickstart recipe and show what it learned
 #   make test    all tests, with the coverage of src
+#   make test-kill    four processes, one of which is killed at random five times over (minutes)
+#   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make setup   .venv with everything that tests and checks need
 SHELL := /bin/bash
 VENV := .venv
@@ -12,7 +14,7 @@ PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3 python;
 # One compilation cache for all tests and the demo of this clone.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test setup check format benchmark-memory benchmark-startup clean
+.PHONY: demo test test-kill test-slurm setup check format benchmark-memory benchmark-startup clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -35,6 +37,14 @@ demo: $(VENV)/.core
 
 test: setup
 	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+
+test-kill: setup
+	$(BIN)/python -m pytest --durations=0 tests/launch/on_kills.py
+
+test-slurm: setup
+	@for program in slurmctld slurmd munged; do command -v $$program >/dev/null || \
+		{ echo "error: $$program is missing; install Debian's packages slurm-wlm and munge" >&2; exit 2; }; done
+	$(BIN)/python -m pytest --durations=0 tests/launch/on_slurm.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -64,6 +64,9 @@ def main() -> None:
     except typer.Abort:
         print("interrupted", file=sys.stderr)
         processes.leave(130)
+    except processes.ProcessLost as error:
+        processes.report(str(error))
+        processes.leave(1)
     except Exception:
         if not processes.joined():
             raise
@@ -343,11 +346,9 @@ def slurm(
 ) -> None:
     """Print the script that trains on a SLURM cluster, or submit it."""
     from braeburn.launch.slurm import script
-    from braeburn.parallel.target import parse_target
 
-    run, _ = _resolve(recipe, assignments)
-    arguments = _train_arguments(recipe, out, assignments)
-    text = script(run.name, arguments, out, parse_target(on), time, partition, account, max_restarts)
+    run, target, arguments = _job(recipe, on, out, assignments)
+    text = script(run.name, arguments, out, target, time, partition, account, max_restarts)
     _print_job("script", text, ["sbatch"] if submit else None, as_json)
 
 
@@ -365,12 +366,28 @@ def kubernetes(
 ) -> None:
     """Print the JobSet that trains on TPU slices, GPU nodes or CPUs of a Kubernetes cluster, or apply it."""
     from braeburn.launch.kubernetes import manifest
-    from braeburn.parallel.target import parse_target
 
-    run, _ = _resolve(recipe, assignments)
-    arguments = _train_arguments(recipe, out, assignments)
-    text = manifest(run.name, arguments, out, parse_target(on), image, claim, max_restarts)
+    run, target, arguments = _job(recipe, on, out, assignments)
+    text = manifest(run.name, arguments, out, target, image, claim, max_restarts)
     _print_job("manifest", text, ["kubectl", "apply", "-f", "-"] if submit else None, as_json)
+
+
+def _job(recipe: str, on: str, out: Path, assignments: list[str] | None) -> Any:
+    """The run, the target, and the arguments of `train` there, once the mesh is known to fit."""
+    from braeburn.parallel.target import parse_target
+    from braeburn.train.stages import sizes_of
+
+    run, origins = _resolve(recipe, assignments)
+    target = parse_target(on)
+    if target.slices > 1:
+        # Only the sum of gradients is to cross slices.
+        meshes = ["mesh", *(f"stages.{name}.mesh" for name, stage in run.stages.items() if stage.mesh)]
+        unset = [mesh for mesh in meshes if origins.get(f"{mesh}.replica", "default") == "default"]
+        assignments = [*(assignments or []), *(f"{mesh}.replica={target.slices}" for mesh in unset)]
+        run, _ = _resolve(recipe, assignments)
+    for stage in run.stages:
+        sizes_of(run, stage, target.chips)
+    return run, target, _train_arguments(recipe, out, assignments)
 
 
 def _train_arguments(recipe: str, out: Path, assignments: list[str] | None) -> list[str]:

@@ -1,7 +1,9 @@
 """A run that goes on with fewer processes and on other meshes loses and repeats nothing."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -17,11 +19,18 @@ from support import events, rows
 RECORDING = Path(__file__).with_name("recording.py")
 
 
+def free_port() -> int:
+    """A port below those that the system gives to connections, which might take it before process 0 does."""
+    for port in random.Random(os.getpid()).sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port")
+
+
 def run_processes(number: int, out: Path, records: Path, *arguments: str) -> None:
     """Trains in `number` processes of one device each; each appends what it reads to a file of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     children = []
     for index in range(number):
         environ = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "BRAEBURN_TEST_RECORD": f"{records}.{index}"}

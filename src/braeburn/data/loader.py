@@ -1,5 +1,8 @@
 """Batches by step. A batch is a pure function of (seed, stage, step): resuming needs the step and nothing else."""
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -75,13 +78,26 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
     )
     if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
     iterator = iter(dataset)
     try:
         for parcel in iterator:
             yield parcel.batch
     finally:
         iterator.close()  # ends the processes when the reader stops early
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Ends this worker when the process that started it is gone, even killed; grain leaves it waiting for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def held_out_batches(store: TokenStore, sequence_length: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:

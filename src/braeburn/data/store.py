@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from braeburn.atomic import write_atomically
 from braeburn.data.corpus import Document
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
@@ -256,10 +257,8 @@ def _verify(directory: Path, manifest: dict[str, Any]) -> None:
                     if hashlib.file_digest(file, "sha256").hexdigest() != shard[f"{kind}_sha256"]:
                         raise _corrupt(path, "does not have the checksum in manifest.json")
     if seen != verified:
-        temporary = record.with_name(f".verified.{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):  # a read-only cache is verified at every open
-            temporary.write_text(json.dumps(seen))
-            temporary.replace(record)
+            write_atomically(record, json.dumps(seen))
 
 
 def _corrupt(path: Path, problem: str) -> UserError:

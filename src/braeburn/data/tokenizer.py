@@ -6,13 +6,13 @@ import itertools
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from braeburn.atomic import write_atomically
 from braeburn.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,10 +99,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer as canonical JSON; the file appears complete or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        temporary.write_text(self.json, encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(Path(path), self.json)
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text alone, without boundary tokens."""

@@ -1,8 +1,7 @@
 """What the processes of one run tell each other outside the step, through the coordinator that JAX keeps."""
 
-import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,57 +10,64 @@ from jax._src import distributed  # the coordinator's key-value store has no pub
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from braeburn.errors import UserError
+from braeburn.parallel.processes import ProcessLost
 
+DONE, FAILED = "done", "failed"
 POLL_MILLISECONDS = 10_000
 BARRIER_MILLISECONDS = 3_600_000
 
+Result = TypeVar("Result")
 
-def from_main(name: str, function: Callable[[], Any]) -> Any:
-    """The JSON value of `function()` as the main process computes it, in every process.
+
+def main_first(name: str, function: Callable[[], Result]) -> Result:
+    """`function()` in every process, called in the main one before any other calls it.
 
     Others wait as long as it takes.
 
     Args:
-        name: of this exchange, used once in a run.
-        function: called in the main process only.
+        name: what is then done, in words that no other exchange of the run has.
+        function: called once in each process.
 
     Raises:
-        UserError: in every process, where the main one raises it.
+        UserError: in every process, what the main one raises.
+        ProcessLost: the main process failed otherwise.
     """
     if jax.process_count() == 1:
         return function()
     client, key = _coordinator(), f"braeburn/{name}"
     if jax.process_index() == 0:
         try:
-            value = function()
+            result = function()
         except BaseException as error:
-            client.key_value_set(key, json.dumps({"error": str(error)}))
+            client.key_value_set(key, str(error) if isinstance(error, UserError) else FAILED)
             raise
-        client.key_value_set(key, json.dumps({"value": value}))
-        return value
-    while True:
+        client.key_value_set(key, DONE)
+        return result
+    answer = None
+    while answer is None:
         try:
-            answer = json.loads(client.blocking_key_value_get(key, POLL_MILLISECONDS))
-            break
+            answer = client.blocking_key_value_get(key, POLL_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise UserError(f"the main process ended before {name}; its own message tells why") from error
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer["value"]
+                answer = FAILED
+    if answer == FAILED:
+        raise ProcessLost(f"the main process ended before {name}; its own message tells why")
+    if answer != DONE:
+        raise UserError(answer)
+    return function()
 
 
 def wait_for_all(name: str) -> None:
     """Returns once every process has come here.
 
     Raises:
-        UserError: one of them ended before.
+        ProcessLost: one of them ended before.
     """
     if jax.process_count() > 1:
         try:
             _coordinator().wait_at_barrier(f"braeburn/{name}", BARRIER_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"another process ended before {name}; its own message tells why") from error
+            raise ProcessLost(f"another process ended before {name}; its own message tells why") from error
 
 
 def _coordinator() -> Any:

@@ -1,6 +1,8 @@
 """A run's arrays on its mesh: where each lies, and programs that run on every device's part of them."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax._src.config import persistent_cache_min_compile_time_secs  # of one thread; jax.config sets that of all
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -49,6 +52,18 @@ class Layout:
     def num_devices(self) -> int:
         """Devices of the mesh."""
         return int(self.mesh.size)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Keeps what is compiled within it out of JAX's persistent cache where it could not be used from there.
+
+        Programs for several simulated CPU devices of one process abort or hang in their collectives when they come from
+        the cache (jaxlib 0.10.2, rendezvous.h: "Check failed: id < num_threads").
+        """
+        own = self.mesh.local_devices
+        simulated = len(own) > 1 and own[0].platform == "cpu"
+        with persistent_cache_min_compile_time_secs(math.inf) if simulated else nullcontext():
+            yield
 
     def _place(self, spec: PartitionSpec, memory: str | None = None) -> NamedSharding:
         return NamedSharding(self.mesh, spec, memory_kind=memory)

@@ -17,6 +17,10 @@ from braeburn.errors import UserError
 JOIN_SECONDS = 300.0
 
 
+class ProcessLost(Exception):
+    """Another process of the run is gone; the message says since when. Restarting helps, so it ends with code 1."""
+
+
 @dataclass(frozen=True)
 class Membership:
     """One process's place among several.

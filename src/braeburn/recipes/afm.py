@@ -3,13 +3,13 @@
 Data is not part of a recipe: the sources name folders to be filled, or to be set from the command line.
 """
 
-from braeburn.config import Checkpoint, Data, Model, Remat, Run, Schedule, Source, Stage
+from braeburn.config import Checkpoint, Data, Mesh, Model, Remat, Run, Schedule, Source, Stage
 
 WEB = ("web", "code", "maths", "long")
 
 
-def stages(*, batch_tokens: int) -> dict[str, Stage]:
-    """The three stages: core, continued with maths and code up-weighted, and context lengthening.
+def stages(*, batch_tokens: int, long_mesh: Mesh | None = None) -> dict[str, Stage]:
+    """The three stages: core, continued with maths and code up-weighted, and context lengthening on `long_mesh`.
 
     Token counts, rates, decay and RoPE bases are the published ones; the weights of the mixtures are not published.
     """
@@ -42,6 +42,7 @@ def stages(*, batch_tokens: int) -> dict[str, Stage]:
             weight_decay=1e-5,
             schedule=continued,
             rope_base=6_315_089.0,
+            mesh=long_mesh,
         ),
     }
 
@@ -58,7 +59,9 @@ def afm_on_device() -> Run:
         model=Model(
             vocab_size=49_152, d_model=3072, num_layers=26, num_heads=24, num_kv_heads=8, head_dim=128, ffn_dim=8064
         ),
-        stages=stages(batch_tokens=2048 * 4096),
+        # A slice of 2,048 chips: d_model is no multiple of 2,048, and of long sequences there are 256.
+        stages=stages(batch_tokens=2048 * 4096, long_mesh=Mesh(context=4, tensor=2)),
+        mesh=Mesh(tensor=2),
         data=data(),
         checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),
         remat=Remat(policy="save_named", names=("query", "key", "value", "attention", "ffn_gate", "ffn_up")),
@@ -85,7 +88,9 @@ def afm_server() -> Run:
         model=Model(
             vocab_size=100_352, d_model=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, ffn_dim=28_672
         ),
-        stages=stages(batch_tokens=4096 * 4096),
+        # Slices of 1,024 chips, each a replica once their number is given.
+        stages=stages(batch_tokens=4096 * 4096, long_mesh=Mesh(context=4, tensor=4)),
+        mesh=Mesh(tensor=4),
         data=data(),
         checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),
         remat=Remat(policy="full"),

@@ -19,8 +19,12 @@ import orbax.checkpoint as ocp
 from braeburn.config import Checkpoint, Run
 from braeburn.errors import UserError
 from braeburn.model.spec import Tree
+from braeburn.parallel.processes import ProcessLost
 from braeburn.train.guard import writing
 from braeburn.train.state import TrainState
+
+# What the errors of JAX's coordinator and of collectives say.
+SIGNS_OF_A_LOST_PROCESS = ("coordination service", "Coordination service", "UNAVAILABLE", "Gloo", "NCCL", "heartbeat")
 
 
 def _quieten_orbax() -> None:
@@ -138,6 +142,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
+            if jax.process_count() > 1 and any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS):
+                raise ProcessLost(f"another process ended while checkpoint {step} was read") from error
             older = [s for s in self._manager.all_steps() if s < step]
             remedy = f"to go on from step {max(older)}" if older else "to begin again"
             folder = self._directory / str(step)

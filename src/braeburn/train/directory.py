@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from braeburn import __version__
+from braeburn.atomic import write_atomically
 from braeburn.config import Run, flatten, read_run
 from braeburn.errors import UserError
 
@@ -23,13 +24,6 @@ FREE_TO_CHANGE = (
     *("name", "mesh", "checkpoint", "remat", "offload", "evaluation", "model.scan_layers", "precision.reduce"),
     *("data.workers", "data.prefetch", "data.cache"),
 )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file at once: a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 class RunDirectory:
@@ -70,6 +64,9 @@ class RunDirectory:
         Raises:
             UserError: one does, or the folder holds other things than a run.
         """
+        if not self.writes:
+            yield
+            return
         strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
         if strangers and not self.begun():
             raise UserError(

@@ -33,7 +33,7 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layou
 
     mesh = layout.sizes
 
-    def evaluate(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
+    def sums(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
         hidden = transformer.forward(
             params, batch["inputs"], batch["positions"], batch["segment_ids"], model, precision, mesh=mesh
         )
@@ -47,7 +47,13 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layou
             "text_bytes": jnp.sum(weights * jnp.asarray(lengths)[batch["targets"]]),
         }
 
-    return jax.jit(layout.total(evaluate))
+    compiled = jax.jit(layout.total(sums))
+
+    def evaluate(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
+        with layout.compiling():
+            return compiled(params, batch)
+
+    return evaluate
 
 
 def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.model import transformer
 from braeburn.optim.build import begin_stage
-from braeburn.parallel.agreement import AnyProcess, from_main, wait_for_all
+from braeburn.parallel.agreement import AnyProcess, main_first, wait_for_all
 from braeburn.parallel.layout import Layout
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
@@ -78,7 +78,7 @@ def train(
     directory = RunDirectory(out, writes=main)
     with ExitStack() as held, Display(run.total_steps, quiet=not main) as display, StopRequest() as stop:
         held.enter_context(writing(directory.path))
-        from_main("the run directory was claimed", lambda: held.enter_context(directory.claim()))
+        main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
         resumed, tokenizer = _resume_point(directory, run)
         first = next(iter(run.stages))
         state_shape = abstract_state(run, run.stages[first], layouts[first])
@@ -91,20 +91,18 @@ def train(
             display.say(f"using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
         ahead = _Ahead(run, layouts, resumed)
 
-        def prepare_first() -> None:
-            prepared = prepare(run, display.say, tokenizer)
-            loops.append(_Loop(run, directory, layouts, prepared, ahead, display, stop, heartbeat))
-            # Nothing was written until here, where no mistake of the user's is left to be found.
-            directory.write_config(run, origins or {})
-            prepared.tokenizer.save(directory.tokenizer)
+        def begin() -> _Loop:
+            # Other processes go on with the tokenizer of the main one, and its token stores where they share a cache.
+            own = tokenizer if main else Tokenizer.load(directory.tokenizer)
+            prepared = prepare(run, display.say, own)
+            loop = _Loop(run, directory, layouts, prepared, ahead, display, stop, heartbeat)
+            if main:
+                # Nothing was written until here, where no mistake of the user's is left to be found.
+                directory.write_config(run, origins or {})
+                prepared.tokenizer.save(directory.tokenizer)
+            return loop
 
-        loops: list[_Loop] = []
-        from_main("text was prepared", prepare_first)
-        if not main:
-            # With the tokenizer of the main process, and its token store where they share a cache.
-            prepared = prepare(run, display.say, Tokenizer.load(directory.tokenizer))
-            loops.append(_Loop(run, directory, layouts, prepared, ahead, display, stop, heartbeat))
-        return loops[0].run_from(resumed, stop_after_steps)
+        return main_first("text was prepared", begin).run_from(resumed, stop_after_steps)
 
 
 class _Ahead:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from braeburn.config import Model, Run, Stage
+from braeburn.config import Mesh, Model, Run, Stage
 from braeburn.errors import UserError
 from braeburn.model import transformer
 from braeburn.model.spec import Tree, abstract, initialize, walk
@@ -59,20 +59,30 @@ def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layo
     Raises:
         UserError: the mesh does not fit the devices, or does not divide the stage.
     """
-    specs = transformer.param_specs(run.model)
-    parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in walk(specs)}
-    mesh = run.stages[name].mesh or run.mesh
-    if -1 not in mesh.sizes.values():
-        check(run, name, mesh, parameters)  # before the devices are looked for
+    if -1 not in (run.stages[name].mesh or run.mesh).sizes.values():
+        sizes_of(run, name)  # before the devices are looked for
     devices = jax.devices() if devices is None else devices
-    sizes = resolve(mesh, len(devices))
-    check(run, name, sizes, parameters)
+    sizes = sizes_of(run, name, len(devices))
     if (run.offload.optimizer or run.offload.activations) and not can_offload(devices[0]):
         raise UserError(
             f"offload needs host memory that the device can reach, and {devices[0].device_kind} has none; "
             f"set offload.optimizer to false and offload.activations to []"
         )
-    return Layout(sizes, build(sizes, devices), specs, run.offload)
+    return Layout(sizes, build(sizes, devices), transformer.param_specs(run.model), run.offload)
+
+
+def sizes_of(run: Run, name: str, num_devices: int | None = None) -> Mesh:
+    """The sizes of a stage's mesh, resolved for a number of devices unless none is inferred.
+
+    Raises:
+        UserError: the mesh does not fit the devices, or does not divide the stage.
+    """
+    mesh = run.stages[name].mesh or run.mesh
+    if num_devices is not None:
+        mesh = resolve(mesh, num_devices)
+    specs = walk(transformer.param_specs(run.model))
+    check(run, name, mesh, {path: (spec.axes, spec.shape, spec.role) for path, spec in specs})
+    return mesh
 
 
 def stage_step(
@@ -124,7 +134,8 @@ def compile_stage(run: Run, name: str, layout: Layout) -> Program:
     state = abstract_state(run, stage, layout)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(stage_step(run, stage, layout), donate_argnums=0, out_shardings=(places, layout.everywhere()))
-    compiled = step.lower(state, abstract_batch(stage, layout)).compile()
+    with layout.compiling():
+        compiled = step.lower(state, abstract_batch(stage, layout)).compile()
     return Program(name, stage, stage_optimizer(run, stage), compiled, time.monotonic() - began)
 
 
@@ -134,8 +145,10 @@ def initial_state(run: Run, layout: Layout) -> TrainState:
     # It runs once: on CPUs, whose compiler takes seconds to make random numbers fast, fast is not worth it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     shape = abstract_state(run, next(iter(run.stages.values())), layout)
-    return jax.jit(
+    make = jax.jit(
         lambda: new_state(initialize(specs, run.seed), optimizer),
         compiler_options=options,
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shape),
-    )()
+    )
+    with layout.compiling():
+        return make()

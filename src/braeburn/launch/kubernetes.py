@@ -1,0 +1,177 @@
+"""The JobSet that trains on a Kubernetes cluster. Its text is written out, so that it can carry comments."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from braeburn.errors import UserError
+from braeburn.parallel.target import Target
+
+PORT = 8476
+
+_TEMPLATE = """\
+# {name} on {target}: {shape}.
+# Apply with `kubectl apply -f FILE`, on a cluster with JobSet (https://jobset.sigs.k8s.io, v0.7 or later).
+# Deleted and applied again, it goes on from the last checkpoint in {out}.
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: {jobset}
+{annotations}spec:
+  # Pods find each other by name: {jobset}-{job}-JOB-POD.{jobset}
+  network:
+    enableDNSHostnames: true
+    publishNotReadyAddresses: true
+  failurePolicy:
+    # When a pod fails, all are started anew, from the last checkpoint.
+    maxRestarts: {max_restarts}
+    rules:
+    # Code 2 is a mistake that the log explains, and no restart would mend.
+    - name: mistake
+      action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+  - name: {job}
+    # {replicas_comment}
+    replicas: {replicas}
+    template:
+      spec:
+        # {pods_comment}
+        completionMode: Indexed
+        completions: {pods}
+        parallelism: {pods}
+        backoffLimit: 0
+        podFailurePolicy:
+          rules:
+          - action: FailJob
+            onExitCodes:
+              containerName: braeburn
+              operator: In
+              values: [2]
+        template:
+          spec:
+            restartPolicy: Never
+            # A pod that is to go saves first.
+            terminationGracePeriodSeconds: 120
+{placement}            containers:
+            - name: braeburn
+              # It needs Braeburn with {extra}.
+              image: {image}
+              command: ["braeburn", "train"]
+              args:
+{arguments}
+              env:
+              # Compiled programs are kept with the run, so that a restart does not compile again.
+              - name: JAX_COMPILATION_CACHE_DIR
+                value: {cache}
+{environment}{resources}              volumeMounts:
+              - name: runs
+                mountPath: {mount}
+{mounts}            volumes:
+            # Storage that all pods can write to (ReadWriteMany) and that outlives them.
+            - name: runs
+              persistentVolumeClaim:
+                claimName: {claim}
+{volumes}"""
+
+
+def manifest(
+    name: str, arguments: Sequence[str], out: Path, target: Target, image: str, claim: str, max_restarts: int
+) -> str:
+    """A commented JobSet: one Job for each slice of TPUs and a pod for each of its hosts, or a pod for each GPU node.
+
+    Args:
+        name: of the run.
+        arguments: those of `braeburn train`.
+        out: the run directory within the containers, in a folder where the volume is mounted.
+        target: what to run on.
+        image: of the containers.
+        claim: name of the PersistentVolumeClaim.
+        max_restarts: how often all pods are started anew, after failures.
+
+    Raises:
+        UserError: `out` is no absolute path below a folder, or there is no such slice of TPUs.
+    """
+    if not out.is_absolute() or len(out.parts) < 3:
+        raise UserError(f"--out {str(out)!r} must lie in the folder of the volume; give a path as /runs/{name}")
+    facts, job = target.facts, "slice" if target.facts.maker == "google" else "node"
+    jobset = ("braeburn-" + re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))[:40].rstrip("-")
+    pods, replicas = target.nodes_per_slice, target.slices
+    extra = f"its extra {facts.extra!r}, as `pip install 'braeburn[{facts.extra}]'` brings it" if facts.extra else "JAX"
+    annotations, placement, environment, mounts, volumes = [], [], [], [], []
+    resources = {"google": "google.com/tpu", "nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(facts.maker)
+    arguments = list(arguments)
+    if facts.maker == "google":
+        shape = f"{replicas} slice{'s' * (replicas > 1)} of {target.topology} chips, {pods} hosts each"
+        comments = ("A Job for each slice.", f"A pod for each host of a slice, with its {target.chips_per_node} chips.")
+        annotations = [
+            "annotations:",
+            "  # Each slice is one node pool, and takes one Job.",
+            "  alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool",
+        ]
+        placement = [
+            "# GKE tells each pod its place in the slice and among the slices, and JAX reads it.",
+            "nodeSelector:",
+            f"  cloud.google.com/gke-tpu-accelerator: {facts.gke_accelerator}",
+            f"  cloud.google.com/gke-tpu-topology: {target.topology}",
+        ]
+        if replicas > 1:
+            placement += [
+                "# Traffic between slices is faster without the pod network.",
+                "hostNetwork: true",
+                "dnsPolicy: ClusterFirstWithHostNet",
+            ]
+    else:
+        # Slices say nothing to nodes: they are all alike.
+        pods, replicas = pods * replicas, 1
+        kind = "GPU node" if resources else "CPU process"
+        shape = f"{pods} {kind}{'s' * (pods > 1)}" + (f" of {target.chips_per_node}" if resources else "")
+        comments = ("One Job for all.", f"A pod for each {kind}; its number is that of the process.")
+        if pods > 1:
+            arguments += ["--coordinator", f"{jobset}-{job}-0-0.{jobset}:{PORT}", "--num-processes", f"{pods}"]
+            # Kubernetes puts the value in.
+            arguments += ["--process-id", "$(JOB_COMPLETION_INDEX)"]
+        if facts.gke_accelerator:
+            placement = [
+                "# On GKE; elsewhere, the label that your GPU nodes carry.",
+                "nodeSelector:",
+                f"  cloud.google.com/gke-accelerator: {facts.gke_accelerator}",
+            ]
+        if resources:
+            mounts = ["- name: shared-memory", "  mountPath: /dev/shm"]
+            volumes = ["# The GPUs of a node exchange data through it.", "- name: shared-memory"]
+            volumes += ["  emptyDir:", "    medium: Memory"]
+        else:
+            environment = ["- name: JAX_PLATFORMS", "  value: cpu"]
+    limits = ["resources:", "  limits:", f"    {resources}: {target.chips_per_node}"] if resources else []
+    return _TEMPLATE.format(
+        name=name,
+        target=target,
+        shape=shape,
+        out=out,
+        jobset=jobset,
+        job=job,
+        annotations=_lines(annotations, 2),
+        max_restarts=max_restarts,
+        replicas_comment=comments[0],
+        replicas=replicas,
+        pods_comment=comments[1],
+        pods=pods,
+        placement=_lines(placement, 12),
+        extra=extra,
+        image=json.dumps(image),
+        # JSON's strings are strings of YAML too.
+        arguments=_lines([f"- {json.dumps(argument)}" for argument in arguments], 14).rstrip("\n"),
+        cache=json.dumps(str(out / ".cache" / "jax")),
+        environment=_lines(environment, 14),
+        resources=_lines(limits, 14),
+        mount=json.dumps(str(out.parent)),
+        mounts=_lines(mounts, 14),
+        claim=json.dumps(claim),
+        volumes=_lines(volumes, 12),
+    )
+
+
+def _lines(lines: Sequence[str], indent: int) -> str:
+    return "".join(f"{' ' * indent}{line}\n" for line in lines)

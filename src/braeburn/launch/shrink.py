@@ -1,0 +1,113 @@
+"""A run made small enough for a laptop, with the structure of the large one."""
+
+import math
+from typing import Any
+
+from braeburn.config import AdamW, Checkpoint, Evaluation, Mesh, Model, Run, Source, Stage, validate
+from braeburn.data.corpus import files
+from braeburn.errors import UserError
+
+DEVICES = 8
+# For JAX as it starts. Programs that run for a second are worth no optimisation, which would take most of the time.
+# From the compilation cache, programs for several CPU devices come back with their ring exchanges out of order: they
+# abort or hang (jaxlib 0.10.2).
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(DEVICES),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+FIRST_STEPS, LATER_STEPS = 20, 8
+FILES, FILE_BYTES = 12, range(8 * 1024, 48 * 1024)
+SEQUENCES = 2 * DEVICES  # in a batch
+
+
+def shrink(run: Run, num_devices: int) -> Run:
+    """The same run with small sizes, on text that every machine has.
+
+    What a mesh of up to eight devices divides in the one it divides in the other; only batches are made to be divided
+    by any. Optimizer, stages, mixtures, accumulation, rematerialisation and offloading stay as they are, meshes are
+    scaled down to `num_devices`; activations are float32, in which equal computations can be told from others.
+
+    Raises:
+        UserError: the run has no stage.
+    """
+    if not run.stages:
+        raise UserError(f"stages of the run {run.name!r} is empty; add a stage to train")
+    model = _model(run.model)
+    # The narrower a model, the larger the steps that it takes; muP allows for that by itself.
+    faster = math.sqrt(run.model.d_model / model.d_model) if isinstance(run.optimizer, AdamW) else 1.0
+    shortest = min(stage.sequence_length for stage in run.stages.values())
+    stages = {
+        name: _stage(stage, FIRST_STEPS if number == 0 else LATER_STEPS, shortest, faster, num_devices)
+        for number, (name, stage) in enumerate(run.stages.items())
+    }
+    changes: dict[str, Any] = {
+        "model": model,
+        "stages": stages,
+        "mesh": scale_down(run.mesh, num_devices),
+        "data": run.data.model_copy(
+            update={"sources": _sources(list(run.data.sources)), "tokenizer": None, "held_out": 0.1, "workers": 0}
+        ),
+        "checkpoint": Checkpoint(every_steps=4),
+        "precision": run.precision.model_copy(update={"compute": "float32", "reduce": "float32"}),
+        "evaluation": Evaluation(tokens=2048),
+    }
+    return validate(run.model_copy(update=changes).model_dump())
+
+
+def scale_down(mesh: Mesh, num_devices: int) -> Mesh:
+    """The mesh on a power of two of devices: its axes doubled in turn until there are as many, none above its size."""
+    sizes = dict.fromkeys(mesh.sizes, 1)
+    for _ in range(num_devices.bit_length() - 1):
+        room = [axis for axis, size in mesh.sizes.items() if size == -1 or 2 * sizes[axis] <= size]
+        if room:
+            sizes[min(room, key=sizes.__getitem__)] *= 2
+    return mesh.model_copy(update={**sizes, "torus": None})
+
+
+def _model(model: Model) -> Model:
+    width = _small(model.d_model, 64)
+    heads, kv_heads = (math.gcd(number, DEVICES) for number in (model.num_heads, model.num_kv_heads))
+    if model.num_kv_heads < model.num_heads and kv_heads == heads:
+        heads *= 2 if heads == DEVICES else 3  # there still are fewer key heads, and no more meshes divide the others
+    sizes = {
+        "vocab_size": _small(model.vocab_size, 512),
+        "d_model": width,
+        "num_layers": min(model.num_layers, 2),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": min(model.head_dim, max(8, 64 // heads)),
+        "ffn_dim": _small(model.ffn_dim, width * model.ffn_dim // model.d_model),
+    }
+    return model.model_copy(update=sizes)
+
+
+def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: int) -> Stage:
+    # Twice as many pieces as devices, where each holds an early and a late one.
+    length = _small(stage.sequence_length, min(256, 64 * stage.sequence_length // shortest), 2 * DEVICES)
+    parts = min(stage.accumulation_steps, 4)
+    batch_tokens = SEQUENCES // 2 * max(parts, 2) * length
+    changes = {
+        "tokens": steps * batch_tokens,
+        "sequence_length": length,
+        "batch_tokens": batch_tokens,
+        "learning_rate": stage.learning_rate * faster,
+        "schedule": stage.schedule.model_copy(update={"warmup_steps": min(stage.schedule.warmup_steps, steps // 4)}),
+        "accumulation_steps": parts,
+        "mesh": stage.mesh and scale_down(stage.mesh, num_devices),
+    }
+    return stage.model_copy(update=changes)
+
+
+def _sources(names: list[str]) -> dict[str, Source]:
+    """Some files of Python's standard library under each name, others under every one."""
+    paths = [file.path for file in files("python", Source(format="python-code")) if file.size in FILE_BYTES]
+    shares = [paths[number :: len(names)][:FILES] for number in range(len(names))]
+    return {name: Source(paths=tuple(share), format="python-code") for name, share in zip(names, shares, strict=True)}
+
+
+def _small(size: int, most: int, devices: int = DEVICES) -> int:
+    """The largest size up to `most` that is divisible by the same powers of two, up to `devices`."""
+    divisor = math.gcd(size, devices)
+    return next((n for n in range(min(size, most), 0, -1) if math.gcd(n, devices) == divisor), size)

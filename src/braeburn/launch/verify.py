@@ -1,0 +1,336 @@
+"""Whether a recipe, shrunk, trains the same on every layout, and loses nothing when killed, resumed or resharded.
+
+Everything runs on simulated devices, eight at most; JAX must be started with them.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations, zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+from braeburn.config import ONE_DEVICE, AfmOptimizer, Mesh, Run
+from braeburn.data.loader import Batches
+from braeburn.data.prepare import Prepared, prepare
+from braeburn.errors import UserError
+from braeburn.launch.shrink import DEVICES, ENVIRONMENT, shrink
+from braeburn.optim.build import begin_stage
+from braeburn.parallel.target import Target
+from braeburn.train.loop import train
+from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
+
+KILL_AFTER_STEP = 6
+KILL_SECONDS = 300
+# What a child trains; the user's file is imported for what it may do besides making a run.
+CHILD = """
+import json
+from pathlib import Path
+from braeburn.config import Run, validate
+from braeburn.recipes import load
+
+load({recipe!r})
+
+
+def run() -> Run:
+    return validate(json.loads(Path({fields!r}).read_text()))
+"""
+
+FIGURES = ("loss", "grad_norm")
+
+Say = Callable[[str], None]
+# Values by what they are, in order: the loss and the gradient's norm of each step, held-out losses at last.
+Curve = list[tuple[str, float]]
+Kind = Literal["layout", "resume", "reshard"]
+Verdict = Literal["same", "different", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table.
+
+    Attributes:
+        check: "layout", "resume" or "reshard".
+        layout: the meshes that it ran on.
+        steps: optimizer steps compared.
+        difference: the largest relative difference of a loss; None where it is not a number.
+        tolerance: what it may be.
+        verdict: "same", "different", "failed" (it could not run to its end) or "skipped" (the recipe cannot have it).
+        reason: of any verdict but "same".
+    """
+
+    check: Kind
+    layout: str
+    steps: int
+    difference: float | None
+    tolerance: float
+    verdict: Verdict
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.verdict in ("same", "skipped")
+
+
+def verify(run: Run, recipe: str, target: Target, say: Say) -> list[Check]:
+    """All checks of a run, shrunk, on the layouts that a target allows.
+
+    Args:
+        run: the run as resolved.
+        recipe: the name that it was loaded by.
+        target: where it is to run.
+        say: takes a line of progress.
+    """
+    num_devices = _devices(target)
+    run = shrink(run, num_devices)
+    with tempfile.TemporaryDirectory(prefix="braeburn-verify-") as name, ThreadPoolExecutor(1) as pool:
+        folder = Path(name)
+        run = run.model_copy(update={"data": run.data.model_copy(update={"cache": str(folder / "data")})})
+        prepared = prepare(run, lambda line: None)
+        runs = layouts(run, target)
+        possible = [other for other in runs.values() if not refusal(other)]
+        if refusal(run):
+            run = possible[0] if possible else on_mesh(run, ONE_DEVICE)
+        # A process takes seconds to start, in which the layouts can be compared.
+        killed = pool.submit(train_and_kill, run, recipe, folder)
+        checks = compare(on_mesh(run, ONE_DEVICE), runs, prepared, say) if runs else []
+        checks.append(resume(run, folder, killed, say))
+        others = [other for other in possible if _place(other) != _place(run)]
+        if others:
+            checks.append(reshard(run, others[-1], folder, say))
+    return checks
+
+
+def layouts(run: Run, target: Target) -> dict[str, Run]:
+    """The run on every mesh to compare with one device, by a name for it; its own meshes first.
+
+    They are those of one, two and three axes that take all devices of the target, eight at most; with replicas where
+    it has several slices. Sequences are split in both ways, and gradients accumulated in one of them.
+    """
+    splits = ("replica", "data", "fsdp", "context", "tensor")[target.slices == 1 :]
+    meshes = [stage.mesh or run.mesh for stage in run.stages.values()]
+    for axes in (axes for count in (1, 2, 3) for axes in combinations(splits, count)):
+        meshes += _meshes(axes, _devices(target))
+    runs = {describe(mesh): on_mesh(run, mesh) for mesh in meshes if math.prod(mesh.sizes.values()) > 1}
+    if runs and all(stage.accumulation_steps == 1 for stage in run.stages.values()):
+        name = next(iter(runs))
+        stages = {n: stage.model_copy(update={"accumulation_steps": 2}) for n, stage in runs[name].stages.items()}
+        runs[f"{name}, 2 accumulated"] = runs[name].model_copy(update={"stages": stages})
+    return runs
+
+
+def _devices(target: Target) -> int:
+    """The largest power of two of simulated devices that the target can stand for."""
+    return 1 << (min(target.chips, DEVICES).bit_length() - 1)
+
+
+def _meshes(axes: Sequence[str], num_devices: int) -> Iterator[Mesh]:
+    """Meshes of all of `axes`, the last the largest, in both ways to split sequences; none where devices are few."""
+    sizes = dict.fromkeys(axes, 2) | {axes[-1]: num_devices >> (len(axes) - 1)}
+    if sizes[axes[-1]] > 1:
+        for method in ("ring", "all_gather") if "context" in axes else ("all_gather",):
+            yield Mesh.model_validate({"fsdp": 1, **sizes, "context_attention": method})
+
+
+def on_mesh(run: Run, mesh: Mesh) -> Run:
+    """The run with all its stages on one mesh."""
+    stages = {name: stage.model_copy(update={"mesh": None}) for name, stage in run.stages.items()}
+    return run.model_copy(update={"mesh": mesh, "stages": stages})
+
+
+def describe(mesh: Mesh) -> str:
+    """A mesh in words: "fsdp 4 x context 2 (ring)"."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
+    how = f" ({mesh.context_attention.replace('_', '-')})" if mesh.context > 1 else ""
+    return axes + how or "one device"
+
+
+def refusal(run: Run) -> str:
+    """Why a stage of the run cannot have its mesh; empty where all can."""
+    try:
+        for name in run.stages:
+            layout_of(run, name)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def tolerance(run: Run) -> float:
+    """What losses in float32 may differ by, relatively: the first updates of AFM's optimizer amplify rounding."""
+    return 1e-4 if isinstance(run.optimizer, AfmOptimizer) else 1e-5
+
+
+def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) -> list[Check]:
+    """The curves of the first stage on each layout against that of `reference`."""
+    first = next(iter(reference.stages))
+    refused = {name: refusal(run) for name, run in runs.items()}
+    with ThreadPoolExecutor(2) as pool:  # compiling takes nine tenths of the time, most of it of one core
+        programs = {
+            name: pool.submit(compile_stage, run, first, layout_of(run, first))
+            for name, run in {"": reference, **runs}.items()
+            if not refused.get(name)
+        }
+        try:
+            expected = _first_stage(reference, prepared, programs[""].result())
+            checks = []
+            for name, run in runs.items():
+                if refused[name]:
+                    verdict: Verdict = "skipped" if len(programs) > 1 else "failed"
+                    checks.append(Check("layout", name, 0, None, tolerance(run), verdict, refused[name]))
+                else:
+                    with _failing("layout", name, tolerance(run), checks):
+                        curve = _first_stage(run, prepared, programs[name].result())
+                        checks.append(_judge("layout", name, curve, expected, tolerance(run)))
+                _tell(checks[-1], say)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return checks
+
+
+def _first_stage(run: Run, prepared: Prepared, program: Program) -> Curve:
+    """The curve of a run's first stage."""
+    stage, layout = program.stage, layout_of(run, program.name)
+    rows = layout.rows(stage.batch_size)
+    batches = Batches(stage, program.name, run.seed, prepared.train, rows)
+    state = initial_state(run, layout)
+    state = state._replace(optimizer=begin_stage(state.optimizer))
+    curve = []
+    for step in range(stage.steps):
+        state, metrics = program.step(state, layout.place(batches[step], rows, stage.batch_size))
+        curve += [(f"step {step + 1} {figure}", float(metrics[figure])) for figure in FIGURES]
+    return curve
+
+
+def train_and_kill(run: Run, recipe: str, folder: Path) -> None:
+    """Trains a run in `folder / "killed"`, in a process that is killed some steps after a checkpoint."""
+    fields, file, out = folder / "run.json", folder / "recipe.py", folder / "killed"
+    fields.write_text(json.dumps(run.model_dump(mode="json")))
+    file.write_text(CHILD.format(recipe=recipe, fields=str(fields)))
+    program = [sys.executable, "-c", "from braeburn.cli import main; main()"]
+    with (folder / "log").open("w+") as log:
+        child = subprocess.Popen(
+            [*program, "train", f"{file}:run", "--out", str(out)], stdout=log, stderr=log, env=os.environ | ENVIRONMENT
+        )
+        try:
+            deadline = time.monotonic() + KILL_SECONDS
+            saved, metrics = out / "checkpoints" / str(run.checkpoint.every_steps), out / "metrics.jsonl"
+            while not (saved.exists() and metrics.read_text().count("\n") >= KILL_AFTER_STEP):
+                if child.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    last = log.read().strip().rpartition("\n")[2]
+                    raise RuntimeError(f"the process to be killed ended or hung before step {KILL_AFTER_STEP}: {last}")
+                time.sleep(0.005)
+        finally:
+            child.kill()
+            child.wait()
+
+
+def resume(run: Run, folder: Path, killed: Future[None], say: Say) -> Check:
+    """The curve of a run killed in `folder` and resumed against one left alone, made in `folder / "whole"`."""
+    checks: list[Check] = []
+    with _failing("resume", _place(run), 0.0, checks):
+        expected = _train(run, folder / "whole")
+        killed.result()
+        found = _train(run, folder / "killed")
+        steps = [event["step"] for event in _lines(folder / "killed" / "events.jsonl") if event["event"] == "resume"]
+        if not steps:
+            raise RuntimeError("after the kill it began again instead of resuming")
+        name = f"{_place(run)}, killed, resumed from step {steps[0]}"
+        checks.append(_judge("resume", name, found, expected, 0.0))
+    _tell(checks[-1], say)
+    return checks[-1]
+
+
+def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
+    """The curve of a run stopped and resumed on other layouts against the one in `folder / "whole"`."""
+    places = [other, run, on_mesh(run, ONE_DEVICE)]
+    name = " -> ".join(dict.fromkeys(_place(place) for place in places))
+    checks: list[Check] = []
+    with _failing("reshard", name, tolerance(run), checks):
+        for place in places[:2]:
+            _train(place, folder / "resharded", stop_after_steps=run.total_steps // 3)
+        found = _train(places[2], folder / "resharded")
+        expected = _curve(folder / "whole")
+        checks.append(_judge("reshard", name, found, expected, tolerance(run)))
+    _tell(checks[-1], say)
+    return checks[-1]
+
+
+def _train(run: Run, out: Path, stop_after_steps: int | None = None) -> Curve:
+    """Trains without a word, and returns the curve so far."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        outcome = train(run, out, stop_after_steps=stop_after_steps)
+    if not outcome.finished and stop_after_steps is None:
+        raise KeyboardInterrupt  # which training takes as a request to save and stop
+    return _curve(out)
+
+
+def _curve(directory: Path) -> Curve:
+    """The curve that a run directory tells: of each step in order, then of held-out text after each stage."""
+    curve = [
+        (f"step {row['step']} {figure}", math.nan if row[figure] is None else row[figure])
+        for row in _lines(directory / "metrics.jsonl")
+        for figure in FIGURES
+    ]
+    ends = {
+        f"held-out {source} after step {event['step']}": result["loss"]
+        for event in _lines(directory / "events.jsonl")
+        if event["event"] == "stage_end"
+        for source, result in event["held_out"].items()
+    }
+    return curve + list(ends.items())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, but for one that the kill cut short."""
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def _judge(check: Kind, layout: str, found: Curve, expected: Curve, tolerance: float) -> Check:
+    """Whether two curves have the same points in the same order, and values within a relative tolerance."""
+    steps = sum(name.endswith(FIGURES[0]) for name, _ in found)
+    largest, reason = 0.0, ""
+    for (name, value), (due, right) in zip_longest(found, expected, fillvalue=("nothing", math.nan)):
+        if name != due:
+            return Check(check, layout, steps, None, tolerance, "different", f"{name} where {due} was due")
+        difference = 0.0 if value == right else abs(value - right) / abs(right) if right else math.inf
+        if not difference <= tolerance and not reason:  # not a number is no better than too large
+            reason = f"{name} is {value:.7g} instead of {right:.7g}"
+        largest = max(largest, difference) if math.isfinite(difference) else math.inf
+    verdict: Verdict = "different" if reason else "same"
+    return Check(check, layout, steps, largest if math.isfinite(largest) else None, tolerance, verdict, reason)
+
+
+@contextlib.contextmanager
+def _failing(check: Kind, layout: str, tolerance: float, checks: list[Check]) -> Iterator[None]:
+    """Turns an exception into a failed check: whatever it is, the recipe does not run there."""
+    try:
+        yield
+    except Exception as error:
+        sentence = str(error).strip().partition("\n")[0]
+        reason = sentence if isinstance(error, UserError | RuntimeError) else f"{type(error).__name__}: {sentence}"
+        checks.append(Check(check, layout, 0, None, tolerance, "failed", reason))
+
+
+def _place(run: Run) -> str:
+    """The meshes of a run's stages in words."""
+    return " -> ".join(dict.fromkeys(describe(stage.mesh or run.mesh) for stage in run.stages.values()))
+
+
+def _tell(check: Check, say: Say) -> None:
+    difference = "" if check.difference is None else f" ({check.difference:.1e})"
+    say(f"{check.check} {check.layout}: {check.verdict}{difference}" + (f": {check.reason}" if check.reason else ""))

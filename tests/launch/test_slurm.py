@@ -1,0 +1,98 @@
+"""The script for SLURM: what it says, and what it does with each way that a step may end.
+
+`make test-slurm` runs it on a real SLURM.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from support import Answer, braeburn
+
+# Ends as the next line of `codes` says, or when its step is told to stop.
+SRUN = """#!/bin/bash
+echo "srun $*" >> calls
+code=$(head -1 codes); sed -i 1d codes
+if [ "$code" = stop ]; then touch waiting; until [ -e stopped ]; do sleep 0.05; done; code=0; fi
+exit "$code"
+"""
+
+
+def launch(on: str, *more: object, recipe: str = "afm-tiny") -> Answer:
+    return braeburn("launch", "slurm", recipe, "--on", on, "--out", "/shared/runs/a b", *more)
+
+
+def directives(script: str) -> list[str]:
+    return re.findall(r"^#SBATCH (.*)$", script, re.MULTILINE)
+
+
+def test_gpus() -> None:
+    script = launch("h100:16", "--set", "name=it's", "--partition", "gpu", "--time", "08:00:00", recipe="llama3-8b").out
+    for directive in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu", "time=08:00:00"):
+        assert f"--{directive}" in directives(script)
+    assert "--signal=B:TERM@120" in directives(script) and "--requeue" in directives(script)
+    assert not [directive for directive in directives(script) if directive.startswith("--account")]
+    assert "srun --kill-on-bad-exit=0 --wait=30 --gpu-bind=none" in script
+    assert "braeburn train llama3-8b --out '/shared/runs/a b' --set 'name=it'\"'\"'s'" in script
+    assert script.startswith("#!/bin/bash\n# it's on h100:16: 2 nodes of 8 GPUs, a process for each GPU.\n")
+
+
+def test_cpus_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = launch("cpu:2", "--account", "me").out
+    assert "--ntasks=2" in directives(script) and "--account=me" in directives(script)
+    assert "export JAX_PLATFORMS=cpu" in script and "gpu" not in script.lower()
+    assert json.loads(launch("cpu:2", "--account", "me", "--json").out) == {"script": script, "submitted": None}
+    assert (
+        "SLURM does not schedule TPUs; use `braeburn launch kubernetes`" in launch("v5p:256", recipe="llama3-8b").error
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--submit needs 'sbatch', which is not on the PATH" in launch("cpu:2", "--submit").error
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\nread first\necho Submitted batch job 7\n")
+    sbatch.chmod(0o755)
+    assert launch("cpu:2", "--submit").out == "Submitted batch job 7\n"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Invalid account' >&2\nexit 1\n")
+    assert launch("cpu:2", "--submit").error == (
+        "error: sbatch refused the job (Batch job submission failed: Invalid account)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "calls", "state"),
+    [
+        ([0], 0, 1, "RUNNING"),
+        ([1, 137, 0], 0, 3, "RUNNING"),
+        ([2], 2, 1, "RUNNING"),
+        ([1, 1, 1], 1, 3, "RUNNING"),
+        (["stop"], 0, 1, "RUNNING"),
+        (["stop"], 0, 1, "COMPLETING"),  # cancelled
+    ],
+)
+def test_what_follows_the_end_of_a_step(
+    codes: list[int | str], code: int, calls: int, state: str, tmp_path: Path
+) -> None:
+    (tmp_path / "script").write_text(launch("cpu:2", "--max-restarts", 2).out)
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*" >> calls\n')
+    (tmp_path / "scancel").write_text('#!/bin/bash\n[ "$*" = "--signal=TERM 7" ] && touch stopped\n')
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\necho {state}\n")
+    for name in ("srun", "scontrol", "scancel", "squeue"):
+        (tmp_path / name).chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["bash", "script"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True)
+    if codes == ["stop"]:
+        while not (tmp_path / "waiting").exists():
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=20)
+    assert job.returncode == code
+    made = (tmp_path / "calls").read_text().splitlines()
+    assert sum(call.startswith("srun ") for call in made) == calls
+    assert ("scontrol requeue 7" in made) == (codes == ["stop"] and state == "RUNNING")

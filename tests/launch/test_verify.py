@@ -1,0 +1,263 @@
+"""Whether `verify` passes what is right and fails what is wrong, on a few of its layouts."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from braeburn.config import ONE_DEVICE, Mesh, Model, Run, override
+from braeburn.data.loader import Batches
+from braeburn.data.prepare import Prepared, prepare
+from braeburn.errors import UserError
+from braeburn.launch import verify
+from braeburn.launch.shrink import ENVIRONMENT, scale_down, shrink
+from braeburn.parallel.rules import RULES
+from braeburn.parallel.target import parse_target
+from braeburn.recipes import BUILT_IN, load
+from support import braeburn
+
+# One stage is enough, and a mesh of its own.
+RECIPE = """
+from braeburn.config import Mesh, override
+from braeburn.recipes import load
+
+def small():
+    run = load("afm-tiny")
+    run = run.model_copy(update={"stages": {"core": run.stages["core"]}})
+    return override(run, {"model.num_layers": 1, "mesh.fsdp": 4, "mesh.tensor": 2})
+"""
+WRONG_RULE = """
+from dataclasses import replace
+from braeburn.parallel.rules import BATCH, RULES
+RULES[BATCH] = replace(RULES[BATCH], activations=("replica", "data"))
+"""
+WRONG_POSITION = """
+from braeburn.train import loop
+prefetch = loop.prefetch
+loop.prefetch = lambda batches, start, *settings: prefetch(batches, start - 1 if start else 0, *settings)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation() -> Iterator[None]:
+    """What the command sets for JAX as it starts."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Makes a recipe in a file whose import does more."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def write(more: str = "") -> str:
+        path = folder / f"recipe{len(list(folder.iterdir()))}.py"
+        path.write_text(RECIPE + more)
+        return f"{path}:small"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Callable[[str], str]) -> Run:
+    return shrink(load(recipe("")), 8)
+
+
+@pytest.fixture(scope="module")
+def prepared(run: Run) -> Prepared:
+    return prepare(run, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def killed(run: Run, recipe: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was killed; not to be changed."""
+    folder = tmp_path_factory.mktemp("killed")
+    verify.train_and_kill(run, recipe(""), folder)
+    return folder
+
+
+class Done:
+    """A future whose result is there."""
+
+    def result(self) -> None: ...
+
+
+def compare(run: Run, prepared: Prepared, *names: str) -> list[verify.Check]:
+    runs = verify.layouts(run, parse_target("cpu:8"))
+    one = verify.on_mesh(run, ONE_DEVICE)
+    return verify.compare(one, {name: runs[name] for name in names}, prepared, lambda line: None)
+
+
+def test_layouts_compare_with_one_device(run: Run, prepared: Prepared) -> None:
+    same, skipped = compare(run, prepared, "fsdp 4 x tensor 2", "tensor 8")
+    assert (same.verdict, same.steps, same.reason) == ("same", 20, "")
+    assert same.difference is not None and same.difference < same.tolerance == 1e-4
+    assert skipped.verdict == "skipped" and skipped.passed
+    assert "the 4 of 'heads' cannot be split into 8 equal parts" in skipped.reason
+
+
+def test_layouts_that_are_all_refused_are_no_success(run: Run, prepared: Prepared) -> None:
+    (check,) = compare(run, prepared, "tensor 8")
+    assert check.verdict == "failed" and not check.passed
+
+
+def test_a_wrong_rule_is_found(
+    run: Run, prepared: Prepared, recipe: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RULES, "batch", RULES["batch"])  # put back at the end
+    load(recipe(WRONG_RULE))
+    (check,) = compare(run, prepared, "fsdp 4 x tensor 2")
+    assert check.verdict == "different" and not check.passed
+    assert check.reason.startswith("step 1 loss is ")
+
+
+def test_killed_resumed_and_resharded(run: Run, killed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
+    said: list[str] = []
+    check = verify.resume(run, folder, Done(), said.append)  # type: ignore[arg-type]
+    assert (check.verdict, check.steps, check.difference, check.tolerance) == ("same", 20, 0.0, 0.0), check
+    assert check.layout.startswith("fsdp 4 x tensor 2, killed, resumed from step ")
+    check = verify.reshard(run, verify.on_mesh(run, Mesh(data=4, fsdp=1)), folder, said.append)
+    assert (check.verdict, check.steps) == ("same", 20), check
+    assert check.layout == "data 4 -> fsdp 4 x tensor 2 -> one device"
+    assert len(said) == 2
+
+
+def test_a_run_that_begins_again_has_not_resumed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_train", lambda *arguments: [("step 1 loss", 2.0)])
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "events.jsonl").write_text('{"event": "start"}\n{"event": "che')
+    check = verify.resume(run, tmp_path, Done(), lambda line: None)  # type: ignore[arg-type]
+    assert (check.verdict, check.reason) == ("failed", "after the kill it began again instead of resuming")
+
+
+def test_a_shuffled_position_is_found_by_the_command(
+    recipe: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from braeburn.train import loop
+
+    monkeypatch.setattr(loop, "prefetch", loop.prefetch)
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    answer = braeburn("verify", recipe(WRONG_POSITION), "--on", "cpu:1", "--json")
+    assert answer.code == 1, answer.err
+    result = json.loads(answer.out)
+    (check,) = result["checks"]
+    assert (result["passed"], check["check"], check["verdict"]) == (False, "resume", "different")
+    first = int(check["layout"].rpartition(" ")[2]) + 1
+    assert check["reason"].startswith(f"step {first} loss is ")
+    assert "resume one device" in answer.err
+
+
+def test_the_table_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [
+        verify.Check("layout", "fsdp 8", 20, 1.5e-7, 1e-5, "same"),
+        verify.Check("layout", "tensor 8", 0, None, 1e-5, "skipped", "too few heads"),
+        verify.Check("resume", "fsdp 8, killed, resumed from step 4", 36, 0.0, 0.0, "same"),
+    ]
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    monkeypatch.setattr(verify, "verify", lambda *arguments: checks)
+    answer = braeburn("verify", "afm-tiny")
+    assert answer.code == 0
+    assert [line.split() for line in answer.out.splitlines()][1:3] == [
+        ["layout", "fsdp", "8", "20", "1.5e-07", "same"],
+        ["layout", "tensor", "8", "0", "-", "skipped", "too", "few", "heads"],
+    ]
+    assert answer.out.endswith("\n3 checks: 2 passed, 1 skipped, 0 failed\n")
+
+
+def test_mistakes_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    assert "did you mean" in braeburn("verify", "afm-tny").error
+    assert "--on 'h100'" in braeburn("verify", "afm-tiny", "--on", "h100").error
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_shrinking_keeps_the_structure(name: str) -> None:
+    large, small = load(name), shrink(load(name), 8)
+    before, after = large.model, small.model
+    for field in ("vocab_size", "d_model", "num_heads", "num_kv_heads", "ffn_dim"):
+        assert getattr(after, field) <= getattr(before, field)
+        assert math.gcd(getattr(after, field), 8) == math.gcd(getattr(before, field), 8), field
+    assert (after.num_kv_heads < after.num_heads) == (before.num_kv_heads < before.num_heads)
+    same = set(Model.model_fields) - {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads"}
+    for field in same - {"head_dim", "ffn_dim"}:
+        assert getattr(after, field) == getattr(before, field)
+    assert (small.optimizer, small.remat, small.offload) == (large.optimizer, large.remat, large.offload)
+    assert small.precision.compute == "float32"
+    lengths = [stage.sequence_length for stage in small.stages.values()]
+    assert lengths == sorted(lengths) and lengths[0] == 64 and lengths[-1] <= 256
+    for stage, other in zip(small.stages.values(), large.stages.values(), strict=True):
+        assert (stage.mixture, stage.rope_base) == (other.mixture, other.rope_base)
+        assert (stage.schedule.decay, stage.schedule.floor) == (other.schedule.decay, other.schedule.floor)
+        assert bool(stage.schedule.warmup_steps) == bool(other.schedule.warmup_steps)
+        assert stage.batch_size // stage.accumulation_steps % 8 == 0
+    paths = [path for source in small.data.sources.values() for path in source.paths]
+    assert len(set(paths)) == len(paths) and {source.format for source in small.data.sources.values()} == {
+        "python-code"
+    }
+
+
+def test_shrinking_meshes_and_accumulation() -> None:
+    fields: dict[str, Any] = {"mesh.replica": 8, "mesh.tensor": 8, "stages.core.accumulation_steps": 16}
+    fields |= {"stages.context.mesh": {"fsdp": -1, "context": 4, "context_attention": "ring"}}
+    run = shrink(override(load("afm-tiny"), fields), 8)
+    assert run.mesh == Mesh(replica=2, fsdp=2, tensor=2)
+    assert run.stages["context"].mesh == Mesh(fsdp=4, context=2, context_attention="ring")
+    assert (run.stages["core"].accumulation_steps, run.stages["core"].batch_size) == (4, 32)
+    names = list(verify.layouts(run, parse_target("cpu:8")))
+    assert names[:2] == ["replica 2 x fsdp 2 x tensor 2", "fsdp 4 x context 2 (ring)"]
+    assert not [name for name in names if "accumulated" in name]  # it does all along
+    assert scale_down(Mesh(fsdp=2, tensor=3), 8) == Mesh(fsdp=2, tensor=2)
+    assert scale_down(Mesh(), 2) == Mesh(fsdp=2)
+    with pytest.raises(UserError, match="stages of the run 'afm-tiny' is empty"):
+        shrink(load("afm-tiny").model_copy(update={"stages": {}}), 8)
+
+
+@pytest.mark.parametrize(
+    ("target", "some", "size"),
+    [
+        ("cpu:8", {"fsdp 8", "tensor 8", "context 8 (ring)", "context 8 (all-gather)", "fsdp 8, 2 accumulated"}, 8),
+        ("v5e:256", {"data 2 x fsdp 2 x tensor 2", "fsdp 2 x context 4 (ring)"}, 8),
+        ("v4:8x1024", {"replica 2 x fsdp 4", "replica 2 x context 2 x tensor 2 (ring)", "replica 8", "fsdp 8"}, 8),
+        ("h100:4", {"fsdp 2 x tensor 2", "data 4"}, 4),
+        ("cpu:3", {"tensor 2"}, 2),
+        ("cpu:2x1", {"replica 2"}, 2),
+        ("cpu:1", set(), 1),
+    ],
+)
+def test_the_target_decides_the_layouts(target: str, some: set[str], size: int) -> None:
+    runs = verify.layouts(shrink(load("afm-tiny"), size), parse_target(target))
+    assert some <= set(runs) and bool(some) == bool(runs)
+    assert all(math.prod(run.mesh.sizes.values()) == size for run in runs.values())
+    assert ("replica" in str(list(runs))) == ("x" in target)
+
+
+def test_curves_are_compared_point_by_point() -> None:
+    def judge(*found: float) -> verify.Check:
+        curve = [(f"step {step} loss", value) for step, value in enumerate(found, 1)]
+        return verify._judge("layout", "", curve, [("step 1 loss", 2.0), ("step 2 loss", 4.0)], 1e-2)
+
+    assert judge(2.0, 4.01).verdict == "same"
+    assert (judge(2.0, 4.4).difference, judge(2.0, 4.4).reason) == (
+        pytest.approx(0.1),
+        "step 2 loss is 4.4 instead of 4",
+    )
+    assert judge(math.nan, 4.0).verdict == "different" and judge(math.nan, 4.0).difference is None
+    assert judge(2.0).reason == "nothing where step 2 loss was due"
+    assert judge(2.0, 4.0, 5.0).reason == "step 3 loss where nothing was due"
+
+
+def test_batches_are_a_function_of_the_step(run: Run, prepared: Prepared) -> None:
+    """What makes equal curves mean that every sample was seen once: no two steps have the same batch."""
+    batches = Batches(run.stages["core"], "core", run.seed, prepared.train)
+    assert len({batches[step]["inputs"].tobytes() for step in range(len(batches))}) == len(batches)
