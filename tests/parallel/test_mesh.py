@@ -1,7 +1,7 @@
 """How devices are laid out: sizes inferred, one slice to each replica, axes over the dimensions of a torus."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,3 +121,9 @@ def test_devices_alike_are_taken_in_order() -> None:
     mesh = build(Mesh(fsdp=4, tensor=2))
     assert mesh.axis_names == ("replica", "data", "fsdp", "context", "tensor")
     assert [device.id for device in mesh.devices.flat] == list(range(8))
+
+
+def test_no_process_may_be_left_without_a_device() -> None:
+    chips = [replace(chip, process_index=chip.id // 4) for chip in slices(1, (2, 2, 4))]
+    with pytest.raises(UserError, match=r"mesh has 2 devices but the 4 processes have 16; set one of its sizes to -1"):
+        build(Mesh(fsdp=2), chips)

@@ -74,9 +74,10 @@ def build(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh
     """
     size = math.prod(mesh.sizes.values())
     everything = jax.devices() if devices is None else devices
-    if size < len(everything) and len({device.process_index for device in everything}) > 1:
+    num_processes = len({device.process_index for device in everything})
+    if size < len(everything) and num_processes > 1:
         raise UserError(
-            f"mesh has {size} devices but the {jax.process_count()} processes have {len(everything)}; "
+            f"mesh has {size} device{'s' * (size > 1)} but the {num_processes} processes have {len(everything)}; "
             f"set one of its sizes to -1 to use them all, as --set mesh.fsdp=-1"
         )
     return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
