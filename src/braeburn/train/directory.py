@@ -165,9 +165,11 @@ def _may_change(path: str, begun: list[str], step: int) -> bool:
         return step == 0 and path == "model.z_loss"
     if step == 0 or any(path == free or path.startswith(free + ".") for free in FREE_TO_CHANGE):
         return True
-    first, stage, *field = [*path.split("."), ""]
+    if not path.startswith("stages."):
+        return False
+    _, stage, field = path.split(".")[:3]
     # How a batch is divided changes nothing but rounding.
-    return first == "stages" and (stage not in begun or field[:1] in (["accumulation_steps"], ["mesh"]))
+    return stage not in begun or field in ("accumulation_steps", "mesh")
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
