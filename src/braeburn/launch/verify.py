@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from braeburn.config import ONE_DEVICE, AfmOptimizer, Mesh, Run
 from braeburn.data.loader import Batches
@@ -26,6 +26,7 @@ from braeburn.errors import UserError
 from braeburn.launch.shrink import DEVICES, ENVIRONMENT, shrink
 from braeburn.optim.build import begin_stage
 from braeburn.parallel.target import Target
+from braeburn.train.directory import json_lines
 from braeburn.train.loop import train
 from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
 
@@ -242,7 +243,9 @@ def resume(run: Run, folder: Path, killed: Future[None], say: Say) -> Check:
         expected = _train(run, folder / "whole")
         killed.result()
         found = _train(run, folder / "killed")
-        steps = [event["step"] for event in _lines(folder / "killed" / "events.jsonl") if event["event"] == "resume"]
+        steps = [
+            event["step"] for event in json_lines(folder / "killed" / "events.jsonl") if event["event"] == "resume"
+        ]
         if not steps:
             raise RuntimeError("after the kill it began again instead of resuming")
         name = f"{_place(run)}, killed, resumed from step {steps[0]}"
@@ -279,25 +282,16 @@ def _curve(directory: Path) -> Curve:
     """The curve that a run directory tells: of each step in order, then of held-out text after each stage."""
     curve = [
         (f"step {row['step']} {figure}", math.nan if row[figure] is None else row[figure])
-        for row in _lines(directory / "metrics.jsonl")
+        for row in json_lines(directory / "metrics.jsonl")
         for figure in FIGURES
     ]
     ends = {
         f"held-out {source} after step {event['step']}": result["loss"]
-        for event in _lines(directory / "events.jsonl")
+        for event in json_lines(directory / "events.jsonl")
         if event["event"] == "stage_end"
         for source, result in event["held_out"].items()
     }
     return curve + list(ends.items())
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, but for one that the kill cut short."""
-    found = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
 
 
 def _judge(check: Kind, layout: str, found: Curve, expected: Curve, tolerance: float) -> Check:

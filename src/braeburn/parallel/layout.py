@@ -117,10 +117,11 @@ class Layout:
         The tokens of a sequence are reordered so that each context shard gets an early piece and a late one.
         """
         sharding, own = self.batch(), np.asarray(rows)
-        order = zigzag(next(iter(batch.values())).shape[1], self.sizes.context)
+        length, shards = next(iter(batch.values())).shape[1], self.sizes.context
+        order = zigzag(length, shards) if shards > 1 else slice(None)  # whose result is no copy
 
         def put(values: np.ndarray) -> Array:
-            values = np.asarray(values) if self.sizes.context == 1 else np.asarray(values)[:, order]
+            values = np.asarray(values)[:, order]
 
             def part(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None  # only this process's own parts are asked for

@@ -131,13 +131,13 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if not self.writes or not path.exists():
             return
-        kept = [row for row in _lines(path) if row["step"] <= step]
+        kept = [row for row in json_lines(path) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def stage_results(self, step: int) -> list[dict[str, Any]]:
         """The end of each stage finished by `step`, as its event tells: stage, step, tokens, loss and held_out."""
         ends = {}
-        for event in _lines(self.path / "events.jsonl"):
+        for event in json_lines(self.path / "events.jsonl"):
             if event.pop("event") == "stage_end" and event["step"] <= step:
                 event.pop("time")
                 ends[event["stage"]] = event
@@ -145,7 +145,7 @@ class RunDirectory:
 
     def recent_loss(self, stage: str) -> float:
         """Mean loss of the last steps of a stage, up to 20, in nats per token."""
-        losses = deque((row["loss"] for row in _lines(self.path / "metrics.jsonl") if row["stage"] == stage), 20)
+        losses = deque((row["loss"] for row in json_lines(self.path / "metrics.jsonl") if row["stage"] == stage), 20)
         return sum(math.nan if loss is None else loss for loss in losses) / len(losses)
 
 
@@ -172,7 +172,7 @@ def _may_change(path: str, begun: list[str], step: int) -> bool:
     return stage not in begun or field in ("accumulation_steps", "mesh")
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, but for a line that was cut short, as by a full disk."""
     with path.open() as file:
         for line in file:

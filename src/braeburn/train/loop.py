@@ -161,9 +161,9 @@ class _Loop:
     def __post_init__(self) -> None:
         # Those of all stages, so that text too short for the last is found out before the first.
         stages, stores = self.run.stages, self.prepared.train
-        self.rows = {name: self.layouts[name].rows(stage.batch_size) for name, stage in stages.items()}
         self.batches = {
-            name: Batches(stage, name, self.run.seed, stores, self.rows[name]) for name, stage in stages.items()
+            name: Batches(stage, name, self.run.seed, stores, self.layouts[name].rows(stage.batch_size))
+            for name, stage in stages.items()
         }
         self.any_process = AnyProcess()
 
@@ -242,11 +242,12 @@ class _Loop:
         """Makes the steps index..until of a stage. Metrics are read once the next step is on its way."""
         if index == 0:
             state = state._replace(optimizer=begin_stage(state.optimizer))
-        stream = prefetch(self.batches[program.name], index, self.run.data.workers, self.run.data.prefetch)
+        batches = self.batches[program.name]
+        stream = prefetch(batches, index, self.run.data.workers, self.run.data.prefetch)
         step, layout = int(state.step), self.layouts[program.name]
         for _ in range(index, until):
             began = time.monotonic()
-            batch = layout.place(next(stream), self.rows[program.name], program.stage.batch_size)
+            batch = layout.place(next(stream), batches.rows, program.stage.batch_size)
             waited = time.monotonic() - began
             state, metrics = program.step(state, batch)
             step += 1
