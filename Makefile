@@ -3,6 +3,7 @@
 #   make test    all tests, with the coverage of src
 #   make test-kill    four processes, one of which is killed at random five times over (minutes)
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
+#   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; half an hour)
 #   make setup   .venv with everything that tests and checks need
 SHELL := /bin/bash
 VENV := .venv
@@ -14,7 +15,7 @@ PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3 python;
 # One compilation cache for all tests and the demo of this clone.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test test-kill test-slurm setup check format benchmark-memory benchmark-startup clean
+.PHONY: demo test test-kill test-slurm test-compile setup check format benchmark-memory benchmark-startup clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -46,6 +47,16 @@ test-slurm: setup
 		{ echo "error: $$program is missing; install Debian's packages slurm-wlm and munge" >&2; exit 2; }; done
 	$(BIN)/python -m pytest --durations=0 tests/launch/on_slurm.py
 
+# Apart from the other environment: what is installed here claims accelerators that are not there.
+$(VENV)-compile/.all: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 to 3.13 with venv found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	test -e $(VENV)-compile/bin/python || $(PYTHON) -m venv $(VENV)-compile
+	$(VENV)-compile/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,compile]'
+	@touch $@
+
+test-compile: $(VENV)-compile/.all
+	$(VENV)-compile/bin/python -m pytest --durations=0 -s tests/plan/on_compilers.py
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -62,4 +73,4 @@ benchmark-startup: $(VENV)/.core
 	$(BIN)/python benchmarks/startup.py
 
 clean:
-	rm -rf $(VENV) .cache .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-compile .cache .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from braeburn.recipes import BUILT_IN
 from braeburn.train.trained import load
 from support import braeburn, contents, process, rows
 
-COMMANDS = ["recipes", "explain", "train", "evaluate", "generate", "import", "export"]
+COMMANDS = ["recipes", "explain", "chips", "plan", "compile", "train", "evaluate", "generate", "import", "export"]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -436,6 +437,12 @@ def test_a_disk_that_cannot_be_written(small_disk: Path, tiny_arguments: list[st
 def test_interruption_is_no_traceback(tiny_arguments: list[str], tmp_path: Path) -> None:
     recipe = tmp_path / "slow.py"
     recipe.write_text("import os, signal\ndef run(): os.kill(os.getpid(), signal.SIGINT)\n")
-    done = subprocess.run([*PROGRAM, "explain", f"{recipe}:run"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*PROGRAM, "explain", f"{recipe}:run"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells ignore in the background
+    )
     assert done.returncode == 130
     assert done.stderr in ("", "interrupted\n")

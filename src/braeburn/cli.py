@@ -35,6 +35,10 @@ MaxRestarts = Annotated[
     int, typer.Option(min=0, metavar="N", help="Restarts from the last checkpoint after failures, at most.")
 ]
 Submit = Annotated[bool, typer.Option("--submit", help="Hand it to the cluster instead of printing it.")]
+ChipsFile = Annotated[
+    Path | None,
+    typer.Option("--chips", metavar="FILE", help="TOML that adds chips to the catalogue or changes figures."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 
 
@@ -86,6 +90,95 @@ def recipes(as_json: AsJson = False) -> None:
         _print_json(descriptions)
         return
     _print_rows(list(descriptions.items()), "ll")
+
+
+@app.command()
+def chips(
+    claims: Annotated[bool, typer.Option("--claims", help="Check an article's claims against the catalogue.")] = False,
+    extra: ChipsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the accelerators, each figure with how far it is to be trusted."""
+    from braeburn.catalogue import FIGURES, LEGEND, catalogue, facts
+    from braeburn.plan.claims import claims as check
+
+    table = catalogue(extra)
+    checked = check(table, facts(extra)) if claims else []
+    if as_json:
+        listed = {name: dataclasses.asdict(chip) for name, chip in table.items()}
+        _print_json([dataclasses.asdict(claim) for claim in checked] if claims else listed)
+        return
+    for c in checked:
+        figures = ", ".join(map(str, c.checks))
+        print(f"{c.claim}\n  figure   {figures} ({c.confidence or 'no figure'})\n  verdict  {c.verdict}\n")
+    if not claims:
+        rows = [("chip", *(name.replace("_", " ") for name in FIGURES), "JAX")]
+        for name, chip in table.items():
+            known = [getattr(chip, field) for field in FIGURES]
+            cells = (f"{figure.value:,.10g} {figure.confidence}" if figure else "unknown" for figure in known)
+            rows.append((name, *cells, f"refused: {chip.refused}" if chip.refused else chip.back_end or "unknown"))
+        _print_rows(rows, "l" + "r" * len(FIGURES) + "l")
+    print(f"confidence: {LEGEND}")
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    on: Annotated[
+        list[str], typer.Option("--on", metavar="TARGET ...", help="One or more of chip:count or chip:slicesxchips.")
+    ],
+    more: Annotated[list[str] | None, typer.Argument(metavar="TARGET", hidden=True)] = None,  # --on takes several
+    assignments: Set = None,
+    stage: Annotated[str | None, typer.Option(metavar="S", help="One stage of the recipe; all by default.")] = None,
+    layouts: Annotated[int, typer.Option(min=1, metavar="N", help="Layouts to show of each stage.")] = 5,
+    verify: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Compile the best N of each stage and rank them anew.")
+    ] = 0,
+    failures_per_chip_hour: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Of chips and all that belongs to them; Llama 3's by default.")
+    ] = None,
+    checkpoint_seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="That training stands still for a checkpoint.")
+    ] = None,
+    restart_seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="From a failure until training goes on.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts, too.")] = None,
+    extra: ChipsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the layouts of a recipe on hardware: memory, step time, MFU, days, cost, energy and goodput."""
+    runs = [_on_target(recipe, text, assignments, extra)[:2] for text in [*on, *(more or [])]]
+    stages = list(runs[0][0].stages)
+    if stage and stage not in stages:
+        raise UserError(f"--stage {stage!r} is no stage of {recipe}; it must be one of {', '.join(stages)}")
+    from braeburn.catalogue import catalogue
+    from braeburn.plan.compare import compare
+    from braeburn.plan.compiled import ranked_by_compiling
+    from braeburn.plan.page import write
+    from braeburn.plan.table import tables
+
+    given = {
+        "failures_per_chip_hour": failures_per_chip_hour,
+        "checkpoint_seconds": checkpoint_seconds,
+        "restart_seconds": restart_seconds,
+    }
+    failures = {name: value for name, value in given.items() if value is not None}
+    ranking = {"ranked": ranked_by_compiling(verify, extra)} if verify else {}
+    plan = compare(recipe, runs, catalogue(extra), [stage] if stage else stages, failures, **ranking)
+    refused = [f"{target['target']}: {target['refused']}" for target in plan["targets"] if target["refused"]]
+    if len(refused) == len(runs):
+        raise UserError("; ".join(refused))
+    if html:
+        write(plan, html)
+    if as_json:
+        _print_json(plan)
+        return
+    for title, rows, align in tables(plan, layouts):
+        print(title)
+        _print_rows(rows, align)
+        print()
+    print("\n".join(f"refused: {reason}" for reason in refused))
 
 
 @app.command()
@@ -141,6 +234,9 @@ def train(
 ) -> None:
     """Train all stages of a recipe; run again on the same folder, it resumes."""
     run, origins = _resolve(recipe, assignments)
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        # Of a GPU's memory, as the plan has it; JAX alone would take three quarters.
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     processes.find(coordinator, num_processes, process_id)  # before JAX, for whose import a mistake need not wait
     processes.connect(coordinator, num_processes, process_id)
     _begin_computing()
@@ -298,6 +394,52 @@ def verify(recipe: Recipe, on: On = "cpu:8", assignments: Set = None, as_json: A
         raise typer.Exit(1)
 
 
+@app.command("compile")
+def compile_(
+    recipe: Recipe,
+    on: On,
+    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Of the recipe's; the first without it.")] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="AXIS=N,...", help="Sizes of the mesh, as replica=1,fsdp=2048,tensor=4.")
+    ] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Where it does not fit, compile what the plan says would, best first.")
+    ] = False,
+    assignments: Set = None,
+    extra: ChipsFile = None,
+    memory_limit: Annotated[
+        float, typer.Option(min=0.1, metavar="GB", help="What compiling may take of this machine's memory.")
+    ] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a train step for hardware that is not here: does it fit, how fast, and what crosses which link."""
+    base, _ = _resolve(recipe, assignments)
+    stage = stage or next(iter(base.stages))
+    if stage not in base.stages:
+        raise UserError(f"--stage {stage!r} is no stage of {recipe}; it must be one of {', '.join(base.stages)}")
+    path = f"stages.{stage}.mesh" if base.stages[stage].mesh else "mesh"
+    sizes = [f"{path}.{part.strip()}" for part in mesh.split(",")] if mesh else []
+    run, target, _ = _on_target(recipe, on, [*(assignments or []), *sizes], extra)
+    from braeburn.plan.compilation import check_compiler
+
+    check_compiler(target)
+    from braeburn.plan.compiled import changes_that_fit, compile_step
+    from braeburn.plan.report import report
+
+    print(f"compiling {stage} of {run.name} for {target} ...", file=sys.stderr, flush=True)
+    compiled = compile_step(run, stage, target, extra, memory_limit)
+    facts = compiled.summary()
+    if not compiled.fits:
+        facts["changes"] = changes_that_fit(compiled, verify=fix, chips=extra, memory_gb=memory_limit)
+    if as_json:
+        _print_json(facts)
+    else:
+        for rows in report(facts):
+            _print_rows(rows)
+    if not compiled.fits or compiled.offenders:
+        raise typer.Exit(1)
+
+
 launch = typer.Typer(help="Several processes here, or the script or manifest for a cluster.")
 app.add_typer(launch, name="launch")
 
@@ -374,20 +516,28 @@ def kubernetes(
 
 def _job(recipe: str, on: str, out: Path, assignments: list[str] | None) -> Any:
     """The run, the target, and the arguments of `train` there, once the mesh is known to fit."""
-    from braeburn.parallel.target import parse_target
     from braeburn.train.stages import sizes_of
 
+    run, target, assignments = _on_target(recipe, on, assignments)
+    for stage in run.stages:
+        sizes_of(run, stage, target.devices)
+    return run, target, _train_arguments(recipe, out, assignments)
+
+
+def _on_target(recipe: str, on: str, assignments: list[str] | None, chips: Path | None = None) -> Any:
+    """The run on a target, the target, and the overrides, completed with one replica for each slice."""
+    from braeburn.catalogue import catalogue
+    from braeburn.parallel.target import parse_target
+
     run, origins = _resolve(recipe, assignments)
-    target = parse_target(on)
+    target = parse_target(on, catalogue(chips))
     if target.slices > 1:
         # Only the sum of gradients is to cross slices.
         meshes = ["mesh", *(f"stages.{name}.mesh" for name, stage in run.stages.items() if stage.mesh)]
         unset = [mesh for mesh in meshes if origins.get(f"{mesh}.replica", "default") == "default"]
         assignments = [*(assignments or []), *(f"{mesh}.replica={target.slices}" for mesh in unset)]
         run, _ = _resolve(recipe, assignments)
-    for stage in run.stages:
-        sizes_of(run, stage, target.chips)
-    return run, target, _train_arguments(recipe, out, assignments)
+    return run, target, assignments
 
 
 def _train_arguments(recipe: str, out: Path, assignments: list[str] | None) -> list[str]:

@@ -82,7 +82,7 @@ class Mesh(_Frozen):
 
     `context_attention` tells how queries reach the keys of other context shards: passed around a ring, or gathered.
     `torus` lays axes over the physical dimensions of a slice: for each axis its size along each of them, as in
-    {"fsdp": [8, 8, 4], "tensor": [1, 1, 4]} on 8 x 8 x 16 chips; without it the layout is JAX's choice.
+    {"fsdp": [8, 8, 4], "tensor": [1, 1, 4]} on 8 x 8 x 16 chips; without it the innermost axes get the best links.
     """
 
     replica: AxisSize = 1
@@ -117,6 +117,16 @@ class Mesh(_Frozen):
 ONE_DEVICE = Mesh(fsdp=1)
 
 
+NamedActivation = Literal["query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up", "ffn_output"]
+
+
+class Remat(_Frozen):
+    """What the forward pass keeps for the backward pass: all, only each layer's input, or that and `names`."""
+
+    policy: Literal["none", "full", "save_named"] = "none"
+    names: tuple[NamedActivation, ...] = ("query", "key", "value", "attention", "ffn_gate", "ffn_up")
+
+
 class Schedule(_Frozen):
     """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to `floor`."""
 
@@ -128,7 +138,8 @@ class Schedule(_Frozen):
 class Stage(_Frozen):
     """One stage of training. Sizes are in tokens; `mixture` maps the names of sources to weights of any scale.
 
-    `mesh` takes the place of the run's, as where longer sequences are fewer in a batch and want splitting themselves.
+    `mesh` and `remat` take the place of the run's, as where longer sequences are fewer in a batch and want splitting
+    themselves.
     """
 
     tokens: Size
@@ -141,6 +152,7 @@ class Stage(_Frozen):
     rope_base: Positive | None = None
     accumulation_steps: Size = 1
     mesh: Mesh | None = None
+    remat: Remat | None = None
     teacher: str | None = None
 
     @property
@@ -260,16 +272,6 @@ class Precision(_Frozen):
     reduce: Literal["float32", "bfloat16"] = "float32"
 
 
-NamedActivation = Literal["query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up", "ffn_output"]
-
-
-class Remat(_Frozen):
-    """What the forward pass keeps for the backward pass: all, only each layer's input, or that and `names`."""
-
-    policy: Literal["none", "full", "save_named"] = "none"
-    names: tuple[NamedActivation, ...] = ("query", "key", "value", "attention", "ffn_gate", "ffn_up")
-
-
 class Offload(_Frozen):
     """What waits in the host's memory while it is not needed: the optimizer's state, and activations by name."""
 
@@ -327,13 +329,16 @@ class Run(_Frozen):
                         f"stages.{name}.mixture.{source} is not a source of the data; "
                         + did_you_mean(source, self.data.sources)
                     )
-        kept = self.remat.names if self.remat.policy == "save_named" else ()
-        for name in self.offload.activations:
-            if name not in kept:
-                raise ValueError(
-                    f"offload.activations has {name!r}, which is not kept for the backward pass; set remat.policy to "
-                    f"'save_named' with {name!r} among remat.names"
-                )
+        remats = {f"stages.{name}.remat": stage.remat for name, stage in self.stages.items() if stage.remat}
+        if len(remats) < len(self.stages):
+            remats["remat"] = self.remat
+        for path, remat in remats.items():
+            for name in self.offload.activations:
+                if remat.policy != "save_named" or name not in remat.names:
+                    raise ValueError(
+                        f"offload.activations has {name!r}, which is not kept for the backward pass; set {path}.policy "
+                        f"to 'save_named' with {name!r} among {path}.names"
+                    )
         return self
 
 
@@ -387,7 +392,11 @@ def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
     for depth, name in enumerate(parents):
         if not isinstance(known, dict) or name not in known:
             raise UserError(_unknown_field(run, path, ".".join(parents[: depth + 1])))
-        optional = {"rope_scaling": RopeScaling, "mesh": Mesh}  # may be None, and assigned into all the same
+        optional = {
+            "rope_scaling": RopeScaling,
+            "mesh": Mesh,
+            "remat": Remat,
+        }  # may be None, and assigned into all the same
         known = optional[name]().model_dump() if name in optional else known[name]
         # A field left at its default is absent, or None where the recipe switched it off.
         fields[name] = fields = fields.get(name) or {}

@@ -79,6 +79,7 @@ def test_nodes_of_gpus() -> None:
         ("tpu7x:2x64", 16, {"google.com/tpu": 4}),
         ("h200:4", 1, {"nvidia.com/gpu": 4}),
         ("mi300x:2x16", 4, {"amd.com/gpu": 8}),
+        ("mi250x:8", 2, {"amd.com/gpu": 8}),
         ("cpu:4", 4, None),
     ],
 )
@@ -94,6 +95,7 @@ def test_other_targets(on: str, pods: int, limits: dict[str, int] | None) -> Non
 
 def test_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answer = json.loads(launch("v6e:16", "--json").out)
+    assert "no JAX for AWS Trainium2 can be installed: Neuron PJRT plugin is no extra" in launch("trainium2:64").error
     assert answer["submitted"] is None and answer["manifest"] == launch("v6e:16").out
     assert (
         "--out 'runs/x' must lie in the folder of the volume; give a path as /runs/llama3-8b"

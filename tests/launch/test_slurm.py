@@ -43,6 +43,13 @@ def test_gpus() -> None:
     assert script.startswith("#!/bin/bash\n# it's on h100:16: 2 nodes of 8 GPUs, a process for each GPU.\n")
 
 
+def test_modules_of_two_gpus_and_chips_without_jax() -> None:
+    script = launch("mi250x:8", recipe="llama3-8b").out
+    for directive in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8"):
+        assert f"--{directive}" in directives(script)
+    assert "--on 'gaudi3:8': no JAX for Intel Gaudi 3 can be installed" in launch("gaudi3:8", recipe="llama3-8b").error
+
+
 def test_cpus_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = launch("cpu:2", "--account", "me").out
     assert "--ntasks=2" in directives(script) and "--account=me" in directives(script)

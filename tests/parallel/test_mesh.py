@@ -9,7 +9,7 @@ import pytest
 
 from braeburn.config import Mesh
 from braeburn.errors import UserError
-from braeburn.parallel.mesh import arrange, build, resolve
+from braeburn.parallel.mesh import arrange, build, placements, resolve
 
 
 @dataclass(frozen=True)
@@ -127,3 +127,16 @@ def test_no_process_may_be_left_without_a_device() -> None:
     chips = [replace(chip, process_index=chip.id // 4) for chip in slices(1, (2, 2, 4))]
     with pytest.raises(UserError, match=r"mesh has 2 devices but the 4 processes have 16; set one of its sizes to -1"):
         build(Mesh(fsdp=2), chips)
+
+
+def test_a_torus_of_two_dimensions_is_set_by_two_numbers() -> None:
+    mesh = Mesh(fsdp=16, tensor=4, torus={"fsdp": (2, 8), "tensor": (4, 1)})
+    placed = arrange(mesh, slices(1, (8, 8, 1)))
+    assert [chip.coords for chip in placed[0, 0, 0, 0]] == [(x, 0, 0) for x in range(4)]
+
+
+def test_without_a_torus_the_first_placement_is_taken() -> None:
+    sizes = (("replica", 1), ("data", 1), ("fsdp", 256), ("context", 1), ("tensor", 4))
+    first = placements(sizes, (8, 8, 16))[0]
+    own = arrange(Mesh(fsdp=256, tensor=4), slices(1, (8, 8, 16)))
+    assert (own == arrange(Mesh(fsdp=256, tensor=4, torus=first), slices(1, (8, 8, 16)))).all()

@@ -39,6 +39,8 @@ def test_flops_per_token_by_hand() -> None:
         ("TPU v5 lite", 197),
         ("TPU v5p", 459),
         ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),  # one of a chip's two
+        ("AMD Instinct MI250X", 191.5),
         ("TPU v4 lite", None),
         ("TPU v5 litepod", None),
         ("NVIDIA H1000", None),

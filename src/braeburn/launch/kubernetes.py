@@ -91,20 +91,22 @@ def manifest(
         max_restarts: how often all pods are started anew, after failures.
 
     Raises:
-        UserError: `out` is no absolute path below a folder, or there is no such slice of TPUs.
+        UserError: `out` is no absolute path below a folder, there is no such slice of TPUs, or no JAX that could be
+            installed for the target.
     """
+    target.check_installable()
     if not out.is_absolute() or len(out.parts) < 3:
         raise UserError(f"--out {str(out)!r} must lie in the folder of the volume; give a path as /runs/{name}")
     facts, job = target.facts, "slice" if target.facts.maker == "google" else "node"
     jobset = ("braeburn-" + re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))[:40].rstrip("-")
-    pods, replicas = target.nodes_per_slice, target.slices
+    pods, replicas, each = target.nodes_per_slice, target.slices, target.chips_per_node
     extra = f"its extra {facts.extra!r}, as `pip install 'braeburn[{facts.extra}]'` brings it" if facts.extra else "JAX"
     annotations, placement, environment, mounts, volumes = [], [], [], [], []
     resources = {"google": "google.com/tpu", "nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(facts.maker)
     arguments = list(arguments)
     if facts.maker == "google":
         shape = f"{replicas} slice{'s' * (replicas > 1)} of {target.topology} chips, {pods} hosts each"
-        comments = ("A Job for each slice.", f"A pod for each host of a slice, with its {target.chips_per_node} chips.")
+        comments = ("A Job for each slice.", f"A pod for each host of a slice, with its {each} chips.")
         annotations = [
             "annotations:",
             "  # Each slice is one node pool, and takes one Job.",
@@ -124,9 +126,9 @@ def manifest(
             ]
     else:
         # Slices say nothing to nodes: they are all alike.
-        pods, replicas = pods * replicas, 1
+        pods, replicas, each = pods * replicas, 1, each * facts.devices_per_chip
         kind = "GPU node" if resources else "CPU process"
-        shape = f"{pods} {kind}{'s' * (pods > 1)}" + (f" of {target.chips_per_node}" if resources else "")
+        shape = f"{pods} {kind}{'s' * (pods > 1)}" + (f" of {each}" if resources else "")
         comments = ("One Job for all.", f"A pod for each {kind}; its number is that of the process.")
         if pods > 1:
             arguments += ["--coordinator", f"{jobset}-{job}-0-0.{jobset}:{PORT}", "--num-processes", f"{pods}"]
@@ -144,7 +146,7 @@ def manifest(
             volumes += ["  emptyDir:", "    medium: Memory"]
         else:
             environment = ["- name: JAX_PLATFORMS", "  value: cpu"]
-    limits = ["resources:", "  limits:", f"    {resources}: {target.chips_per_node}"] if resources else []
+    limits = ["resources:", "  limits:", f"    {resources}: {each}"] if resources else []
     return _TEMPLATE.format(
         name=name,
         target=target,

@@ -95,9 +95,10 @@ def script(
         max_restarts: restarts within one job, after failures.
 
     Raises:
-        UserError: the target is one of TPUs.
+        UserError: the target is one of TPUs, or has no JAX that could be installed.
     """
-    nodes, each = target.slices * target.nodes_per_slice, target.chips_per_node
+    target.check_installable()
+    nodes, each = target.slices * target.nodes_per_slice, target.chips_per_node * target.facts.devices_per_chip
     environment, srun = "", ""
     if target.facts.maker == "google":
         raise UserError(f"--on {str(target)!r}: SLURM does not schedule TPUs; use `braeburn launch kubernetes`")

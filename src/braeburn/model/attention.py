@@ -75,7 +75,7 @@ def attention(
     what its backward pass needs besides, the name "attention".
     """
     request = Request(
-        platform=jax.default_backend(),
+        platform=_platform(),
         dtype=query.dtype,
         sequence_length=query.shape[1] * mesh.context,
         num_heads=query.shape[2],
@@ -85,6 +85,12 @@ def attention(
         ring=mesh.context > 1 and mesh.context_attention == "ring",
     )
     return select(request).run(query, key, value, segment_ids, mesh)
+
+
+def _platform() -> str:
+    """That of the devices which the traced program is for; they need not be there."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device and device.platform else jax.default_backend()
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from itertools import product
 from typing import Any
 
 import jax
@@ -10,6 +12,9 @@ from jax.experimental import mesh_utils
 
 from braeburn.config import Mesh
 from braeburn.errors import UserError
+
+# Of each axis, its size along each dimension of a torus.
+Factors = dict[Any, tuple[int, ...]]
 
 
 def resolve(mesh: Mesh, num_devices: int) -> Mesh:
@@ -41,7 +46,8 @@ def arrange(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
     """Devices in an array of the mesh's shape, neighbours along the last axes joined by the best links.
 
     Where devices belong to several slices, the outermost axes take the slices: with as many replicas as slices, each
-    replica is exactly one slice. Within a slice of TPUs JAX lays the axes over the torus, or `mesh.torus` does.
+    replica is exactly one slice. Within a slice of TPUs axes are laid over the torus as `mesh.torus` says, or the first
+    of `placements`.
 
     Args:
         mesh: resolved sizes.
@@ -57,7 +63,7 @@ def arrange(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
     if len({len(members) for members in slices.values()}) > 1:
         counts = ", ".join(f"{len(members)} in slice {index}" for index, members in slices.items())
         raise UserError(f"the mesh's {len(devices)} devices lie unevenly ({counts}); use all devices of each slice")
-    across = _across_slices(mesh, len(slices))
+    across = across_slices(mesh, len(slices))
     within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
     parts = [_arrange_slice(mesh, within, members) for _, members in sorted(slices.items())]
     # [slices along each axis..., places along each axis...] interleaved: the slice is the slower part of each axis.
@@ -83,7 +89,7 @@ def build(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh
     return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
 
 
-def _across_slices(mesh: Mesh, num_slices: int) -> tuple[int, ...]:
+def across_slices(mesh: Mesh, num_slices: int) -> tuple[int, ...]:
     """How many slices each axis crosses, the outermost axis first."""
     across, left = [], num_slices
     for size in mesh.sizes.values():
@@ -98,19 +104,26 @@ def _across_slices(mesh: Mesh, num_slices: int) -> tuple[int, ...]:
 
 
 def _arrange_slice(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    places = np.array([getattr(device, "coords", ()) for device in devices])
+    sides = tuple(int(n) for n in np.ptp(places, axis=0) + 1) if places.size else ()
     if mesh.torus:
-        return _lay_over_torus(mesh, shape, devices)
-    if getattr(devices[0], "platform", "") == "tpu" and len(devices) > 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return np.array(devices, dtype=object).reshape(shape)
+        flat = len(next(iter(mesh.torus.values())))  # tori of two dimensions have a third of one chip
+        places, sides = (places[:, :flat], sides[:flat]) if math.prod(sides[flat:]) == 1 else (places, sides)
+        _check_torus(mesh, shape, sides)
+        return _lay_over_torus(mesh.torus, mesh, devices, places, sides)
+    if getattr(devices[0], "platform", "") != "tpu" or len(devices) == 1:
+        return np.array(devices, dtype=object).reshape(shape)
+    if len(np.unique(places, axis=0)) == len(devices) == math.prod(sides):
+        torus = placements(tuple(zip(mesh.sizes, shape, strict=True)), sides)[0]
+        return _lay_over_torus(torus, mesh, devices, places, sides)
+    # Several devices to a chip, or chips that fill no box.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _lay_over_torus(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+def _check_torus(mesh: Mesh, shape: tuple[int, ...], extent: tuple[int, ...]) -> None:
     torus = mesh.torus or {}
-    if not hasattr(devices[0], "coords"):
+    if not extent:
         raise UserError("mesh.torus is set, but these devices have no place on a torus; remove mesh.torus")
-    places = np.array([device.coords for device in devices])
-    extent = tuple(int(n) for n in places.max(axis=0) - places.min(axis=0) + 1)
     factors = [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]  # type: ignore[call-overload]
     for axis, own, size in zip(mesh.sizes, factors, shape, strict=True):
         if math.prod(own) != size:
@@ -123,6 +136,13 @@ def _lay_over_torus(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> n
             f"mesh.torus multiplies to {list(map(math.prod, zip(*factors, strict=True)))} along the dimensions of the "
             f"torus, but a slice is {' x '.join(map(str, extent))}; make the sizes along each dimension multiply to it"
         )
+
+
+def _lay_over_torus(
+    torus: Factors, mesh: Mesh, devices: list[Any], places: np.ndarray, extent: tuple[int, ...]
+) -> np.ndarray:
+    factors = [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]
+    shape = tuple(map(math.prod, factors))
     grid = np.empty(extent, dtype=object)
     for device, place in zip(devices, places - places.min(axis=0), strict=True):
         grid[tuple(place)] = device
@@ -130,3 +150,42 @@ def _lay_over_torus(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> n
     dims, axes = len(extent), len(factors)
     grid = grid.reshape([factors[axis][dim] for dim in range(dims) for axis in range(axes)])
     return grid.transpose([dim * axes + axis for axis in range(axes) for dim in range(dims)]).reshape(shape)
+
+
+@cache
+def placements(sizes: tuple[tuple[str, int], ...], sides: tuple[int, ...]) -> list[Factors]:
+    """The ways to lay axes over the dimensions of a torus, those first that give the innermost axes the best links.
+
+    Args:
+        sizes: of each axis within a slice, the innermost last.
+        sides: of the slice.
+
+    Raises:
+        UserError: the axes do not fill the slice.
+    """
+    if math.prod(size for _, size in sizes) != math.prod(sides):
+        named = " x ".join(f"{axis}={size}" for axis, size in sizes if size > 1)
+        raise UserError(f"mesh ({named or 'one device'}) does not fill a slice of {' x '.join(map(str, sides))} chips")
+
+    def lay(left: tuple[tuple[str, int], ...], free: tuple[int, ...]) -> list[Factors]:
+        if not left:
+            return [{}] if math.prod(free) == 1 else []
+        axis, size = left[-1]
+        choices = [f for f in product(*map(_divisors, free)) if math.prod(f) == size]
+        # Whole sides first, as rings; then over as many dimensions as there are, each with links of its own.
+        choices.sort(key=lambda f: -sum(1 + (n == side) for n, side in zip(f, free, strict=True) if n > 1))
+        found = []
+        for factors in choices:
+            rest = tuple(side // n for side, n in zip(free, factors, strict=True))
+            found += [{**other, axis: factors} for other in lay(left[:-1], rest)]
+        return found
+
+    ways = lay(tuple((axis, size) for axis, size in sizes if size > 1), sides)
+    if not ways:
+        raise UserError(f"no axis of the mesh can be laid over a torus of {' x '.join(map(str, sides))} chips")
+    return ways
+
+
+@cache
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

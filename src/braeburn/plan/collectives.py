@@ -1,25 +1,21 @@
-"""What a compiled program exchanges between devices, read out of its HLO text.
-
-The text is taken apart by brackets and quotes, not by lines: what kernels write into it may hold line breaks, and lines
-that begin with `}`.
-"""
+"""What a compiled program exchanges between devices, read out of its HLO text."""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
+from braeburn.plan.hlo import Execution, Module, parse, split
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 
-# Quotes and brackets, and the one character at which a text is split.
-_TOKENS = {mark: re.compile(rf'"(?:[^"\\]|\\.)*"|[\[\](){{}}{mark}]', re.DOTALL) for mark in "\n ,"}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-# Instructions that exchange something or run another computation.
-_RELEVANT = re.compile(rf" (?:{'|'.join(KINDS)}|while)|(?:calls|to_apply|computations?)=")
-_CALLS = ("calls", "to_apply", "branch_computations", "true_computation", "false_computation", "called_computations")
+# Transfers that the runtime of TPU slices carries over the data-centre network.
+_ACROSS_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Collective:
         dtype: as HLO writes it, "f32".
         shape: of what an all-gather leaves on each device, and of what each device puts into all others.
         axes: of the mesh, those that it runs over and that have more than one device; None where its groups are not
-            those of any axes.
+            those of any axes. Of what crosses slices, the axes that were said to.
         times: how often it runs: the product of the trip counts of the loops around it.
         conditional: whether it is in a branch that may not be taken.
         source: the operation of the traced program that it comes from.
@@ -62,117 +58,96 @@ def traffic(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...] | No
     return dict(sums)
 
 
-def collectives(hlo_text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """Every exchange of a compiled program, in the order of its text within each computation.
 
     One that is started and awaited apart appears once. Branches appear as if each of them was taken.
 
     Args:
-        hlo_text: the compiled module, as `compiled.as_text()` writes it.
-        mesh_shape: size of each axis; the program's device i is the i-th of `mesh.devices.flatten()`.
+        program: the compiled module, or its text as `compiled.as_text()` writes it.
+        mesh_shape: size of each axis; the program's device i is the i-th of `mesh.devices.flatten()`. A program for
+            several slices is compiled for one of them: of each axis, the part within a slice.
 
     Raises:
         ValueError: the text is not a whole module, has groups of an unknown form, or exchanges in a loop of unknown
             length.
     """
-    computations, entry = _computations(hlo_text)
-
-    def walk(name: str, conditional: bool) -> Iterator[Collective]:
-        for line in computations[name]:
-            if not _RELEVANT.search(line):
-                continue
-            instruction = _instruction(line)
-            kind = instruction.opcode.removesuffix("-start")
-            if instruction.opcode.endswith(("-done", "-update")):
-                continue
-            if kind in KINDS:
-                # TPUs write a reduce-scatter as a fusion: the sum of everything, of which a part is kept.
-                hidden = kind == "all-reduce" and name.startswith("all-reduce-scatter")
-                yield from _exchanged(instruction, kind, "reduce-scatter" if hidden else kind, mesh_shape, conditional)
-            elif kind == "while":
-                condition = instruction.attributes["condition"].lstrip("%")
-                body = instruction.attributes["body"].lstrip("%")
-                inside = [*walk(body, conditional), *walk(condition, conditional)]
-                trips = _trip_count(instruction, computations[condition]) if inside else 0
-                yield from (replace(collective, times=collective.times * trips) for collective in inside)
-            else:
-                branches = conditional or kind == "conditional"
-                for key in _CALLS:
-                    for called in re.findall(r"[\w.\-]+", instruction.attributes.get(key, "")):
-                        yield from walk(called, branches)
-
-    return list(walk(entry, False))
+    module = parse(program) if isinstance(program, str) else program
+    found: list[Collective] = []
+    chains = set()
+    for run in module.walk():
+        opcode = run.instruction.opcode.removesuffix("-start")
+        if opcode in KINDS:
+            # TPUs carry one out piece by piece beside other work, and write it into each fusion that does a piece.
+            chain = re.search(r'chain_id="(\d+)"', run.instruction.rest)
+            if not chain or chain[1] not in chains:
+                found += _exchanged(run.known_length(), opcode, mesh_shape)
+            chains |= {chain[1]} if chain else set()
+    return found
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str
-    opcode: str
-    attributes: Mapping[str, str]
+def transfers(module: Module, axes: tuple[str, ...]) -> list[Collective]:
+    """Every exchange between slices of a program compiled for several: pairs of `send` and `recv`, each counted once.
 
+    Args:
+        module: the compiled module.
+        axes: of the mesh that cross slices.
 
-def _split(text: str, mark: str) -> Iterator[str]:
-    """The parts of a text between marks that stand outside all brackets and quotes."""
-    depth = start = 0
-    for token in _TOKENS[mark].finditer(text):
-        if token[0] in "([{":
-            depth += 1
-        elif token[0] in ")]}":
-            depth -= 1
-        elif token[0] == mark and depth == 0:
-            yield text[start : token.start()]
-            start = token.end()
-    if depth:
-        raise ValueError(f"unbalanced brackets in HLO text that begins {text[:80]!r}")
-    yield text[start:]
-
-
-def _computations(hlo_text: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of each computation by its name, and the name of the one that the program begins with."""
-    computations, entry = {}, ""
-    for statement in _split(hlo_text, "\n"):
-        # `%name (parameters) -> type {`, instructions, `}`
-        head, _, body = statement.partition(" {\n")
-        if " -> " not in head or not body:
+    Raises:
+        ValueError: a transfer of unknown type, or in a loop of unknown length.
+    """
+    found: list[Collective] = []
+    whole: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+    runs = [run for run in module.walk() if _ACROSS_SLICES in run.instruction.rest]
+    for run in sorted(runs, key=lambda run: run.instruction.opcode):  # what is received before what is sent
+        instruction = run.instruction
+        if instruction.opcode not in ("send", "recv"):
             continue
-        name = head.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
-        computations[name] = [line for line in _split(body[: body.rindex("}")], "\n") if line.strip()]
-        entry = name if head.startswith("ENTRY ") else entry
-    if not entry:
-        raise ValueError("the text has no ENTRY computation: it is not that of a whole HLO module")
-    return computations, entry
+        kind, name = (
+            re.search(rf'_xla_{key}="([^"]*)"', instruction.rest)
+            for key in ("megascale_transfer_type", "host_transfer_rendezvous")
+        )
+        if not kind or not name:
+            raise ValueError(f"{instruction.name} leaves the slice in an unknown way: {instruction.rest[:200]}")
+        # What is sent of a gather, and received of a scatter, is a part of the whole.
+        (dtype, shape), *_ = arrays(instruction.type)
+        pair = (run.computation, name[1])
+        _, whole[pair] = max((math.prod(array[1]), array) for array in {(dtype, shape), whole.get(pair, ("", ()))})
+        if instruction.opcode == "send":
+            body = module.computations[run.computation]
+            source = instruction.source or body[instruction.arguments[0]].source or name[1]
+            written = kind[1].lower().replace("_", "-")
+            times = run.known_length().times
+            found.append(Collective(instruction.name, written, *whole[pair], axes, times, run.conditional, source))
+    return found
 
 
-def _instruction(line: str) -> _Instruction:
-    """`[ROOT] %name = type opcode(operands), key=value, ...` taken apart."""
-    words = list(_split(line.strip().removeprefix("ROOT "), " "))
-    name, _, type_, call, *rest = words
-    pairs = (part.strip().partition("=") for part in _split(" ".join(rest), ","))
-    attributes = {key: value for key, _, value in pairs}
-    return _Instruction(name.lstrip("%"), type_, call.partition("(")[0], attributes)
+def arrays(types: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Type and shape of each array of an HLO type."""
+    return [(dtype, _integers(dims)) for dtype, dims in _ARRAY.findall(types)]
 
 
-def _exchanged(
-    instruction: _Instruction, opcode: str, kind: str, mesh_shape: Mapping[str, int], conditional: bool
-) -> Iterator[Collective]:
-    attributes, types = instruction.attributes, instruction.type
-    num_devices = math.prod(mesh_shape.values())
+def _exchanged(run: Execution, opcode: str, mesh_shape: Mapping[str, int]) -> Iterator[Collective]:
+    instruction, attributes, types = run.instruction, run.instruction.attributes, run.instruction.type
     pairs = attributes.get("source_target_pairs")
     written = pairs or attributes.get("replica_groups", "{}")
     if "device_ids" in attributes:  # replica_groups=mesh[...], device_ids=(...) {...}
         written += f", device_ids={attributes['device_ids']}"
-    groups = _groups(written, num_devices)
-    started = instruction.opcode.endswith("-start") and opcode != "all-reduce"
-    if started:  # (what is put in, what comes out, ...)
-        types = list(_split(types[1:-1], ","))[opcode == "all-gather"]
-    source = re.search(r'op_name="([^"]*)"', attributes.get("metadata", ""))
-    for dtype, dims in _ARRAY.findall(types):
-        shape = [int(size) for size in dims.split(",") if size]
+    axes, size = _axes(written, tuple(mesh_shape.items()), whole=not pairs)
+    parts = list(split(types[1:-1], ",")) if types.startswith("(") else []
+    # (what is put in, what comes out, ...), each perhaps of several arrays; of a sum on TPUs what comes out alone
+    both = opcode != "all-reduce" or types.startswith("((")
+    started = instruction.opcode.endswith("-start") and both
+    if started:
+        types = parts[opcode == "all-gather"]
+    # TPUs write a reduce-scatter as a fusion: the sum of everything, of which a part is kept.
+    hidden = opcode == "all-reduce" and run.computation.startswith("all-reduce-scatter")
+    kind = "reduce-scatter" if hidden else opcode
+    for dtype, shape in arrays(types):
         if opcode == "reduce-scatter" and not started:
-            shape[int(attributes["dimensions"].strip("{}"))] *= groups.shape[1]
-        axes = _axes(groups, mesh_shape, whole=not pairs)
-        yield Collective(instruction.name, kind, dtype, tuple(shape), axes, 1, conditional, source[1] if source else "")
+            along = int(attributes["dimensions"].strip("{}"))
+            shape = (*shape[:along], shape[along] * size, *shape[along + 1 :])
+        yield Collective(instruction.name, kind, dtype, shape, axes, run.times, run.conditional, instruction.source)
 
 
 def _groups(text: str, num_devices: int) -> np.ndarray:
@@ -204,24 +179,18 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
-def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int], *, whole: bool) -> tuple[str, ...] | None:
-    """The axes along which the devices of a group differ, if they are all the devices there are along these axes.
+@cache
+def _axes(written: str, mesh: tuple[tuple[str, int], ...], *, whole: bool) -> tuple[tuple[str, ...] | None, int]:
+    """The axes along which the devices of a group differ, if they are all that there are along these, and their number.
 
     Args:
-        groups: [groups, devices in each].
-        mesh_shape: size of each axis.
+        written: the groups, in any of their forms.
+        mesh: axes and their sizes.
         whole: whether groups must be whole; those of a permutation are pairs of a source and its target.
     """
-    places = np.unravel_index(groups, tuple(mesh_shape.values()))
-    axes = tuple(axis for axis, place in zip(mesh_shape, places, strict=True) if (place != place[:, :1]).any())
-    return axes if not whole or groups.shape[1] == math.prod(mesh_shape[axis] for axis in axes) else None
-
-
-def _trip_count(loop: _Instruction, condition: list[str]) -> int:
-    """How often a loop runs: XLA's own account of it, or else the one constant that its condition compares with."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes.get("backend_config", "")):
-        return int(known[1])
-    constants = [found[1] for line in condition if (found := re.search(r"= s(?:32|64)\[\]\S* constant\((\d+)\)", line))]
-    if len(constants) != 1:
-        raise ValueError(f"the loop {loop.name} has collectives, and its length cannot be told from its condition")
-    return int(constants[0])
+    sizes = dict(mesh)
+    groups = _groups(written, math.prod(sizes.values()))
+    places = np.unravel_index(groups, tuple(sizes.values()))
+    axes = tuple(axis for axis, place in zip(sizes, places, strict=True) if (place != place[:, :1]).any())
+    known = not whole or groups.shape[1] == math.prod(sizes[axis] for axis in axes)
+    return (axes if known else None), groups.shape[1]

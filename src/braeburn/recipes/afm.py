@@ -3,13 +3,25 @@
 Data is not part of a recipe: the sources name folders to be filled, or to be set from the command line.
 """
 
-from braeburn.config import Checkpoint, Data, Mesh, Model, Remat, Run, Schedule, Source, Stage
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from braeburn.config import Checkpoint, Data, Mesh, Model, Precision, Remat, Run, Schedule, Source, Stage
 
 WEB = ("web", "code", "maths", "long")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+# Not queries and keys: their norm needs what it normalised, so that their products are formed again in any case.
+KEEP = Remat(policy="save_named", names=("value", "attention", "attention_output", "ffn_gate", "ffn_up"))
 
 
-def stages(*, batch_tokens: int, long_mesh: Mesh | None = None) -> dict[str, Stage]:
-    """The three stages: core, continued with maths and code up-weighted, and context lengthening on `long_mesh`.
+def stages(
+    *, batch_tokens: int, meshes: Mapping[str, Mesh] = NOTHING, remats: Mapping[str, Remat] = NOTHING
+) -> dict[str, Stage]:
+    """The three stages: core, continued with maths and code up-weighted, and context lengthening.
+
+    `meshes` and `remats` are those of the stages that have their own.
 
     Token counts, rates, decay and RoPE bases are the published ones; the weights of the mixtures are not published.
     """
@@ -32,6 +44,7 @@ def stages(*, batch_tokens: int, long_mesh: Mesh | None = None) -> dict[str, Sta
             learning_rate=3e-4,
             weight_decay=1e-5,
             schedule=continued,
+            mesh=meshes.get("continued"),
         ),
         "context": Stage(
             tokens=100_000_000_000,
@@ -42,7 +55,8 @@ def stages(*, batch_tokens: int, long_mesh: Mesh | None = None) -> dict[str, Sta
             weight_decay=1e-5,
             schedule=continued,
             rope_base=6_315_089.0,
-            mesh=long_mesh,
+            mesh=meshes.get("context"),
+            remat=remats.get("context"),
         ),
     }
 
@@ -59,12 +73,16 @@ def afm_on_device() -> Run:
         model=Model(
             vocab_size=49_152, d_model=3072, num_layers=26, num_heads=24, num_kv_heads=8, head_dim=128, ffn_dim=8064
         ),
-        # A slice of 2,048 chips: d_model is no multiple of 2,048, and of long sequences there are 256.
-        stages=stages(batch_tokens=2048 * 4096, long_mesh=Mesh(context=4, tensor=2)),
-        mesh=Mesh(tensor=2),
+        # A slice of 2,048 chips, where shards of 48 columns are gathered faster than narrower ones. Of longer sequences
+        # there are 1,024, and of the longest 256.
+        stages=stages(
+            batch_tokens=2048 * 4096,
+            meshes={"continued": Mesh(data=-1, fsdp=64, context=2), "context": Mesh(context=4, tensor=2)},
+        ),
+        mesh=Mesh(data=-1, fsdp=64),
         data=data(),
         checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),
-        remat=Remat(policy="save_named", names=("query", "key", "value", "attention", "ffn_gate", "ffn_up")),
+        remat=KEEP,
     )
 
 
@@ -88,12 +106,18 @@ def afm_server() -> Run:
         model=Model(
             vocab_size=100_352, d_model=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, ffn_dim=28_672
         ),
-        # Slices of 1,024 chips, each a replica once their number is given.
-        stages=stages(batch_tokens=4096 * 4096, long_mesh=Mesh(context=4, tensor=4)),
+        # Slices of 1,024 chips, each a replica once their number is given. Where sequences are split a quarter of the
+        # chips shares the state, which leaves less room for activations.
+        stages=stages(
+            batch_tokens=4096 * 4096,
+            meshes={"context": Mesh(context=4, tensor=4)},
+            remats={"context": KEEP.model_copy(update={"names": KEEP.names[:-1]})},
+        ),
         mesh=Mesh(tensor=4),
         data=data(),
         checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),
-        remat=Remat(policy="full"),
+        precision=Precision(reduce="bfloat16"),
+        remat=KEEP,
     )
 
 
@@ -113,4 +137,6 @@ def afm_85m() -> Run:
     model = Model(
         vocab_size=12_288, d_model=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64, ffn_dim=2048
     )
-    return Run(name="afm-85m", model=model, stages=shorter, data=data())
+    # So that a batch fits a chip of 32 GB.
+    remat = Remat(policy="save_named", names=("attention",))
+    return Run(name="afm-85m", model=model, stages=shorter, data=data(), remat=remat)

@@ -1,9 +1,11 @@
-"""Where compiled programs are kept between processes."""
+"""With which options programs are compiled, and where they are kept between processes."""
 
 import os
 from pathlib import Path
 
 import jax
+
+from braeburn.catalogue import chip_of
 
 
 def cache_compilations() -> None:
@@ -12,3 +14,9 @@ def cache_compilations() -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "braeburn" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def compiler_flags(device_kind: str) -> dict[str, str | bool]:
+    """The catalogue's options of XLA for a device as JAX calls it, by name; none where it is not known."""
+    flags = chip.flags if (chip := chip_of(device_kind)) else ()
+    return {flag.name: flag.value if isinstance(flag.value, bool) else str(flag.value) for flag in flags}

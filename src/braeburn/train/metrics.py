@@ -8,35 +8,18 @@ from typing import Any
 
 import jax
 
+from braeburn.catalogue import chip_of
 from braeburn.config import Model, Run
 from braeburn.model.spec import Tree, count
 from braeburn.model.transformer import param_specs
 from braeburn.train.guard import SkipCounter
 from braeburn.train.progress import Display
 
-# Dense bf16 peak of one device in TFLOP/s and what JAX calls the devices that have it (vendors' data sheets).
-PEAK_TFLOPS = {
-    197: ("TPU v5 lite", "TPU v5e"),
-    275: ("TPU v4",),
-    312: ("NVIDIA A100",),
-    459: ("TPU v5", "TPU v5p"),
-    918: ("TPU v6 lite", "TPU v6e"),
-    989: ("NVIDIA H100", "NVIDIA H200"),
-    1307: ("AMD Instinct MI300X", "AMD Instinct MI325X"),
-    2250: ("NVIDIA B200",),
-    2307: ("TPU7x",),
-    2500: ("NVIDIA GB200", "AMD Instinct MI355X"),
-}
-
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s; None where it is not known, as for CPUs."""
-    # GPUs append their memory and form, as in "NVIDIA H100 80GB HBM3" and "NVIDIA A100-SXM4-40GB"; TPUs do not.
-    model = device_kind if device_kind.startswith("TPU") else device_kind.replace("-", " ") + " "
-    for peak, kinds in PEAK_TFLOPS.items():
-        if any(model == kind or (model.startswith(kind + " ") and not kind.startswith("TPU")) for kind in kinds):
-            return peak * 1e12
-    return None
+    """Dense bf16 peak of a device in FLOP/s, from the catalogue; None where it is not known, as for CPUs."""
+    chip = chip_of(device_kind)
+    return chip.bf16_tflops.value * 1e12 / chip.devices_per_chip if chip and chip.bf16_tflops else None
 
 
 def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:

@@ -18,6 +18,7 @@ from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout, can_offload
 from braeburn.parallel.mesh import build, resolve
 from braeburn.parallel.rules import check
+from braeburn.train.compilation import compiler_flags
 from braeburn.train.state import TrainState, new_state
 from braeburn.train.step import Batch, train_step
 
@@ -92,7 +93,8 @@ def stage_step(
     model = model_of_stage(run.model, stage)
 
     def loss(params: Tree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return transformer.loss(params, batch, model, run.precision, run.remat, run.offload, layout.sizes)
+        remat = stage.remat or run.remat
+        return transformer.loss(params, batch, model, run.precision, remat, run.offload, layout.sizes)
 
     step = functools.partial(
         train_step,
@@ -127,15 +129,22 @@ def abstract_state(run: Run, stage: Stage, layout: Layout) -> TrainState:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
 
 
-def compile_stage(run: Run, name: str, layout: Layout) -> Program:
-    """Compiles a stage's train step. The state passed to it is given up, the one it returns takes its memory."""
-    began = time.monotonic()
+def lower_stage(run: Run, name: str, layout: Layout) -> jax.stages.Lowered:
+    """A stage's train step for the devices of a layout, which need not be there, before it is compiled."""
     stage = run.stages[name]
     state = abstract_state(run, stage, layout)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(stage_step(run, stage, layout), donate_argnums=0, out_shardings=(places, layout.everywhere()))
+    return step.lower(state, abstract_batch(stage, layout))
+
+
+def compile_stage(run: Run, name: str, layout: Layout) -> Program:
+    """Compiles a stage's train step. The state passed to it is given up, the one it returns takes its memory."""
+    began = time.monotonic()
+    flags = compiler_flags(layout.mesh.devices.flat[0].device_kind)
     with layout.compiling():
-        compiled = step.lower(state, abstract_batch(stage, layout)).compile()
+        compiled = lower_stage(run, name, layout).compile(flags or None)
+    stage = run.stages[name]
     return Program(name, stage, stage_optimizer(run, stage), compiled, time.monotonic() - began)
 
 

@@ -1,0 +1,150 @@
+"""The catalogue of accelerators: `plan/chips.toml`, and what a file of the user's own adds to it or overrides."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from braeburn.config import Count, Size, explain_validation_error
+from braeburn.errors import UserError, did_you_mean
+
+Confidence = Literal["M", "D", "S", "U", "V"]  # weakest first
+LEGEND = "V vendor's documentation, U the user's own file, S secondary source, D derived or measured, M from memory"
+_NEEDED = ("bf16_tflops", "memory_gb", "memory_gb_per_s")
+_NEEDED_OF_TPUS = (*_NEEDED, "link_gb_per_s", "dimensions", "max_slice")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number, how far it is to be trusted (see `LEGEND`) and what else is to be known of it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+    confidence: Confidence = "U"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option of XLA's compiler and why it is set."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    name: str
+    value: str | bool | int | float
+    reason: str
+
+
+# A bare number is a figure too.
+Known = Annotated[Figure | None, BeforeValidator(lambda given: given if isinstance(given, dict) else {"value": given})]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """An accelerator. Units are in the names of its figures; one that is None is unknown."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    name: str  # as targets have it, "v5p"
+    title: str  # as people call it, "TPU v5p"
+    maker: str = "other"  # "google", "nvidia", "amd", ..., or "cpu" for processes without an accelerator
+    family: Literal["tpu", "nvidia", "amd", "other"] = "other"  # of chips with one compiler
+    bf16_tflops: Known = None  # dense peak, or of fp16 where there is no bf16
+    int8_tops: Known = None  # dense peak, or of fp8 where the note says so
+    memory_gb: Known = None
+    memory_gb_per_s: Known = None
+    link_gb_per_s: Known = None  # one way, all scale-up links of a chip together
+    domain: Known = None  # chips joined by scale-up links
+    network_gb_per_s: Known = None  # one way for each chip, between domains
+    watts: Known = None  # thermal design power
+    price: Known = None  # USD per chip-hour on demand
+    usable_memory_gib: Known = None  # what a compiled program may take
+    clock_ghz: Known = None  # of TPUs, which turns the compiler's cycles into seconds
+    back_end: str = ""  # what brings JAX for it, if anything does
+    refused: str = ""  # why training on it cannot be planned, if so
+    per_node: Size = 1
+    devices_per_chip: Size = 1  # as JAX counts devices
+    extra: Literal["", "tpu", "cuda", "rocm"] = ""  # the extra of the package that installs its back end
+    gke_accelerator: str = ""  # value of GKE's node label
+    dimensions: Literal[0, 2, 3] = 0  # of a TPU slice's torus
+    max_slice: Count = 0  # chips in the largest slice of TPUs
+    device_kinds: tuple[str, ...] = ()  # what JAX calls its devices
+    flags: tuple[Flag, ...] = ()  # with which programs are compiled for it
+
+
+FIGURES = tuple(field.name for field in fields(Chip) if field.type is Known)
+_adapter = cache(TypeAdapter)
+
+
+def weakest(*figures: Figure | str) -> Confidence:
+    """The confidence of what is computed from figures (or from their confidences): that of the weakest."""
+    letters: Any = (figure.confidence if isinstance(figure, Figure) else figure for figure in figures)
+    return min(letters, key=get_args(Confidence).index)
+
+
+def catalogue(extra: Path | None = None) -> Mapping[str, Chip]:
+    """Every chip by its name.
+
+    `extra` is laid out as `plan/chips.toml`: it adds chips or replaces figures of one, and its bare numbers are of
+    confidence U.
+
+    Raises:
+        UserError: `extra` cannot be read, has an unknown field or a bad value, or lacks what a plan needs of a chip.
+    """
+    tables = _tables(extra)
+    del tables["facts"]
+    return {name: _chip(name, table) for name, table in tables.items()}
+
+
+def facts(extra: Path | None = None) -> Mapping[str, Figure]:
+    """Figures that are not of one chip, by name, from the table `facts` of the same files; raises as `catalogue`."""
+    return {name: _validate(Known, given, f"facts.{name}") for name, given in _tables(extra)["facts"].items()}
+
+
+@cache
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls by that name; None where it is not in the catalogue, as CPUs are not."""
+    # GPUs append their memory and form, as in "NVIDIA H100 80GB HBM3" and "NVIDIA A100-SXM4-40GB"; TPUs do not.
+    tpu, model = device_kind.startswith("TPU"), device_kind.replace("-", " ") + " "
+    for chip in catalogue().values():
+        if any(device_kind == kind or (not tpu and model.startswith(kind + " ")) for kind in chip.device_kinds):
+            return chip
+    return None
+
+
+def _tables(extra: Path | None) -> dict[str, dict[str, Any]]:
+    """The tables of the built-in file, with those of `extra` laid over them."""
+    tables = tomllib.loads((Path(__file__).parent / "plan" / "chips.toml").read_text("utf-8"))
+    try:
+        added = tomllib.loads(extra.read_text("utf-8")) if extra else {}
+    except OSError as error:
+        raise UserError(f"--chips {str(extra)!r} cannot be read ({error.strerror}); name a TOML file") from None
+    except ValueError as error:
+        raise UserError(f"--chips {str(extra)!r} is not TOML ({error}); write it as plan/chips.toml is") from None
+    for name, table in added.items():
+        if not isinstance(table, dict):
+            raise UserError(f"{name}={table!r} is of no chip; write the chip's name above it, as in [h100]")
+        tables[name.lower()] = {**tables.get(name.lower(), {}), **table}
+    return tables
+
+
+def _chip(name: str, table: dict[str, Any]) -> Chip:
+    """A chip from its table."""
+    needed = () if "refused" in table else _NEEDED_OF_TPUS if table.get("family") == "tpu" else _NEEDED
+    if missing := [field for field in needed if field not in table]:
+        raise UserError(f"[{name}] is not in the catalogue, and a new chip needs {', '.join(missing)}; add them")
+    return _validate(Chip, {"title": name, **table, "name": name}, name)
+
+
+def _validate(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a `kind`; a mistake is one sentence that begins with where it is."""
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "unexpected_keyword_argument":
+            *path, last = (where, *map(str, error.errors()[0]["loc"]))
+            known = [field.name for parent in (Chip, Figure, Flag) for field in fields(parent)]
+            raise UserError(f"'{'.'.join(path)}.{last}' is not a field; {did_you_mean(last, known)}") from None
+        raise UserError(f"{where}.{explain_validation_error(error)}") from None

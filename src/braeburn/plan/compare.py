@@ -1,0 +1,204 @@
+"""The plan of a run: targets side by side, each with its layouts, days, cost and energy, as plain data."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from braeburn.catalogue import Chip, Figure, weakest
+from braeburn.config import Run
+from braeburn.errors import UserError
+from braeburn.parallel.target import Target
+from braeburn.plan.cost import FLOAT, MOMENTS, Estimate, Work, estimate
+from braeburn.plan.goodput import goodput
+from braeburn.plan.search import Candidate, candidates, larger_targets
+from braeburn.train.stages import sizes_of
+
+HOURS_PER_DAY, SECONDS_PER_HOUR = 24, 3600
+
+# What vendors say of one chip against another in training GPT-3 175B: speed, or speed for the money.
+CLAIMS = (
+    ("Gaudi 3 trains 1.4 times as fast as H100", "gaudi3", "h100", "speed", 1.4),
+    ("TPU v5p trains 2.8 times as fast as TPU v4", "v5p", "v4", "speed", 2.8),
+    ("TPU v5p trains 2.1 times as much for the money as TPU v4", "v5p", "v4", "speed per dollar", 2.1),
+)
+# (run, stage, target, layouts) -> layouts in order, each with what a compiler says of it, if it was asked.
+Ranking = Callable[[Run, str, Target, list[Candidate]], Sequence[tuple[Candidate, dict[str, Any] | None]]]
+MOST_LAYOUTS = 20
+# A claim within this of the plan's own ratio is borne out.
+CLAIM_TOLERANCE = 0.15
+
+
+def _as_planned(run: Run, stage: str, target: Target, found: list[Candidate]) -> list[tuple[Candidate, None]]:
+    return [(candidate, None) for candidate in found]
+
+
+def compare(
+    name: str,
+    runs: Sequence[tuple[Run, Target]],
+    chips: Mapping[str, Chip],
+    stages: Sequence[str],
+    failures: Mapping[str, Any],
+    ranked: Ranking = _as_planned,
+) -> dict[str, Any]:
+    """The plan of a run on each target.
+
+    Args:
+        name: of the recipe.
+        runs: the run as it is set for each target, and the target.
+        chips: the catalogue.
+        stages: of the run that are planned.
+        failures: arguments of `goodput` that take the place of its defaults.
+        ranked: orders the layouts of a stage anew, with what a compiler says of them.
+    """
+    planned = [_plan(run, target, failures, stages, ranked) for run, target in runs]
+    return {"recipe": name, "targets": planned, "claims": _claims(runs, chips, stages[0])}
+
+
+def _plan(
+    run: Run, target: Target, failures: Mapping[str, Any], names: Sequence[str], ranked: Ranking
+) -> dict[str, Any]:
+    chip = target.facts
+    plan: dict[str, Any] = {"target": str(target), "chip": chip.title, "refused": chip.refused or None}
+    if chip.refused:
+        return plan
+    stages, seconds, confidences, state = {}, 0.0, [], 0.0
+    for name in names:
+        found = candidates(run, name, target)
+        if not (found and found[0].estimate.fits):
+            return plan | {"refused": why_nothing_fits(run, name, target, found)}
+        layouts = ranked(run, name, target, found)
+        first, stage = layouts[0][0], run.stages[name]
+        best = first.estimate
+        seconds += best.step * stage.steps
+        confidences.append(best.confidence)
+        state = max(state, (FLOAT + MOMENTS) * Work(run, stage, first.sizes).shard)
+        stages[name] = {
+            "layouts": [describe(candidate, name) | {"compiled": said} for candidate, said in layouts[:MOST_LAYOUTS]],
+            "own": _own(run, name, target),
+            "days": _figure(best.step * stage.steps / SECONDS_PER_HOUR / HOURS_PER_DAY, best.confidence),
+            "tokens": stage.steps * stage.batch_tokens,
+            "steps": stage.steps,
+            "idle_chips": target.chips - math.prod(first.sizes.sizes.values()) // chip.devices_per_chip,
+        }
+    expected = goodput(target.chips, seconds, state, **failures)
+    hours = expected.wall_seconds / SECONDS_PER_HOUR
+    confidence = weakest(*confidences)
+
+    def priced(figure: Figure | None, scale: float) -> dict[str, Any] | None:
+        if figure is None:
+            return None
+        return _figure(hours * target.chips * figure.value * scale, weakest(confidence, figure))
+
+    total = {
+        "days": _figure(hours / HOURS_PER_DAY, confidence),
+        "chip_hours": _figure(hours * target.chips, confidence),
+        "cost_usd": priced(chip.price, 1.0),
+        "energy_mwh": priced(chip.watts, 1e-6),
+        "goodput": dataclasses.asdict(expected),
+    }
+    return plan | {"stages": stages, "total": total}
+
+
+def _own(run: Run, name: str, target: Target) -> dict[str, Any] | None:
+    """The layout that the run itself has, or None where it does not divide the target."""
+    try:
+        sizes = sizes_of(run, name, target.devices)
+        return describe(Candidate({}, run, sizes, estimate(run, name, target)), name)
+    except UserError:
+        return None
+
+
+def why_nothing_fits(run: Run, name: str, target: Target, found: Sequence[Candidate]) -> str:
+    """One sentence on why a stage does not run on a target, and what it would run on."""
+    batch = run.stages[name].batch_size
+    if not found:
+        return (
+            f"no mesh of {target.chips} chips divides the model and the {batch} sequences of a batch of stage "
+            f"{name!r}; take another number of chips, or set stages.{name}.batch_tokens"
+        )
+    nearest = found[0].estimate
+    enough = next(larger_targets(run, name, target), None)
+    needs = f"stage {name!r} needs {nearest.total_gib:.1f} GiB on each chip and {nearest.usable_gib:.1f} are there"
+    if enough is None:
+        return (
+            f"{needs}; no number of {target.chip} chips that divides its batch has room: lower the batch or the model"
+        )
+    return f"{needs}; {enough[0]} has room ({describe_layout(enough[1], name)}, {enough[1].estimate.total_gib:.1f} GiB)"
+
+
+def describe_layout(candidate: Candidate, name: str) -> str:
+    """A layout in a few words: its mesh, and what is kept for the backward pass."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in candidate.sizes.sizes.items() if size > 1) or "one chip"
+    return f"{mesh}, remat {_remat(candidate.run, name)}"
+
+
+def _remat(run: Run, name: str) -> str:
+    remat = run.stages[name].remat or run.remat
+    return "+".join(remat.names) if remat.policy == "save_named" else remat.policy
+
+
+def describe(candidate: Candidate, name: str) -> dict[str, Any]:
+    """A layout of a stage and its estimate as plain data."""
+    run, found = candidate.run, candidate.estimate
+    offload = [*(["optimizer"] if run.offload.optimizer else []), *run.offload.activations]
+    return {
+        "mesh": candidate.sizes.sizes,
+        "torus": found.torus,
+        "remat": _remat(run, name),
+        "accumulation_steps": run.stages[name].accumulation_steps,
+        "offload": offload,
+        "assignments": candidate.assignments,
+        **describe_estimate(found),
+    }
+
+
+def describe_estimate(found: Estimate) -> dict[str, Any]:
+    """What is predicted of a step, as plain data."""
+    collectives = [
+        {"axis": exchange.axis, "kind": exchange.kind, "link": link, "bytes": round(exchange.bytes), "seconds": seconds}
+        for exchange, link, seconds in found.exchanges
+    ]
+    return {
+        "fits": found.fits,
+        "memory_gib": found.memory,
+        "total_gib": _figure(found.total_gib, "D"),
+        "usable_gib": _figure(found.usable_gib, found.memory_confidence),
+        "seconds": found.seconds,
+        "collectives": collectives,
+        "overlapped": found.overlapped,
+        "serial": found.serial,
+        "step_seconds": _figure(found.step, found.confidence),
+        "mfu": _figure(found.mfu, found.confidence),
+        "tokens_per_second": _figure(found.tokens_per_second, found.confidence),
+    }
+
+
+def _figure(value: float, confidence: str) -> dict[str, Any]:
+    return {"value": value, "confidence": confidence}
+
+
+def _claims(runs: Sequence[tuple[Run, Target]], chips: Mapping[str, Chip], stage: str) -> list[dict[str, Any]]:
+    """What vendors claim of the chips that are compared, beside the plan's own ratio on the same number of chips."""
+    rows = []
+    for claim, chip, against, quantity, claimed in CLAIMS:
+        here = next(((run, target) for run, target in runs if target.chip == chip), None)
+        if here is None:
+            continue
+        run, target = here
+        speeds = []
+        for each in (chip, against):
+            same = Target(each, target.slices, target.chips_per_slice, chips[each])
+            best = candidates(run, stage, same)[:1]
+            price = chips[each].price if quantity == "speed per dollar" else None
+            if best and best[0].estimate.fits and (price or quantity == "speed"):
+                speeds.append(best[0].estimate.tokens_per_second / (price.value if price else 1.0))
+        ratio = speeds[0] / speeds[1] if len(speeds) == 2 else None
+        if ratio is None:
+            verdict = "cannot be planned"
+        elif abs(ratio / claimed - 1) <= CLAIM_TOLERANCE:
+            verdict = "borne out"
+        else:
+            verdict = f"the plan has {'less' if ratio < claimed else 'more'}"
+        rows.append({"claim": claim, "claimed": claimed, "planned": ratio, "verdict": verdict})
+    return rows

@@ -1,0 +1,250 @@
+"""A train step compiled by the real compiler of hardware that is not there, and what its program tells."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from braeburn.config import Mesh, Run, override
+from braeburn.model.transformer import param_specs
+from braeburn.parallel.mesh import across_slices
+from braeburn.parallel.target import Target
+from braeburn.plan.collectives import Collective, collectives, transfers
+from braeburn.plan.compare import Ranking
+from braeburn.plan.compilation import compile_in_child
+from braeburn.plan.cost import estimate
+from braeburn.plan.hlo import Module, parse
+from braeburn.plan.kernels import Computing, computing
+from braeburn.plan.links import Links
+from braeburn.plan.search import Candidate, candidates, larger_targets
+from braeburn.train.metrics import flops_per_token
+
+EFFORT = ("cached", "seconds", "cpu_seconds", "resident_gib", "versions", "flags", "fingerprint")
+# Beside gradients, slices sum what the metrics and the gradient's norm need.
+SLACK = 2**20
+MOST_CHANGES = 3
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All collectives of one kind along the same axes: bytes on each chip in a step, and seconds on their link."""
+
+    kind: str
+    axes: tuple[str, ...] | None
+    link: str
+    calls: int
+    bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What the compiler says of a train step.
+
+    Attributes:
+        run: what was compiled, `stage` of it, for `target`.
+        answer: of the child process, see `compiler.compile_request`.
+    """
+
+    run: Run
+    stage: str
+    target: Target
+    answer: dict[str, Any]
+
+    @property
+    def usable_gib(self) -> float:
+        """Memory of a chip that a program may take."""
+        usable = self.target.facts.usable_memory_gib
+        assert usable is not None  # the catalogue has it of every chip with a compiler
+        return self.answer.get("available_gib") or usable.value
+
+    @property
+    def required_gib(self) -> float:
+        """Memory of a chip that the program takes, at its peak."""
+        return self.answer.get("required_gib") or self.answer["memory"]["peak"]
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there."""
+        return "memory" in self.answer and self.required_gib <= self.usable_gib
+
+    @cached_property
+    def module(self) -> Module:
+        """The compiled program.
+
+        Raises:
+            ValueError: some of its instructions are not in its text.
+        """
+        module = parse(Path(self.answer["program"]).read_text(encoding="utf-8"))
+        found = sum(len(body) for body in module.computations.values())
+        if found != self.answer["instructions"]:
+            raise ValueError(f"the program has {self.answer['instructions']} instructions, and its text {found}")
+        return module
+
+    @cached_property
+    def computing(self) -> Computing:
+        """What each chip computes."""
+        return computing(self.module, self.target.facts)
+
+    @cached_property
+    def flop_bound(self) -> float:
+        """Seconds of computing below which the peak does not allow: the model's products, attention causal."""
+        model, stage = self.run.model, self.run.stages[self.stage]
+        masked = 6 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
+        flops = flops_per_token(model, param_specs(model), stage.sequence_length) - masked
+        peak = self.target.facts.bf16_tflops
+        assert peak is not None
+        return flops * stage.batch_tokens / (self.target.chips * peak.value * 1e12)
+
+    @cached_property
+    def _across(self) -> tuple[Mesh, tuple[int, ...]]:
+        """The mesh, resolved, and how many slices each of its axes crosses."""
+        mesh = (self.run.stages[self.stage].mesh or self.run.mesh).model_copy(update=self.answer["mesh"])
+        return mesh, across_slices(mesh, self.target.slices if self.target.facts.family == "tpu" else 1)
+
+    @cached_property
+    def transfers(self) -> list[Collective]:
+        """What leaves a slice of TPUs."""
+        mesh, across = self._across
+        return transfers(self.module, tuple(axis for axis, n in zip(mesh.sizes, across, strict=True) if n > 1))
+
+    @cached_property
+    def offenders(self) -> list[Collective]:
+        """Of what leaves a slice, all that is not the sum of gradients."""
+        allowed = self.answer["padded_gradient_bytes"] + SLACK
+        sums = [t for t in self.transfers if t.kind == "all-reduce" and not t.source.endswith("all_gather")]
+        if sum(t.bytes * t.times for t in sums) > allowed:
+            # There are not so many gradients: gathers written as sums with zeros. Only the backward pass has gradients.
+            sums = [t for t in sums if "transpose(" in t.source]
+            if sum(t.bytes * t.times for t in sums) > allowed:
+                sums = []
+        return [t for t in self.transfers if t not in sums]
+
+    @cached_property
+    def traffic(self) -> list[Traffic]:
+        """Every collective, within slices and across them, by kind and axes, what moves most first."""
+        mesh, across = self._across
+        within = {axis: size // part for (axis, size), part in zip(mesh.sizes.items(), across, strict=True)}
+        slices, each = math.prod(across), self.target.chips_per_slice
+        inside = Links(replace(self.target, slices=self.target.slices // slices), mesh.model_copy(update=within))
+        rows = _rows(collectives(self.module, within), inside, None)
+        if self.transfers:
+            rows += _rows(self.transfers, Links(self.target, Mesh(replica=slices, fsdp=each)), ("replica",))
+        return sorted(rows, key=lambda row: -row.bytes)
+
+    def summary(self) -> dict[str, Any]:
+        """All that is known, as JSON has it."""
+        plan, answer = estimate(self.run, self.stage, self.target), self.answer
+        axes = [axis for axis, size in answer["mesh"].items() if size > 1]
+        known = {
+            "recipe": self.run.name,
+            "target": str(self.target),
+            "stage": self.stage,
+            "mesh": answer["mesh"],
+            "fits": self.fits,
+            "memory_gib": {**answer.get("memory", {}), "required": self.required_gib, "usable": self.usable_gib},
+            "plan": {
+                "memory_gib": plan.total_gib,
+                "compute_seconds": plan.compute,
+                "step_seconds": plan.step,
+                "overlapped": plan.overlapped,
+                "serial": plan.serial,
+                "bytes": {axis: sum(e.bytes for e, *_ in plan.exchanges if e.axis == axis) for axis in axes},
+            },
+            "compiler": {key: answer[key] for key in EFFORT},
+        }
+        if "memory" not in answer:
+            return known
+        crossing = [
+            {"kind": t.kind, "bytes": t.bytes * t.times, "source": t.source, "offends": t in self.offenders}
+            for t in self.transfers
+        ]
+        slices = {"holds": not self.offenders, "gradient_bytes": answer["gradient_bytes"], "transfers": crossing}
+        return {
+            **known,
+            "compute_seconds": self.computing.seconds,
+            "flop_bound_seconds": self.flop_bound,
+            "kernels": [asdict(kernel) for kernel in self.computing.kernels],
+            "untimed": self.computing.untimed,
+            "collectives": [asdict(row) for row in self.traffic],
+            "bytes": {axis: sum(row.bytes for row in self.traffic if row.axes == (axis,)) for axis in axes},
+            "slices": slices if crossing else None,
+            "overlapped": self.interval[0],
+            "serial": self.interval[1],
+            "program": answer["program"],
+        }
+
+    @property
+    def interval(self) -> tuple[float, float | None]:
+        """Seconds of a step with all exchange beside computing, and with none: None if a link's speed is unknown."""
+        compute, exchanging = self.computing.seconds, sum(row.seconds or 0.0 for row in self.traffic)
+        unknown = any(row.seconds is None for row in self.traffic)
+        return max(compute, exchanging), None if unknown else compute + exchanging
+
+
+def _rows(found: list[Collective], links: Links, axes: tuple[str, ...] | None) -> list[Traffic]:
+    groups: dict[tuple[str, tuple[str, ...] | None], list[Collective]] = {}
+    for collective in found:
+        if collective.axes != ():
+            groups.setdefault((collective.kind, collective.axes), []).append(collective)
+    rows = []
+    for (kind, named), members in groups.items():
+        on = axes or named
+        each = [(c.times, links.seconds(kind, c.bytes, on) if on else None) for c in members]
+        seconds = None if any(once is None for _, once in each) else sum(n * (once or 0.0) for n, once in each)
+        calls, moved = sum(c.times for c in members), sum(c.bytes * c.times for c in members)
+        rows.append(Traffic(kind, named, links.name(on) if on else "?", calls, moved, seconds))
+    return rows
+
+
+def changes_that_fit(
+    compilation: Compilation, *, verify: bool, chips: Path | None = None, memory_gb: float = 5.0
+) -> list[dict[str, Any]]:
+    """The fastest layouts of a stage that fit by the plan, on more chips where none does on the target's, as JSON.
+
+    Args:
+        compilation: of a step that does not fit.
+        verify: whether to compile them, the best first, until one is known to fit; "verified" is None of the others.
+        chips: a catalogue of the user's.
+        memory_gb: as of `compile_step`.
+    """
+    run, stage, target = compilation.run, compilation.stage, compilation.target
+    fits = [(target, found) for found in candidates(run, stage, target) if found.estimate.fits]
+    changes: list[dict[str, Any]] = []
+    for where, found in islice(fits or larger_targets(run, stage, target), MOST_CHANGES):
+        done = not verify or any(change["verified"] for change in changes)
+        if done and changes and not fits:
+            break  # one number of chips that is enough will do
+        facts = {"target": str(where), "assignments": found.assignments, "total_gib": found.estimate.total_gib}
+        changed = None if done else compile_step(override(run, found.assignments), stage, where, chips, memory_gb)
+        changes.append({**facts, "verified": changed and changed.fits})
+    return changes
+
+
+def compile_step(
+    run: Run, stage: str, target: Target, chips: Path | None = None, memory_gb: float = 5.0
+) -> Compilation:
+    """A stage's train step compiled for a target, now or before; arguments and errors are `compile_in_child`'s."""
+    return Compilation(run, stage, target, compile_in_child(run, stage, target, chips, memory_gb))
+
+
+def ranked_by_compiling(most: int, chips: Path | None = None) -> Ranking:
+    """An order of layouts for `plan.compare`: the best `most` compiled, then those that fit by their serial seconds."""
+
+    def rank(run: Run, stage: str, target: Target, found: list[Candidate]) -> list[tuple[Candidate, Any]]:
+        said = []
+        for candidate in found[:most]:
+            compiled = compile_step(candidate.run, stage, target, chips)
+            facts: dict[str, Any] = {"fits": compiled.fits, "required_gib": compiled.required_gib}
+            overlapped, serial = compiled.interval if compiled.fits else (math.inf, None)
+            if compiled.fits:
+                facts |= {"overlapped": overlapped, "serial": serial, "compute_seconds": compiled.computing.seconds}
+            said.append((serial or overlapped, candidate, facts))
+        said.sort(key=lambda entry: entry[0])
+        fit = [(candidate, facts) for _, candidate, facts in said if facts["fits"]]
+        rest = [(candidate, facts) for _, candidate, facts in said if not facts["fits"]]
+        return [*fit, *((candidate, None) for candidate in found[most:]), *rest]
+
+    return rank

@@ -1,0 +1,166 @@
+"""The child process of `braeburn compile`: one train step, compiled for devices that are not there.
+
+`python -m braeburn.plan.compiler` reads a request, a JSON object, from standard input and writes the answer as the last
+line of standard output.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import sys
+import threading
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.topologies import TopologyDescription, get_topology_desc
+
+from braeburn.atomic import write_atomically
+from braeburn.catalogue import catalogue
+from braeburn.config import validate
+from braeburn.errors import UserError
+from braeburn.parallel.layout import Layout
+from braeburn.parallel.target import Target, parse_target
+from braeburn.train.stages import layout_of, lower_stage
+
+GIB = 2**30
+LANES = 128  # of a TPU's registers
+
+
+def topology(target: Target) -> TopologyDescription:
+    """The devices of a target of TPUs or NVIDIA GPUs, none of which needs to be there.
+
+    Raises:
+        UserError: the installed compiler does not know the chip.
+    """
+    if target.facts.family == "tpu":
+        options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
+        if target.facts.dimensions == 3 or target.chips == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1) if target.chips == 1 else (2, 2, 1)
+        if target.chip == "v4":
+            options["chip_config_name"] = "megacore"  # two cores as one device, as v5p has it by itself
+        return get_topology_desc(f"{target.chip}:{target.topology}", "tpu", **options)
+    nodes = target.slices * target.nodes_per_slice
+    shape = f"1x{nodes}x{target.chips_per_node}"
+    return get_topology_desc("", "cuda", topology=shape, target_config=_description(target))
+
+
+def _description(target: Target) -> str:
+    """XLA's description of a GPU, a text proto which the CUDA plug-in carries within it."""
+    plugin = find_spec("jax_plugins.xla_cuda13")
+    assert plugin and plugin.origin  # looked for before this process was started
+    (library,) = Path(plugin.origin).parent.glob("*.so")
+    known = {}
+    for found in re.finditer(rb"(?<=\0)[^\0]*gpu_device_info \{[^\0]*", library.read_bytes()):
+        if name := re.search(r'device_description_str: "([^"]*)"', text := found[0].decode()):
+            known[name[1]] = text
+    # Of several forms the one on a board of its own and with the most memory, as the catalogue has it.
+    words = {name: {*name.upper().replace("-", " ").split()} for name in known}
+    fits = [name for name in known if target.chip.upper() in words[name] and not {"MIG", "PCIE"} & words[name]]
+    if not fits:
+        described = ", ".join(known) or "no GPU, as that of JAX 0.12 does"
+        raise UserError(f"--on {str(target)!r}: the CUDA plug-in describes {described}; choose one, or update JAX")
+    return max((known[name] for name in fits), key=lambda text: int(re.findall(r"device_memory_size: (\d+)", text)[0]))
+
+
+def compile_request(request: dict[str, Any]) -> dict[str, Any]:
+    """Compiles, or finds in the cache, the train step that a request is for.
+
+    Args:
+        request: "run", "stage", "target", "chips" (a catalogue of the user's, or None) and "cache" (a folder).
+
+    Returns:
+        "program", the path of the HLO text, with the compiler's "memory" in GiB; or "required_gib" and "available_gib"
+        where it does not fit. With both what is known of the layout, and what compiling took.
+
+    Raises:
+        UserError: the mesh does not fit the target or the stage, or there is no such topology.
+    """
+    run, cache = validate(request["run"]), Path(request["cache"])
+    chips = catalogue(Path(request["chips"])) if request["chips"] else None
+    target = parse_target(request["target"], chips)
+    devices = topology(target).devices
+    layout = layout_of(run, request["stage"], devices)
+    lowered = lower_stage(run, request["stage"], layout)
+    flags: dict[str, Any] = {flag.name: flag.value for flag in target.facts.flags}
+    packages = ["jax", "jaxlib", "libtpu" if target.facts.family == "tpu" else "jax-cuda13-pjrt"]
+    if target.facts.family == "nvidia":
+        flags["xla_gpu_collect_cost_model_stats"] = True
+    facts = {
+        "versions": {name: version(name) for name in packages},
+        "flags": flags,
+        "mesh": layout.sizes.sizes,
+        "gradient_bytes": _gradient_bytes(layout, 1),
+        "padded_gradient_bytes": _gradient_bytes(layout, LANES),
+    }
+    identity = json.dumps([lowered.as_text(), str(target), facts["versions"], flags])
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    answer, cached = cache / f"{fingerprint}.json", True
+    if not answer.exists():
+        cached = False
+        write_atomically(answer, json.dumps(_compiled(lowered, flags, cache / f"{fingerprint}.hlo")))
+    return {**facts, **json.loads(answer.read_text()), "fingerprint": fingerprint, "cached": cached}
+
+
+def _gradient_bytes(layout: Layout, lanes: int) -> int:
+    """float32 gradients of the parameters that a device holds, those of a vector a row padded to whole tiles."""
+    places = zip(jax.tree.leaves(layout.specs), jax.tree.leaves(layout.parameters()), strict=True)
+    shapes = [place.shard_shape(spec.shape) for spec, place in places]
+    padded = [(*s[:-1], -(-s[-1] // lanes) * lanes) if len(s) <= 2 else s for s in shapes]
+    return sum(4 * math.prod(shape) for shape in padded)
+
+
+def _compiled(lowered: Any, flags: dict[str, Any], program: Path) -> dict[str, Any]:
+    began, spent = time.monotonic(), time.process_time()
+    try:
+        compiled = lowered.compile(flags or None)
+    except jax.errors.JaxRuntimeError as error:
+        sizes = re.findall(r"\b([\d.]+)([KMGT])\b", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
+            raise
+        required, available = (float(size) * 1024.0 ** ("KMGT".index(unit) - 2) for size, unit in sizes[:2])
+        return {"required_gib": required, "available_gib": available, **_effort(began, spent)}
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    parts = {
+        "peak": memory.peak_memory_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+        "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+    }
+    (module,) = compiled.runtime_executable().hlo_modules()
+    # All but those of computations that the text has in the short form of an asynchronous instruction.
+    counts = [len(part.instructions()) for part in module.computations() if f"%{part.name} (" in text]
+    write_atomically(program, text)
+    return {
+        "program": str(program),
+        "instructions": sum(counts),
+        "memory": {name: size / GIB for name, size in parts.items()},
+        **_effort(began, spent),
+    }
+
+
+def _effort(began: float, spent: float) -> dict[str, float]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - spent, "resident_gib": peak}
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        result = compile_request(json.load(sys.stdin))
+    except UserError as error:
+        result = {"error": str(error)}
+    print("\n" + json.dumps(result), flush=True)

@@ -1,0 +1,242 @@
+"""The text of a compiled program taken apart: its instructions, and how often each of them runs.
+
+The text is taken apart by brackets and quotes, not by lines: what kernels write into it may hold line breaks, and lines
+that begin with `}`. What is found is counted again in the raw text, so that nothing is lost in silence.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+# Quotes and brackets, and the one character at which a text is split.
+_TOKENS = {mark: re.compile(rf'"(?:[^"\\]|\\.)*"|[\[\](){{}}{mark}]', re.DOTALL) for mark in "\n ,"}
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BEGINNING = re.compile(r"^ +(?:ROOT )?%?[\w.\-]+ = ", re.MULTILINE)
+_CALLS = ("calls", "branch_computations", "true_computation", "false_computation", "called_computations")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`[ROOT] %name = type opcode(operands), key=value, ...`, the operands and what follows as they are written."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: str
+    rest: str
+    is_root: bool = False
+
+    @cached_property
+    def attributes(self) -> Mapping[str, str]:
+        """What follows the operands, by key."""
+        pairs = (part.strip().partition("=") for part in split(self.rest, ","))
+        return {key: value for key, _, value in pairs}
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of the instructions whose results it takes."""
+        return re.findall(r"%([\w.\-]+)", self.operands)
+
+    @property
+    def source(self) -> str:
+        """The operation of the traced program that it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes.get("metadata", ""))
+        return found[1] if found else ""
+
+    @property
+    def cycles(self) -> int | None:
+        """The compiler's estimate of its time, None where it gives none."""
+        found = _CYCLES.search(self.rest)
+        return int(found[1]) if found else None
+
+    def called(self, *keys: str) -> list[str]:
+        """The names of the computations that attributes of these names refer to."""
+        return [name for key in keys for name in re.findall(r"[\w.\-]+", self.attributes.get(key, ""))]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """An instruction that runs.
+
+    Attributes:
+        instruction: what runs.
+        computation: the name of the computation that it stands in.
+        times: how often: the product of the trip counts of the loops around it.
+        conditional: whether it is in a branch that may not be taken.
+        endless: a loop around it whose length is not known, and which is counted once, by its name; or "".
+    """
+
+    instruction: Instruction
+    computation: str
+    times: int = 1
+    conditional: bool = False
+    endless: str = ""
+
+    def known_length(self) -> "Execution":
+        """Itself.
+
+        Raises:
+            ValueError: it is in a loop of unknown length.
+        """
+        if self.endless:
+            raise ValueError(f"{self.instruction.name} is in the loop {self.endless}, whose length cannot be told")
+        return self
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled module: the instructions of each computation by its name, and the computation that it begins with."""
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    entry: str
+
+    def walk(self) -> Iterator[Execution]:
+        """Every instruction that runs, in the order of the text within each computation.
+
+        Branches appear as if each of them was taken; what a fusion is made of appears as well as the fusion.
+        """
+        yield from self._walk(Execution(Instruction("", "", "", "", ""), self.entry))
+
+    def _walk(self, place: Execution) -> Iterator[Execution]:
+        for instruction in self.computations[place.computation].values():
+            here = replace(place, instruction=instruction)
+            yield here
+            if instruction.opcode == "while":
+                trips = self._trips(instruction, place.computation)
+                if trips is None:
+                    here = replace(here, endless=place.endless or instruction.name)
+                names, times = instruction.called("body", "condition"), place.times * (1 if trips is None else trips)
+            elif instruction.opcode.endswith(("-done", "-update")) or "%" not in instruction.rest:
+                continue  # what was started ran then
+            else:
+                conditional = place.conditional or instruction.opcode == "conditional"
+                here, times = replace(here, conditional=conditional), place.times
+                names = instruction.called(*(["to_apply"] if instruction.opcode == "call" else _CALLS))
+            for name in names:
+                yield from self._walk(replace(here, computation=name, times=times))
+
+    def _trips(self, loop: Instruction, caller: str) -> int | None:
+        """How often a loop runs: XLA's own account of it, or else what its counter begins with and is compared with."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+            return int(known[1])
+        condition, body = loop.called("condition", "body")
+        begin, end = self.computations[caller][loop.arguments[0]], self._root(body)
+        if begin.opcode != "tuple" or end.opcode != "tuple":
+            return None
+        test = self._value(self._root(condition).name, condition)
+        if not _is("compare LT", test):
+            return None
+        _, counter, bound = test
+        if _is("element", bound) and self._value(end.arguments[bound[1]], body) == bound:
+            bound = self._value(begin.arguments[bound[1]], caller)  # carried through the loop unchanged
+        if not (_is("element", counter) and isinstance(bound, int)):
+            return None
+        first = self._value(begin.arguments[counter[1]], caller)
+        step = self._value(end.arguments[counter[1]], body)
+        if not (isinstance(first, int) and _is("add", step) and counter in step):
+            return None
+        stride = next((value for value in step if isinstance(value, int)), 0)
+        return max(0, -(-(bound - first) // stride)) if stride > 0 else None
+
+    def _root(self, computation: str) -> Instruction:
+        return next(found for found in self.computations[computation].values() if found.is_root)
+
+    def _value(self, name: str, computation: str, parameters: Sequence[Any] = ()) -> Any:
+        """What a scalar is: an int, ("element", place in the computation's tuple), or (operation, of what, of what)."""
+        found = self.computations[computation][name]
+        if found.opcode == "parameter":
+            return parameters[int(found.operands)] if parameters else None
+        if found.opcode == "constant":
+            return int(found.operands) if re.fullmatch(r"-?\d+", found.operands) else None
+        if found.opcode == "get-tuple-element":
+            whole = self.computations[computation][found.arguments[0]]
+            return ("element", int(found.attributes["index"])) if whole.opcode == "parameter" else None
+        if found.opcode not in ("copy", "bitcast", "convert", "fusion", "add", "compare"):
+            return None
+        inputs = [self._value(argument, computation, parameters) for argument in found.arguments]
+        if found.opcode == "fusion":
+            (inner,) = found.called("calls")
+            return self._value(self._root(inner).name, inner, inputs)
+        operation = f"{found.opcode} {found.attributes.get('direction', '')}".strip()
+        return (operation, *inputs) if found.opcode in ("add", "compare") else inputs[0]
+
+
+def _is(kind: str, value: Any) -> bool:
+    return isinstance(value, tuple) and value[0] == kind
+
+
+def parse(text: str) -> Module:
+    """A module from its text, as `compiled.as_text()` writes it.
+
+    Raises:
+        ValueError: the text is not that of a whole module, or some of its instructions were not found.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry = ""
+    for statement in split(text, "\n"):
+        # `%name (parameters) -> type {`, instructions, `}`
+        head, _, body = statement.partition(" {\n")
+        if " -> " not in head or not body:
+            continue
+        name = head.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+        lines = split(body[: body.rindex("}")], "\n")
+        computations[name] = {found.name: found for found in map(_instruction, lines) if found.name}
+        entry = name if head.startswith("ENTRY ") else entry
+    if not entry:
+        raise ValueError("the text has no ENTRY computation: it is not that of a whole HLO module")
+    module = Module(computations, entry)
+    check(text, module)
+    return module
+
+
+def check(text: str, module: Module) -> None:
+    """Compares what was found in a text with a count of it that knows nothing of computations.
+
+    Raises:
+        ValueError: instructions, or cycles that the compiler estimates, are missing.
+    """
+    found = [instruction for body in module.computations.values() for instruction in body.values()]
+    counts = {
+        "instructions": (len(found), len(_BEGINNING.findall(_QUOTED.sub('""', text)))),
+        "cycles": (sum(i.cycles or 0 for i in found), sum(map(int, _CYCLES.findall(text)))),
+    }
+    for what, (here, there) in counts.items():
+        if here != there:
+            raise ValueError(f"{here} {what} were found in HLO text that has {there}")
+
+
+def split(text: str, mark: str) -> Iterator[str]:
+    """The parts of a text between marks that stand outside all brackets and quotes.
+
+    Raises:
+        ValueError: brackets do not match.
+    """
+    depth = start = 0
+    for token in _TOKENS[mark].finditer(text):
+        if token[0] in "([{":
+            depth += 1
+        elif token[0] in ")]}":
+            depth -= 1
+        elif token[0] == mark and depth == 0:
+            yield text[start : token.start()]
+            start = token.end()
+    if depth:
+        raise ValueError(f"unbalanced brackets in HLO text that begins {text[:80]!r}")
+    yield text[start:]
+
+
+def _instruction(line: str) -> Instruction:
+    line = line.strip()
+    plain = line.removeprefix("ROOT ")
+    head = list(itertools.islice(split(plain, " "), 4))
+    if len(head) < 4:
+        return Instruction("", "", "", "", "")
+    name, _, type_, call = head
+    opcode, _, operands = call.removesuffix(",").partition("(")
+    return Instruction(
+        name.lstrip("%"), type_, opcode, operands[:-1], plain[sum(map(len, head)) + 4 :], is_root=plain != line
+    )

@@ -1,0 +1,155 @@
+"""Which links join the chips along each axis of a mesh, and how long an exchange over them takes."""
+
+import math
+from dataclasses import dataclass
+
+from braeburn.catalogue import weakest
+from braeburn.config import Mesh
+from braeburn.parallel.mesh import Factors, across_slices, placements
+from braeburn.parallel.target import Target
+
+# Of what the links are rated at, and seconds for each chip that data passes. TPU: about 90 of 100 GB/s of a v5p's link
+# in each direction, and 45 of 50 of a v4's, make the compiler's cycles agree with published step times; a microsecond a
+# hop is that of https://jax-ml.github.io/scaling-book. Others: what NCCL's tests reach over NVLink and InfiniBand.
+ICI_EFFICIENCY, OTHER_EFFICIENCY = 0.9, 0.8
+HOP_SECONDS, OTHER_HOP_SECONDS = 1e-6, 4e-6
+# Across slices data goes through the memory of hosts.
+DCN_HOP_SECONDS = 2e-4
+
+
+@dataclass(frozen=True)
+class Leg:
+    """The part of an axis that runs over one kind of link.
+
+    Attributes:
+        link: "ICI", "DCN", "NVLink", "scale-up" or "network".
+        size: chips that it joins.
+        gb_per_s: what one chip sends while all do, None if unknown.
+        hop_gb_per_s: what it sends to its neighbour alone.
+        latency: seconds until data from the farthest chip arrives.
+        detour: of an exchange of each with each, what a link carries for others.
+        confidence: of the bandwidth.
+    """
+
+    link: str
+    size: int
+    gb_per_s: float | None
+    hop_gb_per_s: float | None
+    latency: float
+    detour: float
+    confidence: str
+
+
+class Links:
+    """The links along the axes of a mesh on a target."""
+
+    def __init__(self, target: Target, mesh: Mesh, torus: Factors | None = None):
+        """Lays a mesh of resolved sizes over a target: over the torus as `torus` or `mesh.torus` says, or the best way.
+
+        Raises:
+            UserError: the mesh does not fit the target's slices.
+        """
+        self._target, self._names, chip = target, list(mesh.sizes), target.facts
+        if chip.family == "tpu":
+            outer = across_slices(mesh, target.slices)
+            within = {axis: n // k for (axis, n), k in zip(mesh.sizes.items(), outer, strict=True)}
+            sides = extent(target)
+            self.torus: Factors | None = torus or mesh.torus or placements(tuple(within.items()), sides)[0]
+            self._legs = {
+                axis: (*self._network(k), *self._along_torus(axis, within[axis], sides))
+                for axis, k in zip(mesh.sizes, outer, strict=True)
+            }
+        else:
+            self.torus, self._legs, stride = None, {}, 1
+            domain = int(chip.domain.value) * chip.devices_per_chip if chip.domain else 1
+            for axis, size in reversed(mesh.sizes.items()):
+                near = math.gcd(size, max(1, domain // stride))
+                self._legs[axis] = (*self._network(size // near), *self._within_node(near))
+                stride *= size
+
+    def name(self, axes: tuple[str, ...]) -> str:
+        """The slowest kind of link along axes."""
+        legs = [leg for axis in axes for leg in self._legs[axis]]
+        return min(legs, key=lambda leg: leg.gb_per_s or 0).link if legs else "-"
+
+    def confidence(self, axes: tuple[str, ...]) -> str:
+        """That of the bandwidths that an exchange along axes depends on."""
+        return weakest(*(leg.confidence for axis in axes for leg in self._legs[axis]))
+
+    def seconds(self, kind: str, bytes_: float, axes: tuple[str, ...]) -> float | None:
+        """How long a collective takes by the bandwidth of links; None where it is unknown.
+
+        Along legs of several kinds all work at the same time, each on what it must carry: chips that fast links join
+        share out what comes over the slow ones.
+
+        Args:
+            kind: as HLO names it, "all-gather".
+            bytes_: of the array that an all-gather leaves, and that each chip puts into the others.
+            axes: of the mesh.
+        """
+        legs = [leg for axis in axes for leg in self._legs[axis]]
+        total, share = 0.0, 1
+        for leg in reversed(legs):
+            if leg.gb_per_s is None or leg.hop_gb_per_s is None:
+                return None
+            moved = bytes_ / share * (leg.size - 1) / leg.size
+            if kind == "collective-permute":
+                seconds = bytes_ / leg.hop_gb_per_s
+            elif kind == "all-to-all":
+                seconds = moved / leg.gb_per_s * leg.detour
+            else:
+                seconds = moved / leg.gb_per_s * (2 if kind == "all-reduce" else 1)
+            total = max(total, seconds / 1e9)
+            share *= leg.size
+        return total + sum(leg.latency for leg in legs) * (1 + (kind == "all-reduce"))
+
+    def _network(self, size: int) -> tuple[Leg, ...]:
+        if size == 1:
+            return ()
+        chip = self._target.facts
+        link, figure = "DCN" if chip.family == "tpu" else "network", chip.network_gb_per_s
+        speed = figure.value / chip.devices_per_chip * OTHER_EFFICIENCY if figure else None
+        hop = DCN_HOP_SECONDS if link == "DCN" else OTHER_HOP_SECONDS
+        return (Leg(link, size, speed, speed, hop * math.log2(size), 1, figure.confidence if figure else "M"),)
+
+    def _within_node(self, size: int) -> tuple[Leg, ...]:
+        if size == 1:
+            return ()
+        chip = self._target.facts
+        link, figure = "NVLink" if chip.family == "nvidia" else "scale-up", chip.link_gb_per_s
+        speed = figure.value / chip.devices_per_chip * OTHER_EFFICIENCY if figure else None
+        return (Leg(link, size, speed, speed, OTHER_HOP_SECONDS, 1, figure.confidence if figure else "M"),)
+
+    def _along_torus(self, axis: str, size: int, sides: tuple[int, ...]) -> tuple[Leg, ...]:
+        if size == 1:
+            return ()
+        assert self.torus is not None
+        chip = self._target.facts
+        figure = chip.link_gb_per_s
+        assert figure is not None  # the catalogue has it of every TPU
+        one = figure.value / (2 * chip.dimensions * chip.devices_per_chip) * ICI_EFFICIENCY
+        later = self._names[self._names.index(axis) + 1 :]
+        inner = [
+            math.prod(self.torus[other][dim] for other in later if other in self.torus) for dim in range(len(sides))
+        ]
+        links, hops, nearest = 0.0, 0.0, 0.0
+        for factor, stride, side in zip(self.torus[axis], inner, sides, strict=True):
+            if factor > 1:
+                ring = factor * stride == side and closes(side, chip.dimensions)
+                # Chips in between carry on what passes them: `stride` rings or lines share each link.
+                links += (2 if ring else 1) / stride
+                hops += factor / 2 if ring else factor - 1
+                nearest = max(nearest, 1 / stride)
+        return (Leg("ICI", size, one * links, one * nearest, hops * HOP_SECONDS, max(1, hops / 2), figure.confidence),)
+
+
+def extent(target: Target) -> tuple[int, ...]:
+    """The sides of a slice of TPUs, in devices: chips that JAX takes for several have those as one more side."""
+    sides = tuple(map(int, target.topology.split("x")))
+    devices = target.facts.devices_per_chip
+    return (*sides, devices) if devices > 1 else sides
+
+
+def closes(side: int, dimensions: int) -> bool:
+    """Whether a side of a slice is a ring: multiples of 4 chips in three dimensions, all 16 in two."""
+    return side % 4 == 0 if dimensions == 3 else side == 16

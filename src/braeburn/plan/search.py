@@ -1,0 +1,212 @@
+"""The layouts of a stage that a target allows, the fastest first."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from braeburn.config import Mesh, Offload, Remat, Run, Stage
+from braeburn.parallel.target import Target
+from braeburn.plan.cost import Estimate, Work, estimate_sizes
+from braeburn.plan.links import Links, extent, placements
+
+# What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps norms and more in
+# float32: compiled steps take twice the memory then, and longer.
+REMATS = (
+    *(
+        Remat(policy="save_named", names=names)
+        for names in (
+            ("query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up"),
+            ("value", "attention", "attention_output", "ffn_gate", "ffn_up"),
+            ("query", "key", "value", "attention", "ffn_gate", "ffn_up"),
+            ("query", "key", "value", "attention", "attention_output", "ffn_gate"),
+            ("query", "key", "value", "attention", "ffn_gate"),
+            ("query", "key", "value", "attention", "attention_output"),
+            ("query", "key", "value", "attention"),
+            ("attention", "attention_output"),
+            ("attention",),
+        )
+    ),
+    Remat(policy="full"),
+)
+OFFLOADS = (
+    Offload(),
+    Offload(optimizer=True),
+    Offload(activations=("query", "key", "value", "attention"), optimizer=True),
+)
+MOST_ACCUMULATION = 64
+# Of a network of unknown speed, to tell a layout that needs it much from one that does not; no result shows it.
+NOMINAL_BYTES_PER_S = 25e9
+# Ways to lay one mesh over a torus that are looked at, those with the best links for the innermost axes first.
+MOST_PLACEMENTS = 12
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout and what is predicted of it.
+
+    Attributes:
+        assignments: of the run's fields, by dotted paths.
+        run: with these.
+        sizes: of the mesh, resolved.
+        estimate: what it takes.
+    """
+
+    assignments: dict[str, Any]
+    run: Run
+    sizes: Mesh
+    estimate: Estimate
+
+
+def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
+    """Every mesh that divides a stage on a target, each with what suits it best, the fastest first.
+
+    For each mesh: the placement on the torus with the least exchange, and of accumulation, remat and offload the
+    fastest that fits. Meshes that fit in no way come last, by what they lack.
+    """
+    found = []
+    for sizes in meshes(run, run.stages[name], target):
+        best: tuple[Run, Estimate] | None = None
+        for torus in _placements(sizes, target):
+            links = Links(target, sizes, torus)
+            # Of chips that are several devices JAX alone lays the mesh.
+            placed = sizes.model_copy(update={"torus": torus if target.facts.devices_per_chip == 1 else None})
+            if best is None:
+                best = _fastest(run, name, placed, target, links)
+                continue
+            # The same work on other links.
+            other = estimate_sizes(best[0], name, target, placed, links)
+            if _rank(other) < _rank(best[1]):
+                stage = best[0].stages[name].model_copy(update={"mesh": placed})
+                best = best[0].model_copy(update={"stages": {**run.stages, name: stage}}), other
+        if best:
+            found.append(_candidate(run, name, *best))
+    found.sort(key=lambda candidate: _rank(candidate.estimate))
+    return found
+
+
+def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target, Candidate]]:
+    """Targets of twice as many chips each time, each with the fastest layout that leaves a tenth of the memory free."""
+    count, largest = target.chips, target.facts.max_slice or 2**16
+    while count < run.stages[name].batch_size * 64:
+        count *= 2
+        slices = max(1, -(-count // largest))
+        more = Target(target.chip, slices, count // slices, target.facts)
+        for candidate in candidates(run, name, more):
+            if candidate.estimate.total_gib <= 0.9 * candidate.estimate.usable_gib:
+                yield more, candidate
+                break
+
+
+def meshes(run: Run, stage: Stage, target: Target) -> list[Mesh]:
+    """The meshes that divide the model and the stage over the devices of a target.
+
+    Nodes of other chips than TPUs may stay idle where no mesh of all of them divides: the most that do are used.
+    """
+    chip = target.facts
+    if chip.family == "tpu":
+        return list(_meshes(run, stage, target, target.devices // target.slices, target.slices))
+    for count in range(target.chips, 0, -chip.per_node if target.chips > chip.per_node else -1):
+        if found := list(_meshes(run, stage, target, count * chip.devices_per_chip, 1)):
+            return found
+    return []
+
+
+def _meshes(run: Run, stage: Stage, target: Target, within: int, slices: int) -> Iterator[Mesh]:
+    """The meshes of `slices` slices of `within` devices."""
+    model, chip = run.model, target.facts
+    domain = int(chip.domain.value) * chip.devices_per_chip if chip.domain and chip.family != "tpu" else 64
+    for replica in (slices, 1) if slices > 1 else (1,):
+        total = within * slices // replica
+        for tensor, context in itertools.product(_powers(min(domain, 64)), _powers(64)):
+            if total % (tensor * context) or stage.sequence_length % ((2 if context > 1 else 1) * context * tensor):
+                continue
+            sizes = (model.num_heads, model.ffn_dim, model.vocab_size)
+            if any(size % tensor for size in sizes) or (model.num_kv_heads % tensor and tensor % model.num_kv_heads):
+                continue
+            rest = total // (tensor * context)
+            for fsdp in _powers(rest):
+                shards = replica * rest
+                if rest % fsdp or model.d_model % fsdp or stage.batch_size % shards:
+                    continue
+                if replica < slices and (rest // fsdp) % slices == 0:
+                    continue  # data that takes the slices is a replica by another name
+                yield Mesh(replica=replica, data=rest // fsdp, fsdp=fsdp, context=context, tensor=tensor)
+
+
+def _fastest(run: Run, name: str, sizes: Mesh, target: Target, links: Links) -> tuple[Run, Estimate] | None:
+    """The fastest of accumulation, remat and offload that fits; or where none does, what lacks least."""
+    figure = target.facts.usable_memory_gib
+    room = figure.value / target.facts.devices_per_chip if figure else 0.0
+    fits: list[tuple[Run, Estimate]] = []
+    least: tuple[float, Run] | None = None
+    everything = False
+    for offload in OFFLOADS:
+        for steps in _accumulations(run.stages[name], sizes):
+            for remat in REMATS:
+                if not set(offload.activations) <= set(remat.names if remat.policy == "save_named" else ()):
+                    continue
+                own = {"accumulation_steps": steps, "mesh": sizes, "remat": remat}
+                stage = run.stages[name].model_copy(update=own)
+                changed = run.model_copy(update={"stages": {**run.stages, name: stage}, "offload": offload})
+                needed = sum(Work(changed, stage, sizes).memory().values())
+                if needed <= room:
+                    fits.append((changed, estimate_sizes(changed, name, target, sizes, links)))
+                    everything |= remat == REMATS[0]
+                elif least is None or needed < least[0]:
+                    least = needed, changed
+            if everything:
+                break  # in more parts it would be no faster
+        if fits:
+            return min(fits, key=lambda found: _rank(found[1]))
+    return (least[1], estimate_sizes(least[1], name, target, sizes, links)) if least else None
+
+
+def _accumulations(stage: Stage, sizes: Mesh) -> list[int]:
+    """Parts that the sequences of a batch can be worked through in."""
+    sequences = stage.batch_size // (sizes.replica * sizes.data * sizes.fsdp)
+    return [steps for steps in _powers(min(sequences, MOST_ACCUMULATION)) if sequences % steps == 0]
+
+
+def _rank(estimate: Estimate) -> tuple[float, float]:
+    """What orders layouts: memory that is lacking, then seconds, links of unknown speed counted at a nominal one."""
+    unknown = sum(exchange.bytes for exchange, _, seconds in estimate.exchanges if seconds is None)
+    lacking = 0.0 if estimate.fits else estimate.total_gib - estimate.usable_gib
+    return lacking, estimate.step + unknown / NOMINAL_BYTES_PER_S
+
+
+def _placements(sizes: Mesh, target: Target) -> list[Any]:
+    if target.facts.family != "tpu":
+        return [None]
+    across = target.slices // math.gcd(sizes.replica, target.slices)
+    if across > 1:
+        return [None]  # an axis in part across slices: left to the links
+    within = {**sizes.sizes, "replica": sizes.replica // target.slices or 1}
+    return placements(tuple(within.items()), extent(target))[:MOST_PLACEMENTS]
+
+
+def _candidate(run: Run, name: str, changed: Run, estimate: Estimate) -> Candidate:
+    before, stage = run.stages[name], changed.stages[name]
+    mesh, remat = stage.mesh, stage.remat
+    assert mesh and remat
+    # What a run of several stages has in common is left to the others.
+    mesh_path = f"stages.{name}.mesh" if before.mesh or len(run.stages) > 1 else "mesh"
+    remat_path = f"stages.{name}.remat" if before.remat or len(run.stages) > 1 else "remat"
+    assignments: dict[str, Any] = {f"{mesh_path}.{axis}": size for axis, size in mesh.sizes.items()}
+    if mesh.torus:
+        assignments[f"{mesh_path}.torus"] = {axis: list(factors) for axis, factors in mesh.torus.items()}
+    if stage.accumulation_steps != before.accumulation_steps:
+        assignments[f"stages.{name}.accumulation_steps"] = stage.accumulation_steps
+    assignments[f"{remat_path}.policy"] = remat.policy
+    if remat.policy == "save_named":
+        assignments[f"{remat_path}.names"] = list(remat.names)
+    if changed.offload != run.offload:
+        assignments["offload.optimizer"] = changed.offload.optimizer
+        assignments["offload.activations"] = list(changed.offload.activations)
+    return Candidate(assignments, changed, mesh, estimate)
+
+
+def _powers(largest: int) -> list[int]:
+    """Powers of two, and the largest itself, up to it."""
+    return sorted({2**i for i in range(largest.bit_length()) if 2**i <= largest} | {largest})

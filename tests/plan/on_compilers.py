@@ -1,0 +1,92 @@
+"""The real compilers of hardware that is not here, on the recipes of the project: `make test-compile`."""
+
+import json
+
+import pytest
+
+from braeburn.catalogue import catalogue
+from braeburn.parallel.target import parse_target
+from braeburn.plan.compilation import check_compiler
+from support import process
+
+SERVER, DEVICE = ("afm-server", "v4:8x1024"), ("afm-on-device", "v5p:2048")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilers():
+    """Both must be there: nothing is skipped."""
+    for on in ("v5p:8", "h100:8"):
+        check_compiler(parse_target(on))
+
+
+def compiled(recipe, on, *arguments, code=0):
+    """The summary of a compilation, which is printed as well."""
+    answer = process("compile", recipe, "--on", on, "--json", *arguments)
+    assert answer.code == code, answer.err
+    facts = json.loads(answer.out)
+    shown = ("fits", "memory_gib", "compute_seconds", "flop_bound_seconds", "overlapped", "serial", "bytes", "compiler")
+    print(recipe, on, *arguments, json.dumps({key: facts.get(key) for key in shown}))
+    return facts
+
+
+def check(facts):
+    """What holds of every step that fits."""
+    assert facts["fits"] and facts["memory_gib"]["required"] > 0
+    assert facts["compute_seconds"] >= facts["flop_bound_seconds"]
+    assert facts["overlapped"] <= facts["serial"]
+    assert not facts["untimed"] and all(row["axes"] for row in facts["collectives"])
+    assert facts["compiler"]["resident_gib"] < 5
+
+
+def check_bytes(facts):
+    """By axis they are those of the plan."""
+    for axis, planned in facts["plan"]["bytes"].items():
+        assert facts["bytes"][axis] == pytest.approx(planned, rel=0.1), axis
+
+
+def test_server_fits_and_only_gradients_leave_a_slice():
+    facts = compiled(*SERVER)
+    check(facts)
+    check_bytes(facts)
+    assert facts["slices"]["holds"] and {t["kind"] for t in facts["slices"]["transfers"]} == {"all-reduce"}
+    again = compiled(*SERVER)
+    assert again["compiler"]["cached"] and again["slices"] == facts["slices"]
+
+
+def test_weights_sharded_across_slices_are_named():
+    facts = compiled(*SERVER, "--mesh", "replica=1,fsdp=2048,tensor=4", code=1)
+    offenders = [t for t in facts["slices"]["transfers"] if t["offends"]]
+    assert {t["kind"] for t in offenders} >= {"all-gather", "reduce-scatter"}
+    assert any("all_gather" in t["source"] or "dynamic_slice" in t["source"] for t in offenders)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "on"),
+    [("llama2-7b", "v5p:256"), ("llama2-70b", "v5p:512"), DEVICE, ("llama3-8b", "v6e:256"), ("llama2-7b", "h100:256")],
+)
+def test_steps_that_fit(recipe, on):
+    facts = compiled(recipe, on)
+    check(facts)
+    check_bytes(facts)
+    kernel = "cudnn" if on.startswith("h100") else "splash"
+    assert facts["kernels"] and all(k["name"].startswith(kernel) and k["seconds"] for k in facts["kernels"])
+
+
+def test_what_cannot_fit_is_told_with_what_would():
+    facts = compiled("llama2-70b", "v5e:16", code=1)
+    assert facts["memory_gib"]["required"] > facts["memory_gib"]["usable"] == 15.75
+    assert facts["changes"] and all(parse_target(c["target"], catalogue()).chips > 16 for c in facts["changes"])
+
+
+def test_a_layout_that_would_fit_is_compiled():
+    facts = compiled("llama3-8b", "v6e:256", "--set", "remat.policy=none", "--fix", code=1)
+    verified = [change["verified"] for change in facts["changes"]]
+    assert True in verified and None not in verified[: verified.index(True)]
+
+
+@pytest.mark.parametrize("stage", ["continued", "context"])
+@pytest.mark.parametrize("where", [SERVER, DEVICE], ids=lambda where: where[0])
+def test_other_stages(where, stage):
+    facts = compiled(*where, "--stage", stage)
+    check(facts)
+    assert facts["slices"] is None or facts["slices"]["holds"]

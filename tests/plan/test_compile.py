@@ -1,0 +1,195 @@
+"""`braeburn compile` without a compiler: what it refuses, how it watches its child, and what it makes of an answer."""
+
+import json
+import sys
+
+import pytest
+from test_hlo import megascale, straight
+
+from braeburn.config import override
+from braeburn.errors import UserError
+from braeburn.parallel.target import parse_target
+from braeburn.plan import compilation, compiled
+from braeburn.recipes import load
+from support import braeburn
+
+MIB = 2**20
+
+
+def ask(tmp_path, program, memory_gb=5.0):
+    """What a child answers that runs a few lines of Python with the request as `request`."""
+    lines = f"import json, sys, time\nrequest = json.load(sys.stdin)\n{program}"
+    return compilation._ask([sys.executable, "-c", lines], {"stage": "core"}, tmp_path / "child.log", memory_gb)
+
+
+def test_the_last_line_is_the_answer(tmp_path):
+    program = "print('libtpu says something')\nprint(json.dumps({'stage': request['stage'], 'cached': True}))"
+    assert ask(tmp_path, program) == {"stage": "core", "cached": True}
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        ("print(json.dumps({'error': 'mesh.fsdp=3 does not divide'}))", "^mesh.fsdp=3 does not divide$"),
+        ("raise RuntimeError('no such topology')", r"ended with code 1 \(RuntimeError: no such topology\).*child.log"),
+        ("import os\nos.abort()", "ended with code -6"),
+        ("sys.stdin.close()", r"ended with code 0 \(it said nothing\)"),
+        ("import os\nos.close(0)\nsys.stderr.write('a\\n\\n b  c\\n')\nos._exit(3)", r"code 3 \(b c\).*pip install"),
+    ],
+)
+def test_a_child_that_fails_is_one_sentence(tmp_path, program, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        ask(tmp_path, program)
+    assert "\n" not in str(error.value)
+
+
+def test_a_child_that_takes_too_much_memory_is_ended(tmp_path):
+    program = "block = bytearray(400_000_000)\nfor i in range(0, len(block), 4096): block[i] = 1\ntime.sleep(600)"
+    with pytest.raises(UserError, match=r"more than 0\.2 GB .* --memory-limit 0\.4"):
+        ask(tmp_path, program, memory_gb=0.2)
+
+
+def test_what_cannot_be_compiled_for_is_refused(monkeypatch):
+    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    answer = braeburn("compile", "llama2-7b", "--on", "v5p:256")
+    assert "the compiler for TPU v5p is not installed; pip install 'braeburn[compile]'" in answer.error
+    gpu = ("compile", "llama2-7b", "--on", "h100:256")
+    monkeypatch.setattr(compilation.sys, "version_info", (3, 12, 1))
+    assert "the compiler for NVIDIA H100 SXM is not installed" in braeburn(*gpu).error
+    monkeypatch.setattr(compilation.sys, "version_info", (3, 11, 9))
+    assert "compiling for NVIDIA H100 SXM needs Python 3.12 or later" in braeburn(*gpu).error
+    answer = braeburn("compile", "llama2-7b", "--on", "mi300x:64")
+    assert "no compiler for AMD Instinct MI300X works without one; see what `braeburn plan` says" in answer.error
+    assert "each TPU7x is 2 devices to its compiler" in braeburn("compile", "llama2-7b", "--on", "tpu7x:64").error
+    assert "--on 'groq-lpu:8'" in braeburn("compile", "llama2-7b", "--on", "groq-lpu:8").error
+    assert (
+        "--stage 'middle' is no stage" in braeburn("compile", "llama2-7b", "--on", "v5p:256", "--stage", "middle").error
+    )
+    assert "fdsp" in braeburn("compile", "llama2-7b", "--on", "v5p:256", "--mesh", "fdsp=256").error
+    monkeypatch.setattr(compilation.platform, "machine", lambda: "arm64")
+    assert "Linux on x86-64 alone" in braeburn("compile", "llama2-7b", "--on", "v5p:256").error
+
+
+def answered(tmp_path, text, mesh, **more):
+    """The answer of a child that compiled the text."""
+    program = tmp_path / "program.hlo"
+    program.write_text(text)
+    memory = {"peak": 20.0, "arguments": 1.0, "temporaries": 19.0, "program": 0.1, "host": 0.0}
+    effort = {"seconds": 3.0, "cpu_seconds": 2.0, "resident_gib": 1.0, "cached": False, "fingerprint": "0" * 32}
+    sizes = {"replica": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 1} | mesh
+    counted = text.count("\n  ") - text.count("\n  }")
+    return effort | {
+        "program": str(program), "instructions": counted, "memory": memory, "mesh": sizes, "flags": {}, "versions": {},
+        "gradient_bytes": 40 * MIB, "padded_gradient_bytes": 41 * MIB, **more,
+    }  # fmt: skip
+
+
+SLICED = override(load("llama2-7b"), {"mesh.replica": 2})
+SUM = "f32[10240,8,128]{2,1,0}"  # 40 MiB
+GRADIENT = megascale(1, "ALL_REDUCE", SUM, SUM, "transpose(jvp())/psum")
+SCALARS = megascale(2, "ALL_REDUCE", "f32[1,1,128]{2,1,0}", "f32[1,1,128]{2,1,0}")
+GATHER = megascale(3, "ALL_GATHER", "bf16[4,128]{1,0}", "bf16[8,128]{1,0}", "jvp()/all_gather")
+PADDED = megascale(4, "ALL_REDUCE", SUM, SUM, "jvp()/all_gather")
+UNTOLD = megascale(5, "ALL_REDUCE", SUM, SUM)
+
+
+@pytest.mark.parametrize(
+    ("lines", "offenders"),
+    [
+        (GRADIENT + SCALARS, []),
+        (GRADIENT + GATHER, ["send.3"]),
+        # A gather written as a sum with zeros, told by its bytes; which it is, by its operation where that is known.
+        (GRADIENT + PADDED, ["send.4"]),
+        (SCALARS + megascale(4, "ALL_REDUCE", "f32[64]{0}", "f32[64]{0}", "jvp()/all_gather"), ["send.4"]),
+        (GRADIENT + UNTOLD, ["send.5"]),
+        (UNTOLD + megascale(6, "ALL_REDUCE", SUM, SUM), ["send.5", "send.6"]),
+        ([], []),
+    ],
+)
+def test_slice_proof(tmp_path, lines, offenders):
+    answer = answered(tmp_path, straight(*lines), {"replica": 2, "fsdp": 64})
+    found = compiled.Compilation(SLICED, "pretrain", parse_target("v4:2x64"), answer)
+    assert [t.name for t in found.offenders] == offenders
+    summary = found.summary()
+    assert (summary["slices"] or {"holds": True})["holds"] == (not offenders)
+    across = [row for row in found.traffic if row.link == "DCN"]
+    assert sum(row.bytes for row in across) == sum(t.bytes for t in found.transfers)
+    assert all(row.axes == ("replica",) and row.seconds for row in across)
+
+
+def test_traffic_within_a_slice_and_across(tmp_path):
+    # fsdp crosses the slices: its part within one is 32.
+    groups = "replica_groups=mesh['fsdp'=32,'tensor'=2] {'fsdp'}, dimensions={0}"
+    lines = [f"%g = bf16[64,{MIB}]{{1,0}} all-gather(%p), {groups}", *GATHER]
+    answer = answered(tmp_path, straight(*lines), {"fsdp": 64, "tensor": 2})
+    run = override(load("llama2-7b"), {"mesh.tensor": 2})
+    found = compiled.Compilation(run, "pretrain", parse_target("v4:2x64"), answer)
+    assert [(row.kind, row.axes, row.link, row.bytes) for row in found.traffic] == [
+        ("all-gather", ("fsdp",), "ICI", 128 * MIB),
+        ("all-gather", ("fsdp",), "DCN", 2048),
+    ]
+    exchanging = sum(row.seconds for row in found.traffic)
+    assert found.interval == (exchanging, found.computing.seconds + exchanging)
+
+
+def test_a_text_that_lacks_instructions_is_noticed(tmp_path):
+    answer = answered(tmp_path, straight(*GRADIENT), {"replica": 2, "fsdp": 64})
+    more = answer | {"instructions": answer["instructions"] + 1}
+    with pytest.raises(ValueError, match="instructions"):
+        compiled.Compilation(SLICED, "pretrain", parse_target("v4:2x64"), more).summary()
+
+
+@pytest.fixture
+def child(monkeypatch, tmp_path):
+    """Answers in place of the child process, for each call the next; what it was asked."""
+    answers, asked = [], []
+
+    def ask(command, request, log, memory_gb):
+        asked.append(request)
+        return answers[min(len(asked), len(answers)) - 1]
+
+    monkeypatch.setattr(compilation, "check_compiler", lambda target: None)
+    monkeypatch.setattr(compilation, "_ask", ask)
+    return answers, asked
+
+
+def test_the_command_prints_what_the_compiler_says(child, tmp_path):
+    answers, asked = child
+    answers.append(answered(tmp_path, straight(*GRADIENT, *GATHER), {"replica": 2, "fsdp": 64}))
+    answer = braeburn("compile", "llama2-7b", "--on", "v4:2x64", "--json")
+    assert answer.code == 1  # something else than gradients leaves a slice
+    facts = json.loads(answer.out)
+    assert facts["fits"] and not facts["slices"]["holds"] and facts["plan"]["step_seconds"] > 0
+    assert [t["kind"] for t in facts["slices"]["transfers"] if t["offends"]] == ["all-gather"]
+    assert asked[0]["run"]["mesh"]["replica"] == 2  # one for each slice, unless it is said
+    text = braeburn("compile", "llama2-7b", "--on", "v4:2x64", "--mesh", "replica=1,fsdp=128")
+    assert asked[1]["run"]["mesh"]["replica"] == 1 and asked[1]["run"]["mesh"]["fsdp"] == 128
+    assert "fits: 20.00 GiB of 30.75" in text.out
+    assert "1 transfers that are not the sum of gradients leave a slice" in text.out
+
+
+def test_what_would_fit_is_named_and_compiled(child, tmp_path):
+    answers, asked = child
+    known = answered(tmp_path, straight(), {"fsdp": 256})
+    del known["memory"], known["program"]
+    lacking = known | {"required_gib": 108.4, "available_gib": 95.73}
+    fitting = answered(tmp_path, straight(), {"fsdp": 256})
+    answers += [lacking]
+    sets = ["--set", "stages.pretrain.batch_tokens=67108864"]
+    answer = braeburn("compile", "llama2-70b", "--on", "v5p:256", *sets)
+    assert answer.code == 1 and "does not fit: 108.40 GiB of 95.73 on each chip" in answer.out
+    assert "would fit on v5p:256" in answer.out and "(not compiled)" in answer.out and len(asked) == 1
+    answers += [lacking, lacking, fitting]
+    answer = braeburn("compile", "llama2-70b", "--on", "v5p:256", "--fix", "--json", *sets)
+    changes = json.loads(answer.out)["changes"]
+    assert [change["verified"] for change in changes] == [False, True, None] and len(asked) == 4
+    assert asked[2]["run"]["mesh"]["fsdp"] == changes[0]["assignments"]["mesh.fsdp"]
+
+
+def test_too_few_chips(child, tmp_path):
+    answers, _ = child
+    known = answered(tmp_path, straight(), {"fsdp": 16})
+    del known["memory"], known["program"]
+    answers.append(known | {"required_gib": 3420.0, "available_gib": 15.75})
+    answer = braeburn("compile", "llama2-70b", "--on", "v5e:16")
+    assert answer.code == 1 and "would fit on v5e:" in answer.out

@@ -1,0 +1,98 @@
+"""The layouts that are found: they divide the model, reproduce when set, and cross slices with replicas alone."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from braeburn.config import Mesh, override
+from braeburn.parallel.target import parse_target
+from braeburn.plan.compare import why_nothing_fits
+from braeburn.plan.cost import estimate
+from braeburn.plan.links import Links
+from braeburn.plan.search import candidates, larger_targets, meshes
+from braeburn.recipes import load
+from braeburn.train.stages import sizes_of
+
+
+@pytest.mark.parametrize("stage", ["core", "continued", "context"])
+def test_only_replicas_cross_slices(stage: str) -> None:
+    target = parse_target("v4:8x1024")
+    best = candidates(load("afm-server"), stage, target)[0]
+    assert best.estimate.fits
+    assert best.sizes.replica == 8
+    assert {e.axis for e, link, _ in best.estimate.exchanges if link == "DCN"} == {"replica"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "target"),
+    [("afm-server", "core", "v4:2x128"), ("llama2-7b", "pretrain", "h100:64"), ("qwen3-8b", "context", "v6e:64")],
+)
+def test_layouts_are_what_they_say(recipe: str, stage: str, target: str) -> None:
+    run, on = load(recipe), parse_target(target)
+    found = candidates(run, stage, on)
+    assert len({str(c.sizes.sizes) for c in found}) == len(found) > 10
+    fitting = [c for c in found if c.estimate.fits]
+    assert found[: len(fitting)] == fitting
+    for one, other in pairwise(fitting):
+        assert one.estimate.step <= other.estimate.step
+    for candidate in found[:10]:
+        changed = override(run, candidate.assignments)
+        sizes = sizes_of(changed, stage, on.chips)  # the same refusals as in training
+        assert sizes.sizes == candidate.sizes.sizes
+        assert estimate(changed, stage, on).step == pytest.approx(candidate.estimate.step)
+        assert math.prod(sizes.sizes.values()) == on.chips
+
+
+def test_no_layout_of_the_search_is_better_than_the_first() -> None:
+    run, target = load("llama2-7b"), parse_target("v5p:64")
+    best = candidates(run, "pretrain", target)[0].estimate
+    for mesh in ({"fsdp": 64}, {"data": 8, "fsdp": 8}, {"fsdp": 16, "tensor": 4}, {"fsdp": 32, "context": 2}):
+        for policy in ("full", "save_named"):
+            changes = {f"mesh.{axis}": mesh.get(axis, 1) for axis in run.mesh.sizes} | {"remat.policy": policy}
+            for steps in (1, 4):
+                changes["stages.pretrain.accumulation_steps"] = steps
+                other = estimate(override(run, changes), "pretrain", target)
+                assert not other.fits or other.step >= best.step
+
+
+def test_meshes_are_those_that_divide() -> None:
+    run, target = load("llama2-7b"), parse_target("h100:16")
+    found = list(meshes(run, run.stages["pretrain"], target))
+    assert Mesh(replica=1, data=2, fsdp=1, context=1, tensor=8) in found
+    assert all(mesh.tensor <= 8 for mesh in found)  # a node
+    assert len(found) == len(set(map(str, found)))
+
+
+def test_what_cannot_fit_is_told_with_what_would() -> None:
+    run, target = load("llama2-70b"), parse_target("v5e:16")
+    found = candidates(run, "pretrain", target)
+    assert not any(c.estimate.fits for c in found)
+    more, layout = next(larger_targets(run, "pretrain", target))
+    assert more.chips > 16
+    assert layout.estimate.fits
+    sentence = why_nothing_fits(run, "pretrain", target, found)
+    assert "needs " in sentence
+    assert "15.8 are there" in sentence
+    assert f"{more} has room" in sentence
+    half = parse_target(f"v5e:{more.chips // 2}")
+    assert all(c.estimate.total_gib > 0.9 * c.estimate.usable_gib for c in candidates(run, "pretrain", half))
+
+
+def test_a_number_of_chips_that_divides_nothing_is_told() -> None:
+    run = override(load("llama2-7b"), {"stages.pretrain.batch_tokens": 4096 * 3, "stages.pretrain.tokens": 10**9})
+    target = parse_target("h100:40")
+    assert "no mesh of 40 chips divides" in why_nothing_fits(run, "pretrain", target, [])
+
+
+def test_unknown_networks_leave_the_end_of_the_interval_unknown() -> None:
+    best = candidates(load("llama2-7b"), "pretrain", parse_target("s4000:64"))[0]
+    assert best.estimate.serial is None
+    assert any(seconds is None for _, _, seconds in best.estimate.exchanges)
+    assert best.estimate.confidence == "M"
+
+
+def test_a_torus_that_is_set_is_used() -> None:
+    target = parse_target("v4:64")
+    torus = {"fsdp": (4, 4, 1), "tensor": (1, 1, 4)}
+    assert Links(target, Mesh(fsdp=16, tensor=4, torus=torus)).torus == torus

@@ -1,0 +1,31 @@
+"""The options with which a stage is compiled."""
+
+from typing import Any
+
+import jax
+import pytest
+
+from braeburn.catalogue import catalogue
+from braeburn.config import Run
+from braeburn.train import compilation
+from braeburn.train.compilation import compiler_flags
+from braeburn.train.stages import compile_stage, layout_of
+
+
+def test_flags_of_devices() -> None:
+    assert compiler_flags("TPU v5")["xla_tpu_scoped_vmem_limit_kib"] == "65472"
+    assert list(compiler_flags("TPU v5p")) == [flag.name for flag in catalogue()["v5p"].flags]
+    assert compiler_flags("cpu") == compiler_flags("TPU v99") == {}
+
+
+def test_flags_reach_the_compiler(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered, options=None: given.append(options))
+    layout = layout_of(tiny, "core", jax.devices()[:1])
+    compile_stage(tiny, "core", layout)
+    assert given == [None]  # on CPUs
+    asked: list[str] = []
+    monkeypatch.setattr(compilation, "chip_of", lambda kind: (asked.append(kind), catalogue()["v5p"])[1])
+    compile_stage(tiny, "core", layout)
+    assert given[1:] == [compiler_flags("TPU v5p")] and given[1]
+    assert asked[0] == jax.devices()[0].device_kind
