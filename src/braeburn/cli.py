@@ -234,9 +234,9 @@ def train(
 ) -> None:
     """Train all stages of a recipe; run again on the same folder, it resumes."""
     run, origins = _resolve(recipe, assignments)
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        # Of a GPU's memory, as the plan has it; JAX alone would take three quarters.
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
+    from braeburn.train.environment import gpu_environment
+
+    os.environ |= gpu_environment()
     processes.find(coordinator, num_processes, process_id)  # before JAX, for whose import a mistake need not wait
     processes.connect(coordinator, num_processes, process_id)
     _begin_computing()

@@ -14,6 +14,7 @@ from typing import Any
 from braeburn.config import Run
 from braeburn.errors import UserError
 from braeburn.parallel.target import Target
+from braeburn.train.environment import gpu_environment
 
 # What libtpu needs to believe where there is no TPU, and to share the machine with others of its kind.
 ENVIRONMENT = {
@@ -93,7 +94,7 @@ def _ask(command: list[str], request: dict[str, Any], log: Path, memory_gb: floa
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | gpu_environment() | ENVIRONMENT,
         )
         assert child.stdin and child.stdout
         try:

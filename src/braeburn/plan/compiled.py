@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braeburn.config import Mesh, Run, override
+from braeburn.errors import UserError
 from braeburn.model.transformer import param_specs
 from braeburn.parallel.mesh import across_slices
 from braeburn.parallel.target import Target
@@ -236,7 +237,11 @@ def ranked_by_compiling(most: int, chips: Path | None = None) -> Ranking:
     def rank(run: Run, stage: str, target: Target, found: list[Candidate]) -> list[tuple[Candidate, Any]]:
         said = []
         for candidate in found[:most]:
-            compiled = compile_step(candidate.run, stage, target, chips)
+            try:
+                compiled = compile_step(candidate.run, stage, target, chips)
+            except UserError as failure:
+                said.append((math.inf, candidate, {"fits": False, "failed": str(failure)}))
+                continue
             facts: dict[str, Any] = {"fits": compiled.fits, "required_gib": compiled.required_gib}
             overlapped, serial = compiled.interval if compiled.fits else (math.inf, None)
             if compiled.fits:

@@ -46,6 +46,8 @@ def _layouts(layouts: list[tuple[str, dict[str, Any]]]) -> Rows:
 
 
 def _compiled(said: dict[str, Any]) -> str:
+    if "failed" in said:
+        return f"failed: {said['failed']}"
     if not said["fits"]:
         return f"no room, {_number(said['required_gib'])} GiB"
     return f"{_number(said['required_gib'])} GiB, [{_number(said['overlapped'])}, {_number(said['serial'])}] s"
