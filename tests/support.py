@@ -48,10 +48,10 @@ def braeburn(*arguments: object) -> Answer:
     return Answer(code, out.getvalue(), err.getvalue())
 
 
-def process(*arguments: object, **options: Any) -> Answer:
+def process(*arguments: object, timeout: float = 300, **options: Any) -> Answer:
     """Calls the command line in a process of its own."""
     done = subprocess.run(
-        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False, **options
+        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False, **options
     )
     return Answer(done.returncode, done.stdout, done.stderr)
 

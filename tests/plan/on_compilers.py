@@ -21,7 +21,7 @@ def compilers():
 
 def compiled(recipe, on, *arguments, code=0):
     """The summary of a compilation, which is printed as well."""
-    answer = process("compile", recipe, "--on", on, "--json", *arguments)
+    answer = process("compile", recipe, "--on", on, "--json", *arguments, timeout=1800)
     assert answer.code == code, answer.err
     facts = json.loads(answer.out)
     shown = ("fits", "memory_gib", "compute_seconds", "flop_bound_seconds", "overlapped", "serial", "bytes", "compiler")
