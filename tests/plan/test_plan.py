@@ -78,10 +78,15 @@ def test_claims_of_vendors_stand_beside_the_plans_own_ratio(many: dict[str, Any]
 
 def test_a_plan_in_rows(tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
-    answer = braeburn("plan", "afm-85m", "--on", "h100:8", "v5e:8", "sohu:8", "--layouts", "2", "--html", page)
+    answer = braeburn(
+        "plan", "afm-85m", "--on", "h100:8", "v5e:8", "s4000:64", "sohu:8", "--layouts", "2", "--html", page
+    )
     assert answer.code == 0, answer.err
     for text in ("afm-85m on h100:8, stage context", "all stages", "unknown", "refused: sohu:8", "own  fsdp=8"):
         assert text in answer.out
+    # What a network of unknown speed adds is not in days, hours or energy; the price is not known at all.
+    (unknown,) = (line for line in answer.out.splitlines() if line.startswith("s4000:64"))
+    assert unknown.count(">= ") == 4
     assert "afm-85m" in page.read_text()
 
 

@@ -84,9 +84,10 @@ def _totals(planned: list[dict[str, Any]]) -> Rows:
     for target in planned:
         first, total = next(iter(target["stages"].values()))["layouts"][0], target["total"]
         goodput = total["goodput"]
-        money = (figure(total["chip_hours"]), figure(total["cost_usd"]), figure(total["energy_mwh"]))
         kept = (f"{goodput['expected']:.1%}", f"{goodput['interval_seconds'] / 60:.1f} min")
         least = _least(first)
+        spent = (total[name] for name in ("chip_hours", "cost_usd", "energy_mwh"))
+        money = ((least if value else "") + figure(value) for value in spent)
         speed = (least + figure(first["step_seconds"]), f"{first['mfu']['value']:.1%}", least + figure(total["days"]))
         rows.append((target["target"], *speed, *money, *kept))
     return rows
