@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -72,6 +72,19 @@ class Chip:
     max_slice: Count = 0  # chips in the largest slice of TPUs
     device_kinds: tuple[str, ...] = ()  # what JAX calls its devices
     flags: tuple[Flag, ...] = ()  # with which programs are compiled for it
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 peak of one device in FLOP/s."""
+        return self.bf16_tflops.value * 1e12 / self.devices_per_chip if self.bf16_tflops else None
+
+    @property
+    def device_memory_gib(self) -> Figure | None:
+        """What a compiled program may take of one device; of a chip of the user's own its capacity, unless it says."""
+        figure = self.usable_memory_gib
+        if figure is None and self.memory_gb:
+            figure = Figure(self.memory_gb.value * 1e9 / 2**30, weakest("D", self.memory_gb), "its capacity")
+        return figure and replace(figure, value=figure.value / self.devices_per_chip)
 
 
 FIGURES = tuple(field.name for field in fields(Chip) if field.type is Known)

@@ -149,9 +149,7 @@ def plan(
 ) -> None:
     """Rank the layouts of a recipe on hardware: memory, step time, MFU, days, cost, energy and goodput."""
     runs = [_on_target(recipe, text, assignments, extra)[:2] for text in [*on, *(more or [])]]
-    stages = list(runs[0][0].stages)
-    if stage and stage not in stages:
-        raise UserError(f"--stage {stage!r} is no stage of {recipe}; it must be one of {', '.join(stages)}")
+    stages = [_stage(recipe, runs[0][0], stage)] if stage else list(runs[0][0].stages)
     from braeburn.catalogue import catalogue
     from braeburn.plan.compare import compare
     from braeburn.plan.compiled import ranked_by_compiling
@@ -165,7 +163,7 @@ def plan(
     }
     failures = {name: value for name, value in given.items() if value is not None}
     ranking = {"ranked": ranked_by_compiling(verify, extra)} if verify else {}
-    plan = compare(recipe, runs, catalogue(extra), [stage] if stage else stages, failures, **ranking)
+    plan = compare(recipe, runs, catalogue(extra), stages, failures, **ranking)
     refused = [f"{target['target']}: {target['refused']}" for target in plan["targets"] if target["refused"]]
     if len(refused) == len(runs):
         raise UserError("; ".join(refused))
@@ -414,9 +412,7 @@ def compile_(
 ) -> None:
     """Compile a train step for hardware that is not here: does it fit, how fast, and what crosses which link."""
     base, _ = _resolve(recipe, assignments)
-    stage = stage or next(iter(base.stages))
-    if stage not in base.stages:
-        raise UserError(f"--stage {stage!r} is no stage of {recipe}; it must be one of {', '.join(base.stages)}")
+    stage = _stage(recipe, base, stage or next(iter(base.stages)))
     path = f"stages.{stage}.mesh" if base.stages[stage].mesh else "mesh"
     sizes = [f"{path}.{part.strip()}" for part in mesh.split(",")] if mesh else []
     run, target, _ = _on_target(recipe, on, [*(assignments or []), *sizes], extra)
@@ -522,6 +518,13 @@ def _job(recipe: str, on: str, out: Path, assignments: list[str] | None) -> Any:
     for stage in run.stages:
         sizes_of(run, stage, target.devices)
     return run, target, _train_arguments(recipe, out, assignments)
+
+
+def _stage(recipe: str, run: Any, stage: str) -> str:
+    """The name of a stage, once the run is known to have it."""
+    if stage not in run.stages:
+        raise UserError(f"--stage {stage!r} is no stage of {recipe}; it must be one of {', '.join(run.stages)}")
+    return stage
 
 
 def _on_target(recipe: str, on: str, assignments: list[str] | None, chips: Path | None = None) -> Any:

@@ -113,6 +113,24 @@ def test_prices_and_failures_can_be_given(tmp_path: Path) -> None:
     assert many["days"]["value"] > few["days"]["value"]
 
 
+def test_a_chip_of_ones_own_is_planned(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(
+        "[mychip]\nbf16_tflops = 400\nmemory_gb = 64\nmemory_gb_per_s = 2000\nlink_gb_per_s = 200\ndomain = 8\n"
+    )
+    answer = braeburn("plan", "llama2-7b", "--on", "mychip:64", "--chips", own, "--json")
+    best = json.loads(answer.out)["targets"][0]["stages"]["pretrain"]["layouts"][0]
+    # Its capacity is what programs may take, for want of anything better.
+    assert best["usable_gib"] == {"value": pytest.approx(64e9 / 2**30), "confidence": "D"}
+
+
+def test_a_claim_against_a_chip_without_such_slices_is_left_open() -> None:
+    answer = braeburn(
+        "plan", "llama3-8b", "--on", "v5p:6144", "--set", "stages.pretrain.batch_tokens=50331648", "--json"
+    )
+    assert {claim["verdict"] for claim in json.loads(answer.out)["claims"]} == {"cannot be planned"}
+
+
 def test_mistakes() -> None:
     for arguments, words in (
         (("--on", "chana:64"), "chana:64: no specification"),

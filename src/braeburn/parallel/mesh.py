@@ -109,22 +109,26 @@ def _arrange_slice(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np
     if mesh.torus:
         flat = len(next(iter(mesh.torus.values())))  # tori of two dimensions have a third of one chip
         places, sides = (places[:, :flat], sides[:flat]) if math.prod(sides[flat:]) == 1 else (places, sides)
-        _check_torus(mesh, shape, sides)
-        return _lay_over_torus(mesh.torus, mesh, devices, places, sides)
+        factors = _factors(mesh.torus, mesh, sides)
+        _check_torus(mesh, factors, shape, sides)
+        return _lay_over_torus(factors, devices, places, sides)
     if getattr(devices[0], "platform", "") != "tpu" or len(devices) == 1:
         return np.array(devices, dtype=object).reshape(shape)
     if len(np.unique(places, axis=0)) == len(devices) == math.prod(sides):
         torus = placements(tuple(zip(mesh.sizes, shape, strict=True)), sides)[0]
-        return _lay_over_torus(torus, mesh, devices, places, sides)
+        return _lay_over_torus(_factors(torus, mesh, sides), devices, places, sides)
     # Several devices to a chip, or chips that fill no box.
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _check_torus(mesh: Mesh, shape: tuple[int, ...], extent: tuple[int, ...]) -> None:
-    torus = mesh.torus or {}
+def _factors(torus: Factors, mesh: Mesh, extent: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The size of each axis of the mesh along each dimension of a torus."""
+    return [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]
+
+
+def _check_torus(mesh: Mesh, factors: list[tuple[int, ...]], shape: tuple[int, ...], extent: tuple[int, ...]) -> None:
     if not extent:
         raise UserError("mesh.torus is set, but these devices have no place on a torus; remove mesh.torus")
-    factors = [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]  # type: ignore[call-overload]
     for axis, own, size in zip(mesh.sizes, factors, shape, strict=True):
         if math.prod(own) != size:
             raise UserError(
@@ -139,9 +143,8 @@ def _check_torus(mesh: Mesh, shape: tuple[int, ...], extent: tuple[int, ...]) ->
 
 
 def _lay_over_torus(
-    torus: Factors, mesh: Mesh, devices: list[Any], places: np.ndarray, extent: tuple[int, ...]
+    factors: list[tuple[int, ...]], devices: list[Any], places: np.ndarray, extent: tuple[int, ...]
 ) -> np.ndarray:
-    factors = [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]
     shape = tuple(map(math.prod, factors))
     grid = np.empty(extent, dtype=object)
     for device, place in zip(devices, places - places.min(axis=0), strict=True):

@@ -3,14 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from braeburn.catalogue import Chip, Figure, weakest
 from braeburn.config import Run
 from braeburn.errors import UserError
 from braeburn.parallel.target import Target
-from braeburn.plan.cost import FLOAT, MOMENTS, Estimate, Work, estimate
+from braeburn.plan.cost import FLOAT, MOMENTS, Estimate, Work, estimate_work
 from braeburn.plan.goodput import goodput
+from braeburn.plan.links import Links
 from braeburn.plan.search import Candidate, candidates, larger_targets
 from braeburn.train.stages import sizes_of
 
@@ -104,7 +106,8 @@ def _own(run: Run, name: str, target: Target) -> dict[str, Any] | None:
     """The layout that the run itself has, or None where it does not divide the target."""
     try:
         sizes = sizes_of(run, name, target.devices)
-        return describe(Candidate({}, run, sizes, estimate(run, name, target)), name)
+        found = estimate_work(Work(run, run.stages[name], sizes), target, Links(target, sizes))
+        return describe(Candidate({}, run, sizes, found), name)
     except UserError:
         return None
 
@@ -180,20 +183,31 @@ def _figure(value: float, confidence: str) -> dict[str, Any]:
 
 def _claims(runs: Sequence[tuple[Run, Target]], chips: Mapping[str, Chip], stage: str) -> list[dict[str, Any]]:
     """What vendors claim of the chips that are compared, beside the plan's own ratio on the same number of chips."""
+    first = {target.chip: (run, target) for run, target in reversed(runs)}
+
+    @cache
+    def speed(chip: str, like: str) -> float | None:
+        """Tokens per second of a chip, as many as there are of another; None where no layout of them fits."""
+        run, target = first[like]
+        try:
+            best = candidates(run, stage, dataclasses.replace(target, chip=chip, facts=chips[chip]))[:1]
+        except UserError:  # there is no slice of so many
+            return None
+        return best[0].estimate.tokens_per_second if best and best[0].estimate.fits else None
+
+    def worth(chip: str, like: str, quantity: str) -> float | None:
+        """Speed, or speed per dollar, of a chip."""
+        price, tokens = chips[chip].price, speed(chip, like)
+        if quantity == "speed" or tokens is None:
+            return tokens
+        return tokens / price.value if price else None
+
     rows = []
     for claim, chip, against, quantity, claimed in CLAIMS:
-        here = next(((run, target) for run, target in runs if target.chip == chip), None)
-        if here is None:
+        if chip not in first:
             continue
-        run, target = here
-        speeds = []
-        for each in (chip, against):
-            same = Target(each, target.slices, target.chips_per_slice, chips[each])
-            best = candidates(run, stage, same)[:1]
-            price = chips[each].price if quantity == "speed per dollar" else None
-            if best and best[0].estimate.fits and (price or quantity == "speed"):
-                speeds.append(best[0].estimate.tokens_per_second / (price.value if price else 1.0))
-        ratio = speeds[0] / speeds[1] if len(speeds) == 2 else None
+        here, there = (worth(each, chip, quantity) for each in (chip, against))
+        ratio = here / there if here and there else None
         if ratio is None:
             verdict = "cannot be planned"
         elif abs(ratio / claimed - 1) <= CLAIM_TOLERANCE:

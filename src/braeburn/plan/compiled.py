@@ -57,7 +57,7 @@ class Compilation:
     @property
     def usable_gib(self) -> float:
         """Memory of a chip that a program may take."""
-        usable = self.target.facts.usable_memory_gib
+        usable = self.target.facts.device_memory_gib
         assert usable is not None  # the catalogue has it of every chip with a compiler
         return self.answer.get("available_gib") or usable.value
 
@@ -95,9 +95,9 @@ class Compilation:
         model, stage = self.run.model, self.run.stages[self.stage]
         masked = 6 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
         flops = flops_per_token(model, param_specs(model), stage.sequence_length) - masked
-        peak = self.target.facts.bf16_tflops
-        assert peak is not None
-        return flops * stage.batch_tokens / (self.target.chips * peak.value * 1e12)
+        peak = self.target.facts.peak_flops
+        assert peak
+        return flops * stage.batch_tokens / (self.target.devices * peak)
 
     @cached_property
     def _across(self) -> tuple[Mesh, tuple[int, ...]]:

@@ -27,6 +27,7 @@ from braeburn.config import validate
 from braeburn.errors import UserError
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.target import Target, parse_target
+from braeburn.train.compilation import options
 from braeburn.train.stages import layout_of, lower_stage
 
 GIB = 2**30
@@ -88,7 +89,7 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     devices = topology(target).devices
     layout = layout_of(run, request["stage"], devices)
     lowered = lower_stage(run, request["stage"], layout)
-    flags: dict[str, Any] = {flag.name: flag.value for flag in target.facts.flags}
+    flags: dict[str, Any] = options(target.facts.flags)
     packages = ["jax", "jaxlib", "libtpu" if target.facts.family == "tpu" else "jax-cuda13-pjrt"]
     if target.facts.family == "nvidia":
         flags["xla_gpu_collect_cost_model_stats"] = True

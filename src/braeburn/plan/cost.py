@@ -132,75 +132,6 @@ class Estimate:
         return None if unknown else self.compute + self.exchanging
 
 
-def estimate(run: Run, name: str, target: Target) -> Estimate:
-    """Predicts a stage's step for the run's mesh, remat, accumulation and offload on a target.
-
-    Raises:
-        UserError: the mesh does not fit the target or the stage.
-    """
-    sizes = sizes_of(run, name, target.devices)
-    return estimate_sizes(run, name, target, sizes, Links(target, sizes))
-
-
-def estimate_sizes(run: Run, name: str, target: Target, sizes: Mesh, links: Links) -> Estimate:
-    """As `estimate`, of a mesh whose sizes are known to divide the stage."""
-    chip, stage = target.facts, run.stages[name]
-    assert chip.bf16_tflops and chip.usable_memory_gib  # the catalogue refuses chips without them
-    work = Work(run, stage, sizes)
-    efficiency = EFFICIENCY[chip.family]
-    peak = chip.bf16_tflops.value * 1e12 / chip.devices_per_chip
-    bandwidth = (chip.memory_gb_per_s.value if chip.memory_gb_per_s else math.inf) * 1e9 / chip.devices_per_chip
-    seconds = {
-        "matrix": work.matrix_flops / (peak * efficiency.matrix),
-        "attention": work.attention_flops(efficiency.tile, efficiency.backward) / (peak * efficiency.attention),
-        "memory_bound": work.memory_bytes / (bandwidth * efficiency.memory),
-    }
-    exchanges: list[tuple[Exchange, str, float | None]] = []
-    hidden = 0.0
-    if offloaded := work.host_bytes:
-        spent: float | None = offloaded / (HOST_GB_PER_S * 1e9)
-        exchanges.append((Exchange("host", "copy", offloaded, 1, "weights"), "PCIe", spent))
-        hidden += (spent or 0.0) * efficiency.weights_hidden
-    for asked in work.exchanges():
-        exchange = _as_compiled(asked, sizes, target)
-        axes = (exchange.axis,)
-        once = links.seconds(exchange.kind, exchange.bytes / exchange.times, axes)
-        spent = None if once is None else once * exchange.times
-        exchanges.append((exchange, links.name(axes), spent))
-        # A layer's weights from another slice are sent and received in that layer, which waits for them.
-        early = exchange.what == "weights" and (links.name(axes) != "DCN" or exchange.kind == "all-reduce")
-        hidden += (spent or 0.0) * (efficiency.weights_hidden if early else efficiency.tokens_hidden)
-    compute, exchanging = sum(seconds.values()), sum(spent or 0.0 for _, _, spent in exchanges)
-    step = max(compute, exchanging, compute + exchanging - hidden)
-    flops = _flops_per_token(run.model, stage.sequence_length) * stage.batch_tokens
-    figures = [figure for figure in (chip.bf16_tflops, chip.memory_gb_per_s) if figure]
-    return Estimate(
-        memory=work.memory(),
-        usable_gib=chip.usable_memory_gib.value / chip.devices_per_chip,
-        seconds=seconds,
-        exchanges=exchanges,
-        step=step,
-        mfu=flops / (step * target.devices * peak),
-        tokens_per_second=stage.batch_tokens / step,
-        confidence=weakest(*figures, *(links.confidence((e.axis,)) for e, link, _ in exchanges if link != "PCIe")),
-        memory_confidence=weakest(chip.usable_memory_gib),
-        torus=links.torus,
-    )
-
-
-def _as_compiled(exchange: Exchange, sizes: Mesh, target: Target) -> Exchange:
-    """What libtpu makes of an exchange of weights over many chips: sums of whole arrays, which move them twice.
-
-    So it writes most gradients' reduce-scatters over 256 chips or more, and all-gathers over the whole of a
-    three-dimensional slice as sums with zeros; over 128 chips it writes neither.
-    """
-    if target.facts.family != "tpu" or exchange.axis != "fsdp" or sizes.fsdp < 256:
-        return exchange
-    whole = sizes.fsdp == target.chips_per_slice and target.facts.dimensions == 3
-    summed = exchange.kind == "reduce-scatter" or (exchange.kind == "all-gather" and whole)
-    return replace(exchange, kind="all-reduce") if summed else exchange
-
-
 @cache
 def _specs(model: Model) -> Tree:
     return param_specs(model)
@@ -413,3 +344,71 @@ class Work:
             if mesh.sizes[axis] > 1:
                 yield Exchange(axis, "all-reduce", summed, 10, "weights")  # arrays of all layers each
                 summed /= mesh.sizes[axis]  # the sum over several axes is scattered along the first for the next
+
+
+def estimate(run: Run, name: str, target: Target) -> Estimate:
+    """Predicts a stage's step for the run's mesh, remat, accumulation and offload on a target.
+
+    Raises:
+        UserError: the mesh does not fit the target or the stage.
+    """
+    sizes = sizes_of(run, name, target.devices)
+    return estimate_work(Work(run, run.stages[name], sizes), target, Links(target, sizes))
+
+
+def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
+    """As `estimate`, of a mesh that is known to divide the stage, laid over links."""
+    chip, stage, model = target.facts, work.stage, work.model
+    peak, room = chip.peak_flops, chip.device_memory_gib
+    assert peak and room  # the catalogue refuses chips without them
+    efficiency = EFFICIENCY[chip.family]
+    bandwidth = (chip.memory_gb_per_s.value if chip.memory_gb_per_s else math.inf) * 1e9 / chip.devices_per_chip
+    seconds = {
+        "matrix": work.matrix_flops / (peak * efficiency.matrix),
+        "attention": work.attention_flops(efficiency.tile, efficiency.backward) / (peak * efficiency.attention),
+        "memory_bound": work.memory_bytes / (bandwidth * efficiency.memory),
+    }
+    exchanges: list[tuple[Exchange, str, float | None]] = []
+    hidden = 0.0
+    if offloaded := work.host_bytes:
+        spent: float | None = offloaded / (HOST_GB_PER_S * 1e9)
+        exchanges.append((Exchange("host", "copy", offloaded, 1, "weights"), "PCIe", spent))
+        hidden += (spent or 0.0) * efficiency.weights_hidden
+    for asked in work.exchanges():
+        exchange = _as_compiled(asked, work.mesh, target)
+        axes = (exchange.axis,)
+        once = links.seconds(exchange.kind, exchange.bytes / exchange.times, axes)
+        spent = None if once is None else once * exchange.times
+        exchanges.append((exchange, links.name(axes), spent))
+        # A layer's weights from another slice are sent and received in that layer, which waits for them.
+        early = exchange.what == "weights" and (links.name(axes) != "DCN" or exchange.kind == "all-reduce")
+        hidden += (spent or 0.0) * (efficiency.weights_hidden if early else efficiency.tokens_hidden)
+    compute, exchanging = sum(seconds.values()), sum(spent or 0.0 for _, _, spent in exchanges)
+    step = max(compute, exchanging, compute + exchanging - hidden)
+    flops = _flops_per_token(model, stage.sequence_length) * stage.batch_tokens
+    figures = [figure for figure in (chip.bf16_tflops, chip.memory_gb_per_s) if figure]
+    return Estimate(
+        memory=work.memory(),
+        usable_gib=room.value,
+        seconds=seconds,
+        exchanges=exchanges,
+        step=step,
+        mfu=flops / (step * target.devices * peak),
+        tokens_per_second=stage.batch_tokens / step,
+        confidence=weakest(*figures, *(links.confidence((e.axis,)) for e, link, _ in exchanges if link != "PCIe")),
+        memory_confidence=room.confidence,
+        torus=links.torus,
+    )
+
+
+def _as_compiled(exchange: Exchange, sizes: Mesh, target: Target) -> Exchange:
+    """What libtpu makes of an exchange of weights over many chips: sums of whole arrays, which move them twice.
+
+    So it writes most gradients' reduce-scatters over 256 chips or more, and all-gathers over the whole of a
+    three-dimensional slice as sums with zeros; over 128 chips it writes neither.
+    """
+    if target.facts.family != "tpu" or exchange.axis != "fsdp" or sizes.fsdp < 256:
+        return exchange
+    whole = sizes.fsdp == target.chips_per_slice and target.facts.dimensions == 3
+    summed = exchange.kind == "reduce-scatter" or (exchange.kind == "all-gather" and whole)
+    return replace(exchange, kind="all-reduce") if summed else exchange

@@ -46,8 +46,8 @@ def computing(module: Module, chip: Chip) -> Computing:
     Raises:
         ValueError: something runs in a loop of unknown length.
     """
-    assert chip.bf16_tflops is not None  # the catalogue refuses chips without it
-    peak, efficiency = chip.bf16_tflops.value * 1e12, EFFICIENCY[chip.family]
+    peak, efficiency = chip.peak_flops, EFFICIENCY[chip.family]
+    assert peak  # the catalogue refuses chips without it
     clock = chip.clock_ghz.value * 1e9 if chip.clock_ghz else math.inf
     total, untimed = 0.0, []
     kernels: dict[str, tuple[int, float | None]] = {}

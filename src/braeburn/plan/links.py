@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from braeburn.catalogue import weakest
+from braeburn.catalogue import Figure, weakest
 from braeburn.config import Mesh
 from braeburn.parallel.mesh import Factors, across_slices, placements
 from braeburn.parallel.target import Target
@@ -104,21 +104,21 @@ class Links:
         return total + sum(leg.latency for leg in legs) * (1 + (kind == "all-reduce"))
 
     def _network(self, size: int) -> tuple[Leg, ...]:
-        if size == 1:
-            return ()
         chip = self._target.facts
-        link, figure = "DCN" if chip.family == "tpu" else "network", chip.network_gb_per_s
-        speed = figure.value / chip.devices_per_chip * OTHER_EFFICIENCY if figure else None
-        hop = DCN_HOP_SECONDS if link == "DCN" else OTHER_HOP_SECONDS
-        return (Leg(link, size, speed, speed, hop * math.log2(size), 1, figure.confidence if figure else "M"),)
+        link, hop = ("DCN", DCN_HOP_SECONDS) if chip.family == "tpu" else ("network", OTHER_HOP_SECONDS)
+        return self._switched(link, size, chip.network_gb_per_s, hop * math.log2(size))
 
     def _within_node(self, size: int) -> tuple[Leg, ...]:
+        chip = self._target.facts
+        link = "NVLink" if chip.family == "nvidia" else "scale-up"
+        return self._switched(link, size, chip.link_gb_per_s, OTHER_HOP_SECONDS)
+
+    def _switched(self, link: str, size: int, figure: Figure | None, latency: float) -> tuple[Leg, ...]:
+        """Links through switches, where any chip reaches any other at the same speed."""
         if size == 1:
             return ()
-        chip = self._target.facts
-        link, figure = "NVLink" if chip.family == "nvidia" else "scale-up", chip.link_gb_per_s
-        speed = figure.value / chip.devices_per_chip * OTHER_EFFICIENCY if figure else None
-        return (Leg(link, size, speed, speed, OTHER_HOP_SECONDS, 1, figure.confidence if figure else "M"),)
+        speed = figure.value / self._target.facts.devices_per_chip * OTHER_EFFICIENCY if figure else None
+        return (Leg(link, size, speed, speed, latency, 1, figure.confidence if figure else "M"),)
 
     def _along_torus(self, axis: str, size: int, sides: tuple[int, ...]) -> tuple[Leg, ...]:
         if size == 1:

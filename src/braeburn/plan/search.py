@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from braeburn.config import Mesh, Offload, Remat, Run, Stage
+from braeburn.parallel.mesh import placements
 from braeburn.parallel.target import Target
-from braeburn.plan.cost import Estimate, Work, estimate_sizes
-from braeburn.plan.links import Links, extent, placements
+from braeburn.plan.cost import Estimate, Work, estimate_work
+from braeburn.plan.links import Links, extent
 
 # What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps norms and more in
 # float32: compiled steps take twice the memory then, and longer.
@@ -67,7 +68,7 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     """
     found = []
     for sizes in meshes(run, run.stages[name], target):
-        best: tuple[Run, Estimate] | None = None
+        best: tuple[Work, Estimate] | None = None
         for torus in _placements(sizes, target):
             links = Links(target, sizes, torus)
             # Of chips that are several devices JAX alone lays the mesh.
@@ -76,12 +77,11 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
                 best = _fastest(run, name, placed, target, links)
                 continue
             # The same work on other links.
-            other = estimate_sizes(best[0], name, target, placed, links)
+            other = estimate_work(best[0], target, links)
             if _rank(other) < _rank(best[1]):
-                stage = best[0].stages[name].model_copy(update={"mesh": placed})
-                best = best[0].model_copy(update={"stages": {**run.stages, name: stage}}), other
+                best = _work(best[0].run, name, {"mesh": placed}), other
         if best:
-            found.append(_candidate(run, name, *best))
+            found.append(_candidate(run, name, best[0].run, best[1]))
     found.sort(key=lambda candidate: _rank(candidate.estimate))
     return found
 
@@ -135,32 +135,37 @@ def _meshes(run: Run, stage: Stage, target: Target, within: int, slices: int) ->
                 yield Mesh(replica=replica, data=rest // fsdp, fsdp=fsdp, context=context, tensor=tensor)
 
 
-def _fastest(run: Run, name: str, sizes: Mesh, target: Target, links: Links) -> tuple[Run, Estimate] | None:
+def _work(run: Run, name: str, changes: dict[str, Any]) -> Work:
+    """That of a stage with some of its fields changed; the mesh is among them, resolved."""
+    stage = run.stages[name].model_copy(update=changes)
+    return Work(run.model_copy(update={"stages": {**run.stages, name: stage}}), stage, changes["mesh"])
+
+
+def _fastest(run: Run, name: str, sizes: Mesh, target: Target, links: Links) -> tuple[Work, Estimate] | None:
     """The fastest of accumulation, remat and offload that fits; or where none does, what lacks least."""
-    figure = target.facts.usable_memory_gib
-    room = figure.value / target.facts.devices_per_chip if figure else 0.0
-    fits: list[tuple[Run, Estimate]] = []
-    least: tuple[float, Run] | None = None
+    room = target.facts.device_memory_gib
+    assert room  # the catalogue refuses chips without it
+    fits: list[tuple[Work, Estimate]] = []
+    least: tuple[float, Work] | None = None
     everything = False
     for offload in OFFLOADS:
+        offloading = run.model_copy(update={"offload": offload})
         for steps in _accumulations(run.stages[name], sizes):
             for remat in REMATS:
                 if not set(offload.activations) <= set(remat.names if remat.policy == "save_named" else ()):
                     continue
-                own = {"accumulation_steps": steps, "mesh": sizes, "remat": remat}
-                stage = run.stages[name].model_copy(update=own)
-                changed = run.model_copy(update={"stages": {**run.stages, name: stage}, "offload": offload})
-                needed = sum(Work(changed, stage, sizes).memory().values())
-                if needed <= room:
-                    fits.append((changed, estimate_sizes(changed, name, target, sizes, links)))
+                work = _work(offloading, name, {"accumulation_steps": steps, "mesh": sizes, "remat": remat})
+                needed = sum(work.memory().values())
+                if needed <= room.value:
+                    fits.append((work, estimate_work(work, target, links)))
                     everything |= remat == REMATS[0]
                 elif least is None or needed < least[0]:
-                    least = needed, changed
+                    least = needed, work
             if everything:
                 break  # in more parts it would be no faster
         if fits:
             return min(fits, key=lambda found: _rank(found[1]))
-    return (least[1], estimate_sizes(least[1], name, target, sizes, links)) if least else None
+    return (least[1], estimate_work(least[1], target, links)) if least else None
 
 
 def _accumulations(stage: Stage, sizes: Mesh) -> list[int]:

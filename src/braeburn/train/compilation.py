@@ -1,11 +1,12 @@
 """With which options programs are compiled, and where they are kept between processes."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 
-from braeburn.catalogue import chip_of
+from braeburn.catalogue import Flag, chip_of
 
 
 def cache_compilations() -> None:
@@ -18,5 +19,9 @@ def cache_compilations() -> None:
 
 def compiler_flags(device_kind: str) -> dict[str, str | bool]:
     """The catalogue's options of XLA for a device as JAX calls it, by name; none where it is not known."""
-    flags = chip.flags if (chip := chip_of(device_kind)) else ()
+    return options(chip.flags if (chip := chip_of(device_kind)) else ())
+
+
+def options(flags: Iterable[Flag]) -> dict[str, str | bool]:
+    """Options of XLA as JAX takes them, by name."""
     return {flag.name: flag.value if isinstance(flag.value, bool) else str(flag.value) for flag in flags}

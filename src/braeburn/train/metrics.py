@@ -19,7 +19,7 @@ from braeburn.train.progress import Display
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 peak of a device in FLOP/s, from the catalogue; None where it is not known, as for CPUs."""
     chip = chip_of(device_kind)
-    return chip.bf16_tflops.value * 1e12 / chip.devices_per_chip if chip and chip.bf16_tflops else None
+    return chip.peak_flops if chip else None
 
 
 def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
