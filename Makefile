@@ -1,9 +1,11 @@
 # Everything works from a fresh clone with Python >= 3.11, make and a package index.
 #   make demo    train the quickstart recipe and show what it learned
+#   make demo-on-device    a larger model pruned, distilled, quantised and shipped, beside one from scratch
 #   make test    all tests, with the coverage of src
 #   make test-kill    four processes, one of which is killed at random five times over (minutes)
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; half an hour)
+#   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
 #   make setup   .venv with everything that tests and checks need
 SHELL := /bin/bash
 VENV := .venv
@@ -15,7 +17,7 @@ PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3 python;
 # One compilation cache for all tests and the demo of this clone.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test test-kill test-slurm test-compile setup check format benchmark-memory benchmark-startup clean
+.PHONY: demo demo-on-device test test-kill test-slurm test-compile test-gguf setup check format benchmark-memory benchmark-startup clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -35,6 +37,14 @@ setup: $(VENV)/.all
 
 demo: $(VENV)/.core
 	$(BIN)/python benchmarks/demo.py
+
+# Beside what the demo needs, the package that writes the models' files.
+$(VENV)/.gguf: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
+	@touch $@
+
+demo-on-device: $(VENV)/.gguf
+	$(BIN)/python benchmarks/on_device.py
 
 test: setup
 	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
@@ -57,6 +67,20 @@ $(VENV)-compile/.all: pyproject.toml constraints.txt
 test-compile: $(VENV)-compile/.all
 	$(VENV)-compile/bin/python -m pytest --durations=0 -s tests/plan/on_compilers.py
 
+# Apart from the other environment: building llama.cpp takes a C++ compiler and most of the half hour. From source, since
+# the package has no wheels in the index, and for this processor.
+$(VENV)-gguf/.all: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 to 3.13 with venv found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	@command -v c++ >/dev/null || { echo "error: c++ is missing; install a C++ compiler, as Debian's package g++" >&2; exit 2; }
+	test -e $(VENV)-gguf/bin/python || $(PYTHON) -m venv $(VENV)-gguf
+	$(VENV)-gguf/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(VENV)-gguf/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-binary llama-cpp-python llama-cpp-python
+	@touch $@
+
+test-gguf: $(VENV)-gguf/.all
+	$(VENV)-gguf/bin/python -m pytest --durations=0 -s tests/interop/on_llama_cpp.py
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -73,4 +97,4 @@ benchmark-startup: $(VENV)/.core
 	$(BIN)/python benchmarks/startup.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-compile .cache .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-compile $(VENV)-gguf .cache .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

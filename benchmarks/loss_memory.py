@@ -58,7 +58,7 @@ def peak_bytes(run: Run, step: Any) -> int:
     """The most memory that a compiled train step holds at once, its arguments included."""
     stage = run.stages["only"]
     layout = layout_of(run, "only")
-    shapes = (abstract_state(run, stage, layout), abstract_batch(stage, layout))
+    shapes = (abstract_state(run, "only", layout), abstract_batch(stage, layout))
     compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
     analysis = compiled.memory_analysis()
     # Results that take an argument's place are among the arguments. XLA's own peak leaves temporaries out on a CPU.
@@ -105,14 +105,13 @@ def main() -> int:
     arguments = parser.parse_args()
 
     run = small_run(arguments.vocab_size, arguments.tokens, arguments.sequence_length)
-    stage = run.stages["only"]
     whole_step = functools.partial(
         train_step,
         loss=functools.partial(whole_logits_loss, run),
-        optimizer=stage_optimizer(run, stage),
+        optimizer=stage_optimizer(run, "only"),
         accumulation_steps=1,
     )
-    chunked, whole = peak_bytes(run, stage_step(run, stage, layout_of(run, "only"))), peak_bytes(run, whole_step)
+    chunked, whole = peak_bytes(run, stage_step(run, "only", layout_of(run, "only"))), peak_bytes(run, whole_step)
     difference = largest_difference(run)
     result = {
         "vocab_size": arguments.vocab_size,

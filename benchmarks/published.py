@@ -50,9 +50,9 @@ ROWS = (
     Row("[1]", "llama2-70b", "v5p:512", {"fsdp": 512}, 11.6, limit=0.15, keep=ATTENTION, assumed="remat"),
     Row("[1]", "llama2-7b", "h100:256", {"data": 32, "fsdp": 8}, 1.4, limit=0.25, keep=PRODUCTS, assumed="remat"),
     Row("[1]", "llama2-70b", "h100:512", {"data": 4, "fsdp": 128}, 9.2, limit=0.25, assumed="remat"),
-    Row("[2]", "afm-on-device", "v5p:512", {"data": 512}, 1.48, limit=0.25, keep=PRODUCTS),
-    Row("[2]", "afm-on-device", "v5p:1024", {"data": 1024}, 0.80, limit=0.25, keep=PRODUCTS),
-    Row("[2]", "afm-on-device", "v5p:2048", {"data": 2048}, 0.47, limit=0.25, keep=PRODUCTS),
+    Row("[2]", "afm-on-device-scratch", "v5p:512", {"data": 512}, 1.48, limit=0.25, keep=PRODUCTS),
+    Row("[2]", "afm-on-device-scratch", "v5p:1024", {"data": 1024}, 0.80, limit=0.25, keep=PRODUCTS),
+    Row("[2]", "afm-on-device-scratch", "v5p:2048", {"data": 2048}, 0.47, limit=0.25, keep=PRODUCTS),
     Row("[3]", "llama2-7b", "v5e:4x256", {"data": 4, "fsdp": 256}, 2.21, keep=PRODUCTS),
     Row("[3]", "llama2-70b", "v5e:4x256", {"data": 4, "fsdp": 256}, 14.37, keep=PRODUCTS, offload=PRODUCTS),
     Row("[4] MaxText", "llama2-7b", "v5p:256", {"fsdp": 256}, 2.7, keep=PRODUCTS, assumed="mesh, remat"),
@@ -127,14 +127,14 @@ def main() -> int:
     if parser.parse_args().json:
         print(json.dumps(rows, indent=2))
     else:
-        print(f"{'recipe':14} {'target':10} {'mesh':20} published predicted  interval       error  limit  source")
+        print(f"{'recipe':21} {'target':10} {'mesh':20} published predicted  interval       error  limit  source")
         for row in rows:
             mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
             interval = f"[{row['overlapped']:.2f}, {row['serial']:.2f}]"
             limit = f"{row['limit']:.0%}" if row["limit"] else "-"
             source = row["source"] + (f" (assumed: {row['assumed']})" if row["assumed"] else "")
             print(
-                f"{row['recipe']:14} {row['target']:10} {mesh:20} {row['published']:9.2f} {row['predicted']:9.2f}  "
+                f"{row['recipe']:21} {row['target']:10} {mesh:20} {row['published']:9.2f} {row['predicted']:9.2f}  "
                 f"{interval:14} {row['error']:+5.0%}  {limit:>5}  {source}"
             )
     return 0 if all(row["kept"] for row in rows) else 1

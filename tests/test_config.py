@@ -202,7 +202,7 @@ def test_stages_and_their_steps() -> None:
         ("llama3-8b", 8_030_261_248),
         ("qwen3-0.6b", 596_049_920),
         ("qwen3-8b", 8_190_735_360),
-        ("afm-on-device", 2_737_739_264),
+        ("afm-on-device-scratch", 2_737_739_264),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
@@ -210,9 +210,40 @@ def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> 
 
 
 def test_parameters_of_afm_on_device_are_split_as_published() -> None:
-    specs = transformer.param_specs(RUNS["afm-on-device"].model)
+    specs = transformer.param_specs(RUNS["afm-on-device-scratch"].model)
     assert round(spec.count(specs, ("matrix", "norm")) / 1e9, 3) == 2.587
     assert round(spec.count(specs, ("embedding",)) / 1e9, 3) == 0.151
+
+
+def test_afm_on_device_is_made_in_the_published_order() -> None:
+    run = RUNS["afm-on-device"]
+    trillion = 1_000_000_000_000
+    tokens = {"prune": 188_000_000_000, "core": 6.3 * trillion, "continued": trillion, "context": trillion // 10}
+    assert list(run.stages) == ["larger", *tokens]
+    assert {name: run.stages[name].tokens for name in tokens} == tokens
+    sizes = {name: spec.count(transformer.param_specs(left)) for name, (_, _, left) in run.models().items()}
+    assert round(sizes["larger"] / 1e9, 1) == 6.4
+    assert {sizes[name] for name in tokens} == {2_737_739_264}
+    assert run.stages["prune"].pruning == config.Pruning(keep={"ffn": 8064}, method="soft_top_k")
+    # Only the core stage is distilled; after the cut it is the published model in all else.
+    core, *others = (run.stages[name] for name in ("core", "larger", "prune", "continued", "context"))
+    assert (core.teacher, core.distillation.target, core.distillation.weight) == ("larger", "label", 0.9)
+    assert [stage.teacher for stage in others] == [None] * 4
+    scratch = RUNS["afm-on-device-scratch"]
+    assert {name: models.left for name, models in run.models().items() if name in scratch.stages} == {
+        name: models.left for name, models in scratch.models().items()
+    }
+
+
+def test_the_tiny_chain_has_the_same_stages_and_rounds_at_the_end() -> None:
+    run, large = RUNS["afm-on-device-tiny"], RUNS["afm-on-device"]
+    assert list(run.stages) == [*large.stages, "quantized"]
+    assert run.stages["quantized"].quantization == config.Quantization(kind="int4", group_size=32)
+    models = run.models()
+    assert models["larger"].left.ffn_dim == 3 * models["prune"].left.ffn_dim
+    for name, stage in large.stages.items():
+        assert (stage.teacher, stage.rope_base) == (run.stages[name].teacher, run.stages[name].rope_base)
+        assert bool(stage.pruning) == bool(run.stages[name].pruning)
 
 
 def test_fewer_than_150_fields() -> None:

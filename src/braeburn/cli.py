@@ -185,7 +185,6 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     run, origins = _resolve(recipe, assignments)
     from braeburn.config import flatten
     from braeburn.model import spec, transformer
-    from braeburn.train.stages import model_of_stage
 
     specs = transformer.param_specs(run.model)
     parameters = {
@@ -199,9 +198,11 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
             "steps": stage.steps,
             "sequence_length": stage.sequence_length,
             "batch_size": stage.batch_size,
-            "rope_base": model_of_stage(run.model, stage).rope_base,
+            "rope_base": models.trained.rope_base,
+            "parameters": spec.count(transformer.param_specs(models.trained)),
+            "parameters_left": spec.count(transformer.param_specs(models.left)),
         }
-        for name, stage in run.stages.items()
+        for (name, stage), models in zip(run.stages.items(), run.models().values(), strict=True)
     }
     resolved = run.model_dump(mode="json")
     if as_json:
@@ -211,8 +212,27 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     total, embedding = parameters["total"], parameters["embedding"]
     print(f"\nparameters: {total:,} ({parameters['non_embedding']:,} without the {embedding:,} of embeddings)\n")
     header = ("stage", *(field.replace("_", " ") for field in next(iter(stages.values()), {})))
-    rows = [(name, *(f"{value:,.0f}" for value in facts.values())) for name, facts in stages.items()]
-    _print_rows([header, *rows, ("all", f"{sum(f['tokens'] for f in stages.values()):,}", f"{run.total_steps:,}")])
+    rows = [
+        (name, *(f"{value:,.0f}" for value in facts.values()), _besides_training(run.stages[name]))
+        for name, facts in stages.items()
+    ]
+    total_row = ("all", f"{sum(f['tokens'] for f in stages.values()):,}", f"{run.total_steps:,}")
+    _print_rows([header, *rows, total_row], "l" + "r" * (len(header) - 1) + "l")
+
+
+def _besides_training(stage: Any) -> str:
+    """What a stage prunes, who teaches it, and how it rounds weights, in a few words."""
+    said = []
+    if stage.pruning:
+        kept = " ".join(f"{axis}={size}" for axis, size in stage.pruning.keep.items())
+        said.append(f"prunes to {kept} by {stage.pruning.method}")
+    if stage.teacher:
+        how = stage.distillation
+        target = f"top {how.top_k}" if how.target == "top_k" else how.target
+        said.append(f"taught by {stage.teacher}: {target}{', cached' if how.cached else ''}, weight {how.weight:g}")
+    if stage.quantization:
+        said.append(f"rounds to {stage.quantization.kind} in groups of {stage.quantization.group_size}")
+    return "; ".join(said)
 
 
 @app.command()
@@ -238,9 +258,10 @@ def train(
     processes.find(coordinator, num_processes, process_id)  # before JAX, for whose import a mistake need not wait
     processes.connect(coordinator, num_processes, process_id)
     _begin_computing()
+    from braeburn.interop.exchange import find_teacher
     from braeburn.train.loop import train
 
-    outcome = train(run, out, origins=origins, stop_after_steps=stop_after_steps)
+    outcome = train(run, out, origins=origins, stop_after_steps=stop_after_steps, find_teacher=find_teacher)
     if not processes.is_main():
         return
     if as_json:
@@ -333,6 +354,38 @@ def generate(
     print("\n---\n".join(before + text for before, text in zip(prompt, texts, strict=True)))
 
 
+@app.command()
+def prune(
+    directory: RunFolder,
+    ffn: Annotated[int, typer.Option(min=1, metavar="N", help="Hidden units of the FFN that stay in each layer.")],
+    out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="T", help="To learn masks on; 3% of the run's without it.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="soft_top_k learns what stays; activation, magnitude and random only cut.")
+    ] = "soft_top_k",
+    assignments: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cut FFN units off the newest checkpoint: a smaller run to evaluate, export or train on."""
+    from pydantic import ValidationError
+
+    from braeburn.config import Pruning, explain_validation_error, parse_assignment
+
+    try:
+        pruning = Pruning.model_validate({"keep": {"ffn": ffn}, "method": method})
+    except ValidationError as error:
+        raise UserError(f"--{explain_validation_error(error)}") from None
+    changes = dict(parse_assignment(text) for text in assignments or [])
+    _begin_computing()
+    from braeburn.compress.prune import prune
+
+    model = prune(directory, out, pruning, tokens, changes)
+    result = {"out": str(out), "model": model.model_dump(mode="json")}
+    _print_json(result) if as_json else print(f"pruned {str(directory)!r} to ffn_dim={ffn} into {str(out)!r}")
+
+
 @app.command("import")
 def import_(
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face directory: Llama or Qwen3, dense.")],
@@ -350,18 +403,38 @@ def import_(
 @app.command()
 def export(
     directory: RunFolder,
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
-    format: Annotated[str, typer.Option(help="hf: safetensors, config and tokenizer for transformers.")] = "hf",  # noqa: A002
+    out: Annotated[Path, typer.Option(help="The folder to make, or a file that ends in .gguf.")],
+    format: Annotated[  # noqa: A002
+        str, typer.Option(help="hf: safetensors, config and tokenizer for transformers; gguf: one file for llama.cpp.")
+    ] = "hf",
+    type_: Annotated[
+        str | None, typer.Option("--type", help="Of a gguf's matrices: f16, q8_0 or q4_0; f16 without it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the newest checkpoint for other software."""
-    if format != "hf":
-        raise UserError(f"--format {format!r} is not known; use --format hf")
-    from braeburn.interop.exchange import export_huggingface
+    if format not in ("hf", "gguf"):
+        raise UserError(f"--format {format!r} is not known; use --format hf or --format gguf")
+    if format == "hf" and type_ is not None:
+        raise UserError(f"--type {type_} is one of --format gguf; a Hugging Face directory holds float32, leave it out")
+    if format == "hf" and out.suffix == ".gguf":
+        raise UserError(f"--out {str(out)!r} names a GGUF file, but a folder will be made; add --format gguf")
+    if type_ not in (None, "f16", "q8_0", "q4_0"):
+        raise UserError(f"--type {type_!r} is not known; use --type f16, q8_0 or q4_0")
+    from braeburn.interop.exchange import export_gguf, export_huggingface
 
-    step = export_huggingface(directory, out)
-    result = {"out": str(out), "format": format, "step": step}
-    _print_json(result) if as_json else print(f"exported step {step} of {str(directory)!r} into {str(out)!r}")
+    result: dict[str, Any] = {"out": str(out), "format": format}
+    if format == "hf":
+        result["step"] = export_huggingface(directory, out)
+    else:
+        result["step"], path, uneven = export_gguf(directory, out, type_ or "f16")  # type: ignore[arg-type]
+        result |= {"out": str(path), "type": type_ or "f16", "float16": uneven}
+    if as_json:
+        _print_json(result)
+        return
+    print(f"exported step {result['step']} of {str(directory)!r} into {result['out']!r}")
+    if result.get("float16"):
+        print(f"float16, since their rows are no multiple of 32: {', '.join(result['float16'])}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,7 +36,10 @@ class RopeScaling(_Frozen):
 
 
 class Model(_Frozen):
-    """A decoder-only transformer: grouped-query attention, rotary positions, RMSNorm before each block, SwiGLU."""
+    """A decoder-only transformer: grouped-query attention, rotary positions, RMSNorm before each block, SwiGLU.
+
+    `max_position_embeddings` is the longest sequence that weights from elsewhere were made for; 0 where none were.
+    """
 
     vocab_size: Size
     d_model: Size
@@ -52,6 +55,7 @@ class Model(_Frozen):
     rope_scaling: RopeScaling | None = None
     z_loss: NonNegative = 1e-6
     scan_layers: bool = True
+    max_position_embeddings: Count = 0
 
     @model_validator(mode="after")
     def _check(self) -> "Model":
@@ -135,11 +139,90 @@ class Schedule(_Frozen):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
+# Logical axes whose units can be cut, and the field of the model that counts them.
+PRUNABLE = {"ffn": "ffn_dim", "heads": "num_heads", "embed": "d_model"}
+PrunedAxis = Literal["ffn", "heads", "embed"]
+
+
+class Pruning(_Frozen):
+    """A stage that makes the model narrower: `keep` tells how many units of an axis stay, in each layer alike.
+
+    `soft_top_k` learns which, jointly with the weights: masks that sum to `keep`, whose temperature falls until, for
+    the last `exact` of the steps, they are zeros and ones; the rest is cut off as the stage ends. The other methods cut
+    as the stage begins, by the importance of units, and train what is left. `learning_rate` is that of the masks'
+    scores. Activations are measured on the stage's first `calibration_tokens`.
+    """
+
+    keep: dict[PrunedAxis, Size] = Field(min_length=1)
+    method: Literal["soft_top_k", "activation", "magnitude", "random"] = "soft_top_k"
+    temperature: Positive = 1.0
+    final_temperature: Positive = 0.02
+    exact: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    learning_rate: Positive = 0.05
+    calibration_tokens: Size = 131_072
+
+    @model_validator(mode="after")
+    def _check(self) -> "Pruning":
+        if self.final_temperature > self.temperature:
+            raise ValueError(
+                f"final_temperature={self.final_temperature} is above temperature={self.temperature}; "
+                f"set final_temperature to at most {self.temperature}"
+            )
+        return self
+
+    @property
+    def learned(self) -> bool:
+        """Whether masks are trained, and the model cut at the end of the stage."""
+        return self.method == "soft_top_k"
+
+    def pruned(self, model: Model) -> Model:
+        """The model that is left."""
+        return model.model_copy(update={PRUNABLE[axis]: size for axis, size in self.keep.items()})
+
+
+class Distillation(_Frozen):
+    """What a stage's teacher teaches, with a share of `weight` in the targets; the rest is the text itself.
+
+    `label` is the teacher's likeliest token (arXiv 2407.21075), `top_k` its likeliest `top_k` with their probabilities,
+    renormalised, `distribution` all of them. Probabilities are at `temperature`. With `cached`, labels and top-k come
+    from one pass over the text, stored beside it for all students of this teacher.
+    """
+
+    target: Literal["label", "top_k", "distribution"] = "label"
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
+    temperature: Positive = 1.0
+    top_k: Size = 8
+    cached: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Tokens that a cache holds for each position."""
+        return self.top_k if self.target == "top_k" else 1
+
+    @model_validator(mode="after")
+    def _check(self) -> "Distillation":
+        if self.cached and self.target == "distribution":
+            raise ValueError("cached=true cannot hold whole distributions; set target to 'top_k', or cached to false")
+        return self
+
+
+class Quantization(_Frozen):
+    """Training with weights rounded as they will be shipped: gradients pass the rounding by (arXiv 1308.3432).
+
+    Along what a matrix is multiplied over, each `group_size` weights share a scale: `int8` and `int4` as llama.cpp's
+    Q8_0 and Q4_0, which have groups of 32; `int2` has four levels and learns a factor of the scale for each matrix.
+    """
+
+    kind: Literal["int8", "int4", "int2"] = "int4"
+    group_size: Size = 32
+
+
 class Stage(_Frozen):
     """One stage of training. Sizes are in tokens; `mixture` maps the names of sources to weights of any scale.
 
     `mesh` and `remat` take the place of the run's, as where longer sequences are fewer in a batch and want splitting
-    themselves.
+    themselves. `teacher` is a run directory, one of its checkpoints, a Hugging Face directory, or the name of an
+    earlier stage, whose last weights then teach.
     """
 
     tokens: Size
@@ -154,6 +237,9 @@ class Stage(_Frozen):
     mesh: Mesh | None = None
     remat: Remat | None = None
     teacher: str | None = None
+    distillation: Distillation = Distillation()
+    pruning: Pruning | None = None
+    quantization: Quantization | None = None
 
     @property
     def batch_size(self) -> int:
@@ -186,8 +272,8 @@ class Stage(_Frozen):
                 f"schedule.warmup_steps={self.schedule.warmup_steps} leaves none of the stage's {self.steps} steps to "
                 f"decay; set schedule.warmup_steps below {self.steps} or raise tokens"
             )
-        if self.teacher is not None:
-            raise ValueError(f"teacher={self.teacher!r}: this version cannot distil; remove teacher from the stage")
+        if self.pruning and self.quantization:
+            raise ValueError("pruning and quantization cannot be in one stage; make another stage of quantization")
         return self
 
 
@@ -290,6 +376,14 @@ class Evaluation(_Frozen):
     tokens: Size = 262_144
 
 
+class StageModels(NamedTuple):
+    """The model as a stage finds it, as it trains it, and as it leaves it."""
+
+    found: Model
+    trained: Model
+    left: Model
+
+
 class Run(_Frozen):
     """One complete training run."""
 
@@ -320,8 +414,27 @@ class Run(_Frozen):
             first += stage.steps
         raise IndexError(f"step {step} lies beyond the run's {first} steps")
 
+    def models(self) -> dict[str, StageModels]:
+        """The model of each stage: pruning makes it narrower for all that follow, a RoPE base holds for its stage."""
+        found, model = {}, self.model
+        for name, stage in self.stages.items():
+            wide, model = model, stage.pruning.pruned(model) if stage.pruning else model
+            # Soft-Top-K trains the units that it will cut at the end; the other methods cut first.
+            trained = wide if stage.pruning and stage.pruning.learned else model
+            base = {"rope_base": stage.rope_base} if stage.rope_base else {}
+            found[name] = StageModels(*(each.model_copy(update=base) for each in (wide, trained, model)))
+        return found
+
     @model_validator(mode="after")
     def _check(self) -> "Run":
+        model, names = self.model, list(self.stages)
+        for index, (name, stage) in enumerate(self.stages.items()):
+            if stage.teacher in names[index:]:
+                remedy = f"one of {names[:index]}" if index else "a directory"
+                raise ValueError(f"stages.{name}.teacher={stage.teacher!r} is not an earlier stage; set it to {remedy}")
+            if stage.pruning:
+                check_pruning(f"stages.{name}.pruning.keep.", stage.pruning, model)
+                model = stage.pruning.pruned(model)
         for name, stage in self.stages.items():
             for source in stage.mixture:
                 if source not in self.data.sources:
@@ -340,6 +453,28 @@ class Run(_Frozen):
                         f"to 'save_named' with {name!r} among {path}.names"
                     )
         return self
+
+
+def check_pruning(prefix: str, pruning: Pruning, model: Model) -> None:
+    """Refuses to keep as many units as there are, or query heads that key heads cannot share evenly.
+
+    Raises:
+        ValueError: naming the axis after `prefix`.
+    """
+    for axis, size in pruning.keep.items():
+        present = getattr(model, PRUNABLE[axis])
+        if size >= present:
+            raise ValueError(
+                f"{prefix}{axis}={size} is not less than the model's {PRUNABLE[axis]}={present}; "
+                f"set {prefix}{axis} below {present}"
+            )
+    heads = pruning.keep.get("heads", model.num_heads)
+    if heads % model.num_kv_heads:
+        fits = list(range(model.num_kv_heads, model.num_heads, model.num_kv_heads))
+        raise ValueError(
+            f"{prefix}heads={heads} is not a multiple of num_kv_heads={model.num_kv_heads}; "
+            f"set {prefix}heads to one of {fits}"
+        )
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -393,14 +528,16 @@ def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(known, dict) or name not in known:
             raise UserError(_unknown_field(run, path, ".".join(parents[: depth + 1])))
         optional = {
-            "rope_scaling": RopeScaling,
-            "mesh": Mesh,
-            "remat": Remat,
+            "rope_scaling": RopeScaling(),
+            "mesh": Mesh(),
+            "remat": Remat(),
+            "pruning": Pruning.model_construct(keep={}),
+            "quantization": Quantization(),
         }  # may be None, and assigned into all the same
-        known = optional[name]().model_dump() if name in optional else known[name]
+        known = optional[name].model_dump() if name in optional else known[name]
         # A field left at its default is absent, or None where the recipe switched it off.
         fields[name] = fields = fields.get(name) or {}
-    if parents[-1:] not in (["stages"], ["sources"], ["mixture"]) and (
+    if parents[-1:] not in (["stages"], ["sources"], ["mixture"], ["keep"]) and (
         not isinstance(known, dict) or last not in known
     ):
         raise UserError(_unknown_field(run, path, path))

@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,27 @@ def test_batches_depend_on_seed_stage_and_step_alone(stores: dict[str, TokenStor
     assert not same(batches[0], Batches(STAGE, "decay", 0, stores)[0])
     with pytest.raises(IndexError):
         batches[12]
+
+
+def test_batches_stay_what_they_were(stores: dict[str, TokenStore]) -> None:
+    """Runs that began earlier go on with the same text, over several epochs of both sources."""
+    batches = Batches(STAGE.model_copy(update={"tokens": 100 * 96}), "core", 0, stores)
+    digest = hashlib.sha256()
+    for step in range(100):
+        for field, values in sorted(batches[step].items()):
+            digest.update(field.encode() + values.tobytes())
+    assert digest.hexdigest() == "3fca1ba2a5cffe757eeb66244d63bcdf44bb68ac508db15cd4b753f62665d9e5"
+
+
+def test_a_teacher_meets_the_same_windows_in_every_epoch(stores: dict[str, TokenStore]) -> None:
+    def seen(stage: Stage) -> set[bytes]:
+        batches = Batches(stage, "core", 0, stores)
+        return {row.tobytes() for step in range(100) for row in batches[step]["inputs"]}
+
+    stage = STAGE.model_copy(update={"tokens": 100 * 96, "mixture": {"a": 1.0}})
+    cut = {stores["a"].read(start, start + 16).tobytes() for start in range(0, stores["a"].tokens - 15, 16)}
+    assert seen(stage.model_copy(update={"teacher": "larger"})) == cut
+    assert len(seen(stage)) > 2 * len(cut)
 
 
 @pytest.mark.parametrize("start", [0, 5, 12])

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from braeburn.data.corpus import Document
-from braeburn.data.packing import Row, Sequences, windows
+from braeburn.data.packing import Row, Sequences, batched, windows
 from braeburn.data.store import TokenStore, build_store
 from braeburn.data.tokenizer import train
 from braeburn.errors import UserError
@@ -60,6 +60,9 @@ def test_windows_cover_the_store_exactly(make, lengths: tuple[int, ...], length:
     rows = list(windows(store, length))
     for index, row in enumerate(rows):
         assert_equal(row, naive(store, index * length, length))
+    for first in (1, len(rows)):
+        rest = windows(store, length, first)
+        assert [row["inputs"].tolist() for row in rest] == [row["inputs"].tolist() for row in rows[first:]]
     assert sum(int(row["weights"].sum()) for row in rows) == store.tokens
     inputs = np.concatenate([row["inputs"] for row in rows])[: store.tokens]
     assert np.array_equal(inputs, store.read(0, store.tokens))
@@ -94,6 +97,32 @@ def test_sequences_are_windows_of_one_shift_an_epoch(make, lengths: tuple[int, .
                 p for p in possible if all(row[field].tolist() == p[field] for field in ("inputs", "segment_ids"))
             )
             assert row["positions"].tolist() == match["positions"]
+
+
+@given(lengths=LENGTHS, length=st.integers(1, 40), seed=st.integers(0, 2**64 - 1))
+@settings(max_examples=20, deadline=None)
+def test_aligned_sequences_are_the_whole_windows(make, lengths: tuple[int, ...], length: int, seed: int) -> None:
+    store = make(lengths)
+    if store.tokens < length:
+        with pytest.raises(UserError, match="sequence longer than the data"):
+            Sequences(store, length, seed, "books", aligned=True)
+        return
+    sequences = Sequences(store, length, seed, "books", aligned=True)
+    assert sequences.windows == store.tokens // length
+    whole = sorted(str(naive(store, window * length, length)) for window in range(sequences.windows))
+    for epoch in range(2):
+        rows = [sequences[epoch * sequences.windows + i] for i in range(sequences.windows)]
+        assert sorted(str({field: values.tolist() for field, values in row.items()}) for row in rows) == whole
+
+
+def test_batches_are_filled_up() -> None:
+    rows = [{"inputs": np.full(3, i + 1, np.int32), "weights": np.ones(3, np.float32)} for i in range(5)]
+    first, second, third = batched(rows, 2)
+    assert first["inputs"].tolist() == [[1] * 3, [2] * 3]
+    assert second["inputs"].tolist() == [[3] * 3, [4] * 3]
+    assert third["inputs"].tolist() == [[5] * 3, [0] * 3]
+    assert third["weights"].tolist() == [[1] * 3, [0] * 3]
+    assert third["inputs"].dtype == np.int32
 
 
 def test_epochs_differ(make) -> None:

@@ -154,7 +154,7 @@ def test_their_weights_give_their_logits(model, length, tokenizer_file, tmp_path
     theirs.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     read_model, params, found_tokenizer = huggingface.read(tmp_path)
-    assert read_model == model.model_copy(update={"scan_layers": True})
+    assert read_model == model.model_copy(update={"scan_layers": True, "max_position_embeddings": 2048})
     assert found_tokenizer == tmp_path / "tokenizer.json"
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     tokens = random_tokens(model, length)
@@ -207,7 +207,7 @@ def test_shards_hold_what_one_file_holds(tokenizer_file, tmp_path):
     assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
 
     read_model, read_params, _ = huggingface.read(directory)
-    assert read_model == model
+    assert read_model == model.model_copy(update={"max_position_embeddings": 2048})
     assert_same(read_params, params)
     tokens = random_tokens(model, length)
     difference = their_logits(load(directory), tokens) - our_logits(params, tokens, model)
@@ -269,6 +269,16 @@ def test_rope_is_read_wherever_a_version_put_it(rope, scaling, tokenizer_file, t
     theirs = transformers.AutoConfig.from_pretrained(directory).rope_parameters
     assert theirs["rope_theta"] == model.rope_base
     assert theirs["rope_type"] == (scaling.kind if scaling else "default")
+
+
+def test_an_absent_length_is_none(tokenizer_file, tmp_path):
+    directory = write(tmp_path / "out", random_params(make()), make(), tokenizer_file)
+    for change in (
+        lambda config: config.update(max_position_embeddings=None),
+        lambda config: config.pop("max_position_embeddings"),
+    ):
+        edit_config(directory, change)
+        assert huggingface.read(directory)[0].max_position_embeddings == 0
 
 
 def test_an_absent_head_dim_follows_from_the_width(tokenizer_file, tmp_path):

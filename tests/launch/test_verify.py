@@ -10,12 +10,24 @@ from typing import Any
 import jax
 import pytest
 
-from braeburn.config import ONE_DEVICE, Mesh, Model, Run, override
+from braeburn.config import (
+    ONE_DEVICE,
+    Distillation,
+    Mesh,
+    Model,
+    Pruning,
+    Quantization,
+    Run,
+    Schedule,
+    Stage,
+    override,
+    validate,
+)
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.launch import verify
-from braeburn.launch.shrink import ENVIRONMENT, scale_down, shrink
+from braeburn.launch.shrink import ENVIRONMENT, STAND_IN, scale_down, shrink
 from braeburn.parallel.rules import RULES
 from braeburn.parallel.target import parse_target
 from braeburn.recipes import BUILT_IN, load
@@ -118,6 +130,54 @@ def test_a_wrong_rule_is_found(
     assert check.reason.startswith("step 1 loss is ")
 
 
+def chained(run: Run, **stages: dict[str, Any]) -> Run:
+    """The run with stages that are its core but for some fields."""
+    core = run.stages["core"]
+    changed = {name: core.model_copy(update=fields) for name, fields in stages.items()}
+    return validate(run.model_copy(update={"stages": changed}).model_dump())
+
+
+def test_all_stages_compare_with_one_device(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {"tokens": 4 * run.stages["core"].batch_tokens, "schedule": Schedule(warmup_steps=1)}
+    chain = chained(
+        override(run, {"mesh.fsdp": 2}),
+        pruned=short | {"pruning": Pruning(keep={"ffn": 80}, calibration_tokens=1024)},
+        taught=short | {"teacher": "pruned", "distillation": Distillation(cached=True)},
+        rounded=short | {"quantization": Quantization(kind="int4")},
+    )
+    assert verify.compresses(chain) and not verify.compresses(run)
+    chain = chain.model_copy(update={"data": chain.data.model_copy(update={"cache": str(tmp_path / "data")})})
+    monkeypatch.setattr(verify, "all_stages_split", lambda run, num_devices: [chain])
+    said: list[str] = []
+    (check,) = verify.compare_stages(chain, 8, tmp_path, said.append)
+    assert (check.check, check.layout, check.verdict, check.steps) == ("stages", "fsdp 2 x tensor 2", "same", 12), check
+    assert check.tolerance == 1e-4 and said[0].startswith("stages fsdp 2 x tensor 2: same (")
+
+
+def test_stages_that_differ_are_found(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout is judged by every stage's figures, refused ones are skipped, and broken ones fail alone."""
+    due = [("step 1 loss", 6.0), ("step 21 loss", 5.0), ("held-out code after step 28", 5.5)]
+
+    def curve(run: Run, out: Path, follow: tuple[Path, int] | None = None) -> verify.Curve:
+        assert follow is None or follow[1] == 20
+        if run.mesh.fsdp == 4:
+            raise ValueError("no such thing")
+        return [due[0], ("step 21 loss", 5.1), due[2]] if run.mesh.fsdp == 2 else due
+
+    monkeypatch.setattr(verify, "_train", curve)
+    three_heads = override(run, {"model.num_heads": 6, "model.num_kv_heads": 3, "mesh.fsdp": 8, "mesh.tensor": 1})
+    checks = verify.compare_stages(three_heads, 8, tmp_path, lambda line: None)
+    assert [(check.layout, check.verdict) for check in checks] == [
+        ("fsdp 4", "failed"),
+        ("tensor 4", "skipped"),
+        ("fsdp 2 x tensor 2", "skipped"),
+    ]
+    checks = verify.compare_stages(override(run, {"mesh.fsdp": 2, "mesh.tensor": 4}), 8, tmp_path, lambda line: None)
+    assert [(check.layout, check.verdict) for check in checks][-1] == ("fsdp 2 x tensor 2", "different")
+    assert checks[-1].reason == "step 21 loss is 5.1 instead of 5"
+    assert checks[-1].difference == pytest.approx(0.02)
+
+
 def test_killed_resumed_and_resharded(run: Run, killed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(killed, tmp_path / "run")
     said: list[str] = []
@@ -205,6 +265,42 @@ def test_shrinking_keeps_the_structure(name: str) -> None:
     assert len(set(paths)) == len(paths) and {source.format for source in small.data.sources.values()} == {
         "python-code"
     }
+
+
+def test_shrinking_what_stages_cut_teach_and_round() -> None:
+    large = load("llama3-8b")
+    core = next(iter(large.stages.values()))
+
+    def stages(**changes: dict[str, Any]) -> dict[str, Stage]:
+        return {name: core.model_copy(update=fields) for name, fields in changes.items()}
+
+    chain = stages(
+        larger={},
+        pruned={"pruning": Pruning(keep={"ffn": 7168})},
+        narrow={"pruning": Pruning(keep={"heads": 16, "embed": 3072}, method="activation")},
+        taught={"teacher": "larger", "distillation": Distillation(target="top_k", top_k=1000, cached=True)},
+        rounded={"quantization": Quantization(kind="int4", group_size=128)},
+    )
+    small = shrink(validate(large.model_copy(update={"stages": chain}).model_dump()), 8)
+    assert list(small.stages) == list(chain)
+    assert small.stages["pruned"].pruning == Pruning(keep={"ffn": 112}, calibration_tokens=2048)  # of 224
+    assert small.stages["narrow"].pruning is not None
+    assert small.stages["narrow"].pruning.keep == {"heads": 8, "embed": 48}  # of 16 and 64; key heads are 8
+    assert small.stages["narrow"].pruning.method == "activation"
+    taught = small.stages["taught"]
+    assert (taught.teacher, taught.distillation.cached, taught.distillation.top_k) == ("larger", True, 512)
+    assert small.stages["rounded"].quantization == Quantization(kind="int4", group_size=16)
+
+
+def test_a_teacher_on_disk_is_replaced_by_a_stage() -> None:
+    run = load("afm-tiny")
+    both = {"stages.core.teacher": "/models/large", "stages.context.teacher": "core", "stages.core.tokens": 65_536}
+    small = shrink(override(run, both), 8)
+    assert list(small.stages) == [STAND_IN, *run.stages]
+    stand_in, core = small.stages[STAND_IN], small.stages["core"]
+    assert stand_in.teacher is None and core.teacher == STAND_IN and small.stages["context"].teacher == "core"
+    assert (stand_in.steps, core.steps) == (20, 8)
+    assert list(shrink(run, 8).stages) == list(run.stages)
 
 
 def test_shrinking_meshes_and_accumulation() -> None:

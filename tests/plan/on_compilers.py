@@ -9,7 +9,7 @@ from braeburn.parallel.target import parse_target
 from braeburn.plan.compilation import check_compiler
 from support import process
 
-SERVER, DEVICE = ("afm-server", "v4:8x1024"), ("afm-on-device", "v5p:2048")
+SERVER, DEVICE = ("afm-server", "v4:8x1024"), ("afm-on-device-scratch", "v5p:2048")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -132,6 +132,18 @@ def test_traffic_within_a_slice_and_across(tmp_path):
     assert found.interval == (exchanging, found.computing.seconds + exchanging)
 
 
+def test_a_teacher_computes_a_third_of_training(tmp_path):
+    answer = answered(tmp_path, straight(), {"fsdp": 128})
+    run = load("llama2-7b")
+    stage = run.stages["pretrain"]
+    stages = {"first": stage, "taught": stage.model_copy(update={"teacher": "first"})}
+    run = run.model_copy(update={"stages": stages})
+    alone, taught = (
+        compiled.Compilation(run, name, parse_target("v4:128"), answer).flop_bound for name in ("first", "taught")
+    )
+    assert taught == pytest.approx(alone * 4 / 3)
+
+
 def test_a_text_that_lacks_instructions_is_noticed(tmp_path):
     answer = answered(tmp_path, straight(*GRADIENT), {"replica": 2, "fsdp": 64})
     more = answer | {"instructions": answer["instructions"] + 1}

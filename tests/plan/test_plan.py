@@ -93,9 +93,9 @@ def test_a_plan_in_rows(tmp_path: Path) -> None:
 def test_the_recipes_own_layout_is_estimated_as_it_is_set() -> None:
     changes = {"mesh.data": 512, "mesh.fsdp": 1, "mesh.tensor": 1, "remat.policy": "full"}
     sets = [part for path, value in changes.items() for part in ("--set", f"{path}={value}")]
-    answer = braeburn("plan", "afm-on-device", "--on", "v5p:512", "--stage", "core", *sets, "--json")
+    answer = braeburn("plan", "afm-on-device-scratch", "--on", "v5p:512", "--stage", "core", *sets, "--json")
     own = json.loads(answer.out)["targets"][0]["stages"]["core"]["own"]
-    expected = estimate(override(load("afm-on-device"), changes), "core", parse_target("v5p:512"))
+    expected = estimate(override(load("afm-on-device-scratch"), changes), "core", parse_target("v5p:512"))
     assert own["step_seconds"]["value"] == pytest.approx(expected.step)
     assert own["remat"] == "full"
 

@@ -58,7 +58,7 @@ def test_no_layout_of_the_search_is_better_than_the_first() -> None:
 
 def test_meshes_are_those_that_divide() -> None:
     run, target = load("llama2-7b"), parse_target("h100:16")
-    found = list(meshes(run, run.stages["pretrain"], target))
+    found = list(meshes([run.model], run.stages["pretrain"], target))
     assert Mesh(replica=1, data=2, fsdp=1, context=1, tensor=8) in found
     assert all(mesh.tensor <= 8 for mesh in found)  # a node
     assert len(found) == len(set(map(str, found)))

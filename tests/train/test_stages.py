@@ -1,9 +1,9 @@
 from braeburn.config import Run
-from braeburn.train.stages import model_at, model_of_stage
+from braeburn.train.stages import model_at
 
 
 def test_model_at_a_step_is_that_of_the_stage_that_made_it(tiny: Run) -> None:
-    lengthened = model_of_stage(tiny.model, tiny.stages["context"])
+    lengthened = tiny.models()["context"].left
     assert lengthened.rope_base == 6_315_089.0 != tiny.model.rope_base
     assert model_at(tiny, 0) == (tiny.model, 0)
     assert model_at(tiny, 1) == model_at(tiny, 6) == (tiny.model, 64)

@@ -9,8 +9,9 @@ from itertools import islice
 
 from braeburn.config import Stage
 from braeburn.data.mixture import Mixture, derive_key
-from braeburn.data.packing import Batch, Sequences, stack, windows
+from braeburn.data.packing import Batch, Sequences, batched, stack, windows
 from braeburn.data.store import TokenStore
+from braeburn.data.teacher_store import TeacherStore
 
 
 class Batches:
@@ -23,8 +24,17 @@ class Batches:
         seed: int,
         stores: Mapping[str, TokenStore],
         rows: Sequence[int] | None = None,
+        teachers: Mapping[str, TeacherStore] | None = None,
     ) -> None:
-        """Reads the sequences `rows` of each batch of `stage.batch_size`; all by default.
+        """Takes a stage's sources. With a teacher their text is cut at the same places in every epoch.
+
+        Args:
+            stage: the stage.
+            stage_name: its name.
+            seed: the run's.
+            stores: tokens of each source.
+            rows: the sequences to read of each batch of `stage.batch_size`; all by default.
+            teachers: what the teacher said of each source, where it is read along.
 
         Raises:
             UserError: a source has fewer tokens than one sequence.
@@ -33,7 +43,14 @@ class Batches:
         self.rows = range(stage.batch_size) if rows is None else rows
         self._mixture = Mixture(stage.mixture, derive_key(seed, stage_name, "mixture"))
         self._sequences = {
-            name: Sequences(stores[name], stage.sequence_length, derive_key(seed, stage_name, name, "sequences"), name)
+            name: Sequences(
+                stores[name],
+                stage.sequence_length,
+                derive_key(seed, stage_name, name, "sequences"),
+                name,
+                aligned=stage.teacher is not None,
+                teacher=teachers[name] if teachers is not None else None,
+            )
             for name in self._mixture.names
         }
 
@@ -42,7 +59,7 @@ class Batches:
         return self._steps
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step, every field [B, T]."""
+        """The batch of a step, every field [B, T] or, of the teacher's, [B, T, k]."""
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} is not within the stage's {self._steps}")
         places = [self._mixture.at(step * self._batch_size + row) for row in self.rows]
@@ -105,7 +122,4 @@ def held_out_batches(store: TokenStore, sequence_length: int, batch_size: int, m
 
     The last batch is filled up with rows of zero weight, so that all have one shape.
     """
-    rows = islice(windows(store, sequence_length), max(1, max_tokens // sequence_length))
-    while batch := list(islice(rows, batch_size)):
-        padding = {field: values * 0 for field, values in batch[0].items()}
-        yield stack(batch + [padding] * (batch_size - len(batch)))
+    return batched(islice(windows(store, sequence_length), max(1, max_tokens // sequence_length)), batch_size)

@@ -1,6 +1,8 @@
 """Fixed-length sequences cut from a token store: shuffled windows to train on, consecutive ones to evaluate on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,7 +10,11 @@ from braeburn.data.mixture import derive_key, permute
 from braeburn.data.store import TokenStore
 from braeburn.errors import UserError
 
-# inputs, targets, positions, segment_ids: int32; weights: float32. [T] in a row, [B, T] in a batch.
+if TYPE_CHECKING:
+    from braeburn.data.teacher_store import TeacherStore
+
+# inputs, targets, positions, segment_ids: int32; weights: float32. [T] in a row, [B, T] in a batch. Where a teacher's
+# words are read too, teacher_ids: int32 and teacher_log_probs: float32, [T, k] in a row, [B, T, k] in a batch.
 Row = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 
@@ -18,10 +24,30 @@ class Sequences:
 
     An epoch cuts the store into windows that start at a random shift and visits each once in a random order, so that
     texts meet other window borders in every epoch. All epochs have the same number of windows.
+
+    Aligned windows start at multiples of T in every epoch, and only their order differs: what a teacher says of a
+    position depends on the window that it sees.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int, seed: int, name: str) -> None:
-        """Args are the store, T, the 64-bit key of the order, and the source's name.
+    def __init__(
+        self,
+        store: TokenStore,
+        sequence_length: int,
+        seed: int,
+        name: str,
+        *,
+        aligned: bool = False,
+        teacher: "TeacherStore | None" = None,
+    ) -> None:
+        """Takes a source's text.
+
+        Args:
+            store: its tokens.
+            sequence_length: T.
+            seed: 64-bit key of the order.
+            name: the source's.
+            aligned: whether all epochs cut the text at the same places.
+            teacher: what a teacher said of each position of aligned windows, read along with them.
 
         Raises:
             UserError: a sequence is longer than the data.
@@ -31,22 +57,30 @@ class Sequences:
                 f"sequence longer than the data: source {name!r} has {store.tokens} training tokens and "
                 f"sequence_length={sequence_length}; set it to at most {max(1, store.tokens)}, or add files"
             )
-        self._store, self._length, self._seed = store, sequence_length, seed
-        self.windows = max(1, (store.tokens - (sequence_length - 1)) // sequence_length)
-        # A store of less than two windows has less room to shift.
-        self._shifts = min(sequence_length, store.tokens - self.windows * sequence_length + 1)
+        self._store, self._length, self._seed, self._teacher = store, sequence_length, seed, teacher
+        # All but one of the positions in a window are kept free to shift; a store of less than two has less room.
+        room = 0 if aligned else sequence_length - 1
+        self.windows = max(1, (store.tokens - room) // sequence_length)
+        self._shifts = min(room, store.tokens - self.windows * sequence_length) + 1
 
     def __getitem__(self, index: int) -> Row:
         """The sequence of that index, of every field [T]."""
         epoch, place = divmod(index, self.windows)
         shift = derive_key(self._seed, "shift", epoch) % self._shifts
         window = permute(place, self.windows, derive_key(self._seed, "order", epoch))
-        return _row(self._store, shift + window * self._length, self._length)
+        start = shift + window * self._length
+        row = _row(self._store, start, self._length)
+        if self._teacher is not None:
+            row["teacher_ids"], row["teacher_log_probs"] = self._teacher.read(start, start + self._length)
+        return row
 
 
-def windows(store: TokenStore, sequence_length: int) -> Iterator[Row]:
-    """Consecutive windows that make every token an input once; the last is padded with zero weight and segment 0."""
-    for start in range(0, store.tokens, sequence_length):
+def windows(store: TokenStore, sequence_length: int, first: int = 0) -> Iterator[Row]:
+    """Consecutive windows from the one numbered `first` on; from 0 they make every token an input once.
+
+    The last is padded with zero weight and segment 0.
+    """
+    for start in range(first * sequence_length, store.tokens, sequence_length):
         yield _row(store, start, sequence_length)
 
 
@@ -71,3 +105,11 @@ def _row(store: TokenStore, start: int, length: int) -> Row:
 def stack(rows: list[Row]) -> Batch:
     """Rows as one batch of contiguous arrays."""
     return {field: np.stack([row[field] for row in rows]) for field in rows[0]}
+
+
+def batched(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
+    """Batches of one shape: the last is filled up with rows of zero weight."""
+    rows = iter(rows)
+    while batch := list(islice(rows, batch_size)):
+        padding = {field: values * 0 for field, values in batch[0].items()}
+        yield stack(batch + [padding] * (batch_size - len(batch)))

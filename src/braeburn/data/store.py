@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,11 @@ def build_store(
                     yield from tokenizer.encode_documents(texts)
 
             dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-            for index, (tokens, starts) in enumerate(_shards(encoded(), dtype, shard_tokens)):
+            for index, (tokens, starts) in enumerate(in_shards(encoded(), dtype, shard_tokens)):
                 shard: dict[str, Any] = {"tokens": len(tokens), "documents": len(starts)}
                 for kind, values in (("tokens", tokens), ("documents", starts)):
                     shard[f"{kind}_sha256"] = hashlib.sha256(values.data).hexdigest()
-                    _write(_shard_path(partial, kind, index), values.data)
+                    write(_shard_path(partial, kind, index), values.data)
                 shards.append(shard)
             manifest = {
                 "format_version": FORMAT_VERSION,
@@ -74,7 +74,7 @@ def build_store(
                 "text_bytes": text_bytes,
                 "shards": shards,
             }
-            _write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+            write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
             try:
                 partial.rename(directory)
             except OSError as error:
@@ -117,14 +117,15 @@ def _remove_abandoned(directory: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
+def write(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file and returns once the disk has it."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _shards(
+def in_shards(
     documents: Iterable[np.ndarray], dtype: np.dtype, shard_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens of `shard_tokens` at a time, and the positions where documents start; one may go on in the next shard."""
@@ -173,27 +174,14 @@ class TokenStore:
         Raises:
             UserError: a file is missing, truncated or corrupt, or the store belongs to another tokenizer.
         """
-        path = directory / "manifest.json"
-        try:
-            manifest = json.loads(path.read_bytes())
-            version = manifest["format_version"]
-            if version != FORMAT_VERSION:
-                raise _corrupt(path, f"is of format {version}, not {FORMAT_VERSION}")
+        with opening(directory, FORMAT_VERSION) as manifest:
             if manifest["tokenizer"] != tokenizer_hash:
                 raise UserError(
                     f"{str(directory)!r} was made by another tokenizer ({manifest['tokenizer'][:12]}, not "
                     f"{tokenizer_hash[:12]}); delete that folder, or set data.tokenizer to the one that made it"
                 )
             store = cls(directory, manifest)
-            _verify(directory, manifest)
-        except FileNotFoundError:
-            raise _corrupt(path, "is missing") from None
-        except (ValueError, KeyError, TypeError):
-            raise _corrupt(path, "is not a sound manifest") from None
-        except OSError as error:
-            raise UserError(
-                f"cannot read {str(directory)!r} ({error}); check its permissions, or set data.cache to another folder"
-            ) from None
+            verify(directory, _files(directory, manifest))
         return store
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -204,62 +192,108 @@ class TokenStore:
         """
         if not 0 <= start <= stop <= self.tokens + 1:
             raise IndexError(f"tokens {start}:{stop} are not within the store's {self.tokens}")
-        size, first = self._shard_tokens, start // self._shard_tokens
-        pieces: list[Any] = [
-            tokens[max(0, start - index * size) : stop - index * size]
-            for index, (tokens, _) in enumerate(self._shards[first : -(-stop // size)], first)
-        ]
+        pieces: list[Any] = cut(self._tokens, self._shard_tokens, start, stop)
         end = [self.begin] * (stop - max(start, self.tokens))
         return np.concatenate([*pieces, end], dtype=np.int32, casting="unsafe")
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """The positions in [start, stop) at which a document starts, int64, ascending."""
         found = [np.empty(0, np.int64)]
-        for _, starts in self._shards[start // self._shard_tokens : -(-stop // self._shard_tokens)]:
+        for starts in self._starts[start // self._shard_tokens : -(-stop // self._shard_tokens)]:
             found.append(starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)])
         return np.concatenate(found)
 
     @cached_property
-    def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Tokens and starts of documents of each shard; an empty file cannot be mapped."""
+    def _tokens(self) -> list[np.ndarray]:
+        return self._mapped("tokens", self._dtype)
 
-        def mapped(kind: str, dtype: np.dtype) -> list[np.ndarray]:
-            paths = [_shard_path(self.directory, kind, index) for index in range(self._count)]
-            return [np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype) for path in paths]
+    @cached_property
+    def _starts(self) -> list[np.ndarray]:
+        return self._mapped("documents", np.dtype("<i8"))
 
-        return list(zip(mapped("tokens", self._dtype), mapped("documents", np.dtype("<i8")), strict=True))
+    def _mapped(self, kind: str, dtype: np.dtype) -> list[np.ndarray]:
+        return [map_file(_shard_path(self.directory, kind, index), dtype) for index in range(self._count)]
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the maps, which are opened again on the other side; pickling one would copy the shard."""
-        return {k: v for k, v in self.__dict__.items() if k != "_shards"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_tokens", "_starts")}
 
 
-def _verify(directory: Path, manifest: dict[str, Any]) -> None:
-    """Checks every file's size, and its hash unless `verified.json` records the file as it is now."""
+def _files(directory: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, int, str]]:
+    """The path, size in bytes and SHA-256 of every file that a token store's manifest names."""
+    widths = {"tokens": np.dtype(manifest["dtype"]).itemsize, "documents": 8}
+    for index, shard in enumerate(manifest["shards"]):
+        for kind, width in widths.items():
+            yield _shard_path(directory, kind, index), shard[kind] * width, shard[f"{kind}_sha256"]
+
+
+@contextlib.contextmanager
+def opening(directory: Path, format_version: int) -> Iterator[dict[str, Any]]:
+    """The manifest of a store, and a UserError where it or what is read by it is missing, unsound or unreadable."""
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        version = manifest["format_version"]
+        if version != format_version:
+            raise corrupt(path, f"is of format {version}, not {format_version}")
+        yield manifest
+    except FileNotFoundError:
+        raise corrupt(path, "is missing") from None
+    except (ValueError, KeyError, TypeError):
+        raise corrupt(path, "is not a sound manifest") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {str(directory)!r} ({error}); check its permissions, or set data.cache to another folder"
+        ) from None
+
+
+def verify(directory: Path, files: Iterable[tuple[Path, int, str]]) -> None:
+    """Checks every file's size, and its hash unless `verified.json` records the file as it is now.
+
+    Args:
+        directory: holds the files, and the record.
+        files: path, size in bytes and SHA-256 of each.
+
+    Raises:
+        UserError: a file is missing, truncated or corrupt.
+    """
     record = directory / "verified.json"
     try:
         verified = json.loads(record.read_bytes())
     except (OSError, ValueError):
         verified = {}
     seen = {}
-    for index, shard in enumerate(manifest["shards"]):
-        for kind, width in (("tokens", np.dtype(manifest["dtype"]).itemsize), ("documents", 8)):
-            path = _shard_path(directory, kind, index)
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                raise _corrupt(path, "is missing") from None
-            if status.st_size != shard[kind] * width:
-                raise _corrupt(path, f"has {status.st_size} bytes instead of {shard[kind] * width}")
-            seen[path.name] = [status.st_size, status.st_mtime_ns]
-            if verified.get(path.name) != seen[path.name]:
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != shard[f"{kind}_sha256"]:
-                        raise _corrupt(path, "does not have the checksum in manifest.json")
+    for path, size, sha256 in files:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise corrupt(path, "is missing") from None
+        if status.st_size != size:
+            raise corrupt(path, f"has {status.st_size} bytes instead of {size}")
+        seen[path.name] = [status.st_size, status.st_mtime_ns]
+        if verified.get(path.name) != seen[path.name]:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise corrupt(path, "does not have the checksum in manifest.json")
     if seen != verified:
         with contextlib.suppress(OSError):  # a read-only cache is verified at every open
             write_atomically(record, json.dumps(seen))
 
 
-def _corrupt(path: Path, problem: str) -> UserError:
+def cut(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[np.ndarray]:
+    """What shards of `size` values each, the last of fewer, hold of the positions [start, stop), in pieces."""
+    first = start // size
+    return [
+        shard[max(0, start - index * size) : stop - index * size]
+        for index, shard in enumerate(shards[first : -(-stop // size)], first)
+    ]
+
+
+def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file's values, read as they are used; an empty file cannot be mapped."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def corrupt(path: Path, problem: str) -> UserError:
+    """The error of a file of a store."""
     return UserError(f"{str(path)!r} {problem}; delete the folder {str(path.parent)!r} and it will be built again")

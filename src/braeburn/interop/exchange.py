@@ -1,20 +1,22 @@
-"""Run directories to and from Hugging Face directories."""
+"""Run directories to and from the files of other software."""
 
-import shutil
+import json
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from braeburn.config import Checkpoint, Precision, Run, flatten
+from braeburn.config import Model, Precision, Run
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
-from braeburn.interop import huggingface
-from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.directory import RunDirectory
+from braeburn.interop import gguf, huggingface
 from braeburn.train.state import TrainState
-from braeburn.train.trained import load
+from braeburn.train.teaching import Teacher, files_identity, find_in_run
+from braeburn.train.trained import found_run, load
 
-# What transformers is told of an import that was not trained here: no model of these families was made for less.
+# What other software is told of an import that tells of no length: no model of these families was made for less.
 DEFAULT_POSITIONS = 4096
 
 
@@ -35,6 +37,35 @@ def export_huggingface(directory: Path, out: Path) -> int:
     return trained.step
 
 
+def export_gguf(directory: Path, out: Path, type_: gguf.Type) -> tuple[int, Path, list[str]]:
+    """Writes the newest checkpoint of a run directory as one GGUF file.
+
+    Args:
+        directory: the run.
+        out: the file, where its name ends in `.gguf`, or else a folder to hold `NAME-TYPE.gguf`.
+        type_: of matrices and embeddings.
+
+    Returns:
+        The checkpoint's step; the file; the parameters that are float16 though `type_` is another.
+
+    Raises:
+        UserError: there is no whole checkpoint, the file exists or cannot be written, or llama.cpp has no such model
+            or tokenizer.
+    """
+    trained = load(directory)
+    path = out if out.suffix == ".gguf" else out / f"{trained.run.name}-{type_}.gguf"
+    uneven = gguf.write(
+        path,
+        trained.params,
+        trained.model,
+        trained.tokenizer,
+        max_position_embeddings=trained.sequence_length or DEFAULT_POSITIONS,
+        type_=type_,
+        name=trained.run.name,
+    )
+    return trained.step, path, uneven
+
+
 def import_huggingface(source: Path, out: Path) -> Run:
     """Makes a run directory whose checkpoint 0 holds the weights of a Hugging Face directory.
 
@@ -45,28 +76,53 @@ def import_huggingface(source: Path, out: Path) -> Run:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
-    model, params, tokenizer_path = huggingface.read(source)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    model, params, tokenizer_file = huggingface.read(source)
+    tokenizer = _tokenizer_of(model, tokenizer_file)
+    run = Run(name=source.absolute().name, model=model, stages={}, precision=Precision(compute="float32"))
+    found_run(out, run, TrainState(np.int32(0), params, None), tokenizer, "import", source)
+    return run
+
+
+def find_teacher(path: Path) -> Teacher:
+    """The teacher that a Hugging Face directory holds, or a run directory or one of its checkpoints.
+
+    Raises:
+        UserError: it is none of these, or no dense Llama or Qwen3 model, or it cannot be read.
+    """
+    if not _is_huggingface(path):
+        return find_in_run(path)
+    model, tokenizer_file = huggingface.describe(path)
+    return Teacher(
+        model=model,
+        tokenizer=_tokenizer_of(model, tokenizer_file).hash,
+        identity=lambda: files_identity(path),
+        read=lambda params: jax.tree.map(_placed, huggingface.read(path)[1], params),
+    )
+
+
+def _is_huggingface(path: Path) -> bool:
+    """Whether a folder's config.json is that of transformers; a run directory has one too."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _placed(values: np.ndarray, wanted: Any) -> jax.Array:
+    """An array in the type and place of an abstract one; each process fills in what its devices hold."""
+    if wanted.sharding is None:
+        return jnp.asarray(values, wanted.dtype)
+    return jax.make_array_from_callback(
+        wanted.shape, wanted.sharding, lambda index: values[index].astype(wanted.dtype, copy=False)
+    )
+
+
+def _tokenizer_of(model: Model, path: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, once it is sure that the model has a row for each token."""
+    tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{str(tokenizer_path)!r} has {tokenizer.vocab_size} entries but the model only {model.vocab_size} rows; "
-            f"restore the tokenizer.json that belongs to {str(source)!r}"
+            f"{str(path)!r} has {tokenizer.vocab_size} entries but the model only {model.vocab_size} rows; "
+            f"restore the tokenizer.json that belongs to {str(path.parent)!r}"
         )
-    run = Run(name=source.absolute().name, model=model, stages={}, precision=Precision(compute="float32"))
-    # Built beside its place and renamed, so that an interrupted import leaves nothing that looks whole.
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        directory = RunDirectory(partial)
-        tokenizer.save(directory.tokenizer)
-        checkpoints = Checkpoints(partial, Checkpoint())
-        checkpoints.save(0, TrainState(np.int32(0), params, None), run, tokenizer.json)
-        checkpoints.close()
-        directory.write_config(run, {path: "import" for path, _ in flatten(run.model_dump())})
-        directory.event("import", source=str(source))
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return run
+    return tokenizer

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 from braeburn.config import Model, explain_validation_error
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
+from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.model.spec import Tree, map_specs, walk
 from braeburn.model.transformer import param_specs
 
@@ -45,47 +45,6 @@ _NAMES = {
     "head": "lm_head.weight",
 }
 _READABLE = ("F32", "BF16", "F16")
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of the checkpoint: one of our parameters, or one layer of a stacked one.
-
-    The weight of a `torch.nn.Linear` is [outputs, inputs]; our matrices hold the inputs (`fan_in`) first.
-    """
-
-    name: str
-    path: str
-    layer: int | None
-    block: tuple[int, ...]  # the shape on our side, without the layers
-    shape: tuple[int, ...]  # the shape in the checkpoint
-    transposed: bool
-
-    def of(self, parameter: Any) -> Any:
-        """The part of our parameter that this tensor holds."""
-        return parameter if self.layer is None else parameter[self.layer]
-
-    def exported(self, parameters: Mapping[str, Any]) -> np.ndarray:
-        """Our values in the checkpoint's layout, contiguous float32."""
-        block = np.asarray(self.of(parameters[self.path]))
-        return np.ascontiguousarray(block.reshape(self.shape[::-1]).T if self.transposed else block, np.float32)
-
-    def imported(self, tensor: np.ndarray) -> np.ndarray:
-        """The checkpoint's values in our layout."""
-        return tensor.T.reshape(self.block) if self.transposed else tensor
-
-
-def _tensors(specs: Tree) -> list[_Tensor]:
-    """Every tensor of a checkpoint, layer by layer, the unstacked ones first."""
-    found = []
-    for path, spec in walk(specs):
-        block = shape = tuple(spec.shape[dim] for dim in spec.block_dims)
-        if spec.role == "matrix":
-            inputs = math.prod(spec.shape[spec.axes.index(axis)] for axis in spec.fan_in)
-            shape = math.prod(block) // inputs, inputs
-        for layer in range(spec.shape[0]) if spec.stacked else [None]:
-            found.append(_Tensor(_NAMES[path].format(layer), path, layer, block, shape, spec.role == "matrix"))
-    return sorted(found, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
 
 
 def write(
@@ -123,17 +82,7 @@ def write(
             f"d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which transformers refuses in "
             f"a Llama; train with d_model={-(-model.d_model // model.num_heads) * model.num_heads} or with qk_norm=true"
         )
-    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer holds the token {tokenizer.vocab_size - 1}, which vocab_size={model.vocab_size} has no row "
-            f"for; name the tokenizer that the model was trained with"
-        )
-    parameters = dict(walk(params))
-    for path, spec in walk(param_specs(model)):
-        found = getattr(parameters.get(path), "shape", None)
-        if found != spec.shape:
-            raise ValueError(f"params[{path!r}] has the shape {found}, the model's is {spec.shape}")
-
+    parameters = checked(params, model, tokenizer)
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     ids = {"bos_token_id": tokenizer and tokenizer.begin, "eos_token_id": tokenizer and tokenizer.end}
     try:
@@ -152,7 +101,7 @@ def write(
                 "eos_token": tokenizer.token(tokenizer.end),
             }
             _write_json(partial / "tokenizer_config.json", settings)
-        _write_weights(partial, _tensors(param_specs(model)), parameters, max_shard_bytes)
+        _write_weights(partial, tensors_of(param_specs(model), _NAMES), parameters, max_shard_bytes)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{str(directory)!r} cannot be written ({error}); free space or name another folder") from None
@@ -184,10 +133,10 @@ def _config(model: Model, max_position_embeddings: int) -> dict[str, Any]:
 
 
 def _write_weights(
-    directory: Path, tensors: Sequence[_Tensor], parameters: Mapping[str, Any], max_shard_bytes: int
+    directory: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], max_shard_bytes: int
 ) -> None:
     sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in tensors}
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(sizes[t.name] for t in (*shards[-1], tensor)) > max_shard_bytes:
             shards.append([])
@@ -213,6 +162,17 @@ def read(directory: str | Path) -> tuple[Model, Tree, Path]:
             not those that config.json describes.
     """
     directory = Path(directory).expanduser()
+    model, tokenizer_file = describe(directory)
+    return model, _read_weights(directory, _weight_files(directory), model), tokenizer_file
+
+
+def describe(directory: str | Path) -> tuple[Model, Path]:
+    """The sizes of the model in a Hugging Face directory, and the path of its `tokenizer.json`; weights are not read.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the architecture is one that Braeburn has not.
+    """
+    directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise UserError(f"there is no folder {str(directory)!r}; name a downloaded Hugging Face model")
     config = _read_json(directory / "config.json", "name the folder of a downloaded Hugging Face model")
@@ -220,14 +180,14 @@ def read(directory: str | Path) -> tuple[Model, Tree, Path]:
         model = _parse_config(config)
     except UserError as error:
         raise UserError(f"{str(directory / 'config.json')!r}: {error}") from None
-    files = _weight_files(directory)
+    _weight_files(directory)
     tokenizer_file = directory / "tokenizer.json"
     if not tokenizer_file.is_file():
         raise UserError(
             f"{str(directory)!r} holds no tokenizer.json; download it, or save one with "
             f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    return model, _read_weights(directory, files, model), tokenizer_file
+    return model, tokenizer_file
 
 
 # Fields that change the computation, with the only value under which it is ours.
@@ -271,6 +231,7 @@ def _parse_config(config: Mapping[str, Any]) -> Model:
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "rope_base": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
         "rope_scaling": _parse_scaling(rope, config),
+        "max_position_embeddings": config.get("max_position_embeddings") or 0,
     }
     for ours, field in _SIZES.items():
         value = config.get(field)
@@ -321,7 +282,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
     specs = param_specs(model)
-    tensors = _tensors(specs)
+    tensors = tensors_of(specs, _NAMES)
     with ExitStack() as stack:
         holders: dict[str, Any] = {}  # name of a tensor -> the open file that holds it
         for file in files:

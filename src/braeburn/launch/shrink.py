@@ -3,7 +3,21 @@
 import math
 from typing import Any
 
-from braeburn.config import AdamW, Checkpoint, Evaluation, Mesh, Model, Run, Source, Stage, validate
+from braeburn.config import (
+    PRUNABLE,
+    AdamW,
+    Checkpoint,
+    Distillation,
+    Evaluation,
+    Mesh,
+    Model,
+    Pruning,
+    Quantization,
+    Run,
+    Source,
+    Stage,
+    validate,
+)
 from braeburn.data.corpus import files
 from braeburn.errors import UserError
 
@@ -20,6 +34,8 @@ ENVIRONMENT = {
 FIRST_STEPS, LATER_STEPS = 20, 8
 FILES, FILE_BYTES = 12, range(8 * 1024, 48 * 1024)
 SEQUENCES = 2 * DEVICES  # in a batch
+# The stage that is put first where a teacher is on disk: that one has another vocabulary than the small run.
+STAND_IN = "stand-in"
 
 
 def shrink(run: Run, num_devices: int) -> Run:
@@ -29,19 +45,24 @@ def shrink(run: Run, num_devices: int) -> Run:
     by any. Optimizer, stages, mixtures, accumulation, rematerialisation and offloading stay as they are, meshes are
     scaled down to `num_devices`; activations are float32, in which equal computations can be told from others.
 
+    Stages cut, teach and round as they do in the large run. A teacher that is no stage is replaced: `with_stand_in`.
+
     Raises:
         UserError: the run has no stage.
     """
     if not run.stages:
         raise UserError(f"stages of the run {run.name!r} is empty; add a stage to train")
+    run = with_stand_in(run)
     model = _model(run.model)
     # The narrower a model, the larger the steps that it takes; muP allows for that by itself.
     faster = math.sqrt(run.model.d_model / model.d_model) if isinstance(run.optimizer, AdamW) else 1.0
     shortest = min(stage.sequence_length for stage in run.stages.values())
-    stages = {
-        name: _stage(stage, FIRST_STEPS if number == 0 else LATER_STEPS, shortest, faster, num_devices)
-        for number, (name, stage) in enumerate(run.stages.items())
-    }
+    stages: dict[str, Stage] = {}
+    small = model
+    for name, stage in run.stages.items():
+        shrunk = _stage(stage, LATER_STEPS if stages else FIRST_STEPS, shortest, faster, num_devices)
+        shrunk = _compression(shrunk, run.models()[name].found, small)
+        stages[name], small = shrunk, shrunk.pruning.pruned(small) if shrunk.pruning else small
     changes: dict[str, Any] = {
         "model": model,
         "stages": stages,
@@ -54,6 +75,18 @@ def shrink(run: Run, num_devices: int) -> Run:
         "evaluation": Evaluation(tokens=2048),
     }
     return validate(run.model_copy(update=changes).model_dump())
+
+
+def with_stand_in(run: Run) -> Run:
+    """The run with a stage of its own in the place of teachers on disk: its first, with neither teacher nor cuts."""
+    if not any(stage.teacher and stage.teacher not in run.stages for stage in run.stages.values()):
+        return run
+    plain = {"teacher": None, "distillation": Distillation(), "pruning": None, "quantization": None}
+    stages = {STAND_IN: next(iter(run.stages.values())).model_copy(update=plain)}
+    for name, stage in run.stages.items():
+        on_disk = stage.teacher and stage.teacher not in run.stages
+        stages[name] = stage.model_copy(update={"teacher": STAND_IN}) if on_disk else stage
+    return run.model_copy(update={"stages": stages})
 
 
 def scale_down(mesh: Mesh, num_devices: int) -> Mesh:
@@ -77,7 +110,7 @@ def _model(model: Model) -> Model:
         "num_layers": min(model.num_layers, 2),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": min(model.head_dim, max(8, 64 // heads)),
+        "head_dim": min(model.head_dim, max(8, 64 // heads // 2 * 2)),  # even, for rotary positions
         "ffn_dim": _small(model.ffn_dim, width * model.ffn_dim // model.d_model),
     }
     return model.model_copy(update=sizes)
@@ -98,6 +131,40 @@ def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: 
         "mesh": stage.mesh and scale_down(stage.mesh, num_devices),
     }
     return stage.model_copy(update=changes)
+
+
+def _compression(stage: Stage, large: Model, small: Model) -> Stage:
+    """The stage with what it cuts, learns from a teacher and rounds fit for the small model."""
+    top_k = min(stage.distillation.top_k, small.vocab_size)
+    changes = {
+        "distillation": stage.distillation.model_copy(update={"top_k": top_k}),
+        "pruning": stage.pruning and _pruning(stage.pruning, large, small, stage.batch_tokens),
+        "quantization": stage.quantization and _quantization(stage.quantization, small),
+    }
+    return stage.model_copy(update=changes)
+
+
+def _pruning(pruning: Pruning, large: Model, small: Model, batch_tokens: int) -> Pruning:
+    """The share of each axis that stays, as far as the same powers of two up to eight divide what that is."""
+
+    def kept(axis: str, size: int) -> int:
+        before, now = (getattr(model, PRUNABLE[axis]) for model in (large, small))
+        step = small.num_kv_heads if axis == "heads" else 1
+        divisor = math.gcd(size, DEVICES)
+        fits = range(step, now, step)
+        return min(fits, key=lambda n: (math.gcd(n, DEVICES) != divisor, abs(n / now - size / before)), default=now)
+
+    return pruning.model_copy(
+        update={
+            "keep": {axis: kept(axis, size) for axis, size in pruning.keep.items()},
+            "calibration_tokens": min(pruning.calibration_tokens, 2 * batch_tokens),
+        }
+    )
+
+
+def _quantization(quantization: Quantization, small: Model) -> Quantization:
+    """Groups of the same size, or of the largest that comes out even in rows of the small model's width."""
+    return quantization.model_copy(update={"group_size": math.gcd(quantization.group_size, small.d_model)})
 
 
 def _sources(names: list[str]) -> dict[str, Source]:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,15 +20,16 @@ from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Literal
 
-from braeburn.config import ONE_DEVICE, AfmOptimizer, Mesh, Run
+from braeburn.config import ONE_DEVICE, AfmOptimizer, Checkpoint, Mesh, Run
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
-from braeburn.launch.shrink import DEVICES, ENVIRONMENT, shrink
+from braeburn.launch.shrink import DEVICES, ENVIRONMENT, STAND_IN, shrink
 from braeburn.optim.build import begin_stage
 from braeburn.parallel.target import Target
+from braeburn.train.compression import enter
 from braeburn.train.directory import json_lines
-from braeburn.train.loop import train
+from braeburn.train.loop import calibration, train
 from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
 
 KILL_AFTER_STEP = 6
@@ -51,7 +53,7 @@ FIGURES = ("loss", "grad_norm")
 Say = Callable[[str], None]
 # Values by what they are, in order: the loss and the gradient's norm of each step, held-out losses at last.
 Curve = list[tuple[str, float]]
-Kind = Literal["layout", "resume", "reshard"]
+Kind = Literal["layout", "stages", "resume", "reshard"]
 Verdict = Literal["same", "different", "failed", "skipped"]
 
 
@@ -60,7 +62,7 @@ class Check:
     """One row of the table.
 
     Attributes:
-        check: "layout", "resume" or "reshard".
+        check: "layout", "stages", "resume" or "reshard".
         layout: the meshes that it ran on.
         steps: optimizer steps compared.
         difference: the largest relative difference of a loss; None where it is not a number.
@@ -93,7 +95,10 @@ def verify(run: Run, recipe: str, target: Target, say: Say) -> list[Check]:
         say: takes a line of progress.
     """
     num_devices = _devices(target)
+    on_disk = sorted({str(stage.teacher) for stage in run.stages.values() if stage.teacher not in (None, *run.stages)})
     run = shrink(run, num_devices)
+    if STAND_IN in run.stages:
+        say(f"a first stage {STAND_IN!r} trains what teaches in the place of {' and '.join(on_disk)}")
     with tempfile.TemporaryDirectory(prefix="braeburn-verify-") as name, ThreadPoolExecutor(1) as pool:
         folder = Path(name)
         run = run.model_copy(update={"data": run.data.model_copy(update={"cache": str(folder / "data")})})
@@ -106,6 +111,8 @@ def verify(run: Run, recipe: str, target: Target, say: Say) -> list[Check]:
         killed = pool.submit(train_and_kill, run, recipe, folder)
         checks = compare(on_mesh(run, ONE_DEVICE), runs, prepared, say) if runs else []
         checks.append(resume(run, folder, killed, say))
+        if compresses(run):
+            checks += compare_stages(run, _devices(target), folder, say)
         others = [other for other in possible if _place(other) != _place(run)]
         if others:
             checks.append(reshard(run, others[-1], folder, say))
@@ -199,17 +206,72 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
 
 
 def _first_stage(run: Run, prepared: Prepared, program: Program) -> Curve:
-    """The curve of a run's first stage."""
+    """The curve of a run's first stage; of one that rounds, only the figures of its first step can be compared."""
     stage, layout = program.stage, layout_of(run, program.name)
     rows = layout.rows(stage.batch_size)
     batches = Batches(stage, program.name, run.seed, prepared.train, rows)
-    state = initial_state(run, layout)
+    state = enter(run, program.name, initial_state(run, layout), layout, calibration(stage, batches, layout))
     state = state._replace(optimizer=begin_stage(state.optimizer))
     curve = []
     for step in range(stage.steps):
         state, metrics = program.step(state, layout.place(batches[step], rows, stage.batch_size))
         curve += [(f"step {step + 1} {figure}", float(metrics[figure])) for figure in FIGURES]
-    return curve
+    return _compared_until(curve, steps_alike(run) or 1)
+
+
+def compresses(run: Run) -> bool:
+    """Whether a stage of the run prunes, distils or quantises."""
+    return any(stage.pruning or stage.teacher or stage.quantization for stage in run.stages.values())
+
+
+def steps_alike(run: Run) -> int:
+    """Steps before the first stage that rounds weights, or learns the likeliest tokens of a teacher.
+
+    Up to there curves on different layouts stay together. Then a weight half-way between two levels, or a label of two
+    that are as likely, goes one way or the other by its last bit: runs part that are equal but for rounding errors.
+    """
+    steps = 0
+    for stage in run.stages.values():
+        if stage.quantization or (stage.teacher and stage.distillation.target != "distribution"):
+            break
+        steps += stage.steps
+    return steps
+
+
+def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[Check]:
+    """The curves of all stages on several meshes against one device's.
+
+    From `steps_alike` on, each step is made from the state that the one device had before it, and with its teachers.
+    """
+    checks: list[Check] = []
+    others = {_place(other): other for other in all_stages_split(run, num_devices)}
+    all_kept = Checkpoint(every_steps=1, keep_last=run.total_steps)
+    reference, allowed = folder / "one device, all stages", tolerance(run)
+    one = on_mesh(run, ONE_DEVICE).model_copy(update={"checkpoint": all_kept})
+    with _failing("stages", _place(one), allowed, checks):
+        expected = _train(one, reference) if others else []
+    if checks:
+        _tell(checks[-1], say)
+        return checks
+    for place, other in others.items():
+        if refused := refusal(other):
+            checks.append(Check("stages", place, 0, None, allowed, "skipped", refused))
+        else:
+            with _failing("stages", place, allowed, checks):
+                found = _train(other, folder / f"{place}, all stages", follow=(reference, steps_alike(run)))
+                checks.append(_judge("stages", place, found, expected, allowed))
+        _tell(checks[-1], say)
+    return checks
+
+
+def all_stages_split(run: Run, num_devices: int) -> list[Run]:
+    """The run on meshes of four devices, or of two where it cannot have four: fully sharded, tensor, and both."""
+    runs = []
+    for axes in (("fsdp",), ("tensor",), ("fsdp", "tensor")):
+        sizes = [size for size in (4, 2) if size <= num_devices]
+        tried = [on_mesh(run, mesh) for size in sizes for mesh in _meshes(axes, size)]
+        runs += [other for other in tried if not refusal(other)][:1] or tried[:1]
+    return runs
 
 
 def train_and_kill(run: Run, recipe: str, folder: Path) -> None:
@@ -264,15 +326,17 @@ def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
             _train(place, folder / "resharded", stop_after_steps=run.total_steps // 3)
         found = _train(places[2], folder / "resharded")
         expected = _curve(folder / "whole")
+        comparable = steps_alike(run)
+        found, expected = (_compared_until(curve, comparable) for curve in (found, expected))
         checks.append(_judge("reshard", name, found, expected, tolerance(run)))
     _tell(checks[-1], say)
     return checks[-1]
 
 
-def _train(run: Run, out: Path, stop_after_steps: int | None = None) -> Curve:
+def _train(run: Run, out: Path, stop_after_steps: int | None = None, follow: tuple[Path, int] | None = None) -> Curve:
     """Trains without a word, and returns the curve so far."""
     with contextlib.redirect_stderr(io.StringIO()):
-        outcome = train(run, out, stop_after_steps=stop_after_steps)
+        outcome = train(run, out, stop_after_steps=stop_after_steps, follow=follow)
     if not outcome.finished and stop_after_steps is None:
         raise KeyboardInterrupt  # which training takes as a request to save and stop
     return _curve(out)
@@ -292,6 +356,12 @@ def _curve(directory: Path) -> Curve:
         for source, result in event["held_out"].items()
     }
     return curve + list(ends.items())
+
+
+def _compared_until(curve: Curve, steps: int) -> Curve:
+    """The curve with nothing but its points' names after some steps."""
+    after = {name: int(re.findall(r"step (\d+)", name)[-1]) > steps for name, _ in curve}
+    return [(name, 0.0 if after[name] else value) for name, value in curve]
 
 
 def _judge(check: Kind, layout: str, found: Curve, expected: Curve, tolerance: float) -> Check:

@@ -9,6 +9,7 @@ are gathered in blocks, each to meet all of the device's tokens, first for log Z
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from braeburn.parallel.collectives import FSDP, TENSOR, all_gather, all_max, all
 
 # Float32 logits that exist at once: 256 MiB.
 MAX_LOGITS = 2**26
+
+# Of the logits met so far, for each token: (largest, sum of exp(logit - largest)).
+Normaliser = tuple[Float[Array, "B T"], Float[Array, "B T"]]
 
 # Of one shard of the vocabulary, for each token: (largest logit, sum of exp(logit - largest), the target's logit or 0).
 Statistics = tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]
@@ -46,39 +50,52 @@ def block_length(tokens: int, width: int, vocab_size: int) -> int:
     return max(1, min(-(-vocab_size // 8), MAX_LOGITS // max(tokens, width)))
 
 
-def _chunks(array: Array, length: int) -> Array:
+def chunked(array: Array, length: int) -> Array:
     """[B, T, ...] as [T / length, B, length, ...], padded with zeros where `length` does not divide T."""
     batch, total = array.shape[:2]
     array = jnp.pad(array, [(0, 0), (0, -total % length)] + [(0, 0)] * (array.ndim - 2))
     return jnp.moveaxis(array.reshape(batch, -1, length, *array.shape[2:]), 1, 0)
 
 
-def _whole(chunks: Array, total: int) -> Array:
-    """The inverse of `_chunks`."""
+def whole(chunks: Array, total: int) -> Array:
+    """The inverse of `chunked`."""
     array = jnp.moveaxis(chunks, 0, 1)
     return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :total]
 
 
-def _logits(hidden_BTD: Array, head_DV: Array) -> Array:
+def chunk_logits(hidden_BTD: Array, head_DV: Array) -> Float[Array, "B T V"]:
+    """Float32 logits of a chunk of tokens."""
     return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
-def _rows(count: int, mesh: Mesh) -> Int[Array, " V"]:
+def places(count: int, mesh: Mesh) -> Int[Array, " V"]:
     """The places in the whole vocabulary of this shard's `count` rows."""
     return jnp.arange(count) + axis_index(TENSOR, mesh) * count
 
 
-def _update(statistics: Statistics, logits: Array, one_hot: Array) -> Statistics:
-    """The statistics with further logits [B, T, V] taken in (the online softmax of arXiv 1805.02867)."""
-    largest, total, chosen = statistics
+def normalise(normaliser: Normaliser, logits: Float[Array, "B T V"]) -> Normaliser:
+    """The normaliser with further logits taken in (the online softmax of arXiv 1805.02867)."""
+    largest, total = normaliser
     larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
-    total = total * jnp.exp(largest - larger) + jnp.sum(jnp.exp(logits - larger[..., None]), axis=-1)
-    return larger, total, chosen + jnp.sum(jnp.where(one_hot, logits, 0), axis=-1)
+    return larger, total * jnp.exp(largest - larger) + jnp.sum(jnp.exp(logits - larger[..., None]), axis=-1)
 
 
-def _nothing(targets_BT: Array) -> Statistics:
-    zeros = jnp.zeros(targets_BT.shape, jnp.float32)
-    return zeros - jnp.inf, zeros, zeros
+def no_logits(shape: tuple[int, ...]) -> Normaliser:
+    """The normaliser of tokens before they have met any logit."""
+    zeros = jnp.zeros(shape, jnp.float32)
+    return zeros - jnp.inf, zeros
+
+
+def _update(statistics: Statistics, logits: Array, one_hot: Array) -> Statistics:
+    """The statistics with further logits [B, T, V] taken in."""
+    largest, total, chosen = statistics
+    largest, total = normalise((largest, total), logits)
+    return largest, total, chosen + jnp.sum(jnp.where(one_hot, logits, 0), axis=-1)
+
+
+def _no_statistics(targets_BT: Array) -> Statistics:
+    largest, total = no_logits(targets_BT.shape)
+    return largest, total, total
 
 
 def _joined(statistics: Statistics, mesh: Mesh) -> tuple[Array, Array, Array]:
@@ -89,11 +106,11 @@ def _joined(statistics: Statistics, mesh: Mesh) -> tuple[Array, Array, Array]:
     return largest + jnp.log(total), chosen, (chosen == largest).astype(jnp.float32)
 
 
-def _normalise(logits: Array, targets_BT: Array, mesh: Mesh) -> tuple[Array, Array, Array]:
+def _statistics(logits: Array, targets_BT: Array, mesh: Mesh) -> tuple[Array, Array, Array]:
     """log Z, the target's logit, and 1 where that is the largest, from this shard's logits of some tokens."""
     if mesh.tensor > 1:
-        one_hot = targets_BT[..., None] == _rows(logits.shape[-1], mesh)
-        return _joined(_update(_nothing(targets_BT), logits, one_hot), mesh)
+        one_hot = targets_BT[..., None] == places(logits.shape[-1], mesh)
+        return _joined(_update(_no_statistics(targets_BT), logits, one_hot), mesh)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
     return log_z, chosen, (jnp.argmax(logits, axis=-1) == targets_BT).astype(jnp.float32)
@@ -106,33 +123,39 @@ def _slope(logits: Array, log_z: Array, one_hot: Array, weights_BT: Array, z_los
     return slope.astype(dtype)
 
 
-def _blocks(hidden_BTD: Array, head: Array, mesh: Mesh) -> tuple[Array, Array]:
-    """Rows of the head in blocks to gather: their places in the vocabulary [N, R], and they [N, R, D / fsdp].
+def blocked(
+    head: Float[Array, "V E"], length: int, dtype: Any, mesh: Mesh
+) -> tuple[Int[Array, "N R"], Float[Array, "N R E"]]:
+    """Rows of the head in blocks of `length` to gather, in `dtype`: their places in the whole vocabulary, and they.
 
     The last block is filled up with rows of zeros, whose place is -1.
     """
-    batch, total, width = hidden_BTD.shape
-    length = block_length(batch * total, width, head.shape[0])
     padding = -head.shape[0] % length
-    rows = jnp.pad(_rows(head.shape[0], mesh), (0, padding), constant_values=-1)
-    head = jnp.pad(head.astype(hidden_BTD.dtype), ((0, padding), (0, 0)))
+    rows = jnp.pad(places(head.shape[0], mesh), (0, padding), constant_values=-1)
+    head = jnp.pad(head.astype(dtype), ((0, padding), (0, 0)))
     return rows.reshape(-1, length), head.reshape(-1, length, head.shape[1])
 
 
-def _block_logits(hidden_BTD: Array, rows: Array, head_RD: Array) -> Array:
+def _blocks(hidden_BTD: Array, head: Array, mesh: Mesh) -> tuple[Array, Array]:
+    batch, total, width = hidden_BTD.shape
+    return blocked(head, block_length(batch * total, width, head.shape[0]), hidden_BTD.dtype, mesh)
+
+
+def block_logits(hidden_BTD: Array, rows: Int[Array, " R"], head_RD: Array) -> Float[Array, "B T R"]:
+    """Float32 logits of all tokens at the rows of a gathered block, minus infinity at those that fill it up."""
     logits = jnp.einsum("BTD,RD->BTR", hidden_BTD, head_RD, preferred_element_type=jnp.float32)
     return jnp.where(rows >= 0, logits, -jnp.inf)
 
 
-def _normalise_by_blocks(hidden_BTD: Array, head: Array, targets_BT: Array, mesh: Mesh) -> tuple[Array, Array, Array]:
-    """As `_normalise`, of all tokens, where the head is split over fsdp."""
+def _statistics_by_blocks(hidden_BTD: Array, head: Array, targets_BT: Array, mesh: Mesh) -> tuple[Array, Array, Array]:
+    """As `_statistics`, of all tokens, where the head is split over fsdp."""
 
     def one_block(statistics: Statistics, block: tuple[Array, Array]) -> tuple[Statistics, None]:
         rows, shard = block
-        logits = _block_logits(hidden_BTD, rows, all_gather(shard, FSDP, 1, mesh))
+        logits = block_logits(hidden_BTD, rows, all_gather(shard, FSDP, 1, mesh))
         return _update(statistics, logits, targets_BT[..., None] == rows), None
 
-    statistics, _ = jax.lax.scan(one_block, _nothing(targets_BT), _blocks(hidden_BTD, head, mesh))
+    statistics, _ = jax.lax.scan(one_block, _no_statistics(targets_BT), _blocks(hidden_BTD, head, mesh))
     return _joined(statistics, mesh)
 
 
@@ -144,19 +167,19 @@ def token_losses(
     Over a mesh: of this device's tokens, the same on each shard of `tensor`; arguments as in `cross_entropy`.
     """
     if mesh.fsdp > 1:
-        log_z, chosen, correct = _normalise_by_blocks(hidden, head, targets, mesh)
+        log_z, chosen, correct = _statistics_by_blocks(hidden, head, targets, mesh)
         return log_z - chosen, log_z, correct
     batch, total = targets.shape
     head_DV = head.astype(hidden.dtype).T
 
     def one_chunk(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
         hidden_BTD, targets_BT = chunk
-        log_z, chosen, correct = _normalise(_logits(hidden_BTD, head_DV), targets_BT, mesh)
+        log_z, chosen, correct = _statistics(chunk_logits(hidden_BTD, head_DV), targets_BT, mesh)
         return None, (log_z - chosen, log_z, correct)
 
     length = chunk_length(batch, total, head.shape[0])
-    _, results = jax.lax.scan(one_chunk, None, (_chunks(hidden, length), _chunks(targets, length)))
-    losses, log_z, correct = (_whole(result, total) for result in results)
+    _, results = jax.lax.scan(one_chunk, None, (chunked(hidden, length), chunked(targets, length)))
+    losses, log_z, correct = (whole(result, total) for result in results)
     return losses, log_z, correct
 
 
@@ -197,7 +220,81 @@ def cross_entropy(
 
 
 def _share(nll: Array, penalty: Array, z_loss: float, mesh: Mesh) -> tuple[Array, Array]:
+    """This shard's equal part of what its tokens come to: (nll and z-loss, nll alone)."""
     return (nll + z_loss * penalty) / mesh.tensor, nll / mesh.tensor
+
+
+def gradients_by_chunks(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    tokens: tuple[Any, ...],
+    length: int,
+    one_chunk: Callable[..., tuple[Float[Array, "B C V"], Any]],
+) -> tuple[tuple[Array, Array], Any]:
+    """The gradients for `hidden` and `head`, and sums over tokens, from chunks of C = `length` positions.
+
+    Args:
+        hidden: as in `cross_entropy`.
+        head: this shard's rows, whole.
+        tokens: what else there is of each token, trees of arrays [B, T, ...].
+        length: positions per chunk.
+        one_chunk: maps a chunk's logits and its part of `tokens`, filled up with zeros, to the slope at the logits,
+            in the type of `hidden`, and a tree of scalars to sum.
+    """
+    head_VD = head.astype(hidden.dtype)
+    # Transposed once for all chunks: a CPU multiplies rows faster than it multiplies columns.
+    head_DV = head_VD.T
+
+    def step(head_gradient: Array, chunk: tuple[Array, tuple[Any, ...]]) -> tuple[Array, tuple[Any, Array]]:
+        hidden_BTD, tokens = chunk
+        slope, sums = one_chunk(chunk_logits(hidden_BTD, head_DV), *tokens)
+        hidden_gradient = jnp.einsum("BTV,VD->BTD", slope, head_VD)
+        head_gradient += jnp.einsum("BTV,BTD->VD", slope, hidden_BTD, preferred_element_type=jnp.float32)
+        return head_gradient, (sums, hidden_gradient)
+
+    chunks = jax.tree.map(lambda array: chunked(array, length), (hidden, tokens))
+    head_gradient, (sums, hidden_gradient) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), chunks)
+    gradients = whole(hidden_gradient, hidden.shape[1]), head_gradient.astype(head.dtype)
+    return gradients, jax.tree.map(jnp.sum, sums)
+
+
+def gradients_by_blocks(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V E"],
+    blocks: tuple[Array, ...],
+    one_block: Callable[..., Float[Array, "B T R"]],
+    mesh: Mesh,
+    reduce_dtype: Any,
+) -> tuple[Array, Array]:
+    """The gradients for `hidden` and `head`, from blocks of the vocabulary that meet all tokens.
+
+    Args:
+        hidden: as in `cross_entropy`.
+        head: this device's part.
+        blocks: of `blocked`, and what else there is of each block.
+        one_block: maps a block's logits, its rows' places and the rest of `blocks` to the slope at the logits, in the
+            type of `hidden`.
+        mesh: resolved sizes.
+        reduce_dtype: the type in which the head's gradient is summed over `fsdp`.
+    """
+
+    def step(hidden_gradient: Array, block: tuple[Array, ...]) -> tuple[Array, Array]:
+        rows, shard, *others = block
+        head_RD = all_gather(shard, FSDP, 1, mesh)
+        slope = one_block(block_logits(hidden, rows, head_RD), rows, *others)
+        hidden_gradient += jnp.einsum("BTR,RD->BTD", slope, head_RD, preferred_element_type=jnp.float32)
+        gradient_RD = jnp.einsum("BTR,BTD->RD", slope, hidden, preferred_element_type=jnp.float32)
+        return hidden_gradient, reduce_scatter(gradient_RD.astype(reduce_dtype), FSDP, 1, mesh).astype(head.dtype)
+
+    hidden_gradient, head_gradient = jax.lax.scan(step, jnp.zeros(hidden.shape, jnp.float32), blocks)
+    head_gradient = head_gradient.reshape(-1, head.shape[1])[: head.shape[0]]
+    return hidden_gradient.astype(hidden.dtype), head_gradient
+
+
+def scaled(gradients: tuple[Array, Array], scale: Float[Array, ""]) -> tuple[Array, Array]:
+    """The gradients for `hidden` and `head`, times what comes from above."""
+    hidden_gradient, head_gradient = gradients
+    return (scale * hidden_gradient).astype(hidden_gradient.dtype), scale * head_gradient
 
 
 def _forward(
@@ -205,58 +302,36 @@ def _forward(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     if mesh.fsdp > 1:
         return _forward_by_blocks(hidden, head, targets, weights, z_loss, mesh, reduce_dtype)
-    batch, total = targets.shape
-    length = chunk_length(batch, total, head.shape[0])
-    head_VD = head.astype(hidden.dtype)
-    # Transposed once for all chunks: a CPU multiplies rows faster than it multiplies columns.
-    head_DV = head_VD.T
 
-    def one_chunk(head_gradient: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
-        hidden_BTD, targets_BT, weights_BT = chunk
-        logits = _logits(hidden_BTD, head_DV)
-        log_z, chosen, _ = _normalise(logits, targets_BT, mesh)
+    def one_chunk(logits: Array, targets_BT: Array, weights_BT: Array) -> tuple[Array, tuple[Array, Array]]:
+        log_z, chosen, _ = _statistics(logits, targets_BT, mesh)
         nll = jnp.sum(weights_BT * (log_z - chosen))
         penalty = jnp.sum(weights_BT * jnp.square(log_z))
+        one_hot = targets_BT[..., None] == places(head.shape[0], mesh)
+        return _slope(logits, log_z, one_hot, weights_BT, z_loss, hidden.dtype), (nll, penalty)
 
-        one_hot = targets_BT[..., None] == _rows(head.shape[0], mesh)
-        slope = _slope(logits, log_z, one_hot, weights_BT, z_loss, hidden.dtype)
-        hidden_gradient = jnp.einsum("BTV,VD->BTD", slope, head_VD)
-        head_gradient += jnp.einsum("BTV,BTD->VD", slope, hidden_BTD, preferred_element_type=jnp.float32)
-        return head_gradient, (nll, penalty, hidden_gradient)
-
-    chunks = (_chunks(hidden, length), _chunks(targets, length), _chunks(weights, length))
-    head_gradient, (nll, penalty, hidden_gradient) = jax.lax.scan(one_chunk, jnp.zeros(head.shape, jnp.float32), chunks)
-    outputs = _share(jnp.sum(nll), jnp.sum(penalty), z_loss, mesh)
-    return outputs, (_whole(hidden_gradient, total), head_gradient.astype(head.dtype))
+    batch, total = targets.shape
+    length = chunk_length(batch, total, head.shape[0])
+    gradients, (nll, penalty) = gradients_by_chunks(hidden, head, (targets, weights), length, one_chunk)
+    return _share(nll, penalty, z_loss, mesh), gradients
 
 
 def _forward_by_blocks(
     hidden: Array, head: Array, targets: Array, weights: Array, z_loss: float, mesh: Mesh, reduce_dtype: Any
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    log_z, chosen, _ = _normalise_by_blocks(hidden, head, targets, mesh)
+    log_z, chosen, _ = _statistics_by_blocks(hidden, head, targets, mesh)
     outputs = _share(jnp.sum(weights * (log_z - chosen)), jnp.sum(weights * jnp.square(log_z)), z_loss, mesh)
 
-    def one_block(hidden_gradient: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows, shard = block
-        head_RD = all_gather(shard, FSDP, 1, mesh)
-        logits = _block_logits(hidden, rows, head_RD)
-        slope = _slope(logits, log_z, targets[..., None] == rows, weights, z_loss, hidden.dtype)
-        hidden_gradient += jnp.einsum("BTR,RD->BTD", slope, head_RD, preferred_element_type=jnp.float32)
-        gradient_RD = jnp.einsum("BTR,BTD->RD", slope, hidden, preferred_element_type=jnp.float32)
-        return hidden_gradient, reduce_scatter(gradient_RD.astype(reduce_dtype), FSDP, 1, mesh).astype(head.dtype)
+    def one_block(logits: Array, rows: Array) -> Array:
+        return _slope(logits, log_z, targets[..., None] == rows, weights, z_loss, hidden.dtype)
 
-    blocks = _blocks(hidden, head, mesh)
-    hidden_gradient, head_gradient = jax.lax.scan(one_block, jnp.zeros(hidden.shape, jnp.float32), blocks)
-    head_gradient = head_gradient.reshape(-1, head.shape[1])[: head.shape[0]]
-    return outputs, (hidden_gradient.astype(hidden.dtype), head_gradient)
+    return outputs, gradients_by_blocks(hidden, head, _blocks(hidden, head, mesh), one_block, mesh, reduce_dtype)
 
 
 def _backward(
     z_loss: float, mesh: Mesh, reduce_dtype: Any, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None, None]:
-    hidden_gradient, head_gradient = residuals
-    scale = cotangents[0]
-    return (scale * hidden_gradient).astype(hidden_gradient.dtype), scale * head_gradient, None, None
+    return *scaled(residuals, cotangents[0]), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -6,7 +6,7 @@ specs. A tree is a nested dict whose leaves are `ParamSpec`s; its paths name the
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs.
-Role = Literal["matrix", "embedding", "norm"]
+# muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs. A "mask" is a score
+# that pruning learns for each unit, a "scale" a factor that quantisation learns; neither is part of the finished model.
+Role = Literal["matrix", "embedding", "norm", "mask", "scale"]
 Tree = dict[str, Any]
 
 LAYERS = "layers"
@@ -110,3 +111,19 @@ def abstract(specs: Tree, dtype: Any = jnp.float32) -> Tree:
 def count(specs: Tree, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")) -> int:
     """Number of parameters with one of `roles`."""
     return sum(spec.size for _, spec in walk(specs) if spec.role in roles)
+
+
+def map_params_like(function: Callable[[Tree], Tree], state: Any, params_keys: Iterable[str]) -> Any:
+    """A state with `function` applied to each tree in it that has the parameters' form, and all else as it is.
+
+    Args:
+        function: from such a tree to another.
+        state: any tree, as an optimizer's state, or the parameters themselves.
+        params_keys: the names at the top of the parameters; a dict with just these is taken for one of their form.
+    """
+    names = set(params_keys)
+
+    def alike(node: Any) -> bool:
+        return isinstance(node, dict) and node.keys() == names
+
+    return jax.tree.map(lambda node: function(node) if alike(node) else node, state, is_leaf=alike)

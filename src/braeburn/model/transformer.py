@@ -35,6 +35,9 @@ from braeburn.parallel.collectives import (
 # (query, key, value, the layer's state) -> (attended values, the layer's new state); the state is a cache or None.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
+# (logical axis, activations whose units it counts, the layer's state) -> the layer's new state.
+Observe = Callable[[str, Array, Any], Any]
+
 KEEP_ALL = Remat(policy="none")
 
 
@@ -107,6 +110,11 @@ def embed(
     return all_to_all(scatter_tokens(x_BTD, mesh), FSDP, 0, 2, mesh)
 
 
+def unobserved(axis: str, activations: Array, state: Any) -> Any:
+    """The state as it is: nobody looks."""
+    return state
+
+
 def layer(
     x_BTD: Float[Array, "B T D"],
     weights: Tree,
@@ -115,12 +123,18 @@ def layer(
     attend: Attend,
     model: Model,
     mesh: Mesh,
+    observe: Observe = unobserved,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """One pre-norm block: attention, then SwiGLU, each added to the residual stream."""
+    """One pre-norm block: attention, then SwiGLU, each added to the residual stream.
+
+    `observe` sees what each block reads ("embed", [B, T, D], twice), each head's result ("heads", [B, T, N, H]) and the
+    FFN's hidden units ("ffn", [B, T, F]).
+    """
     dtype, epsilon = x_BTD.dtype, model.norm_epsilon
 
     with jax.named_scope("attention"):
         normal_BTD = gather_tokens(rms_norm(x_BTD, weights["attention_norm"], epsilon), mesh)
+        state = observe("embed", normal_BTD, state)
         query_BTNH = jnp.einsum("BTD,DNH->BTNH", normal_BTD, weights["query"].astype(dtype))
         key_BTKH = jnp.einsum("BTD,DKH->BTKH", normal_BTD, weights["key"].astype(dtype))
         value_BTKH = jnp.einsum("BTD,DKH->BTKH", normal_BTD, weights["value"].astype(dtype))
@@ -131,15 +145,18 @@ def layer(
         key_BTKH = checkpoint_name(rope.rotate(key_BTKH, *rotation), "key")
         value_BTKH = checkpoint_name(value_BTKH, "value")
         attended_BTNH, state = attend(query_BTNH, key_BTKH, value_BTKH, state)
+        state = observe("heads", attended_BTNH, state)
         output_BTD = jnp.einsum("BTNH,NHD->BTD", attended_BTNH, weights["attention_output"].astype(dtype))
         output_BTD = scatter_tokens(output_BTD, mesh)
         x_BTD = x_BTD + checkpoint_name(output_BTD, "attention_output")
 
     with jax.named_scope("ffn"):
         normal_BTD = gather_tokens(rms_norm(x_BTD, weights["ffn_norm"], epsilon), mesh)
+        state = observe("embed", normal_BTD, state)
         gate_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", normal_BTD, weights["gate"].astype(dtype)), "ffn_gate")
         up_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", normal_BTD, weights["up"].astype(dtype)), "ffn_up")
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        state = observe("ffn", hidden_BTF, state)
         output_BTD = scatter_tokens(jnp.einsum("BTF,FD->BTD", hidden_BTF, weights["down"].astype(dtype)), mesh)
         return x_BTD + checkpoint_name(output_BTD, "ffn_output"), state
 
@@ -155,6 +172,7 @@ def decoder(
     remat: Remat = KEEP_ALL,
     offload: Offload = NO_OFFLOAD,
     mesh: Mesh = ONE_DEVICE,
+    observe: Observe = unobserved,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Hidden states after the final norm, of this tensor shard's tokens, and each layer's new state, stacked."""
     specs = param_specs(model)
@@ -167,7 +185,7 @@ def decoder(
     def body(x_BTD: Array, weights_and_state: tuple[Tree, Any]) -> tuple[Array, Any]:
         weights, state = weights_and_state
         weights = gathered(weights, specs["layers"], ("matrix",), precision, mesh)
-        return layer(x_BTD, weights, state, rotation, attend, model, mesh)
+        return layer(x_BTD, weights, state, rotation, attend, model, mesh, observe)
 
     body = rematerialized(body, remat, offload, mesh)
     with jax.named_scope("embedding"):

@@ -39,15 +39,18 @@ def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Mode
 
     A step is valid if its gradient is finite and of norm below `skip_norm`; an invalid one changes only `skipped`.
     Valid gradients are clipped to `clip_norm`. AFM multiplies weight decay by the schedule alone and decays every
-    parameter; AdamW multiplies it by the learning rate too and spares the norms.
+    parameter; AdamW multiplies it by the learning rate too and spares the norms. Scores of masks and factors of scales
+    are not weights: neither decays them, and scores have a learning rate of their own.
     """
+    score_rate = stage.pruning.learning_rate if stage.pruning else stage.learning_rate
+    rates = map_specs(lambda _, spec: score_rate if spec.role == "mask" else stage.learning_rate, specs)
     if isinstance(optimizer, AfmOptimizer):
         direction = scale_by_afm(optimizer, specs, model.d_model)
-        decay = map_specs(lambda _, spec: stage.weight_decay, specs)
+        weight_decay, spared = stage.weight_decay, {"mask", "scale"}
     else:
         direction = optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon)
-        weight_decay = stage.learning_rate * stage.weight_decay
-        decay = map_specs(lambda _, spec: 0.0 if spec.role == "norm" else weight_decay, specs)
+        weight_decay, spared = stage.learning_rate * stage.weight_decay, {"mask", "scale", "norm"}
+    decay = map_specs(lambda _, spec: 0.0 if spec.role in spared else weight_decay, specs)
 
     def init(params: Tree) -> OptimizerState:
         zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
@@ -61,11 +64,11 @@ def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Mode
         updates, moved = direction.update(jax.tree.map(lambda g: g * clip, gradients), state.direction, params)
         sigma = multiplier(stage.schedule, stage.steps, state.stage_steps + 1)
 
-        def delta(update: Array, decay: float, param: Array) -> Array:
-            return jnp.where(valid, -sigma * (stage.learning_rate * update + decay * param), 0.0)
+        def delta(update: Array, rate: float, decay: float, param: Array) -> Array:
+            return jnp.where(valid, -sigma * (rate * update + decay * param), 0.0)
 
         advance = valid.astype(jnp.int32)
-        return jax.tree.map(delta, updates, decay, params), OptimizerState(
+        return jax.tree.map(delta, updates, rates, decay, params), OptimizerState(
             stage_steps=state.stage_steps + advance,
             skipped=state.skipped + 1 - advance,
             grad_norm=norm,

@@ -112,7 +112,7 @@ class Layout:
         return sorted({row for place in places if place for row in range(*place[0].indices(batch_size))})
 
     def place(self, batch: Batch, rows: Sequence[int], batch_size: int) -> Batch:
-        """A batch on the devices, from the `rows` that this process has read of it, [len(rows), T] each.
+        """A batch on the devices, from the `rows` that this process has read of it, [len(rows), T, ...] each.
 
         The tokens of a sequence are reordered so that each context shard gets an early piece and a late one.
         """
@@ -128,34 +128,39 @@ class Layout:
                 first, last, _ = index[0].indices(batch_size)
                 return values[np.searchsorted(own, np.arange(first, last)), index[1]]
 
-            return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, part)
+            return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, part)
 
         return {name: put(values) for name, values in batch.items()}
 
-    def gradient(self, function: Callable[[Tree, Batch], tuple[Tree, Tree]]) -> Callable[[Tree, Batch], Any]:
+    def gradient(self, function: Callable[..., tuple[Tree, Tree]], *others: "Layout") -> Callable[..., Any]:
         """A program over whole arrays from one over each device's part.
 
         Args:
             function: (parameters, batch) -> (gradients of the sum over all devices with respect to this device's
                 parts, this device's shares of some sums). It may exchange with other devices.
+            others: of further parameters that the function takes and does not change, on the same mesh.
 
         Returns:
-            (parameters, batch) -> (gradients, sums). Copies of a parameter have their gradients summed here, once.
+            (parameters, batch, ...) -> (gradients, sums). Copies of a parameter have their gradients summed here, once.
         """
 
-        def local(params: Tree, batch: Batch) -> tuple[Tree, Tree]:
-            gradients, sums = function(params, batch)
+        def local(params: Tree, batch: Batch, *further: Tree) -> tuple[Tree, Tree]:
+            gradients, sums = function(params, batch, *further)
             return jax.tree.map(self._sum_over_copies, gradients, self.partitions), self._sum(sums)
 
-        return self._spread(local, (self.partitions, PartitionSpec()))
+        return self._spread(local, (self.partitions, PartitionSpec()), *others)
 
     def total(self, function: Callable[[Tree, Batch], Tree]) -> Callable[[Tree, Batch], Tree]:
         """A program (parameters, batch) -> sums over whole arrays from one that gives each device's shares of them."""
         return self._spread(lambda params, batch: self._sum(function(params, batch)), PartitionSpec())
 
-    def _spread(self, function: Callable, out_specs: Any) -> Callable:
+    def tokenwise(self, function: Callable[[Tree, Batch], Tree]) -> Callable[[Tree, Batch], Tree]:
+        """A program (parameters, batch) -> arrays [B, T, ...] from one that gives them for each device's part."""
+        return self._spread(function, self.batch_partition())
+
+    def _spread(self, function: Callable, out_specs: Any, *others: "Layout") -> Callable:
         # What lies where is told by the specs: the kernels for attention do not carry the types that check it.
-        inputs = (self.partitions, self.batch_partition())
+        inputs = (self.partitions, self.batch_partition(), *(other.partitions for other in others))
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=out_specs, check_vma=False)
 
     def _sum_over_copies(self, gradient: Array, spec: PartitionSpec) -> Array:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-from braeburn.config import Mesh, MeshAxis, Run
+from braeburn.config import Mesh, MeshAxis, Model, Run
 from braeburn.errors import UserError
 
 Kind = Literal["parameters", "optimizer", "activations"]
@@ -90,20 +90,25 @@ def partition(axes: tuple[str, ...], shape: tuple[int, ...], kind: Kind, mesh: M
 
 
 def check(
-    run: Run, name: str, mesh: Mesh, parameters: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], str]]
+    run: Run,
+    name: str,
+    model: Model,
+    mesh: Mesh,
+    parameters: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], str]],
 ) -> None:
     """Refuses a mesh that does not divide a stage of a run.
 
     Args:
         run: the run.
         name: of the stage.
+        model: one that the stage finds, trains or leaves.
         mesh: resolved sizes.
         parameters: logical axes, shape and role of each parameter by its path.
 
     Raises:
         UserError: naming the axis at fault, and sizes of it that would work.
     """
-    sizes, model = mesh.sizes, run.model
+    sizes = mesh.sizes
     tensor, context = sizes["tensor"], sizes["context"]
     for path, (axes, shape, role) in parameters.items():
         try:

@@ -10,11 +10,11 @@ from braeburn.catalogue import Chip, Figure, weakest
 from braeburn.config import Run
 from braeburn.errors import UserError
 from braeburn.parallel.target import Target
-from braeburn.plan.cost import FLOAT, MOMENTS, Estimate, Work, estimate_work
+from braeburn.plan.cost import MOMENTS, Estimate, divided_work, estimate_work
+from braeburn.plan.forward import FLOAT, Pass
 from braeburn.plan.goodput import goodput
 from braeburn.plan.links import Links
 from braeburn.plan.search import Candidate, candidates, larger_targets
-from braeburn.train.stages import sizes_of
 
 HOURS_PER_DAY, SECONDS_PER_HOUR = 24, 3600
 
@@ -74,7 +74,7 @@ def _plan(
         best = first.estimate
         seconds += best.step * stage.steps
         confidences.append(best.confidence)
-        state = max(state, (FLOAT + MOMENTS) * Work(run, stage, first.sizes).shard)
+        state = max(state, (FLOAT + MOMENTS) * Pass(run, stage, first.sizes, run.models()[name].trained).shard)
         stages[name] = {
             "layouts": [describe(candidate, name) | {"compiled": said} for candidate, said in layouts[:MOST_LAYOUTS]],
             "own": _own(run, name, target),
@@ -105,9 +105,9 @@ def _plan(
 def _own(run: Run, name: str, target: Target) -> dict[str, Any] | None:
     """The layout that the run itself has, or None where it does not divide the target."""
     try:
-        sizes = sizes_of(run, name, target.devices)
-        found = estimate_work(Work(run, run.stages[name], sizes), target, Links(target, sizes))
-        return describe(Candidate({}, run, sizes, found), name)
+        work = divided_work(run, name, target)
+        found = estimate_work(work, target, Links(target, work.mesh))
+        return describe(Candidate({}, run, work.mesh, found), name)
     except UserError:
         return None
 

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from braeburn.config import Mesh, Run, override
+from braeburn.config import Mesh, Model, Run, override
 from braeburn.errors import UserError
 from braeburn.model.transformer import param_specs
 from braeburn.parallel.mesh import across_slices
@@ -15,7 +15,7 @@ from braeburn.parallel.target import Target
 from braeburn.plan.collectives import Collective, collectives, transfers
 from braeburn.plan.compare import Ranking
 from braeburn.plan.compilation import compile_in_child
-from braeburn.plan.cost import estimate
+from braeburn.plan.cost import estimate, live_teacher
 from braeburn.plan.hlo import Module, parse
 from braeburn.plan.kernels import Computing, computing
 from braeburn.plan.links import Links
@@ -91,10 +91,16 @@ class Compilation:
 
     @cached_property
     def flop_bound(self) -> float:
-        """Seconds of computing below which the peak does not allow: the model's products, attention causal."""
-        model, stage = self.run.model, self.run.stages[self.stage]
-        masked = 6 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
-        flops = flops_per_token(model, param_specs(model), stage.sequence_length) - masked
+        """Seconds of computing below which the peak does not allow: the models' products, attention causal."""
+        stage = self.run.stages[self.stage]
+
+        def least(model: Model) -> int:
+            masked = 6 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
+            return flops_per_token(model, param_specs(model), stage.sequence_length) - masked
+
+        teacher = live_teacher(self.run, self.stage)
+        # A teacher runs forward alone, a third of training.
+        flops = least(self.run.models()[self.stage].trained) + (least(teacher) / 3 if teacher else 0)
         peak = self.target.facts.peak_flops
         assert peak
         return flops * stage.batch_tokens / (self.target.devices * peak)

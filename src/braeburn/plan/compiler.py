@@ -27,6 +27,7 @@ from braeburn.config import validate
 from braeburn.errors import UserError
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.target import Target, parse_target
+from braeburn.plan.cost import live_teacher
 from braeburn.train.compilation import options
 from braeburn.train.stages import layout_of, lower_stage
 
@@ -88,7 +89,7 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     target = parse_target(request["target"], chips)
     devices = topology(target).devices
     layout = layout_of(run, request["stage"], devices)
-    lowered = lower_stage(run, request["stage"], layout)
+    lowered = lower_stage(run, request["stage"], layout, live_teacher(run, request["stage"]))
     flags: dict[str, Any] = options(target.facts.flags)
     packages = ["jax", "jaxlib", "libtpu" if target.facts.family == "tpu" else "jax-cuda13-pjrt"]
     if target.facts.family == "nvidia":

@@ -4,18 +4,24 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from pathlib import Path
+
+import jax
 
 from braeburn.catalogue import weakest
-from braeburn.config import Mesh, Model, Remat, Run, Stage
-from braeburn.model.spec import Role, Tree, count
-from braeburn.model.transformer import param_specs
+from braeburn.config import Mesh, Model, Remat, Run
+from braeburn.errors import UserError
+from braeburn.model.spec import abstract, walk
+from braeburn.parallel.rules import check
 from braeburn.parallel.target import Target
+from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, specs_of
 from braeburn.plan.links import Factors, Links
+from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
 from braeburn.train.stages import sizes_of
+from braeburn.train.teaching import find_in_run
 
 GIB = 2**30
-FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -56,25 +62,8 @@ HOST_GB_PER_S = 12.0
 
 # Bytes of optimizer state, and bytes that an update reads and writes, for each parameter.
 MOMENTS, UPDATE = 2 * FLOAT, 10 * FLOAT
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One kind of collective along one axis, over a whole step.
-
-    Attributes:
-        axis: of the mesh, or "host".
-        kind: as HLO names it, or "copy".
-        bytes: on one device, as `plan.collectives.Collective.bytes` counts them.
-        times: how many there are.
-        what: "weights", with gradients and what waits on the host, which can be had early; or "tokens".
-    """
-
-    axis: str
-    kind: str
-    bytes: float
-    times: int
-    what: str
+# And to mask or round one: it is read and written, then its gradient, for which it is read once more.
+REMADE = 5 * FLOAT
 
 
 @dataclass(frozen=True)
@@ -133,59 +122,37 @@ class Estimate:
 
 
 @cache
-def _specs(model: Model) -> Tree:
-    return param_specs(model)
-
-
-@cache
-def _count(model: Model, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")) -> int:
-    return count(_specs(model), roles)
-
-
-@cache
 def _flops_per_token(model: Model, sequence_length: int) -> int:
-    return flops_per_token(model, _specs(model), sequence_length)
+    return flops_per_token(model, specs_of(model), sequence_length)
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one device does in a step of a stage, in FLOPs and bytes."""
+class Work(Pass):
+    """What one device does in a step of a stage, in FLOPs and bytes.
 
-    run: Run
-    stage: Stage
-    mesh: Mesh
+    Attributes:
+        teacher: a model that runs forward on each batch; None where there is none, or what it says is stored.
+        remade: parameters that are masked or rounded before they are used, those of `int2` twice: what its factors'
+            gradient needs is kept too.
+    """
 
-    @property
-    def model(self) -> Model:
-        """The model's sizes."""
-        return self.run.model
+    teacher: Model | None = None
+    remade: int = 0
 
     @property
     def remat(self) -> Remat:
         """What the stage keeps for the backward pass."""
         return self.stage.remat or self.run.remat
 
-    @property
-    def width(self) -> int:
-        """Bytes of an activation."""
-        return 2 if self.run.precision.compute == "bfloat16" else FLOAT
+    @cached_property
+    def teaching(self) -> Teaching | None:
+        """What a device does for the teacher."""
+        return Teaching(self.run, self.stage, self.mesh, self.teacher) if self.teacher else None
 
     @cached_property
-    def tokens(self) -> int:
-        """Tokens that a device, with the tensor shards that share them, works on at once."""
-        mesh = self.mesh
-        shards = mesh.replica * mesh.data * mesh.fsdp * mesh.context
-        return self.stage.batch_tokens // (shards * self.stage.accumulation_steps)
-
-    @cached_property
-    def parts(self) -> int:
-        """Times a step that the model runs: layers of a pass, over all parts of an accumulated batch."""
-        return self.model.num_layers * self.stage.accumulation_steps
-
-    @cached_property
-    def kv_heads(self) -> int:
-        """Key heads worked with on all tensor shards together: at least one on each."""
-        return max(self.model.num_kv_heads, self.mesh.tensor)
+    def remade_shard(self) -> float:
+        """Of the parameters that a device stores, those that are remade."""
+        return self.remade / (self.mesh.fsdp * self.mesh.tensor)
 
     @cached_property
     def saved(self) -> set[str]:
@@ -195,32 +162,9 @@ class Work:
         return set({"none": names, "full": (), "save_named": remat.names}[remat.policy])
 
     @cached_property
-    def widths(self) -> dict[str, int]:
-        """Values of each named activation for each token."""
-        model = self.model
-        heads, kv_heads = model.num_heads * model.head_dim, self.kv_heads * model.head_dim
-        inner = {"query": heads, "key": kv_heads, "value": kv_heads, "attention": heads}
-        outer = {"attention_output": model.d_model, "ffn_output": model.d_model}
-        return inner | outer | {"ffn_gate": model.ffn_dim, "ffn_up": model.ffn_dim}
-
-    @cached_property
-    def layer_parameters(self) -> int:
-        """Weights of the matrices of one layer."""
-        return _count(self.model, ("matrix",)) // self.model.num_layers
-
-    @cached_property
-    def shard(self) -> float:
-        """Parameters that a device stores."""
-        return _count(self.model) / (self.mesh.fsdp * self.mesh.tensor)
-
-    @cached_property
     def matrix_flops(self) -> float:
         """Of all matrix products but attention's: forward, twice that backward, and what is worked out again."""
-        model, width = self.model, self.widths
-        products = {name: 2 * model.d_model * size for name, size in width.items() if name != "attention"}
-        products["attention_output"] = 2 * model.d_model * width["query"]
-        products["ffn_output"] = 2 * model.d_model * model.ffn_dim
-        again = 0
+        model, products, again = self.model, self.products, 0
         if self.remat.policy != "none":
             # The norm of queries and keys needs what it normalised, which is not kept. Nothing needs the last product.
             normalised = {"query", "key"} if model.qk_norm else set()
@@ -241,16 +185,14 @@ class Work:
     @cached_property
     def memory_bytes(self) -> float:
         """Read and written by element-wise work: norms, rotations, activation, residuals, logits and the update."""
-        model, width = self.model, self.widths
         again = 0 if self.remat.policy == "none" else 1
-        # Two norms and two residuals in five passes each; queries and keys, and the three sides of SwiGLU, in one.
-        one_pass = 10 * model.d_model + 2 * (width["query"] + width["key"]) + 3 * model.ffn_dim
-        layers = self.width * self.tokens * self.parts * one_pass * (3 + again)
-        logits = 4 * FLOAT * self.tokens * self.stage.accumulation_steps * model.vocab_size
+        layers = self.width * self.tokens * self.parts * self.element_wise * (3 + again)
+        logits = 4 * FLOAT * self.tokens * self.stage.accumulation_steps * self.model.vocab_size
         summed = 3 * FLOAT * self.shard * self.stage.accumulation_steps
         # What is kept is copied into the arrays of all layers, and out of them.
         copied = 4 * (self._kept_bytes(self.saved) + self._passed_on) * self.stage.accumulation_steps
-        return (layers + logits) / self.mesh.tensor + self.shard * UPDATE + summed + copied + self._repacked
+        updated = self.shard * UPDATE + self.remade_shard * REMADE
+        return (layers + logits) / self.mesh.tensor + updated + summed + copied + self._repacked
 
     @cached_property
     def _repacked(self) -> float:
@@ -300,17 +242,30 @@ class Work:
         # In the loss: the hidden states of all tensor shards' tokens with their gradient, and logits of a block.
         logits = FLOAT * 2**26
         loss = self.tokens * model.d_model * (2 * self.width + 2 * FLOAT) + 3 * logits
+        # While the teacher works, nothing of the student's is kept yet.
+        teacher = self.teaching.working_bytes - kept if self.teaching else 0.0
         parts = {
             "parameters": FLOAT * self.shard,
             "optimizer": 0.0 if self.run.offload.optimizer else MOMENTS * self.shard,
             "gradients": FLOAT * self.shard * (1 + (self.stage.accumulation_steps > 1)),
             "activations": kept,
-            "workspace": max(layer, loss),
+            "workspace": max(layer, loss, teacher),
         }
+        if self.remade:
+            parts["weights_in_use"] = FLOAT * self.remade_shard
+        if self.teaching:
+            parts["teacher"] = self.teaching.stored_bytes
         return {name: value / GIB for name, value in parts.items()}
 
     def exchanges(self) -> Iterator[Exchange]:
-        """Every collective of a step, as `tests/parallel/test_traffic.py` checks them, but scalars and indices."""
+        """Every collective of a step, but scalars and indices."""
+        taught = {(e.axis, e.kind): e for e in self.teaching.exchanges()} if self.teaching else {}
+        for own in self._student_exchanges():
+            also = taught.get((own.axis, own.kind))
+            yield replace(own, bytes=own.bytes + also.bytes, times=own.times + also.times) if also else own
+
+    def _student_exchanges(self) -> Iterator[Exchange]:
+        """Those of the model that is trained, as `tests/parallel/test_traffic.py` checks them."""
         model, mesh, parts = self.model, self.mesh, self.parts
         steps = self.stage.accumulation_steps
         reduce = 2 if self.run.precision.reduce == "bfloat16" else FLOAT
@@ -346,14 +301,64 @@ class Work:
                 summed /= mesh.sizes[axis]  # the sum over several axes is scattered along the first for the next
 
 
+def live_teacher(run: Run, name: str) -> Model | None:
+    """The model of the teacher whose weights a stage needs at hand; None where it has none, or what it says is kept.
+
+    Raises:
+        UserError: the teacher is no stage, and no run with a checkpoint either.
+    """
+    stage = run.stages[name]
+    if stage.teacher is None or stage.distillation.cached:
+        return None
+    if stage.teacher in run.stages:
+        return run.models()[stage.teacher].left
+    try:
+        return find_in_run(Path(stage.teacher)).model
+    except UserError as error:
+        raise UserError(f"stages.{name}.teacher={stage.teacher!r} cannot teach: {error}") from None
+
+
+def work_of(run: Run, name: str, mesh: Mesh) -> Work:
+    """The work of a stage over a mesh of resolved sizes.
+
+    Raises:
+        UserError: the stage's teacher is not there.
+    """
+    return Work(run, run.stages[name], mesh, run.models()[name].trained, live_teacher(run, name), _remade(run, name))
+
+
+def _remade(run: Run, name: str) -> int:
+    """`Work.remade`, by what the masks or the rounding of a stage touch."""
+    use = use_of(run, name)
+    if not use:
+        return 0
+    program = jax.make_jaxpr(use)(abstract(trained_specs(run, name)), 0).jaxpr
+    touched = sum(weights.aval.size for weights in program.outvars if weights not in program.invars)
+    quantization = run.stages[name].quantization
+    return 2 * touched if quantization and quantization.kind == "int2" else touched
+
+
+def divided_work(run: Run, name: str, target: Target) -> Work:
+    """The work of a stage over its own mesh.
+
+    Raises:
+        UserError: the mesh does not fit the target, or divide the stage or its teacher; or that is not there.
+    """
+    work = work_of(run, name, sizes_of(run, name, target.devices))
+    if work.teacher:
+        specs = walk(specs_of(work.teacher))
+        check(run, name, work.teacher, work.mesh, {path: (spec.axes, spec.shape, spec.role) for path, spec in specs})
+    return work
+
+
 def estimate(run: Run, name: str, target: Target) -> Estimate:
     """Predicts a stage's step for the run's mesh, remat, accumulation and offload on a target.
 
     Raises:
-        UserError: the mesh does not fit the target or the stage.
+        UserError: the mesh does not fit the target or the stage, or the stage's teacher is not there.
     """
-    sizes = sizes_of(run, name, target.devices)
-    return estimate_work(Work(run, run.stages[name], sizes), target, Links(target, sizes))
+    work = divided_work(run, name, target)
+    return estimate_work(work, target, Links(target, work.mesh))
 
 
 def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
@@ -368,6 +373,11 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         "attention": work.attention_flops(efficiency.tile, efficiency.backward) / (peak * efficiency.attention),
         "memory_bound": work.memory_bytes / (bandwidth * efficiency.memory),
     }
+    if taught := work.teaching:
+        products = (
+            taught.matrix_flops / efficiency.matrix + taught.attention_flops(efficiency.tile) / efficiency.attention
+        )
+        seconds["teacher"] = products / peak + taught.memory_bytes / (bandwidth * efficiency.memory)
     exchanges: list[tuple[Exchange, str, float | None]] = []
     hidden = 0.0
     if offloaded := work.host_bytes:

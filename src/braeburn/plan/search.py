@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from braeburn.config import Mesh, Offload, Remat, Run, Stage
+from braeburn.config import Mesh, Model, Offload, Remat, Run, Stage
 from braeburn.parallel.mesh import placements
 from braeburn.parallel.target import Target
-from braeburn.plan.cost import Estimate, Work, estimate_work
+from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
 from braeburn.plan.links import Links, extent
 
 # What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps norms and more in
@@ -65,21 +65,25 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
 
     For each mesh: the placement on the torus with the least exchange, and of accumulation, remat and offload the
     fastest that fits. Meshes that fit in no way come last, by what they lack.
+
+    Raises:
+        UserError: the stage's teacher is not there.
     """
-    found = []
-    for sizes in meshes(run, run.stages[name], target):
+    found, work = [], work_of(run, name, run.mesh)
+    models = [*run.models()[name], *([work.teacher] if work.teacher else [])]
+    for sizes in meshes(models, work.stage, target):
         best: tuple[Work, Estimate] | None = None
         for torus in _placements(sizes, target):
             links = Links(target, sizes, torus)
             # Of chips that are several devices JAX alone lays the mesh.
             placed = sizes.model_copy(update={"torus": torus if target.facts.devices_per_chip == 1 else None})
             if best is None:
-                best = _fastest(run, name, placed, target, links)
+                best = _fastest(work, name, placed, target, links)
                 continue
             # The same work on other links.
             other = estimate_work(best[0], target, links)
             if _rank(other) < _rank(best[1]):
-                best = _work(best[0].run, name, {"mesh": placed}), other
+                best = _changed(best[0], name, {"mesh": placed}), other
         if best:
             found.append(_candidate(run, name, best[0].run, best[1]))
     found.sort(key=lambda candidate: _rank(candidate.estimate))
@@ -99,49 +103,51 @@ def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target
                 break
 
 
-def meshes(run: Run, stage: Stage, target: Target) -> list[Mesh]:
-    """The meshes that divide the model and the stage over the devices of a target.
+def meshes(models: Sequence[Model], stage: Stage, target: Target) -> list[Mesh]:
+    """The meshes that divide all models of a stage and its batch over the devices of a target.
 
     Nodes of other chips than TPUs may stay idle where no mesh of all of them divides: the most that do are used.
     """
     chip = target.facts
     if chip.family == "tpu":
-        return list(_meshes(run, stage, target, target.devices // target.slices, target.slices))
+        return list(_meshes(models, stage, target, target.devices // target.slices, target.slices))
     for count in range(target.chips, 0, -chip.per_node if target.chips > chip.per_node else -1):
-        if found := list(_meshes(run, stage, target, count * chip.devices_per_chip, 1)):
+        if found := list(_meshes(models, stage, target, count * chip.devices_per_chip, 1)):
             return found
     return []
 
 
-def _meshes(run: Run, stage: Stage, target: Target, within: int, slices: int) -> Iterator[Mesh]:
+def _meshes(models: Sequence[Model], stage: Stage, target: Target, within: int, slices: int) -> Iterator[Mesh]:
     """The meshes of `slices` slices of `within` devices."""
-    model, chip = run.model, target.facts
+    chip = target.facts
     domain = int(chip.domain.value) * chip.devices_per_chip if chip.domain and chip.family != "tpu" else 64
     for replica in (slices, 1) if slices > 1 else (1,):
         total = within * slices // replica
         for tensor, context in itertools.product(_powers(min(domain, 64)), _powers(64)):
             if total % (tensor * context) or stage.sequence_length % ((2 if context > 1 else 1) * context * tensor):
                 continue
-            sizes = (model.num_heads, model.ffn_dim, model.vocab_size)
-            if any(size % tensor for size in sizes) or (model.num_kv_heads % tensor and tensor % model.num_kv_heads):
+            if any(size % tensor for m in models for size in (m.num_heads, m.ffn_dim, m.vocab_size)):
+                continue
+            if any(m.num_kv_heads % tensor and tensor % m.num_kv_heads for m in models):
                 continue
             rest = total // (tensor * context)
             for fsdp in _powers(rest):
                 shards = replica * rest
-                if rest % fsdp or model.d_model % fsdp or stage.batch_size % shards:
+                if rest % fsdp or any(m.d_model % fsdp for m in models) or stage.batch_size % shards:
                     continue
                 if replica < slices and (rest // fsdp) % slices == 0:
                     continue  # data that takes the slices is a replica by another name
                 yield Mesh(replica=replica, data=rest // fsdp, fsdp=fsdp, context=context, tensor=tensor)
 
 
-def _work(run: Run, name: str, changes: dict[str, Any]) -> Work:
-    """That of a stage with some of its fields changed; the mesh is among them, resolved."""
-    stage = run.stages[name].model_copy(update=changes)
-    return Work(run.model_copy(update={"stages": {**run.stages, name: stage}}), stage, changes["mesh"])
+def _changed(work: Work, name: str, changes: dict[str, Any]) -> Work:
+    """The work with some fields of its stage changed; the mesh is among them, resolved."""
+    stage = work.stage.model_copy(update=changes)
+    run = work.run.model_copy(update={"stages": {**work.run.stages, name: stage}})
+    return replace(work, run=run, stage=stage, mesh=changes["mesh"])
 
 
-def _fastest(run: Run, name: str, sizes: Mesh, target: Target, links: Links) -> tuple[Work, Estimate] | None:
+def _fastest(work: Work, name: str, sizes: Mesh, target: Target, links: Links) -> tuple[Work, Estimate] | None:
     """The fastest of accumulation, remat and offload that fits; or where none does, what lacks least."""
     room = target.facts.device_memory_gib
     assert room  # the catalogue refuses chips without it
@@ -149,18 +155,18 @@ def _fastest(run: Run, name: str, sizes: Mesh, target: Target, links: Links) -> 
     least: tuple[float, Work] | None = None
     everything = False
     for offload in OFFLOADS:
-        offloading = run.model_copy(update={"offload": offload})
-        for steps in _accumulations(run.stages[name], sizes):
+        offloading = replace(work, run=work.run.model_copy(update={"offload": offload}))
+        for steps in _accumulations(work.stage, sizes):
             for remat in REMATS:
                 if not set(offload.activations) <= set(remat.names if remat.policy == "save_named" else ()):
                     continue
-                work = _work(offloading, name, {"accumulation_steps": steps, "mesh": sizes, "remat": remat})
-                needed = sum(work.memory().values())
+                one = _changed(offloading, name, {"accumulation_steps": steps, "mesh": sizes, "remat": remat})
+                needed = sum(one.memory().values())
                 if needed <= room.value:
-                    fits.append((work, estimate_work(work, target, links)))
+                    fits.append((one, estimate_work(one, target, links)))
                     everything |= remat == REMATS[0]
                 elif least is None or needed < least[0]:
-                    least = needed, work
+                    least = needed, one
             if everything:
                 break  # in more parts it would be no faster
         if fits:

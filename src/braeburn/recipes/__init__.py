@@ -14,10 +14,10 @@ from pathlib import Path
 from braeburn.config import Run, explain_validation_error
 from braeburn.errors import UserError
 
-# The modules of this package and the recipes in each; `afm-6.4b` is the function `afm_6_4b`.
+# The modules of this package and the recipes in each; `qwen3-0.6b` is the function `qwen3_0_6b`.
 MODULES = {
-    "quickstart": ("quickstart", "afm-tiny"),
-    "afm": ("afm-85m", "afm-on-device", "afm-6.4b", "afm-server"),
+    "quickstart": ("quickstart", "afm-tiny", "afm-on-device-tiny"),
+    "afm": ("afm-85m", "afm-on-device", "afm-on-device-scratch", "afm-server"),
     "llama": ("llama2-7b", "llama2-70b", "llama3-8b", "llama3-70b"),
     "qwen": ("qwen3-0.6b", "qwen3-8b"),
 }

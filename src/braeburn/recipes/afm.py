@@ -7,8 +7,22 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from braeburn.config import Checkpoint, Data, Mesh, Model, Precision, Remat, Run, Schedule, Source, Stage
+from braeburn.config import (
+    Checkpoint,
+    Data,
+    Distillation,
+    Mesh,
+    Model,
+    Precision,
+    Pruning,
+    Remat,
+    Run,
+    Schedule,
+    Source,
+    Stage,
+)
 
+SERVER_BATCH_TOKENS = 4096 * 4096
 WEB = ("web", "code", "maths", "long")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -66,10 +80,10 @@ def data() -> Data:
     return Data(sources={name: Source(paths=(f"data/{name}/*.jsonl.zst",), format="jsonl") for name in WEB})
 
 
-def afm_on_device() -> Run:
-    """AFM-on-device, 2.7B: the published 3B model trained from scratch on 7.4T tokens."""
+def afm_on_device_scratch() -> Run:
+    """AFM-on-device, 2.7B: the published 3B model from scratch on 7.4T tokens, neither pruned nor distilled."""
     return Run(
-        name="afm-on-device",
+        name="afm-on-device-scratch",
         model=Model(
             vocab_size=49_152, d_model=3072, num_layers=26, num_heads=24, num_kv_heads=8, head_dim=128, ffn_dim=8064
         ),
@@ -86,13 +100,29 @@ def afm_on_device() -> Run:
     )
 
 
-def afm_6_4b() -> Run:
-    """The 6.4B model that AFM-on-device is pruned from: the same but for a wider FFN.
+def afm_on_device() -> Run:
+    """AFM-on-device as it was made: a 6.4B model, pruned to 2.7B, pretrained on its labels, continued and lengthened.
 
-    The report says only that the FFN was pruned; its width here is the multiple of 128 that gives 6.4B parameters.
+    Published are that the larger model has 6.4B parameters and the server's recipe, that Soft-Top-K cuts its FFN alone,
+    on 188B tokens of the core mixture, that the core stage takes all its 6.3T tokens, and its labels: 0.9 of the
+    teacher's likeliest token and 0.1 of the text. Assumed are the larger FFN, the multiple of 128 that gives 6.4B
+    parameters, the larger model's 6.3T tokens, the rates and batches of pruning, those of the core stage, and the
+    teacher, which the report does not name: the larger model. What it says is computed once and kept, so that a step of
+    the core stage is one of plain pretraining.
     """
-    run = afm_on_device()
-    return run.model_copy(update={"name": "afm-6.4b", "model": run.model.model_copy(update={"ffn_dim": 23_296})})
+    run = afm_on_device_scratch()
+    core, ffn_dim = run.stages["core"], run.model.ffn_dim
+    added = {
+        "larger": core.model_copy(update={"batch_tokens": SERVER_BATCH_TOKENS}),
+        "prune": core.model_copy(update={"tokens": 188_000_000_000, "pruning": Pruning(keep={"ffn": ffn_dim})}),
+    }
+    taught = core.model_copy(update={"teacher": "larger", "distillation": Distillation(weight=0.9, cached=True)})
+    changes = {
+        "name": "afm-on-device",
+        "model": run.model.model_copy(update={"ffn_dim": 23_296}),
+        "stages": added | run.stages | {"core": taught},
+    }
+    return run.model_copy(update=changes)
 
 
 def afm_server() -> Run:
@@ -109,7 +139,7 @@ def afm_server() -> Run:
         # Slices of 1,024 chips, each a replica once their number is given. Where sequences are split a quarter of the
         # chips shares the state, which leaves less room for activations.
         stages=stages(
-            batch_tokens=4096 * 4096,
+            batch_tokens=SERVER_BATCH_TOKENS,
             meshes={"context": Mesh(context=4, tensor=4)},
             remats={"context": KEEP.model_copy(update={"names": KEEP.names[:-1]})},
         ),

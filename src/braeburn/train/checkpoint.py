@@ -8,13 +8,14 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from braeburn.config import Checkpoint, Run
 from braeburn.errors import UserError
@@ -51,19 +52,21 @@ _quieten_orbax()
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: Path, options: Checkpoint | None = None):
-        """Opens `directory`/checkpoints; with `options` for writing, without for reading only."""
+    def __init__(self, directory: Path, options: Checkpoint | None = None, lasting: Sequence[int] = ()):
+        """Opens `directory`/checkpoints; with `options` for writing, without for reading only.
+
+        The checkpoints of the steps in `lasting` stay whatever the options say.
+        """
         self._directory = directory.absolute() / "checkpoints"
         self._newest_saved: int | None = None
         if options is None and not self._directory.is_dir():
             raise UserError(f"{str(directory)!r} holds no checkpoint; train for at least one checkpoint first")
         settings: dict[str, Any] = {"read_only": True}
         if options is not None:
-            settings = {
-                "max_to_keep": options.keep_last,
-                "keep_period": options.keep_every_steps,
-                "cleanup_tmp_directories": True,
-            }
+            keep = [policies.LatestN(options.keep_last), policies.CustomSteps(list(lasting))]
+            if options.keep_every_steps:
+                keep.append(policies.EveryNSteps(options.keep_every_steps))
+            settings = {"preservation_policy": policies.AnyPreservationPolicy(keep), "cleanup_tmp_directories": True}
         with writing(self._directory.parent):
             self._manager = ocp.CheckpointManager(
                 self._directory,

@@ -22,6 +22,7 @@ from braeburn.errors import UserError
 # What may differ when a run goes on: how it is carried out, not what it computes.
 FREE_TO_CHANGE = (
     *("name", "mesh", "checkpoint", "remat", "offload", "evaluation", "model.scan_layers", "precision.reduce"),
+    "model.max_position_embeddings",
     *("data.workers", "data.prefetch", "data.cache"),
 )
 
@@ -168,8 +169,8 @@ def _may_change(path: str, begun: list[str], step: int) -> bool:
     if not path.startswith("stages."):
         return False
     _, stage, field = path.split(".")[:3]
-    # How a batch is divided changes nothing but rounding.
-    return stage not in begun or field in ("accumulation_steps", "mesh")
+    # How a batch is divided changes nothing but rounding, nor does where labels come from.
+    return stage not in begun or field in ("accumulation_steps", "mesh") or path.endswith(".distillation.cached")
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

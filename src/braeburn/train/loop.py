@@ -1,6 +1,7 @@
 """The training loop: all stages of a run as one, from wherever the run directory's last checkpoint left off."""
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -9,33 +10,46 @@ from typing import Any
 
 import jax
 
-from braeburn.config import Run, validate
+from braeburn.config import Model, Run, Stage, validate
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.model import transformer
+from braeburn.model.spec import Tree
 from braeburn.optim.build import begin_stage
 from braeburn.parallel.agreement import AnyProcess, main_first, wait_for_all
 from braeburn.parallel.layout import Layout
 from braeburn.train.checkpoint import Checkpoints
+from braeburn.train.compression import enter, leave, of_model, use_of
 from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest, check_space, writing
 from braeburn.train.heartbeat import Heartbeat
-from braeburn.train.held_out import evaluator, measure
+from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
 from braeburn.train.stages import (
     Program,
+    abstract_params,
     abstract_state,
     compile_stage,
     initial_state,
     layout_of,
-    model_of_stage,
     stage_optimizer,
 )
 from braeburn.train.state import TrainState
+from braeburn.train.step import Batch
+from braeburn.train.teaching import (
+    FindTeacher,
+    Teacher,
+    check_tokenizers,
+    find_in_run,
+    last_step,
+    live_model,
+    teacher_stores,
+    teachers_of,
+)
 from braeburn.train.trained import require_same_tokenizer
 
 
@@ -56,7 +70,13 @@ class Outcome:
 
 
 def train(
-    run: Run, out: Path, *, origins: dict[str, str] | None = None, stop_after_steps: int | None = None
+    run: Run,
+    out: Path,
+    *,
+    origins: dict[str, str] | None = None,
+    stop_after_steps: int | None = None,
+    find_teacher: FindTeacher = find_in_run,
+    follow: tuple[Path, int] | None = None,
 ) -> Outcome:
     """Trains `run` in the folder `out`, or goes on with it there.
 
@@ -65,6 +85,9 @@ def train(
         out: its run directory; a run begun there goes on from its newest checkpoint, bit for bit.
         origins: where each value of the run came from, for `config.json`.
         stop_after_steps: save and return after this many steps of this call.
+        find_teacher: reads the teachers that stages name by a path.
+        follow: a finished directory of the same run, with all checkpoints, and a step: its stages teach, and from
+            there on each step is made from the state that it had.
 
     Raises:
         UserError: anything that the user can mend; what is on disk stays whole.
@@ -73,6 +96,7 @@ def train(
         raise UserError(f"stages of the run {run.name!r} is empty; add a stage to train")
     # Of all stages, so that a mesh that does not fit the last is found out before the first.
     layouts = {name: layout_of(run, name) for name in run.stages}
+    teachers = teachers_of(run, follow[0] if follow else out, layouts, find_teacher)
     main, heartbeat = jax.process_index() == 0, Heartbeat()
     heartbeat.phase("preparing")
     directory = RunDirectory(out, writes=main)
@@ -81,7 +105,7 @@ def train(
         main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
         resumed, tokenizer = _resume_point(directory, run)
         first = next(iter(run.stages))
-        state_shape = abstract_state(run, run.stages[first], layouts[first])
+        state_shape = abstract_state(run, first, layouts[first])
         check_space(directory.path, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape)))
         for name, source in used_sources(run).items():
             files(name, source)  # before work begins that an exit would have to wait for
@@ -89,13 +113,14 @@ def train(
         used, present = layouts[first].num_devices, len(jax.devices())
         if used < present:
             display.say(f"using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
-        ahead = _Ahead(run, layouts, resumed)
+        ahead = _Ahead(run, layouts, teachers, resumed)
 
         def begin() -> _Loop:
             # Other processes go on with the tokenizer of the main one, and its token stores where they share a cache.
             own = tokenizer if main else Tokenizer.load(directory.tokenizer)
             prepared = prepare(run, display.say, own)
-            loop = _Loop(run, directory, layouts, prepared, ahead, display, stop, heartbeat)
+            check_tokenizers(run, teachers, prepared.tokenizer)
+            loop = _Loop(run, directory, layouts, teachers, prepared, ahead, display, stop, heartbeat, follow)
             if main:
                 # Nothing was written until here, where no mistake of the user's is left to be found.
                 directory.write_config(run, origins or {})
@@ -108,14 +133,22 @@ def train(
 class _Ahead:
     """What the first stage to run needs of the compiler, worked on in a thread while text is being tokenised."""
 
-    def __init__(self, run: Run, layouts: dict[str, Layout], resumed: int | None):
+    def __init__(self, run: Run, layouts: dict[str, Layout], teachers: dict[str, Teacher], resumed: int | None):
         worker = ThreadPoolExecutor(1)
         self.programs: dict[str, Future[Program]] = {}
         if resumed != run.total_steps:
             name = run.stage_at(resumed or 0)[0]
-            self.programs[name] = worker.submit(compile_stage, run, name, layouts[name])
+            teacher = live_model(run, name, teachers)
+            self.programs[name] = worker.submit(compile_stage, run, name, layouts[name], teacher)
         self.state = worker.submit(initial_state, run, layouts[next(iter(run.stages))]) if resumed is None else None
         worker.shutdown(wait=False)
+
+
+def calibration(stage: Stage, batches: Batches, layout: Layout) -> Iterator[Batch]:
+    """The first batches of a stage of pruning, on which it measures activations, placed."""
+    tokens = stage.pruning.calibration_tokens if stage.pruning else 0
+    for index in range(min(stage.steps, -(-tokens // stage.batch_tokens))):
+        yield layout.place(batches[index], batches.rows, stage.batch_size)
 
 
 def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokenizer | None]:
@@ -144,6 +177,10 @@ def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokeni
     return step, tokenizer
 
 
+class _Stopped(Exception):
+    """A request to stop came while a teacher was labelling text."""
+
+
 @dataclass
 class _Loop:
     """The parts of a run that its stages share."""
@@ -151,12 +188,15 @@ class _Loop:
     run: Run
     directory: RunDirectory
     layouts: dict[str, Layout]
+    teachers: dict[str, Teacher]
     prepared: Prepared
     ahead: _Ahead
     display: Display
     stop: StopRequest
     heartbeat: Heartbeat
+    follow: tuple[Path, int] | None = None
     stopping: bool = False
+    evaluates: tuple[Any, Any] = (None, None)
 
     def __post_init__(self) -> None:
         # Those of all stages, so that text too short for the last is found out before the first.
@@ -165,11 +205,15 @@ class _Loop:
             name: Batches(stage, name, self.run.seed, stores, self.layouts[name].rows(stage.batch_size))
             for name, stage in stages.items()
         }
-        self.any_process = AnyProcess()
+        self.any_process, self.models = AnyProcess(), self.run.models()
 
     def run_from(self, resumed: int | None, stop_after_steps: int | None) -> Outcome:
         """Runs stages until the run is finished or asked to stop."""
-        with closing(Checkpoints(self.directory.path, self.run.checkpoint)) as self.checkpoints:
+        # Stages that teach a later one do so as they ended.
+        lasting = [
+            last_step(self.run, stage.teacher) for stage in self.run.stages.values() if stage.teacher in self.models
+        ]
+        with closing(Checkpoints(self.directory.path, self.run.checkpoint, lasting)) as self.checkpoints:
             step = self._run_from(resumed, stop_after_steps)
         total = self.run.total_steps
         if self.stopping:
@@ -192,12 +236,17 @@ class _Loop:
         with closing(MetricsWriter(self.directory.path, quiet=not self.directory.writes)) as writer:
             while step < last and not self.stopping:
                 name, stage, index = self.run.stage_at(step)
-                program = self._compile(name)
+                try:
+                    program = self._compile(name)
+                except _Stopped:
+                    break
                 self.display.begin_stage(name, stage.steps, index)
                 recorder = Recorder(self.run, name, writer, self.display, self.layouts[name].num_devices)
                 state = self._steps(program, recorder, state, index, min(stage.steps, index + last - step))
                 step = int(state.step)
                 if self._ends_stage(step):
+                    with self.layouts[name].compiling():
+                        state = leave(self.run, name, state, self.layouts[name])
                     self._end_stage(program, state, writer)
                 self._save(state)
                 if step < last and not self.stopping:
@@ -218,38 +267,73 @@ class _Loop:
         self.display.say(f"resuming from step {step} of {self.run.total_steps}")
         return state
 
-    def _read(self, step: int, name: str) -> TrainState:
+    def _followed(self, state: TrainState, name: str) -> TrainState:
+        """The state that a run to be followed had after as many steps; without one, the run's own."""
+        if not self.follow or int(state.step) < self.follow[1]:
+            return state
+        with closing(Checkpoints(self.follow[0])) as checkpoints:
+            return self._read(int(state.step), name, checkpoints)
+
+    def _read(self, step: int, name: str, checkpoints: Checkpoints | None = None) -> TrainState:
         """The checkpoint of a step, laid out for a stage."""
         self.heartbeat.phase("restoring")
-        stage = self.run.stages[name]
-        shape = abstract_state(self.run, stage, self.layouts[name])
-        return self.checkpoints.restore(step, shape, stage_optimizer(self.run, stage).init)
+        layout, models = self.layouts[name], self.models[name]
+        if self._ends_stage(step) or step == 0:
+            layout = of_model(layout, models.left if step == self.run.total_steps else models.found)
+        shape = abstract_state(self.run, name, layout)
+        checkpoints = checkpoints or self.checkpoints
+        return checkpoints.restore(step, shape, stage_optimizer(self.run, name, layout.specs).init)
 
     def _facts(self, name: str) -> dict[str, Any]:
         return {"processes": jax.process_count(), "mesh": self.layouts[name].sizes.sizes}
 
     def _compile(self, name: str) -> Program:
+        """The program of a stage, with what it needs beside the state: its evaluation, and what its teacher says."""
         self.heartbeat.phase("compiling")
+        stage, layout, model = self.run.stages[name], self.layouts[name], live_model(self.run, name, self.teachers)
         begun = self.ahead.programs.get(name)
-        program = begun.result() if begun else compile_stage(self.run, name, self.layouts[name])
-        model, layout = model_of_stage(self.run.model, program.stage), self.layouts[name]
-        self.evaluate = evaluator(model, self.run.precision, self.prepared.tokenizer.token_bytes, layout)
+        program = begun.result() if begun else compile_stage(self.run, name, layout, model)
+        if stage.teacher in self.models:
+            self.checkpoints.wait()  # for the one that teaches, if that stage has just ended
+        self.teaching = [self.teachers[name].read(abstract_params(of_model(layout, model)))] if model else []
+        if stage.teacher and stage.distillation.cached:
+            self._label(name)
+        use = use_of(self.run, name)
+        self.use = jax.jit(use) if use else lambda params, step: params
         self.directory.event("compile", stage=name, seconds=round(program.compile_seconds, 3))
         self.display.say(f"stage {name}: compiled in {duration(program.compile_seconds)}")
         return program
 
+    def _label(self, name: str) -> None:
+        """Has the stage's batches hold what its teacher says of them."""
+
+        def proceed() -> None:
+            self.heartbeat.phase("labelling")
+            if self.any_process.wants(self.stop.signal is not None):
+                self.stopping = True
+                raise _Stopped
+
+        layout, stage, prepared = self.layouts[name], self.run.stages[name], self.prepared
+        stores = teacher_stores(self.run, name, layout, self.teachers[name], prepared, self.display.say, proceed)
+        rows = layout.rows(stage.batch_size)
+        self.batches[name] = Batches(stage, name, self.run.seed, prepared.train, rows, stores)
+
     def _steps(self, program: Program, recorder: Recorder, state: TrainState, index: int, until: int) -> TrainState:
         """Makes the steps index..until of a stage. Metrics are read once the next step is on its way."""
+        batches, layout = self.batches[program.name], self.layouts[program.name]
         if index == 0:
+            state = self._followed(state, program.name)
+            with layout.compiling():
+                state = enter(self.run, program.name, state, layout, calibration(program.stage, batches, layout))
             state = state._replace(optimizer=begin_stage(state.optimizer))
-        batches = self.batches[program.name]
         stream = prefetch(batches, index, self.run.data.workers, self.run.data.prefetch)
-        step, layout = int(state.step), self.layouts[program.name]
-        for _ in range(index, until):
+        step = int(state.step)
+        for at in range(index, until):
+            state = self._followed(state, program.name) if at else state
             began = time.monotonic()
             batch = layout.place(next(stream), batches.rows, program.stage.batch_size)
             waited = time.monotonic() - began
-            state, metrics = program.step(state, batch)
+            state, metrics = program.step(state, batch, *self.teaching)
             step += 1
             recorder.observe(step, metrics, waited)
             self.heartbeat.step(step)
@@ -258,7 +342,9 @@ class _Loop:
                 break
             if not self._ends_stage(step):
                 if self.run.evaluation.every_steps and step % self.run.evaluation.every_steps == 0:
-                    results = self._evaluate(program, state)
+                    with layout.compiling():
+                        params = self.use(state.params, state.optimizer.stage_steps)
+                    results = self._evaluate(program, params, self.models[program.name].trained)
                     recorder.writer.held_out(step, results)
                     self.directory.event("evaluation", stage=program.name, step=step, held_out=results)
                 if step % self.run.checkpoint.every_steps == 0:
@@ -275,20 +361,28 @@ class _Loop:
         if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json):
             self.directory.event("checkpoint", step=step)
 
-    def _evaluate(self, program: Program, state: TrainState) -> dict[str, dict[str, float]]:
+    def _evaluate(self, program: Program, params: Tree, model: Model) -> dict[str, dict[str, float]]:
         self.heartbeat.phase("evaluating")
-        stage, layout = program.stage, self.layouts[program.name]
+        stage, layout = program.stage, of_model(self.layouts[program.name], model)
+        evaluate = self._evaluator(model, layout)
         sequences = max(1, stage.batch_size // stage.accumulation_steps)
         results = {}
         for source, store in self.prepared.held_out.items():
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
                 placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
-                results[source] = measure(self.evaluate, state.params, placed)
+                results[source] = measure(evaluate, params, placed)
         return results
 
+    def _evaluator(self, model: Model, layout: Layout) -> Evaluate:
+        """That of a model on a layout; the last is kept, for a stage to be evaluated often."""
+        if self.evaluates[0] != (model, layout.sizes):
+            evaluate = evaluator(model, self.run.precision, self.prepared.tokenizer.token_bytes, layout)
+            self.evaluates = (model, layout.sizes), evaluate
+        return self.evaluates[1]
+
     def _end_stage(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:
-        results = self._evaluate(program, state)
+        results = self._evaluate(program, state.params, self.models[program.name].left)
         step = int(state.step)
         writer.held_out(step, results)
         self.directory.event(

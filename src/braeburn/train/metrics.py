@@ -81,7 +81,8 @@ class Recorder:
         earlier = [run.stages[name] for name in list(run.stages)[: list(run.stages).index(stage)]]
         self._first_step = sum(other.steps for other in earlier)
         self._first_token = sum(other.steps * other.batch_tokens for other in earlier)
-        self._flops = flops_per_token(run.model, param_specs(run.model), self._stage.sequence_length)
+        model = run.models()[stage].trained
+        self._flops = flops_per_token(model, param_specs(model), self._stage.sequence_length)
         self._skips = SkipCounter()
         self._pending: tuple[int, dict[str, Any], float] | None = None
         self._last = time.monotonic()
@@ -111,6 +112,7 @@ class Recorder:
             "stage": self._name,
             "tokens": self._first_token + (step - self._first_step) * self._stage.batch_tokens,
             "loss": values["loss"],
+            **{name: values[name] for name in ("distillation_loss",) if name in values},
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens_per_second": tokens_per_second,

@@ -12,28 +12,25 @@ import optax
 
 from braeburn.config import Mesh, Model, Run, Stage
 from braeburn.errors import UserError
-from braeburn.model import transformer
+from braeburn.model import distillation, transformer
 from braeburn.model.spec import Tree, abstract, initialize, walk
 from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout, can_offload
 from braeburn.parallel.mesh import build, resolve
 from braeburn.parallel.rules import check
 from braeburn.train.compilation import compiler_flags
+from braeburn.train.compression import of_model, trained_specs, use_of
 from braeburn.train.state import TrainState, new_state
 from braeburn.train.step import Batch, train_step
 
 
-def model_of_stage(model: Model, stage: Stage) -> Model:
-    """The model with the stage's RoPE base, where it has one of its own."""
-    return model.model_copy(update={"rope_base": stage.rope_base}) if stage.rope_base else model
-
-
 def model_at(run: Run, step: int) -> tuple[Model, int]:
-    """The model as trained after `step` steps, and the longest sequence that it was trained on by then."""
-    model, length, first = run.model, 0, 0
-    for stage in run.stages.values():
+    """The model as left after `step` steps, and the longest sequence that it was trained on by then."""
+    model, length, first = run.model, run.model.max_position_embeddings, 0
+    for stage, models in zip(run.stages.values(), run.models().values(), strict=True):
         if first < step:
-            model, length = model_of_stage(run.model, stage), max(length, stage.sequence_length)
+            model = models.left if step >= first + stage.steps else models.trained
+            length = max(length, stage.sequence_length)
         first += stage.steps
     return model, length
 
@@ -44,18 +41,18 @@ class Program:
 
     name: str
     stage: Stage
-    optimizer: optax.GradientTransformation
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    step: Callable[..., tuple[TrainState, dict[str, Any]]]
     compile_seconds: float
 
 
-def stage_optimizer(run: Run, stage: Stage) -> optax.GradientTransformation:
-    """The optimizer of a stage of a run."""
-    return build_optimizer(run.optimizer, stage, transformer.param_specs(run.model), run.model)
+def stage_optimizer(run: Run, name: str, specs: Tree | None = None) -> optax.GradientTransformation:
+    """The optimizer of a stage of a run, for all that it trains or for parameters of other `specs`."""
+    model = run.models()[name].trained
+    return build_optimizer(run.optimizer, run.stages[name], specs or trained_specs(run, name), model)
 
 
 def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layout:
-    """Where the arrays of a stage lie on `devices`, all that there are by default.
+    """Where the arrays that a stage trains lie on `devices`, all that there are by default.
 
     Raises:
         UserError: the mesh does not fit the devices, or does not divide the stage.
@@ -69,46 +66,60 @@ def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layo
             f"offload needs host memory that the device can reach, and {devices[0].device_kind} has none; "
             f"set offload.optimizer to false and offload.activations to []"
         )
-    return Layout(sizes, build(sizes, devices), transformer.param_specs(run.model), run.offload)
+    return Layout(sizes, build(sizes, devices), trained_specs(run, name), run.offload)
 
 
 def sizes_of(run: Run, name: str, num_devices: int | None = None) -> Mesh:
     """The sizes of a stage's mesh, resolved for a number of devices unless none is inferred.
 
     Raises:
-        UserError: the mesh does not fit the devices, or does not divide the stage.
+        UserError: the mesh does not fit the devices, or does not divide the stage or the model that it leaves.
     """
     mesh = run.stages[name].mesh or run.mesh
     if num_devices is not None:
         mesh = resolve(mesh, num_devices)
-    specs = walk(transformer.param_specs(run.model))
-    check(run, name, mesh, {path: (spec.axes, spec.shape, spec.role) for path, spec in specs})
+    for model in dict.fromkeys(run.models()[name]):
+        specs = walk(transformer.param_specs(model))
+        check(run, name, model, mesh, {path: (spec.axes, spec.shape, spec.role) for path, spec in specs})
     return mesh
 
 
 def stage_step(
-    run: Run, stage: Stage, layout: Layout
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The train step of a stage as a traceable function of state and batch."""
-    model = model_of_stage(run.model, stage)
+    run: Run, name: str, layout: Layout, teacher: Model | None = None
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """The train step of a stage as a traceable function of state and batch, and of the weights of a live teacher.
 
-    def loss(params: Tree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        remat = stage.remat or run.remat
-        return transformer.loss(params, batch, model, run.precision, remat, run.offload, layout.sizes)
+    Args:
+        run: the run.
+        name: of the stage.
+        layout: where what it trains lies.
+        teacher: the model of a teacher whose weights are at hand; None where there is none, or a cache of its.
+    """
+    stage, model = run.stages[name], run.models()[name].trained
+    remat = stage.remat or run.remat
 
+    def loss(params: Tree, batch: Batch, *teaching: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        common = (run.precision, remat, run.offload, layout.sizes)
+        if stage.teacher is None:
+            return transformer.loss(params, batch, model, *common)
+        weights = teaching[0] if teaching else None
+        return distillation.loss(params, batch, weights, model, teacher, stage.distillation, *common)
+
+    others = [of_model(layout, teacher)] if teacher else []
     step = functools.partial(
         train_step,
         loss=loss,
-        optimizer=stage_optimizer(run, stage),
+        optimizer=stage_optimizer(run, name),
         accumulation_steps=stage.accumulation_steps,
-        spread=layout.gradient,
+        spread=lambda function: of_model(layout, model).gradient(function, *others),
+        use=use_of(run, name),
     )
     if not run.offload.optimizer:
         return step
 
-    def fetch_and_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    def fetch_and_step(state: TrainState, batch: Batch, *teaching: Tree) -> tuple[TrainState, dict[str, Any]]:
         on_device = layout.optimizer_state(state.optimizer, on_device=True)
-        return step(state._replace(optimizer=jax.device_put(state.optimizer, on_device)), batch)
+        return step(state._replace(optimizer=jax.device_put(state.optimizer, on_device)), batch, *teaching)
 
     return fetch_and_step
 
@@ -117,47 +128,62 @@ def abstract_batch(stage: Stage, layout: Layout) -> Batch:
     """Shapes, types and places of a stage's batches."""
     shape, place = (stage.batch_size, stage.sequence_length), layout.batch()
     types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
+    if stage.teacher and stage.distillation.cached:
+        kept = (*shape, stage.distillation.kept)
+        batch["teacher_ids"] = jax.ShapeDtypeStruct(kept, jnp.int32, sharding=place)
+        batch["teacher_log_probs"] = jax.ShapeDtypeStruct(kept, jnp.float32, sharding=place)
+    return batch
 
 
-def abstract_state(run: Run, stage: Stage, layout: Layout) -> TrainState:
-    """Shapes, types and places of the train state, the same in every stage."""
-    params = abstract(transformer.param_specs(run.model))
-    optimizer = jax.eval_shape(stage_optimizer(run, stage).init, params)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer)
-    places = TrainState(layout.everywhere(), layout.parameters(), layout.optimizer_state(optimizer))
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+def abstract_params(layout: Layout) -> Tree:
+    """Shapes, types and places of parameters."""
+    places, params = layout.parameters(), abstract(layout.specs)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
 
 
-def lower_stage(run: Run, name: str, layout: Layout) -> jax.stages.Lowered:
+def abstract_state(run: Run, name: str, layout: Layout) -> TrainState:
+    """Shapes, types and places of the train state of the parameters of a layout in a stage."""
+    params = abstract_params(layout)
+    optimizer = jax.eval_shape(stage_optimizer(run, name, layout.specs).init, params)
+    places = layout.optimizer_state(optimizer)
+    optimizer = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), optimizer, places)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.everywhere()), params, optimizer)
+
+
+def places_of(tree: Any) -> Any:
+    """The shardings of abstract arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def lower_stage(run: Run, name: str, layout: Layout, teacher: Model | None = None) -> jax.stages.Lowered:
     """A stage's train step for the devices of a layout, which need not be there, before it is compiled."""
-    stage = run.stages[name]
-    state = abstract_state(run, stage, layout)
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(stage_step(run, stage, layout), donate_argnums=0, out_shardings=(places, layout.everywhere()))
-    return step.lower(state, abstract_batch(stage, layout))
+    state = abstract_state(run, name, layout)
+    out = (places_of(state), layout.everywhere())
+    step = jax.jit(stage_step(run, name, layout, teacher), donate_argnums=0, out_shardings=out)
+    teaching = [abstract_params(of_model(layout, teacher))] if teacher else []
+    return step.lower(state, abstract_batch(run.stages[name], layout), *teaching)
 
 
-def compile_stage(run: Run, name: str, layout: Layout) -> Program:
+def compile_stage(run: Run, name: str, layout: Layout, teacher: Model | None = None) -> Program:
     """Compiles a stage's train step. The state passed to it is given up, the one it returns takes its memory."""
     began = time.monotonic()
     flags = compiler_flags(layout.mesh.devices.flat[0].device_kind)
     with layout.compiling():
-        compiled = lower_stage(run, name, layout).compile(flags or None)
-    stage = run.stages[name]
-    return Program(name, stage, stage_optimizer(run, stage), compiled, time.monotonic() - began)
+        compiled = lower_stage(run, name, layout, teacher).compile(flags or None)
+    return Program(name, run.stages[name], compiled, time.monotonic() - began)
 
 
 def initial_state(run: Run, layout: Layout) -> TrainState:
-    """The state before the run's first step, laid out for its first stage."""
-    specs, optimizer = transformer.param_specs(run.model), stage_optimizer(run, next(iter(run.stages.values())))
+    """The state before the run's first step, on the mesh of a layout of its first stage."""
+    first, layout = next(iter(run.stages)), of_model(layout, run.model)
+    optimizer = stage_optimizer(run, first, layout.specs)
     # It runs once: on CPUs, whose compiler takes seconds to make random numbers fast, fast is not worth it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    shape = abstract_state(run, next(iter(run.stages.values())), layout)
     make = jax.jit(
-        lambda: new_state(initialize(specs, run.seed), optimizer),
+        lambda: new_state(initialize(layout.specs, run.seed), optimizer),
         compiler_options=options,
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shape),
+        out_shardings=places_of(abstract_state(run, first, layout)),
     )
     with layout.compiling():
         return make()

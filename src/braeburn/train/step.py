@@ -12,30 +12,40 @@ from braeburn.train.state import TrainState
 
 # Arrays [B, ...] by name; abstract or of NumPy as well.
 Batch = dict[str, Any]
-# (params, batch) -> (what is minimised, metrics); both are weighted sums over tokens, by `weights` of the batch.
-LossFunction = Callable[[Any, Batch], tuple[Array, dict[str, Array]]]
+# (params, batch, ...) -> (what is minimised, metrics); both are weighted sums over tokens, by `weights` of the batch.
+LossFunction = Callable[..., tuple[Array, dict[str, Array]]]
 # A function of each device's parts of parameters and batch made one of the whole; see `Layout.gradient`.
-Spread = Callable[[Callable[[Any, Batch], tuple[Any, Any]]], Callable[[Any, Batch], tuple[Any, Any]]]
+Spread = Callable[[Callable[..., tuple[Any, Any]]], Callable[..., tuple[Any, Any]]]
+# (parameters, steps of the stage) -> the weights that the loss is given: masked, or rounded.
+Use = Callable[[Any, Any], Any]
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
-    *,
+    *fixed: Any,
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     accumulation_steps: int,
     spread: Spread = lambda function: function,
+    use: Use | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The next state and the step's metrics: float32 scalars, means over the batch's tokens.
 
     With `accumulation_steps` A, the batch of B sequences is worked through in A parts of B / A, whose gradients are
     summed before the one update: the result is that of the whole batch. Devices sum theirs once, after all parts.
+
+    The loss also takes what is `fixed`, such as a teacher's weights. Where weights are used otherwise than they are
+    stored, `use` tells how, and the gradient is taken through it.
     """
     batch = batch | {"weights": batch["weights"] / jnp.sum(batch["weights"])}
-    gradients, metrics = spread(lambda params, own: gradient(loss, params, own, accumulation_steps))(
-        state.params, batch
-    )
+    params, back = jax.vjp(lambda p: use(p, state.optimizer.stage_steps), state.params) if use else (state.params, None)
+
+    def local(params: Any, own: Batch, *fixed: Any) -> tuple[Any, dict[str, Array]]:
+        return gradient(lambda p, part: loss(p, part, *fixed), params, own, accumulation_steps)
+
+    gradients, metrics = spread(local)(params, batch, *fixed)
+    gradients = back(gradients)[0] if back else gradients
 
     with jax.named_scope("optimizer"):
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)

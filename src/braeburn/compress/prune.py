@@ -1,0 +1,170 @@
+"""A narrower model from a trained one: the command around a stage of pruning."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from braeburn.config import (
+    Checkpoint,
+    Model,
+    Pruning,
+    Run,
+    Schedule,
+    Stage,
+    check_pruning,
+    override,
+    read_run,
+    validate,
+)
+from braeburn.data.loader import Batches
+from braeburn.data.prepare import prepare
+from braeburn.data.tokenizer import Tokenizer
+from braeburn.errors import UserError
+from braeburn.model.transformer import param_specs
+from braeburn.optim.build import build_optimizer
+from braeburn.parallel.layout import Layout
+from braeburn.parallel.mesh import build, resolve
+from braeburn.train.checkpoint import Checkpoints
+from braeburn.train.compression import cut, of_model, scores_of
+from braeburn.train.directory import RunDirectory
+from braeburn.train.loop import train
+from braeburn.train.stages import abstract_params, layout_of, model_at
+from braeburn.train.state import TrainState
+from braeburn.train.step import Batch
+from braeburn.train.trained import found_run, ordinary_step
+
+STAGE = "prune"
+# Of the tokens that a run has seen, those that masks are learned on: 188B of 6.3T (arXiv 2407.21075).
+SHARE_OF_TOKENS = 0.03
+FEWEST_STEPS = 100
+# An optimizer's state does not depend on the stage, but is described by one.
+ANY_STAGE = Stage(tokens=1, sequence_length=1, batch_tokens=1, mixture={"any": 1.0}, learning_rate=1.0)
+
+
+def prune(
+    directory: Path,
+    out: Path,
+    pruning: Pruning,
+    tokens: int | None = None,
+    assignments: Mapping[str, Any] | None = None,
+) -> Model:
+    """Makes a run directory whose checkpoint 0 is a run's newest, pruned: weights, optimizer and configuration.
+
+    Soft-Top-K trains in a hidden folder beside `out`, where a call that was cut short is gone on with; the other
+    methods only measure and cut. A recipe of the smaller model trains on from the result.
+
+    Args:
+        directory: the run.
+        out: the folder to make.
+        pruning: how, and what stays.
+        tokens: to learn masks on; by default 3% of those that the run has seen, and at least 100 batches.
+        assignments: changes by dotted path to the run that prunes, whose one stage is named `prune`.
+
+    Returns:
+        The smaller model.
+
+    Raises:
+        UserError: there is no checkpoint or no text to learn from, a size does not fit, or `out` is in use.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
+    if tokens and not pruning.learned:
+        raise UserError(
+            f"--tokens {tokens} is for learned masks, and --method {pruning.method} cuts at once; leave one out"
+        )
+    run = read_run(directory)
+    step, tokenizer = ordinary_step(run, directory), Tokenizer.load(directory / "tokenizer.json")
+    model, length = model_at(run, step)
+    model = model.model_copy(update={"max_position_embeddings": length})
+    try:
+        check_pruning("--", pruning, model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if run.stages:
+        run = _pruning_run(run, model, step, pruning, tokens, assignments or {})
+        pruning = run.stages[STAGE].pruning or pruning
+    elif pruning.method in ("soft_top_k", "activation") or assignments:
+        raise UserError(
+            f"{str(directory)!r} was not trained here and names no text to measure activations on; use --method "
+            f"magnitude without --set, or give a recipe for this model a stage with pruning"
+        )
+    smaller = pruning.pruned(model)
+    work = out.absolute().with_name(f".{out.absolute().name}.prune")
+    if pruning.learned:
+        state = _learned(directory, step, run, tokenizer, work)
+    else:
+        layout = _layout(run, model)
+        state = _state(directory, step, run, layout)
+        batches = _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
+        scores = scores_of(pruning, model, state.params, layout, run.precision, run.seed, batches)
+        state = cut(state, scores, pruning, model, of_model(layout, smaller))
+    left = validate(run.model_copy(update={"name": f"{run.name}-pruned", "model": smaller, "stages": {}}).model_dump())
+    found_run(out, left, state, tokenizer, "prune", directory)
+    shutil.rmtree(work, ignore_errors=True)
+    return smaller
+
+
+def _pruning_run(
+    run: Run, model: Model, step: int, pruning: Pruning, tokens: int | None, assignments: Mapping[str, Any]
+) -> Run:
+    """The run that prunes a model of `run` at `step`: of its first stage, with other tokens and the pruning."""
+    seen, first = 0, next(iter(run.stages.values()))
+    for stage in run.stages.values():
+        seen += min(step, stage.steps) * stage.batch_tokens
+        step = max(0, step - stage.steps)
+    tokens = tokens or max(round(SHARE_OF_TOKENS * seen), FEWEST_STEPS * first.batch_tokens)
+    steps = -(-tokens // first.batch_tokens)
+    changes: dict[str, Any] = {
+        "tokens": tokens,
+        "schedule": Schedule(warmup_steps=steps // 20, floor=0.1),
+        "pruning": pruning,
+        **dict.fromkeys(("quantization", "teacher", "rope_base")),
+    }
+    stages = {STAGE: first.model_copy(update=changes)}
+    update = {"model": model, "stages": stages, "checkpoint": Checkpoint(every_steps=200)}
+    return override(validate(run.model_copy(update=update).model_dump()), assignments)
+
+
+def _learned(directory: Path, step: int, run: Run, tokenizer: Tokenizer, work: Path) -> TrainState:
+    """The state that the pruning run leaves, trained in the folder `work` or gone on with there."""
+    layout = layout_of(run, STAGE)
+    if not RunDirectory(work).begun():
+        work.rmdir()
+        found_run(work, run, _state(directory, step, run, of_model(layout, run.model)), tokenizer, "prune", directory)
+    if not train(run, work).finished:
+        raise KeyboardInterrupt  # it has saved, and the same command goes on
+    return _state(work, run.total_steps, run, of_model(layout, run.models()[STAGE].left))
+
+
+def _layout(run: Run, model: Model) -> Layout:
+    """Where a model lies on the mesh of its run."""
+    if run.stages:
+        return of_model(layout_of(run, STAGE), model)
+    sizes = resolve(run.mesh, len(jax.devices()))
+    return Layout(sizes, build(sizes, jax.devices()), param_specs(model), run.offload)
+
+
+def _state(directory: Path, step: int, run: Run, layout: Layout) -> TrainState:
+    """The parameters of a checkpoint and its optimizer's state, if it has any, at step 0."""
+    checkpoints, params = Checkpoints(directory), abstract_params(layout)
+    optimizer = build_optimizer(run.optimizer, ANY_STAGE, layout.specs, run.model)
+    shape = jax.eval_shape(optimizer.init, params)
+    places = layout.optimizer_state(shape)
+    shape = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shape, places)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.everywhere())
+    state = checkpoints.restore(step, TrainState(count, params, shape), optimizer.init)
+    return state._replace(step=jnp.zeros_like(state.step))
+
+
+def _batches(run: Run, layout: Layout, tokenizer: Tokenizer) -> Iterator[Batch]:
+    """The batches that activations are measured on, placed."""
+    stage, prepared = run.stages[STAGE], prepare(run, lambda line: None, tokenizer)
+    assert stage.pruning
+    rows = layout.rows(stage.batch_size)
+    batches = Batches(stage, STAGE, run.seed, prepared.train, rows)
+    for index in range(min(len(batches), -(-stage.pruning.calibration_tokens // stage.batch_tokens))):
+        yield layout.place(batches[index], rows, stage.batch_size)

@@ -1,0 +1,269 @@
+"""What a teacher says of every position of a token store: its k likeliest tokens there, and their log-probabilities.
+
+It is computed once, kept beside the tokens, and read by position like them, so that many students share one pass.
+The teacher sees windows that start at multiples of the sequence length, and so must those who learn from it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from braeburn.data.packing import Batch, batched, windows
+from braeburn.data.store import TokenStore, corrupt, cut, in_shards, map_file, opening, verify, write, writing
+from braeburn.errors import UserError
+
+FORMAT_VERSION = 1
+PART_TOKENS = 2**19  # what a kill may lose; held in memory until the part is full
+LOG_SECONDS = 60.0
+
+Label = Callable[[Batch], tuple[np.ndarray, np.ndarray]]
+
+
+def build_teacher_store(
+    directory: Path,
+    store: TokenStore,
+    sequence_length: int,
+    k: int,
+    vocab_size: int,
+    identity: Mapping[str, Any],
+    batch_size: int,
+    label: Label,
+    *,
+    log: Callable[[str], None],
+    writes: bool = True,
+    first_part: Callable[[Callable[[], int]], int] = lambda begin: begin(),
+    part_tokens: int = PART_TOKENS,
+) -> None:
+    """Lets a teacher label a token store, in order, into a teacher store that then appears at `directory`.
+
+    It is written in parts. A killed builder leaves the complete ones in a folder beside `directory`, and the next
+    builder goes on after them, whatever its batch size.
+
+    The text is read as `windows` cuts it, and every real token's labels are kept; those of padding are dropped.
+
+    Several processes that run `label` together all call this. All but the one that writes label the same batches and
+    write nothing; they may return before the store is complete.
+
+    Args:
+        directory: where the store appears once it is complete. Nothing is done if something is there.
+        store: the tokens.
+        sequence_length: T.
+        k: tokens for each position.
+        vocab_size: of the teacher; up to 65,536 its ids take two bytes.
+        identity: all that decides what the teacher says, as JSON: the teacher, tokenizer, sequence length, k.
+        batch_size: B, windows that are labelled at once.
+        label: of a batch [B, T], the ids [B, T, k] and log-probabilities [B, T, k] of the k likeliest tokens. The
+            latter are kept as float16.
+        log: takes a line now and then that tells how far this is.
+        writes: whether this process writes.
+        first_part: given what claims the folder and counts the complete parts in it, calls it and returns the part to
+            go on from, the same in all processes; the claim may raise. `main_first` of `parallel.agreement` is one.
+        part_tokens: tokens in a part, but whole windows and at least one.
+
+    Raises:
+        UserError: another process is building the same, a part is corrupt, or the disk is full or must not be written.
+    """
+    windows_per_part = max(1, part_tokens // sequence_length)
+    size = windows_per_part * sequence_length
+    header = {
+        "format_version": FORMAT_VERSION,
+        "identity": dict(identity),
+        "ids": "uint16" if vocab_size <= 2**16 else "uint32",
+        "k": k,
+        "tokens": store.tokens,
+        "part_tokens": size,
+    }
+    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:20]
+    partial = directory.with_name(f"{directory.name}.partial-{key}")
+    with contextlib.ExitStack() as claim:
+
+        def begin() -> int:
+            if writes and not directory.exists():
+                claim.enter_context(_claim(partial, directory))
+            complete = len(_complete_parts(partial))
+            # Asked last: the folder may have been finished and renamed meanwhile.
+            return -(-store.tokens // size) if directory.exists() else complete
+
+        first = first_part(begin)
+        batches = batched(windows(store, sequence_length, first * windows_per_part), batch_size)
+        if not writes:
+            for batch in batches:
+                label(batch)
+        elif not directory.exists():
+            entries = _entries(batches, label, _entry_dtype(header))
+            _write_parts(partial, header, first, _tell_progress(entries, first * size, store.tokens, directory, log))
+            with writing(directory.parent):
+                partial.rename(directory)
+                # Who opened the lock before finds the store complete.
+                (directory / ".lock").unlink()
+
+
+@contextlib.contextmanager
+def _claim(partial: Path, directory: Path) -> Iterator[None]:
+    """Creates the folder of parts, and keeps other builders out of it.
+
+    Raises:
+        UserError: one is in it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        with writing(directory.parent):
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((partial / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is writing the teacher's labels to {str(partial)!r}; wait for it to end, or stop "
+                    f"it, and start again: what is complete is kept"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            if directory.exists():
+                with contextlib.suppress(OSError):
+                    (partial / ".lock").unlink()
+                    partial.rmdir()
+        yield
+
+
+def _complete_parts(partial: Path) -> list[dict[str, Any]]:
+    """The manifest's words of the parts in the folder, after checking them."""
+    if not (partial / "manifest.json").exists():
+        return []
+    with opening(partial, FORMAT_VERSION) as manifest:
+        verify(partial, _files(partial, manifest))
+        return manifest["parts"]
+
+
+def _entries(batches: Iterable[Batch], label: Label, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """What `label` says of the real tokens of each batch, in order."""
+    for batch in batches:
+        ids, log_probs = map(np.asarray, label(batch))
+        real = batch["weights"] > 0
+        entries = np.empty(np.count_nonzero(real), dtype)
+        entries["ids"], entries["log_probs"] = ids[real], log_probs[real]
+        yield entries
+
+
+def _tell_progress(
+    entries: Iterable[np.ndarray], done: int, total: int, directory: Path, log: Callable[[str], None]
+) -> Iterator[np.ndarray]:
+    """The entries as they are, with a line to `log` once a minute; `done` of `total` tokens are there already."""
+    if done:
+        log(f"{directory.name}: going on after {done} of {total} tokens")
+    before, began = done, time.monotonic()
+    told = began
+    for batch in entries:
+        done += len(batch)
+        now = time.monotonic()
+        if now - told >= LOG_SECONDS:
+            told, speed = now, (done - before) / (now - began)
+            minutes = (total - done) / speed / 60
+            log(f"{directory.name}: {done} of {total} tokens, {speed:.0f} tokens/s, {minutes:.0f} min left")
+        yield batch
+    log(f"{directory.name}: the teacher labelled {done - before} tokens in {time.monotonic() - began:.1f} s")
+
+
+def _write_parts(partial: Path, header: dict[str, Any], first: int, entries: Iterable[np.ndarray]) -> None:
+    """Writes the parts from `first` on. One counts as complete from when the manifest tells of it."""
+    parts = _complete_parts(partial)[:first]
+
+    def write_manifest() -> None:
+        unfinished = partial / ".manifest.json"
+        with writing(partial.parent):
+            write(unfinished, json.dumps({**header, "parts": parts}, indent=1).encode())
+            unfinished.replace(partial / "manifest.json")
+
+    write_manifest()  # before what it told of is written over, where not all processes have that
+    # A batch of entries is cut as a document of tokens is.
+    for part, _ in in_shards(entries, _entry_dtype(header), header["part_tokens"]):
+        data = part.view(np.uint8).data
+        with writing(partial.parent):
+            write(_part_path(partial, len(parts)), data)
+        parts.append({"tokens": len(part), "sha256": hashlib.sha256(data).hexdigest()})
+        write_manifest()
+
+
+def _part_path(directory: Path, index: int) -> Path:
+    return directory / f"part-{index:05d}.bin"
+
+
+def _entry_dtype(manifest: Mapping[str, Any]) -> np.dtype:
+    """One position's ids and log-probabilities, side by side."""
+    ids = np.dtype(manifest["ids"]).newbyteorder("<")
+    return np.dtype([("ids", ids, (manifest["k"],)), ("log_probs", "<f2", (manifest["k"],))])
+
+
+def _files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[Path, int, str]]:
+    """The path, size in bytes and SHA-256 of every part that the manifest tells of."""
+    width = _entry_dtype(manifest).itemsize
+    for index, part in enumerate(manifest["parts"]):
+        yield _part_path(directory, index), part["tokens"] * width, part["sha256"]
+
+
+class TeacherStore:
+    """A teacher's words on every token of one source, read from files mapped into memory. It can be pickled.
+
+    Attributes:
+        tokens: how many positions there are.
+        k: likeliest tokens for each.
+        bytes_per_token: of a position's ids and log-probabilities.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        """Takes the directory as it is; `open` checks it."""
+        self.directory = directory
+        self.tokens: int = manifest["tokens"]
+        self.k: int = manifest["k"]
+        self._dtype = _entry_dtype(manifest)
+        self.bytes_per_token = self._dtype.itemsize
+        self._part_tokens: int = manifest["part_tokens"]
+        self._count = len(manifest["parts"])
+
+    @classmethod
+    def open(cls, directory: Path, identity: Mapping[str, Any]) -> "TeacherStore":
+        """Opens a store after checking its sizes, and once the SHA-256 of each file.
+
+        Raises:
+            UserError: a file is missing, truncated or corrupt, or the store was built for another `identity`.
+        """
+        with opening(directory, FORMAT_VERSION) as manifest:
+            kept, expected = dict(manifest["identity"]), json.loads(json.dumps(dict(identity)))
+            for field in sorted(kept | expected):
+                if (found := kept.get(field)) != (wanted := expected.get(field)):
+                    raise UserError(
+                        f"{str(directory)!r} holds labels made with {field}={found!r}, not {wanted!r}; delete that "
+                        f"folder and they will be made again"
+                    )
+            store = cls(directory, manifest)
+            if sum(part["tokens"] for part in manifest["parts"]) != store.tokens:
+                raise corrupt(directory / "manifest.json", "does not tell of all parts")
+            verify(directory, _files(directory, manifest))
+        return store
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, int32 [n, k], and log-probabilities, float32 [n, k], at the positions [start, stop).
+
+        Raises:
+            IndexError: the range is not within [0, tokens).
+        """
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"positions {start}:{stop} are not within the store's {self.tokens}")
+        pieces = cut(self._parts, self._part_tokens, start, stop)
+        entries = np.concatenate([np.empty(0, self._dtype), *pieces])
+        return entries["ids"].astype(np.int32), entries["log_probs"].astype(np.float32)
+
+    @cached_property
+    def _parts(self) -> list[np.ndarray]:
+        return [map_file(_part_path(self.directory, index), self._dtype) for index in range(self._count)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the maps, which are opened again on the other side."""
+        return {k: v for k, v in self.__dict__.items() if k != "_parts"}

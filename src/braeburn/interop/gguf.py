@@ -1,0 +1,259 @@
+"""GGUF, the one file that llama.cpp reads: weights, sizes and tokenizer of the Llama and Qwen3 families.
+
+Keys, names of tensors and the order of rows are those of llama.cpp's own `convert_hf_to_gguf.py`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from braeburn.config import Model
+from braeburn.data.tokenizer import PATTERN, Tokenizer
+from braeburn.errors import UserError
+from braeburn.interop.tensors import Tensor, checked, tensors_of
+from braeburn.model import rope
+from braeburn.model.spec import Tree
+from braeburn.model.transformer import param_specs
+
+if TYPE_CHECKING:
+    import gguf
+
+Type = Literal["f16", "q8_0", "q4_0"]
+# Path of our parameter -> name of the tensor, with `{}` for the layer's index.
+_NAMES = {
+    "embedding": "token_embd.weight",
+    "layers/attention_norm": "blk.{}.attn_norm.weight",
+    "layers/query": "blk.{}.attn_q.weight",
+    "layers/query_norm": "blk.{}.attn_q_norm.weight",
+    "layers/key": "blk.{}.attn_k.weight",
+    "layers/key_norm": "blk.{}.attn_k_norm.weight",
+    "layers/value": "blk.{}.attn_v.weight",
+    "layers/attention_output": "blk.{}.attn_output.weight",
+    "layers/ffn_norm": "blk.{}.ffn_norm.weight",
+    "layers/gate": "blk.{}.ffn_gate.weight",
+    "layers/up": "blk.{}.ffn_up.weight",
+    "layers/down": "blk.{}.ffn_down.weight",
+    "final_norm": "output_norm.weight",
+    "head": "output.weight",
+}
+_ROTATED = ("layers/query", "layers/key")
+_BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
+# How text is split before merging, and whether a token is taken whole where the merges do not lead to it -> the name
+# under which llama.cpp has the same. "ByteLevel" stands for GPT-2's own pattern.
+_SPLITS = {
+    ((PATTERN,), False): "qwen2",
+    ((PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),), True): "llama-bpe",
+    ((PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),), False): "dbrx",
+    (("ByteLevel",), False): "gpt-2",
+    (("Digits", "ByteLevel"), False): "smollm",
+}
+_ELSEWHERE = "export with --format hf and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+
+
+def write(
+    path: str | Path,
+    params: Tree,
+    model: Model,
+    tokenizer: Tokenizer,
+    max_position_embeddings: int,
+    type_: Type = "f16",
+    name: str = "braeburn",
+) -> list[str]:
+    """Writes a file that llama.cpp loads.
+
+    Norms are float32. Matrices and embeddings have the type asked for, but those whose rows are no multiple of 32 are
+    float16, as llama.cpp's types of fewer bits have groups of 32. The file is written beside its destination and
+    renamed when complete. One tensor at a time is copied from the parameters.
+
+    Args:
+        path: the file to write; it must not exist.
+        params: arrays of any float type, as `param_specs(model)` describes them.
+        model: the sizes; its family follows from `qk_norm`.
+        tokenizer: byte-level BPE, with a pattern that llama.cpp knows.
+        max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
+        type_: of matrices and embeddings.
+        name: what the model calls itself.
+
+    Returns:
+        The parameters that are float16 though `type_` is another, since their rows are no multiple of 32.
+
+    Raises:
+        UserError: the `gguf` package is missing, the file exists or cannot be written, or llama.cpp would not run the
+            model, or not read text as the tokenizer does.
+        ValueError: `params` are not those of `model`.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("--format gguf needs the gguf package; run pip install 'braeburn[gguf]'") from None
+    path = Path(path).expanduser().resolve()
+    if path.exists():
+        raise UserError(f"{str(path)!r} exists; remove it or name another file")
+    if model.qk_norm and model.rope_scaling is not None and model.rope_scaling.kind == "llama3":
+        raise UserError(
+            "rope_scaling.kind='llama3' together with qk_norm=true is nothing that llama.cpp runs; "
+            "train with one of them, or export with --format hf"
+        )
+    parameters = checked(params, model, tokenizer)
+    vocabulary = _vocabulary(tokenizer, model.vocab_size)
+
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    writer = gguf.GGUFWriter(partial, "qwen3" if model.qk_norm else "llama")
+    writer.add_name(name)
+    writer.add_file_type({"f16": 1, "q8_0": 7, "q4_0": 2}[type_])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_sizes(writer, model, max_position_embeddings)
+    for key, value in vocabulary.items():
+        _add(writer, f"tokenizer.ggml.{key}", value)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = tensors_of(param_specs(model), _NAMES)
+        _write_tensors(writer, tensors, parameters, model, type_)
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written ({error}); free space or name another folder") from None
+    finally:
+        writer.close()
+        with suppress(OSError):  # renamed, or never made
+            partial.unlink()
+    return sorted(
+        {tensor.path.rpartition("/")[2] for tensor in tensors if _type_of(tensor, type_) not in ("f32", type_)}
+    )
+
+
+def _add(writer: "gguf.GGUFWriter", key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):  # before int, of which it is one
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _add_sizes(writer: "gguf.GGUFWriter", model: Model, max_position_embeddings: int) -> None:
+    import gguf
+
+    writer.add_context_length(max_position_embeddings)
+    writer.add_vocab_size(model.vocab_size)
+    writer.add_embedding_length(model.d_model)
+    writer.add_block_count(model.num_layers)
+    writer.add_feed_forward_length(model.ffn_dim)
+    writer.add_head_count(model.num_heads)
+    writer.add_head_count_kv(model.num_kv_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_layer_norm_rms_eps(model.norm_epsilon)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(model.rope_base)
+    # Llama 3's scaling is not a key but the tensor of `_rope_factors`.
+    if model.rope_scaling is not None and model.rope_scaling.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(model.rope_scaling.factor)
+
+
+def _write_tensors(
+    writer: "gguf.GGUFWriter", tensors: Sequence[Tensor], parameters: Mapping[str, Any], model: Model, type_: Type
+) -> None:
+    import gguf
+
+    types = [gguf.GGMLQuantizationType[_type_of(tensor, type_).upper()] for tensor in tensors]
+    factors = _rope_factors(model)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for tensor, kind in zip(tensors, types, strict=True):
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        size = math.prod(tensor.shape) // block_size * block_bytes
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for tensor, kind in zip(tensors, types, strict=True):
+        values = tensor.exported(parameters)
+        if not model.qk_norm and tensor.path in _ROTATED:
+            values = _interleaved(values, model.head_dim)
+        writer.write_tensor_data(gguf.quants.quantize(values, kind))
+
+
+def _type_of(tensor: Tensor, type_: Type) -> Literal["f32"] | Type:
+    if len(tensor.shape) == 1:
+        return "f32"
+    return "f16" if tensor.shape[-1] % _BLOCK else type_
+
+
+def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Query or key rows [heads * head_dim, inputs] for a rotation of neighbours, where ours rotates halves."""
+    heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
+    return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(rows.shape))
+
+
+def _rope_factors(model: Model) -> np.ndarray | None:
+    """What Llama 3's scaling divides each frequency by, float32 [head_dim / 2]."""
+    if model.rope_scaling is None or model.rope_scaling.kind != "llama3":
+        return None
+    plain = rope.inverse_frequencies(model.head_dim, model.rope_base, None)
+    return plain / rope.inverse_frequencies(model.head_dim, model.rope_base, model.rope_scaling)
+
+
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """The keys below `tokenizer.ggml`: those of a byte-level BPE, one token for each row of the model.
+
+    Raises:
+        UserError: llama.cpp would not read text as the tokenizer does.
+    """
+    import gguf
+
+    contents = json.loads(tokenizer.json)
+    split, bpe = _split(contents), contents["model"]
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [int(gguf.TokenType.UNUSED)] * vocab_size
+    for token, i in bpe["vocab"].items():
+        tokens[i], types[i] = token, int(gguf.TokenType.NORMAL)
+    for added in contents["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
+    return {
+        "model": "gpt2",
+        "pre": split,
+        "tokens": tokens,
+        "token_type": types,
+        # Older files of the tokenizers library hold them as text.
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]],
+        "bos_token_id": tokenizer.begin,
+        "eos_token_id": tokenizer.end,
+        "add_bos_token": True,  # every document that was trained on begins with it
+        "add_eos_token": False,
+    }
+
+
+def _split(contents: Mapping[str, Any]) -> str:
+    """The name that llama.cpp has for how a tokenizer splits text before it merges."""
+    whole = contents["pre_tokenizer"] or {}
+    *firsts, bytes_ = whole.get("pretokenizers") or [whole]
+    if contents["model"]["type"] != "BPE" or bytes_.get("type") != "ByteLevel":
+        raise UserError(f"the tokenizer is not a byte-level BPE, which is all that GGUF is written for; {_ELSEWHERE}")
+    # llama.cpp leaves text as it is; NFC is what nearly all text is in already.
+    normalizer = contents["normalizer"]
+    if bytes_["add_prefix_space"] or (normalizer and normalizer["type"] != "NFC"):
+        changed = f"normalises by {normalizer['type']}" if normalizer else "puts a space before the text"
+        raise UserError(f"the tokenizer {changed}, which llama.cpp does not; {_ELSEWHERE}")
+    splits = [_pattern(step) for step in firsts] + ["ByteLevel"] * bytes_.get("use_regex", True)
+    found = _SPLITS.get((tuple(splits), contents["model"].get("ignore_merges", False)))
+    if found is None:
+        raise UserError(f"the tokenizer splits text by {splits}, for which llama.cpp has no name here; {_ELSEWHERE}")
+    return found
+
+
+def _pattern(step: Mapping[str, Any]) -> str:
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return step["pattern"].get("Regex", "")
+    return step["type"] if step.get("individual_digits") else json.dumps(step)

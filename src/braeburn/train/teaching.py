@@ -1,0 +1,249 @@
+"""Teachers of stages: whose weights they are, and what they say of the text, at hand or kept from one pass over it."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from braeburn.config import Model, Run, read_run
+from braeburn.data.loader import Batch
+from braeburn.data.prepare import Prepared
+from braeburn.data.teacher_store import TeacherStore, build_teacher_store
+from braeburn.data.tokenizer import Tokenizer
+from braeburn.errors import UserError
+from braeburn.model import transformer
+from braeburn.model.distillation import likeliest
+from braeburn.model.spec import Tree, walk
+from braeburn.parallel.agreement import main_first
+from braeburn.parallel.context import zigzag
+from braeburn.parallel.layout import Layout
+from braeburn.parallel.rules import check
+from braeburn.train.checkpoint import Checkpoints
+from braeburn.train.compression import of_model
+from braeburn.train.stages import abstract_params, model_at
+from braeburn.train.trained import ordinary_step
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model to learn from.
+
+    Attributes:
+        model: its sizes and RoPE base.
+        tokenizer: the hash of its tokenizer; None where it is the run's own.
+        identity: gives a string that tells its weights from all others.
+        read: its parameters, in the types and places of abstract ones.
+    """
+
+    model: Model
+    tokenizer: str | None
+    identity: Callable[[], str]
+    read: Callable[[Tree], Tree]
+
+
+# The teacher that a path names.
+FindTeacher = Callable[[Path], Teacher]
+
+
+def find_in_run(path: Path) -> Teacher:
+    """The teacher that a run directory's newest checkpoint is, or one of its checkpoints.
+
+    Raises:
+        UserError: there is no run or no checkpoint, or it was made in the middle of a stage that cuts or rounds.
+    """
+    is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit()
+    directory = path.parent.parent if is_checkpoint else path
+    run, checkpoints = read_run(directory), Checkpoints(directory)
+    step = ordinary_step(run, directory, int(path.name) if is_checkpoint else None)
+    return Teacher(
+        model=model_at(run, step)[0],
+        tokenizer=Tokenizer.load(directory / "tokenizer.json").hash,
+        identity=lambda: files_identity(directory / "checkpoints" / str(step)),
+        read=lambda params: checkpoints.restore_params(step, params),
+    )
+
+
+def files_identity(folder: Path) -> str:
+    """A hash of the names, sizes and times of all files below a folder."""
+    found = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    listing = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def live_model(run: Run, name: str, teachers: Mapping[str, Teacher]) -> Model | None:
+    """The model of the teacher whose weights a stage needs at hand; None where it has none, or what it says is kept."""
+    return teachers[name].model if name in teachers and not run.stages[name].distillation.cached else None
+
+
+def teachers_of(run: Run, directory: Path, layouts: Mapping[str, Layout], find: FindTeacher) -> dict[str, Teacher]:
+    """The teacher of each stage that has one, of which earlier stages are still to be trained.
+
+    Args:
+        run: the run.
+        directory: its folder.
+        layouts: of its stages.
+        find: for teachers that are no stage.
+
+    Raises:
+        UserError: there is no such teacher, it has another vocabulary, or the stage's mesh does not divide it.
+    """
+    found = {}
+    for name, stage in run.stages.items():
+        if stage.teacher is None:
+            continue
+        field = f"stages.{name}.teacher={stage.teacher!r}"
+        if stage.teacher in run.stages:
+            teacher = _earlier_stage(run, directory, stage.teacher)
+        else:
+            try:
+                teacher = find(Path(stage.teacher))
+            except UserError as error:
+                raise UserError(f"{field} cannot teach: {error}") from None
+        if teacher.model.vocab_size != run.model.vocab_size:
+            raise UserError(
+                f"{field} has a vocabulary of {teacher.model.vocab_size}, not model.vocab_size="
+                f"{run.model.vocab_size}; set model.vocab_size to {teacher.model.vocab_size}, or name another teacher"
+            )
+        if stage.distillation.kept > run.model.vocab_size:
+            raise UserError(
+                f"stages.{name}.distillation.top_k={stage.distillation.top_k} is more than the vocabulary of "
+                f"{run.model.vocab_size}; set it to at most {run.model.vocab_size}"
+            )
+        specs = walk(transformer.param_specs(teacher.model))
+        parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in specs}
+        try:
+            check(run, name, teacher.model, layouts[name].sizes, parameters)
+        except UserError as error:
+            raise UserError(f"{field} does not fit the stage's mesh: {error}") from None
+        found[name] = teacher
+    return found
+
+
+def check_tokenizers(run: Run, teachers: Mapping[str, Teacher], tokenizer: Tokenizer) -> None:
+    """Refuses teachers that read other tokens.
+
+    Raises:
+        UserError: naming the stage and its teacher.
+    """
+    for name, teacher in teachers.items():
+        if teacher.tokenizer not in (None, tokenizer.hash):
+            path = str(run.stages[name].teacher)
+            raise UserError(
+                f"stages.{name}.teacher={path!r} has another tokenizer than the run; set data.tokenizer to that of the "
+                f"teacher, as {str(Path(path) / 'tokenizer.json')!r}, in a new run directory"
+            )
+
+
+def last_step(run: Run, name: str) -> int:
+    """Steps made when a stage ends."""
+    steps = 0
+    for other, stage in run.stages.items():
+        steps += stage.steps
+        if other == name:
+            break
+    return steps
+
+
+def _earlier_stage(run: Run, directory: Path, name: str) -> Teacher:
+    step = last_step(run, name)
+    return Teacher(
+        model=run.models()[name].left,
+        tokenizer=None,
+        identity=lambda: files_identity(directory / "checkpoints" / str(step)),
+        read=lambda params: Checkpoints(directory).restore_params(step, params),
+    )
+
+
+def teacher_stores(
+    run: Run,
+    name: str,
+    layout: Layout,
+    teacher: Teacher,
+    prepared: Prepared,
+    log: Callable[[str], None],
+    proceed: Callable[[], None],
+) -> dict[str, TeacherStore]:
+    """What a teacher says of the text of each source that a stage draws from, in one pass where it is not kept yet.
+
+    Args:
+        run: the run.
+        name: of the stage.
+        layout: of the stage.
+        teacher: that of the stage.
+        prepared: the text.
+        log: takes lines of progress.
+        proceed: called before each batch; what it raises ends the pass, of which complete parts stay.
+
+    Raises:
+        UserError: a store is corrupt, in use, or cannot be written.
+    """
+    stage = run.stages[name]
+    identity = {
+        "teacher": teacher.identity(),
+        "model": teacher.model.model_dump(mode="json"),
+        "tokenizer": prepared.tokenizer.hash,
+        "sequence_length": stage.sequence_length,
+        "compute": run.precision.compute,
+        "k": stage.distillation.kept,
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    places = {
+        source: store.directory.with_name(f"{store.directory.name}.teacher-{key}")
+        for source, store in prepared.train.items()
+        if stage.mixture.get(source)
+    }
+    # Asked of the main process, so that all go the same way.
+    missing = [source for source, place in places.items() if not place.exists()]
+    if missing:
+        label = _labeller(run, name, layout, teacher, proceed)
+        for source in missing:
+            log(f"stage {name}: the teacher labels {source}")
+            build_teacher_store(
+                places[source],
+                prepared.train[source],
+                stage.sequence_length,
+                stage.distillation.kept,
+                teacher.model.vocab_size,
+                identity,
+                stage.batch_size // stage.accumulation_steps,
+                label,
+                log=log,
+                writes=jax.process_index() == 0,
+                first_part=functools.partial(main_first, f"labels of {source} for {name} were begun"),
+            )
+    return main_first(
+        f"labels for {name} were made",
+        lambda: {source: TeacherStore.open(place, identity) for source, place in places.items()},
+    )
+
+
+def _labeller(
+    run: Run, name: str, layout: Layout, teacher: Teacher, proceed: Callable[[], None]
+) -> Callable[[Batch], tuple[np.ndarray, np.ndarray]]:
+    """What gives a batch's likeliest tokens and their log-probabilities, [B, T, k], in every process."""
+    stage, place = run.stages[name], of_model(layout, teacher.model)
+    params = teacher.read(abstract_params(place))
+
+    def local(params: Tree, batch: dict[str, Any]) -> tuple[Any, Any]:
+        inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
+        hidden = transformer.forward(params, *inputs, teacher.model, run.precision, mesh=layout.sizes)
+        found = likeliest(hidden, transformer.head_matrix(params), stage.distillation.kept, layout.sizes)
+        return found.ids, found.log_probs
+
+    program = jax.jit(place.tokenwise(local), out_shardings=layout.everywhere())
+    back = np.argsort(zigzag(stage.sequence_length, layout.sizes.context))
+
+    def label(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        proceed()
+        sequences = len(batch["inputs"])
+        with layout.compiling():
+            ids, log_probs = program(params, layout.place(batch, range(sequences), sequences))
+        return np.asarray(ids)[:, back], np.asarray(log_probs)[:, back]
+
+    return label

@@ -1,0 +1,452 @@
+import contextlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from braeburn.config import Stage
+from braeburn.data import store as token_store
+from braeburn.data import teacher_store
+from braeburn.data.corpus import Document
+from braeburn.data.loader import Batches, prefetch
+from braeburn.data.packing import Batch, windows
+from braeburn.data.store import TokenStore, build_store
+from braeburn.data.teacher_store import TeacherStore, build_teacher_store
+from braeburn.data.tokenizer import train
+from braeburn.errors import UserError
+
+TOKENIZER = train(["x"], 257)
+LENGTH, K, BATCH_SIZE, PART_TOKENS = 16, 3, 4, 80
+IDENTITY = {"teacher": "abc", "tokenizer": TOKENIZER.hash, "sequence_length": LENGTH, "k": K}
+
+
+def label(batch: Batch, k: int = K, vocab_size: int = 257) -> tuple[np.ndarray, np.ndarray]:
+    """What depends on all that is before in the window, on the position in it and on the rank, as float16 holds it."""
+    seen = np.cumsum(batch["inputs"], axis=1)
+    rest = np.arange(seen.shape[1])[:, None] * 7 + np.arange(k)
+    ids = (seen[..., None] * 31 + rest * 65537) % vocab_size
+    return ids.astype(np.int32), (-(seen[..., None] * 17 + rest) % 1000 / 64).astype(np.float32)
+
+
+def build(directory: Path, store: TokenStore, label: Callable[..., Any] = label, **fields: Any) -> None:
+    fields = {"batch_size": BATCH_SIZE, "log": lambda line: None, "part_tokens": PART_TOKENS, **fields}
+    build_teacher_store(directory, store, LENGTH, K, 257, IDENTITY, label=label, **fields)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """What a store tells, which is not when its files were made."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "verified.json"}
+
+
+def everything(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of all positions, from every window at once."""
+    rows = list(windows(store, LENGTH))
+    ids, log_probs = label({"inputs": np.stack([row["inputs"] for row in rows])})
+    return ids.reshape(-1, K)[: store.tokens], log_probs.reshape(-1, K)[: store.tokens]
+
+
+class Calls:
+    """A label that counts its calls."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        self.count += 1
+        return label(batch)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStore]:
+    folder = tmp_path_factory.mktemp("stores")
+    for name, count in (("a", 19), ("b", 9)):
+        texts = [f"{name}{i} " * (i + 1) for i in range(count)] + ["." * 65]
+        build_store(folder / name, [Document("", text) for text in texts], TOKENIZER, shard_tokens=101)
+    return {name: TokenStore.open(folder / name, TOKENIZER.hash) for name in "ab"}
+
+
+@pytest.fixture(scope="module")
+def store(stores: dict[str, TokenStore]) -> TokenStore:
+    """790 tokens: 50 windows, the last not full; 13 batches; 10 parts of 5 windows, the last not full either."""
+    assert stores["a"].tokens == 790
+    return stores["a"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of labels; not to be changed."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "labels"
+    build(directory, store)
+    return directory
+
+
+@pytest.fixture
+def directory(store: TokenStore, tmp_path: Path) -> Path:
+    """A store of labels, to be damaged."""
+    build(tmp_path / "labels", store)
+    return tmp_path / "labels"
+
+
+def test_labels_come_back_by_position_in_every_epoch(stores: dict[str, TokenStore], tmp_path: Path) -> None:
+    for name, store in stores.items():
+        build(tmp_path / name, store)
+    teachers = {name: TeacherStore.open(tmp_path / name, IDENTITY) for name in stores}
+    mixture = {"a": 3, "b": 1}
+    stage = Stage(
+        tokens=96 * 40, sequence_length=LENGTH, batch_tokens=96, mixture=mixture, learning_rate=1, teacher="core"
+    )
+    batches = Batches(stage, "taught", 0, stores, teachers=teachers)
+    live = Batches(stage, "taught", 0, stores)
+    for step in range(40):
+        batch, ids_and_log_probs = batches[step], label(batches[step])
+        assert batch["teacher_ids"].shape == batch["teacher_log_probs"].shape == (6, LENGTH, K)
+        assert (batch["teacher_ids"].dtype, batch["teacher_log_probs"].dtype) == (np.int32, np.float32)
+        assert np.array_equal(batch["teacher_ids"], ids_and_log_probs[0])
+        assert np.array_equal(batch["teacher_log_probs"], ids_and_log_probs[1])
+        # Whether the teacher is asked now or was before changes nothing else.
+        assert live[step].keys() == batch.keys() - {"teacher_ids", "teacher_log_probs"}
+        assert all(np.array_equal(values, batch[field]) for field, values in live[step].items())
+    half = Batches(stage, "taught", 0, stores, rows=range(3, 6), teachers=teachers)
+    assert np.array_equal(half[7]["teacher_ids"], batches[7]["teacher_ids"][3:])
+    assert all(
+        np.array_equal(batch["teacher_ids"], batches[38 + index]["teacher_ids"])
+        for index, batch in enumerate(prefetch(batches, 38, workers=1, prefetch=1))
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_range_across_parts(data: st.DataObject, undisturbed: Path, store: TokenStore) -> None:
+    teacher = TeacherStore.open(undisturbed, IDENTITY)
+    start = data.draw(st.integers(0, store.tokens))
+    stop = data.draw(st.integers(start, store.tokens))
+    for read, all_of_them, dtype in zip(
+        teacher.read(start, stop), everything(store), (np.int32, np.float32), strict=True
+    ):
+        assert (type(read), read.dtype, read.shape) == (np.ndarray, dtype, (stop - start, K))
+        assert np.array_equal(read, all_of_them[start:stop])
+
+
+@given(batch_size=st.integers(1, 60), part_tokens=st.integers(1, 900))
+@settings(max_examples=15, deadline=None)
+def test_how_the_work_is_divided_changes_no_label(
+    store: TokenStore, tmp_path_factory: pytest.TempPathFactory, batch_size: int, part_tokens: int
+) -> None:
+    directory = tmp_path_factory.mktemp("divided") / "labels"
+    build(directory, store, batch_size=batch_size, part_tokens=part_tokens)
+    read = TeacherStore.open(directory, IDENTITY).read(0, store.tokens)
+    assert all(np.array_equal(*pair) for pair in zip(read, everything(store), strict=True))
+
+
+def test_ranges_outside_are_refused(undisturbed: Path) -> None:
+    teacher = TeacherStore.open(undisturbed, IDENTITY)
+    for start, stop in ((-1, 3), (0, 791), (5, 4)):
+        with pytest.raises(IndexError):
+            teacher.read(start, stop)
+
+
+def test_pickles_without_its_maps(undisturbed: Path) -> None:
+    teacher = TeacherStore.open(undisturbed, IDENTITY)
+    expected = teacher.read(0, 790)
+    data = pickle.dumps(teacher)
+    assert len(data) < 2000
+    assert all(np.array_equal(*pair) for pair in zip(pickle.loads(data).read(0, 790), expected, strict=True))
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(2**16, 32), (2**16 + 1, 48)])
+def test_bytes_per_token(tmp_path: Path, vocab_size: int, width: int) -> None:
+    build_store(tmp_path / "store", [Document("", "some text " * 700)], TOKENIZER)
+    store = TokenStore.open(tmp_path / "store", TOKENIZER.hash)
+
+    def label_all(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        return label(batch, 8, vocab_size)
+
+    build_teacher_store(tmp_path / "t", store, 64, 8, vocab_size, IDENTITY, 4, label_all, log=lambda line: None)
+    teacher = TeacherStore.open(tmp_path / "t", IDENTITY)
+    assert teacher.bytes_per_token == width
+    size = sum(path.stat().st_size for path in (tmp_path / "t").iterdir())
+    assert width < size / store.tokens <= min(60, width + 1)
+    ids, log_probs = teacher.read(0, 64)
+    expected = label_all(next(windows(store, 64)) | {"inputs": store.read(0, 64)[None]})
+    assert np.array_equal(ids, expected[0][0])
+    assert np.array_equal(log_probs, expected[1][0])
+    assert teacher.read(0, store.tokens)[0].max() > 0.99 * vocab_size
+
+
+def test_empty_store(tmp_path: Path) -> None:
+    build_store(tmp_path / "store", [], TOKENIZER)
+    build(tmp_path / "labels", TokenStore.open(tmp_path / "store", TOKENIZER.hash))
+    assert TeacherStore.open(tmp_path / "labels", IDENTITY).read(0, 0)[0].shape == (0, K)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from braeburn.data.store import TokenStore
+from test_teacher_store import TOKENIZER, build, label
+calls = 0
+def slow(batch):
+    global calls
+    calls += 1
+    if calls == 8:
+        print("midway", flush=True)
+        time.sleep(60)
+    return label(batch)
+build(Path(sys.argv[1]), TokenStore.open(Path(sys.argv[2]), TOKENIZER.hash), slow)
+"""
+
+
+def test_a_killed_build_goes_on(store: TokenStore, undisturbed: Path, tmp_path: Path) -> None:
+    directory, lines, calls = tmp_path / "labels", list[str](), Calls()
+    arguments = [sys.executable, "-c", KILLED, str(directory), str(store.directory)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"midway\n"
+        (partial,) = tmp_path.iterdir()
+        # The other builder lives.
+        with pytest.raises(UserError, match=rf"another process is writing .*{partial.name}.*; wait for it to end"):
+            build(directory, store, calls)
+        process.send_signal(signal.SIGKILL)
+    assert calls.count == 0
+    assert list(tmp_path.iterdir()) == [partial]
+    # Seven batches of four windows make five parts of five.
+    made = {path.name: path.stat().st_mtime_ns for path in partial.glob("part-*.bin")}
+    assert sorted(made) == [f"part-{index:05d}.bin" for index in range(5)]
+    build(directory, store, calls, log=lines.append)
+    assert calls.count == 7  # of 13: 25 windows are left
+    assert lines[0] == "labels: going on after 400 of 790 tokens"
+    assert lines[-1].startswith("labels: the teacher labelled 390 tokens in ")
+    assert list(tmp_path.iterdir()) == [directory]
+    assert content(directory) == content(undisturbed)
+    assert {name: (directory / name).stat().st_mtime_ns for name in made} == made
+    TeacherStore.open(directory, IDENTITY)
+    build(directory, store, calls)
+    assert calls.count == 7
+
+
+class Killed(BaseException):
+    """Nothing runs after it, as after SIGKILL; but for closing the lock."""
+
+
+def test_a_kill_at_any_write_is_mended(
+    store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One builder is cut short within its n-th write, the next two with other batch sizes early on, the last is not."""
+    left = 0
+
+    def cut_short(path: Path, data: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            path.write_bytes(data[: len(data) // 2])
+            raise Killed
+        token_store.write(path, data)
+
+    monkeypatch.setattr(teacher_store, "write", cut_short)
+    for n in range(1, 22):  # the manifest, then ten times a part and the manifest
+        directory, killed = tmp_path / str(n), 0
+        for attempt, writes in enumerate((n, 3, 4, 0)):
+            left = writes
+            try:
+                build(directory, store, batch_size=BATCH_SIZE + attempt)
+            except Killed:
+                killed += 1
+                assert not directory.exists()
+        assert killed == (3 if n <= 19 else 2)
+        assert content(directory) == content(undisturbed)
+
+
+def test_a_builder_stopped_at_the_rename_goes_on(
+    store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rename(path: Path, target: Path) -> None:
+        raise Killed
+
+    calls = Calls()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", rename)
+        build(tmp_path / "labels", store)
+    build(tmp_path / "labels", store, calls)
+    assert calls.count == 0
+    assert content(tmp_path / "labels") == content(undisturbed)
+
+
+def test_another_builder_that_finishes_first_is_left_alone(
+    store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, calls = teacher_store._claim, Calls()
+
+    def late(partial: Path, directory: Path) -> Any:
+        monkeypatch.setattr(teacher_store, "_claim", claim)
+        build(directory, store)
+        return claim(partial, directory)
+
+    monkeypatch.setattr(teacher_store, "_claim", late)
+    build(tmp_path / "labels", store, calls)
+    assert calls.count == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "labels"]
+    assert content(tmp_path / "labels") == content(undisturbed)
+
+
+def test_processes_that_do_not_write_label_in_lock_step(store: TokenStore, tmp_path: Path) -> None:
+    batches: dict[bool, list[bytes]] = {True: [], False: []}
+
+    def run(writes: bool, last: int, begun: int | None = None) -> int:
+        """Labels until a batch; the part that was begun with."""
+        parts = -1
+
+        def first_part(begin: Callable[[], int]) -> int:
+            nonlocal parts
+            parts = begin() if begun is None else begun
+            return parts
+
+        def stopping(batch: Batch) -> tuple[np.ndarray, np.ndarray] | None:
+            if len(batches[writes]) == last:
+                raise Killed
+            batches[writes].append(batch["inputs"].tobytes())
+            return label(batch) if writes else None
+
+        with contextlib.suppress(Killed):
+            build(tmp_path / "labels", store, stopping, writes=writes, first_part=first_part)
+        return parts
+
+    assert run(True, last=6) == 0
+    assert run(False, last=0) == 4  # 24 windows are four parts
+    batches[True].clear()
+    assert run(True, last=-1, begun=3) == 3  # another process has but three
+    assert run(False, last=-1) == 10
+    assert batches[False] == []
+    assert run(False, last=-1, begun=3) == 3
+    assert len(batches[True]) == 9
+    assert batches[True] == batches[False]
+    read = TeacherStore.open(tmp_path / "labels", IDENTITY).read(0, store.tokens)
+    assert all(np.array_equal(*pair) for pair in zip(read, everything(store), strict=True))
+
+
+def test_a_kill_while_complete_parts_are_made_anew_is_mended(
+    store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the processes agree on the part that the one with the fewest has."""
+
+    def cut_short(path: Path, data: Any) -> None:
+        if path.name == f"part-{cut:05d}.bin":
+            path.write_bytes(data[: len(data) // 2])
+            raise Killed
+        token_store.write(path, data)
+
+    monkeypatch.setattr(teacher_store, "write", cut_short)
+    cut = 6
+    with pytest.raises(Killed):
+        build(tmp_path / "labels", store)
+    cut = 2
+    with pytest.raises(Killed):
+        build(tmp_path / "labels", store, first_part=lambda begin: min(begin(), 2))
+    cut = -1
+    build(tmp_path / "labels", store)
+    assert content(tmp_path / "labels") == content(undisturbed)
+
+
+def test_progress_is_told(store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = list[str]()
+    monkeypatch.setattr(teacher_store, "LOG_SECONDS", 0.0)
+    build(tmp_path / "labels", store, log=lines.append)
+    assert len(lines) == 14
+    assert lines[1].startswith("labels: 128 of 790 tokens, ")
+    assert lines[1].endswith("0 min left")
+
+
+@pytest.mark.parametrize("name", ["part-00000.bin", "part-00009.bin"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_corruption_is_found(directory: Path, name: str, harm: str) -> None:
+    TeacherStore.open(directory, IDENTITY)  # records the sound files
+    damage(directory / name, harm)
+    with pytest.raises(UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"):
+        TeacherStore.open(directory, IDENTITY)
+
+
+def damage(path: Path, harm: str) -> None:
+    data = bytearray(path.read_bytes())
+    if harm == "remove":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if harm == "flip" else data[:-1])
+
+
+def test_a_corrupt_part_is_not_built_upon(store: TokenStore, tmp_path: Path) -> None:
+    def stopping(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        if calls.count == 6:
+            raise Killed
+        return calls(batch)
+
+    calls = Calls()
+    with pytest.raises(Killed):
+        build(tmp_path / "labels", store, stopping)
+    (partial,) = tmp_path.iterdir()
+    damage(partial / "part-00001.bin", "flip")
+    with pytest.raises(UserError, match=rf"part-00001.*delete the folder '{partial}' and it will be built again"):
+        build(tmp_path / "labels", store)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"format_version": 0}', "fewer parts"])
+def test_corrupt_manifest(directory: Path, content: str | None) -> None:
+    path = directory / "manifest.json"
+    if content == "fewer parts":
+        manifest = json.loads(path.read_text())
+        content = json.dumps({**manifest, "parts": manifest["parts"][:-1]})
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json.*delete the folder"):
+        TeacherStore.open(directory, IDENTITY)
+
+
+@pytest.mark.parametrize("other", [{"teacher": "abd"}, {"k": 4}, {"sequence_length": 8}, {"temperature": 2.0}])
+def test_the_labels_of_another_teacher(undisturbed: Path, other: dict[str, Any]) -> None:
+    ((field, value),) = other.items()
+    sentence = rf"labels made with {field}={IDENTITY.get(field)!r}, not {value!r}; delete that folder"
+    with pytest.raises(UserError, match=sentence):
+        TeacherStore.open(undisturbed, IDENTITY | other)
+
+
+def test_full_disk(store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # /dev/full answers every write as a full disk does.
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*No space left .*data\.cache"):
+        patch.setattr(teacher_store, "_part_path", lambda directory, index: Path("/dev/full"))
+        build(tmp_path / "labels", store)
+    build(tmp_path / "labels", store)
+    TeacherStore.open(tmp_path / "labels", IDENTITY)
+
+
+def test_cache_that_cannot_be_written(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, where the folder should be")
+    with pytest.raises(UserError, match=r"cannot write .*data\.cache"):
+        build(tmp_path / "cache/labels", store)
+
+
+def test_labels_are_laid_out_with_their_tokens() -> None:
+    """On devices that split batch and sequence, entries [B, T, k] lie where the tokens [B, T] lie."""
+    from braeburn.config import Mesh
+    from braeburn.parallel.layout import Layout
+    from braeburn.parallel.mesh import build as build_mesh
+
+    mesh = Mesh(fsdp=2, context=2)
+    layout = Layout(mesh, build_mesh(mesh), {})
+    inputs = np.arange(4 * 16, dtype=np.int32).reshape(4, 16)
+    placed = layout.place({"teacher_ids": np.stack([inputs * 2, inputs * 2 + 1], -1), "inputs": inputs}, range(4), 4)
+    # Chunks of four tokens: the first device along `context` has 0 and 3, the second 1 and 2.
+    order = [0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert np.array_equal(np.asarray(placed["inputs"]), inputs[:, order])
+    assert np.array_equal(np.asarray(placed["teacher_ids"]) // 2, np.stack([inputs[:, order]] * 2, -1))
+    assert {shard.data.shape for shard in placed["teacher_ids"].addressable_shards} == {(2, 8, 2)}
+    for ids, tokens in zip(*(placed[name].addressable_shards for name in ("teacher_ids", "inputs")), strict=True):
+        assert ids.device == tokens.device
+        assert np.array_equal(np.asarray(ids.data)[..., 0], np.asarray(tokens.data) * 2)

@@ -1,0 +1,333 @@
+"""The real llama.cpp on GGUF files, built from the source of its Python package: `make test-gguf`.
+
+Models of both families are trained on the standard library's Python code, in minutes. Perplexities are those of files
+that training has not seen.
+"""
+
+import json
+import math
+import os
+import shutil
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import llama_cpp
+import numpy as np
+import pytest
+import tokenizers
+
+from braeburn.config import Model, Precision, RopeScaling
+from braeburn.data.tokenizer import PATTERN, Tokenizer, train
+from braeburn.interop import gguf
+from braeburn.model import transformer
+from braeburn.model.spec import Tree, map_specs
+from braeburn.train.trained import load
+from support import process
+
+FLOAT32 = Precision(compute="float32")
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+UNSEEN = ["argparse.py", "tarfile.py", "inspect.py"]
+LENGTH = 128
+WINDOWS = 160
+STEPS = 700  # of the first stage: the longer a small model has trained, the more rounding costs it
+
+RECIPE = f"""
+from pathlib import Path
+
+from braeburn.config import (
+    ONE_DEVICE, AdamW, Checkpoint, Data, Evaluation, Model, Precision, Quantization, Run, Schedule, Source, Stage
+)
+
+FILES = tuple(str(path) for path in sorted(Path({str(LIBRARY)!r}).glob("*.py")) if path.name not in {UNSEEN!r})
+
+
+def stage(steps, learning_rate, **fields):
+    return Stage(
+        tokens=4096 * steps, sequence_length={LENGTH}, batch_tokens=4096, mixture={{"code": 1.0}},
+        learning_rate=learning_rate, schedule=Schedule(warmup_steps=20, floor=0.05), **fields,
+    )
+
+
+def run(qk_norm, **stages):
+    return Run(
+        name="on-device",
+        model=Model(
+            vocab_size=512, d_model=64, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=192,
+            qk_norm=qk_norm, rope_base=10_000.0, scan_layers=False,
+        ),
+        stages=stages,
+        data=Data(sources={{"code": Source(paths=FILES, format="text")}}),
+        optimizer=AdamW(),
+        mesh=ONE_DEVICE,
+        precision=Precision(compute="float32"),
+        checkpoint=Checkpoint(every_steps=10_000),
+        evaluation=Evaluation(tokens=16_384),
+    )
+
+
+def llama():
+    return run(False, core=stage({STEPS // 2}, 1e-2))
+
+
+def rounded():
+    return run(True, core=stage({STEPS}, 1e-2), rounded=stage(160, 2e-3, quantization=Quantization(kind="int4")))
+
+
+def plain():
+    return run(True, core=stage({STEPS}, 1e-2), rounded=stage(160, 2e-3))
+"""
+PROMPTS = ["import os\n\n\ndef ", "class Error(Exception):\n    ", "    def __init__(self", "for name in ", "# The "]
+TEXTS = [
+    *PROMPTS,
+    "the cat sat on the mat, didn't it? IT'S; we'll see... I'D say so",
+    "in 1234 ways: 3.14159, 10000000 and 2\u00b3 \u0664\u0665 0x1F",
+    "  two\n\n\n    four\t\ttabs \r\n   \n trailing   ",
+    "\u3053\u3093\u306b\u3061\u306f 你好世界 안녕하세요 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 Привет",
+    "नमस्ते \U0001f600\U0001f469\u200d\U0001f680 caf\u00e9 e\u0301 \ufb01 \ufffd \u00a0\u2003x",
+    "a<|endoftext|>b <|im_start|> <s></s> [PAD5]",
+    "lambda x: {**x, 'y': [1, 2][::-1]}  # -> dict[str, \"int\"]\n@decorator\nasync def f(): ...",
+]
+
+
+class Theirs:
+    """A file in llama.cpp."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        # Keys and values in float32, as ours are.
+        cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        # Models are too small to share out over threads, which would wait for each other.
+        threads = {"n_threads": 1, "n_threads_batch": 1}
+        settings = {"n_ctx": 512, "logits_all": True, "verbose": False, **threads, **cache, **options}
+        self.llama = llama_cpp.Llama(str(path), **settings)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """[tokens, vocabulary], float32."""
+        self.llama.reset()
+        self.llama.eval([int(token) for token in tokens])
+        return np.array(self.llama.scores[: len(tokens)])
+
+    def greedy(self, tokens: Sequence[int], count: int, stop: int) -> list[int]:
+        """The likeliest continuation."""
+        self.llama.reset()
+        self.llama.eval(list(tokens))
+        found: list[int] = []
+        while len(found) < count:
+            token = int(np.argmax(self.llama.scores[self.llama.n_tokens - 1]))
+            if token == stop:
+                break
+            found.append(token)
+            self.llama.eval([token])
+        return found
+
+
+@jax.jit(static_argnames="model")
+def our_logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = transformer.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
+    return jnp.einsum("BTD,VD->BTV", hidden, transformer.head_matrix(params))
+
+
+def windows(tokenizer: Tokenizer) -> np.ndarray:
+    """Unseen text, [WINDOWS, LENGTH], each window begun as a document is."""
+    tokens = np.concatenate([tokenizer.encode((LIBRARY / name).read_text()) for name in UNSEEN])
+    found = tokens[: WINDOWS * (LENGTH - 1)].reshape(WINDOWS, LENGTH - 1)
+    return np.insert(found, 0, tokenizer.begin, axis=1).astype(np.int32)
+
+
+def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:
+    """Of all tokens but the first of each window, from the logits [windows, length, vocabulary] of those before."""
+    wide = logits[:, :-1].astype(np.float64)
+    largest = wide.max(-1, keepdims=True)
+    log_z = np.log(np.exp(wide - largest).sum(-1)) + largest[..., 0]
+    return math.exp((log_z - np.take_along_axis(wide, tokens[:, 1:, None], -1)[..., 0]).mean())
+
+
+def perplexity_of(path: Path, tokens: np.ndarray) -> float:
+    theirs = Theirs(path)
+    return perplexity(np.stack([theirs.logits(window) for window in tokens]), tokens)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def trained(recipe: Path, name: str, *arguments: object, folder: str | None = None) -> Path:
+    directory = recipe.with_name(folder or name)
+    # Unlike other tests, these run their programs for longer than they compile them, and on one device.
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    answer = process("train", f"{recipe}:{name}", "--out", directory, *arguments, timeout=3600, env=environment)
+    assert answer.code == 0, answer.err
+    return directory
+
+
+@pytest.fixture(scope="session")
+def core(recipe: Path) -> dict[str, Path]:
+    """Run directories by family, as they are before any rounding."""
+    return {
+        "qwen3": trained(recipe, "rounded", "--stop-after-steps", STEPS, folder="qwen3"),
+        "llama": trained(recipe, "llama"),
+    }
+
+
+@pytest.fixture(scope="session")
+def files(core: dict[str, Path]) -> dict[tuple[str, str], Path]:
+    """The files of both by family and type."""
+    return {(family, kind): exported(core[family], kind) for family in core for kind in ("f16", "q8_0", "q4_0")}
+
+
+def exported(directory: Path, kind: str) -> Path:
+    out = directory.parent / f"{directory.name}-{kind}.gguf"
+    answer = process("export", directory, "--format", "gguf", "--type", kind, "--out", out)
+    assert answer.code == 0, answer.err
+    return out
+
+
+FAMILIES = pytest.mark.parametrize("family", ["qwen3", "llama"])
+
+
+@FAMILIES
+def test_float16_writes_the_same_tokens(family: str, core: dict[str, Path], files: dict[Any, Path]) -> None:
+    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    answer = process("generate", core[family], "--greedy", "--max-new-tokens", 64, "--json", *prompts)
+    theirs, tokenizer = Theirs(files[family, "f16"]), load(core[family]).tokenizer
+    for sample in json.loads(answer.out)["samples"]:
+        prompt = [tokenizer.begin, *tokenizer.encode(sample["prompt"])]
+        assert theirs.greedy(prompt, 64, tokenizer.end) == sample["tokens"], sample
+        assert len(sample["tokens"]) == 64
+
+
+@FAMILIES
+def test_text_has_the_same_tokens(family: str, core: dict[str, Path], files: dict[Any, Path]) -> None:
+    theirs, tokenizer = Theirs(files[family, "f16"], vocab_only=True), load(core[family]).tokenizer
+    check_tokens(theirs, tokenizer, [*TEXTS, *((LIBRARY / name).read_text()[:20_000] for name in UNSEEN)])
+
+
+def check_tokens(theirs: Theirs, tokenizer: Tokenizer, texts: list[str]) -> None:
+    for text in texts:
+        found = theirs.llama.tokenize(text.encode(), add_bos=True, special=False)
+        assert found == [tokenizer.begin, *tokenizer.encode(text)], text
+        assert theirs.llama.detokenize(found[1:]).decode() == text
+
+
+def split_by(pattern: str | None) -> Any:
+    from tokenizers import pre_tokenizers
+
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern in (None, "digits"))
+    if pattern is None:
+        return bytes_
+    first: Any = pre_tokenizers.Digits(individual_digits=True)
+    if pattern != "digits":
+        first = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([first, bytes_])
+
+
+TRIPLETS = PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ignore_merges"), [(TRIPLETS, True), (TRIPLETS, False), (None, False), ("digits", False)]
+)
+def test_each_way_to_split_text_is_theirs(pattern: str | None, ignore_merges: bool, tmp_path: Path) -> None:
+    own = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
+    own.pre_tokenizer, own.decoder = split_by(pattern), tokenizers.decoders.ByteLevel()
+    own.train_from_iterator(
+        [(LIBRARY / name).read_text() for name in UNSEEN],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    tokenizer, model = Tokenizer(own), small(vocab_size=1000)
+    gguf.write(tmp_path / "a.gguf", draw(model), model, tokenizer, 512)
+    check_tokens(Theirs(tmp_path / "a.gguf", vocab_only=True), tokenizer, TEXTS)
+
+
+def small(**fields: Any) -> Model:
+    sizes = {"vocab_size": 320, "d_model": 96, "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32}
+    return Model(**{**sizes, "ffn_dim": 160, "rope_base": 10_000.0, **fields})
+
+
+def draw(model: Model) -> Tree:
+    """Random weights that float16 holds exactly."""
+    generator = np.random.default_rng(0)
+
+    def one(_: str, spec: Any) -> np.ndarray:
+        if spec.role == "norm":
+            return generator.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        fan_in = math.prod(spec.shape[spec.axes.index(axis)] for axis in spec.fan_in)
+        return (generator.standard_normal(spec.shape) * fan_in**-0.5).astype(np.float16).astype(np.float32)
+
+    return map_specs(one, transformer.param_specs(model))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        small(),
+        small(tied_embeddings=False, num_heads=3, num_kv_heads=3, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+        small(qk_norm=False),
+        small(qk_norm=False, tied_embeddings=False, head_dim=64, norm_epsilon=1e-2),
+        small(qk_norm=False, rope_scaling=RopeScaling(original_max_position_embeddings=64)),
+    ],
+    ids=["qwen3", "qwen3-untied-linear", "llama", "llama-untied-wide-heads", "llama-llama3"],
+)
+def test_logits_are_ours(model: Model, tmp_path: Path) -> None:
+    """Up to llama.cpp's products, whose activations are float16 where weights are."""
+    params = draw(model)
+    gguf.write(tmp_path / "a.gguf", params, model, train(["the cat sat on the mat " * 20], 300), 512)
+    tokens = np.random.default_rng(1).integers(0, 300, 200, np.int32)
+    expected = np.asarray(our_logits(params, tokens[None], model))[0]
+    difference = np.abs(Theirs(tmp_path / "a.gguf").logits(tokens) - expected)
+    print(f"largest difference {difference.max():.1e} of logits of deviation {expected.std():.2f}")
+    assert expected.std() > 0.5 and difference.max() < 0.02
+
+
+@FAMILIES
+def test_perplexity_of_float16_and_eight_bits(family: str, core: dict[str, Path], files: dict[Any, Path]) -> None:
+    ours = load(core[family])
+    tokens = windows(ours.tokenizer)
+    reference = perplexity(np.asarray(our_logits(ours.params, tokens, ours.model)), tokens)
+    found = {kind: perplexity_of(files[family, kind], tokens) for kind in ("f16", "q8_0", "q4_0")}
+    changes = {kind: value / found["f16"] - 1 for kind, value in found.items()}
+    print(f"\n{family}: perplexity {reference:.4f} here, {found['f16']:.4f} in llama.cpp with float16; over that")
+    print(f"Q8_0 {changes['q8_0']:+.3%}, Q4_0 {changes['q4_0']:+.3%}")
+    assert abs(found["f16"] / reference - 1) < 1e-3
+    assert abs(changes["q8_0"]) < 0.005
+
+
+def test_four_bits_need_training_with_them(recipe: Path, core: dict[str, Path], files: dict[Any, Path]) -> None:
+    """All against the float16 file of the model before the last stage, which has the same steps with and without."""
+    tokens = windows(load(core["qwen3"]).tokenizer)
+    reference = perplexity_of(files["qwen3", "f16"], tokens)
+    for name in ("plain", "rounded"):
+        shutil.copytree(core["qwen3"], recipe.with_name(name))
+    without, rounded = trained(recipe, "plain"), trained(recipe, "rounded")
+    found = {
+        "F16": files["qwen3", "f16"],
+        "Q8_0": files["qwen3", "q8_0"],
+        "Q4_0": files["qwen3", "q4_0"],
+        "F16 after as many steps without rounding": exported(without, "f16"),
+        "Q4_0 after as many steps without rounding": exported(without, "q4_0"),
+        "F16 after quantisation-aware training": exported(rounded, "f16"),
+        "Q4_0 after quantisation-aware training": exported(rounded, "q4_0"),
+    }
+    changes = {}
+    for name, path in found.items():
+        value = perplexity_of(path, tokens)
+        changes[name] = value / reference - 1
+        print(f"{name:42} {path.stat().st_size:9,} bytes  perplexity {value:.4f}  {changes[name]:+.3%}")
+    assert abs(changes["Q8_0"]) < 0.005
+    assert changes["Q4_0"] > 0.05 > changes["Q4_0 after quantisation-aware training"]
+    # The weights that are left lie on the grid already: shipping them in four bits costs nothing but llama.cpp's own
+    # rounding of activations.
+    shipped, stored = (changes[f"{kind} after quantisation-aware training"] for kind in ("Q4_0", "F16"))
+    assert abs(shipped - stored) < 2e-3
