@@ -155,10 +155,10 @@ class Pruning(_Frozen):
 
     keep: dict[PrunedAxis, Size] = Field(min_length=1)
     method: Literal["soft_top_k", "activation", "magnitude", "random"] = "soft_top_k"
-    temperature: Positive = 1.0
+    temperature: Positive = 0.3
     final_temperature: Positive = 0.02
-    exact: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    learning_rate: Positive = 0.05
+    exact: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    learning_rate: Positive = 0.3
     calibration_tokens: Size = 131_072
 
     @model_validator(mode="after")

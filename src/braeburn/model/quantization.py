@@ -17,6 +17,7 @@ from braeburn.model.spec import LAYERS, ParamSpec, Tree, walk
 
 # Largest magnitude of the balanced four levels -1.5, -0.5, 0.5 and 1.5, in steps.
 _OUTERMOST = 1.5
+_EDGE = 5e-7  # relative: a few roundings
 
 
 def is_quantized(spec: ParamSpec, group_size: int) -> bool:
@@ -123,8 +124,11 @@ def _int2(groups: Array, factor: Array, along: int) -> Array:
     """The levels -1.5, -0.5, 0.5 and 1.5 times a scale: `factor` times what would reach the largest magnitude."""
     largest = lax.stop_gradient(jnp.max(jnp.abs(groups), axis=along, keepdims=True))
     scale = factor * jnp.where(largest == 0, 1, largest) / _OUTERMOST
-    steps = jnp.clip(groups / scale, -_OUTERMOST, _OUTERMOST)
-    return jnp.where(largest == 0, 0, scale * _straight_through(steps, jnp.floor(steps) + 0.5))
+    steps = groups / scale
+    # With a factor of one the largest weight of a group lies on the edge: rounding must not decide its gradient.
+    within = jnp.abs(steps) <= _OUTERMOST * (1 + _EDGE)
+    levels = jnp.floor(jnp.clip(steps, -_OUTERMOST, _OUTERMOST)) + 0.5
+    return jnp.where(largest == 0, 0, scale * _straight_through(jnp.where(within, steps, levels), levels))
 
 
 def _reciprocal(scale: Array) -> Array:

@@ -26,7 +26,7 @@ class Trained:
         model: the model as the stage of that step trained it, RoPE base included.
         params: float32 parameters.
         tokenizer: the tokenizer that it was trained with.
-        sequence_length: of the longest sequences that it was trained on; 0 for an import that was not trained here.
+        sequence_length: of the longest sequences that it was trained on, here or elsewhere; 0 where unknown.
     """
 
     run: Run
