@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from braeburn.config import AdamW, AfmOptimizer, Model, Schedule, Stage
+from braeburn.config import AdamW, AfmOptimizer, Model, Pruning, Schedule, Stage
 from braeburn.model.spec import ParamSpec
 from braeburn.optim.build import begin_stage, build_optimizer
 
@@ -174,3 +174,27 @@ def test_adamw_equals_optax_chain():
         updates, theirs_state = theirs.update(gradients, theirs_state, theirs_params)
         theirs_params = optax.apply_updates(theirs_params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours_params, theirs_params)
+
+
+@pytest.mark.parametrize("config", [AfmOptimizer(), AdamW()])
+def test_scores_move_in_proportion_to_their_gradients(config):
+    """Within a layer; the layers' own sizes, as those of weights' blocks, do not count."""
+    pruning = Pruning(keep={"ffn": 3}, learning_rate=0.3)
+    stage = make_stage(pruning=pruning, weight_decay=0.1, schedule=Schedule(decay="constant"))
+    specs = SPECS | {"masks": {"ffn": ParamSpec((3, 6), ("layers", "ffn"), "mask")}}
+    rng = np.random.default_rng(4)
+    gradient = np.float32(rng.normal(size=(3, 6)) * [[0.1], [1.0], [0.01]] * np.geomspace(0.1, 1.0, 6))
+    gradient[2, 0] = 0.0
+    params = random_tree(rng, 1.0) | {"masks": {"ffn": np.float32(rng.normal(size=(3, 6)))}}
+    params = jax.tree.map(jnp.asarray, params)
+    gradients = random_tree(rng, 0.1) | {"masks": {"ffn": gradient}}
+    optimizer = build_optimizer(config, stage, specs, MODEL)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(gradients, state, params)
+    moved = 1 - config.momentum**3 if isinstance(config, AfmOptimizer) else 1.0
+    share = gradient / np.sqrt(np.mean(np.square(gradient), axis=1, keepdims=True))
+    np.testing.assert_allclose(updates["masks"]["ffn"], -0.3 * moved * share, rtol=1e-3)
+    nothing = jax.tree.map(jnp.zeros_like, gradients)
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    assert not np.asarray(updates["masks"]["ffn"]).any()

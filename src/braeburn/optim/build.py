@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import AfmOptimizer, Model, Optimizer, Stage
-from braeburn.model.spec import Tree, map_specs
-from braeburn.optim.afm import scale_by_afm
+from braeburn.model.spec import ParamSpec, Tree, map_specs
+from braeburn.optim.afm import AfmState, scale_by_afm
 from braeburn.optim.schedules import multiplier
 
 
@@ -40,7 +40,9 @@ def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Mode
     A step is valid if its gradient is finite and of norm below `skip_norm`; an invalid one changes only `skipped`.
     Valid gradients are clipped to `clip_norm`. AFM multiplies weight decay by the schedule alone and decays every
     parameter; AdamW multiplies it by the learning rate too and spares the norms. Scores of masks and factors of scales
-    are not weights: neither decays them, and scores have a learning rate of their own.
+    are not weights: neither decays them, and scores have a learning rate of their own. A layer's scores move by their
+    gradients' shares of the layer's root-mean-square: element by element, those that hardly matter would move by their
+    noise as far as those that decide.
     """
     score_rate = stage.pruning.learning_rate if stage.pruning else stage.learning_rate
     rates = map_specs(lambda _, spec: score_rate if spec.role == "mask" else stage.learning_rate, specs)
@@ -56,12 +58,19 @@ def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Mode
         zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return OptimizerState(zero, zero, nothing, nothing, direction.init(params))
 
+    def in_proportion(spec: ParamSpec, update: Array, second_moment: Array) -> Array:
+        if spec.role != "mask":
+            return update
+        mean = jnp.mean(second_moment, axis=spec.block_dims, keepdims=True)
+        return update * jnp.sqrt(second_moment / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
+
     def update(gradients: Tree, state: OptimizerState, params: Tree | None = None) -> tuple[Tree, OptimizerState]:
         norm = optax.global_norm(gradients)
         # False for a norm that is not a number, too.
         valid = norm < optimizer.skip_norm
         clip = jnp.minimum(1.0, optimizer.clip_norm / (norm + 1e-8))
         updates, moved = direction.update(jax.tree.map(lambda g: g * clip, gradients), state.direction, params)
+        updates = jax.tree.map(in_proportion, specs, updates, _second_moment(moved))
         sigma = multiplier(stage.schedule, stage.steps, state.stage_steps + 1)
 
         def delta(update: Array, rate: float, decay: float, param: Array) -> Array:
@@ -77,6 +86,11 @@ def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Mode
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def _second_moment(direction: optax.OptState) -> Tree:
+    """The running mean of squared gradients that either optimizer keeps."""
+    return direction.second_moment if isinstance(direction, AfmState) else direction.nu
 
 
 def begin_stage(state: OptimizerState) -> OptimizerState:
