@@ -16,7 +16,7 @@ from braeburn.model.spec import count
 from braeburn.model.transformer import param_specs
 from braeburn.parallel.target import parse_target
 from braeburn.plan.collectives import collectives, traffic
-from braeburn.plan.cost import Work, estimate, work_of
+from braeburn.plan.cost import Work, estimate, labelling_seconds, work_of
 from braeburn.plan.search import candidates
 from braeburn.recipes import load
 from braeburn.train.stages import compile_stage, layout_of
@@ -184,6 +184,9 @@ def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None
     assert live.teaching.attention_flops(0) == 26 * 2 * 24 * 128 * 4096 * core.batch_tokens / 2048
     assert live.mesh == mesh and live.matrix_flops == work_of(chain, "core", mesh).matrix_flops
     assert found["live"].step > found["core"].step
+    added = found["live"].step - found["core"].step
+    assert labelling_seconds(chain, "kept", mesh, target) == pytest.approx(added * chain.stages["kept"].steps)
+    assert labelling_seconds(chain, "live", mesh, target) == labelling_seconds(chain, "core", mesh, target) == 0
     # Its weights and, for each of 4,096 tokens, an id with its logarithm.
     shard = count(param_specs(wide)) / 64
     assert found["live"].memory["teacher"] == pytest.approx((4 * shard + 4096 * 8) / 2**30)

@@ -100,6 +100,21 @@ def test_the_recipes_own_layout_is_estimated_as_it_is_set() -> None:
     assert own["remat"] == "full"
 
 
+def test_the_days_in_which_a_teacher_labels_are_counted() -> None:
+    answer = braeburn("plan", "afm-on-device", "--on", "v5p:2048", "--json")
+    (target,) = json.loads(answer.out)["targets"]
+    stages, total = target["stages"], target["total"]
+    labelling = {name: stage["labelling_days"] for name, stage in stages.items()}
+    assert [name for name, days in labelling.items() if days] == ["core"]
+    # Forward alone, a third of the training of the larger model on as many tokens.
+    taught = stages["larger"]["days"]["value"] * stages["core"]["tokens"] / stages["larger"]["tokens"]
+    assert labelling["core"]["value"] == pytest.approx(taught / 3, rel=0.2)
+    productive = sum(stage["days"]["value"] for stage in stages.values()) + labelling["core"]["value"]
+    assert total["days"]["value"] == pytest.approx(productive / total["goodput"]["expected"], rel=1e-3)
+    rows = braeburn("plan", "afm-on-device", "--on", "v5p:2048", "--stage", "core").out
+    assert f"{labelling['core']['value']:.3g} V days in which the teacher labels the text" in rows
+
+
 def test_prices_and_failures_can_be_given(tmp_path: Path) -> None:
     own = tmp_path / "prices.toml"
     own.write_text("[mi300x]\nprice = 2.0\n")

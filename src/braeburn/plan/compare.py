@@ -10,7 +10,7 @@ from braeburn.catalogue import Chip, Figure, weakest
 from braeburn.config import Run
 from braeburn.errors import UserError
 from braeburn.parallel.target import Target
-from braeburn.plan.cost import MOMENTS, Estimate, divided_work, estimate_work
+from braeburn.plan.cost import MOMENTS, Estimate, divided_work, estimate_work, labelling_seconds
 from braeburn.plan.forward import FLOAT, Pass
 from braeburn.plan.goodput import goodput
 from braeburn.plan.links import Links
@@ -72,13 +72,15 @@ def _plan(
         layouts = ranked(run, name, target, found)
         first, stage = layouts[0][0], run.stages[name]
         best = first.estimate
-        seconds += best.step * stage.steps
+        labelling = labelling_seconds(first.run, name, first.sizes, target)
+        seconds += best.step * stage.steps + labelling
         confidences.append(best.confidence)
         state = max(state, (FLOAT + MOMENTS) * Pass(run, stage, first.sizes, run.models()[name].trained).shard)
         stages[name] = {
             "layouts": [describe(candidate, name) | {"compiled": said} for candidate, said in layouts[:MOST_LAYOUTS]],
             "own": _own(run, name, target),
-            "days": _figure(best.step * stage.steps / SECONDS_PER_HOUR / HOURS_PER_DAY, best.confidence),
+            "days": _days(best.step * stage.steps, best.confidence),
+            "labelling_days": _days(labelling, best.confidence) if labelling else None,
             "tokens": stage.steps * stage.batch_tokens,
             "steps": stage.steps,
             "idle_chips": target.chips - math.prod(first.sizes.sizes.values()) // chip.devices_per_chip,
@@ -175,6 +177,10 @@ def describe_estimate(found: Estimate) -> dict[str, Any]:
         "mfu": _figure(found.mfu, found.confidence),
         "tokens_per_second": _figure(found.tokens_per_second, found.confidence),
     }
+
+
+def _days(seconds: float, confidence: str) -> dict[str, Any]:
+    return _figure(seconds / SECONDS_PER_HOUR / HOURS_PER_DAY, confidence)
 
 
 def _figure(value: float, confidence: str) -> dict[str, Any]:

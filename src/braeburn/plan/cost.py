@@ -307,8 +307,12 @@ def live_teacher(run: Run, name: str) -> Model | None:
     Raises:
         UserError: the teacher is no stage, and no run with a checkpoint either.
     """
+    return None if run.stages[name].distillation.cached else _teacher(run, name)
+
+
+def _teacher(run: Run, name: str) -> Model | None:
     stage = run.stages[name]
-    if stage.teacher is None or stage.distillation.cached:
+    if stage.teacher is None:
         return None
     if stage.teacher in run.stages:
         return run.models()[stage.teacher].left
@@ -409,6 +413,22 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         memory_confidence=room.confidence,
         torus=links.torus,
     )
+
+
+def labelling_seconds(run: Run, name: str, mesh: Mesh, target: Target) -> float:
+    """Seconds in which the teacher of a stage fills its cache; 0 where it has none, or no cache.
+
+    It is taken to label as many tokens as the stage reads, each once, in the time that it would add to the steps if it
+    were at hand.
+
+    Raises:
+        UserError: the stage's teacher is not there.
+    """
+    if not (run.stages[name].distillation.cached and (teacher := _teacher(run, name))):
+        return 0.0
+    work, links = work_of(run, name, mesh), Links(target, mesh)
+    alone, taught = (estimate_work(each, target, links) for each in (work, replace(work, teacher=teacher)))
+    return (taught.step - alone.step) * work.stage.steps
 
 
 def _as_compiled(exchange: Exchange, sizes: Mesh, target: Target) -> Exchange:

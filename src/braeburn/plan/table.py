@@ -16,7 +16,7 @@ def tables(plan: dict[str, Any], most_layouts: int) -> Iterator[tuple[str, Rows,
             numbered = [*((str(rank), layout) for rank, layout in enumerate(layouts, 1)), *own]
             idle = f", {stage['idle_chips']} chips idle" if stage["idle_chips"] else ""
             yield f"{plan['recipe']} on {target['target']}, stage {name}{idle}", _layouts(numbered), "rlll"
-            yield "the first of them", _parts(layouts[0]), "ll"
+            yield "the first of them", _parts(layouts[0]) + _labelling(stage["labelling_days"]), "ll"
     if planned:
         yield "all stages", _totals(planned), "l"
     if plan["claims"]:
@@ -73,6 +73,14 @@ def _parts(layout: dict[str, Any]) -> Rows:
         *(("" if i else "exchange", row) for i, row in enumerate(collectives)),
         ("set", " ".join(f"{path}={_plain(value)}" for path, value in layout["assignments"].items())),
     ]
+
+
+def _labelling(days: dict[str, Any] | None) -> Rows:
+    return (
+        [("before", f"{figure(days)} days in which the teacher labels the text; they are in the totals")]
+        if days
+        else []
+    )
 
 
 def _plain(value: Any) -> str:
