@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -424,6 +425,20 @@ def test_full_disk(store: TokenStore, tmp_path: Path, monkeypatch: pytest.Monkey
         build(tmp_path / "labels", store)
     build(tmp_path / "labels", store)
     TeacherStore.open(tmp_path / "labels", IDENTITY)
+
+
+def test_a_disk_without_room_is_told_before_work_begins(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [790 * 12]  # at k = 3 an id of two bytes and a logarithm of two for each of three
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(teacher_store.shutil, "disk_usage", lambda folder: usage._replace(free=free[0]))
+    build(tmp_path / "labels", store)
+    free[0] -= 1
+    calls = Calls()
+    with pytest.raises(UserError, match=r"labels take 9,480 bytes and .* has 9,479 free; free some, or set data.cache"):
+        build(tmp_path / "others", store, calls)
+    assert calls.count == 0
 
 
 def test_cache_that_cannot_be_written(store: TokenStore, tmp_path: Path) -> None:

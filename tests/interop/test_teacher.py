@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from braeburn.config import Mesh, Run
+from braeburn.config import Mesh, Run, override
 from braeburn.errors import UserError
 from braeburn.interop.exchange import find_teacher
 from braeburn.model.spec import walk
+from braeburn.parallel.target import parse_target
+from braeburn.plan.cost import estimate
 from braeburn.train.compression import of_model
 from braeburn.train.stages import abstract_params, layout_of
 from support import braeburn, contents, rows
@@ -53,6 +55,13 @@ def test_weights_lie_where_and_as_they_are_wanted(finished: Path, exported: Path
     for path, value in found.items():
         assert (value.sharding, value.dtype) == (expected[path].sharding, expected[path].dtype), path
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_it_is_planned_like_the_run(finished: Path, exported: Path, tiny: Run) -> None:
+    target = parse_target("h100:8")
+    runs = {path: override(tiny, {"stages.core.teacher": str(path)}) for path in (finished, exported)}
+    ours, theirs = (estimate(run, "core", target) for run in runs.values())
+    assert theirs == ours and ours.memory["teacher"] > 0
 
 
 def test_other_weights_are_another_teacher(exported: Path, tmp_path: Path) -> None:

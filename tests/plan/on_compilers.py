@@ -90,3 +90,11 @@ def test_other_stages(where, stage):
     facts = compiled(*where, "--stage", stage)
     check(facts)
     assert facts["slices"] is None or facts["slices"]["holds"]
+
+
+@pytest.mark.parametrize("arguments", [["prune"], ["core", "--set", "stages.core.distillation.cached=false"]])
+def test_masks_and_a_teacher_take_what_is_planned(arguments):
+    facts = compiled("afm-on-device", DEVICE[1], "--stage", *arguments)
+    check(facts)
+    check_bytes(facts)
+    assert facts["memory_gib"]["required"] == pytest.approx(facts["plan"]["memory_gib"], rel=0.2)

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -69,7 +70,8 @@ def build_teacher_store(
         part_tokens: tokens in a part, but whole windows and at least one.
 
     Raises:
-        UserError: another process is building the same, a part is corrupt, or the disk is full or must not be written.
+        UserError: another process is building the same, a part is corrupt, the disk has no room for all labels or must
+            not be written.
     """
     windows_per_part = max(1, part_tokens // sequence_length)
     size = windows_per_part * sequence_length
@@ -82,7 +84,7 @@ def build_teacher_store(
         "part_tokens": size,
     }
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:20]
-    partial = directory.with_name(f"{directory.name}.partial-{key}")
+    partial, dtype = directory.with_name(f"{directory.name}.partial-{key}"), _entry_dtype(header)
     with contextlib.ExitStack() as claim:
 
         def begin() -> int:
@@ -90,7 +92,11 @@ def build_teacher_store(
                 claim.enter_context(_claim(partial, directory))
             complete = len(_complete_parts(partial))
             # Asked last: the folder may have been finished and renamed meanwhile.
-            return -(-store.tokens // size) if directory.exists() else complete
+            if directory.exists():
+                return -(-store.tokens // size)
+            if writes:
+                _check_space(directory.parent, (store.tokens - complete * size) * dtype.itemsize)
+            return complete
 
         first = first_part(begin)
         batches = batched(windows(store, sequence_length, first * windows_per_part), batch_size)
@@ -98,7 +104,7 @@ def build_teacher_store(
             for batch in batches:
                 label(batch)
         elif not directory.exists():
-            entries = _entries(batches, label, _entry_dtype(header))
+            entries = _entries(batches, label, dtype)
             _write_parts(partial, header, first, _tell_progress(entries, first * size, store.tokens, directory, log))
             with writing(directory.parent):
                 partial.rename(directory)
@@ -140,6 +146,20 @@ def _complete_parts(partial: Path) -> list[dict[str, Any]]:
     with opening(partial, FORMAT_VERSION) as manifest:
         verify(partial, _files(partial, manifest))
         return manifest["parts"]
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Refuses to begin what has no room: labelling may take days.
+
+    Raises:
+        UserError: naming what is needed and what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"no space left: the teacher's labels take {needed:,} bytes and {str(folder)!r} has {free:,} free; free "
+            f"some, or set data.cache to a folder with more"
+        )
 
 
 def _entries(batches: Iterable[Batch], label: Label, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ import jax
 from braeburn.catalogue import weakest
 from braeburn.config import Mesh, Model, Remat, Run
 from braeburn.errors import UserError
+from braeburn.interop.exchange import find_teacher
 from braeburn.model.spec import abstract, walk
 from braeburn.parallel.rules import check
 from braeburn.parallel.target import Target
@@ -19,7 +20,6 @@ from braeburn.plan.links import Factors, Links
 from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
 from braeburn.train.stages import sizes_of
-from braeburn.train.teaching import find_in_run
 
 GIB = 2**30
 
@@ -305,7 +305,7 @@ def live_teacher(run: Run, name: str) -> Model | None:
     """The model of the teacher whose weights a stage needs at hand; None where it has none, or what it says is kept.
 
     Raises:
-        UserError: the teacher is no stage, and no run with a checkpoint either.
+        UserError: the teacher is no stage, and no model with a checkpoint either.
     """
     return None if run.stages[name].distillation.cached else _teacher(run, name)
 
@@ -317,7 +317,7 @@ def _teacher(run: Run, name: str) -> Model | None:
     if stage.teacher in run.stages:
         return run.models()[stage.teacher].left
     try:
-        return find_in_run(Path(stage.teacher)).model
+        return find_teacher(Path(stage.teacher)).model
     except UserError as error:
         raise UserError(f"stages.{name}.teacher={stage.teacher!r} cannot teach: {error}") from None
 
