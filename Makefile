@@ -4,7 +4,7 @@
 #   make test    all tests, with the coverage of src
 #   make test-kill    four processes, one of which is killed at random five times over (minutes)
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
-#   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; half an hour)
+#   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
 #   make setup   .venv with everything that tests and checks need
 SHELL := /bin/bash
