@@ -432,7 +432,7 @@ def test_a_disk_without_room_is_told_before_work_begins(
 ) -> None:
     free = [790 * 12]  # at k = 3 an id of two bytes and a logarithm of two for each of three
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(teacher_store.shutil, "disk_usage", lambda folder: usage._replace(free=free[0]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free[0]))
     build(tmp_path / "labels", store)
     free[0] -= 1
     calls = Calls()

@@ -9,11 +9,12 @@ import pytest
 from rich.console import Console
 
 from braeburn.config import Run
+from braeburn.disk import check_space
 from braeburn.errors import UserError
 from braeburn.model.transformer import param_specs
 from braeburn.recipes import load
 from braeburn.train import guard
-from braeburn.train.guard import SkipCounter, StopRequest, check_space
+from braeburn.train.guard import SkipCounter, StopRequest
 from braeburn.train.metrics import flops_per_token, peak_flops
 from braeburn.train.progress import Display, duration
 from support import rows
@@ -131,11 +132,12 @@ def test_first_signal_is_remembered_and_the_second_acts() -> None:
 
 
 def test_space_for_one_checkpoint_is_required(tmp_path: Path) -> None:
-    check_space(tmp_path, 1000)
+    words = "a checkpoint takes", "free some or choose another --out"
+    check_space(tmp_path, 1000, *words)
     with pytest.raises(
         UserError, match=r"a checkpoint takes 1,000,000,000,000,000,000 bytes .* free some or choose another"
     ):
-        check_space(tmp_path, 10**18)
+        check_space(tmp_path, 10**18, *words)
 
 
 def test_rows_of_a_run(finished: Path, tiny: Run) -> None:

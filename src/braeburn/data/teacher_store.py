@@ -5,10 +5,8 @@ The teacher sees windows that start at multiples of the sequence length, and so 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -19,6 +17,7 @@ import numpy as np
 
 from braeburn.data.packing import Batch, batched, windows
 from braeburn.data.store import TokenStore, corrupt, cut, in_shards, map_file, opening, verify, write, writing
+from braeburn.disk import check_space, locked
 from braeburn.errors import UserError
 
 FORMAT_VERSION = 1
@@ -95,7 +94,9 @@ def build_teacher_store(
             if directory.exists():
                 return -(-store.tokens // size)
             if writes:
-                _check_space(directory.parent, (store.tokens - complete * size) * dtype.itemsize)
+                needed = (store.tokens - complete * size) * dtype.itemsize
+                remedy = "free some, or set data.cache to a folder with more"
+                check_space(directory.parent, needed, "the teacher's labels take", remedy)
             return complete
 
         first = first_part(begin)
@@ -122,16 +123,11 @@ def _claim(partial: Path, directory: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with writing(directory.parent):
             partial.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((partial / ".lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is writing the teacher's labels to {str(partial)!r}; wait for it to end, or stop "
-                    f"it, and start again: what is complete is kept"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+            in_use = (
+                f"another process is writing the teacher's labels to {str(partial)!r}; wait for it to end, or stop "
+                f"it, and start again: what is complete is kept"
+            )
+            held.enter_context(locked(partial / ".lock", in_use))
             if directory.exists():
                 with contextlib.suppress(OSError):
                     (partial / ".lock").unlink()
@@ -146,20 +142,6 @@ def _complete_parts(partial: Path) -> list[dict[str, Any]]:
     with opening(partial, FORMAT_VERSION) as manifest:
         verify(partial, _files(partial, manifest))
         return manifest["parts"]
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    """Refuses to begin what has no room: labelling may take days.
-
-    Raises:
-        UserError: naming what is needed and what is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"no space left: the teacher's labels take {needed:,} bytes and {str(folder)!r} has {free:,} free; free "
-            f"some, or set data.cache to a folder with more"
-        )
 
 
 def _entries(batches: Iterable[Batch], label: Label, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -1,6 +1,5 @@
 """The files of a run directory other than checkpoints, and the check that a run may go on in it."""
 
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -17,6 +16,7 @@ from typing import Any
 from braeburn import __version__
 from braeburn.atomic import write_atomically
 from braeburn.config import Run, flatten, read_run
+from braeburn.disk import locked
 from braeburn.errors import UserError
 
 # What may differ when a run goes on: how it is carried out, not what it computes.
@@ -73,16 +73,11 @@ class RunDirectory:
             raise UserError(
                 f"--out {str(self.path)!r} holds {strangers[0]!r} but no run; choose an empty or new folder"
             )
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"--out {str(self.path)!r} is in use by another process that trains there; "
-                    f"wait for it to end or stop it, or choose another --out"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        in_use = (
+            f"--out {str(self.path)!r} is in use by another process that trains there; "
+            f"wait for it to end or stop it, or choose another --out"
+        )
+        with locked(self.path / ".lock", in_use):
             yield
 
     def begun(self) -> bool:

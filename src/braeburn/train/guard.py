@@ -91,17 +91,3 @@ def writing(directory: Path) -> Iterator[None]:
         if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
             raise UserError(f"{str(directory)!r} cannot be written to; choose another folder with --out") from error
         raise
-
-
-def check_space(directory: Path, checkpoint_bytes: int) -> None:
-    """Refuses to start a run that cannot write its first checkpoint.
-
-    Raises:
-        UserError: naming what is needed and what is free.
-    """
-    free = shutil.disk_usage(directory).free
-    if checkpoint_bytes > free:
-        raise UserError(
-            f"no space left: a checkpoint takes {checkpoint_bytes:,} bytes and {str(directory)!r} has {free:,} free; "
-            f"free some or choose another --out"
-        )

@@ -15,6 +15,7 @@ from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
+from braeburn.disk import check_space
 from braeburn.errors import UserError
 from braeburn.model import transformer
 from braeburn.model.spec import Tree
@@ -24,7 +25,7 @@ from braeburn.parallel.layout import Layout
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.compression import enter, leave, of_model, use_of
 from braeburn.train.directory import RunDirectory
-from braeburn.train.guard import StopRequest, check_space, writing
+from braeburn.train.guard import StopRequest, writing
 from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.metrics import MetricsWriter, Recorder
@@ -106,7 +107,8 @@ def train(
         resumed, tokenizer = _resume_point(directory, run)
         first = next(iter(run.stages))
         state_shape = abstract_state(run, first, layouts[first])
-        check_space(directory.path, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape)))
+        checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
+        check_space(directory.path, checkpoint_bytes, "a checkpoint takes", "free some or choose another --out")
         for name, source in used_sources(run).items():
             files(name, source)  # before work begins that an exit would have to wait for
         wait_for_all("the run was checked")
