@@ -116,7 +116,7 @@ def _int4(groups: Array, along: int) -> Array:
     first = jnp.argmax(jnp.abs(groups), axis=along, keepdims=True)
     chosen = lax.broadcasted_iota(first.dtype, groups.shape, along) == first
     scale = jnp.sum(jnp.where(chosen, groups, 0), axis=along, keepdims=True) / -8
-    steps = jnp.clip(groups * _reciprocal(scale), -8, 8)  # bounds as in `_int8`
+    steps = groups * _reciprocal(scale)  # bounds as in `_int8`
     return (jnp.minimum(jnp.floor(steps + 8.5), 15) - 8) * _as_float16(scale)
 
 
