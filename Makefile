@@ -10,7 +10,8 @@
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
 #   make setup   .venv with everything that tests and checks need
-#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also -compile, -data, -docs, -gguf, -hf, -rocm, -tpu
+#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-data, -docs, -gguf, -rocm and -tpu
+#   make extra-compile, make extra-hf    the same in .venv-compile and .venv-hf
 # VENV=DIR installs into another environment than .venv.
 SHELL := /bin/bash
 VENV := .venv
@@ -34,8 +35,8 @@ NO_PYTHON := no Python from 3.11 to 3.13 with venv found; install one, or name i
 # One compilation cache for all tests and the demo of this clone.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-# $(call install,ENVIRONMENT,CONSTRAINTS,WHAT)
-install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) $(3)
+# $(call install,ENVIRONMENT,CONSTRAINTS) WHAT
+install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2)
 
 # The file that pins what an extra needs; constraints.txt for those that are not named here.
 CONSTRAINTS_compile := constraints-accelerators.txt
@@ -45,10 +46,10 @@ CONSTRAINTS_tpu := constraints-accelerators.txt
 CONSTRAINTS_docs := constraints-docs.txt
 CONSTRAINTS_hf := constraints-hf.txt
 PINS := pyproject.toml $(wildcard constraints*.txt)
-EXTRAS := compile cuda data docs gguf rocm tpu
+EXTRAS := cuda data docs gguf rocm tpu
 
-.PHONY: demo demo-on-device test test-hf test-other test-install test-kill test-slurm test-compile test-gguf setup check
-.PHONY: format benchmark-memory benchmark-startup clean extra-hf $(addprefix extra-,$(EXTRAS))
+.PHONY: demo demo-on-device test test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
+.PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -57,11 +58,11 @@ $(BIN)/python:
 
 # Stamps make a second call instant. The demo needs less than the tests do, so it has its own.
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install,$(VENV),constraints.txt,--editable .)
+	$(call install,$(VENV),constraints.txt) --editable .
 	@touch $@
 
 $(VENV)/.all: $(VENV)/.core
-	$(call install,$(VENV),constraints.txt,--editable '.[data,dev]')
+	$(call install,$(VENV),constraints.txt) --editable '.[data,dev]'
 	@touch $@
 
 setup: $(VENV)/.all
@@ -69,7 +70,7 @@ setup: $(VENV)/.all
 $(addprefix extra-,$(EXTRAS)): extra-%: $(VENV)/.extra-%
 
 $(VENV)/.extra-%: $(PINS) | $(VENV)/.core
-	$(call install,$(VENV),$(or $(CONSTRAINTS_$*),constraints.txt),--editable '.[$*]')
+	$(call install,$(VENV),$(or $(CONSTRAINTS_$*),constraints.txt)) --editable '.[$*]'
 	@touch $@
 
 demo: $(VENV)/.core
@@ -87,7 +88,7 @@ test: setup
 $(VENV)-hf/.all: $(PINS)
 	@test -n "$(PYTHON_HF)" || { echo "error: $(NO_PYTHON)" >&2; exit 2; }
 	test -e $(VENV)-hf/bin/python || $(PYTHON_HF) -m venv $(VENV)-hf
-	$(call install,$(VENV)-hf,$(CONSTRAINTS_hf),--editable '.[dev,hf]')
+	$(call install,$(VENV)-hf,$(CONSTRAINTS_hf)) --editable '.[dev,hf]'
 	@touch $@
 
 extra-hf: $(VENV)-hf/.all
@@ -97,20 +98,24 @@ test-hf: extra-hf
 
 # What broke before when Python or JAX changed, and a run from its data to its export; minutes.
 SMOKE := tests/test_config.py tests/test_cli.py tests/test_install.py tests/data tests/evaluate tests/interop \
-	tests/plan/test_hlo.py tests/parallel/test_context.py tests/train/test_step.py
+	tests/model/test_transformer.py tests/parallel/test_context.py tests/plan/test_hlo.py tests/train/test_step.py
 
 $(VENV)-other/.all: $(PINS)
 	@test -n "$(PYTHON_OTHER)" || { echo "error: no second Python from 3.11 to 3.13 found; name it: make test-other PYTHON_OTHER=/path" >&2; exit 2; }
 	test -e $(VENV)-other/bin/python || $(PYTHON_OTHER) -m venv $(VENV)-other
-	$(call install,$(VENV)-other,constraints.txt,--editable '.[data,dev]')
+	$(call install,$(VENV)-other,constraints.txt) --editable '.[data,dev]'
 	@touch $@
+
+# What `make test-other` would take; nothing where there is none.
+python-other:
+	@echo $(PYTHON_OTHER)
 
 test-other: $(VENV)-other/.all
 	$(VENV)-other/bin/python -m pytest --durations=10 $(SMOKE)
 
 # Needs the package index. uv resolves for other Pythons than its own, and without fetching gigabytes.
 $(VENV)/.uv: $(VENV)/.all
-	$(call install,$(VENV),constraints.txt,uv)
+	$(call install,$(VENV),constraints.txt) uv
 	@touch $@
 
 test-install: $(VENV)/.uv
@@ -128,10 +133,12 @@ test-slurm: setup
 $(VENV)-compile/.all: $(PINS)
 	@test -n "$(PYTHON)" || { echo "error: $(NO_PYTHON)" >&2; exit 2; }
 	test -e $(VENV)-compile/bin/python || $(PYTHON) -m venv $(VENV)-compile
-	$(call install,$(VENV)-compile,$(CONSTRAINTS_compile),--editable '.[dev,compile]')
+	$(call install,$(VENV)-compile,$(CONSTRAINTS_compile)) --editable '.[dev,compile]'
 	@touch $@
 
-test-compile: $(VENV)-compile/.all
+extra-compile: $(VENV)-compile/.all
+
+test-compile: extra-compile
 	$(VENV)-compile/bin/python -m pytest --durations=0 -s tests/plan/on_compilers.py
 
 # Apart from the other environment: building llama.cpp takes a C++ compiler and most of the half hour. From source, since
@@ -140,8 +147,8 @@ $(VENV)-gguf/.all: $(PINS)
 	@test -n "$(PYTHON)" || { echo "error: $(NO_PYTHON)" >&2; exit 2; }
 	@command -v c++ >/dev/null || { echo "error: c++ is missing; install a C++ compiler, as Debian's package g++" >&2; exit 2; }
 	test -e $(VENV)-gguf/bin/python || $(PYTHON) -m venv $(VENV)-gguf
-	$(call install,$(VENV)-gguf,constraints.txt,--editable '.[dev]')
-	$(call install,$(VENV)-gguf,constraints-llama-cpp.txt,--no-binary llama-cpp-python llama-cpp-python)
+	$(call install,$(VENV)-gguf,constraints.txt) --editable '.[dev]'
+	$(call install,$(VENV)-gguf,constraints-llama-cpp.txt) --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
 test-gguf: $(VENV)-gguf/.all
