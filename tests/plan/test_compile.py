@@ -34,7 +34,10 @@ def test_the_last_line_is_the_answer(tmp_path):
         ("raise RuntimeError('no such topology')", r"ended with code 1 \(RuntimeError: no such topology\).*child.log"),
         ("import os\nos.abort()", "ended with code -6"),
         ("sys.stdin.close()", r"ended with code 0 \(it said nothing\)"),
-        ("import os\nos.close(0)\nsys.stderr.write('a\\n\\n b  c\\n')\nos._exit(3)", r"code 3 \(b c\).*make extra-compile"),
+        (
+            "import os\nos.close(0)\nsys.stderr.write('a\\n\\n b  c\\n')\nos._exit(3)",
+            r"code 3 \(b c\).*make extra-compile",
+        ),
     ],
 )
 def test_a_child_that_fails_is_one_sentence(tmp_path, program, sentence):
