@@ -210,7 +210,8 @@ build(Path(sys.argv[1]), TokenStore.open(Path(sys.argv[2]), TOKENIZER.hash), slo
 def test_a_killed_build_goes_on(store: TokenStore, undisturbed: Path, tmp_path: Path) -> None:
     directory, lines, calls = tmp_path / "labels", list[str](), Calls()
     arguments = [sys.executable, "-c", KILLED, str(directory), str(store.directory)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == b"midway\n"
         (partial,) = tmp_path.iterdir()

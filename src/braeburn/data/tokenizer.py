@@ -107,13 +107,13 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each document with its boundary tokens, int32, on all cores."""
-        ends = self.ends
-        return [np.concatenate([[self.begin], ids, ends], dtype=np.int32) for ids in self.encode_pieces(texts)]
+        begin = np.array([self.begin], np.int32)
+        return [np.concatenate([begin, ids, self.ends]) for ids in self.encode_pieces(texts)]
 
     @property
-    def ends(self) -> list[int]:
-        """The ids that end a document: none where the next document's begin token does."""
-        return [] if self.end == self.begin else [self.end]
+    def ends(self) -> np.ndarray:
+        """The ids that end a document, int32: none where the next document's begin token does."""
+        return np.array([] if self.end == self.begin else [self.end], np.int32)
 
     def encode_pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text alone, without boundary tokens, int32, on all cores."""
