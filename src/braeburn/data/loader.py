@@ -1,5 +1,6 @@
 """Batches by step. A batch is a pure function of (seed, stage, step): resuming needs the step and nothing else."""
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -77,6 +78,7 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
     """The batches from step `start` to the last in order, read ahead by a thread or by `workers` processes.
 
     What a worker raises is raised here. Close the iterator to stop early; a worker imports the caller's main module.
+    Where the system refuses processes or what they share, as with a full /dev/shm, a thread goes on in their place.
 
     Args:
         batches: the stage's.
@@ -84,6 +86,23 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
         workers: processes; 0 reads in a thread of this one.
         prefetch: batches kept ready, for each worker.
     """
+    if workers:
+        try:
+            for batch in _read_ahead(batches, start, workers, prefetch):
+                yield batch
+                start += 1
+            return
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "data.workers=%d processes cannot read ahead (%s), since processes share things in /dev/shm: free some "
+                "room there; until then a thread of the training process reads, which changes nothing but speed",
+                workers,
+                error,
+            )
+    yield from _read_ahead(batches, start, 0, prefetch)
+
+
+def _read_ahead(batches: Batches, start: int, workers: int, prefetch: int) -> Iterator[Batch]:
     import grain
     from absl import flags
 

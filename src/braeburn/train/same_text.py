@@ -27,7 +27,7 @@ def check_text(run: Run, directory: RunDirectory, step: int, prepared: Prepared,
     Raises:
         UserError: naming the source and what accepts the change.
     """
-    if step == 0:
+    if step in (0, run.total_steps):
         return
     saved = Checkpoints(directory.path).facts(step).get("text")
     if not isinstance(saved, Mapping):
