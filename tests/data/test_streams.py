@@ -205,7 +205,7 @@ def test_zeros_behind_a_stream_are_padding(tmp_path: Path) -> None:
         ("a.parquet", JSON_LINES, "is something else, though its name says Parquet"),
         ("a.txt", b"PAR1....PAR1", "is a Parquet file, which its name does not tell"),
         ("a.txt", b"%PDF-1.7", "is a PDF file, which its name does not tell"),
-        ("a.txt", JSON_LINES, "holds JSON objects, which its name does not tell; set the source's format to 'jsonl'"),
+        ("a.txt", JSON_LINES, "holds JSON objects, which its name does not tell; name it .jsonl, or set"),
         ("c4.json.txt.gz", gzip.compress(JSON_LINES), "holds JSON objects, which its name does not tell"),
         ("a.json", b'[\n{"text": "one"}]', "is JSON, but not an object a line"),
         ("a.json", b'{\n "text": "one"\n}', "is JSON, but not an object a line"),

@@ -38,6 +38,7 @@ class Progress(BaseModel):
         documents: documents that are complete.
         characters: of the next document, which has begun if this is not 0.
         text_bytes: UTF-8 bytes of all this.
+        token_bytes: bytes that its tokens stand for.
         shards: the shards that are full.
         last: the one being written.
     """
@@ -49,6 +50,7 @@ class Progress(BaseModel):
     documents: Count = 0
     characters: Count = 0
     text_bytes: Count = 0
+    token_bytes: Count = 0
     shards: list[TokenShard] = []
     last: TokenShard | None = None
 

@@ -8,7 +8,7 @@ from braeburn.config import Source
 from braeburn.data import formats
 from braeburn.data.files import File, files
 from braeburn.data.formats import ROWS, Document, Reading
-from braeburn.data.streams import DAMAGE, kind_of, members
+from braeburn.data.streams import DAMAGE, kind_of, members, shortened
 from braeburn.errors import UserError
 
 __all__ = ["READING_VERSION", "Document", "File", "Report", "documents", "files", "is_held_out"]
@@ -132,5 +132,5 @@ def _read(name: str, source: Source, file: File, reading: Reading) -> Iterator[D
         raise UserError(f"{where} needs a package ({error}); run pip install 'braeburn[data]'") from None
     except DAMAGE as error:
         raise UserError(
-            f"{where} is unreadable, truncated or corrupt ({error}); fetch it again or leave it out"
+            f"{where} is unreadable, truncated or corrupt ({shortened(error)}); fetch it again or leave it out"
         ) from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from braeburn.config import Source
-from braeburn.data.streams import PEEK_BYTES, Member, require
+from braeburn.data.streams import PEEK_BYTES, Member, require, shortened
 from braeburn.errors import UserError
 
 CHUNK_BYTES = 2**20  # of text that is decoded at once
@@ -86,13 +86,13 @@ def format_of(source: Source, member: Member) -> str:
         return "jsonl"
     if is_json_lines:
         raise UserError(
-            f"{member.where} holds JSON objects, which its name does not tell; set the source's format to 'jsonl', or "
-            f"to 'text' to train on the JSON as it stands"
+            f"{member.where} holds JSON objects, which its name does not tell; name it .jsonl, or set the source's "
+            f"format to 'jsonl', or to 'text' to take the JSON as it stands"
         )
     if member.suffix in _TABLES:
         raise UserError(
             f"{member.where} is a table, which Braeburn does not read; write its rows as JSON lines or Parquet, or set "
-            f"the source's format to 'text' to train on it as it stands"
+            f"the source's format to 'text' to take it as it stands"
         )
     return form
 
@@ -212,7 +212,7 @@ def _parquet(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
                 number += 1
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"{member.where} is not a sound parquet file ({error}); fetch it again or leave it out"
+            f"{member.where} is not a sound parquet file ({shortened(error)}); fetch it again or leave it out"
         ) from None
 
 

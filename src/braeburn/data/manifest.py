@@ -38,7 +38,10 @@ class TokenShard(_Checked):
 
 
 class TokenManifest(_Checked):
-    """What a token store holds. `passed_over` counts what had no text, by kind."""
+    """What a token store holds. `passed_over` counts what had no text, by kind.
+
+    `text_bytes` are those of the documents' text, `token_bytes` those that the tokens stand for.
+    """
 
     format_version: Literal[2] = 2
     dtype: Literal["uint16", "uint32"]
@@ -48,6 +51,7 @@ class TokenManifest(_Checked):
     tokens: Count
     documents: Count
     text_bytes: Count
+    token_bytes: Count
     passed_over: dict[str, Count] = {}
     separator_missing: bool = False
     shards: list[TokenShard]

@@ -69,6 +69,7 @@ def build_store(
                     tokens=sum(shard.tokens for shard in shards),
                     documents=sum(shard.documents for shard in shards),
                     text_bytes=building.progress.text_bytes,
+                    token_bytes=building.progress.token_bytes,
                     passed_over=report.passed_over if report else {},
                     separator_missing=report.separator_missing if report else False,
                     shards=shards,
@@ -117,6 +118,7 @@ def _tokenise(
                 ids = np.concatenate([ids, tokenizer.ends])
             building.append(ids, piece.begins)
             progress.text_bytes += len(piece.text.encode())
+            progress.token_bytes += int(tokenizer.token_bytes[ids].sum(dtype=np.int64))
             progress.characters = 0 if piece.ends else progress.characters + len(piece.text)
             progress.documents += piece.ends
         building.record()
@@ -219,6 +221,7 @@ class TokenStore:
         tokens: how many there are.
         documents: how many documents.
         text_bytes: UTF-8 bytes of the documents' text.
+        token_bytes: bytes that the tokens stand for.
         begin: id of the token that starts a document, which is also read one past the end.
         fingerprint: a hash of the tokens and of where documents start.
         passed_over: what of the source held no text, by kind, and how often it was met.
@@ -231,6 +234,7 @@ class TokenStore:
         self.tokens = manifest.tokens
         self.documents = manifest.documents
         self.text_bytes = manifest.text_bytes
+        self.token_bytes = manifest.token_bytes
         self.begin = manifest.begin
         self.passed_over = manifest.passed_over
         self.separator_missing = manifest.separator_missing
@@ -263,6 +267,14 @@ class TokenStore:
             store = cls(directory, manifest)
             store.map_all()
         return store
+
+    @property
+    def byte_ratio(self) -> float:
+        """Bytes of the text for each byte that its tokens stand for.
+
+        They differ where a tokenizer puts a space before a document, or changes text before it splits it, as into NFC.
+        """
+        return self.text_bytes / self.token_bytes if self.token_bytes else 0.0
 
     def map_all(self) -> None:
         """Maps all files, which can then be read even when the folder is deleted."""

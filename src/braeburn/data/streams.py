@@ -76,6 +76,12 @@ class Member:
     where: str
 
 
+def shortened(message: object) -> str:
+    """What a library says, or a name, in a length that a sentence can have."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
 def kind_of(name: str) -> Kind:
     """What the name of a file tells of its bytes."""
     path = PurePosixPath(name.lower())
@@ -170,13 +176,13 @@ def _zipped(raw: IO[bytes], file: File, where: str) -> Iterator[Member]:
         archive = zipfile.ZipFile(raw)
         found = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
         for info in found:
-            inside = f"{where} member {info.filename!r}"
+            inside = f"{where} member {shortened(repr(info.filename))}"
             if info.file_size > EXPANSION_FREE_BYTES and info.file_size > MOST_EXPANSION * info.compress_size:
                 raise _bomb(inside)
             with archive.open(info) as opened:
                 yield _member(opened, file, info.filename, inside)
     except (RuntimeError, NotImplementedError) as error:  # a password, a way of compressing
-        raise UserError(f"{where} cannot be read ({error}); unpack it, and name the folder") from None
+        raise UserError(f"{where} cannot be read ({shortened(error)}); unpack it, and name the folder") from None
     if not found:
         raise UserError(f"{where} holds no file; fetch it again or leave it out")
 
@@ -192,11 +198,12 @@ def _tarred(stream: IO[bytes], file: File, where: str, passed_over: Callable[[st
                 passed_over("links in archives")
                 continue
             opened = archive.extractfile(info)
+            inside = f"{where} member {shortened(repr(info.name))}"
             if opened is None:
-                raise UserError(f"{where} member {info.name!r} is no file but a pipe or device; unpack what is wanted")
+                raise UserError(f"{inside} is no file but a pipe or device; unpack what is wanted")
             empty = False
             # Counted, since it would let itself be sought in, and fail.
-            yield _member(_Counted(opened), file, info.name, f"{where} member {info.name!r}")
+            yield _member(_Counted(opened), file, info.name, inside)
     if empty:
         raise UserError(f"{where} holds no file; fetch it again or leave it out")
 
