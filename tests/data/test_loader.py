@@ -2,10 +2,12 @@ import errno
 import hashlib
 import itertools
 import multiprocessing.synchronize
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,7 +170,7 @@ def test_a_thread_takes_over_where_processes_cannot_share_things(
     assert len(read) == 10
     assert all(same(batch, batches[2 + i]) for i, batch in enumerate(read))
     (record,) = caplog.records
-    assert "data.workers=2 processes cannot read ahead ([Errno 28] No space left on device)" in record.getMessage()
+    assert "data.workers=2 cannot read ahead (/dev/shm has no room for what they share)" in record.getMessage()
 
 
 @pytest.mark.parametrize("limit", [0, 3])
@@ -188,3 +190,14 @@ def test_training_reads_on_with_a_full_shared_memory(
     read = list(prefetch(batches, 5, workers=2, prefetch=2))
     assert len(read) == 7
     assert all(same(batch, batches[5 + i]) for i, batch in enumerate(read))
+
+
+def test_training_reads_on_when_the_stores_are_deleted(tmp_path: Path) -> None:
+    documents = [Document("", f"a{i} " * (i + 1)) for i in range(40)]
+    build_store(tmp_path / "a", documents, TOKENIZER)
+    store = TokenStore.open(tmp_path / "a", TOKENIZER.hash)
+    batches = Batches(STAGE.model_copy(update={"mixture": {"a": 1.0}}), "core", 0, {"a": store})
+    expected = [batches[step] for step in range(12)]
+    shutil.rmtree(tmp_path / "a")
+    assert all(map(same, prefetch(batches, 0, workers=2, prefetch=2), expected))
+    assert all(map(same, prefetch(batches, 0, workers=0, prefetch=2), expected))

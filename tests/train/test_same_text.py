@@ -5,14 +5,15 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
 from braeburn.config import Run, override, validate
-from braeburn.data.prepare import prepare
+from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
-from braeburn.train.same_text import check_text
+from braeburn.train.same_text import check_text, require_same_text
 from support import braeburn, events
 
 MODEL = {
@@ -113,6 +114,34 @@ def test_a_checkpoint_that_tells_of_no_text_is_gone_on_from(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "does not tell on which text" in check(run, tmp_path, {}, 5, monkeypatch)[0]
+
+
+class Coordinator:
+    """What processes tell each other."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str) -> None:
+        self._values[key] = value
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        return self._values[key]
+
+
+def test_processes_with_other_text_than_the_main_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator = Coordinator()
+    monkeypatch.setattr("braeburn.parallel.agreement._coordinator", lambda: coordinator)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def come(index: int, **fingerprints: str) -> None:
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        require_same_text(Prepared(None, {}, {}, fingerprints))  # type: ignore[arg-type]
+
+    come(0, web="a", books="b")
+    come(1, web="a", books="b")
+    with pytest.raises(UserError, match=r"^process 1 reads other text than process 0 in data\.sources\.books; give "):
+        come(1, web="a", books="c")
 
 
 def test_a_checkpoint_tells_of_its_text(finished: Path) -> None:

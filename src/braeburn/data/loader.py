@@ -1,5 +1,6 @@
 """Batches by step. A batch is a pure function of (seed, stage, step): resuming needs the step and nothing else."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ from itertools import islice
 from braeburn.config import Stage
 from braeburn.data.mixture import Mixture, derive_key
 from braeburn.data.packing import Batch, Sequences, batched, stack, windows
-from braeburn.data.store import TokenStore
+from braeburn.data.store import Deleted, TokenStore
 from braeburn.data.teacher_store import TeacherStore
 
 
@@ -78,7 +79,8 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
     """The batches from step `start` to the last in order, read ahead by a thread or by `workers` processes.
 
     What a worker raises is raised here. Close the iterator to stop early; a worker imports the caller's main module.
-    Where the system refuses processes or what they share, as with a full /dev/shm, a thread goes on in their place.
+    Where processes cannot be had, as with a full /dev/shm, or find that the store was deleted, which this process still
+    has open, a thread goes on in their place.
 
     Args:
         batches: the stage's.
@@ -92,12 +94,13 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
                 yield batch
                 start += 1
             return
-        except OSError as error:
+        except (OSError, Deleted) as error:
+            what = "/dev/shm has no room for what they share" if getattr(error, "errno", 0) == errno.ENOSPC else error
             logging.getLogger(__name__).warning(
-                "data.workers=%d processes cannot read ahead (%s), since processes share things in /dev/shm: free some "
-                "room there; until then a thread of the training process reads, which changes nothing but speed",
+                "warning: the processes of data.workers=%d cannot read ahead (%s); a thread of the training process "
+                "reads in their place, which changes nothing but speed",
                 workers,
-                error,
+                what,
             )
     yield from _read_ahead(batches, start, 0, prefetch)
 

@@ -343,16 +343,21 @@ def cut(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[
     ]
 
 
+class Deleted(UserError):
+    """A store's file is gone that this process had not opened yet."""
+
+
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
     """A file's values, read as they are used; an empty file cannot be mapped.
 
     Raises:
-        UserError: it was deleted.
+        Deleted: it is not there any more.
+        UserError: this process may open no more files.
     """
     try:
         return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
     except FileNotFoundError:
-        raise UserError(
+        raise Deleted(
             f"{str(path)!r} was deleted while it was in use; run the same command again, which builds it anew"
         ) from None
     except OSError as error:

@@ -31,7 +31,7 @@ from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
-from braeburn.train.same_text import check_text
+from braeburn.train.same_text import check_text, require_same_text
 from braeburn.train.stages import (
     Program,
     abstract_params,
@@ -126,6 +126,7 @@ def train(
             own = tokenizer if main else Tokenizer.load(directory.tokenizer)
             prepared = prepare(run, display.say, own, verified_for=str(directory.path.absolute()))
             check_text(run, directory, resumed or 0, prepared, display.say)
+            require_same_text(prepared)
             check_tokenizers(run, teachers, prepared.tokenizer)
             loop = _Loop(run, directory, layouts, teachers, prepared, ahead, display, stop, heartbeat, follow)
             if main:

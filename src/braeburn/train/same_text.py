@@ -1,12 +1,15 @@
-"""The check that a run goes on with the text that it was begun with."""
+"""The checks that a run goes on with the text that it was begun with, the same in all its processes."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 
+import jax
+
 from braeburn.config import Run
 from braeburn.data.prepare import Prepared
 from braeburn.errors import UserError
+from braeburn.parallel.agreement import said_by_main
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 
@@ -53,3 +56,18 @@ def check_text(run: Run, directory: RunDirectory, step: int, prepared: Prepared,
     details = {name: {"before": saved[name], "now": now} for name, now in changed.items()}
     directory.event("text_changed", step=step, accepted=fingerprint, sources=details)
     say(f"going on from step {step} with changed text of {' and '.join(changed)}, as data.accept says")
+
+
+def require_same_text(prepared: Prepared) -> None:
+    """Refuses to train where the processes of a run have different text, each from its own disk.
+
+    Raises:
+        UserError: naming the sources, in the process that differs from the main one.
+    """
+    of_main = json.loads(said_by_main("the text of the run", json.dumps(prepared.fingerprints)))
+    different = [name for name, own in prepared.fingerprints.items() if own != of_main.get(name)]
+    if different:
+        raise UserError(
+            f"process {jax.process_index()} reads other text than process 0 in data.sources.{' and '.join(different)}; "
+            f"give all machines the same files, or one that they share"
+        )
