@@ -382,12 +382,21 @@ def test_what_a_builder_left_is_not_believed_when_it_is_damaged(tmp_path: Path, 
 
 
 def test_leftovers_are_removed_but_not_those_of_the_living_or_of_teachers(tmp_path: Path) -> None:
-    names = ["old.partial-1", "new.partial-1", "locked.partial-1", "old.teacher-abc.partial-1", "s.partial-1"]
+    names = [
+        "old.partial-1",
+        "new.partial-1",
+        "locked.partial-1",
+        "old.teacher-abc.partial-1",
+        "s.partial-1",
+        "my.partial-1",
+    ]
     old = time.time() - 8 * 86400
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokens-00000.bin").touch()
         (tmp_path / name / ".lock").touch()
+        if name == "my.partial-1":
+            (tmp_path / name / "notes.txt").touch()
         if name != "new.partial-1":
             for path in (*(tmp_path / name).iterdir(), tmp_path / name):
                 os.utime(path, (old, old))
@@ -395,7 +404,7 @@ def test_leftovers_are_removed_but_not_those_of_the_living_or_of_teachers(tmp_pa
         fcntl.flock(lock, fcntl.LOCK_EX)
         build_store(tmp_path / "s", DOCUMENTS, TOKENIZER)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["locked.partial-1", "new.partial-1", "old.teacher-abc.partial-1", "s"]
+    assert left == ["locked.partial-1", "my.partial-1", "new.partial-1", "old.teacher-abc.partial-1", "s"]
 
 
 def test_long_documents_have_the_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

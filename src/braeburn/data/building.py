@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -27,6 +28,7 @@ RECORD_SECONDS = 5.0
 UNLOCKED_SECONDS = 3600.0
 # What a killed builder left of text that nobody asked for again.
 ABANDONED_SECONDS = 7 * 86400.0
+_MADE = re.compile(r"\.lock|\.?progress\.json|manifest\.json|(tokens|documents)-\d+\.bin")
 _LABELS = ".teacher-"  # in the names of a teacher's labels, which have a builder of their own
 
 
@@ -197,7 +199,7 @@ def claim(directory: Path, key: str, dtype: np.dtype, shard_tokens: int) -> Iter
     with contextlib.ExitStack() as held:
         building = None
         for folder in sorted(directory.parent.glob(f"{directory.name}.partial-*")):
-            lock = _try_lock(folder)
+            lock = _try_lock(folder) if _is_builders(folder) else None
             if lock is None:
                 continue
             progress = _progress(folder, key, dtype)
@@ -252,6 +254,14 @@ def _try_lock(folder: Path) -> IO[bytes] | None:
     return file
 
 
+def _is_builders(folder: Path) -> bool:
+    """Whether all that is in a folder is what builders make; anything else is someone's own."""
+    try:
+        return all(_MADE.fullmatch(path.name) for path in folder.iterdir())
+    except OSError:
+        return False
+
+
 def _age(folder: Path) -> float:
     """Seconds since something in a folder was written."""
     try:
@@ -263,7 +273,7 @@ def _age(folder: Path) -> float:
 def _sweep(parent: Path) -> None:
     """Removes what killed builders of other stores left long ago; a teacher's labels are not touched."""
     for folder in parent.glob("*.partial-*"):
-        if _LABELS not in folder.name and _age(folder) > ABANDONED_SECONDS:
+        if _LABELS not in folder.name and _is_builders(folder) and _age(folder) > ABANDONED_SECONDS:
             with contextlib.suppress(OSError):
                 lock = _try_lock(folder)
                 if lock is not None:
