@@ -92,6 +92,17 @@ def test_other_kinds_of_parquet_columns(tmp_path: Path) -> None:
         read(table(tmp_path / "d.parquet", [["a"], ["b"]]))
 
 
+def test_a_text_stored_once_for_many_rows_does_not_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braeburn.data.formats.PARQUET_BATCH_BYTES", 2**20)
+    path = table(tmp_path / "a.parquet", ["x" * 100_000] * 300)
+    assert path.stat().st_size < 20_000
+    before = pyarrow.total_allocated_bytes()
+    stream = documents("books", Source(paths=(str(path),)))
+    assert len(next(stream).text) == 100_000
+    assert pyarrow.total_allocated_bytes() - before < 4 * 2**20
+    assert sum(1 for _ in stream) == 299
+
+
 NEWLINES = {"unix": "\n", "dos": "\r\n", "mac": "\r"}
 
 

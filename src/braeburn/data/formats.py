@@ -25,7 +25,8 @@ LARGEST_PYTHON_BYTES = 64 * 2**20
 ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 # Suffixes of what could be decoded as text, but is none to train on as it is.
 _TABLES = (".csv", ".tsv")
-_PARQUET_ROWS = 256
+_PARQUET_ROWS = 256  # of which no more are read at once, and fewer where they may be long
+PARQUET_BATCH_BYTES = 2**30
 _NULL_ROWS, _EMPTY_ROWS = "rows whose text is null", "rows without text"
 
 
@@ -206,7 +207,8 @@ def _parquet(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
         if str(held) not in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"):
             raise UserError(f"{member.where} holds {held} in the column {field_name!r}, not text; {fix}")
         number = 0
-        for batch in table.iter_batches(_PARQUET_ROWS, columns=[field_name]):
+        rows_at_once = _rows_at_once(table.metadata, field_name)
+        for batch in table.iter_batches(rows_at_once, columns=[field_name]):
             for value in batch.column(0):
                 yield _cell(value, f"{member.where} row {number}")
                 number += 1
@@ -214,6 +216,17 @@ def _parquet(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
         raise UserError(
             f"{member.where} is not a sound parquet file ({shortened(error)}); fetch it again or leave it out"
         ) from None
+
+
+def _rows_at_once(metadata: Any, column: str) -> int:
+    """Rows to read at once: a text that is stored once may stand in many rows, each as long as all that is stored."""
+    longest = 1
+    for group in range(metadata.num_row_groups):
+        chunks = metadata.row_group(group)
+        for index in range(chunks.num_columns):
+            if chunks.column(index).path_in_schema == column:
+                longest = max(longest, chunks.column(index).total_uncompressed_size)
+    return max(4, min(_PARQUET_ROWS, PARQUET_BATCH_BYTES // longest))
 
 
 def _cell(value: Any, where: str) -> str | None:
