@@ -275,7 +275,7 @@ class _Raw(io.RawIOBase):
 
 
 class _Counted:
-    """A stream that counts the bytes read from it."""
+    """A stream that counts the bytes read from it. Whoever opened the stream closes it."""
 
     closed = False
 
@@ -287,6 +287,9 @@ class _Counted:
         data = self._stream.read(size)
         self.count += len(data)
         return data
+
+    def close(self) -> None:
+        pass
 
 
 class _Bounded:
