@@ -190,3 +190,15 @@ def test_the_fingerprint_is_that_of_the_tokens_not_of_the_files(run: Run, tmp_pa
     third = prepare(run, print, first.tokenizer)
     assert third.fingerprints["web"] != first.fingerprints["web"]
     assert third.fingerprints["books"] == first.fingerprints["books"]
+
+
+def test_evaluation_leaves_the_text_to_train_on_alone(run: Run, tmp_path: Path) -> None:
+    tokenizer = prepare(run, print).tokenizer
+    run = override(run, {"data.cache": str(tmp_path / "another")})
+    prepared = prepare(run, print, tokenizer, only_held_out=True)
+    assert prepared.train == {}
+    assert {name for name, store in prepared.held_out.items() if store and store.documents > 5} == {"web", "books"}
+    assert sorted(path.name.rpartition("-")[0] for path in (tmp_path / "another/stores").iterdir()) == [
+        "books-held-out",
+        "web-held-out",
+    ]

@@ -49,6 +49,7 @@ def prepare(
     *,
     proceed: Callable[[], None] = lambda: None,
     verified_for: str | None = None,
+    only_held_out: bool = False,
 ) -> Prepared:
     """Trains or loads the tokenizer, then builds or opens the stores of every source that a stage draws from.
 
@@ -59,6 +60,7 @@ def prepare(
         proceed: called about once a second, from any thread. What it raises ends the work; what was tokenised stays.
         verified_for: the run directory that the text is for; contents of stores are checked once for each, and with
             None every time.
+        only_held_out: leaves the text to train on alone, as evaluation does; `train` and `fingerprints` are empty.
 
     Raises:
         UserError: a source, the tokenizer, the cache or their sizes do not fit.
@@ -78,9 +80,9 @@ def prepare(
         )
     own = tokenizer
 
-    def stores(name: str) -> tuple[TokenStore, TokenStore]:
-        both = []
-        for side in (False, True):
+    def stores(name: str) -> list[TokenStore]:
+        opened = []
+        for side in (True,) if only_held_out else (False, True):
             fingerprint = _fingerprint(listed[name], own.hash, run.data.held_out, side, FORMAT_VERSION)
             directory = cache / "stores" / f"{name}-{'held-out' if side else 'train'}-{fingerprint}"
             if not directory.exists():
@@ -89,21 +91,22 @@ def prepare(
                 texts = documents(name, sources[name], side, run.data.held_out, report)
                 build_store(directory, texts, own, proceed=proceed, report=report)
                 log(f"tokenised {directory.name} in {time.perf_counter() - began:.1f} s")
-            both.append(TokenStore.open(directory, own.hash, verified_for))
+            opened.append(TokenStore.open(directory, own.hash, verified_for))
             proceed()
-        train, held_out = both
-        for line in _account(name, sources[name], run.data.held_out, train, held_out):
-            log(line)
-        return train, held_out
+        if not only_held_out:
+            for line in _account(name, sources[name], run.data.held_out, *opened):
+                log(line)
+        return opened
 
     # Two at a time: while one is read, which takes Python, another is tokenised, which does not.
     with ThreadPoolExecutor(2) as pool:
-        pairs = dict(zip(sources, pool.map(stores, sources), strict=True))
+        opened = dict(zip(sources, pool.map(stores, sources), strict=True))
+    both = {} if only_held_out else opened
     return Prepared(
         tokenizer,
-        {name: train for name, (train, _) in pairs.items()},
-        {name: held_out if held_out.documents else None for name, (_, held_out) in pairs.items()},
-        {name: _fingerprint(train.fingerprint, held_out.fingerprint) for name, (train, held_out) in pairs.items()},
+        {name: train for name, (train, _) in both.items()},
+        {name: sides[-1] if sides[-1].documents else None for name, sides in opened.items()},
+        {name: _fingerprint(*(side.fingerprint for side in sides)) for name, sides in both.items()},
         verified_for,
     )
 

@@ -49,7 +49,7 @@ def evaluate_held_out(trained: Trained) -> dict[str, dict[str, float]]:
     Raises:
         UserError: the run has no held-out text.
     """
-    prepared = prepare(trained.run, lambda line: None, trained.tokenizer)
+    prepared = prepare(trained.run, lambda line: None, trained.tokenizer, only_held_out=True)
     stores = {source: store for source, store in prepared.held_out.items() if store is not None}
     if not stores:
         raise UserError("the run holds out no text; name files with --data")
