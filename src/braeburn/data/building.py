@@ -91,6 +91,7 @@ class Building:
         self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._recorded = time.monotonic()
+        self._in_full_shards = sum(shard.tokens for shard in progress.shards)
         self._open: tuple[_Growing, _Growing] | None = None
         if progress.last is not None:
             self._reopen(progress.last)
@@ -98,7 +99,7 @@ class Building:
     @property
     def tokens(self) -> int:
         """Tokens written so far."""
-        return sum(shard.tokens for shard in self.progress.shards) + (self._open[0].count if self._open else 0)
+        return self._in_full_shards + (self._open[0].count if self._open else 0)
 
     def append(self, tokens: np.ndarray, starts_document: bool) -> None:
         """Writes tokens, of which the first may start a document, into as many shards as they need."""
@@ -164,6 +165,7 @@ class Building:
         shard = self._shard()
         self.close()
         self.progress.shards.append(shard)
+        self._in_full_shards += shard.tokens
 
     def _reopen(self, last: TokenShard) -> None:
         """Goes on with the files of a shard after what is known of them."""
