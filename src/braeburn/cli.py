@@ -315,33 +315,51 @@ def generate(
     directory: RunFolder,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given repeatedly.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens only; 0 is all.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; the model's own default without it, or 0.8.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Sample among the k likeliest tokens only; 0 is all, unless the model says."),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")
-    ] = 1.0,
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Lay prompts out by the model's chat template, as a user's messages.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with the newest checkpoint."""
     _begin_computing()
-    from braeburn.evaluate.generate import generate
+    from braeburn.evaluate.chat import encode_chat
+    from braeburn.evaluate.generate import generate, sampling_defaults
     from braeburn.train.trained import load
 
     trained = load(directory)
     tokenizer = trained.tokenizer
+    if chat:
+        prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in prompt]
+    else:
+        prompts = [tokenizer.encode_prompt(text) for text in prompt]
+    default, not_applied = sampling_defaults(tokenizer.sampling)
+    if not_applied:
+        print(f"the model asks for {', '.join(not_applied)}, which is not applied here", file=sys.stderr)
+    if greedy:
+        temperature = 0.0
     continuations = generate(
         trained.params,
-        [[tokenizer.begin, *tokenizer.encode(text)] for text in prompt],
+        prompts,
         trained.model,
         trained.run.precision,
         max_new_tokens=max_new_tokens,
-        temperature=0.0 if greedy else temperature,
-        top_k=top_k or None,
-        top_p=top_p,
+        temperature=default.temperature if temperature is None else temperature,
+        top_k=default.top_k if top_k is None else top_k or None,
+        top_p=default.top_p if top_p is None else top_p,
         seed=seed,
-        stop_id=tokenizer.end,
+        stop_ids=tokenizer.stops,
     )
     texts = [tokenizer.decode(tokens) for tokens in continuations]
     if as_json:
@@ -351,7 +369,9 @@ def generate(
         ]
         _print_json({"step": trained.step, "samples": samples})
         return
-    print("\n---\n".join(before + text for before, text in zip(prompt, texts, strict=True)))
+    if not chat:
+        texts = [before + text for before, text in zip(prompt, texts, strict=True)]
+    print("\n---\n".join(texts))
 
 
 @app.command()

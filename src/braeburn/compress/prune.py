@@ -35,7 +35,7 @@ from braeburn.train.loop import calibration, train
 from braeburn.train.stages import abstract_params, layout_of, model_at
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch
-from braeburn.train.trained import found_run, ordinary_step
+from braeburn.train.trained import found_run, ordinary_step, read_tokenizer
 
 STAGE = "prune"
 # Of the tokens that a run has seen, those that masks are learned on: 188B of 6.3T (arXiv 2407.21075).
@@ -77,7 +77,7 @@ def prune(
             f"--tokens {tokens} is for learned masks, and --method {pruning.method} cuts at once; leave one out"
         )
     run = read_run(directory)
-    step, tokenizer = ordinary_step(run, directory), Tokenizer.load(directory / "tokenizer.json")
+    step, tokenizer = ordinary_step(run, directory), read_tokenizer(directory)
     model, length = model_at(run, step)
     model = model.model_copy(update={"max_position_embeddings": length})
     try:

@@ -98,7 +98,11 @@ def _tokenizer(
     run: Run, sources: dict[str, Source], fingerprints: dict[str, str], cache: Path, log: Callable[[str], None]
 ) -> Tokenizer:
     if run.data.tokenizer is not None:
-        return Tokenizer.load(run.data.tokenizer)
+        try:
+            # A model that is trained from scratch sees no text without a begin token before it.
+            return Tokenizer.load(run.data.tokenizer).beginning_prompts()
+        except UserError as error:
+            raise UserError(f"data.tokenizer: {error}, or leave data.tokenizer unset to train one") from None
     fingerprint = _fingerprint(fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES_PER_ENTRY)
     path = cache / "tokenizers" / f"{fingerprint}.json"
     if path.exists():

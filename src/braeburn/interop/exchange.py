@@ -119,7 +119,7 @@ def _placed(values: np.ndarray, wanted: Any) -> jax.Array:
 
 def _tokenizer_of(model: Model, path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, once it is sure that the model has a row for each token."""
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path, "restore the tokenizer files that belong to the model")
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{str(path)!r} has {tokenizer.vocab_size} entries but the model only {model.vocab_size} rows; "

@@ -6,8 +6,8 @@ model that normalises its queries and keys is a Qwen3, one that does not is a Ll
 
 import json
 import math
-import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -83,23 +83,15 @@ def write(
             f"a Llama; train with d_model={-(-model.d_model // model.num_heads) * model.num_heads} or with qk_norm=true"
         )
     parameters = checked(params, model, tokenizer)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    ids = {"bos_token_id": tokenizer and tokenizer.begin, "eos_token_id": tokenizer and tokenizer.end}
+    partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex}")
+    ids = tokenizer.special_ids() if tokenizer else {"bos_token_id": None, "eos_token_id": None}
     try:
         partial.mkdir(parents=True)
         _write_json(partial / "config.json", _config(model, max_position_embeddings) | ids)
-        _write_json(partial / "generation_config.json", ids)
+        _write_json(partial / "generation_config.json", tokenizer.generation_config() if tokenizer else ids)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
-            settings = {
-                # The class that takes tokenizer.json as it is; the one of the family puts a normaliser in front.
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": max_position_embeddings,
-                "model_input_names": ["input_ids", "attention_mask"],
-                "clean_up_tokenization_spaces": False,
-                "bos_token": tokenizer.token(tokenizer.begin),
-                "eos_token": tokenizer.token(tokenizer.end),
-            }
+            settings = tokenizer.tokenizer_config() | {"model_max_length": max_position_embeddings}
             _write_json(partial / "tokenizer_config.json", settings)
         _write_weights(partial, tensors_of(param_specs(model), _NAMES), parameters, max_shard_bytes)
         partial.rename(directory)
@@ -145,6 +137,8 @@ def _write_weights(
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({tensor.name: tensor.exported(parameters) for tensor in shard}, directory / name, {"format": "pt"})
+        # safetensors makes files that only their owner may read.
+        (directory / name).chmod((directory / "config.json").stat().st_mode)
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -126,7 +126,7 @@ def train(
             if main:
                 # Nothing was written until here, where no mistake of the user's is left to be found.
                 directory.write_config(run, origins or {})
-                prepared.tokenizer.save(directory.tokenizer)
+                prepared.tokenizer.save_all(directory.path)
             return loop
 
         return main_first("text was prepared", begin).run_from(resumed, stop_after_steps)
@@ -360,7 +360,7 @@ class _Loop:
     def _save(self, state: TrainState) -> None:
         step = int(state.step)
         self.heartbeat.phase("saving")
-        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json):
+        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.to_json()):
             self.directory.event("checkpoint", step=step)
 
     def _evaluate(self, program: Program, params: Tree, model: Model) -> dict[str, dict[str, float]]:

@@ -27,7 +27,7 @@ from braeburn.parallel.rules import check
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.compression import of_model
 from braeburn.train.stages import abstract_params, model_at
-from braeburn.train.trained import ordinary_step
+from braeburn.train.trained import ordinary_step, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def find_in_run(path: Path) -> Teacher:
     step = ordinary_step(run, directory, int(path.name) if is_checkpoint else None)
     return Teacher(
         model=model_at(run, step)[0],
-        tokenizer=Tokenizer.load(directory / "tokenizer.json").hash,
+        tokenizer=read_tokenizer(directory).hash,
         identity=lambda: files_identity(directory / "checkpoints" / str(step)),
         read=lambda params: checkpoints.restore_params(step, params),
     )
