@@ -21,6 +21,18 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Far beyond any model that is published; without a limit, one wrong digit would take all memory before it is noticed.
+LARGEST_SIZES = {
+    "vocab_size": 2**24,
+    "d_model": 2**20,
+    "num_layers": 10_000,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "ffn_dim": 2**24,
+}
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -41,13 +53,13 @@ class Model(_Frozen):
     `max_position_embeddings` is the longest sequence that weights from elsewhere were made for; 0 where none were.
     """
 
-    vocab_size: Size
-    d_model: Size
-    num_layers: Size
-    num_heads: Size
-    num_kv_heads: Size
-    head_dim: Size
-    ffn_dim: Size
+    vocab_size: Annotated[int, Field(gt=0, le=LARGEST_SIZES["vocab_size"])]
+    d_model: Annotated[int, Field(gt=0, le=LARGEST_SIZES["d_model"])]
+    num_layers: Annotated[int, Field(gt=0, le=LARGEST_SIZES["num_layers"])]
+    num_heads: Annotated[int, Field(gt=0, le=LARGEST_SIZES["num_heads"])]
+    num_kv_heads: Annotated[int, Field(gt=0, le=LARGEST_SIZES["num_kv_heads"])]
+    head_dim: Annotated[int, Field(gt=0, le=LARGEST_SIZES["head_dim"])]
+    ffn_dim: Annotated[int, Field(gt=0, le=LARGEST_SIZES["ffn_dim"])]
     qk_norm: bool = True
     tied_embeddings: bool = True
     norm_epsilon: Positive = 1e-5

@@ -6,8 +6,11 @@ number of thousands of digits. None of this may hang, fill the memory or end in 
 
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from braeburn.errors import UserError
 
@@ -92,3 +95,25 @@ def _reason(error: Exception) -> str:
         return "it is not UTF-8 text"
     message = str(error).partition("\n")[0]
     return message.partition("; use sys.")[0] or type(error).__name__
+
+
+Foreign = TypeVar("Foreign", bound=BaseModel)
+
+
+def validated(kind: type[Foreign], contents: Mapping[str, Any], path: str, fix: str) -> Foreign:
+    """The fields of a JSON object that are read, once each has the type that it must have.
+
+    Args:
+        kind: names the fields and their types; it ignores all others.
+        contents: the object.
+        path: names the file in errors.
+        fix: what the user can do if a field has another type.
+
+    Raises:
+        UserError: naming the first field of another type, and its value.
+    """
+    try:
+        return kind.model_validate(contents)
+    except ValidationError as error:
+        field = str(error.errors()[0]["loc"][0])
+        raise UserError(f"{path!r}: {field} cannot be {shown(contents.get(field))}; {fix}") from None

@@ -196,14 +196,25 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (config_with(model_type="mixtral"), "model_type='mixtral' cannot be imported; choose a model of type llama or"),
+        (
+            config_with(model_type="mixtral"),
+            "model_type='mixtral' cannot be imported; choose a model of type llama, mistral or",
+        ),
         (config_without("model_type"), "model_type=None cannot be imported"),
         (config_with(attention_bias=True), "attention_bias=True cannot be imported; choose"),
         (config_with(mlp_bias=True), "mlp_bias=True cannot be imported"),
-        (config_with(use_sliding_window=True), "use_sliding_window=True cannot be imported"),
         (
-            config_with(layer_types=["full_attention", "sliding_attention"]),
-            "layer_types='sliding_attention' cannot be imported",
+            config_with(use_sliding_window=True, sliding_window=64, max_window_layers=1),
+            "use_sliding_window=True with sliding_window=64 cannot be imported",
+        ),
+        (
+            config_with(layer_types=["full_attention", "sliding_attention"], sliding_window=64),
+            "layer_types='sliding_attention' with sliding_window=64 cannot be imported",
+        ),
+        (config_with(layer_types=["chunked_attention"]), "layer_types='chunked_attention' cannot be imported"),
+        (
+            config_with(model_type="mistral", max_position_embeddings=8192),
+            "model_type='mistral' with sliding_window=4096 cannot be imported",
         ),
         (config_with(rope_scaling=YARN), "rope_type='yarn' cannot be imported; choose a model with rope_type default"),
         (config_with(rope_scaling={"rope_type": "linear"}), "rope_type='linear' lacks factor"),
@@ -215,7 +226,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (config_without("hidden_size"), "hidden_size=None is not a size"),
         (config_with(num_hidden_layers="two"), "num_hidden_layers='two' is not a size"),
         (config_with(num_key_value_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
-        (config_with(rms_norm_eps=0), "norm_epsilon=0 is not valid"),
+        (config_with(rms_norm_eps=0), "norm_epsilon=0.0 is not valid"),
         (config_with(intermediate_size=128), "has the shape .96, 64., not .128, 64.; download the two again"),
         (config_with(num_hidden_layers=3), "model.layers.2.input_layernorm.weight and 10 more is missing"),
         (config_with(tie_word_embeddings=False), "unlike its config.json: lm_head.weight is missing; download"),

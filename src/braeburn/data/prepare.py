@@ -107,7 +107,7 @@ def _tokenizer(
     path = cache / "tokenizers" / f"{fingerprint}.json"
     if path.exists():
         try:
-            return Tokenizer.load(path)
+            return Tokenizer.load(path).beginning_prompts()
         except UserError:
             log(f"warning: the trained tokenizer {str(path)!r} is corrupt; training it again")
     began = time.perf_counter()

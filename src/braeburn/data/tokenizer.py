@@ -107,6 +107,8 @@ class Tokenizer:
         self._special = {token.content: i for i, token in added.items() if token.special}
         self.prefix, self.suffix = _around_text(tokenizer)
         self._set_boundaries(settings, origin)
+        # Where the tokenizer's own files name an end and no begin, chat templates know none, either.
+        self._names_begin = begins_prompts or settings.begin is not None or settings.end is None
         if begins_prompts and self.prefix != (self.begin,):
             self.prefix, self.suffix = (self.begin,), ()
             tokenizer.post_processor = _begin_template(self.token(self.begin), self.begin)
@@ -241,14 +243,11 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
-            "bos_token": self.token(self.begin),
-            "eos_token": self.token(self.end),
+            **self.named_tokens(),
             # The post-processor of tokenizer.json says the same; these are for software that reads no post-processor.
             "add_bos_token": self.prefix == (self.begin,),
             "add_eos_token": self.suffix == (self.end,),
         }
-        if self.padding is not None:
-            settings["pad_token"] = self.token(self.padding)
         if isinstance(self.chat_template, dict):
             settings["chat_template"] = [
                 {"name": name, "template": template} for name, template in self.chat_template.items()
@@ -260,6 +259,15 @@ class Tokenizer:
     def generation_config(self) -> dict[str, Any]:
         """The contents of `generation_config.json`."""
         return {**self.special_ids(), **self.sampling}
+
+    def named_tokens(self) -> dict[str, str]:
+        """The tokens that have a part, by their names in `tokenizer_config.json` and in chat templates."""
+        tokens = {"eos_token": self.token(self.end)}
+        if self._names_begin:
+            tokens["bos_token"] = self.token(self.begin)
+        if self.padding is not None:
+            tokens["pad_token"] = self.token(self.padding)
+        return tokens
 
     def special_ids(self) -> dict[str, Any]:
         """The ids of boundary and padding tokens, as `config.json` and `generation_config.json` hold them."""

@@ -8,12 +8,12 @@ reader serves a downloaded model, a run directory and a checkpoint.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from braeburn.errors import UserError
-from braeburn.reading import is_regular, read_object, read_text, shown
+from braeburn.reading import Foreign, is_regular, read_object, read_text, validated
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -37,8 +37,6 @@ SAMPLING_FIELDS = (
     "no_repeat_ngram_size",
     "max_new_tokens",
 )
-
-Foreign = TypeVar("Foreign", bound=BaseModel)
 
 
 class _Token(BaseModel):
@@ -142,24 +140,17 @@ def parse_settings(contents: Mapping[str, Any], folder: str) -> Settings:
         UserError: a field has another type.
     """
 
-    def validated(kind: type[Foreign], name: str) -> Foreign:
-        try:
-            return kind.model_validate(contents.get(name, {}))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            value = contents[name]
-            place = problem["loc"][0] if problem["loc"] else "its contents"
-            if isinstance(value, dict) and place in value:
-                value = value[place]
-            path = str(Path(folder) / name)
-            raise UserError(
-                f"{path!r}: {place} cannot be {shown(value)}; download it again or correct that field"
-            ) from None
+    def read(kind: type[Foreign], name: str) -> Foreign:
+        own = contents.get(name, {})
+        path = str(Path(folder) / name)
+        if not isinstance(own, dict):
+            raise UserError(f"{path!r} holds no JSON object; download it again")
+        return validated(kind, own, path, "download it again or correct that field")
 
-    tokenizer = validated(_TokenizerConfig, TOKENIZER_CONFIG)
-    special = validated(_SpecialTokens, SPECIAL_TOKENS)
-    generation = validated(_Generation, GENERATION_CONFIG)
-    model = validated(_Ids, MODEL_CONFIG)
+    tokenizer = read(_TokenizerConfig, TOKENIZER_CONFIG)
+    special = read(_SpecialTokens, SPECIAL_TOKENS)
+    generation = read(_Generation, GENERATION_CONFIG)
+    model = read(_Ids, MODEL_CONFIG)
 
     template = contents.get(CHAT_TEMPLATE) or tokenizer.chat_template
     if isinstance(template, list):

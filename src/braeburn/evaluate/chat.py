@@ -44,9 +44,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
                     f"the prompt contains {token!r}, which in a conversation is a marker and not text; take it out of "
                     f"the prompt, or leave --chat out, where it is text"
                 )
-    named = {"bos_token": tokenizer.begin, "eos_token": tokenizer.end, "pad_token": tokenizer.padding}
-    tokens = {name: tokenizer.token(i) for name, i in named.items() if i is not None}
-    return tokenizer.encode_markup(render(source, messages, tokens))
+    return tokenizer.encode_markup(render(source, messages, tokenizer.named_tokens()))
 
 
 def render(source: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
