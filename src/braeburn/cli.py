@@ -292,16 +292,25 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="FILE", hidden=True)
     ] = None,  # --data FILE ... takes several
     field: Annotated[str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")] = "text",
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens that the model sees at once; as many as in training without it."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens from window to window; with fewer than in one, windows overlap."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
     _begin_computing()
-    from braeburn.evaluate.text import evaluate_files, evaluate_held_out
+    from braeburn.evaluate.text import Windows, evaluate_files, evaluate_held_out
     from braeburn.train.trained import load
 
     trained = load(directory)
     texts = [*(data or []), *(more or [])]
-    results = evaluate_files(trained, texts, field) if texts else evaluate_held_out(trained)
+    windows = Windows(sequence_length, stride)
+    results = evaluate_files(trained, texts, field, windows) if texts else evaluate_held_out(trained, windows)
     if as_json:
         _print_json({"step": trained.step, "results": results})
         return

@@ -23,7 +23,7 @@ from braeburn.data.corpus import Document
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_TOKENS = 2**25  # held in memory until the shard is full
 BATCH_BYTES = 4 * 2**20  # text that is encoded at once
 
@@ -48,13 +48,16 @@ def build_store(
         _remove_abandoned(directory)
         try:
             partial.mkdir()
-            text_bytes, shards = 0, list[dict[str, Any]]()
+            text_bytes = token_bytes = 0
+            shards = list[dict[str, Any]]()
 
             def encoded() -> Iterator[np.ndarray]:
-                nonlocal text_bytes
+                nonlocal text_bytes, token_bytes
                 for texts in _batches(documents):
                     text_bytes += sum(len(text.encode()) for text in texts)
-                    yield from tokenizer.encode_documents(texts)
+                    for tokens in tokenizer.encode_documents(texts):
+                        token_bytes += int(tokenizer.token_bytes[tokens].sum(dtype=np.int64))
+                        yield tokens
 
             dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
             for index, (tokens, starts) in enumerate(in_shards(encoded(), dtype, shard_tokens)):
@@ -72,6 +75,7 @@ def build_store(
                 "tokens": sum(shard["tokens"] for shard in shards),
                 "documents": sum(shard["documents"] for shard in shards),
                 "text_bytes": text_bytes,
+                "token_bytes": token_bytes,
                 "shards": shards,
             }
             write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -162,6 +166,7 @@ class TokenStore:
         self.tokens: int = manifest["tokens"]
         self.documents: int = manifest["documents"]
         self.text_bytes: int = manifest["text_bytes"]
+        self.token_bytes: int = manifest["token_bytes"]
         self.begin: int = manifest["begin"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shard_tokens: int = manifest["shard_tokens"]
@@ -183,6 +188,14 @@ class TokenStore:
             store = cls(directory, manifest)
             verify(directory, _files(directory, manifest))
         return store
+
+    @property
+    def byte_ratio(self) -> float:
+        """Bytes of the text for each byte that its tokens stand for.
+
+        They differ where a tokenizer puts a space before a document, or changes text before it splits it, as into NFC.
+        """
+        return self.text_bytes / self.token_bytes if self.token_bytes else 0.0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens in [start, stop), int32. Position `tokens` holds a begin token, the target of the last token.

@@ -63,7 +63,7 @@ def render(source: str, messages: Sequence[Message], tokens: Mapping[str, str]) 
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise UserError("--chat needs Jinja; run pip install jinja2 in Braeburn's environment") from None
+        raise UserError("--chat needs Jinja; run pip install 'jinja2>=3.1.6'") from None
 
     class GenerationBlock(Extension):
         """`{% generation %}`, which marks the assistant's words for training; here it is what stands inside."""

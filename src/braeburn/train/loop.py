@@ -373,7 +373,7 @@ class _Loop:
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
                 placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
-                results[source] = measure(evaluate, params, placed)
+                results[source] = measure(evaluate, params, placed, store.byte_ratio)
         return results
 
     def _evaluator(self, model: Model, layout: Layout) -> Evaluate:
