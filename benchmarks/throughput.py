@@ -58,15 +58,15 @@ def peak_memory() -> tuple[int, str]:
 
 def attention_backend(run: "Run", stage: "Stage") -> str:
     """The back end that the stage's attention runs on."""
-    import jax
     import jax.numpy as jnp
 
-    from braeburn.model.attention import Request, select
+    from braeburn.model.attention import Request, select, traced_for
 
     model = run.model
     dtype = jnp.dtype(run.precision.compute)
     heads = (model.num_heads, model.num_kv_heads, model.head_dim)
-    return select(Request(jax.default_backend(), dtype, stage.sequence_length, *heads)).name
+    platform, capability = traced_for()
+    return select(Request(platform, dtype, stage.sequence_length, *heads, compute_capability=capability)).name
 
 
 def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Chip:
     dimensions: Literal[0, 2, 3] = 0  # of a TPU slice's torus
     max_slice: Count = 0  # chips in the largest slice of TPUs
     device_kinds: tuple[str, ...] = ()  # what JAX calls its devices
+    compute_capability: tuple[int, int] | None = None  # of NVIDIA's GPUs
     flags: tuple[Flag, ...] = ()  # with which programs are compiled for it
 
     @property

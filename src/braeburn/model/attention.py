@@ -18,7 +18,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from braeburn.catalogue import chip_of
 from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.model import cudnn
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.context import (
     ATTENTION,
@@ -36,7 +38,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What is known about a call when it is traced; `ring` passes keys from shard to shard, else they are gathered."""
+    """What is known about a call when it is traced.
+
+    Attributes:
+        platform: "cpu", "tpu", "cuda" or "rocm".
+        dtype: of queries, keys and values.
+        sequence_length: tokens of the whole sequence.
+        num_heads: of the queries on this device.
+        num_kv_heads: of its keys and values.
+        head_dim: of each head.
+        context_shards: devices that share out a sequence.
+        ring: whether keys travel from shard to shard; otherwise they are gathered.
+        compute_capability: of an NVIDIA GPU, as (9, 0); None where it is unknown.
+    """
 
     platform: str
     dtype: jnp.dtype
@@ -46,6 +60,7 @@ class Request:
     head_dim: int
     context_shards: int = 1
     ring: bool = False
+    compute_capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +89,9 @@ def attention(
     `mesh`; the sum of all devices' losses is what it can be differentiated for. Each back end gives its result, with
     what its backward pass needs besides, the name "attention".
     """
+    platform, compute_capability = traced_for()
     request = Request(
-        platform=_platform(),
+        platform=platform,
         dtype=query.dtype,
         sequence_length=query.shape[1] * mesh.context,
         num_heads=query.shape[2],
@@ -83,14 +99,29 @@ def attention(
         head_dim=query.shape[3],
         context_shards=mesh.context,
         ring=mesh.context > 1 and mesh.context_attention == "ring",
+        compute_capability=compute_capability,
     )
     return select(request).run(query, key, value, segment_ids, mesh)
 
 
-def _platform() -> str:
-    """That of the devices which the traced program is for; they need not be there."""
+def traced_for() -> tuple[str, tuple[int, int] | None]:
+    """The platform of the devices that the traced program is for, and of NVIDIA GPUs their compute capability.
+
+    The devices need not be there. JAX calls the GPUs of all makers "gpu": what is installed here tells which they are,
+    and GPUs that are not here are NVIDIA's, since no others can be compiled for without them.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device and device.platform else jax.default_backend()
+    platform = (device and device.platform) or jax.default_backend()
+    if platform not in ("gpu", "cuda", "rocm"):
+        return platform, None
+    here = jax.local_devices()[0] if jax.default_backend() == "gpu" else None
+    if here and "rocm" in here.client.platform_version.lower():
+        return "rocm", None
+    if here and (device is None or device.device_kind == here.device_kind):
+        major, minor = here.compute_capability.split(".")
+        return "cuda", (int(major), int(minor))
+    chip = chip_of(device.device_kind) if device else None
+    return platform.replace("gpu", "cuda"), chip.compute_capability if chip else None
 
 
 @functools.cache
@@ -109,24 +140,52 @@ def select(request: Request) -> Backend:
 
 
 def cudnn_attention(query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE) -> Array:
-    """The fused kernel of cuDNN; documents are told apart by a mask of one byte a pair of positions."""
-    key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
-    visible = segment_ids[:, None, :, None] == key_ids[:, None, None, :]
-    whole = mesh.context == 1
-    if not whole:
-        positions = token_indices(query.shape[1], axis_index(CONTEXT, mesh), mesh.context)
-        visible &= positions[:, None] >= jnp.arange(key.shape[1])
-    output = jax.nn.dot_product_attention(query, key, value, mask=visible, is_causal=whole, implementation="cudnn")
-    return checkpoint_name(output, ATTENTION)
+    """The fused kernel of cuDNN, told where documents begin and end."""
+    return cudnn.packed_attention(query, key, value, segment_ids, mesh)
 
 
 def _why_not_cudnn(request: Request) -> str | None:
-    if request.platform not in ("gpu", "cuda"):
+    if reason := _why_no_kernel_of_cudnn(request):
+        return reason
+    if request.compute_capability and request.compute_capability < (9, 0):
+        major, minor = request.compute_capability
+        return f"it needs a GPU of compute capability 9.0 to keep documents apart without a mask, not {major}.{minor}"
+    if cudnn.too_long(request.sequence_length, request.num_heads, request.head_dim):
+        return f"it counts the elements of a sequence in 31 bits, too few for {request.sequence_length} tokens"
+    return None
+
+
+def _why_no_kernel_of_cudnn(request: Request) -> str | None:
+    """Why cuDNN's attention takes no such heads, whatever tells documents apart."""
+    if request.platform != "cuda":
         return "it needs an NVIDIA GPU"
     if request.dtype not in (jnp.bfloat16, jnp.float16):
         return "it computes in 16 bits only"
     if request.head_dim % 8 or request.head_dim > 128:
         return f"it needs a head_dim that is a multiple of 8 up to 128, not {request.head_dim}"
+    return None
+
+
+# Longest sequence whose mask is formed: 128 MiB.
+MASKED_LENGTH = 8192
+
+
+def cudnn_masked_attention(
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE
+) -> Array:
+    """The fused kernel of cuDNN under a mask of the sequence's length squared, for GPUs before Hopper."""
+    key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
+    positions = token_indices(query.shape[1], axis_index(CONTEXT, mesh), mesh.context)
+    causal = positions[:, None] >= jnp.arange(key.shape[1])
+    visible = causal & (segment_ids[:, :, None] == key_ids[:, None, :])
+    return cudnn.masked_attention(query, key, value, visible)
+
+
+def _why_not_masked(request: Request) -> str | None:
+    if reason := _why_no_kernel_of_cudnn(request):
+        return reason
+    if request.sequence_length > MASKED_LENGTH:
+        return f"it forms a mask for each sequence, at most {MASKED_LENGTH} tokens long, not {request.sequence_length}"
     return None
 
 
@@ -303,6 +362,7 @@ def cached_attention(
 
 BACKENDS = (
     Backend("cudnn", _why_not_cudnn, cudnn_attention),
+    Backend("cudnn-masked", _why_not_masked, cudnn_masked_attention),
     Backend("splash", _why_not_splash, splash_attention),
     Backend("blocked", lambda request: None, blocked_attention),
 )

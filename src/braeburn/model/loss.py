@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.model.linear import flat, linear
 from braeburn.parallel.collectives import FSDP, TENSOR, all_gather, all_max, all_sum, axis_index, reduce_scatter
 
 # Float32 logits that exist at once: 256 MiB.
@@ -65,7 +66,7 @@ def whole(chunks: Array, total: int) -> Array:
 
 def chunk_logits(hidden_BTD: Array, head_DV: Array) -> Float[Array, "B T V"]:
     """Float32 logits of a chunk of tokens."""
-    return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    return linear(hidden_BTD, head_DV, jnp.float32)
 
 
 def places(count: int, mesh: Mesh) -> Int[Array, " V"]:
@@ -143,7 +144,7 @@ def _blocks(hidden_BTD: Array, head: Array, mesh: Mesh) -> tuple[Array, Array]:
 
 def block_logits(hidden_BTD: Array, rows: Int[Array, " R"], head_RD: Array) -> Float[Array, "B T R"]:
     """Float32 logits of all tokens at the rows of a gathered block, minus infinity at those that fill it up."""
-    logits = jnp.einsum("BTD,RD->BTR", hidden_BTD, head_RD, preferred_element_type=jnp.float32)
+    logits = linear(hidden_BTD, head_RD.T, jnp.float32)
     return jnp.where(rows >= 0, logits, -jnp.inf)
 
 
@@ -248,8 +249,8 @@ def gradients_by_chunks(
     def step(head_gradient: Array, chunk: tuple[Array, tuple[Any, ...]]) -> tuple[Array, tuple[Any, Array]]:
         hidden_BTD, tokens = chunk
         slope, sums = one_chunk(chunk_logits(hidden_BTD, head_DV), *tokens)
-        hidden_gradient = jnp.einsum("BTV,VD->BTD", slope, head_VD)
-        head_gradient += jnp.einsum("BTV,BTD->VD", slope, hidden_BTD, preferred_element_type=jnp.float32)
+        hidden_gradient = linear(slope, head_VD)
+        head_gradient += linear(flat(slope).T, flat(hidden_BTD), jnp.float32)
         return head_gradient, (sums, hidden_gradient)
 
     chunks = jax.tree.map(lambda array: chunked(array, length), (hidden, tokens))
@@ -282,8 +283,8 @@ def gradients_by_blocks(
         rows, shard, *others = block
         head_RD = all_gather(shard, FSDP, 1, mesh)
         slope = one_block(block_logits(hidden, rows, head_RD), rows, *others)
-        hidden_gradient += jnp.einsum("BTR,RD->BTD", slope, head_RD, preferred_element_type=jnp.float32)
-        gradient_RD = jnp.einsum("BTR,BTD->RD", slope, hidden, preferred_element_type=jnp.float32)
+        hidden_gradient += linear(slope, head_RD, jnp.float32)
+        gradient_RD = linear(flat(slope).T, flat(hidden), jnp.float32)
         return hidden_gradient, reduce_scatter(gradient_RD.astype(reduce_dtype), FSDP, 1, mesh).astype(head.dtype)
 
     hidden_gradient, head_gradient = jax.lax.scan(step, jnp.zeros(hidden.shape, jnp.float32), blocks)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from braeburn.config import NO_OFFLOAD, ONE_DEVICE, Mesh, Model, Offload, Precision, Remat
 from braeburn.model import rope
 from braeburn.model.attention import attention, cached_attention
+from braeburn.model.linear import linear
 from braeburn.model.loss import cross_entropy
 from braeburn.model.spec import LAYERS, ParamSpec, Tree
 from braeburn.model.weights import gathered
@@ -153,11 +154,11 @@ def layer(
     with jax.named_scope("ffn"):
         normal_BTD = gather_tokens(rms_norm(x_BTD, weights["ffn_norm"], epsilon), mesh)
         state = observe("embed", normal_BTD, state)
-        gate_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", normal_BTD, weights["gate"].astype(dtype)), "ffn_gate")
-        up_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", normal_BTD, weights["up"].astype(dtype)), "ffn_up")
+        gate_BTF = checkpoint_name(linear(normal_BTD, weights["gate"].astype(dtype)), "ffn_gate")
+        up_BTF = checkpoint_name(linear(normal_BTD, weights["up"].astype(dtype)), "ffn_up")
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
         state = observe("ffn", hidden_BTF, state)
-        output_BTD = scatter_tokens(jnp.einsum("BTF,FD->BTD", hidden_BTF, weights["down"].astype(dtype)), mesh)
+        output_BTD = scatter_tokens(linear(hidden_BTF, weights["down"].astype(dtype)), mesh)
         return x_BTD + checkpoint_name(output_BTD, "ffn_output"), state
 
 
