@@ -426,7 +426,11 @@ def import_(
 
     run = import_huggingface(hf_dir, out)
     result = {"out": str(out), "model": run.model.model_dump(mode="json")}
-    _print_json(result) if as_json else print(f"imported {str(hf_dir)!r} into {str(out)!r}")
+    if as_json:
+        _print_json(result)
+        return
+    print(f"imported {str(hf_dir)!r} into {str(out)!r}")
+    print(f"a recipe trains on with model=Model.from_directory({str(out)!r}) and initial_weights={str(out)!r}")
 
 
 @app.command()

@@ -69,6 +69,36 @@ class Model(_Frozen):
     scan_layers: bool = True
     max_position_embeddings: Count = 0
 
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "Model":
+        """The model of a run directory's newest checkpoint or of one of its checkpoints, as `braeburn import` makes it.
+
+        A recipe that trains on from it names the directory as `initial_weights`, too.
+
+        Raises:
+            UserError: it is no run directory, or holds no checkpoint.
+        """
+        path = Path(directory).expanduser()
+        step = None
+        if path.parent.name == "checkpoints" and path.name.isdigit():
+            step = int(path.name)
+            path = path.parent.parent
+        try:
+            run = read_run(path)
+        except UserError as error:
+            raise UserError(
+                f"Model.from_directory({str(directory)!r}): {error}; a Hugging Face directory is made one by "
+                f"`braeburn import`"
+            ) from None
+        found = sorted(int(each.name) for each in (path / "checkpoints").glob("*") if each.name.isdigit())
+        if not found or (step is not None and step not in found):
+            raise UserError(
+                f"Model.from_directory({str(directory)!r}): there is no such checkpoint; train for at least one, or "
+                f"name one of {found}"
+            )
+        model, length = run.model_at(found[-1] if step is None else step)
+        return model.model_copy(update={"max_position_embeddings": length})
+
     @model_validator(mode="after")
     def _check(self) -> "Model":
         if self.num_heads % self.num_kv_heads:
@@ -397,13 +427,18 @@ class StageModels(NamedTuple):
 
 
 class Run(_Frozen):
-    """One complete training run."""
+    """One complete training run.
+
+    `initial_weights` is a directory whose weights and tokenizer training starts from, in the place of random weights: a
+    run directory, one of its checkpoints, or a Hugging Face directory. `Model.from_directory` gives its model.
+    """
 
     name: str
     model: Model
     stages: dict[str, Stage]
     data: Data = Data()
     optimizer: Optimizer = AfmOptimizer()
+    initial_weights: str | None = None
     seed: Count = 0
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
@@ -425,6 +460,18 @@ class Run(_Frozen):
                 return name, stage, step - first
             first += stage.steps
         raise IndexError(f"step {step} lies beyond the run's {first} steps")
+
+    def model_at(self, step: int) -> tuple[Model, int]:
+        """The model as left after `step` steps, and the longest sequence that it was trained on by then, in tokens."""
+        model = self.model
+        length = model.max_position_embeddings
+        first = 0
+        for stage, models in zip(self.stages.values(), self.models().values(), strict=True):
+            if first < step:
+                model = models.left if step >= first + stage.steps else models.trained
+                length = max(length, stage.sequence_length)
+            first += stage.steps
+        return model, length
 
     def models(self) -> dict[str, StageModels]:
         """The model of each stage: pruning makes it narrower for all that follow, a RoPE base holds for its stage."""

@@ -102,7 +102,11 @@ def prune(
         batches = _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
         scores = scores_of(pruning, model, state.params, layout, run.precision, run.seed, batches)
         state = cut(state, scores, pruning, model, of_model(layout, smaller))
-    left = validate(run.model_copy(update={"name": f"{run.name}-pruned", "model": smaller, "stages": {}}).model_dump())
+    left = validate(
+        run.model_copy(
+            update={"name": f"{run.name}-pruned", "model": smaller, "stages": {}, "initial_weights": None}
+        ).model_dump()
+    )
     found_run(out, left, state, tokenizer, "prune", directory)
     shutil.rmtree(work, ignore_errors=True)
     return smaller
@@ -125,7 +129,7 @@ def _pruning_run(
         **dict.fromkeys(("quantization", "teacher", "rope_base")),
     }
     stages = {STAGE: first.model_copy(update=changes)}
-    update = {"model": model, "stages": stages, "checkpoint": Checkpoint(every_steps=200)}
+    update = {"model": model, "stages": stages, "checkpoint": Checkpoint(every_steps=200), "initial_weights": None}
     return override(validate(run.model_copy(update=update).model_dump()), assignments)
 
 

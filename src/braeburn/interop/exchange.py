@@ -94,7 +94,7 @@ def find_teacher(path: Path) -> Teacher:
     model, tokenizer_file = huggingface.describe(path)
     return Teacher(
         model=model,
-        tokenizer=_tokenizer_of(model, tokenizer_file).hash,
+        tokenizer=_tokenizer_of(model, tokenizer_file),
         identity=lambda: files_identity(path),
         read=lambda params: jax.tree.map(_placed, huggingface.read(path)[1], params),
     )

@@ -28,6 +28,7 @@ from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest, writing
 from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
+from braeburn.train.initial import initial_weights
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
 from braeburn.train.stages import (
@@ -38,6 +39,7 @@ from braeburn.train.stages import (
     initial_state,
     layout_of,
     stage_optimizer,
+    started_state,
 )
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch
@@ -105,6 +107,9 @@ def train(
         held.enter_context(writing(directory.path))
         main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
         resumed, tokenizer = _resume_point(directory, run)
+        start = initial_weights(run, directory.path, resumed, find_teacher)
+        if start and tokenizer is None:
+            tokenizer = start.tokenizer
         first = next(iter(run.stages))
         state_shape = abstract_state(run, first, layouts[first])
         checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
@@ -115,7 +120,7 @@ def train(
         used, present = layouts[first].num_devices, len(jax.devices())
         if used < present:
             display.say(f"using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
-        ahead = _Ahead(run, layouts, teachers, resumed)
+        ahead = _Ahead(run, layouts, teachers, resumed, start)
 
         def begin() -> _Loop:
             # Other processes go on with the tokenizer of the main one, and its token stores where they share a cache.
@@ -135,14 +140,35 @@ def train(
 class _Ahead:
     """What the first stage to run needs of the compiler, worked on in a thread while text is being tokenised."""
 
-    def __init__(self, run: Run, layouts: dict[str, Layout], teachers: dict[str, Teacher], resumed: int | None):
+    def __init__(
+        self,
+        run: Run,
+        layouts: dict[str, Layout],
+        teachers: dict[str, Teacher],
+        resumed: int | None,
+        start: Teacher | None = None,
+    ):
+        """Begins the work.
+
+        Args:
+            run: the run.
+            layouts: of its stages.
+            teachers: of its stages that have one.
+            resumed: the step to go on from; None to begin.
+            start: holds the weights to begin with; None for random ones.
+        """
         worker = ThreadPoolExecutor(1)
         self.programs: dict[str, Future[Program]] = {}
         if resumed != run.total_steps:
             name = run.stage_at(resumed or 0)[0]
             teacher = live_model(run, name, teachers)
             self.programs[name] = worker.submit(compile_stage, run, name, layouts[name], teacher)
-        self.state = worker.submit(initial_state, run, layouts[next(iter(run.stages))]) if resumed is None else None
+        layout = layouts[next(iter(run.stages))]
+        self.state = None
+        if resumed is None and start:
+            self.state = worker.submit(started_state, run, layout, start.read)
+        elif resumed is None:
+            self.state = worker.submit(initial_state, run, layout)
         worker.shutdown(wait=False)
 
 
