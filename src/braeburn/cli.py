@@ -391,6 +391,11 @@ def prune(
     tokens: Annotated[
         int | None, typer.Option(min=1, metavar="T", help="To learn masks on; 3% of the run's without it.")
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Text to learn from; without it, that which the run was trained on."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")] = "text",
     method: Annotated[
         str, typer.Option(help="soft_top_k learns what stays; activation, magnitude and random only cut.")
     ] = "soft_top_k",
@@ -400,7 +405,7 @@ def prune(
     """Cut FFN units off the newest checkpoint: a smaller run to evaluate, export or train on."""
     from pydantic import ValidationError
 
-    from braeburn.config import Pruning, explain_validation_error, parse_assignment
+    from braeburn.config import Pruning, Source, explain_validation_error, parse_assignment
 
     try:
         pruning = Pruning.model_validate({"keep": {"ffn": ffn}, "method": method})
@@ -410,7 +415,8 @@ def prune(
     _begin_computing()
     from braeburn.compress.prune import prune
 
-    model = prune(directory, out, pruning, tokens, changes)
+    text = Source(paths=tuple(data), field=field) if data else None
+    model = prune(directory, out, pruning, tokens, changes, text)
     result = {"out": str(out), "model": model.model_dump(mode="json")}
     _print_json(result) if as_json else print(f"pruned {str(directory)!r} to ffn_dim={ffn} into {str(out)!r}")
 
