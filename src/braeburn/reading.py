@@ -52,12 +52,18 @@ def parse_json(text: str) -> Any:
     """The value that JSON text stands for.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or holds an integer of thousands of digits.
+        ValueError: it is no JSON, nested too deeply, or holds an integer of thousands of digits or half a character.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            # Half of a character in two parts is a string to Python, but to nothing else.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a string in it has half of a surrogate pair") from None
 
 
 def read_object(path: Path, fix: str) -> dict[str, Any]:

@@ -151,3 +151,11 @@ def test_an_import_is_pruned_on_files(imported: Path, corpus: Path, tmp_path: Pa
     assert answer.code == 0, answer.err
     assert load(tmp_path / "out").params["layers"]["down"].shape == (2, 96, 64)
     assert load(tmp_path / "out").run.optimizer.kind == "adamw"
+
+
+def test_an_import_leaves_alone_what_it_did_not_make(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / ".run.partial").mkdir()
+    (tmp_path / ".run.partial" / "work.txt").write_text("years of it")
+    assert braeburn("import", exported, "--out", tmp_path / "run").code == 0
+    assert (tmp_path / ".run.partial" / "work.txt").read_text() == "years of it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.partial", "run"]

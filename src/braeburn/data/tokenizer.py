@@ -23,7 +23,7 @@ from braeburn.data.tokenizer_settings import (
     read_settings,
 )
 from braeburn.errors import UserError
-from braeburn.reading import parse_json, read_text
+from braeburn.reading import parse_json, read_text, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,7 +34,6 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SMALLEST_VOCABULARY = 257  # every byte and the document boundary
-LARGEST_VOCABULARY = 2**24  # the largest that is published has 262,144 entries
 # Begin tokens in order of preference where no file names one, each with the end tokens that go with it.
 _BOUNDARIES = {
     END_OF_TEXT: (),
@@ -86,8 +85,7 @@ class Tokenizer:
             begins_prompts: whether prompts begin with the begin token, whatever the tokenizer's own files say.
 
         Raises:
-            UserError: it has no token to begin a document, a token that `settings` name is not there, or an id is too
-                large.
+            UserError: it has no token to begin a document, or a token that `settings` name is not there.
         """
         settings = settings or Settings()
         # A saved tokenizer may truncate or pad, which would lose text without a word.
@@ -97,11 +95,6 @@ class Tokenizer:
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if self.vocab_size > LARGEST_VOCABULARY:
-            raise UserError(
-                f"{origin} has a token of the id {self.vocab_size - 1}, and ids are below {LARGEST_VOCABULARY}; "
-                f"restore the original file"
-            )
         added = tokenizer.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._special = {token.content: i for i, token in added.items() if token.special}
@@ -155,11 +148,13 @@ class Tokenizer:
         found = self._tokenizer.token_to_id(name)
         if found is None and required:
             raise UserError(
-                f"{origin} has no token {name!r}, which the files beside it name as {field}; "
+                f"{origin} has no token {shown(name)}, which the files beside it name as {field}; "
                 f"restore the files that belong together"
             )
         if found is None:
-            logging.getLogger(__name__).warning("%s has no token %r, named as %s; it is left out", origin, name, field)
+            logging.getLogger(__name__).warning(
+                "%s has no token %s, named as %s; it is left out", origin, shown(name), field
+            )
         return found
 
     @property

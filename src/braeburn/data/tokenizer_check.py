@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 SECONDS = 120.0
+LONGEST_REASON = 200  # characters; the library repeats what it cannot read
 MEMORY_BYTES = 16 * 2**30
+LARGEST_VOCABULARY = 2**24  # the largest that is published has 262,144 entries
 
 # Only what its standard input holds, and what this process goes on to do with it.
 _PROGRAM = f"""
@@ -21,6 +23,10 @@ except (ImportError, ValueError, OSError):
     pass
 import tokenizers
 tokenizer = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode("utf-8"))
+# Some of the library's functions count from 0 to the largest id, others make a list as long.
+largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+if largest >= {LARGEST_VOCABULARY}:
+    sys.exit(f"error: a token has the id {{largest}}, and ids are below {LARGEST_VOCABULARY}")
 tokenizer.no_truncation()
 tokenizer.no_padding()
 for text in ("The cat, 3 mats.\\n", "caf\\u00e9 \\u4e00", ""):
@@ -59,4 +65,5 @@ def _reason(code: int, errors: str) -> str:
     if code < 0 or not last:
         return "the tokenizers library crashes on it"
     # "Exception: text", "pyo3_runtime.PanicException: text"
-    return last.partition(": ")[2] or last
+    reason = last.partition(": ")[2] or last
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."

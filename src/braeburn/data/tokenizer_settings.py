@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, FiniteFloat
 
 from braeburn.errors import UserError
 from braeburn.reading import Foreign, is_regular, read_object, read_text, validated
@@ -77,14 +77,14 @@ class _Generation(_Ids):
     """The fields of `generation_config.json` that are read."""
 
     do_sample: bool | None = None
-    temperature: float | None = None
+    temperature: FiniteFloat | None = None
     top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    epsilon_cutoff: float | None = None
-    eta_cutoff: float | None = None
-    repetition_penalty: float | None = None
+    top_p: FiniteFloat | None = None
+    min_p: FiniteFloat | None = None
+    typical_p: FiniteFloat | None = None
+    epsilon_cutoff: FiniteFloat | None = None
+    eta_cutoff: FiniteFloat | None = None
+    repetition_penalty: FiniteFloat | None = None
     no_repeat_ngram_size: int | None = None
     max_new_tokens: int | None = None
 

@@ -1,6 +1,5 @@
 """Run directories to and from the files of other software."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from braeburn.config import Model, Precision, Run
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.interop import gguf, huggingface
+from braeburn.reading import read_object
 from braeburn.train.state import TrainState
 from braeburn.train.teaching import Teacher, files_identity, find_in_run
 from braeburn.train.trained import found_run, load
@@ -103,8 +103,8 @@ def find_teacher(path: Path) -> Teacher:
 def _is_huggingface(path: Path) -> bool:
     """Whether a folder's config.json is that of transformers; a run directory has one too."""
     try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "model_type" in read_object(path / "config.json", "restore it")
+    except UserError:
         return False
 
 

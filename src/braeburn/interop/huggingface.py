@@ -86,8 +86,10 @@ def write(
     parameters = checked(params, model, tokenizer)
     partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex}")
     ids = tokenizer.special_ids() if tokenizer else {"bos_token_id": None, "eos_token_id": None}
+    made = False
     try:
         partial.mkdir(parents=True)
+        made = True
         _write_json(partial / "config.json", write_config(model, max_position_embeddings) | ids)
         _write_json(partial / "generation_config.json", tokenizer.generation_config() if tokenizer else ids)
         if tokenizer is not None:
@@ -99,7 +101,8 @@ def write(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{str(directory)!r} cannot be written ({error}); free space or name another folder") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if made:  # what this call did not make is not its to remove
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_weights(
@@ -178,9 +181,9 @@ def _weight_files(directory: Path) -> list[Path]:
     weight_map = validated(_Index, read_object(index, fix), str(index), fix).weight_map
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not 0 < len(name) < 256:
             raise UserError(
-                f"{str(index)!r} names the file {shown(name)}, which is outside of {str(directory)!r}; {fix}"
+                f"{str(index)!r} names the file {shown(name)}, which is no file in {str(directory)!r}; {fix}"
             )
     return [directory / name for name in names]
 
