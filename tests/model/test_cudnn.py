@@ -15,8 +15,8 @@ from braeburn.parallel.context import zigzag
 
 
 def span_rows(array, lengths, offsets):
-    """The tokens of each span in an array [B, T, N, H], as cuDNN finds them: [spans, T, N, H], and which are its own."""
-    batch, length, heads, head_dim = array.shape
+    """Where cuDNN finds the tokens of each span of an array [B, T, N, H]: [spans, T], and which are its own."""
+    length, heads, head_dim = array.shape[1:]
     flat = offsets.reshape(-1)[: lengths.size]
     tokens = flat[:, None] // (heads * head_dim) + jnp.arange(length)
     own = jnp.arange(length) < lengths.reshape(-1)[:, None]
@@ -94,11 +94,6 @@ def inputs(lengths, heads=4, kv_heads=2, head_dim=8, seed=0):
     return query, key, value, segments
 
 
-def plain(query, key, value, segments):
-    """Attention and its gradients in plain XLA, for comparison."""
-    return attention.blocked_attention(query, key, value, segments)
-
-
 def results(run, query, key, value, segments):
     def total(query, key, value):
         output = run(query, key, value, segments)
@@ -166,7 +161,8 @@ def test_batches_whose_offsets_would_overflow_are_split(emulation, monkeypatch):
 def test_offsets_count_the_elements_of_each_array_and_the_lengths_add_up():
     query, key = jnp.zeros((2, 10, 4, 8)), jnp.zeros((2, 10, 2, 8))
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 3], [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]])
-    spans, own = cudnn.find_documents(segments).of_call(0)
+    documents = cudnn.find_documents(segments)
+    spans = documents.spans(0)
     given = cudnn.operands(query, key, spans, spans)
     lengths = np.zeros((2, cudnn.SPANS), int)
     lengths[0, :3], lengths[1, :2] = [3, 6, 1], [7, 3]
@@ -177,7 +173,7 @@ def test_offsets_count_the_elements_of_each_array_and_the_lengths_add_up():
     flat = np.append(tokens, [20, 20]).reshape(2, -1)
     np.testing.assert_array_equal(given.query_offsets, flat * 32)
     np.testing.assert_array_equal(given.key_offsets, flat * 16)
-    assert own.all()
+    assert documents.tokens(0).all() and documents.calls == 1
 
 
 def lowered(run, mesh, heads=(8, 2), length=512):
