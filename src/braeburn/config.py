@@ -33,6 +33,10 @@ LARGEST_SIZES = {
 }
 
 
+# A message offers the values that would fit up to this one.
+MOST_OFFERED = 1024
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -102,7 +106,7 @@ class Model(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> "Model":
         if self.num_heads % self.num_kv_heads:
-            fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            fits = [n for n in range(1, min(self.num_heads, MOST_OFFERED) + 1) if self.num_heads % n == 0]
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
                 f"set num_kv_heads to one of {fits}"
@@ -302,7 +306,7 @@ class Stage(_Frozen):
                 f"set batch_tokens to {nearest}"
             )
         if self.batch_size % self.accumulation_steps:
-            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            fits = [n for n in range(1, min(self.batch_size, MOST_OFFERED) + 1) if self.batch_size % n == 0]
             raise ValueError(
                 f"accumulation_steps={self.accumulation_steps} does not divide the {self.batch_size} sequences of a "
                 f"batch; set accumulation_steps to one of {fits}"

@@ -142,7 +142,17 @@ class Tokenizer:
         self.stops = tuple(dict.fromkeys([end, *named_ends]))
 
     def _named(self, field: str, name: str | None, origin: str, required: bool = True) -> int | None:
-        """The id of a token that the tokenizer's files name."""
+        """The id of a token that the tokenizer's files name; None where they name none.
+
+        Args:
+            field: under which they name it.
+            name: of the token, or None.
+            origin: names the tokenizer in errors.
+            required: whether a token that is not there is an error, or left out with a warning.
+
+        Raises:
+            UserError: it is required and not there.
+        """
         if name is None:
             return None
         found = self._tokenizer.token_to_id(name)
