@@ -307,10 +307,19 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each document with its boundary tokens, int32, on all cores."""
+        begin = np.array([self.begin], np.int32)
+        return [np.concatenate([begin, ids, self.ends]) for ids in self.encode_pieces(texts)]
+
+    @property
+    def ends(self) -> np.ndarray:
+        """The ids that end a document, int32: none where the next document's begin token does."""
+        return np.array([] if self.document_end is None else [self.document_end], np.int32)
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text alone, without boundary tokens, int32, on all cores."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        end = [] if self.document_end is None else [self.document_end]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([self.begin, *encoding.ids, *end], np.int32) for encoding in encodings]
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens have none."""
