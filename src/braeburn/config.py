@@ -21,7 +21,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-# Far beyond any model that is published; without a limit, one wrong digit would take all memory before it is noticed.
+# Far beyond any model that is published; without a limit, one wrong digit would take all memory
+# before it is noticed.
 LARGEST_SIZES = {
     "vocab_size": 2**24,
     "d_model": 2**20,
@@ -433,8 +434,9 @@ class StageModels(NamedTuple):
 class Run(_Frozen):
     """One complete training run.
 
-    `initial_weights` is a directory whose weights and tokenizer training starts from, in the place of random weights: a
-    run directory, one of its checkpoints, or a Hugging Face directory. `Model.from_directory` gives its model.
+    `initial_weights` is a directory whose weights and tokenizer training starts from, in the place
+    of random weights: a run directory, one of its checkpoints, or a Hugging Face directory.
+    `Model.from_directory` gives its model.
     """
 
     name: str

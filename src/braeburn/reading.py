@@ -1,7 +1,8 @@
 """Files that others wrote, read with care: whatever they hold, the answer is their contents or one sentence.
 
-A file may be missing, a folder, a pipe that never ends, too large, not text, not JSON, nested too deeply, or hold a
-number of thousands of digits. None of this may hang, fill the memory or end in a traceback.
+A file may be missing, a folder, a pipe that never ends, too large, not text, not JSON, nested too
+deeply, or hold a number of thousands of digits. None of this may hang, fill the memory or end in a
+traceback.
 """
 
 import json
@@ -52,7 +53,8 @@ def parse_json(text: str) -> Any:
     """The value that JSON text stands for.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or holds an integer of thousands of digits or half a character.
+        ValueError: it is no JSON, nested too deeply, or holds an integer of thousands of digits or
+            half a character.
     """
     try:
         value = json.loads(text)

@@ -90,7 +90,8 @@ def test_missing_or_corrupt_file(tmp_path: Path, content: str | None) -> None:
 
 
 BASE = json.loads(TOKENIZER.json)
-# Files on which the tokenizers library panics or ends the process; each once did so to `braeburn import`.
+# Files on which the tokenizers library panics or ends the process; each once did so to `braeburn
+# import`.
 CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(range(200))).decode()}
 UNKNOWN = {"SpecialToken": {"id": "[NOWHERE]", "type_id": 0}}
 TEMPLATE = {"type": "TemplateProcessing", "single": [UNKNOWN], "pair": [UNKNOWN], "special_tokens": {}}

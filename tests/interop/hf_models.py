@@ -52,7 +52,8 @@ MODELS = {
     "llama-llama3-long": (make(qk_norm=False, rope_scaling=LLAMA3, num_layers=1, ffn_dim=32), 1500),
     "llama-linear": (make(qk_norm=False, rope_scaling=LINEAR, tied_embeddings=False), 300),
 }
-# Where the fields of rotary embeddings stand in the config.json of one version or another, and what they say.
+# Where the fields of rotary embeddings stand in the config.json of one version or another, and what
+# they say.
 ROPES = [
     ({"rope_theta": 5e5}, None),
     ({"rope_theta": 5e5, "rope_scaling": None}, None),
@@ -99,7 +100,8 @@ ROPES = [
         LINEAR,
     ),
 ]
-# Changes to the config.json of a small Qwen3 or Llama, under which transformers computes what it did before.
+# Changes to the config.json of a small Qwen3 or Llama, under which transformers computes what it
+# did before.
 SAME_MODEL = [
     {"hidden_act": "swish"},
     {"use_sliding_window": True, "sliding_window": 64},  # from the 29th layer on, of two

@@ -1,6 +1,7 @@
 """Exports and imports beside transformers itself, with torch: `make test-hf`.
 
-`make test` compares with what transformers once said, which `tests/golden/write_transformers.py` wrote down.
+`make test` compares with what transformers once said, which `tests/golden/write_transformers.py`
+wrote down.
 """
 
 import unicodedata

@@ -63,22 +63,27 @@ def prune(
 ) -> Model:
     """Makes a run directory whose checkpoint 0 is a run's newest, pruned: weights, optimizer and configuration.
 
-    Soft-Top-K trains in a hidden folder beside `out`, where a call that was cut short is gone on with; the other
-    methods only measure and cut. A recipe of the smaller model trains on from the result.
+    Soft-Top-K trains in a hidden folder beside `out`, where a call that was cut short is gone on
+    with; the other methods only measure and cut. A recipe of the smaller model trains on from the
+    result.
 
     Args:
         directory: the run.
         out: the folder to make.
         pruning: how, and what stays.
-        tokens: to learn masks on; by default 3% of those that the run has seen, and at least 100 batches.
-        assignments: changes by dotted path to the run that prunes, whose one stage is named `prune`.
-        text: what to learn from, in the place of the text that the run was trained on; an import has none of its own.
+        tokens: to learn masks on; by default 3% of those that the run has seen, and at least 100
+            batches.
+        assignments: changes by dotted path to the run that prunes, whose one stage is named
+            `prune`.
+        text: what to learn from, in the place of the text that the run was trained on; an import
+            has none of its own.
 
     Returns:
         The smaller model.
 
     Raises:
-        UserError: there is no checkpoint or no text to learn from, a size does not fit, or `out` is in use.
+        UserError: there is no checkpoint or no text to learn from, a size does not fit, or `out` is
+            in use.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")

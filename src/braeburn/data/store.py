@@ -193,7 +193,8 @@ class TokenStore:
     def byte_ratio(self) -> float:
         """Bytes of the text for each byte that its tokens stand for.
 
-        They differ where a tokenizer puts a space before a document, or changes text before it splits it, as into NFC.
+        They differ where a tokenizer puts a space before a document, or changes text before it
+        splits it, as into NFC.
         """
         return self.text_bytes / self.token_bytes if self.token_bytes else 0.0
 

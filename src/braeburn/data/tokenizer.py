@@ -34,7 +34,8 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SMALLEST_VOCABULARY = 257  # every byte and the document boundary
-# Begin tokens in order of preference where no file names one, each with the end tokens that go with it.
+# Begin tokens in order of preference where no file names one, each with the end tokens that go with
+# it.
 _BOUNDARIES = {
     END_OF_TEXT: (),
     "<s>": ("</s>",),
@@ -49,17 +50,20 @@ _BOUNDARIES = {
 class Tokenizer:
     """Text to token ids and back. A document is [begin] + tokens, and [end] where the tokenizer has a separate one.
 
-    Documents are concatenated, so with one boundary token the next document's begin is the target of the last token.
+    Documents are concatenated, so with one boundary token the next document's begin is the target
+    of the last token.
 
-    A prompt is what the tokenizer's own files make of it (`tokenizer.json`'s post-processor, as in AutoTokenizer): it
-    begins with the begin token where the model was trained here, and where the files of an imported one say so.
+    A prompt is what the tokenizer's own files make of it (`tokenizer.json`'s post-processor, as in
+    AutoTokenizer): it begins with the begin token where the model was trained here, and where the
+    files of an imported one say so.
 
     Attributes:
         vocab_size: one more than the largest id.
         json: the tokenizer as canonical JSON, as `tokenizer.json` holds it.
         hash: SHA-256 of all that the ids of a document depend on.
         begin: id of the token that starts a document.
-        end: id of the token that ends a text, the `eos_token` of Hugging Face; `begin` where there is no separate one.
+        end: id of the token that ends a text, the `eos_token` of Hugging Face; `begin` where there
+            is no separate one.
         stops: ids of all tokens that end generated text, `end` first.
         padding: id of the token that fills up batches, or None.
         prefix: ids that are put before a prompt.
@@ -82,10 +86,12 @@ class Tokenizer:
             tokenizer: of the tokenizers library.
             origin: names it in errors.
             settings: what the files beside it say.
-            begins_prompts: whether prompts begin with the begin token, whatever the tokenizer's own files say.
+            begins_prompts: whether prompts begin with the begin token, whatever the tokenizer's own
+                files say.
 
         Raises:
-            UserError: it has no token to begin a document, or a token that `settings` name is not there.
+            UserError: it has no token to begin a document, or a token that `settings` name is not
+                there.
         """
         settings = settings or Settings()
         # A saved tokenizer may truncate or pad, which would lose text without a word.
@@ -100,7 +106,8 @@ class Tokenizer:
         self._special = {token.content: i for i, token in added.items() if token.special}
         self.prefix, self.suffix = _around_text(tokenizer)
         self._set_boundaries(settings, origin)
-        # Where the tokenizer's own files name an end and no begin, chat templates know none, either.
+        # Where the tokenizer's own files name an end and no begin, chat templates know none,
+        # either.
         self._names_begin = begins_prompts or settings.begin is not None or settings.end is None
         if begins_prompts and self.prefix != (self.begin,):
             self.prefix, self.suffix = (self.begin,), ()
@@ -181,7 +188,8 @@ class Tokenizer:
             fix: what the user can do where it is missing or unsound.
 
         Raises:
-            UserError: a file is missing or cannot be parsed, or the tokenizer has no token to begin a document.
+            UserError: a file is missing or cannot be parsed, or the tokenizer has no token to begin
+                a document.
         """
         path = Path(path).expanduser()
         if not path.exists():
@@ -244,12 +252,14 @@ class Tokenizer:
     def tokenizer_config(self) -> dict[str, Any]:
         """The contents of `tokenizer_config.json`, for AutoTokenizer of transformers 4 and 5."""
         settings: dict[str, Any] = {
-            # The class that takes tokenizer.json as it is; the one of the family puts a normaliser in front.
+            # The class that takes tokenizer.json as it is; the one of the family puts a normaliser
+            # in front.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
             **self.named_tokens(),
-            # The post-processor of tokenizer.json says the same; these are for software that reads no post-processor.
+            # The post-processor of tokenizer.json says the same; these are for software that reads
+            # no post-processor.
             "add_bos_token": self.prefix == (self.begin,),
             "add_eos_token": self.suffix == (self.end,),
         }

@@ -1,7 +1,8 @@
 """Whether the tokenizers library survives a `tokenizer.json`, found out in a process of its own.
 
-The library is native code. On some files it panics, which Python sees as a BaseException, and on others (a damaged
-`precompiled_charsmap`, for one) it ends the whole process. A child of 40 milliseconds takes the blow.
+The library is native code. On some files it panics, which Python sees as a BaseException, and on
+others (a damaged `precompiled_charsmap`, for one) it ends the whole process. A child of 40
+milliseconds takes the blow.
 """
 
 import hashlib
@@ -43,7 +44,8 @@ def check_tokenizer(text: str) -> None:
     """Refuses a `tokenizer.json` that the tokenizers library cannot work with; each text is tried once in a process.
 
     Raises:
-        ValueError: saying what the library says, or that it crashes, hangs or needs too much memory.
+        ValueError: saying what the library says, or that it crashes, hangs or needs too much
+            memory.
     """
     data = text.encode("utf-8")
     digest = hashlib.sha256(data).digest()

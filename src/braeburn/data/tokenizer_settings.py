@@ -1,8 +1,9 @@
 """What the files beside a `tokenizer.json` say of it: boundary tokens, chat template, sampling defaults.
 
-They are the files of the Hugging Face hub: `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`,
-`generation_config.json` and `config.json`. Run directories hold the first and the fourth of them too, so that one
-reader serves a downloaded model, a run directory and a checkpoint.
+They are the files of the Hugging Face hub: `tokenizer_config.json`, `special_tokens_map.json`,
+`chat_template.jinja`, `generation_config.json` and `config.json`. Run directories hold the first
+and the fourth of them too, so that one reader serves a downloaded model, a run directory and a
+checkpoint.
 """
 
 from collections.abc import Mapping
@@ -20,10 +21,12 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CONFIG = "config.json"
-# Later files win, as in transformers: a model's own ids are older than those that it generates with.
+# Later files win, as in transformers: a model's own ids are older than those that it generates
+# with.
 _JSON_FILES = (MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS)
 
-# How `generate` of transformers draws tokens, as far as it is a matter of the model. Kept on a round trip.
+# How `generate` of transformers draws tokens, as far as it is a matter of the model. Kept on a
+# round trip.
 SAMPLING_FIELDS = (
     "do_sample",
     "temperature",

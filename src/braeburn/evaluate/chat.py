@@ -1,7 +1,8 @@
 """Conversations as a model's own chat template lays them out, with its markers as tokens.
 
-The template is Jinja source that came with the model, so it runs in Jinja's sandbox, as in transformers: it can format
-text, but reaches no file and no attribute that starts with an underscore.
+The template is Jinja source that came with the model, so it runs in Jinja's sandbox, as in
+transformers: it can format text, but reaches no file and no attribute that starts with an
+underscore.
 """
 
 import json
@@ -18,16 +19,16 @@ Message = Mapping[str, str]  # role and content
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """The ids of a conversation up to where the model's answer begins, those of AutoTokenizer's apply_chat_template.
 
-    Special tokens that the template writes become those tokens. In what a user says they are refused: the user would
-    end a turn, or speak for someone else.
+    Special tokens that the template writes become those tokens. In what a user says they are
+    refused: the user would end a turn, or speak for someone else.
 
     Args:
         tokenizer: holds the template.
         messages: role ("system", "user", "assistant") and content of each.
 
     Raises:
-        UserError: there is no template, Jinja is missing, the template fails or refuses the conversation, or a content
-            holds the characters of a special token.
+        UserError: there is no template, Jinja is missing, the template fails or refuses the
+            conversation, or a content holds the characters of a special token.
     """
     source = tokenizer.chat_template
     if isinstance(source, dict):
@@ -103,7 +104,8 @@ def render(source: str, messages: Sequence[Message], tokens: Mapping[str, str]) 
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    # Without what has been a way out of the sandbox: objects of Python's own, and names with underscores.
+    # Without what has been a way out of the sandbox: objects of Python's own, and names with
+    # underscores.
     for name in ("cycler", "joiner", "lipsum"):
         del environment.globals[name]
     environment.globals["dict"] = lambda *arguments, **fields: dict(*arguments, **fields)

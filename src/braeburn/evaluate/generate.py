@@ -27,7 +27,8 @@ class Sampling:
     top_p: float = 1.0
 
 
-# Defaults of a model that `Sampling` has no field for, each with the value at which it changes nothing.
+# Defaults of a model that `Sampling` has no field for, each with the value at which it changes
+# nothing.
 _NOT_APPLIED = {
     "min_p": 0.0,
     "typical_p": 1.0,
@@ -45,7 +46,8 @@ def sampling_defaults(said: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
         said: its fields; empty for a model that was trained here.
 
     Returns:
-        The sampling; and the fields that ask for something which is not applied here, as "name=value".
+        The sampling; and the fields that ask for something which is not applied here, as
+        "name=value".
     """
     temperature = said.get("temperature", 1.0 if said.get("do_sample") else DEFAULT_TEMPERATURE)
     if said.get("do_sample") is False:

@@ -24,8 +24,10 @@ class Windows:
     """How text is cut into what the model sees at once.
 
     Attributes:
-        sequence_length: tokens in a window; None for the longest sequence that the model was trained on.
-        stride: tokens from the start of one window to that of the next; None for `sequence_length`, without overlap.
+        sequence_length: tokens in a window; None for the longest sequence that the model was
+            trained on.
+        stride: tokens from the start of one window to that of the next; None for `sequence_length`,
+            without overlap.
     """
 
     sequence_length: int | None = None
@@ -59,7 +61,8 @@ def evaluate_files(
         windows: how the text is cut.
 
     Raises:
-        UserError: a path matches nothing, cannot be read as text or holds none, or `windows` leave tokens out.
+        UserError: a path matches nothing, cannot be read as text or holds none, or `windows` leave
+            tokens out.
     """
     length, stride = (windows or Windows()).sizes(trained)
     results = {}

@@ -24,8 +24,8 @@ def spans(tokens: int, length: int, stride: int) -> Iterator[Span]:
     Args:
         tokens: in the store.
         length: of a span, in tokens; the last may be shorter.
-        stride: from the start of one to that of the next. With less than `length`, spans overlap, so that a token has
-            at least `length - stride` tokens before it, but for the first ones.
+        stride: from the start of one to that of the next. With less than `length`, spans overlap,
+            so that a token has at least `length - stride` tokens before it, but for the first ones.
     """
     start = scored = 0
     while scored < tokens:
@@ -38,8 +38,9 @@ def spans(tokens: int, length: int, stride: int) -> Iterator[Span]:
 def evaluation_batches(store: TokenStore, length: int, stride: int, tokens: int, batch_tokens: int) -> Iterator[Batch]:
     """Batches [B, T] that score the first `tokens` tokens of a store; of at most three shapes.
 
-    All batches but the last have T = `length`. A text shorter than a span, and the end of a longer one, has the next
-    power of two instead: what is computed follows the text, not the longest sequence that the model was made for.
+    All batches but the last have T = `length`. A text shorter than a span, and the end of a longer
+    one, has the next power of two instead: what is computed follows the text, not the longest
+    sequence that the model was made for.
 
     Args:
         store: the text.

@@ -222,8 +222,8 @@ def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
 def _stored_names(wanted: Iterable[str], holders: Mapping[str, Any], tied: bool) -> dict[str, str]:
     """The name under which each tensor is stored, where it is; names as transformers finds them.
 
-    The weights of a model without its head, as `LlamaModel` saves them, lack the prefix "model.". Of tied embeddings
-    one may be stored under the name of the other.
+    The weights of a model without its head, as `LlamaModel` saves them, lack the prefix "model.".
+    Of tied embeddings one may be stored under the name of the other.
     """
     stored = {}
     for name in wanted:

@@ -1,7 +1,8 @@
 """The `config.json` of a Hugging Face model as our `Model`, and back; the rules are those of transformers 5.
 
-Every field that changes the computation is read under each name that transformers reads it by, with the same value
-winning, and the same default where it is left out. What we have not is refused by the field that differs.
+Every field that changes the computation is read under each name that transformers reads it by, with
+the same value winning, and the same default where it is left out. What we have not is refused by
+the field that differs.
 """
 
 from collections.abc import Mapping
@@ -226,7 +227,8 @@ def write_config(model: Model, max_position_embeddings: int) -> dict[str, Any]:
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tied_embeddings,
         "max_position_embeddings": max_position_embeddings,
-        # transformers 5 reads the first of these, transformers 4 and what was built on it the other two.
+        # transformers 5 reads the first of these, transformers 4 and what was built on it the other
+        # two.
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base} | (stretched or {}),
         "rope_theta": model.rope_base,
         "rope_scaling": stretched,

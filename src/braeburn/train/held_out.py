@@ -59,8 +59,9 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layou
 def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]], byte_ratio: float) -> dict[str, float]:
     """Results over all batches: loss in nats per token, perplexity, accuracy, bits per byte, and their denominators.
 
-    Tokens include the one that ends each document. Bytes are those of the text as it was read, in UTF-8: exactly where
-    all of a store is measured, and otherwise as many as its tokens stand for, at the store's own ratio of the two.
+    Tokens include the one that ends each document. Bytes are those of the text as it was read, in
+    UTF-8: exactly where all of a store is measured, and otherwise as many as its tokens stand for,
+    at the store's own ratio of the two.
 
     Args:
         evaluate: sums over a batch.

@@ -22,8 +22,8 @@ def initial_weights(run: Run, directory: Path, resumed: int | None, find: FindTe
         find: the model that a path names.
 
     Raises:
-        UserError: there are no such weights, they or their tokenizer are not those of the run, or the folder holds
-            other weights already.
+        UserError: there are no such weights, they or their tokenizer are not those of the run, or
+            the folder holds other weights already.
     """
     if run.initial_weights is None:
         return None
