@@ -12,15 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from braeburn import __version__
 from braeburn.errors import UserError
 from braeburn.parallel import processes
 
-app = typer.Typer(
-    help="Pretrain language models in pure JAX, from one recipe.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or file.py:function.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
@@ -78,6 +74,21 @@ def main() -> None:
         processes.leave(1)
     processes.report(message)
     processes.leave(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"braeburn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Pretrain language models in pure JAX, from one recipe."""
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """Models whose logits are compared with those of transformers, and weights for them; needs neither it nor torch."""
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +18,8 @@ from braeburn.interop import huggingface
 from braeburn.model import transformer
 from braeburn.model.spec import ParamSpec, Tree, map_specs, walk
 
+# What tests/interop/write_golden_logits.py wrote from transformers.
+GOLDEN = Path(__file__).with_name("golden_logits.json")
 TOLERANCE = 1e-4
 FLOAT32 = Precision(compute="float32")
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
@@ -45,6 +49,9 @@ MODELS = {
     "qwen3-odd-sizes": (make(vocab_size=301, d_model=51, ffn_dim=77, num_heads=5, num_kv_heads=5, head_dim=6), 17),
     "qwen3-long": (make(rope_base=1e6, num_layers=1, ffn_dim=32), 1500),
     "qwen3-linear": (make(rope_scaling=LINEAR, norm_epsilon=1e-5), 200),
+    "qwen3-llama3": (make(rope_scaling=LLAMA3, num_kv_heads=1), 300),
+    # As the recipe afm-3b: tied, eight query heads for each key head, wide heads.
+    "afm": (make(d_model=96, num_layers=3, num_heads=16, num_kv_heads=2, head_dim=32, ffn_dim=252), 128),
     "llama": (make(qk_norm=False, rope_base=10_000.0), 40),
     "llama-9-heads-3-kv": (make(qk_norm=False, d_model=72, num_heads=9, num_kv_heads=3, head_dim=8), 40),
     "llama-one-kv-wide-heads": (make(qk_norm=False, d_model=60, num_heads=5, num_kv_heads=1, head_dim=20), 40),
@@ -129,6 +136,34 @@ def random_params(model: Model, seed: int = 0) -> Tree:
         return (generator.standard_normal(spec.shape) * fan_in**-0.5).astype(np.float32)
 
     return map_specs(draw, transformer.param_specs(model))
+
+
+def golden_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Weights in float32 for the tensors of a Hugging Face model, the same on every machine and in every NumPy.
+
+    NumPy keeps the numbers of `RandomState` unchanged for good, and those of `random_sample` need no function of the
+    C library. Norms are from 0.5 to 1.5, and matrices scaled so that logits have about unit deviation.
+    """
+    generator = np.random.RandomState(0)
+    weights = {}
+    for name in sorted(shapes):
+        drawn = generator.random_sample(tuple(shapes[name]))
+        values = drawn + 0.5 if drawn.ndim == 1 else (2 * drawn - 1) * (3 / drawn.shape[1]) ** 0.5
+        weights[name] = values.astype(np.float32)
+    return weights
+
+
+def hash_of(weights: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].tobytes())
+    return digest.hexdigest()
+
+
+def golden_tokens(model: Model, length: int) -> np.ndarray:
+    """Tokens [1, length], the same on every machine and in every NumPy."""
+    return np.random.RandomState(length).randint(0, model.vocab_size, (1, length)).astype(np.int32)
 
 
 @jax.jit(static_argnames="model")

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from braeburn.config import Source
 from braeburn.errors import UserError
+from braeburn.extras import how_to_install
 
 LONG_FILE_BYTES = 32 * 1024
 _PARQUET_ROWS = 256
@@ -198,7 +199,7 @@ def _read(name: str, source: Source, file: File) -> Iterator[Document]:
             f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert it or leave it out"
         ) from None
     except ImportError as error:
-        raise UserError(f"{where} needs a package ({error}); run pip install 'braeburn[data]'") from None
+        raise UserError(f"{where} needs a package ({error}); {how_to_install('data')}") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
             f"{where} is unreadable, truncated or corrupt ({error}); fetch it again or leave it out"

@@ -12,6 +12,7 @@ from typing import Any
 
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
+from braeburn.extras import how_to_install
 
 Message = Mapping[str, str]  # role and content
 
@@ -64,7 +65,7 @@ def render(source: str, messages: Sequence[Message], tokens: Mapping[str, str]) 
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise UserError("--chat needs Jinja; run pip install 'jinja2>=3.1.6'") from None
+        raise UserError(f"--chat needs Jinja; {how_to_install('chat')}") from None
 
     class GenerationBlock(Extension):
         """`{% generation %}`, which marks the assistant's words for training; here it is what stands inside."""
