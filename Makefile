@@ -80,8 +80,14 @@ demo: $(VENV)/.core
 demo-on-device: extra-gguf
 	$(BIN)/python benchmarks/on_device.py
 
+# How many processes the tests are dealt out to. Each has eight simulated devices and takes up to 3 GB.
+WORKERS := 2
+PARALLEL = -n $(WORKERS) --dist loadfile
+
+# Those that guard rounding and resuming run apart, compiled as users compile: see tests/conftest.py.
 test: setup
-	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not optimized' --cov --cov-report= --durations=15
+	$(BIN)/python -m pytest $(PARALLEL) -m optimized --cov --cov-append --cov-report=term --durations=5
 
 # Apart from the other environment: torch with CUDA is several GB and wants NVIDIA packages of other versions than JAX
 # does. Where the index that pip is set up with has a build of torch for CPUs, that is enough.

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ INSTALLED = {
     "constraints-hf.txt": [("dev", "hf")],
 }
 CASES = [(file, extras) for file, sets in INSTALLED.items() for extras in sets]
+
+PYTHONS = ["3.11.9", "3.12", "3.13"]
 
 
 def run(*command: object, **options: Any) -> str:
@@ -53,14 +57,34 @@ def test_every_extra_is_resolved_here() -> None:
     assert {file.name for file in REPOSITORY.glob("constraints*.txt")} - {"constraints-llama-cpp.txt"} == set(INSTALLED)
 
 
-@pytest.mark.parametrize("python", ["3.11.9", "3.12", "3.13"])
-@pytest.mark.parametrize(("file", "extras"), CASES, ids=[",".join(extras) for _, extras in CASES])
-def test_extras_resolve_with_their_pins(file: str, extras: tuple[str, ...], python: str) -> None:
-    """Only descriptions of packages are fetched; for Linux on x86-64, where all extras exist."""
+def resolve(file: str, extras: tuple[str, ...], python: str) -> str:
+    """The packages that pip would install, a line each, for Linux on x86-64, where all extras exist.
+
+    Only descriptions of packages are fetched.
+    """
     chosen = [part for extra in extras for part in ("--extra", extra)]
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-annotate", "--no-header", *chosen]
     command += ["--constraint", file, "--python-version", python, "--python-platform", "x86_64-manylinux_2_31"]
-    resolved = run(*command, *index_of_pip(), "pyproject.toml", cwd=REPOSITORY)
+    return run(*command, *index_of_pip(), "pyproject.toml", cwd=REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def resolutions() -> Iterator[dict[tuple[str, str], Future[str]]]:
+    """Extras and Python -> what they resolve to. It is the index that takes the time, so it is asked for all at once."""
+    with ThreadPoolExecutor(8) as pool:
+        yield {
+            (",".join(extras), python): pool.submit(resolve, file, extras, python)
+            for file, extras in CASES
+            for python in PYTHONS
+        }
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize(("file", "extras"), CASES, ids=[",".join(extras) for _, extras in CASES])
+def test_extras_resolve_with_their_pins(
+    file: str, extras: tuple[str, ...], python: str, resolutions: dict[tuple[str, str], Future[str]]
+) -> None:
+    resolved = resolutions[",".join(extras), python].result()
     pinned = set()
     for name in {file, "constraints.txt"}:
         lines = [line for line in (REPOSITORY / name).read_text().splitlines() if line and line[0] not in "#-"]

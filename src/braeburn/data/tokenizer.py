@@ -331,6 +331,23 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def encodes_alike(self, left: str, right: str) -> bool:
+        """Whether a text has the same words and tokens in these two pieces as in one."""
+        if self._words(left + right) != self._words(left) + self._words(right):
+            return False
+        whole, *halves = self.encode_pieces([left + right, left, right])
+        return np.array_equal(whole, np.concatenate(halves))
+
+    def _words(self, text: str) -> list[str]:
+        """What the tokenizer makes tokens of, each by itself."""
+        normalizer = self._tokenizer.normalizer
+        splitter = self._tokenizer.pre_tokenizer
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        if splitter is None:
+            return [text] if text else []
+        return [word for word, _ in splitter.pre_tokenize_str(text)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens have none."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
