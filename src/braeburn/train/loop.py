@@ -29,6 +29,7 @@ from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest, writing
 from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
+from braeburn.train.initial import initial_weights
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
 from braeburn.train.same_text import check_text, require_same_text
@@ -40,6 +41,7 @@ from braeburn.train.stages import (
     initial_state,
     layout_of,
     stage_optimizer,
+    started_state,
 )
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch
@@ -107,6 +109,9 @@ def train(
         held.enter_context(writing(directory.path))
         main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
         resumed, tokenizer = _resume_point(directory, run)
+        start = initial_weights(run, directory.path, resumed, find_teacher)
+        if start and tokenizer is None:
+            tokenizer = start.tokenizer
         first = next(iter(run.stages))
         state_shape = abstract_state(run, first, layouts[first])
         checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
@@ -119,7 +124,7 @@ def train(
             display.say(f"using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
         for line in rounded_shares(run.stages):
             display.say(line)
-        ahead = _Ahead(run, layouts, teachers, resumed)
+        ahead = _Ahead(run, layouts, teachers, resumed, start)
 
         def begin() -> _Loop:
             # Other processes go on with the tokenizer of the main one, and its token stores where they share a cache.
@@ -132,7 +137,7 @@ def train(
             if main:
                 # Nothing was written until here, where no mistake of the user's is left to be found.
                 directory.write_config(run, origins or {})
-                prepared.tokenizer.save(directory.tokenizer)
+                prepared.tokenizer.save_all(directory.path)
             return loop
 
         return main_first("text was prepared", begin).run_from(resumed, stop_after_steps)
@@ -141,14 +146,35 @@ def train(
 class _Ahead:
     """What the first stage to run needs of the compiler, worked on in a thread while text is being tokenised."""
 
-    def __init__(self, run: Run, layouts: dict[str, Layout], teachers: dict[str, Teacher], resumed: int | None):
+    def __init__(
+        self,
+        run: Run,
+        layouts: dict[str, Layout],
+        teachers: dict[str, Teacher],
+        resumed: int | None,
+        start: Teacher | None = None,
+    ):
+        """Begins the work.
+
+        Args:
+            run: the run.
+            layouts: of its stages.
+            teachers: of its stages that have one.
+            resumed: the step to go on from; None to begin.
+            start: holds the weights to begin with; None for random ones.
+        """
         worker = ThreadPoolExecutor(1)
         self.programs: dict[str, Future[Program]] = {}
         if resumed != run.total_steps:
             name = run.stage_at(resumed or 0)[0]
             teacher = live_model(run, name, teachers)
             self.programs[name] = worker.submit(compile_stage, run, name, layouts[name], teacher)
-        self.state = worker.submit(initial_state, run, layouts[next(iter(run.stages))]) if resumed is None else None
+        layout = layouts[next(iter(run.stages))]
+        self.state = None
+        if resumed is None and start:
+            self.state = worker.submit(started_state, run, layout, start.read)
+        elif resumed is None:
+            self.state = worker.submit(initial_state, run, layout)
         worker.shutdown(wait=False)
 
 
@@ -367,7 +393,7 @@ class _Loop:
         step = int(state.step)
         self.heartbeat.phase("saving")
         facts = {"text": self.prepared.fingerprints}
-        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json, facts):
+        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.to_json(), facts):
             self.directory.event("checkpoint", step=step)
 
     def _evaluate(self, program: Program, params: Tree, model: Model) -> dict[str, dict[str, float]]:
@@ -380,7 +406,7 @@ class _Loop:
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
                 placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
-                results[source] = measure(evaluate, params, placed)
+                results[source] = measure(evaluate, params, placed, store.byte_ratio)
         return results
 
     def _evaluator(self, model: Model, layout: Layout) -> Evaluate:
