@@ -195,6 +195,7 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     """Print the resolved run, where each value came from, and what it amounts to."""
     run, origins = _resolve(recipe, assignments)
     from braeburn.config import flatten
+    from braeburn.data.mixture import rounded_shares
     from braeburn.model import spec, transformer
 
     specs = transformer.param_specs(run.model)
@@ -216,8 +217,10 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
         for (name, stage), models in zip(run.stages.items(), run.models().values(), strict=True)
     }
     resolved = run.model_dump(mode="json")
+    warnings = rounded_shares(run.stages)
     if as_json:
-        _print_json({"run": resolved, "provenance": origins, "parameters": parameters, "stages": stages})
+        facts = {"run": resolved, "provenance": origins, "parameters": parameters, "stages": stages}
+        _print_json({**facts, "warnings": warnings})
         return
     _print_rows([(path, json.dumps(value), origins.get(path, "default")) for path, value in flatten(resolved)], "lll")
     total, embedding = parameters["total"], parameters["embedding"]
@@ -229,6 +232,8 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     ]
     total_row = ("all", f"{sum(f['tokens'] for f in stages.values()):,}", f"{run.total_steps:,}")
     _print_rows([header, *rows, total_row], "l" + "r" * (len(header) - 1) + "l")
+    for line in warnings:
+        print(f"\n{line}")
 
 
 def _besides_training(stage: Any) -> str:

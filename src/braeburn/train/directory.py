@@ -23,7 +23,7 @@ from braeburn.errors import UserError
 FREE_TO_CHANGE = (
     *("name", "mesh", "checkpoint", "remat", "offload", "evaluation", "model.scan_layers", "precision.reduce"),
     "model.max_position_embeddings",
-    *("data.workers", "data.prefetch", "data.cache"),
+    *("data.workers", "data.prefetch", "data.cache", "data.accept"),
 )
 
 

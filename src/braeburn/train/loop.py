@@ -13,6 +13,7 @@ import jax
 from braeburn.config import Model, Run, Stage, validate
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
+from braeburn.data.mixture import rounded_shares
 from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import check_space
@@ -30,6 +31,7 @@ from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.metrics import MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
+from braeburn.train.same_text import check_text, require_same_text
 from braeburn.train.stages import (
     Program,
     abstract_params,
@@ -115,12 +117,16 @@ def train(
         used, present = layouts[first].num_devices, len(jax.devices())
         if used < present:
             display.say(f"using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
+        for line in rounded_shares(run.stages):
+            display.say(line)
         ahead = _Ahead(run, layouts, teachers, resumed)
 
         def begin() -> _Loop:
             # Other processes go on with the tokenizer of the main one, and its token stores where they share a cache.
             own = tokenizer if main else Tokenizer.load(directory.tokenizer)
-            prepared = prepare(run, display.say, own)
+            prepared = prepare(run, display.say, own, verified_for=str(directory.path.absolute()))
+            check_text(run, directory, resumed or 0, prepared, display.say)
+            require_same_text(prepared)
             check_tokenizers(run, teachers, prepared.tokenizer)
             loop = _Loop(run, directory, layouts, teachers, prepared, ahead, display, stop, heartbeat, follow)
             if main:
@@ -360,7 +366,8 @@ class _Loop:
     def _save(self, state: TrainState) -> None:
         step = int(state.step)
         self.heartbeat.phase("saving")
-        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json):
+        facts = {"text": self.prepared.fingerprints}
+        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json, facts):
             self.directory.event("checkpoint", step=step)
 
     def _evaluate(self, program: Program, params: Tree, model: Model) -> dict[str, dict[str, float]]:
