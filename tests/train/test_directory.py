@@ -265,3 +265,12 @@ def test_a_run_keeps_its_identity(finished: Path, tmp_path: Path, tiny: Run) -> 
     other.write_config(tiny, {})
     assert read_identity(other.path) not in (None, identity)
     assert json.loads((other.path / "config.json").read_text())["run"] == tiny.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_record_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    # Found by `make fuzz`: it was opened, and no one ever wrote to it.
+    os.mkfifo(tmp_path / name)
+    directory = RunDirectory(tmp_path, writes=False)
+    with pytest.raises(UserError, match=rf"{name}' is not an ordinary file; move it away and run again"):
+        directory.stage_results(1) if name == "events.jsonl" else directory.recent_loss("core")

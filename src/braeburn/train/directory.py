@@ -23,7 +23,7 @@ from braeburn.atomic import write_atomically
 from braeburn.config import Run, flatten, read_identity, read_run
 from braeburn.disk import explained, locked
 from braeburn.errors import UserError
-from braeburn.jsonfile import append_json_line, json_lines
+from braeburn.jsonfile import Unreadable, append_json_line, json_lines
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if not self.writes or not path.exists():
             return
-        kept = [row for row in json_lines(path) if isinstance(row.get("step"), int) and row["step"] <= step]
+        kept = [row for row in _lines(path) if isinstance(row.get("step"), int) and row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def stage_results(self, step: int) -> list[dict[str, Any]]:
@@ -202,9 +202,17 @@ class _StageEnd(BaseModel):
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, none where someone has deleted it."""
-    with suppress(FileNotFoundError):
+    """The objects of a file of JSON lines, none where someone has deleted it.
+
+    Raises:
+        UserError: something else lies in its place.
+    """
+    try:
         yield from json_lines(path)
+    except FileNotFoundError:
+        return
+    except Unreadable as error:
+        raise UserError(f"{str(path)!r} {error}; move it away and run again") from None
 
 
 def _number(folder: Path) -> tuple[int, int] | None:
