@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # Constraints file -> sets of extras that are installed together with it.
 INSTALLED = {
-    "constraints.txt": [("data", "dev"), ("gguf",)],
+    "constraints.txt": [("data", "dev"), ("chat", "gguf")],
     "constraints-accelerators.txt": [("cuda",), ("rocm",), ("tpu",), ("dev", "compile")],
     "constraints-docs.txt": [("docs",)],
     "constraints-hf.txt": [("dev", "hf")],
