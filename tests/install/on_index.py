@@ -70,7 +70,7 @@ def resolve(file: str, extras: tuple[str, ...], python: str) -> str:
 
 @pytest.fixture(scope="module")
 def resolutions() -> Iterator[dict[tuple[str, str], Future[str]]]:
-    """Extras and Python -> what they resolve to. It is the index that takes the time, so it is asked for all at once."""
+    """Extras and Python -> what they resolve to; asked for all at once, as the index takes the time."""
     with ThreadPoolExecutor(8) as pool:
         yield {
             (",".join(extras), python): pool.submit(resolve, file, extras, python)
