@@ -5,13 +5,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from braeburn.background import nothing_to_ask
 from braeburn.config import Data, Run, Source
-from braeburn.data.corpus import documents, files
+from braeburn.data.corpus import Document, documents, files
 from braeburn.data.store import FORMAT_VERSION, TokenStore, build_store, writing
 from braeburn.data.tokenizer import PATTERN, Tokenizer, sample, train
 from braeburn.errors import UserError
@@ -28,13 +29,19 @@ class Prepared:
     held_out: dict[str, TokenStore | None]
 
 
-def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = None) -> Prepared:
+def prepare(
+    run: Run,
+    log: Callable[[str], None],
+    tokenizer: Tokenizer | None = None,
+    proceed: Callable[[], None] = nothing_to_ask,
+) -> Prepared:
     """Trains or loads the tokenizer, then builds or opens the stores of every source that a stage draws from.
 
     Args:
         run: names the sources, the tokenizer and the cache.
         log: takes one line for each thing that is built, and warnings.
         tokenizer: used as it is where given, as on resuming.
+        proceed: called before each document; what it raises ends the work, of which complete stores stay.
 
     Raises:
         UserError: a source, the tokenizer, the cache or their sizes do not fit.
@@ -45,7 +52,7 @@ def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = 
         cache.mkdir(parents=True, exist_ok=True)
     fingerprints = {name: _source_fingerprint(name, source) for name, source in sources.items()}
     if tokenizer is None:
-        tokenizer = _tokenizer(run, sources, fingerprints, cache, log)
+        tokenizer = _tokenizer(run, sources, fingerprints, cache, log, proceed)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise UserError(
             f"model.vocab_size={run.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries; "
@@ -59,7 +66,7 @@ def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = 
             directory = cache / "stores" / f"{name}-{'held-out' if side else 'train'}-{fingerprint}"
             if not directory.exists():
                 began = time.perf_counter()
-                texts = documents(name, sources[name], side, run.data.held_out)
+                texts = _watched(documents(name, sources[name], side, run.data.held_out), proceed)
                 build_store(directory, texts, tokenizer)
                 log(f"tokenised {directory.name} in {time.perf_counter() - began:.1f} s")
             both.append(TokenStore.open(directory, tokenizer.hash))
@@ -68,7 +75,7 @@ def prepare(run: Run, log: Callable[[str], None], tokenizer: Tokenizer | None = 
             f"data.sources.{name}: {train.documents} documents, {train.tokens} tokens for training; "
             f"{held_out.documents} documents, {held_out.tokens} tokens held out"
         )
-        if not held_out.documents:
+        if not held_out.documents and run.data.held_out:
             log(
                 f"warning: data.held_out={run.data.held_out} holds out no document of {name}, so it cannot be "
                 f"evaluated; raise data.held_out or add documents"
@@ -94,8 +101,20 @@ def cache_folder(data: Data) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "braeburn" / "data"
 
 
+def _watched(texts: Iterable[Document], proceed: Callable[[], None]) -> Iterator[Document]:
+    """The documents as they are, with a call before each."""
+    for document in texts:
+        proceed()
+        yield document
+
+
 def _tokenizer(
-    run: Run, sources: dict[str, Source], fingerprints: dict[str, str], cache: Path, log: Callable[[str], None]
+    run: Run,
+    sources: dict[str, Source],
+    fingerprints: dict[str, str],
+    cache: Path,
+    log: Callable[[str], None],
+    proceed: Callable[[], None],
 ) -> Tokenizer:
     if run.data.tokenizer is not None:
         return Tokenizer.load(run.data.tokenizer)
@@ -108,7 +127,7 @@ def _tokenizer(
             log(f"warning: the trained tokenizer {str(path)!r} is corrupt; training it again")
     began = time.perf_counter()
     streams = [
-        (document.text for document in documents(name, source, False, run.data.held_out))
+        (document.text for document in _watched(documents(name, source, False, run.data.held_out), proceed))
         for name, source in sources.items()
     ]
     tokenizer = train(sample(streams, TRAINING_BYTES_PER_ENTRY * run.model.vocab_size), run.model.vocab_size)

@@ -12,6 +12,7 @@ from braeburn.errors import UserError
 from braeburn.model.transformer import param_specs
 from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
+from braeburn.train.progress import tracked
 from braeburn.train.trained import Trained
 
 BATCH_TOKENS = 4096
@@ -30,7 +31,8 @@ def evaluate_files(trained: Trained, paths: list[str], field: str = "text") -> d
         with tempfile.TemporaryDirectory() as folder:
             store_path = Path(folder) / "store"
             try:
-                build_store(store_path, documents(path, source), trained.tokenizer)
+                texts = tracked(documents(path, source), f"tokenising {path}")
+                build_store(store_path, texts, trained.tokenizer)
             except UserError as error:
                 raise UserError(_as_options(str(error), path)) from None
             results[path] = _evaluate(trained, TokenStore.open(store_path, trained.tokenizer.hash), None)
@@ -62,4 +64,6 @@ def _evaluate(trained: Trained, store: TokenStore, max_tokens: int | None) -> di
     evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes, layout)
     # Without a limit, the last window counts too, though it is rarely full.
     batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens or store.tokens + length)
-    return measure(evaluate, trained.params, batches)
+    rows = max(1, BATCH_TOKENS // length)
+    total = -(-min(store.tokens, max_tokens or store.tokens) // (length * rows))
+    return measure(evaluate, trained.params, tracked(batches, "evaluating", total))

@@ -25,6 +25,7 @@ from braeburn.errors import UserError
 from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.model.spec import Tree, map_specs, walk
 from braeburn.model.transformer import param_specs
+from braeburn.train.progress import tracked
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # Path of our parameter -> name of the tensor, with `{}` for the layer's index.
@@ -142,7 +143,7 @@ def _write_weights(
             shards.append([])
         shards[-1].append(tensor)
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
+    for number, shard in enumerate(tracked(shards, "writing weights"), start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({tensor.name: tensor.exported(parameters) for tensor in shard}, directory / name, {"format": "pt"})
         weight_map |= {tensor.name: name for tensor in shard}
@@ -294,7 +295,7 @@ def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
         _check(directory, {tensor.name: tensor.shape for tensor in tensors}, holders, model.tied_embeddings)
         params = map_specs(lambda _, spec: np.empty(spec.shape, np.float32), specs)
         parameters = dict(walk(params))
-        for tensor in tensors:
+        for tensor in tracked(tensors, "reading weights"):
             tensor.of(parameters[tensor.path])[...] = tensor.imported(holders[tensor.name].get_tensor(tensor.name))
     return params
 

@@ -1,5 +1,6 @@
 """What the processes of one run tell each other outside the step, through the coordinator that JAX keeps."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,12 +10,13 @@ import numpy as np
 from jax._src import distributed  # the coordinator's key-value store has no public name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from braeburn.errors import UserError
+from braeburn.errors import Interrupted, UserError
 from braeburn.parallel.processes import ProcessLost
 
-DONE, FAILED = "done", "failed"
+DONE, FAILED, STOPPED = "done", "failed", "stopped"
 POLL_MILLISECONDS = 10_000
 BARRIER_MILLISECONDS = 3_600_000
+STOP = "braeburn/stop"
 
 Result = TypeVar("Result")
 
@@ -30,6 +32,7 @@ def main_first(name: str, function: Callable[[], Result]) -> Result:
 
     Raises:
         UserError: in every process, what the main one raises.
+        Interrupted: in every process, where the main one was asked to stop.
         ProcessLost: the main process failed otherwise.
     """
     if jax.process_count() == 1:
@@ -39,7 +42,8 @@ def main_first(name: str, function: Callable[[], Result]) -> Result:
         try:
             result = function()
         except BaseException as error:
-            client.key_value_set(key, str(error) if isinstance(error, UserError) else FAILED)
+            end = STOPPED if isinstance(error, Interrupted) else FAILED
+            client.key_value_set(key, str(error) if isinstance(error, UserError) else end)
             raise
         client.key_value_set(key, DONE)
         return result
@@ -50,11 +54,53 @@ def main_first(name: str, function: Callable[[], Result]) -> Result:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 answer = FAILED
+    if answer == STOPPED:
+        raise Interrupted
     if answer == FAILED:
         raise ProcessLost(f"the main process ended before {name}; its own message tells why")
     if answer != DONE:
         raise UserError(answer)
     return function()
+
+
+def answer_of_main(name: str, question: Callable[[], bool]) -> bool:
+    """What the main process answers to a question, in every process; the others do not ask it themselves.
+
+    Args:
+        name: of the question, in words that no other exchange of the run has.
+        question: called in the main process.
+
+    Raises:
+        ProcessLost: the main process failed.
+    """
+    if jax.process_count() == 1:
+        return question()
+    client, key = _coordinator(), f"braeburn/{name}"
+    if jax.process_index() == 0:
+        answer = question()
+        client.key_value_set(key, str(answer))
+        return answer
+    try:
+        return client.blocking_key_value_get(key, BARRIER_MILLISECONDS) == str(True)
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessLost(f"the main process ended before it told {name}; its own message tells why") from error
+
+
+def tell_to_stop(signal: str) -> None:
+    """Lets `told_to_stop` say in every process that one of them was asked to stop, by which signal."""
+    if jax.process_count() > 1:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the process that keeps the messages is gone
+            _coordinator().key_value_set(STOP, signal, allow_overwrite=True)
+
+
+def told_to_stop() -> str | None:
+    """The signal that some process was asked to stop by; None where none was."""
+    if jax.process_count() == 1:
+        return None
+    try:
+        return _coordinator().key_value_try_get(STOP)
+    except jax.errors.JaxRuntimeError:  # nothing was told
+        return None
 
 
 def wait_for_all(name: str) -> None:
@@ -68,6 +114,13 @@ def wait_for_all(name: str) -> None:
             _coordinator().wait_at_barrier(f"braeburn/{name}", BARRIER_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
             raise ProcessLost(f"another process ended before {name}; its own message tells why") from error
+
+
+def meet(name: str, seconds: float) -> None:
+    """Waits for every process to come here, but no longer than so many seconds; to be called before leaving."""
+    if jax.process_count() > 1:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _coordinator().wait_at_barrier(f"braeburn/{name}", int(1000 * seconds))
 
 
 def _coordinator() -> Any:

@@ -2,14 +2,15 @@
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,30 @@ from braeburn.atomic import write_atomically
 from braeburn.config import Run, flatten, read_run
 from braeburn.disk import locked
 from braeburn.errors import UserError
+from braeburn.train import tensorboard
+from braeburn.train.records import Records, json_line, json_lines
+
+log = logging.getLogger(__name__)
 
 # What may differ when a run goes on: how it is carried out, not what it computes.
 FREE_TO_CHANGE = (
     *("name", "mesh", "checkpoint", "remat", "offload", "evaluation", "model.scan_layers", "precision.reduce"),
     "model.max_position_embeddings",
     *("data.workers", "data.prefetch", "data.cache"),
+    *("optimizer.skip_norm", "optimizer.max_skipped"),
 )
 
 
 class RunDirectory:
     """A folder that holds one run."""
 
-    def __init__(self, path: Path, *, writes: bool = True):
+    def __init__(self, path: Path, *, writes: bool = True, say: Callable[[str], None] = log.warning):
         """Creates the folder where it is missing.
 
         Args:
             path: the folder.
             writes: whether this process is the one of its run that writes here; in others, what writes does nothing.
+            say: takes a line when events cannot be written, and when they can again; a warning is logged by default.
 
         Raises:
             UserError: it is not a local folder that can be written to.
@@ -43,6 +50,7 @@ class RunDirectory:
         if re.match("[a-z0-9]{2,}:/", str(path)):  # a Path has but one slash after gs:
             raise UserError(f"--out {str(path)!r} is not a local folder; name a folder on a mounted file system")
         self.path, self.writes = path, writes
+        self._events = Records(path / "events.jsonl", say, lines=True)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -117,32 +125,43 @@ class RunDirectory:
 
     def event(self, kind: str, **details: Any) -> None:
         """Appends a line to `events.jsonl`."""
-        if not self.writes:
-            return
-        with (self.path / "events.jsonl").open("a") as file:
-            file.write(json.dumps({"event": kind, "time": round(time.time(), 3), **details}) + "\n")
+        if self.writes:
+            self._events.append(json_line({"event": kind, "time": round(time.time(), 3), **details}))
 
     def forget_after(self, step: int) -> None:
-        """Drops the rows of `metrics.jsonl` beyond `step`: those steps are about to be made again."""
-        path = self.path / "metrics.jsonl"
-        if not self.writes or not path.exists():
+        """Drops what was written of the steps beyond `step`, which are about to be made again."""
+        if not self.writes:
             return
-        kept = [row for row in json_lines(path) if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        tensorboard.forget_after(self.path / "tensorboard", step)
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows(step)))
+
+    def rows(self, step: int) -> Iterator[dict[str, Any]]:
+        """The rows of `metrics.jsonl` up to `step`."""
+        for row in json_lines(self.path / "metrics.jsonl"):
+            if isinstance(row.get("step"), int) and row["step"] <= step:
+                yield row
+
+    def events(self, kind: str) -> Iterator[dict[str, Any]]:
+        """The events of one kind that tell of a step, in order."""
+        for event in json_lines(self.path / "events.jsonl"):
+            if event.get("event") == kind and isinstance(event.get("step"), int):
+                yield event
 
     def stage_results(self, step: int) -> list[dict[str, Any]]:
         """The end of each stage finished by `step`, as its event tells: stage, step, tokens, loss and held_out."""
         ends = {}
-        for event in json_lines(self.path / "events.jsonl"):
-            if event.pop("event") == "stage_end" and event["step"] <= step:
-                event.pop("time")
-                ends[event["stage"]] = event
+        for event in self.events("stage_end"):
+            if event["step"] <= step:
+                ends[event["stage"]] = {name: v for name, v in event.items() if name not in ("event", "time")}
         return list(ends.values())
 
-    def recent_loss(self, stage: str) -> float:
-        """Mean loss of the last steps of a stage, up to 20, in nats per token."""
-        losses = deque((row["loss"] for row in json_lines(self.path / "metrics.jsonl") if row["stage"] == stage), 20)
-        return sum(math.nan if loss is None else loss for loss in losses) / len(losses)
+    def recent_loss(self, stage: str) -> float | None:
+        """Mean loss of the last steps of a stage, up to 20, in nats per token; None where no row is left of it."""
+        rows = (row for row in json_lines(self.path / "metrics.jsonl") if row.get("stage") == stage)
+        losses = deque((row.get("loss") for row in rows), 20)
+        return sum(math.nan if loss is None else loss for loss in losses) / len(losses) if losses else None
 
 
 def _begun_stages(run: Run, step: int) -> list[str]:
@@ -166,11 +185,3 @@ def _may_change(path: str, begun: list[str], step: int) -> bool:
     _, stage, field = path.split(".")[:3]
     # How a batch is divided changes nothing but rounding, nor does where labels come from.
     return stage not in begun or field in ("accumulation_steps", "mesh") or path.endswith(".distillation.cached")
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, but for a line that was cut short, as by a full disk."""
-    with path.open() as file:
-        for line in file:
-            with suppress(json.JSONDecodeError):
-                yield json.loads(line)
