@@ -2,7 +2,7 @@
 #   make demo    train the quickstart recipe and show what it learned
 #   make demo-on-device    a larger model pruned, distilled, quantised and shipped, beside one from scratch
 #   make test    all tests, with the coverage of src
-#   make test-kill    four processes, one of which is killed at random five times over (minutes)
+#   make test-kill    kills and requests to stop at random moments and in every phase, of one process and of four (minutes)
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
@@ -50,7 +50,7 @@ test: setup
 	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
 
 test-kill: setup
-	$(BIN)/python -m pytest --durations=0 tests/launch/on_kills.py
+	$(BIN)/python -m pytest -s --durations=0 tests/launch/on_stops.py tests/launch/on_kills.py
 
 test-slurm: setup
 	@for program in slurmctld slurmd munged; do command -v $$program >/dev/null || \
