@@ -1,53 +1,125 @@
-# Everything works from a fresh clone with Python >= 3.11, make and a package index.
+# Everything works from a fresh clone with Python 3.11 to 3.13, make and a package index.
 #   make demo    train the quickstart recipe and show what it learned
 #   make demo-on-device    a larger model pruned, distilled, quantised and shipped, beside one from scratch
-#   make test    all tests, with the coverage of src
+#   make test    all tests, with the coverage of src; installs neither torch nor CUDA
+#   make test-hf    exports and imports beside transformers and torch themselves
+#   make test-other    the tests that depend most on versions, on another Python than `make test` takes
+#   make test-install    every extra resolved by pip with its pins; the wheel in an empty environment
 #   make test-kill    kills and requests to stop at random moments and in every phase, of one process and of four (minutes)
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
 #   make setup   .venv with everything that tests and checks need
+#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-data, -docs, -gguf, -rocm and -tpu
+#   make extra-compile, make extra-hf    the same in .venv-compile and .venv-hf
+# VENV=DIR installs into another environment than .venv.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-# The newest Python that really starts: version managers leave names on the path that only print an error.
-PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
-	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 \
-	&& { command -v $$python; break; }; done)
+
+# Version managers leave names on the path that only print an error, so a Python must really start. Those of pyenv are
+# looked at last.
+CANDIDATES := python3.13 python3.12 python3.11 python3 python $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python)
+VERSION := import sys, venv, ensurepip; print(*sys.version_info[:2]); sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON := $(shell for python in $(CANDIDATES); do \
+	$$python -c '$(VERSION)' >/dev/null 2>&1 && { command -v $$python; break; }; done)
+# One of another version than PYTHON. These two are looked for when they are first needed, and once.
+PYTHON_OTHER = $(eval PYTHON_OTHER := $(shell for python in $(CANDIDATES); do \
+	version=$$($$python -c '$(VERSION)' 2>/dev/null) && [ "$$version" != "$$($(PYTHON) -c '$(VERSION)')" ] \
+	&& { command -v $$python; break; }; done))$(PYTHON_OTHER)
+# torch is built for a new Python last, so the oldest one is taken.
+PYTHON_HF = $(eval PYTHON_HF := $(shell for python in python3.11 python3.12 $(CANDIDATES); do \
+	$$python -c '$(VERSION)' >/dev/null 2>&1 && { command -v $$python; break; }; done))$(PYTHON_HF)
+NO_PYTHON := no Python from 3.11 to 3.13 with venv found; install one, or name it: make PYTHON=/path/to/python
+
 # One compilation cache for all tests and the demo of this clone.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo demo-on-device test test-kill test-slurm test-compile test-gguf setup check format benchmark-memory benchmark-startup clean
+# $(call install,ENVIRONMENT,CONSTRAINTS) WHAT
+install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2)
+
+# The file that pins what an extra needs; constraints.txt for those that are not named here.
+CONSTRAINTS_compile := constraints-accelerators.txt
+CONSTRAINTS_cuda := constraints-accelerators.txt
+CONSTRAINTS_rocm := constraints-accelerators.txt
+CONSTRAINTS_tpu := constraints-accelerators.txt
+CONSTRAINTS_docs := constraints-docs.txt
+CONSTRAINTS_hf := constraints-hf.txt
+PINS := pyproject.toml $(wildcard constraints*.txt)
+EXTRAS := cuda data docs gguf rocm tpu
+
+.PHONY: demo demo-on-device test test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
+.PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 to 3.13 with venv found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: $(NO_PYTHON)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 # Stamps make a second call instant. The demo needs less than the tests do, so it has its own.
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(call install,$(VENV),constraints.txt) --editable .
 	@touch $@
 
 $(VENV)/.all: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,hf,dev]'
+	$(call install,$(VENV),constraints.txt) --editable '.[data,dev]'
 	@touch $@
 
 setup: $(VENV)/.all
+
+$(addprefix extra-,$(EXTRAS)): extra-%: $(VENV)/.extra-%
+
+$(VENV)/.extra-%: $(PINS) | $(VENV)/.core
+	$(call install,$(VENV),$(or $(CONSTRAINTS_$*),constraints.txt)) --editable '.[$*]'
+	@touch $@
 
 demo: $(VENV)/.core
 	$(BIN)/python benchmarks/demo.py
 
 # Beside what the demo needs, the package that writes the models' files.
-$(VENV)/.gguf: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
-	@touch $@
-
-demo-on-device: $(VENV)/.gguf
+demo-on-device: extra-gguf
 	$(BIN)/python benchmarks/on_device.py
 
 test: setup
 	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+
+# Apart from the other environment: torch with CUDA is several GB and wants NVIDIA packages of other versions than JAX
+# does. Where the index that pip is set up with has a build of torch for CPUs, that is enough.
+$(VENV)-hf/.all: $(PINS)
+	@test -n "$(PYTHON_HF)" || { echo "error: $(NO_PYTHON)" >&2; exit 2; }
+	test -e $(VENV)-hf/bin/python || $(PYTHON_HF) -m venv $(VENV)-hf
+	$(call install,$(VENV)-hf,$(CONSTRAINTS_hf)) --editable '.[dev,hf]'
+	@touch $@
+
+extra-hf: $(VENV)-hf/.all
+
+test-hf: extra-hf
+	$(VENV)-hf/bin/python -m pytest --durations=10 tests/interop/on_transformers.py
+
+# What broke before when Python or JAX changed, and a run from its data to its export; minutes.
+SMOKE := tests/test_config.py tests/test_cli.py tests/test_install.py tests/data tests/evaluate tests/interop \
+	tests/model/test_transformer.py tests/parallel/test_context.py tests/plan/test_hlo.py tests/train/test_step.py
+
+$(VENV)-other/.all: $(PINS)
+	@test -n "$(PYTHON_OTHER)" || { echo "error: no second Python from 3.11 to 3.13 found; name it: make test-other PYTHON_OTHER=/path" >&2; exit 2; }
+	test -e $(VENV)-other/bin/python || $(PYTHON_OTHER) -m venv $(VENV)-other
+	$(call install,$(VENV)-other,constraints.txt) --editable '.[data,dev]'
+	@touch $@
+
+# What `make test-other` would take; nothing where there is none.
+python-other:
+	@echo $(PYTHON_OTHER)
+
+test-other: $(VENV)-other/.all
+	$(VENV)-other/bin/python -m pytest --durations=10 $(SMOKE)
+
+# Needs the package index. uv resolves for other Pythons than its own, and without fetching gigabytes.
+$(VENV)/.uv: $(VENV)/.all
+	$(call install,$(VENV),constraints.txt) uv
+	@touch $@
+
+test-install: $(VENV)/.uv
+	$(BIN)/python -m pytest --durations=10 tests/install/on_index.py
 
 test-kill: setup
 	$(BIN)/python -m pytest -s --durations=0 tests/launch/on_stops.py tests/launch/on_kills.py
@@ -58,24 +130,25 @@ test-slurm: setup
 	$(BIN)/python -m pytest --durations=0 tests/launch/on_slurm.py
 
 # Apart from the other environment: what is installed here claims accelerators that are not there.
-$(VENV)-compile/.all: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 to 3.13 with venv found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+$(VENV)-compile/.all: $(PINS)
+	@test -n "$(PYTHON)" || { echo "error: $(NO_PYTHON)" >&2; exit 2; }
 	test -e $(VENV)-compile/bin/python || $(PYTHON) -m venv $(VENV)-compile
-	$(VENV)-compile/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,compile]'
+	$(call install,$(VENV)-compile,$(CONSTRAINTS_compile)) --editable '.[dev,compile]'
 	@touch $@
 
-test-compile: $(VENV)-compile/.all
+extra-compile: $(VENV)-compile/.all
+
+test-compile: extra-compile
 	$(VENV)-compile/bin/python -m pytest --durations=0 -s tests/plan/on_compilers.py
 
 # Apart from the other environment: building llama.cpp takes a C++ compiler and most of the half hour. From source, since
 # the package has no wheels in the index, and for this processor.
-$(VENV)-gguf/.all: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 to 3.13 with venv found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+$(VENV)-gguf/.all: $(PINS)
+	@test -n "$(PYTHON)" || { echo "error: $(NO_PYTHON)" >&2; exit 2; }
 	@command -v c++ >/dev/null || { echo "error: c++ is missing; install a C++ compiler, as Debian's package g++" >&2; exit 2; }
 	test -e $(VENV)-gguf/bin/python || $(PYTHON) -m venv $(VENV)-gguf
-	$(VENV)-gguf/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(VENV)-gguf/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--no-binary llama-cpp-python llama-cpp-python
+	$(call install,$(VENV)-gguf,constraints.txt) --editable '.[dev]'
+	$(call install,$(VENV)-gguf,constraints-llama-cpp.txt) --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
 test-gguf: $(VENV)-gguf/.all
@@ -97,4 +170,4 @@ benchmark-startup: $(VENV)/.core
 	$(BIN)/python benchmarks/startup.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-compile $(VENV)-gguf .cache .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(addprefix $(VENV)-,compile gguf hf other) .cache .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from braeburn.config import Run, override, validate
 from braeburn.errors import UserError
+from braeburn.extras import how_to_install
 
 if TYPE_CHECKING:
     from braeburn.data.prepare import Prepared
@@ -108,7 +109,7 @@ def demonstrate(recipe: str, out: Path) -> dict[str, Any]:
     from braeburn.train.loop import train
 
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("the models' files need the gguf package; run pip install 'braeburn[gguf]'")
+        raise UserError(f"the models' files need the gguf package; {how_to_install('gguf')}")
     cache_compilations()
     began = time.monotonic()
     directories = {"chain": out / "chain", "scratch": out / "scratch"}

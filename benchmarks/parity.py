@@ -1,8 +1,8 @@
 """Compares a trained run with its own export in transformers: the same greedy tokens after the same prompts.
 
-    python benchmarks/parity.py runs/quickstart
+    make extra-hf && .venv-hf/bin/python benchmarks/parity.py runs/quickstart
 
-Needs the `hf` extra. Exits with 1 where a token differs.
+Exits with 1 where a token differs.
 """
 
 import argparse

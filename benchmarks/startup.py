@@ -29,7 +29,7 @@ def command() -> str:
     beside = Path(sys.executable).with_name("braeburn")
     found = str(beside) if beside.exists() else shutil.which("braeburn")
     if found is None:
-        raise SystemExit("error: braeburn is not installed; run pip install --editable .")
+        raise SystemExit("error: braeburn is not installed; run `make setup`")
     return found
 
 

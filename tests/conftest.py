@@ -18,8 +18,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Simulated devices for meshes: eight in every process, since their number changes how a CPU shares out work, and so
 # the last bit of sums. Runs that name no mesh are held to the first.
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Programs are tiny and many: compiling them takes longer than running them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Programs are tiny and many: compiling them takes longer than running them. Tests marked `optimized`, which guard
+# rounding and resuming, run in a process of their own with XLA's default level: `pytest -m optimized`.
+OPTIMIZED = "optimized"
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
 if "BRAEBURN_TEST_CACHE" in os.environ:
     os.environ["XDG_CACHE_HOME"] = os.environ["BRAEBURN_TEST_CACHE"]
 else:
@@ -31,6 +33,25 @@ import pytest  # noqa: E402
 from braeburn.config import Run, override  # noqa: E402
 from braeburn.recipes import load  # noqa: E402
 from support import braeburn  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets XLA's options, which JAX reads when the first program is compiled, here and in processes of tests."""
+    if config.option.markexpr == OPTIMIZED:
+        os.environ.pop("XLA_FLAGS", None)
+    else:
+        os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Says of tests at XLA's default level how to run them, where this process has another."""
+    if config.option.markexpr == OPTIMIZED:
+        return
+    elsewhere = pytest.mark.skip(reason="compiled at XLA's default level: pytest -m optimized")
+    for item in items:
+        if item.get_closest_marker(OPTIMIZED):
+            item.add_marker(elsewhere)
+
 
 # In the standard library of every Python from 3.11 to 3.13; the last seven are of more than 32 KiB.
 FILES = [

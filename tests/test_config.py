@@ -392,3 +392,83 @@ def test_what_is_typed_wrongly(assignment: str, message: str) -> None:
 
 def test_nothing_need_be_held_out() -> None:
     assert override(RUNS["afm-tiny"], typed("data.held_out=0")).data.held_out == 0
+
+
+def test_replace_validates_and_keeps_what_was_left_at_its_default() -> None:
+    run = RUNS["quickstart"]
+    core = run.stages["core"]
+    wide = run.replace(name="wide", model=run.model.replace(ffn_dim=1024))
+    assert (wide.name, wide.model.ffn_dim, wide.stages) == ("wide", 1024, run.stages)
+    assert provenance(wide, {})["seed"] == provenance(run, {})["seed"] == "default"
+    assert provenance(wide, {})["model.ffn_dim"] == "recipe"
+    with pytest.raises(UserError, match=r"^batch_tokens=100 is not a multiple of sequence_length=256; set "):
+        core.replace(batch_tokens=100)
+    with pytest.raises(UserError, match=r"'batch_tokes' is not a field; did you mean 'batch_tokens'"):
+        core.replace(batch_tokes=100)
+    with pytest.raises(UserError, match=r"stages\.core\.mixture\.web is not a source"):
+        run.replace(stages={"core": core.replace(mixture={"web": 1.0})})
+
+
+def test_what_was_made_without_a_check_is_checked_as_a_part() -> None:
+    run = RUNS["quickstart"]
+    wrong = run.stages["core"].model_copy(update={"batch_tokens": 100})
+    with pytest.raises(UserError, match=r"stages\.core: batch_tokens=100 is not a multiple"):
+        run.replace(stages={"core": wrong})
+
+
+def test_a_recipe_that_copies_without_a_check_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from braeburn.recipes.quickstart import quickstart\n"
+        "def wrong():\n"
+        "    run = quickstart()\n"
+        "    stage = run.stages['core'].model_copy(update={'mixture': {'web': 1.0}})\n"
+        "    return run.model_copy(update={'stages': {'core': stage}})\n"
+    )
+    with pytest.raises(UserError, match=r"recipe '.*mine\.py:wrong': stages\.core\.mixture\.web is not a source"):
+        load(f"{path}:wrong")
+
+
+def test_built_in_recipes_copy_nothing_without_a_check() -> None:
+    folder = Path(config.__file__).parent / "recipes"
+    assert [path.name for path in folder.glob("*.py") if ".model_copy(" in path.read_text()] == []
+
+
+def test_a_constant_rate_has_no_floor() -> None:
+    assert config.Schedule(decay="constant").floor == 0
+    with pytest.raises(UserError) as error:
+        override(RUNS["quickstart"], {"stages.core.schedule.decay": "constant"})
+    assert str(error.value) == (
+        "stages.core.schedule: floor=0.05 is never reached with decay='constant'; set floor to 0, or decay to "
+        "'cosine' or 'linear'"
+    )
+    advice = {"stages.core.schedule.decay": "constant", "stages.core.schedule.floor": 0}
+    assert override(RUNS["quickstart"], advice).stages["core"].schedule.decay == "constant"
+
+
+@pytest.mark.parametrize(
+    ("typed", "separator"),
+    [
+        (r"\n\n", "\n\n"),
+        (r'"\n\n"', "\n\n"),
+        (r"\r\n", "\r\n"),
+        (r"\t", "\t"),
+        (r"a\\nb", r"a\nb"),
+        (r"\d", r"\d"),
+        ("\n", "\n"),
+        ("null", None),
+    ],
+)
+def test_a_separator_means_what_was_typed(typed: str, separator: str | None) -> None:
+    run = override(RUNS["quickstart"], dict([parse_assignment(f"data.sources.code.separator={typed}")]))
+    assert run.data.sources["code"].separator == separator
+    assert validate(json.loads(run.model_dump_json())) == run
+
+
+def test_explain_warns_of_shares_that_are_rounded() -> None:
+    arguments = ("explain", "quickstart", "--set", "stages.core.mixture.prose=1e-6")
+    warning = "warning: stages.core.mixture.prose=1e-06 asks for 1.2e-06 of the sequences but gets 1 of each 1024"
+    assert warning in braeburn(*arguments).out
+    (line,) = json.loads(braeburn(*arguments, "--json").out)["warnings"]
+    assert line.startswith(warning)
+    assert json.loads(braeburn("explain", "quickstart", "--json").out)["warnings"] == []

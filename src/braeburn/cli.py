@@ -12,16 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
+from braeburn import __version__
 from braeburn.background import ending_process
 from braeburn.errors import UserError
 from braeburn.parallel import processes
 
-app = typer.Typer(
-    help="Pretrain language models in pure JAX, from one recipe.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or file.py:function.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
@@ -96,6 +92,21 @@ def _check_encoding(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"the argument {argument!r} is not UTF-8; write it in UTF-8, or rename the file or folder that it names"
             ) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"braeburn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Pretrain language models in pure JAX, from one recipe."""
 
 
 @app.command()
@@ -202,6 +213,7 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     """Print the resolved run, where each value came from, and what it amounts to."""
     run, origins = _resolve(recipe, assignments)
     from braeburn.config import flatten
+    from braeburn.data.mixture import rounded_shares
     from braeburn.model import spec, transformer
 
     specs = transformer.param_specs(run.model)
@@ -223,8 +235,10 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
         for (name, stage), models in zip(run.stages.items(), run.models().values(), strict=True)
     }
     resolved = run.model_dump(mode="json")
+    warnings = rounded_shares(run.stages)
     if as_json:
-        _print_json({"run": resolved, "provenance": origins, "parameters": parameters, "stages": stages})
+        facts = {"run": resolved, "provenance": origins, "parameters": parameters, "stages": stages}
+        _print_json({**facts, "warnings": warnings})
         return
     _print_rows([(path, json.dumps(value), origins.get(path, "default")) for path, value in flatten(resolved)], "lll")
     total, embedding = parameters["total"], parameters["embedding"]
@@ -236,6 +250,8 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     ]
     total_row = ("all", f"{sum(f['tokens'] for f in stages.values()):,}", f"{run.total_steps:,}")
     _print_rows([header, *rows, total_row], "l" + "r" * (len(header) - 1) + "l")
+    for line in warnings:
+        print(f"\n{line}")
 
 
 def _besides_training(stage: Any) -> str:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -38,7 +38,20 @@ OneOrMore = BeforeValidator(_one_or_more)
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # What a value is made of is checked again with it, since `model_copy` checks nothing.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, revalidate_instances="always")
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with some fields replaced, validated as a whole; what was left at its default stays so.
+
+        Raises:
+            UserError: there is no such field, or a value is refused.
+        """
+        fields = {name: getattr(self, name) for name in self.model_fields_set}
+        try:
+            return type(self).model_validate({**fields, **changes})
+        except ValidationError as error:
+            raise UserError(explain_validation_error(error)) from None
 
 
 class RopeScaling(_Frozen):
@@ -155,11 +168,23 @@ class Remat(_Frozen):
 
 
 class Schedule(_Frozen):
-    """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to `floor`."""
+    """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to `floor`.
+
+    A constant one decays not at all, and so has no floor.
+    """
 
     warmup_steps: Count = 0
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "Schedule":
+        if self.decay == "constant" and self.floor:
+            raise ValueError(
+                f"floor={self.floor} is never reached with decay='constant'; set floor to 0, or decay to 'cosine' or "
+                f"'linear'"
+            )
+        return self
 
 
 # Logical axes whose units can be cut, and the field of the model that counts them.
@@ -340,8 +365,9 @@ class Source(_Frozen):
     """Documents from files: globs, local or of any fsspec file system, compressed or not.
 
     `text` takes a file as one document, or splits it at `separator`; `jsonl` and `parquet` take `field` of each row;
-    `auto` decides by the file's name. `python-code`, `python-prose` (docstrings) and `python-long` read Python files,
-    those of the running Python's standard library unless `paths` names others.
+    `auto` decides by the file's name, and refuses what its first bytes do not agree with. `python-code`,
+    `python-prose` (docstrings) and `python-long` read Python files, those of the running Python's standard library
+    unless `paths` names others.
     """
 
     paths: Annotated[tuple[str, ...], OneOrMore] = ()
@@ -362,7 +388,8 @@ class Data(_Frozen):
     `tokenizer` is the path of a `tokenizer.json`; with none, a byte-level BPE of `model.vocab_size` entries is trained
     on the sources. `held_out` is the fraction of documents, chosen by hash, that training never sees; with 0 none is
     held out, and nothing is evaluated. `cache` holds the tokenised shards; with none, they are kept below the user's
-    cache folder.
+    cache folder. `accept` is the fingerprint of text that has changed since the run's last checkpoint, to go on with
+    it all the same.
     """
 
     sources: dict[str, Source] = Field(default_factory=dict)
@@ -371,6 +398,7 @@ class Data(_Frozen):
     cache: str | None = None
     workers: Count = 0
     prefetch: Size = 4
+    accept: str | None = None
 
 
 class Checkpoint(_Frozen):
@@ -630,7 +658,15 @@ def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
         not isinstance(known, dict) or last not in known
     ):
         raise UserError(_unknown_field(run, path, path))
+    if last == "separator" and isinstance(value, str):
+        value = _unescaped(value)
     fields[last] = value
+
+
+def _unescaped(separator: str) -> str:
+    r"""A separator as it is meant where a shell passed \n, \r, \t or \\ on as they were typed."""
+    meant = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nrt\\]", lambda match: meant[match.group()], separator)
 
 
 def _unknown_field(run: Run, path: str, unknown: str) -> str:

@@ -39,7 +39,7 @@ def test_jsonl_compressed_or_not(tmp_path: Path, name: str, suffix: str) -> None
 def test_text_compressed_or_not(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / ("a.txt" + suffix)
     path.write_bytes(COMPRESS[suffix](TEXTS[2].encode()))
-    assert read(Source(paths=(str(path),))) == [TEXTS[2]]
+    assert read(Source(paths=(str(path),))) == [TEXTS[2].replace("\r\n", "\n")]
 
 
 def test_zstd_of_many_frames_is_read_to_the_end(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_errors_name_the_source_and_the_fix(tmp_path: Path) -> None:
         read(Source(paths=("nosuchprotocol://x",)))
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n\n{"body": "y"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl' line 3 has no text in the field 'text' \(it has: body\)"):
+    with pytest.raises(UserError, match=r"a\.jsonl' line 3 has no field 'text' \(it has: body\)"):
         read(Source(paths=(str(path),)))
     path.write_text('{"text": "x"}\n{"text": ')
     with pytest.raises(UserError, match=r"a\.jsonl' line 2 is not JSON .*'text'"):

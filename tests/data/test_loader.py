@@ -1,13 +1,20 @@
+import errno
 import hashlib
+import itertools
+import multiprocessing.synchronize
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from braeburn.config import Stage
+from braeburn.data import loader
 from braeburn.data.corpus import Document
 from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.packing import Batch
@@ -142,3 +149,55 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = code.replace("HEAVY", "('jax', 'grain', 'pyarrow', 'fsspec', 'tokenizers', 'zstandard')")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("refused_at", [0, 3])
+def test_a_thread_takes_over_where_processes_cannot_share_things(
+    stores: dict[str, TokenStore], refused_at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_ahead = loader._read_ahead
+
+    def refusing(batches: Batches, start: int, workers: int, prefetch: int) -> Iterator[Batch]:
+        if not workers:
+            yield from read_ahead(batches, start, workers, prefetch)
+            return
+        yield from islice(read_ahead(batches, start, 0, prefetch), refused_at)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loader, "_read_ahead", refusing)
+    batches = Batches(STAGE, "core", 0, stores)
+    read = list(prefetch(batches, 2, workers=2, prefetch=2))
+    assert len(read) == 10
+    assert all(same(batch, batches[2 + i]) for i, batch in enumerate(read))
+    (record,) = caplog.records
+    assert "data.workers=2 cannot read ahead (/dev/shm has no room for what they share)" in record.getMessage()
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_training_reads_on_with_a_full_shared_memory(
+    stores: dict[str, TokenStore], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = itertools.count()
+    make = multiprocessing.synchronize.SemLock.__init__
+
+    def full(*arguments: Any, **options: Any) -> None:
+        if next(made) >= limit:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        make(*arguments, **options)
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
+    batches = Batches(STAGE, "core", 0, stores)
+    read = list(prefetch(batches, 5, workers=2, prefetch=2))
+    assert len(read) == 7
+    assert all(same(batch, batches[5 + i]) for i, batch in enumerate(read))
+
+
+def test_training_reads_on_when_the_stores_are_deleted(tmp_path: Path) -> None:
+    documents = [Document("", f"a{i} " * (i + 1)) for i in range(40)]
+    build_store(tmp_path / "a", documents, TOKENIZER)
+    store = TokenStore.open(tmp_path / "a", TOKENIZER.hash)
+    batches = Batches(STAGE.model_copy(update={"mixture": {"a": 1.0}}), "core", 0, {"a": store})
+    expected = [batches[step] for step in range(12)]
+    shutil.rmtree(tmp_path / "a")
+    assert all(map(same, prefetch(batches, 0, workers=2, prefetch=2), expected))
+    assert all(map(same, prefetch(batches, 0, workers=0, prefetch=2), expected))

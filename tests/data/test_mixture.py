@@ -2,7 +2,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braeburn.data.mixture import BLOCK, Mixture, derive_key, permute
+from braeburn.config import Stage
+from braeburn.data.mixture import BLOCK, Mixture, derive_key, permute, rounded_shares
+from braeburn.recipes import BUILT_IN, load
 
 KEYS = st.integers(0, 2**64 - 1)
 
@@ -59,3 +61,23 @@ def test_values_are_pinned() -> None:
     # A change here changes the data of every run that resumes.
     assert derive_key(0, "core", "sequences") == 16885759983617818705
     assert [permute(i, 10, 1) for i in range(10)] == [6, 1, 8, 0, 2, 9, 4, 7, 5, 3]
+
+
+def staged(**mixture: float) -> dict[str, Stage]:
+    return {"core": Stage(tokens=64, sequence_length=8, batch_tokens=64, mixture=mixture, learning_rate=1)}
+
+
+def test_shares_that_are_rounded_are_told() -> None:
+    assert rounded_shares(staged(web=0.8, code=0.2)) == []
+    assert rounded_shares(staged(web=3, code=0, maths=1e9)) != []
+    (line,) = rounded_shares(staged(web=1.0, code=1e-6))
+    assert line == (
+        "warning: stages.core.mixture.code=1e-06 asks for 1e-06 of the sequences but gets 1 of each 1024, "
+        "which is 0.00098; raise it, or set it to 0"
+    )
+    assert len(rounded_shares(staged(web=1e308, code=1e-308))) == 1
+    assert rounded_shares(staged(**{f"s{i}": 1.0 for i in range(3000)})) == []
+
+
+def test_no_built_in_recipe_is_rounded_unawares() -> None:
+    assert {name: rounded_shares(load(name).stages) for name in BUILT_IN} == {name: [] for name in BUILT_IN}

@@ -1,4 +1,7 @@
+import itertools
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,111 @@ def test_cache_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder(data) == Path("/somewhere/braeburn/data")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder(data) == Path.home() / ".cache/braeburn/data"
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_after(calls: int) -> Callable[[], None]:
+    """What stops the work at a call, in whatever thread; each later call stops it too."""
+    made = itertools.count()
+
+    def proceed() -> None:
+        if next(made) >= calls:
+            raise Stop
+
+    return proceed
+
+
+def test_preparing_may_be_stopped_anywhere_and_goes_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = prepare(run, print)
+    monkeypatch.setattr("braeburn.data.store.BATCH_CHARACTERS", 500)
+    run = override(run, {"data.cache": str(tmp_path / "stopped")})
+    for calls in itertools.count():
+        try:
+            prepared = prepare(run, print, proceed=stopping_after(calls % 9))
+        except Stop:
+            continue
+        break
+    assert calls > 5
+    assert prepared.fingerprints == undisturbed.fingerprints
+    assert prepared.tokenizer.hash == undisturbed.tokenizer.hash
+    assert not list((tmp_path / "stopped").rglob("*.partial-*"))
+
+
+def test_training_a_tokenizer_is_left_to_itself_when_asked_to_stop(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, forever = threading.Event(), threading.Event()
+
+    def endless(texts: object, vocab_size: int) -> None:
+        begun.set()
+        forever.wait()
+
+    def proceed() -> None:
+        if begun.is_set():
+            raise Stop
+
+    monkeypatch.setattr("braeburn.data.prepare.train", endless)
+    with pytest.raises(Stop):
+        prepare(run, print, proceed=proceed)
+    forever.set()
+
+
+def test_a_source_of_one_document_is_warned_of(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "web.txt").write_text("a long text\n" * 400)
+    one = override(run, {"data.sources.web.paths": [str(tmp_path / "web.txt")]})
+    lines: list[str] = []
+    prepare(one, lines.append)
+    (line,) = [line for line in lines if "is one document" in line]
+    assert line.startswith("warning: data.sources.web is one document; set data.sources.web.separator")
+    lines.clear()
+    prepare(one, lines.append)  # from the cache
+    assert line in lines
+
+
+def test_a_separator_that_is_nowhere_is_warned_of(run: Run, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"a long text {name}\n" * 400)
+    paths = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    wrong = override(run, {"data.sources.web.paths": paths, "data.sources.web.separator": "---"})
+    for _ in range(2):  # the second time from the cache
+        lines: list[str] = []
+        prepare(wrong, lines.append)
+        assert sum("warning: data.sources.web.separator='---' is in none of its files" in line for line in lines) == 1
+
+
+def test_rows_that_were_passed_over_are_told(run: Run, tmp_path: Path) -> None:
+    with (tmp_path / "web.jsonl").open("a") as file:
+        file.write('{"text": null}\n{"text": ""}\n{"text": null}\n')
+    for _ in range(2):  # the second time from the cache
+        lines: list[str] = []
+        prepare(run, lines.append)
+        told = "data.sources.web: passed over 2 rows whose text is null, 1 rows without text"
+        assert [line for line in lines if "passed over" in line] == [told]
+
+
+def test_the_fingerprint_is_that_of_the_tokens_not_of_the_files(run: Run, tmp_path: Path) -> None:
+    first = prepare(run, print)
+    (tmp_path / "web.jsonl").touch()
+    second = prepare(run, print, first.tokenizer)
+    assert second.train["web"].directory != first.train["web"].directory
+    assert second.fingerprints == first.fingerprints
+    with (tmp_path / "web.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    third = prepare(run, print, first.tokenizer)
+    assert third.fingerprints["web"] != first.fingerprints["web"]
+    assert third.fingerprints["books"] == first.fingerprints["books"]
+
+
+def test_evaluation_leaves_the_text_to_train_on_alone(run: Run, tmp_path: Path) -> None:
+    tokenizer = prepare(run, print).tokenizer
+    run = override(run, {"data.cache": str(tmp_path / "another")})
+    prepared = prepare(run, print, tokenizer, only_held_out=True)
+    assert prepared.train == {}
+    assert {name for name, store in prepared.held_out.items() if store and store.documents > 5} == {"web", "books"}
+    assert sorted(path.name.rpartition("-")[0] for path in (tmp_path / "another/stores").iterdir()) == [
+        "books-held-out",
+        "web-held-out",
+    ]

@@ -210,7 +210,8 @@ build(Path(sys.argv[1]), TokenStore.open(Path(sys.argv[2]), TOKENIZER.hash), slo
 def test_a_killed_build_goes_on(store: TokenStore, undisturbed: Path, tmp_path: Path) -> None:
     directory, lines, calls = tmp_path / "labels", list[str](), Calls()
     arguments = [sys.executable, "-c", KILLED, str(directory), str(store.directory)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == b"midway\n"
         (partial,) = tmp_path.iterdir()
@@ -465,3 +466,54 @@ def test_labels_are_laid_out_with_their_tokens() -> None:
     for ids, tokens in zip(*(placed[name].addressable_shards for name in ("teacher_ids", "inputs")), strict=True):
         assert ids.device == tokens.device
         assert np.array_equal(np.asarray(ids.data)[..., 0], np.asarray(tokens.data) * 2)
+
+
+def flip(path: Path) -> None:
+    """Changes a bit and leaves the size and the time of modification alone, as a disk does that loses one."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        first = file.read(1)[0]
+        file.seek(0)
+        file.write(bytes([first ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("run", [None, "runs/one"])
+def test_a_flip_that_leaves_the_time_alone_is_found(directory: Path, run: str | None) -> None:
+    TeacherStore.open(directory, IDENTITY, run)
+    flip(directory / "part-00001.bin")
+    with pytest.raises(UserError, match=r"part-00001\.bin' does not have the checksum"):
+        TeacherStore.open(directory, IDENTITY, run)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"tokens": 80},
+        {"k": 2},
+        {"k": "3"},
+        {"ids": "uint32"},
+        {"ids": ["uint16"]},
+        {"part_tokens": 160},
+        {"identity": {}},
+        {"identity": {"a": [[[[]]]]}},
+        {"parts": []},
+        {"parts": [{"tokens": 80}]},
+        {"more": 1},
+        {"manifest_sha256": "0" * 64},
+        {"manifest_sha256": None},
+    ],
+    ids=str,
+)
+def test_an_edit_of_the_manifest_is_found(directory: Path, edit: dict[str, Any]) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(UserError, match=r"manifest\.json' .*delete the folder"):
+        TeacherStore.open(directory, IDENTITY)
+
+
+def test_a_store_that_is_open_can_be_read_when_its_folder_is_gone(directory: Path) -> None:
+    opened = TeacherStore.open(directory, IDENTITY)
+    expected = opened.read(0, opened.tokens)
+    shutil.rmtree(directory)
+    assert all(map(np.array_equal, opened.read(0, opened.tokens), expected))

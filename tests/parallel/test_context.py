@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask, process_mask_dkv
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from braeburn.config import Mesh
@@ -143,7 +144,7 @@ def total(jaxpr, cost):
     for equation in jaxpr.eqns:
         assert equation.primitive.name not in ("cond", "while"), "how often it runs is not known"
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        inner = sum(total(inner, cost) for inner in jax.core.jaxprs_in_params(equation.params))
+        inner = sum(total(inner, cost) for inner in jaxprs_in_params(equation.params))
         result += cost(equation) + times * inner
     return result
 

@@ -105,6 +105,33 @@ def test_a_loop_of_unknown_length_is_named(text):
         computing(parse(text), V5P)
 
 
+def called(text):
+    """The same program with its loop in a computation that a call runs, as XLA's CPU compiler has it from JAX 0.12."""
+    state = "(s32[]{:T(128)}, f32[8]{0:T(128)}, s32[]{:T(128)})"
+    before, entry = text.split("ENTRY ")
+    (line,) = (line for line in entry.splitlines() if " while(" in line)
+    moved = line.replace("%tuple.1)", "%arg)").replace("  %while.7", "  ROOT %while.7")
+    wrapped = f"%wrapped (arg: {state}) -> {state} {{\n  %arg = {state} parameter(0)\n{moved}\n}}\n\n"
+    call = f"  %while.8 = {state} call(%tuple.1), to_apply=%wrapped"
+    return before + wrapped + "ENTRY " + entry.replace(line, call).replace("(%while.7)", "(%while.8)")
+
+
+@pytest.mark.parametrize("condition", [HERE, CARRIED, FUSED], ids=["constant", "carried", "fused"])
+def test_length_of_a_loop_in_a_called_computation(condition):
+    found = [run for run in parse(called(loop(condition))).walk() if run.instruction.cycles]
+    assert [(run.times, run.endless) for run in found] == [(5 if condition is CARRIED else 32, "")]
+
+
+def test_a_called_loop_that_is_called_twice_has_two_lengths():
+    text = called(loop(CARRIED))
+    twice = text.replace(
+        "  ROOT %result",
+        "  %constant.9 = s32[] constant(9)\n  %tuple.9 = (s32[], f32[8], s32[]) tuple(%constant.1, %x, %constant.9)\n"
+        "  %while.9 = (s32[], f32[8], s32[]) call(%tuple.9), to_apply=%wrapped\n  ROOT %result",
+    )
+    assert [run.times for run in parse(twice).walk() if run.instruction.cycles] == [5, 9]
+
+
 def test_loops_compiled_here():
     def step(x, _):
         return lax.fori_loop(2, 9, lambda i, x: jnp.sin(x) * i, x), None

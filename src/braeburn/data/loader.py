@@ -1,5 +1,7 @@
 """Batches by step. A batch is a pure function of (seed, stage, step): resuming needs the step and nothing else."""
 
+import errno
+import logging
 import multiprocessing
 import os
 import signal
@@ -11,7 +13,7 @@ from itertools import islice
 from braeburn.config import Stage
 from braeburn.data.mixture import Mixture, derive_key
 from braeburn.data.packing import Batch, Sequences, batched, stack, windows
-from braeburn.data.store import TokenStore
+from braeburn.data.store import Deleted, TokenStore
 from braeburn.data.teacher_store import TeacherStore
 
 
@@ -78,6 +80,8 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
     """The batches from step `start` to the last in order, read ahead by a thread or by `workers` processes.
 
     What a worker raises is raised here. Close the iterator to stop early; a worker imports the caller's main module.
+    Where processes cannot be had, as with a full /dev/shm, or find that the store was deleted, which this process still
+    has open, a thread goes on in their place.
 
     Args:
         batches: the stage's.
@@ -85,6 +89,24 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
         workers: processes; 0 reads in a thread of this one.
         prefetch: batches kept ready, for each worker.
     """
+    if workers:
+        try:
+            for batch in _read_ahead(batches, start, workers, prefetch):
+                yield batch
+                start += 1
+            return
+        except (OSError, Deleted) as error:
+            what = "/dev/shm has no room for what they share" if getattr(error, "errno", 0) == errno.ENOSPC else error
+            logging.getLogger(__name__).warning(
+                "warning: the processes of data.workers=%d cannot read ahead (%s); a thread of the training process "
+                "reads in their place, which changes nothing but speed",
+                workers,
+                what,
+            )
+    yield from _read_ahead(batches, start, 0, prefetch)
+
+
+def _read_ahead(batches: Batches, start: int, workers: int, prefetch: int) -> Iterator[Batch]:
     import grain
     from absl import flags
 

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 
 import numpy as np
+
+from braeburn.config import Stage
 
 BLOCK = 1024  # positions over which the proportions are exact
 _ROUNDS = 8
@@ -37,6 +40,23 @@ def _mix(x: int, key: int) -> int:
     x = ((x ^ key) * 0xFF51AFD7ED558CCD) & _WORD
     x = ((x ^ x >> 33) * 0xC4CEB9FE1A85EC53) & _WORD
     return x ^ x >> 33
+
+
+def rounded_shares(stages: Mapping[str, Stage]) -> list[str]:
+    """A warning for each source whose share of a stage, rounded, is a tenth or more off what its weight asks for."""
+    lines = []
+    for name, stage in stages.items():
+        mixture = Mixture(stage.mixture, 0)
+        total = math.fsum(weight / max(stage.mixture.values()) for weight in stage.mixture.values())
+        for source, count in zip(mixture.names, mixture.counts, strict=True):
+            asked = stage.mixture[source] / max(stage.mixture.values()) / total
+            got = count / mixture.block
+            if abs(got - asked) >= 0.1 * asked:
+                lines.append(
+                    f"warning: stages.{name}.mixture.{source}={stage.mixture[source]:g} asks for {asked:.2g} of the "
+                    f"sequences but gets {count} of each {mixture.block}, which is {got:.2g}; raise it, or set it to 0"
+                )
+    return lines
 
 
 class Mixture:

@@ -4,36 +4,52 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from braeburn.background import nothing_to_ask
 from braeburn.config import Data, Run, Source
-from braeburn.data.corpus import Document, documents, files
+from braeburn.data.corpus import READING_VERSION, Report, documents, files
 from braeburn.data.store import FORMAT_VERSION, TokenStore, build_store, writing
 from braeburn.data.tokenizer import PATTERN, Tokenizer, sample, train
 from braeburn.errors import UserError
 
 TRAINING_BYTES_PER_ENTRY = 1024  # text that a tokenizer is trained on, for each entry of its vocabulary
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training reads. A source with no held-out document maps to None in `held_out`."""
+    """All that training reads. A source with no held-out document maps to None in `held_out`.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        train: the text of each source to train on.
+        held_out: the text of each source to evaluate on.
+        fingerprints: of each source, a hash of the tokens of both sides and of where documents start.
+        verified_for: the run directory that all this is for, where contents are not to be checked every time.
+    """
 
     tokenizer: Tokenizer
     train: dict[str, TokenStore]
     held_out: dict[str, TokenStore | None]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    verified_for: str | None = None
 
 
 def prepare(
     run: Run,
     log: Callable[[str], None],
     tokenizer: Tokenizer | None = None,
-    proceed: Callable[[], None] = nothing_to_ask,
+    *,
+    proceed: Callable[[], None] = lambda: None,
+    verified_for: str | None = None,
+    only_held_out: bool = False,
 ) -> Prepared:
     """Trains or loads the tokenizer, then builds or opens the stores of every source that a stage draws from.
 
@@ -41,7 +57,10 @@ def prepare(
         run: names the sources, the tokenizer and the cache.
         log: takes one line for each thing that is built, and warnings.
         tokenizer: used as it is where given, as on resuming.
-        proceed: called before each document; what it raises ends the work, of which complete stores stay.
+        proceed: called about once a second, from any thread. What it raises ends the work; what was tokenised stays.
+        verified_for: the run directory that the text is for; contents of stores are checked once for each, and with
+            None every time.
+        only_held_out: leaves the text to train on alone, as evaluation does; `train` and `fingerprints` are empty.
 
     Raises:
         UserError: a source, the tokenizer, the cache or their sizes do not fit.
@@ -50,42 +69,72 @@ def prepare(
     cache = cache_folder(run.data)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    fingerprints = {name: _source_fingerprint(name, source) for name, source in sources.items()}
+    listed = {name: _source_fingerprint(name, source) for name, source in sources.items()}
+    proceed()
     if tokenizer is None:
-        tokenizer = _tokenizer(run, sources, fingerprints, cache, log, proceed)
+        tokenizer = _tokenizer(run, sources, listed, log, proceed)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise UserError(
             f"model.vocab_size={run.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries; "
             f"set model.vocab_size to at least {tokenizer.vocab_size}, or data.tokenizer to a smaller one"
         )
+    own = tokenizer
 
-    def stores(name: str) -> tuple[TokenStore, TokenStore | None]:
-        both = []
-        for side in (False, True):
-            fingerprint = _fingerprint(fingerprints[name], tokenizer.hash, run.data.held_out, side, FORMAT_VERSION)
+    def stores(name: str) -> list[TokenStore]:
+        opened = []
+        for side in (True,) if only_held_out else (False, True):
+            fingerprint = _fingerprint(listed[name], own.hash, run.data.held_out, side, FORMAT_VERSION)
             directory = cache / "stores" / f"{name}-{'held-out' if side else 'train'}-{fingerprint}"
             if not directory.exists():
                 began = time.perf_counter()
-                texts = _watched(documents(name, sources[name], side, run.data.held_out), proceed)
-                build_store(directory, texts, tokenizer)
+                report = Report()
+                texts = documents(name, sources[name], side, run.data.held_out, report)
+                build_store(directory, texts, own, proceed=proceed, report=report)
                 log(f"tokenised {directory.name} in {time.perf_counter() - began:.1f} s")
-            both.append(TokenStore.open(directory, tokenizer.hash))
-        train, held_out = both
-        log(
-            f"data.sources.{name}: {train.documents} documents, {train.tokens} tokens for training; "
-            f"{held_out.documents} documents, {held_out.tokens} tokens held out"
-        )
-        if not held_out.documents and run.data.held_out:
-            log(
-                f"warning: data.held_out={run.data.held_out} holds out no document of {name}, so it cannot be "
-                f"evaluated; raise data.held_out or add documents"
-            )
-        return train, held_out if held_out.documents else None
+            opened.append(TokenStore.open(directory, own.hash, verified_for))
+            proceed()
+        if not only_held_out:
+            for line in _account(name, sources[name], run.data.held_out, *opened):
+                log(line)
+        return opened
 
     # Two at a time: while one is read, which takes Python, another is tokenised, which does not.
     with ThreadPoolExecutor(2) as pool:
-        pairs = dict(zip(sources, pool.map(stores, sources), strict=True))
-    return Prepared(tokenizer, {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()})
+        opened = dict(zip(sources, pool.map(stores, sources), strict=True))
+    both = {} if only_held_out else opened
+    return Prepared(
+        tokenizer,
+        {name: train for name, (train, _) in both.items()},
+        {name: sides[-1] if sides[-1].documents else None for name, sides in opened.items()},
+        {name: _fingerprint(*(side.fingerprint for side in sides)) for name, sides in both.items()},
+        verified_for,
+    )
+
+
+def _account(name: str, source: Source, fraction: float, train: TokenStore, held_out: TokenStore) -> Iterator[str]:
+    """What a source turned out to be, with warnings about what was hardly meant."""
+    yield (
+        f"data.sources.{name}: {train.documents} documents, {train.tokens} tokens for training; "
+        f"{held_out.documents} documents, {held_out.tokens} tokens held out"
+    )
+    if train.passed_over:
+        met = ", ".join(f"{count:,} {kind}" for kind, count in train.passed_over.items())
+        yield f"data.sources.{name}: passed over {met}"
+    if train.separator_missing:
+        yield (
+            f"warning: data.sources.{name}.separator={source.separator!r} is in none of its files, so each of them is "
+            f"one document; mend the separator, or leave it out"
+        )
+    elif train.documents + held_out.documents == 1:
+        yield (
+            f"warning: data.sources.{name} is one document; set data.sources.{name}.separator to cut it into more, as "
+            f"--set 'data.sources.{name}.separator=\\n\\n' at blank lines"
+        )
+    if not held_out.documents and fraction > 0:
+        yield (
+            f"warning: data.held_out={fraction} holds out no document of {name}, so it cannot be "
+            f"evaluated; raise data.held_out or add documents"
+        )
 
 
 def used_sources(run: Run) -> dict[str, Source]:
@@ -101,25 +150,17 @@ def cache_folder(data: Data) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "braeburn" / "data"
 
 
-def _watched(texts: Iterable[Document], proceed: Callable[[], None]) -> Iterator[Document]:
-    """The documents as they are, with a call before each."""
-    for document in texts:
-        proceed()
-        yield document
-
-
 def _tokenizer(
     run: Run,
     sources: dict[str, Source],
     fingerprints: dict[str, str],
-    cache: Path,
     log: Callable[[str], None],
     proceed: Callable[[], None],
 ) -> Tokenizer:
     if run.data.tokenizer is not None:
         return Tokenizer.load(run.data.tokenizer)
     fingerprint = _fingerprint(fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES_PER_ENTRY)
-    path = cache / "tokenizers" / f"{fingerprint}.json"
+    path = cache_folder(run.data) / "tokenizers" / f"{fingerprint}.json"
     if path.exists():
         try:
             return Tokenizer.load(path)
@@ -127,10 +168,11 @@ def _tokenizer(
             log(f"warning: the trained tokenizer {str(path)!r} is corrupt; training it again")
     began = time.perf_counter()
     streams = [
-        (document.text for document in _watched(documents(name, source, False, run.data.held_out), proceed))
+        (document.text for document in documents(name, source, False, run.data.held_out))
         for name, source in sources.items()
     ]
-    tokenizer = train(sample(streams, TRAINING_BYTES_PER_ENTRY * run.model.vocab_size), run.model.vocab_size)
+    texts = sample(streams, TRAINING_BYTES_PER_ENTRY * run.model.vocab_size)
+    tokenizer = _in_background(lambda: train(texts, run.model.vocab_size), proceed)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
@@ -138,11 +180,39 @@ def _tokenizer(
     return tokenizer
 
 
+def _in_background(work: Callable[[], Result], proceed: Callable[[], None]) -> Result:
+    """What `work` returns, done in a thread that is left to itself when `proceed` raises.
+
+    A tokenizer is trained in one call of Rust, during which Python would hear of no signal.
+    """
+    ending: list[Callable[[], Result]] = []
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+
+            def fail() -> Result:
+                raise failure
+
+            ending.append(fail)
+        else:
+            ending.append(lambda: result)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)
+        proceed()
+    return ending[0]()
+
+
 def _source_fingerprint(name: str, source: Source) -> str:
     # Which files parse, and so have docstrings, depends on the version of Python.
     python = list(sys.version_info[:2]) if source.format == "python-prose" else []
     listing = [(file.path, file.size, file.version) for file in files(name, source)]
-    return _fingerprint(source.model_dump(), python, listing)
+    return _fingerprint(READING_VERSION, source.model_dump(), python, listing)
 
 
 def _fingerprint(*parts: object) -> str:

@@ -7,81 +7,182 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
+import resource
 import shutil
-import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from braeburn.atomic import write_atomically
-from braeburn.data.corpus import Document
+from braeburn.data.building import Building, Progress, claim, shard_path
+from braeburn.data.corpus import Document, Report
+from braeburn.data.cutting import pieces
+from braeburn.data.manifest import TokenManifest, manifest_bytes, read_manifest, reading, verify, write
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 
-FORMAT_VERSION = 1
-SHARD_TOKENS = 2**25  # held in memory until the shard is full
-BATCH_BYTES = 4 * 2**20  # text that is encoded at once
+FORMAT_VERSION = 2
+SHARD_TOKENS = 2**25
+BATCH_CHARACTERS = 2**20  # of text that is encoded at once, a second's work for two cores
 
 
 def build_store(
-    directory: Path, documents: Iterable[Document], tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS
+    directory: Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    proceed: Callable[[], None] = lambda: None,
+    report: Report | None = None,
 ) -> None:
     """Tokenises the documents into a store at `directory`, unless another process has finished the same meanwhile.
 
+    A builder that was stopped or killed has left what it tokenised, and the next goes on from there.
+
     Args:
         directory: where the store appears once it is complete.
-        documents: read once, `BATCH_BYTES` of text at a time.
-        tokenizer: turns each document into [begin] + tokens.
+        documents: read once. The same `directory` must mean the same documents.
+        tokenizer: turns each document into [begin] + tokens, and [end] where it has a separate one.
         shard_tokens: tokens in each shard but the last.
+        proceed: called about once a second. What it raises stops the building; what is done by then stays.
+        report: of reading the documents, filled in by the time of the last; kept in the manifest.
 
     Raises:
         UserError: the disk is full or must not be written.
     """
-    partial = directory.with_name(f"{directory.name}.partial-{uuid.uuid4().hex}")
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.hash, dtype.name, shard_tokens]).encode()).hexdigest()
     with writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(directory)
-        try:
-            partial.mkdir()
-            text_bytes, shards = 0, list[dict[str, Any]]()
-
-            def encoded() -> Iterator[np.ndarray]:
-                nonlocal text_bytes
-                for texts in _batches(documents):
-                    text_bytes += sum(len(text.encode()) for text in texts)
-                    yield from tokenizer.encode_documents(texts)
-
-            dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-            for index, (tokens, starts) in enumerate(in_shards(encoded(), dtype, shard_tokens)):
-                shard: dict[str, Any] = {"tokens": len(tokens), "documents": len(starts)}
-                for kind, values in (("tokens", tokens), ("documents", starts)):
-                    shard[f"{kind}_sha256"] = hashlib.sha256(values.data).hexdigest()
-                    write(_shard_path(partial, kind, index), values.data)
-                shards.append(shard)
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "dtype": dtype.name,
-                "tokenizer": tokenizer.hash,
-                "begin": tokenizer.begin,
-                "shard_tokens": shard_tokens,
-                "tokens": sum(shard["tokens"] for shard in shards),
-                "documents": sum(shard["documents"] for shard in shards),
-                "text_bytes": text_bytes,
-                "shards": shards,
-            }
-            write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+        with claim(directory, key, dtype, shard_tokens) as building:
             try:
-                partial.rename(directory)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                _tokenise(building, documents, tokenizer, proceed)
+                shards = building.finish()
+                manifest = TokenManifest(
+                    dtype="uint16" if dtype.itemsize == 2 else "uint32",
+                    tokenizer=tokenizer.hash,
+                    begin=tokenizer.begin,
+                    shard_tokens=shard_tokens,
+                    tokens=sum(shard.tokens for shard in shards),
+                    documents=sum(shard.documents for shard in shards),
+                    text_bytes=building.progress.text_bytes,
+                    token_bytes=building.progress.token_bytes,
+                    passed_over=report.passed_over if report else {},
+                    separator_missing=report.separator_missing if report else False,
+                    shards=shards,
+                )
+                write(building.folder / "manifest.json", manifest_bytes(manifest))
+                _put_in_place(building.folder, directory)
+            except _Stopped as stopped:
+                raise stopped.reason from None
+            except Exception:
+                shutil.rmtree(building.folder, ignore_errors=True)
+                raise
+
+
+class _Stopped(Exception):
+    """What a builder's `proceed` raised."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _put_in_place(folder: Path, directory: Path) -> None:
+    try:
+        folder.rename(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tokenise(
+    building: Building, documents: Iterable[Document], tokenizer: Tokenizer, proceed: Callable[[], None]
+) -> None:
+    """Appends the tokens of all documents but those that are there already, and records how far it is."""
+    progress = building.progress
+    for batch in _batches(_pieces_of(documents, progress, tokenizer)):
+        try:
+            proceed()
+        except Exception as reason:
+            building.record(now=True)
+            raise _Stopped(reason) from None
+        for piece, ids in zip(batch, tokenizer.encode_pieces([piece.text for piece in batch]), strict=True):
+            if piece.begins:
+                ids = np.concatenate([[tokenizer.begin], ids])
+            if piece.ends:
+                ids = np.concatenate([ids, tokenizer.ends])
+            building.append(ids, piece.begins)
+            progress.text_bytes += len(piece.text.encode())
+            progress.token_bytes += int(tokenizer.token_bytes[ids].sum(dtype=np.int64))
+            progress.characters = 0 if piece.ends else progress.characters + len(piece.text)
+            progress.documents += piece.ends
+        building.record()
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Text that is encoded at once: a document or a piece of one, which may begin and may end it."""
+
+    text: str
+    begins: bool
+    ends: bool
+
+
+def _pieces_of(documents: Iterable[Document], progress: Progress, tokenizer: Tokenizer) -> Iterator[_Piece]:
+    """What is to be encoded after all that `progress` tells of, in order."""
+    done = progress.documents
+    skipped = progress.characters
+    stream = iter(documents)
+    for document in stream:
+        parts = _parts(document, stream)
+        if done:
+            done -= 1
+            for _ in parts:
+                pass
+            continue
+        begins = not skipped
+        previous: str | None = None
+        for text in pieces(_without_start(parts, skipped), tokenizer.encodes_alike, f"document {document.name!r}"):
+            if previous is not None:
+                yield _Piece(previous, begins, ends=False)
+                begins = False
+            previous = text
+        yield _Piece(previous or "", begins, ends=True)
+        skipped = 0
+
+
+def _parts(document: Document, stream: Iterator[Document]) -> Iterator[str]:
+    """The text of a document, of which the rest follows in the stream."""
+    yield document.text
+    while document.is_continued:
+        document = next(stream)
+        yield document.text
+
+
+def _without_start(parts: Iterator[str], characters: int) -> Iterator[str]:
+    for part in parts:
+        if len(part) > characters:
+            yield part[characters:]
+        characters = max(0, characters - len(part))
+
+
+def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    size = 0
+    for piece in stream:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
 
 
 @contextlib.contextmanager
@@ -94,35 +195,6 @@ def writing(folder: Path) -> Iterator[None]:
             f"cannot write to {str(folder)!r} ({error.strerror or error}); free space there, or set data.cache to "
             f"another folder that you may write"
         ) from None
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    texts: list[str] = []
-    size = 0
-    for document in documents:
-        texts.append(document.text)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Removes what killed builders of this store left; a living one has written within the hour."""
-    for partial in directory.parent.glob(f"{directory.name}.partial-*"):
-        with contextlib.suppress(OSError):
-            if max(path.stat().st_mtime for path in [partial, *partial.iterdir()]) < time.time() - 3600:
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def write(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file and returns once the disk has it."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def in_shards(
@@ -142,10 +214,6 @@ def in_shards(
         yield np.concatenate(pieces), np.array(starts, "<i8")
 
 
-def _shard_path(directory: Path, kind: str, index: int) -> Path:
-    return directory / f"{kind}-{index:05d}.bin"
-
-
 class TokenStore:
     """All tokens of one side of one source, read from files mapped into memory. It can be pickled for workers.
 
@@ -153,36 +221,65 @@ class TokenStore:
         tokens: how many there are.
         documents: how many documents.
         text_bytes: UTF-8 bytes of the documents' text.
+        token_bytes: bytes that the tokens stand for.
         begin: id of the token that starts a document, which is also read one past the end.
+        fingerprint: a hash of the tokens and of where documents start.
+        passed_over: what of the source held no text, by kind, and how often it was met.
+        separator_missing: whether the source's separator was in none of its files.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, manifest: TokenManifest) -> None:
         """Takes the directory as it is; `open` checks it."""
         self.directory = directory
-        self.tokens: int = manifest["tokens"]
-        self.documents: int = manifest["documents"]
-        self.text_bytes: int = manifest["text_bytes"]
-        self.begin: int = manifest["begin"]
-        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._shard_tokens: int = manifest["shard_tokens"]
-        self._count = len(manifest["shards"])
+        self.tokens = manifest.tokens
+        self.documents = manifest.documents
+        self.text_bytes = manifest.text_bytes
+        self.token_bytes = manifest.token_bytes
+        self.begin = manifest.begin
+        self.passed_over = manifest.passed_over
+        self.separator_missing = manifest.separator_missing
+        hashes = [[shard.tokens_sha256, shard.documents_sha256] for shard in manifest.shards]
+        self.fingerprint = hashlib.sha256(json.dumps([manifest.dtype, hashes]).encode()).hexdigest()
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._shard_tokens = manifest.shard_tokens
+        self._count = len(manifest.shards)
 
     @classmethod
-    def open(cls, directory: Path, tokenizer_hash: str) -> "TokenStore":
-        """Opens a store after checking its sizes, and once the SHA-256 of each file.
+    def open(cls, directory: Path, tokenizer_hash: str, verified_for: str | None = None) -> "TokenStore":
+        """Opens a store after checking its manifest, sizes, and contents.
+
+        Args:
+            directory: the store.
+            tokenizer_hash: of the tokenizer that must have made it.
+            verified_for: the run that it is opened for; see `verify`.
 
         Raises:
             UserError: a file is missing, truncated or corrupt, or the store belongs to another tokenizer.
         """
-        with opening(directory, FORMAT_VERSION) as manifest:
-            if manifest["tokenizer"] != tokenizer_hash:
+        with reading(directory):
+            manifest = read_manifest(directory / "manifest.json", TokenManifest)
+            if manifest.tokenizer != tokenizer_hash:
                 raise UserError(
-                    f"{str(directory)!r} was made by another tokenizer ({manifest['tokenizer'][:12]}, not "
+                    f"{str(directory)!r} was made by another tokenizer ({manifest.tokenizer[:12]}, not "
                     f"{tokenizer_hash[:12]}); delete that folder, or set data.tokenizer to the one that made it"
                 )
+            verify(directory, _files(directory, manifest), verified_for)
             store = cls(directory, manifest)
-            verify(directory, _files(directory, manifest))
+            store.map_all()
         return store
+
+    @property
+    def byte_ratio(self) -> float:
+        """Bytes of the text for each byte that its tokens stand for.
+
+        They differ where a tokenizer puts a space before a document, or changes text before it splits it, as into NFC.
+        """
+        return self.text_bytes / self.token_bytes if self.token_bytes else 0.0
+
+    def map_all(self) -> None:
+        """Maps all files, which can then be read even when the folder is deleted."""
+        allow_open_files(2 * self._count)
+        _ = self._tokens, self._starts
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens in [start, stop), int32. Position `tokens` holds a begin token, the target of the last token.
@@ -212,72 +309,29 @@ class TokenStore:
         return self._mapped("documents", np.dtype("<i8"))
 
     def _mapped(self, kind: str, dtype: np.dtype) -> list[np.ndarray]:
-        return [map_file(_shard_path(self.directory, kind, index), dtype) for index in range(self._count)]
+        return [map_file(shard_path(self.directory, kind, index), dtype) for index in range(self._count)]
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the maps, which are opened again on the other side; pickling one would copy the shard."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_tokens", "_starts")}
 
 
-def _files(directory: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, int, str]]:
+def _files(directory: Path, manifest: TokenManifest) -> Iterator[tuple[Path, int, str]]:
     """The path, size in bytes and SHA-256 of every file that a token store's manifest names."""
-    widths = {"tokens": np.dtype(manifest["dtype"]).itemsize, "documents": 8}
-    for index, shard in enumerate(manifest["shards"]):
-        for kind, width in widths.items():
-            yield _shard_path(directory, kind, index), shard[kind] * width, shard[f"{kind}_sha256"]
+    width = np.dtype(manifest.dtype).itemsize
+    for index, shard in enumerate(manifest.shards):
+        yield shard_path(directory, "tokens", index), shard.tokens * width, shard.tokens_sha256
+        yield shard_path(directory, "documents", index), shard.documents * 8, shard.documents_sha256
 
 
-@contextlib.contextmanager
-def opening(directory: Path, format_version: int) -> Iterator[dict[str, Any]]:
-    """The manifest of a store, and a UserError where it or what is read by it is missing, unsound or unreadable."""
-    path = directory / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
-        if version != format_version:
-            raise corrupt(path, f"is of format {version}, not {format_version}")
-        yield manifest
-    except FileNotFoundError:
-        raise corrupt(path, "is missing") from None
-    except (ValueError, KeyError, TypeError):
-        raise corrupt(path, "is not a sound manifest") from None
-    except OSError as error:
-        raise UserError(
-            f"cannot read {str(directory)!r} ({error}); check its permissions, or set data.cache to another folder"
-        ) from None
-
-
-def verify(directory: Path, files: Iterable[tuple[Path, int, str]]) -> None:
-    """Checks every file's size, and its hash unless `verified.json` records the file as it is now.
-
-    Args:
-        directory: holds the files, and the record.
-        files: path, size in bytes and SHA-256 of each.
-
-    Raises:
-        UserError: a file is missing, truncated or corrupt.
-    """
-    record = directory / "verified.json"
-    try:
-        verified = json.loads(record.read_bytes())
-    except (OSError, ValueError):
-        verified = {}
-    seen = {}
-    for path, size, sha256 in files:
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            raise corrupt(path, "is missing") from None
-        if status.st_size != size:
-            raise corrupt(path, f"has {status.st_size} bytes instead of {size}")
-        seen[path.name] = [status.st_size, status.st_mtime_ns]
-        if verified.get(path.name) != seen[path.name]:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise corrupt(path, "does not have the checksum in manifest.json")
-    if seen != verified:
-        with contextlib.suppress(OSError):  # a read-only cache is verified at every open
-            write_atomically(record, json.dumps(seen))
+def allow_open_files(count: int) -> None:
+    """Lets this process open as many files more than usual as the system permits; each file mapped counts as one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
 def cut(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[np.ndarray]:
@@ -289,11 +343,27 @@ def cut(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[
     ]
 
 
+class Deleted(UserError):
+    """A store's file is gone that this process had not opened yet."""
+
+
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file's values, read as they are used; an empty file cannot be mapped."""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    """A file's values, read as they are used; an empty file cannot be mapped.
 
-
-def corrupt(path: Path, problem: str) -> UserError:
-    """The error of a file of a store."""
-    return UserError(f"{str(path)!r} {problem}; delete the folder {str(path.parent)!r} and it will be built again")
+    Raises:
+        Deleted: it is not there any more.
+        UserError: this process may open no more files.
+    """
+    try:
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    except FileNotFoundError:
+        raise Deleted(
+            f"{str(path)!r} was deleted while it was in use; run the same command again, which builds it anew"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise UserError(
+            f"{str(path)!r} cannot be opened beside all other files of the store ({error.strerror}); raise the "
+            f"limit of open files, as with ulimit -n 65536"
+        ) from None

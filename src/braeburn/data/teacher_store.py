@@ -8,19 +8,28 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from braeburn.data.manifest import (
+    TeacherManifest,
+    TeacherPart,
+    corrupt,
+    manifest_bytes,
+    read_manifest,
+    reading,
+    verify,
+    write,
+)
 from braeburn.data.packing import Batch, batched, windows
-from braeburn.data.store import TokenStore, corrupt, cut, in_shards, map_file, opening, verify, write, writing
+from braeburn.data.store import TokenStore, allow_open_files, cut, in_shards, map_file, writing
 from braeburn.disk import check_space, locked
 from braeburn.errors import UserError
 
-FORMAT_VERSION = 1
 PART_TOKENS = 2**19  # what a kill may lose; held in memory until the part is full
 LOG_SECONDS = 60.0
 
@@ -74,22 +83,25 @@ def build_teacher_store(
     """
     windows_per_part = max(1, part_tokens // sequence_length)
     size = windows_per_part * sequence_length
-    header = {
-        "format_version": FORMAT_VERSION,
-        "identity": dict(identity),
-        "ids": "uint16" if vocab_size <= 2**16 else "uint32",
-        "k": k,
-        "tokens": store.tokens,
-        "part_tokens": size,
-    }
-    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:20]
-    partial, dtype = directory.with_name(f"{directory.name}.partial-{key}"), _entry_dtype(header)
+    header = TeacherManifest(
+        identity=json.loads(json.dumps(dict(identity))),
+        ids="uint16" if vocab_size <= 2**16 else "uint32",
+        k=k,
+        tokens=store.tokens,
+        part_tokens=size,
+        parts=[],
+    )
+    key = hashlib.sha256(manifest_bytes(header)).hexdigest()[:20]
+    partial = directory.with_name(f"{directory.name}.partial-{key}")
+    dtype = _entry_dtype(header)
     with contextlib.ExitStack() as claim:
+        parts: list[TeacherPart] = []
 
         def begin() -> int:
             if writes and not directory.exists():
                 claim.enter_context(_claim(partial, directory))
-            complete = len(_complete_parts(partial))
+            parts[:] = _complete_parts(partial)
+            complete = len(parts)
             # Asked last: the folder may have been finished and renamed meanwhile.
             if directory.exists():
                 return -(-store.tokens // size)
@@ -106,7 +118,8 @@ def build_teacher_store(
                 label(batch)
         elif not directory.exists():
             entries = _entries(batches, label, dtype)
-            _write_parts(partial, header, first, _tell_progress(entries, first * size, store.tokens, directory, log))
+            told = _tell_progress(entries, first * size, store.tokens, directory, log)
+            _write_parts(partial, header, (parts or _complete_parts(partial))[:first], told)
             with writing(directory.parent):
                 partial.rename(directory)
                 # Who opened the lock before finds the store complete.
@@ -135,13 +148,14 @@ def _claim(partial: Path, directory: Path) -> Iterator[None]:
         yield
 
 
-def _complete_parts(partial: Path) -> list[dict[str, Any]]:
-    """The manifest's words of the parts in the folder, after checking them."""
+def _complete_parts(partial: Path) -> list[TeacherPart]:
+    """What the manifest in the folder tells of its parts, after checking them."""
     if not (partial / "manifest.json").exists():
         return []
-    with opening(partial, FORMAT_VERSION) as manifest:
-        verify(partial, _files(partial, manifest))
-        return manifest["parts"]
+    with reading(partial):
+        manifest = read_manifest(partial / "manifest.json", TeacherManifest)
+        verify(partial, _files(partial, manifest), None)
+        return manifest.parts
 
 
 def _entries(batches: Iterable[Batch], label: Label, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -173,23 +187,25 @@ def _tell_progress(
     log(f"{directory.name}: the teacher labelled {done - before} tokens in {time.monotonic() - began:.1f} s")
 
 
-def _write_parts(partial: Path, header: dict[str, Any], first: int, entries: Iterable[np.ndarray]) -> None:
-    """Writes the parts from `first` on. One counts as complete from when the manifest tells of it."""
-    parts = _complete_parts(partial)[:first]
+def _write_parts(
+    partial: Path, header: TeacherManifest, complete: Sequence[TeacherPart], entries: Iterable[np.ndarray]
+) -> None:
+    """Writes the parts after those that are complete. One counts as such from when the manifest tells of it."""
+    parts = list(complete)
 
     def write_manifest() -> None:
         unfinished = partial / ".manifest.json"
         with writing(partial.parent):
-            write(unfinished, json.dumps({**header, "parts": parts}, indent=1).encode())
+            write(unfinished, manifest_bytes(header.model_copy(update={"parts": parts})))
             unfinished.replace(partial / "manifest.json")
 
     write_manifest()  # before what it told of is written over, where not all processes have that
     # A batch of entries is cut as a document of tokens is.
-    for part, _ in in_shards(entries, _entry_dtype(header), header["part_tokens"]):
+    for part, _ in in_shards(entries, _entry_dtype(header), header.part_tokens):
         data = part.view(np.uint8).data
         with writing(partial.parent):
             write(_part_path(partial, len(parts)), data)
-        parts.append({"tokens": len(part), "sha256": hashlib.sha256(data).hexdigest()})
+        parts.append(TeacherPart(tokens=len(part), sha256=hashlib.sha256(data).hexdigest()))
         write_manifest()
 
 
@@ -197,17 +213,17 @@ def _part_path(directory: Path, index: int) -> Path:
     return directory / f"part-{index:05d}.bin"
 
 
-def _entry_dtype(manifest: Mapping[str, Any]) -> np.dtype:
+def _entry_dtype(manifest: TeacherManifest) -> np.dtype:
     """One position's ids and log-probabilities, side by side."""
-    ids = np.dtype(manifest["ids"]).newbyteorder("<")
-    return np.dtype([("ids", ids, (manifest["k"],)), ("log_probs", "<f2", (manifest["k"],))])
+    ids = np.dtype(manifest.ids).newbyteorder("<")
+    return np.dtype([("ids", ids, (manifest.k,)), ("log_probs", "<f2", (manifest.k,))])
 
 
-def _files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[Path, int, str]]:
+def _files(directory: Path, manifest: TeacherManifest) -> Iterator[tuple[Path, int, str]]:
     """The path, size in bytes and SHA-256 of every part that the manifest tells of."""
     width = _entry_dtype(manifest).itemsize
-    for index, part in enumerate(manifest["parts"]):
-        yield _part_path(directory, index), part["tokens"] * width, part["sha256"]
+    for index, part in enumerate(manifest.parts):
+        yield _part_path(directory, index), part.tokens * width, part.sha256
 
 
 class TeacherStore:
@@ -219,35 +235,45 @@ class TeacherStore:
         bytes_per_token: of a position's ids and log-probabilities.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, manifest: TeacherManifest) -> None:
         """Takes the directory as it is; `open` checks it."""
         self.directory = directory
-        self.tokens: int = manifest["tokens"]
-        self.k: int = manifest["k"]
+        self.tokens = manifest.tokens
+        self.k = manifest.k
         self._dtype = _entry_dtype(manifest)
         self.bytes_per_token = self._dtype.itemsize
-        self._part_tokens: int = manifest["part_tokens"]
-        self._count = len(manifest["parts"])
+        self._part_tokens = manifest.part_tokens
+        self._count = len(manifest.parts)
 
     @classmethod
-    def open(cls, directory: Path, identity: Mapping[str, Any]) -> "TeacherStore":
-        """Opens a store after checking its sizes, and once the SHA-256 of each file.
+    def open(cls, directory: Path, identity: Mapping[str, Any], verified_for: str | None = None) -> "TeacherStore":
+        """Opens a store after checking its manifest, sizes, and contents.
+
+        Args:
+            directory: the store.
+            identity: what it must have been built for.
+            verified_for: the run that it is opened for; see `verify`.
 
         Raises:
             UserError: a file is missing, truncated or corrupt, or the store was built for another `identity`.
         """
-        with opening(directory, FORMAT_VERSION) as manifest:
-            kept, expected = dict(manifest["identity"]), json.loads(json.dumps(dict(identity)))
+        with reading(directory):
+            manifest = read_manifest(directory / "manifest.json", TeacherManifest)
+            kept = manifest.identity
+            expected = json.loads(json.dumps(dict(identity)))
             for field in sorted(kept | expected):
                 if (found := kept.get(field)) != (wanted := expected.get(field)):
                     raise UserError(
                         f"{str(directory)!r} holds labels made with {field}={found!r}, not {wanted!r}; delete that "
                         f"folder and they will be made again"
                     )
-            store = cls(directory, manifest)
-            if sum(part["tokens"] for part in manifest["parts"]) != store.tokens:
+            if not manifest.is_complete:
                 raise corrupt(directory / "manifest.json", "does not tell of all parts")
-            verify(directory, _files(directory, manifest))
+            verify(directory, _files(directory, manifest), verified_for)
+            store = cls(directory, manifest)
+            # Mapped, it can be read even when the folder is deleted.
+            allow_open_files(store._count)
+            _ = store._parts
         return store
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -107,10 +107,36 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each document with its boundary tokens, int32, on all cores."""
+        begin = np.array([self.begin], np.int32)
+        return [np.concatenate([begin, ids, self.ends]) for ids in self.encode_pieces(texts)]
+
+    @property
+    def ends(self) -> np.ndarray:
+        """The ids that end a document, int32: none where the next document's begin token does."""
+        return np.array([] if self.end == self.begin else [self.end], np.int32)
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text alone, without boundary tokens, int32, on all cores."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        end = [] if self.end == self.begin else [self.end]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([self.begin, *encoding.ids, *end], np.int32) for encoding in encodings]
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encodes_alike(self, left: str, right: str) -> bool:
+        """Whether a text has the same words and tokens in these two pieces as in one."""
+        if self._words(left + right) != self._words(left) + self._words(right):
+            return False
+        whole, *halves = self.encode_pieces([left + right, left, right])
+        return np.array_equal(whole, np.concatenate(halves))
+
+    def _words(self, text: str) -> list[str]:
+        """What the tokenizer makes tokens of, each by itself."""
+        normalizer = self._tokenizer.normalizer
+        splitter = self._tokenizer.pre_tokenizer
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        if splitter is None:
+            return [text] if text else []
+        return [word for word, _ in splitter.pre_tokenize_str(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens have none."""

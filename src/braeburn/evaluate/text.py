@@ -1,10 +1,12 @@
 """Evaluation of a trained model on files."""
 
+import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from braeburn.config import Source
-from braeburn.data.corpus import documents
+from braeburn.data.corpus import Document, Report, documents
 from braeburn.data.loader import held_out_batches
 from braeburn.data.prepare import prepare
 from braeburn.data.store import TokenStore, build_store
@@ -31,12 +33,21 @@ def evaluate_files(trained: Trained, paths: list[str], field: str = "text") -> d
         with tempfile.TemporaryDirectory() as folder:
             store_path = Path(folder) / "store"
             try:
-                texts = tracked(documents(path, source), f"tokenising {path}")
+                texts = tracked(_told_documents(path, source), f"tokenising {path}")
                 build_store(store_path, texts, trained.tokenizer)
             except UserError as error:
                 raise UserError(_as_options(str(error), path)) from None
             results[path] = _evaluate(trained, TokenStore.open(store_path, trained.tokenizer.hash), None)
     return results
+
+
+def _told_documents(path: str, source: Source) -> Iterator[Document]:
+    """The documents of files, and behind the last a warning about what held no text."""
+    report = Report()
+    yield from documents(path, source, report=report)
+    if report.passed_over:
+        met = ", ".join(f"{count:,} {kind}" for kind, count in report.passed_over.items())
+        logging.getLogger(__name__).warning("warning: --data %s: passed over %s", path, met)
 
 
 def _as_options(message: str, source: str) -> str:
@@ -51,7 +62,7 @@ def evaluate_held_out(trained: Trained) -> dict[str, dict[str, float]]:
     Raises:
         UserError: the run has no held-out text.
     """
-    prepared = prepare(trained.run, lambda line: None, trained.tokenizer)
+    prepared = prepare(trained.run, lambda line: None, trained.tokenizer, only_held_out=True)
     stores = {source: store for source, store in prepared.held_out.items() if store is not None}
     if not stores:
         raise UserError("the run holds out no text; name files with --data")

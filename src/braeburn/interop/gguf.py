@@ -16,6 +16,7 @@ import numpy as np
 from braeburn.config import Model
 from braeburn.data.tokenizer import PATTERN, Tokenizer
 from braeburn.errors import UserError
+from braeburn.extras import how_to_install
 from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.model import rope
 from braeburn.model.spec import Tree
@@ -92,7 +93,7 @@ def write(
     try:
         import gguf
     except ImportError:
-        raise UserError("--format gguf needs the gguf package; run pip install 'braeburn[gguf]'") from None
+        raise UserError(f"--format gguf needs the gguf package; {how_to_install('gguf')}") from None
     path = Path(path).expanduser().resolve()
     if path.exists():
         raise UserError(f"{str(path)!r} exists; remove it or name another file")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from braeburn import extras
 from braeburn.errors import UserError
 from braeburn.parallel.target import Target
 
@@ -100,7 +101,7 @@ def manifest(
     facts, job = target.facts, "slice" if target.facts.maker == "google" else "node"
     jobset = ("braeburn-" + re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))[:40].rstrip("-")
     pods, replicas, each = target.nodes_per_slice, target.slices, target.chips_per_node
-    extra = f"its extra {facts.extra!r}, as `pip install 'braeburn[{facts.extra}]'` brings it" if facts.extra else "JAX"
+    extra = f"its extra {facts.extra!r}, which `{extras.target(facts.extra)}` installs" if facts.extra else "JAX"
     annotations, placement, environment, mounts, volumes = [], [], [], [], []
     resources = {"google": "google.com/tpu", "nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(facts.maker)
     arguments = list(arguments)

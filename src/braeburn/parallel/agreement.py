@@ -63,29 +63,6 @@ def main_first(name: str, function: Callable[[], Result]) -> Result:
     return function()
 
 
-def answer_of_main(name: str, question: Callable[[], bool]) -> bool:
-    """What the main process answers to a question, in every process; the others do not ask it themselves.
-
-    Args:
-        name: of the question, in words that no other exchange of the run has.
-        question: called in the main process.
-
-    Raises:
-        ProcessLost: the main process failed.
-    """
-    if jax.process_count() == 1:
-        return question()
-    client, key = _coordinator(), f"braeburn/{name}"
-    if jax.process_index() == 0:
-        answer = question()
-        client.key_value_set(key, str(answer))
-        return answer
-    try:
-        return client.blocking_key_value_get(key, BARRIER_MILLISECONDS) == str(True)
-    except jax.errors.JaxRuntimeError as error:
-        raise ProcessLost(f"the main process ended before it told {name}; its own message tells why") from error
-
-
 def tell_to_stop(signal: str) -> None:
     """Lets `told_to_stop` say in every process that one of them was asked to stop, by which signal."""
     if jax.process_count() > 1:
@@ -149,3 +126,25 @@ class AnyProcess:
         flags = jax.make_array_from_callback((len(jax.devices()),), self._sharding, lambda _: np.array([wanted]))
         self._asked = self._any(flags)
         return before is not None and bool(before)
+
+
+def said_by_main(name: str, value: str) -> str:
+    """The value that the main process gave, in every process.
+
+    Args:
+        name: of the value, in words that no other exchange of the run has.
+        value: this process's own.
+
+    Raises:
+        ProcessLost: the main process failed.
+    """
+    if jax.process_count() == 1:
+        return value
+    key = f"braeburn/{name}"
+    if jax.process_index() == 0:
+        _coordinator().key_value_set(key, value)
+        return value
+    try:
+        return _coordinator().blocking_key_value_get(key, BARRIER_MILLISECONDS)
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessLost(f"the main process ended before it told {name}; its own message tells why") from error

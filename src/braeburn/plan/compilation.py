@@ -13,6 +13,7 @@ from typing import Any
 
 from braeburn.config import Run
 from braeburn.errors import UserError
+from braeburn.extras import how_to_install
 from braeburn.parallel.target import Target
 from braeburn.train.environment import gpu_environment
 
@@ -58,7 +59,7 @@ def check_compiler(target: Target) -> None:
         found = None
     if not found:
         raise UserError(
-            f"--on {str(target)!r}: the compiler for {chip.title} is not installed; pip install 'braeburn[compile]'"
+            f"--on {str(target)!r}: the compiler for {chip.title} is not installed; {how_to_install('compile')}"
         )
 
 
@@ -119,8 +120,8 @@ def _ask(command: list[str], request: dict[str, Any], log: Path, memory_gb: floa
         ]
         last = re.sub(r"\s+", " ", words[-1])[:300] if words else "it said nothing"
         raise UserError(
-            f"the compiler ended with code {child.returncode} ({last}); its output is in {str(log)!r}, and "
-            f"`pip install 'braeburn[compile]'` with the project's constraints brings a version that works"
+            f"the compiler ended with code {child.returncode} ({last}); its output is in {str(log)!r}; "
+            f"for versions that are known to work, {how_to_install('compile')}"
         )
     answer = json.loads(said[-1])
     if "error" in answer:

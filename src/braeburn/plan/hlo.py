@@ -68,6 +68,8 @@ class Execution:
         times: how often: the product of the trip counts of the loops around it.
         conditional: whether it is in a branch that may not be taken.
         endless: a loop around it whose length is not known, and which is counted once, by its name; or "".
+        caller: the call that runs its computation, whose arguments are the computation's parameters; None in the
+            entry computation, in loops and in branches.
     """
 
     instruction: Instruction
@@ -75,6 +77,7 @@ class Execution:
     times: int = 1
     conditional: bool = False
     endless: str = ""
+    caller: "Execution | None" = None
 
     def known_length(self) -> "Execution":
         """Itself.
@@ -106,7 +109,8 @@ class Module:
             here = replace(place, instruction=instruction)
             yield here
             if instruction.opcode == "while":
-                trips = self._trips(instruction, place.computation)
+                trips = self._trips(here)
+                here = replace(here, caller=None)
                 if trips is None:
                     here = replace(here, endless=place.endless or instruction.name)
                 names, times = instruction.called("body", "condition"), place.times * (1 if trips is None else trips)
@@ -114,17 +118,20 @@ class Module:
                 continue  # what was started ran then
             else:
                 conditional = place.conditional or instruction.opcode == "conditional"
-                here, times = replace(here, conditional=conditional), place.times
+                caller = here if instruction.opcode == "call" else None
+                here, times = replace(here, conditional=conditional, caller=caller), place.times
                 names = instruction.called(*(["to_apply"] if instruction.opcode == "call" else _CALLS))
             for name in names:
                 yield from self._walk(replace(here, computation=name, times=times))
 
-    def _trips(self, loop: Instruction, caller: str) -> int | None:
+    def _trips(self, place: Execution) -> int | None:
         """How often a loop runs: XLA's own account of it, or else what its counter begins with and is compared with."""
+        loop = place.instruction
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(known[1])
         condition, body = loop.called("condition", "body")
-        begin, end = self.computations[caller][loop.arguments[0]], self._root(body)
+        begin, origin = self._argument(loop.arguments[0], place)
+        end = self._root(body)
         if begin.opcode != "tuple" or end.opcode != "tuple":
             return None
         test = self._value(self._root(condition).name, condition)
@@ -132,15 +139,35 @@ class Module:
             return None
         _, counter, bound = test
         if _is("element", bound) and self._value(end.arguments[bound[1]], body) == bound:
-            bound = self._value(begin.arguments[bound[1]], caller)  # carried through the loop unchanged
+            # Carried through the loop unchanged.
+            bound = self._value(begin.arguments[bound[1]], origin.computation, self._parameters(origin))
         if not (_is("element", counter) and isinstance(bound, int)):
             return None
-        first = self._value(begin.arguments[counter[1]], caller)
+        first = self._value(begin.arguments[counter[1]], origin.computation, self._parameters(origin))
         step = self._value(end.arguments[counter[1]], body)
         if not (isinstance(first, int) and _is("add", step) and counter in step):
             return None
         stride = next((value for value in step if isinstance(value, int)), 0)
         return max(0, -(-(bound - first) // stride)) if stride > 0 else None
+
+    def _argument(self, name: str, place: Execution) -> tuple[Instruction, Execution]:
+        """The instruction that makes an argument, and where it stands: outside a called computation for its parameters.
+
+        XLA's CPU compiler wraps small loops into such computations from JAX 0.12 on.
+        """
+        found = self.computations[place.computation][name]
+        while found.opcode == "parameter" and place.caller is not None:
+            place = place.caller
+            found = self.computations[place.computation][place.instruction.arguments[int(found.operands)]]
+        return found, place
+
+    def _parameters(self, place: Execution) -> list[Any]:
+        """The values of the parameters of the computation that something stands in, where a call gives them."""
+        if place.caller is None:
+            return []
+        call = place.caller
+        values = self._parameters(call)
+        return [self._value(argument, call.computation, values) for argument in call.instruction.arguments]
 
     def _root(self, computation: str) -> Instruction:
         return next(found for found in self.computations[computation].values() if found.is_root)

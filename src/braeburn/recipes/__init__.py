@@ -72,6 +72,9 @@ def _call(name: str, function: Callable[[], Run]) -> Run:
         raise UserError(f"recipe {name!r} cannot be called without arguments ({error}); give them defaults") from error
     try:
         run = function()
+        if isinstance(run, Run):
+            # A recipe may have been made from another by `model_copy`, which checks nothing.
+            run = Run.model_validate(run)
     except ValidationError as error:
         raise UserError(f"recipe {name!r}: {explain_validation_error(error)}") from None
     except UserError:

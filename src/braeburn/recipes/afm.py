@@ -113,16 +113,13 @@ def afm_on_device() -> Run:
     run = afm_on_device_scratch()
     core, ffn_dim = run.stages["core"], run.model.ffn_dim
     added = {
-        "larger": core.model_copy(update={"batch_tokens": SERVER_BATCH_TOKENS}),
-        "prune": core.model_copy(update={"tokens": 188_000_000_000, "pruning": Pruning(keep={"ffn": ffn_dim})}),
+        "larger": core.replace(batch_tokens=SERVER_BATCH_TOKENS),
+        "prune": core.replace(tokens=188_000_000_000, pruning=Pruning(keep={"ffn": ffn_dim})),
     }
-    taught = core.model_copy(update={"teacher": "larger", "distillation": Distillation(weight=0.9, cached=True)})
-    changes = {
-        "name": "afm-on-device",
-        "model": run.model.model_copy(update={"ffn_dim": 23_296}),
-        "stages": added | run.stages | {"core": taught},
-    }
-    return run.model_copy(update=changes)
+    taught = core.replace(teacher="larger", distillation=Distillation(weight=0.9, cached=True))
+    return run.replace(
+        name="afm-on-device", model=run.model.replace(ffn_dim=23_296), stages=added | run.stages | {"core": taught}
+    )
 
 
 def afm_server() -> Run:
@@ -141,7 +138,7 @@ def afm_server() -> Run:
         stages=stages(
             batch_tokens=SERVER_BATCH_TOKENS,
             meshes={"context": Mesh(context=4, tensor=4)},
-            remats={"context": KEEP.model_copy(update={"names": KEEP.names[:-1]})},
+            remats={"context": KEEP.replace(names=KEEP.names[:-1])},
         ),
         mesh=Mesh(tensor=4),
         data=data(),
@@ -161,9 +158,8 @@ def afm_85m() -> Run:
     shorter = {}
     for name, stage in stages(batch_tokens=64 * 4096).items():
         tokens, sequence_length, warmup_steps = sizes[name]
-        schedule = stage.schedule.model_copy(update={"warmup_steps": warmup_steps})
-        changes = {"tokens": tokens, "sequence_length": sequence_length, "schedule": schedule}
-        shorter[name] = stage.model_copy(update=changes)
+        schedule = stage.schedule.replace(warmup_steps=warmup_steps)
+        shorter[name] = stage.replace(tokens=tokens, sequence_length=sequence_length, schedule=schedule)
     model = Model(
         vocab_size=12_288, d_model=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64, ffn_dim=2048
     )

@@ -84,7 +84,7 @@ def afm_on_device_tiny() -> Run:
     core = _stage("core", 320_000, 256, 512, 5e-3, Schedule(warmup_steps=60, floor=0.05))
     context = _stage("context", 64_000, 1024, 1024, 5e-4, falling)
     taught = Distillation(target="distribution", weight=0.5)
-    pruning = {"tokens": 120_000, "learning_rate": 2e-3, "pruning": Pruning(keep={"ffn": 384})}
+    pruning = Pruning(keep={"ffn": 384})
     return Run(
         name="afm-on-device-tiny",
         model=Model(
@@ -98,12 +98,12 @@ def afm_on_device_tiny() -> Run:
             scan_layers=False,
         ),
         stages={
-            "larger": core.model_copy(update={"tokens": 1_200_000}),
-            "prune": core.model_copy(update=pruning),
-            "core": core.model_copy(update={"teacher": "larger", "distillation": taught}),
+            "larger": core.replace(tokens=1_200_000),
+            "prune": core.replace(tokens=120_000, learning_rate=2e-3, pruning=pruning),
+            "core": core.replace(teacher="larger", distillation=taught),
             "continued": _stage("continued", 96_000, 512, 512, 1e-3, falling),
             "context": context,
-            "quantized": context.model_copy(update={"quantization": Quantization(kind="int4")}),
+            "quantized": context.replace(quantization=Quantization(kind="int4")),
         },
         data=Data(sources=SOURCES, held_out=0.04),
         checkpoint=Checkpoint(every_steps=500),

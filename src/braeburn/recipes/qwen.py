@@ -46,7 +46,7 @@ def _run(name: str, model: Model, *, learning_rate: float) -> Run:
     return Run(
         name=name,
         model=model,
-        stages={"general": general, "context": general.model_copy(update=longer)},
+        stages={"general": general, "context": general.replace(**longer)},
         data=Data(sources=sources),
         optimizer=AdamW(),
         checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),

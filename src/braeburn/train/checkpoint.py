@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,20 @@ class Checkpoints:
         """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, run: Run, tokenizer: str) -> bool:
+    def save(
+        self, step: int, state: TrainState, run: Run, tokenizer: str, facts: Mapping[str, Any] | None = None
+    ) -> bool:
         """Begins to write a checkpoint; it does not change when the state does.
 
-        Returns whether there was anything to do: a step that is saved already is left alone.
+        Args:
+            step: steps made.
+            state: to be saved.
+            run: that made it.
+            tokenizer: its JSON.
+            facts: further values of JSON for `facts` to give back.
+
+        Returns:
+            Whether there was anything to do: a step that is saved already is left alone.
 
         Raises:
             UserError: an earlier write failed, as for want of space.
@@ -94,6 +104,7 @@ class Checkpoints:
             if state.optimizer is not None:
                 items["optimizer"] = ocp.args.StandardSave(state.optimizer)
             description = {"run": run.model_dump(mode="json"), "tokenizer": json.loads(tokenizer)}
+            description["facts"] = dict(facts or {})
             self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(description), **items), force=True)
         return True
 
@@ -135,6 +146,10 @@ class Checkpoints:
         """The fields of the run that saved `step`, and its tokenizer's JSON."""
         description = self._read(step, run=ocp.args.JsonRestore())["run"]
         return description["run"], json.dumps(description["tokenizer"], ensure_ascii=False)
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """The further values that were saved at `step`."""
+        return self._read(step, run=ocp.args.JsonRestore())["run"].get("facts", {})
 
     def close(self) -> None:
         """Finishes what is being written."""

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = (
     *("name", "mesh", "checkpoint", "remat", "offload", "evaluation", "model.scan_layers", "precision.reduce"),
     "model.max_position_embeddings",
-    *("data.workers", "data.prefetch", "data.cache"),
+    *("data.workers", "data.prefetch", "data.cache", "data.accept"),
     *("optimizer.skip_norm", "optimizer.max_skipped"),
 )
 

@@ -4,6 +4,8 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from braeburn.extras import how_to_install
+
 # XLA's own kernels in place of NCCL's. JAX 0.12's compiler aborts on that for all-reduce in steps over 64 GPUs ("size
 # mismatch when packing elements for LLVM struct"). Earlier versions do not know the option.
 COLLECTIVE_KERNELS = "--xla_gpu_experimental_use_collective_kernels"
@@ -25,12 +27,12 @@ def gpu_environment() -> dict[str, str]:
     return found
 
 
-# What the kernel's drivers of accelerators put into /dev, and what makes JAX use them.
+# What the kernel's drivers of accelerators put into /dev, and the extra that makes JAX use them.
 DRIVERS = {
-    "nvidia[0-9]*": ("an NVIDIA GPU", "the extra `cuda`"),
-    "kfd": ("an AMD GPU", "the extra `rocm`"),
-    "accel[0-9]*": ("a TPU", "the extra `tpu`"),
-    "vfio/[0-9]*": ("a TPU", "the extra `tpu`"),
+    "nvidia[0-9]*": ("an NVIDIA GPU", "cuda"),
+    "kfd": ("an AMD GPU", "rocm"),
+    "accel[0-9]*": ("a TPU", "tpu"),
+    "vfio/[0-9]*": ("a TPU", "tpu"),
 }
 
 
@@ -43,10 +45,10 @@ def unused_accelerator(backend: str, devices: Path = Path("/dev")) -> str | None
     """
     if backend != "cpu" or os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return None
-    for pattern, (what, remedy) in DRIVERS.items():
+    for pattern, (what, extra) in DRIVERS.items():
         if any(devices.glob(pattern)):
             return (
-                f"warning: this machine has {what}, but JAX computes on the CPU, many times slower; install {remedy} "
-                f"of Braeburn, or set JAX_PLATFORMS=cpu if the CPU is meant"
+                f"warning: this machine has {what}, but JAX computes on the CPU, many times slower; "
+                f"{how_to_install(extra)}, or set JAX_PLATFORMS=cpu if the CPU is meant"
             )
     return None

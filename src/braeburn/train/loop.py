@@ -16,6 +16,7 @@ from braeburn.background import Background
 from braeburn.config import Model, Run, Stage, validate
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
+from braeburn.data.mixture import rounded_shares
 from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import check_space
@@ -25,9 +26,9 @@ from braeburn.model.spec import Tree
 from braeburn.optim.build import begin_stage
 from braeburn.parallel.agreement import (
     AnyProcess,
-    answer_of_main,
     main_first,
     meet,
+    said_by_main,
     tell_to_stop,
     told_to_stop,
     wait_for_all,
@@ -43,6 +44,7 @@ from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
+from braeburn.train.same_text import check_text, require_same_text
 from braeburn.train.stages import (
     Program,
     abstract_params,
@@ -144,13 +146,18 @@ def train(
                 display.warn(f"warning: using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
             if unused := unused_accelerator(jax.default_backend()):
                 display.warn(unused)
+            for line in rounded_shares(run.stages):
+                display.say(line)
             ahead = _Ahead(run, layouts, teachers, resumed)
 
             def prepared() -> _Loop:
                 # Other processes go on with the tokenizer of the main one, and its token stores where they share a
                 # cache.
                 own = tokenizer if main else Tokenizer.load(directory.tokenizer)
-                found = prepare(run, display.say, own, proceed=stop.check)
+                folder = str(directory.path.absolute())
+                found = prepare(run, display.say, own, proceed=stop.check, verified_for=folder)
+                check_text(run, directory, resumed or 0, found, display.say)
+                require_same_text(found)
                 check_tokenizers(run, teachers, found.tokenizer)
                 loop = _Loop(run, directory, layouts, teachers, found, ahead, display, stop, heartbeat, follow)
                 stop.check()
@@ -345,8 +352,8 @@ class _Loop:
             return
         name, stage, _ = self.run.stage_at(self.step - 1)
         skipped = stage.steps - int(state.optimizer.stage_steps)
-        told = (end["step"] == self.step for end in self.directory.stage_results(self.step))
-        if answer_of_main("whether the stage was ended", lambda: any(told)):
+        ends = [end["step"] for end in self.directory.stage_results(self.step)]
+        if said_by_main("whether the stage was ended", str(self.step in ends)) == str(True):
             check_share_of_skips(self.run, name, skipped)
             return
         wanted = abstract_params(of_model(self.layouts[name], self.models[name].left))
@@ -360,8 +367,8 @@ class _Loop:
         """Evaluates within a stage after the last step saved, where the call that made it was stopped before that."""
         if not self._evaluates_at(self.step):
             return
-        told = (event["step"] == self.step for event in self.directory.events("evaluation"))
-        if not answer_of_main("whether the last step was evaluated", lambda: any(told)):
+        evaluated = [event["step"] for event in self.directory.events("evaluation")]
+        if said_by_main("whether the last step was evaluated", str(self.step in evaluated)) != str(True):
             self._evaluate_within(program, state, writer)
 
     def _evaluates_at(self, step: int) -> bool:
@@ -546,7 +553,8 @@ class _Loop:
     def _save(self, state: TrainState) -> None:
         step = int(state.step)
         self.heartbeat.phase("saving")
-        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json):
+        facts = {"text": self.prepared.fingerprints}
+        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json, facts):
             self.directory.event("checkpoint", step=step)
 
     def _evaluate(self, name: str, params: Tree, model: Model) -> dict[str, dict[str, float]]:

@@ -219,7 +219,7 @@ def teacher_stores(
             )
     return main_first(
         f"labels for {name} were made",
-        lambda: {source: TeacherStore.open(place, identity) for source, place in places.items()},
+        lambda: {source: TeacherStore.open(place, identity, prepared.verified_for) for source, place in places.items()},
     )
 
 

@@ -1,0 +1,73 @@
+"""The checks that a run goes on with the text that it was begun with, the same in all its processes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+
+import jax
+
+from braeburn.config import Run
+from braeburn.data.prepare import Prepared
+from braeburn.errors import UserError
+from braeburn.parallel.agreement import said_by_main
+from braeburn.train.checkpoint import Checkpoints
+from braeburn.train.directory import RunDirectory
+
+
+def check_text(run: Run, directory: RunDirectory, step: int, prepared: Prepared, say: Callable[[str], None]) -> None:
+    """Refuses text other than that of the checkpoint to go on from, if a stage that has begun draws from it.
+
+    On other text the same steps would see other sequences: some twice, some never, without a word. Text that only
+    stages to come draw from may change.
+
+    Args:
+        run: the run.
+        directory: its folder.
+        step: of the checkpoint.
+        prepared: the text as it is now.
+        say: takes a line where a change is accepted.
+
+    Raises:
+        UserError: naming the source and what accepts the change.
+    """
+    if step in (0, run.total_steps):
+        return
+    saved = Checkpoints(directory.path).facts(step).get("text")
+    if not isinstance(saved, Mapping):
+        say(f"checkpoint {step} does not tell on which text it was trained; going on with the text as it is now")
+        return
+    first = 0
+    drawn: set[str] = set()
+    for stage in run.stages.values():
+        if first < step:
+            drawn |= {name for name, weight in stage.mixture.items() if weight > 0}
+        first += stage.steps
+    changed = {name: prepared.fingerprints[name] for name in sorted(drawn) if name in saved}
+    changed = {name: now for name, now in changed.items() if now != saved[name]}
+    if not changed:
+        return
+    fingerprint = hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:12]
+    if run.data.accept != fingerprint:
+        raise UserError(
+            f"the text of data.sources.{' and '.join(changed)} has changed since checkpoint {step} of "
+            f"{str(directory.path)!r}, so that the steps to come would see other sequences; put the files back, or "
+            f"go on with the text as it is now by --set data.accept={fingerprint}"
+        )
+    details = {name: {"before": saved[name], "now": now} for name, now in changed.items()}
+    directory.event("text_changed", step=step, accepted=fingerprint, sources=details)
+    say(f"going on from step {step} with changed text of {' and '.join(changed)}, as data.accept says")
+
+
+def require_same_text(prepared: Prepared) -> None:
+    """Refuses to train where the processes of a run have different text, each from its own disk.
+
+    Raises:
+        UserError: naming the sources, in the process that differs from the main one.
+    """
+    of_main = json.loads(said_by_main("the text of the run", json.dumps(prepared.fingerprints)))
+    different = [name for name, own in prepared.fingerprints.items() if own != of_main.get(name)]
+    if different:
+        raise UserError(
+            f"process {jax.process_index()} reads other text than process 0 in data.sources.{' and '.join(different)}; "
+            f"give all machines the same files, or one that they share"
+        )

@@ -1,0 +1,167 @@
+"""Models whose logits are compared with those of transformers, and weights for them; needs neither it nor torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from braeburn.config import Model, Precision, RopeScaling
+from braeburn.data.tokenizer import Tokenizer
+from braeburn.interop import huggingface
+from braeburn.model import transformer
+from braeburn.model.spec import ParamSpec, Tree, map_specs, walk
+
+# What tests/interop/write_golden_logits.py wrote from transformers.
+GOLDEN = Path(__file__).with_name("golden_logits.json")
+TOLERANCE = 1e-4
+FLOAT32 = Precision(compute="float32")
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
+LINEAR = RopeScaling(kind="linear", factor=4.0)
+
+
+def make(**fields) -> Model:
+    """A small Qwen3 with some of its fields changed."""
+    sizes = {
+        "vocab_size": 307,
+        "d_model": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "ffn_dim": 96,
+        "norm_epsilon": 1e-6,
+    }
+    return Model(**(sizes | fields))
+
+
+# name -> (model, length of the compared sequence)
+MODELS = {
+    "qwen3": (make(), 40),
+    "qwen3-7-heads-1-kv": (make(d_model=48, num_heads=7, num_kv_heads=1, head_dim=10, num_layers=3), 33),
+    "qwen3-untied-wide-heads": (make(num_heads=3, num_kv_heads=3, head_dim=32, tied_embeddings=False), 40),
+    "qwen3-odd-sizes": (make(vocab_size=301, d_model=51, ffn_dim=77, num_heads=5, num_kv_heads=5, head_dim=6), 17),
+    "qwen3-long": (make(rope_base=1e6, num_layers=1, ffn_dim=32), 1500),
+    "qwen3-linear": (make(rope_scaling=LINEAR, norm_epsilon=1e-5), 200),
+    "qwen3-llama3": (make(rope_scaling=LLAMA3, num_kv_heads=1), 300),
+    # As the recipe afm-3b: tied, eight query heads for each key head, wide heads.
+    "afm": (make(d_model=96, num_layers=3, num_heads=16, num_kv_heads=2, head_dim=32, ffn_dim=252), 128),
+    "llama": (make(qk_norm=False, rope_base=10_000.0), 40),
+    "llama-9-heads-3-kv": (make(qk_norm=False, d_model=72, num_heads=9, num_kv_heads=3, head_dim=8), 40),
+    "llama-one-kv-wide-heads": (make(qk_norm=False, d_model=60, num_heads=5, num_kv_heads=1, head_dim=20), 40),
+    "llama-untied": (make(qk_norm=False, num_kv_heads=4, tied_embeddings=False, scan_layers=False), 40),
+    "llama-llama3-long": (make(qk_norm=False, rope_scaling=LLAMA3, num_layers=1, ffn_dim=32), 1500),
+    "llama-linear": (make(qk_norm=False, rope_scaling=LINEAR, tied_embeddings=False), 300),
+}
+# Where the fields of rotary embeddings stand in the config.json of one version or another, and what they say.
+ROPES = [
+    ({"rope_theta": 5e5}, None),
+    ({"rope_theta": 5e5, "rope_scaling": None}, None),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, None),
+    ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}, LINEAR),
+    ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "linear", "factor": 4}}, LINEAR),
+    (
+        {
+            "rope_theta": 5e5,
+            "max_position_embeddings": 64,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        },
+        LLAMA3,
+    ),
+]
+cases = pytest.mark.parametrize(("model", "length"), MODELS.values(), ids=MODELS.keys())
+
+
+def random_params(model: Model, seed: int = 0) -> Tree:
+    """Weights scaled as `initialize` scales them, and norms that are not all one; drawn without compiling."""
+    generator = np.random.default_rng(seed)
+
+    def draw(_: str, spec: ParamSpec) -> np.ndarray:
+        if spec.role == "norm":
+            return generator.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        fan_in = np.prod([spec.shape[spec.axes.index(axis)] for axis in spec.fan_in])
+        return (generator.standard_normal(spec.shape) * fan_in**-0.5).astype(np.float32)
+
+    return map_specs(draw, transformer.param_specs(model))
+
+
+def golden_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Weights in float32 for the tensors of a Hugging Face model, the same on every machine and in every NumPy.
+
+    NumPy keeps the numbers of `RandomState` unchanged for good, and those of `random_sample` need no function of the
+    C library. Norms are from 0.5 to 1.5, and matrices scaled so that logits have about unit deviation.
+    """
+    generator = np.random.RandomState(0)
+    weights = {}
+    for name in sorted(shapes):
+        drawn = generator.random_sample(tuple(shapes[name]))
+        values = drawn + 0.5 if drawn.ndim == 1 else (2 * drawn - 1) * (3 / drawn.shape[1]) ** 0.5
+        weights[name] = values.astype(np.float32)
+    return weights
+
+
+def hash_of(weights: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].tobytes())
+    return digest.hexdigest()
+
+
+def golden_tokens(model: Model, length: int) -> np.ndarray:
+    """Tokens [1, length], the same on every machine and in every NumPy."""
+    return np.random.RandomState(length).randint(0, model.vocab_size, (1, length)).astype(np.int32)
+
+
+@jax.jit(static_argnames="model")
+def _logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
+    positions = jnp.arange(tokens.shape[1])[None]
+    hidden = transformer.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
+    return jnp.einsum("BTD,VD->BTV", hidden, transformer.head_matrix(params))
+
+
+def our_logits(params: Tree, tokens: np.ndarray, model: Model) -> np.ndarray:
+    """Logits [B, T, V] in float32 of tokens [B, T] that begin at position 0."""
+    return np.asarray(_logits(params, tokens, model))
+
+
+def random_tokens(model: Model, length: int) -> np.ndarray:
+    """Tokens [1, length] of the model's vocabulary."""
+    return np.random.default_rng(length).integers(0, model.vocab_size, (1, length), np.int32)
+
+
+def write(directory: Path, params: Tree, model: Model, tokenizer_file: Path | None, **options) -> Path:
+    """Exports a model to a directory, and returns that."""
+    tokenizer = None if tokenizer_file is None else Tokenizer.load(tokenizer_file)
+    huggingface.write(directory, params, model, tokenizer, max_position_embeddings=2048, **options)
+    return directory
+
+
+def assert_same(found: Tree, expected: Tree) -> None:
+    """Both hold the same parameters, bit for bit."""
+    leaves = dict(walk(found))
+    assert leaves.keys() == dict(walk(expected)).keys()
+    for path, leaf in walk(expected):
+        np.testing.assert_array_equal(leaves[path], np.asarray(leaf, np.float32), err_msg=path)
+
+
+def with_rope(directory: Path, rope: dict) -> Path:
+    """A directory whose config.json says `rope` of rotary embeddings, and nothing else of them."""
+    config = json.loads((directory / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("rope_")} | rope
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def separate_tokens(path: Path) -> Path:
+    """Writes a tokenizer.json that begins a document with another token than it ends it with."""
+    import tokenizers
+
+    separate = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<s>": 1, "</s>": 2}, []))
+    separate.add_special_tokens(["<s>", "</s>"])
+    separate.save(str(path))
+    return path

@@ -1,0 +1,197 @@
+"""Exports and imports beside transformers itself, with torch: `make test-hf`.
+
+`make test` compares with what `write_golden_logits.py` wrote down of them.
+"""
+
+import unicodedata
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from hf_models import (
+    FLOAT32,
+    MODELS,
+    ROPES,
+    TOLERANCE,
+    assert_same,
+    cases,
+    make,
+    our_logits,
+    random_params,
+    random_tokens,
+    separate_tokens,
+    with_rope,
+    write,
+)
+from theirs import load, their_logits, their_model
+
+from braeburn.data.tokenizer import PATTERN
+from braeburn.evaluate.generate import generate
+from braeburn.interop import huggingface
+from braeburn.model import transformer
+from braeburn.model.spec import initialize
+from braeburn.train import trained
+from support import braeburn
+
+transformers.logging.set_verbosity_error()
+
+
+@cases
+def test_their_weights_give_their_logits(model, length, tokenizer_file, tmp_path):
+    theirs = their_model(model)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    read_model, params, found_tokenizer = huggingface.read(tmp_path)
+    assert read_model == model.model_copy(update={"scan_layers": True, "max_position_embeddings": 2048})
+    assert found_tokenizer == tmp_path / "tokenizer.json"
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    tokens = random_tokens(model, length)
+    expected = their_logits(theirs, tokens)
+    assert 0.5 < expected.std() < 2
+    np.testing.assert_allclose(our_logits(params, tokens, model), expected, rtol=0, atol=TOLERANCE)
+
+
+@cases
+def test_our_weights_give_our_logits_and_come_back_unchanged(model, length, tmp_path):
+    params = random_params(model)
+    theirs = load(write(tmp_path / "out", params, model, None), attn_implementation="eager")
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM")
+    tokens = random_tokens(model, length)
+    expected = our_logits(params, tokens, model)
+    assert 0.5 < expected.std() < 2
+    np.testing.assert_allclose(their_logits(theirs, tokens), expected, rtol=0, atol=TOLERANCE)
+
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    assert_same(huggingface.read(tmp_path / "out")[1], params)
+
+
+def test_initial_values_give_the_same_logits(tmp_path):
+    model, length = MODELS["qwen3-7-heads-1-kv"]
+    params = jax.jit(lambda: initialize(transformer.param_specs(model), 0))()
+    tokens = random_tokens(model, length)
+    difference = their_logits(load(write(tmp_path / "out", params, model, None)), tokens) - our_logits(
+        params, tokens, model
+    )
+    assert np.abs(difference).max() < TOLERANCE
+
+
+def test_shards_are_loaded(tokenizer_file, tmp_path):
+    model, length = MODELS["qwen3-untied-wide-heads"]
+    params = random_params(model)
+    directory = write(tmp_path / "out", params, model, tokenizer_file, max_shard_bytes=50_000)
+    assert len(list(directory.glob("*.safetensors"))) > 3
+    tokens = random_tokens(model, length)
+    difference = their_logits(load(directory), tokens) - our_logits(params, tokens, model)
+    assert np.abs(difference).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_read_exactly(dtype, tokenizer_file, tmp_path):
+    theirs = their_model(make()).to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    model, params, _ = huggingface.read(tmp_path)
+    expected = theirs.model.layers[1].mlp.down_proj.weight.detach().float().numpy().T
+    np.testing.assert_array_equal(params["layers"]["down"][1], expected)
+    tokens = random_tokens(model, 40)
+    difference = our_logits(params, tokens, model) - their_logits(load(tmp_path, dtype=torch.float32), tokens)
+    assert np.abs(difference).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("rope", "scaling"), ROPES)
+def test_rope_is_read_wherever_a_version_put_it(rope, scaling, tokenizer_file, tmp_path):
+    directory = with_rope(write(tmp_path / "out", random_params(make()), make(), tokenizer_file), rope)
+    theirs = transformers.AutoConfig.from_pretrained(directory).rope_parameters
+    assert theirs["rope_theta"] == huggingface.read(directory)[0].rope_base
+    assert theirs["rope_type"] == (scaling.kind if scaling else "default")
+
+
+TEXTS = [
+    "the cat sat on the mat",
+    "cafe\u0301 \u212b \ufb01 \u1100\u1161 \u00e9 " + unicodedata.normalize("NFD", "Ångström São"),
+    "in 1234 ways: 3.14159, 10000000 and 2\u00b3 \u0664\u0665",
+    "  two\n\n\n    four\t\ttabs \r\n   \n trailing   ",
+    "\u3053\u3093\u306b\u3061\u306f 你好 \U0001f600\U0001f469\u200d\U0001f680 \u05e9\u05dc\u05d5\u05dd \u0000 \ufffd",
+    "a<|endoftext|>b ' don't n't . , ?",
+    "",
+]
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_tokenizer_is_ours_unchanged(qk_norm, tokenizer_file, tmp_path):
+    import tokenizers
+
+    model = make(qk_norm=qk_norm)
+    directory = write(tmp_path / "out", random_params(model), model, tokenizer_file)
+    assert (directory / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    for text in TEXTS:
+        ids = ours.encode(text).ids
+        assert theirs(text).input_ids == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids, skip_special_tokens=True)
+    assert len(theirs) == ours.get_vocab_size()
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 0)
+    assert theirs.model_max_length == 2048
+    # What users write: no argument that the model would refuse.
+    output = load(directory).generate(**theirs("the cat", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert output.shape[0] == 1
+
+
+def test_without_a_tokenizer_there_are_no_special_tokens(tmp_path):
+    config = transformers.AutoConfig.from_pretrained(write(tmp_path / "out", random_params(make()), make(), None))
+    assert (config.bos_token_id, config.eos_token_id) == (None, None)
+
+
+def test_begin_and_end_may_differ(tmp_path):
+    tokenizer = separate_tokens(tmp_path / "tokenizer.json")
+    directory = write(tmp_path / "out", random_params(make()), make(), tokenizer)
+    config = transformers.AutoConfig.from_pretrained(directory)
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
+
+
+def test_our_pattern_is_that_of_qwen2(tokenizer_file):
+    from tokenizers import Tokenizer
+    from transformers.models.qwen2 import tokenization_qwen2
+
+    assert PATTERN == tokenization_qwen2.PRETOKENIZE_REGEX
+    ours = Tokenizer.from_file(str(tokenizer_file)).pre_tokenizer
+    theirs = tokenization_qwen2.Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    for text in (*TEXTS, Path(__file__).read_text(), "I'LL  go\r\n\r\n\tnow…  12,345.67€ 四五 \u00a0 x_y\n "):
+        assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-untied"])
+def test_greedy_text_is_theirs(name, tmp_path):
+    model, _ = MODELS[name]
+    params = random_params(model)
+    theirs = load(write(tmp_path / "out", params, model, None))
+    prompts = [[5, 17, 3], [42], list(range(1, 71)), [9] * 12]
+    options = {"max_new_tokens": 64, "temperature": 0.0}
+    ours = generate(jax.tree.map(jax.numpy.asarray, params), prompts, model, FLOAT32, **options)
+    for prompt, new in zip(prompts, ours, strict=True):
+        tokens = torch.tensor([prompt])
+        output = theirs.generate(tokens, do_sample=False, max_new_tokens=64, attention_mask=torch.ones_like(tokens))
+        assert output[0, len(prompt) :].tolist() == new
+
+
+def test_a_pruned_run_is_an_ordinary_smaller_model(finished, corpus, tmp_path):
+    """After pruning transformers loads what was trained, and its tokenizer, and gives the same logits."""
+    for arguments in (
+        ("prune", finished, "--ffn", "32", "--out", tmp_path / "pruned"),
+        ("export", tmp_path / "pruned", "--format", "hf", "--out", tmp_path / "hf"),
+    ):
+        answer = braeburn(*arguments)
+        assert answer.code == 0, answer.err
+    pruned = trained.load(tmp_path / "pruned")
+    assert pruned.model.ffn_dim == 32
+    text = "def encode(self, text):\n    return text"
+    tokens = np.asarray([transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(text).input_ids])
+    ours = our_logits(pruned.params, tokens, pruned.model)
+    theirs = their_logits(load(tmp_path / "hf", dtype=torch.float32), tokens)
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)

@@ -1,0 +1,60 @@
+"""Models in transformers, for the tests and the program that compare with it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from braeburn.config import Model
+
+transformers.logging.set_verbosity_error()
+
+
+def their_logits(theirs, tokens: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] in float32 of tokens [B, T]."""
+    with torch.no_grad():
+        return theirs(torch.from_numpy(tokens).long()).logits.float().numpy()
+
+
+def their_config(model: Model):
+    """The configuration that a user of transformers would write for the same sizes."""
+    rope = {"rope_type": "default", "rope_theta": model.rope_base}
+    if model.rope_scaling is not None:
+        rope |= {"rope_type": model.rope_scaling.kind, "factor": model.rope_scaling.factor}
+        if model.rope_scaling.kind == "llama3":
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config_class = transformers.Qwen3Config if model.qk_norm else transformers.LlamaConfig
+    return config_class(
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        intermediate_size=model.ffn_dim,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=model.norm_epsilon,
+        tie_word_embeddings=model.tied_embeddings,
+        max_position_embeddings=2048,
+        rope_parameters=rope,
+    )
+
+
+def their_model(model: Model):
+    """A transformers model whose random weights give logits of about unit deviation."""
+    theirs = transformers.AutoModelForCausalLM.from_config(their_config(model)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+    return theirs
+
+
+def load(directory: Path, **options):
+    """The model in a directory, which must hold just what transformers expects there."""
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return theirs.eval()
