@@ -146,10 +146,11 @@ def test_while_a_batch_does_not_come(
     original = loop.prefetch
     with monkeypatch.context() as patched:
         patched.setattr(loop, "prefetch", stops_after_two)
-        assert interrupted(tiny, tmp_path, stuck).step == 2
-    assert (tmp_path / "checkpoints" / "2").is_dir()
-    assert train(tiny, tmp_path, stop_after_steps=2).step == 4
-    assert curve(tmp_path) == curve(finished)[:4]
+        step = interrupted(tiny, tmp_path, stuck).step
+    assert 1 <= step <= 2  # batches are read ahead
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert train(tiny, tmp_path, stop_after_steps=2).step == step + 2
+    assert curve(tmp_path) == curve(finished)[: step + 2]
 
 
 def test_a_batch_that_does_not_come_is_told_of(

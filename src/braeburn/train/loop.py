@@ -44,7 +44,7 @@ from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
-from braeburn.train.same_text import check_text, require_same_text
+from braeburn.train.same_text import check_text, require_same_text, saved_text
 from braeburn.train.stages import (
     Program,
     abstract_params,
@@ -133,6 +133,7 @@ def train(
             nonlocal resumed
             main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
             resumed, tokenizer = _resume_point(directory, run)
+            saved = saved_text(directory, resumed or 0)
             first = next(iter(run.stages))
             state_shape = abstract_state(run, first, layouts[first])
             checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
@@ -156,7 +157,7 @@ def train(
                 own = tokenizer if main else Tokenizer.load(directory.tokenizer)
                 folder = str(directory.path.absolute())
                 found = prepare(run, display.say, own, proceed=stop.check, verified_for=folder)
-                check_text(run, directory, resumed or 0, found, display.say)
+                check_text(run, directory, resumed or 0, saved, found, display.say)
                 require_same_text(found)
                 check_tokenizers(run, teachers, found.tokenizer)
                 loop = _Loop(run, directory, layouts, teachers, found, ahead, display, stop, heartbeat, follow)
