@@ -78,7 +78,9 @@ MESHES = {
 # Stages that do more than train a model, on the Qwen3 shape under AdamW.
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "learned masks of the FFN": {"pruning": Pruning(keep={"ffn": 80}, calibration_tokens=1024)},
-    "FFN cut by activations": {"pruning": Pruning(keep={"ffn": 80}, method="activation", calibration_tokens=1024)},
+    "FFN cut by activations": {
+        "pruning": Pruning(keep={"ffn": 80}, method="activation", calibration_tokens=1024)
+    },
     "teacher's distribution": {"distillation": Distillation(target="distribution", temperature=2.0)},
     "teacher's top 8": {"distillation": Distillation(target="top_k", weight=0.5)},
     "teacher's labels": {"distillation": Distillation(target="label")},
