@@ -10,7 +10,7 @@
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
 #   make setup   .venv with everything that tests and checks need
-#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-data, -docs, -gguf, -rocm and -tpu
+#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-chat, -data, -docs, -gguf, -rocm and -tpu
 #   make extra-compile, make extra-hf    the same in .venv-compile and .venv-hf
 # VENV=DIR installs into another environment than .venv.
 SHELL := /bin/bash
@@ -46,7 +46,7 @@ CONSTRAINTS_tpu := constraints-accelerators.txt
 CONSTRAINTS_docs := constraints-docs.txt
 CONSTRAINTS_hf := constraints-hf.txt
 PINS := pyproject.toml $(wildcard constraints*.txt)
-EXTRAS := cuda data docs gguf rocm tpu
+EXTRAS := chat cuda data docs gguf rocm tpu
 
 .PHONY: demo demo-on-device test test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
 .PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))
@@ -80,8 +80,14 @@ demo: $(VENV)/.core
 demo-on-device: extra-gguf
 	$(BIN)/python benchmarks/on_device.py
 
+# How many processes the tests are dealt out to. Each has eight simulated devices and takes up to 3 GB.
+WORKERS := 2
+PARALLEL = -n $(WORKERS) --dist loadfile
+
+# Those that guard rounding and resuming run apart, compiled as users compile: see tests/conftest.py.
 test: setup
-	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not optimized' --cov --cov-report= --durations=15
+	$(BIN)/python -m pytest $(PARALLEL) -m optimized --cov --cov-append --cov-report=term --durations=5
 
 # Apart from the other environment: torch with CUDA is several GB and wants NVIDIA packages of other versions than JAX
 # does. Where the index that pip is set up with has a build of torch for CPUs, that is enough.

@@ -39,7 +39,7 @@ def sample(directory: Path, max_new_tokens: int) -> str:
     from braeburn.train.trained import load
 
     trained = load(directory)
-    prompt = [trained.tokenizer.begin, *trained.tokenizer.encode(PROMPT)]
+    prompt = trained.tokenizer.encode_prompt(PROMPT)
     (tokens,) = generate(
         trained.params,
         [prompt],
@@ -48,7 +48,7 @@ def sample(directory: Path, max_new_tokens: int) -> str:
         max_new_tokens=max_new_tokens,
         temperature=0.8,
         seed=0,
-        stop_id=trained.tokenizer.end,
+        stop_ids=trained.tokenizer.stops,
     )
     return PROMPT + trained.tokenizer.decode(tokens)
 

@@ -93,7 +93,7 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
         "bytes": file.stat().st_size,
         "tokens_seen": tokens_until(run, stage),
         "tokens_as_student": tokens_until(run, stage, first="core") if stage not in ("larger", "prune") else 0,
-        "held_out": measure(evaluate, params, batches),
+        "held_out": measure(evaluate, params, batches, store.byte_ratio),
     }
 
 

@@ -35,8 +35,8 @@ def main() -> None:
         their_tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "hf")
     differ = 0
     for prompt in PROMPTS:
-        tokens = [trained.tokenizer.begin, *trained.tokenizer.encode(prompt)]
-        if their_tokenizer(prompt)["input_ids"] != tokens[1:]:
+        tokens = trained.tokenizer.encode_prompt(prompt)
+        if their_tokenizer(prompt)["input_ids"] != tokens:
             sys.exit(f"the exported tokenizer encodes {prompt!r} otherwise")
         ours = generate(
             trained.params,

@@ -1,25 +1,12 @@
-"""Golden losses: what 20 steps of small runs of every kind came to, kept in `golden/losses.json`.
+"""Golden losses: what 20 steps of small runs of every kind come to; `golden/losses.json` keeps them.
 
-`python tests/golden_losses.py` writes the file anew, and says by how much losses changed. It is to be run on purpose
-alone, when numbers are meant to change: the file guards refactors, which keep them. Everything is compiled at XLA's
-default optimisation level, as users compile. The data are pseudo-random numbers of NumPy, so no text decides.
+The data are pseudo-random numbers of NumPy, so no text decides. `write_golden_losses.py` writes the file.
 """
 
-import json
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
-
-FILE = Path(__file__).parent / "golden" / "losses.json"
-STEPS = 20
-VOCABULARY, LENGTH, SEQUENCES = 512, 64, 8
-
-if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # as tests have
-    os.environ.pop("XLA_FLAGS", None)
 
 import jax
 import numpy as np
@@ -45,6 +32,10 @@ from braeburn.model.transformer import param_specs
 from braeburn.optim.build import begin_stage
 from braeburn.train.compression import enter
 from braeburn.train.stages import compile_stage, initial_state, layout_of
+
+FILE = Path(__file__).parent / "golden" / "losses.json"
+STEPS = 20
+VOCABULARY, LENGTH, SEQUENCES = 512, 64, 8
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -78,9 +69,7 @@ MESHES = {
 # Stages that do more than train a model, on the Qwen3 shape under AdamW.
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "learned masks of the FFN": {"pruning": Pruning(keep={"ffn": 80}, calibration_tokens=1024)},
-    "FFN cut by activations": {
-        "pruning": Pruning(keep={"ffn": 80}, method="activation", calibration_tokens=1024)
-    },
+    "FFN cut by activations": {"pruning": Pruning(keep={"ffn": 80}, method="activation", calibration_tokens=1024)},
     "teacher's distribution": {"distillation": Distillation(target="distribution", temperature=2.0)},
     "teacher's top 8": {"distillation": Distillation(target="top_k", weight=0.5)},
     "teacher's labels": {"distillation": Distillation(target="label")},
@@ -189,20 +178,3 @@ def machine() -> dict[str, str]:
         "processor": facts.get("model name", platform.processor()),
         "instructions": " ".join(f for f in facts.get("flags", "").split() if f.startswith(("avx", "fma", "amx"))),
     }
-
-
-def main() -> None:
-    """Writes the file, and prints what changed."""
-    before = json.loads(FILE.read_text())["losses"] if FILE.exists() else {}
-    after = {}
-    for name, run in cases().items():
-        after[name] = losses(run)
-        old = before.get(name, after[name])
-        change = max(abs(a - b) / b for a, b in zip(after[name], old, strict=True))
-        print(f"{name}: {after[name][0]:.4f} to {after[name][-1]:.4f}, largest change {change:.1e}", flush=True)
-    FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(json.dumps({"machine": machine(), "losses": after}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -148,6 +148,15 @@ def test_provenance_tells_default_recipe_and_command_line_apart() -> None:
         ({"model.head_dim": 15}, "head_dim=15 is odd, .* use 16"),
         ({"stages.core.batch_tokens": 1000}, "batch_tokens=1000 is not a multiple .* set batch_tokens to 1024"),
         ({"stages.core.accumulation_steps": 3}, r"set accumulation_steps to one of \[1, 2, 4, 8, 16\]"),
+        (
+            {
+                "stages.core.tokens": 10**15,
+                "stages.core.sequence_length": 1,
+                "stages.core.batch_tokens": 10**12,
+                "stages.core.accumulation_steps": 3,
+            },
+            r"set accumulation_steps to one of \[1, 2, 4, 5, 8, .*, 1024\]",
+        ),
         ({"stages.core.schedule.warmup_steps": 20}, "set schedule.warmup_steps below 20 or raise tokens"),
         ({"stages.core.mixture.cod": 1}, "stages.core.mixture.cod is not a source of the data; did you mean 'code'"),
         ({"stages.core.mixture": {"code": 0}}, "no weight above zero"),
@@ -162,6 +171,14 @@ def test_provenance_tells_default_recipe_and_command_line_apart() -> None:
         ({"mesh.data": -1}, "mesh: data and fsdp are both -1, but only one can be inferred; set data to a size"),
         ({"data.sources.code.format": "text"}, "data.sources.code: paths is empty"),
         ({"precision.compute": "float16"}, "precision.compute='float16' is not valid: it should be 'float32' or"),
+        (
+            {"model.num_heads": 10**10},
+            r"model.num_heads=10000000000 is not valid: it should be less than or equal to 65536",
+        ),
+        (
+            {"model.num_layers": 10**9},
+            r"model.num_layers=1000000000 is not valid: it should be less than or equal to 10000",
+        ),
     ],
 )
 def test_refusals_name_the_field_and_the_fix(assignments: dict, message: str) -> None:

@@ -9,6 +9,10 @@ from golden_losses import FILE, cases, losses, machine
 
 pytestmark = pytest.mark.optimized
 
+# After an update a weight half-way between two levels goes one way or the other by its last bit, so that later losses
+# part by more than rounding errors: by up to 1.6e-4 between JAX 0.10 and 0.12 on one machine.
+ROUNDED = ("int8", "int4", "int2")
+
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
@@ -25,5 +29,8 @@ def test_losses_are_those_that_were_kept(name: str, golden: dict[str, Any]) -> N
     assert expected[-1] < expected[0] - 0.1  # it learns, or the comparison would say little
     if golden["machine"] == machine():
         assert found == expected
+    elif name in ROUNDED:
+        assert found[0] == pytest.approx(expected[0], rel=1e-5)
+        assert found == pytest.approx(expected, rel=1e-3)
     else:
         assert found == pytest.approx(expected, rel=1e-5)

@@ -125,7 +125,7 @@ def test_text_that_is_not_there(finished: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"body": "some text"}\n')
     sentence = refused(finished, "evaluate", finished, "--data", lines)
-    assert "has no text in the field 'text' (it has: body); set --field to the one that holds the text" in sentence
+    assert "line 1 has no field 'text' (it has: body); set --field to the one that holds the text" in sentence
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8" in refused(finished, "evaluate", finished, "--data", binary)

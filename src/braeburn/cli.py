@@ -327,17 +327,26 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="FILE", hidden=True)
     ] = None,  # --data FILE ... takes several
     field: Annotated[str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")] = "text",
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens that the model sees at once; as many as in training without it."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens from window to window; with fewer than in one, windows overlap."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
     _begin_computing()
-    from braeburn.evaluate.text import evaluate_files, evaluate_held_out
+    from braeburn.evaluate.text import Windows, evaluate_files, evaluate_held_out
     from braeburn.train.trained import load
 
     trained = load(directory)
     _warn_of_unused_accelerator()
     texts = [*(data or []), *(more or [])]
-    results = evaluate_files(trained, texts, field) if texts else evaluate_held_out(trained)
+    windows = Windows(sequence_length, stride)
+    results = evaluate_files(trained, texts, field, windows) if texts else evaluate_held_out(trained, windows)
     if as_json:
         _print_json({"step": trained.step, "results": results})
         return
@@ -351,24 +360,36 @@ def generate(
     directory: RunFolder,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given repeatedly.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens only; 0 is all.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; the model's own default without it, or 0.8.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Sample among the k likeliest tokens only; 0 is all, unless the model says."),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")
-    ] = 1.0,
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Lay prompts out by the model's chat template, as a user's messages.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with the newest checkpoint."""
     _begin_computing()
-    from braeburn.evaluate.generate import generate
+    from braeburn.evaluate.chat import encode_chat
+    from braeburn.evaluate.generate import generate, sampling_defaults
     from braeburn.train.trained import load
 
     trained = load(directory)
     _warn_of_unused_accelerator()
     tokenizer = trained.tokenizer
-    prompts = [[tokenizer.begin, *tokenizer.encode(text)] for text in prompt]
+    if chat:
+        prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in prompt]
+    else:
+        prompts = [tokenizer.encode_prompt(text) for text in prompt]
     longest, context = max(map(len, prompts)), trained.sequence_length
     if context and longest + max_new_tokens > context:
         what = "the prompt alone has" if longest >= context else f"with --max-new-tokens {max_new_tokens} there are"
@@ -377,17 +398,22 @@ def generate(
             f"model was trained on sequences of at most {context}: expect poor text beyond; shorten the prompt"
             f"{'' if longest >= context else f', or set --max-new-tokens to at most {context - longest}'}"
         )
+    default, not_applied = sampling_defaults(tokenizer.sampling)
+    if not_applied:
+        print(f"the model asks for {', '.join(not_applied)}, which is not applied here", file=sys.stderr)
+    if greedy:
+        temperature = 0.0
     continuations = generate(
         trained.params,
         prompts,
         trained.model,
         trained.run.precision,
         max_new_tokens=max_new_tokens,
-        temperature=0.0 if greedy else temperature,
-        top_k=top_k or None,
-        top_p=top_p,
+        temperature=default.temperature if temperature is None else temperature,
+        top_k=default.top_k if top_k is None else top_k or None,
+        top_p=default.top_p if top_p is None else top_p,
         seed=seed,
-        stop_id=tokenizer.end,
+        stop_ids=tokenizer.stops,
     )
     texts = [tokenizer.decode(tokens) for tokens in continuations]
     if as_json:
@@ -397,7 +423,9 @@ def generate(
         ]
         _print_json({"step": trained.step, "samples": samples})
         return
-    print("\n---\n".join(before + text for before, text in zip(prompt, texts, strict=True)))
+    if not chat:
+        texts = [before + text for before, text in zip(prompt, texts, strict=True)]
+    print("\n---\n".join(texts))
 
 
 @app.command()
@@ -408,6 +436,11 @@ def prune(
     tokens: Annotated[
         int | None, typer.Option(min=1, metavar="T", help="To learn masks on; 3% of the run's without it.")
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Text to learn from; without it, that which the run was trained on."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")] = "text",
     method: Annotated[
         str, typer.Option(help="soft_top_k learns what stays; activation, magnitude and random only cut.")
     ] = "soft_top_k",
@@ -417,7 +450,7 @@ def prune(
     """Cut FFN units off the newest checkpoint: a smaller run to evaluate, export or train on."""
     from pydantic import ValidationError
 
-    from braeburn.config import Pruning, explain_validation_error, parse_assignment
+    from braeburn.config import Pruning, Source, explain_validation_error, parse_assignment
 
     try:
         pruning = Pruning.model_validate({"keep": {"ffn": ffn}, "method": method})
@@ -427,7 +460,8 @@ def prune(
     _begin_computing()
     from braeburn.compress.prune import prune
 
-    model = prune(directory, out, pruning, tokens, changes)
+    text = Source(paths=tuple(data), field=field) if data else None
+    model = prune(directory, out, pruning, tokens, changes, text)
     result = {"out": str(out), "model": model.model_dump(mode="json")}
     _print_json(result) if as_json else print(f"pruned {str(directory)!r} to ffn_dim={ffn} into {str(out)!r}")
 
@@ -443,7 +477,11 @@ def import_(
 
     run = import_huggingface(hf_dir, out)
     result = {"out": str(out), "model": run.model.model_dump(mode="json")}
-    _print_json(result) if as_json else print(f"imported {str(hf_dir)!r} into {str(out)!r}")
+    if as_json:
+        _print_json(result)
+        return
+    print(f"imported {str(hf_dir)!r} into {str(out)!r}")
+    print(f"a recipe trains on with model=Model.from_directory({str(out)!r}) and initial_weights={str(out)!r}")
 
 
 @app.command()

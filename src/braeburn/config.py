@@ -37,6 +37,23 @@ def _one_or_more(value: Any) -> Any:
 OneOrMore = BeforeValidator(_one_or_more)
 
 
+# Far beyond any model that is published; without a limit, one wrong digit would take all memory
+# before it is noticed.
+LARGEST_SIZES = {
+    "vocab_size": 2**24,
+    "d_model": 2**20,
+    "num_layers": 10_000,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "ffn_dim": 2**24,
+}
+
+
+# A message offers the values that would fit up to this one.
+MOST_OFFERED = 1024
+
+
 class _Frozen(BaseModel):
     # What a value is made of is checked again with it, since `model_copy` checks nothing.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, revalidate_instances="always")
@@ -70,13 +87,13 @@ class Model(_Frozen):
     `max_position_embeddings` is the longest sequence that weights from elsewhere were made for; 0 where none were.
     """
 
-    vocab_size: Size
-    d_model: Size
-    num_layers: Size
-    num_heads: Size
-    num_kv_heads: Size
-    head_dim: Size
-    ffn_dim: Size
+    vocab_size: Annotated[int, Field(gt=0, le=LARGEST_SIZES["vocab_size"])]
+    d_model: Annotated[int, Field(gt=0, le=LARGEST_SIZES["d_model"])]
+    num_layers: Annotated[int, Field(gt=0, le=LARGEST_SIZES["num_layers"])]
+    num_heads: Annotated[int, Field(gt=0, le=LARGEST_SIZES["num_heads"])]
+    num_kv_heads: Annotated[int, Field(gt=0, le=LARGEST_SIZES["num_kv_heads"])]
+    head_dim: Annotated[int, Field(gt=0, le=LARGEST_SIZES["head_dim"])]
+    ffn_dim: Annotated[int, Field(gt=0, le=LARGEST_SIZES["ffn_dim"])]
     qk_norm: bool = True
     tied_embeddings: bool = True
     norm_epsilon: Positive = 1e-5
@@ -86,10 +103,40 @@ class Model(_Frozen):
     scan_layers: bool = True
     max_position_embeddings: Count = 0
 
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "Model":
+        """The model of a run directory's newest checkpoint or of one of its checkpoints, as `braeburn import` makes it.
+
+        A recipe that trains on from it names the directory as `initial_weights`, too.
+
+        Raises:
+            UserError: it is no run directory, or holds no checkpoint.
+        """
+        path = Path(directory).expanduser()
+        step = None
+        if path.parent.name == "checkpoints" and path.name.isdigit():
+            step = int(path.name)
+            path = path.parent.parent
+        try:
+            run = read_run(path)
+        except UserError as error:
+            raise UserError(
+                f"Model.from_directory({str(directory)!r}): {error}; a Hugging Face directory is made one by "
+                f"`braeburn import`"
+            ) from None
+        found = sorted(int(each.name) for each in (path / "checkpoints").glob("*") if each.name.isdigit())
+        if not found or (step is not None and step not in found):
+            raise UserError(
+                f"Model.from_directory({str(directory)!r}): there is no such checkpoint; train for at least one, or "
+                f"name one of {found}"
+            )
+        model, length = run.model_at(found[-1] if step is None else step)
+        return model.model_copy(update={"max_position_embeddings": length})
+
     @model_validator(mode="after")
     def _check(self) -> "Model":
         if self.num_heads % self.num_kv_heads:
-            fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            fits = [n for n in range(1, min(self.num_heads, MOST_OFFERED) + 1) if self.num_heads % n == 0]
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
                 f"set num_kv_heads to one of {fits}"
@@ -308,7 +355,7 @@ class Stage(_Frozen):
                 f"set batch_tokens to {nearest}"
             )
         if self.batch_size % self.accumulation_steps:
-            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            fits = [n for n in range(1, min(self.batch_size, MOST_OFFERED) + 1) if self.batch_size % n == 0]
             raise ValueError(
                 f"accumulation_steps={self.accumulation_steps} does not divide the {self.batch_size} sequences of a "
                 f"batch; set accumulation_steps to one of {fits}"
@@ -446,13 +493,19 @@ class StageModels(NamedTuple):
 
 
 class Run(_Frozen):
-    """One complete training run."""
+    """One complete training run.
+
+    `initial_weights` is a directory whose weights and tokenizer training starts from, in the place
+    of random weights: a run directory, one of its checkpoints, or a Hugging Face directory.
+    `Model.from_directory` gives its model.
+    """
 
     name: str
     model: Model
     stages: dict[str, Stage]
     data: Data = Data()
     optimizer: Optimizer = AfmOptimizer()
+    initial_weights: str | None = None
     seed: Seed = 0
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
@@ -474,6 +527,18 @@ class Run(_Frozen):
                 return name, stage, step - first
             first += stage.steps
         raise IndexError(f"step {step} lies beyond the run's {first} steps")
+
+    def model_at(self, step: int) -> tuple[Model, int]:
+        """The model as left after `step` steps, and the longest sequence that it was trained on by then, in tokens."""
+        model = self.model
+        length = model.max_position_embeddings
+        first = 0
+        for stage, models in zip(self.stages.values(), self.models().values(), strict=True):
+            if first < step:
+                model = models.left if step >= first + stage.steps else models.trained
+                length = max(length, stage.sequence_length)
+            first += stage.steps
+        return model, length
 
     def models(self) -> dict[str, StageModels]:
         """The model of each stage: pruning makes it narrower for all that follow, a RoPE base holds for its stage."""

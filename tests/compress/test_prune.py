@@ -109,6 +109,28 @@ def test_an_interrupted_pruning_goes_on(finished: Path, pruned: dict[str, Path],
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("method", ["soft_top_k", "activation"])
+def test_what_has_no_text_of_its_own_learns_from_files(
+    pruned: dict[str, Path], method: str, corpus: Path, tmp_path: Path
+) -> None:
+    """As an import has none, and a run that was pruned."""
+    arguments = ("prune", pruned["magnitude"], "--ffn", 32, "--method", method, "--data", f"{corpus}/*.py")
+    extra = ("--tokens", 8192) if method == "soft_top_k" else ()
+    mesh = ("--set", "mesh.fsdp=1")
+    answer = braeburn(*arguments, "--out", tmp_path / "out", *mesh, *extra)
+    assert answer.code == 0, answer.err
+    assert load(tmp_path / "out").model.ffn_dim == 32
+    assert read_run(tmp_path / "out").data.sources.keys() == {"text"}
+
+
+def test_files_take_the_place_of_the_runs_own_text(finished: Path, corpus: Path, tmp_path: Path) -> None:
+    arguments = ("prune", finished, "--ffn", 32, "--method", "activation", "--data", corpus / "abc.py")
+    answer = braeburn(*arguments, "--out", tmp_path / "out", "--set", "data.held_out=0.0001")
+    assert answer.code == 0, answer.err
+    (source,) = read_run(tmp_path / "out").data.sources.values()
+    assert source.paths == (str(corpus / "abc.py"),)
+
+
 def test_a_pruned_run_can_be_pruned_again(pruned: dict[str, Path], tmp_path: Path) -> None:
     answer = braeburn(
         "prune", pruned["magnitude"], "--ffn", 32, "--method", "magnitude", "--out", tmp_path / "out", "--json"
@@ -136,7 +158,11 @@ def test_mistakes(finished: Path, tmp_path: Path, arguments: tuple, words: str) 
 
 def test_what_cannot_be_measured_or_written(pruned: dict[str, Path], finished: Path, tmp_path: Path) -> None:
     answer = braeburn("prune", pruned["magnitude"], "--ffn", 32, "--out", tmp_path / "out")
-    assert "names no text to measure activations on; use --method magnitude" in answer.error
+    assert "names no text to measure activations on; name some with --data FILE, or use --method" in answer.error
+    missing = ("prune", pruned["magnitude"], "--ffn", 32, "--out", tmp_path / "out", "--data", "/nowhere/a.txt")
+    assert "--data" in braeburn(*missing).error and "data.sources" not in braeburn(*missing).error
+    answer = braeburn(*missing, "--method", "random")
+    assert "--data is for --method soft_top_k and activation, and --method random reads no text" in answer.error
     answer = braeburn("prune", finished, "--ffn", 32, "--out", finished)
     assert "is in use" in answer.error
     answer = braeburn("prune", tmp_path, "--ffn", 32, "--out", tmp_path / "out")

@@ -110,9 +110,19 @@ def test_rows_are_cut_at_their_own_stop():
     whole = greedy(params, PROMPTS, QWEN3)
     stop = whole[0][5]
     expected = [row[: row.index(stop)] if stop in row else row for row in whole]
-    assert greedy(params, PROMPTS, QWEN3, stop_id=stop) == expected
+    assert greedy(params, PROMPTS, QWEN3, stop_ids=[stop]) == expected
     assert len({len(row) for row in expected}) > 1
-    assert greedy(params, PROMPTS[:1], QWEN3, stop_id=whole[0][0]) == [[]]
+    assert greedy(params, PROMPTS[:1], QWEN3, stop_ids=[whole[0][0]]) == [[]]
+
+
+@pytest.mark.parametrize("more", [0, 9])
+def test_any_of_several_tokens_stops_a_row(more):
+    params = make_params(QWEN3)
+    whole = greedy(params, PROMPTS, QWEN3)
+    stops = [whole[0][5], whole[1][3], whole[2][7]] + [200 + i for i in range(more)]
+    ends = [min([row.index(stop) for stop in stops if stop in row], default=len(row)) for row in whole]
+    assert greedy(params, PROMPTS, QWEN3, stop_ids=stops) == [row[:end] for row, end in zip(whole, ends, strict=True)]
+    assert len(set(ends)) > 2
 
 
 @pytest.mark.parametrize("count", [1, 64, 65])
@@ -125,7 +135,7 @@ def test_other_prompts_and_limits_reuse_the_compiled_programs():
     params = make_params(QWEN3)
     greedy(params, PROMPTS, QWEN3, max_new_tokens=8)
     compiled = prefill._cache_size(), decode._cache_size()
-    greedy(params, [[4] * 50, [5] * 128, [6], [7]], QWEN3, max_new_tokens=60, stop_id=3, seed=5)
+    greedy(params, [[4] * 50, [5] * 128, [6], [7]], QWEN3, max_new_tokens=60, stop_ids=[3, 7], seed=5)
     assert (prefill._cache_size(), decode._cache_size()) == compiled
 
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
 
 from braeburn.config import Model, Precision, RopeScaling
-from braeburn.data.tokenizer import Tokenizer
+from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.interop import huggingface
 from braeburn.model import transformer
 from braeburn.model.spec import ParamSpec, Tree, map_specs, walk
@@ -57,7 +59,8 @@ MODELS = {
     "llama-llama3-long": (make(qk_norm=False, rope_scaling=LLAMA3, num_layers=1, ffn_dim=32), 1500),
     "llama-linear": (make(qk_norm=False, rope_scaling=LINEAR, tied_embeddings=False), 300),
 }
-# Where the fields of rotary embeddings stand in the config.json of one version or another, and what they say.
+# Where the fields of rotary embeddings stand in the config.json of one version or another, and what
+# they say.
 ROPES = [
     ({"rope_theta": 5e5}, None),
     ({"rope_theta": 5e5, "rope_scaling": None}, None),
@@ -72,6 +75,52 @@ ROPES = [
         },
         LLAMA3,
     ),
+    (
+        {
+            "rope_theta": 5e5,
+            "max_position_embeddings": 8192,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        },
+        LLAMA3,
+    ),
+    (
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        LLAMA3,
+    ),
+    (
+        {
+            "rope_theta": 1e4,
+            "rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 5e5},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+        },
+        LINEAR,
+    ),
+]
+# Changes to the config.json of a small Qwen3 or Llama, under which transformers computes what it
+# did before.
+SAME_MODEL = [
+    {"hidden_act": "swish"},
+    {"use_sliding_window": True, "sliding_window": 64},  # from the 29th layer on, of two
+    {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
+    {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+    {"use_sliding_window": True, "sliding_window": 2048, "max_window_layers": 0},  # as long as any text
+    {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 0},
+]
+LLAMA_AS_MISTRAL = [
+    {"sliding_window": None},
+    {"sliding_window": 2048},
+    {},  # 4096 is the default
 ]
 cases = pytest.mark.parametrize(("model", "length"), MODELS.values(), ids=MODELS.keys())
 
@@ -157,10 +206,71 @@ def with_rope(directory: Path, rope: dict) -> Path:
     return directory
 
 
+def change_config(directory: Path, **fields) -> Path:
+    """A directory whose config.json has these fields."""
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
+def without_prefix(directory: Path) -> Path:
+    """A directory whose tensors are named as a model without its head names them."""
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def only_head(directory: Path) -> Path:
+    """A directory of a model with tied embeddings, which are stored as its head."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_model(directory: Path, prefix: str | None, **settings) -> Path:
+    """A directory as an instruction-tuned model is published, with markers, a template and sampling defaults.
+
+    Args:
+        directory: where to write.
+        prefix: the token that the tokenizer puts before a text; None for none.
+        settings: further fields of `tokenizer_config.json`.
+    """
+    model = make()
+    own = tokenizers.Tokenizer.from_str(train(["the cat sat on the mat " * 20], 290).json)
+    own.add_special_tokens(["<|begin|>", "<|im_start|>", "<|im_end|>", "<|pad|>"])
+    own.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    if prefix is not None:
+        template = f"{prefix} $A"
+        own.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, pair=template + " $B", special_tokens=[(prefix, own.token_to_id(prefix))]
+        )
+    write(directory, random_params(model), model, None)
+    own.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT} | settings))
+    generation = {
+        "bos_token_id": own.token_to_id("<|endoftext|>"),
+        "eos_token_id": [own.token_to_id("<|im_end|>"), own.token_to_id("<|endoftext|>")],
+        "pad_token_id": own.token_to_id("<|pad|>"),
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+    }
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
 def separate_tokens(path: Path) -> Path:
     """Writes a tokenizer.json that begins a document with another token than it ends it with."""
-    import tokenizers
-
     separate = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<s>": 1, "</s>": 2}, []))
     separate.add_special_tokens(["<s>", "</s>"])
     separate.save(str(path))

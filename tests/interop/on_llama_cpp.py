@@ -19,10 +19,11 @@ import llama_cpp
 import numpy as np
 import pytest
 import tokenizers
+from hf_models import chat_model
 
 from braeburn.config import Model, Precision, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer, train
-from braeburn.interop import gguf
+from braeburn.interop import gguf, huggingface
 from braeburn.model import transformer
 from braeburn.model.spec import Tree, map_specs
 from braeburn.train.trained import load
@@ -110,14 +111,14 @@ class Theirs:
         self.llama.eval([int(token) for token in tokens])
         return np.array(self.llama.scores[: len(tokens)])
 
-    def greedy(self, tokens: Sequence[int], count: int, stop: int) -> list[int]:
+    def greedy(self, tokens: Sequence[int], count: int, stops: Sequence[int]) -> list[int]:
         """The likeliest continuation."""
         self.llama.reset()
         self.llama.eval(list(tokens))
         found: list[int] = []
         while len(found) < count:
             token = int(np.argmax(self.llama.scores[self.llama.n_tokens - 1]))
-            if token == stop:
+            if token in stops:
                 break
             found.append(token)
             self.llama.eval([token])
@@ -198,8 +199,9 @@ def test_float16_writes_the_same_tokens(family: str, core: dict[str, Path], file
     answer = process("generate", core[family], "--greedy", "--max-new-tokens", 64, "--json", *prompts)
     theirs, tokenizer = Theirs(files[family, "f16"]), load(core[family]).tokenizer
     for sample in json.loads(answer.out)["samples"]:
-        prompt = [tokenizer.begin, *tokenizer.encode(sample["prompt"])]
-        assert theirs.greedy(prompt, 64, tokenizer.end) == sample["tokens"], sample
+        prompt = theirs.llama.tokenize(sample["prompt"].encode(), add_bos=True, special=False)
+        assert prompt == tokenizer.encode_prompt(sample["prompt"])
+        assert theirs.greedy(prompt, 64, tokenizer.stops) == sample["tokens"], sample
         assert len(sample["tokens"]) == 64
 
 
@@ -212,8 +214,27 @@ def test_text_has_the_same_tokens(family: str, core: dict[str, Path], files: dic
 def check_tokens(theirs: Theirs, tokenizer: Tokenizer, texts: list[str]) -> None:
     for text in texts:
         found = theirs.llama.tokenize(text.encode(), add_bos=True, special=False)
-        assert found == [tokenizer.begin, *tokenizer.encode(text)], text
-        assert theirs.llama.detokenize(found[1:]).decode() == text
+        assert found == tokenizer.encode_prompt(text), text
+        assert theirs.llama.detokenize(found[len(tokenizer.prefix) :]).decode() == text
+
+
+@pytest.mark.parametrize("prefix", [None, "<|begin|>"])
+def test_an_imported_model_keeps_its_begin_and_end_tokens(prefix: str | None, tmp_path: Path) -> None:
+    """A chat model as it is published: what stands before a prompt, the markers, and what ends an answer."""
+    source = chat_model(tmp_path / "source", prefix)
+    model, params, tokenizer_file = huggingface.read(source)
+    tokenizer = Tokenizer.load(tokenizer_file)
+    gguf.write(tmp_path / "a.gguf", params, model, tokenizer, 512)
+    theirs = Theirs(tmp_path / "a.gguf", vocab_only=True)
+    check_tokens(theirs, tokenizer, PROMPTS)
+    chat = CHAT_TEXT.encode()
+    assert theirs.llama.tokenize(chat, add_bos=False, special=True) == tokenizer.encode_markup(CHAT_TEXT)
+    vocabulary = llama_cpp.llama_model_get_vocab(theirs.llama.model)
+    ends = [i for i in range(tokenizer.vocab_size) if llama_cpp.llama_vocab_is_eog(vocabulary, i)]
+    assert set(ends) == set(tokenizer.stops)
+
+
+CHAT_TEXT = "<|im_start|>user\nthe cat sat<|im_end|>\n<|im_start|>assistant\n"
 
 
 def split_by(pattern: str | None) -> Any:
@@ -246,7 +267,7 @@ def test_each_way_to_split_text_is_theirs(pattern: str | None, ignore_merges: bo
             show_progress=False,
         ),
     )
-    tokenizer, model = Tokenizer(own), small(vocab_size=1000)
+    tokenizer, model = Tokenizer(own, begins_prompts=True), small(vocab_size=1000)
     gguf.write(tmp_path / "a.gguf", draw(model), model, tokenizer, 512)
     check_tokens(Theirs(tmp_path / "a.gguf", vocab_only=True), tokenizer, TEXTS)
 

@@ -13,22 +13,29 @@ import torch
 import transformers
 from hf_models import (
     FLOAT32,
+    LLAMA_AS_MISTRAL,
     MODELS,
     ROPES,
+    SAME_MODEL,
     TOLERANCE,
     assert_same,
     cases,
+    change_config,
+    chat_model,
     make,
+    only_head,
     our_logits,
     random_params,
     random_tokens,
     separate_tokens,
     with_rope,
+    without_prefix,
     write,
 )
 from theirs import load, their_logits, their_model
 
 from braeburn.data.tokenizer import PATTERN
+from braeburn.evaluate.chat import encode_chat
 from braeburn.evaluate.generate import generate
 from braeburn.interop import huggingface
 from braeburn.model import transformer
@@ -104,9 +111,82 @@ def test_half_precision_is_read_exactly(dtype, tokenizer_file, tmp_path):
 @pytest.mark.parametrize(("rope", "scaling"), ROPES)
 def test_rope_is_read_wherever_a_version_put_it(rope, scaling, tokenizer_file, tmp_path):
     directory = with_rope(write(tmp_path / "out", random_params(make()), make(), tokenizer_file), rope)
-    theirs = transformers.AutoConfig.from_pretrained(directory).rope_parameters
-    assert theirs["rope_theta"] == huggingface.read(directory)[0].rope_base
+    model = load(directory)
+    theirs = model.config.rope_parameters  # as the model has it: its configuration alone is not complete yet
+    ours = huggingface.read(directory)[0]
+    assert theirs["rope_theta"] == ours.rope_base
     assert theirs["rope_type"] == (scaling.kind if scaling else "default")
+    for field in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if field in theirs:
+            assert theirs[field] == getattr(ours.rope_scaling, field), field
+    tokens = random_tokens(make(), 300)
+    difference = our_logits(huggingface.read(directory)[1], tokens, ours) - their_logits(model, tokens)
+    assert np.abs(difference).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("fields", SAME_MODEL)
+def test_fields_that_change_nothing(fields, tmp_path):
+    directory = change_config(write(tmp_path / "out", random_params(make()), make(), None), **fields)
+    tokens = random_tokens(make(), 300)
+    difference = our_logits(random_params(make()), tokens, make()) - their_logits(load(directory), tokens)
+    assert np.abs(difference).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("fields", LLAMA_AS_MISTRAL)
+def test_a_mistral_without_a_window_is_a_llama(fields, tmp_path):
+    model = make(qk_norm=False)
+    directory = write(tmp_path / "out", random_params(model), model, None)
+    theirs = load(change_config(directory, model_type="mistral", **fields))
+    assert type(theirs).__name__ == "MistralForCausalLM"
+    tokens = random_tokens(model, 300)
+    difference = our_logits(random_params(model), tokens, model) - their_logits(theirs, tokens)
+    assert np.abs(difference).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("renamed", [without_prefix, only_head])
+def test_weights_under_other_names(renamed, tokenizer_file, tmp_path):
+    """What transformers loads is loaded here, with the same logits."""
+    directory = renamed(write(tmp_path / "out", random_params(make()), make(), tokenizer_file))
+    model, params, _ = huggingface.read(directory)
+    tokens = random_tokens(model, 40)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    assert np.abs(our_logits(params, tokens, model) - their_logits(theirs, tokens)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("bos_token", [None, "<|begin|>"])
+@pytest.mark.parametrize("prefix", [None, "<|begin|>", "<|endoftext|>"])
+def test_prompts_and_chats_have_their_ids(prefix, bos_token, tmp_path):
+    """Of a published model, of the run that it is imported into, and of that run's export."""
+    source = chat_model(tmp_path / "source", prefix, bos_token=bos_token)
+    assert braeburn("import", source, "--out", tmp_path / "run").code == 0
+    assert braeburn("export", tmp_path / "run", "--out", tmp_path / "hf").code == 0
+    ours = trained.load(tmp_path / "run").tokenizer
+    messages = [{"role": "user", "content": " what sat on the mat? "}]
+    for directory in (source, tmp_path / "hf"):
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+        for text in TEXTS:
+            if "<|" not in text:  # as they have it, text may hold a marker
+                assert theirs(text).input_ids == ours.encode_prompt(text), text
+        chat = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert chat == encode_chat(ours, messages)
+        generation = transformers.GenerationConfig.from_pretrained(directory)
+        assert tuple(generation.eos_token_id) == ours.stops
+        assert (generation.temperature, generation.top_k, generation.top_p, generation.do_sample) == (
+            0.6,
+            20,
+            0.95,
+            True,
+        )
+        assert (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|pad|>")
+        assert generation.pad_token_id == theirs.pad_token_id == ours.padding
+
+
+def test_an_exported_run_begins_prompts_as_the_run_does(finished, tmp_path):
+    assert braeburn("export", finished, "--out", tmp_path / "hf").code == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = trained.load(finished).tokenizer
+    assert theirs("def f(x):").input_ids == ours.encode_prompt("def f(x):")
+    assert theirs("def f(x):").input_ids[0] == ours.begin
 
 
 TEXTS = [

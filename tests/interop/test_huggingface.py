@@ -1,13 +1,29 @@
 """Hugging Face directories, and a sentence for everything refused; `make test-hf` compares with transformers itself."""
 
 import json
+import os
+import uuid
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_models import MODELS, ROPES, assert_same, make, random_params, separate_tokens, with_rope, write
+from hf_models import (
+    LLAMA_AS_MISTRAL,
+    MODELS,
+    ROPES,
+    SAME_MODEL,
+    assert_same,
+    change_config,
+    make,
+    only_head,
+    random_params,
+    separate_tokens,
+    with_rope,
+    without_prefix,
+    write,
+)
 from safetensors.numpy import load_file, save_file
 
 from braeburn.errors import UserError
@@ -196,14 +212,25 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (config_with(model_type="mixtral"), "model_type='mixtral' cannot be imported; choose a model of type llama or"),
+        (
+            config_with(model_type="mixtral"),
+            "model_type='mixtral' cannot be imported; choose a model of type llama, mistral or",
+        ),
         (config_without("model_type"), "model_type=None cannot be imported"),
         (config_with(attention_bias=True), "attention_bias=True cannot be imported; choose"),
         (config_with(mlp_bias=True), "mlp_bias=True cannot be imported"),
-        (config_with(use_sliding_window=True), "use_sliding_window=True cannot be imported"),
         (
-            config_with(layer_types=["full_attention", "sliding_attention"]),
-            "layer_types='sliding_attention' cannot be imported",
+            config_with(use_sliding_window=True, sliding_window=64, max_window_layers=1),
+            "use_sliding_window=True with sliding_window=64 cannot be imported",
+        ),
+        (
+            config_with(layer_types=["full_attention", "sliding_attention"], sliding_window=64),
+            "layer_types='sliding_attention' with sliding_window=64 cannot be imported",
+        ),
+        (config_with(layer_types=["chunked_attention"]), "layer_types='chunked_attention' cannot be imported"),
+        (
+            config_with(model_type="mistral", max_position_embeddings=8192),
+            "model_type='mistral' with sliding_window=4096 cannot be imported",
         ),
         (config_with(rope_scaling=YARN), "rope_type='yarn' cannot be imported; choose a model with rope_type default"),
         (config_with(rope_scaling={"rope_type": "linear"}), "rope_type='linear' lacks factor"),
@@ -215,7 +242,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (config_without("hidden_size"), "hidden_size=None is not a size"),
         (config_with(num_hidden_layers="two"), "num_hidden_layers='two' is not a size"),
         (config_with(num_key_value_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
-        (config_with(rms_norm_eps=0), "norm_epsilon=0 is not valid"),
+        (config_with(rms_norm_eps=0), "norm_epsilon=0.0 is not valid"),
         (config_with(intermediate_size=128), "has the shape .96, 64., not .128, 64.; download the two again"),
         (config_with(num_hidden_layers=3), "model.layers.2.input_layernorm.weight and 10 more is missing"),
         (config_with(tie_word_embeddings=False), "unlike its config.json: lm_head.weight is missing; download"),
@@ -256,3 +283,130 @@ def test_imports_refused(damage, sentence, tokenizer_file, tmp_path):
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*; name a downloaded"):
         huggingface.read(tmp_path / "nowhere")
+
+
+def in_index(name):
+    """Weights in two files, one of which the index has under another name."""
+
+    def change(directory: Path) -> None:
+        (directory / "model.safetensors").rename(directory / "a.safetensors")
+        index = {"weight_map": {"a": "a.safetensors", "b": name}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def as_text(file, text):
+    return lambda directory: (directory / file).write_text(text)
+
+
+def as_folder(file):
+    def change(directory: Path) -> None:
+        (directory / file).unlink(missing_ok=True)
+        (directory / file).mkdir()
+
+    return change
+
+
+def as_pipe(file):
+    def change(directory: Path) -> None:
+        (directory / file).unlink(missing_ok=True)
+        os.mkfifo(directory / file)
+
+    return change
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def both(*changes):
+    def change(directory: Path) -> None:
+        for each in changes:
+            each(directory)
+
+    return change
+
+
+def no_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            config_with(num_hidden_layers=10**9),
+            "num_hidden_layers=1000000000 is more than 10000, the largest that is read",
+        ),
+        (config_with(num_attention_heads=10**12), "num_attention_heads=1000000000000 is more than 65536"),
+        (config_with(vocab_size=True), "vocab_size=True is not a size"),
+        (config_with(hidden_size=[64]), r"hidden_size=\[64\] is not a size"),
+        (config_with(rope_scaling=[1]), r"config.json': rope_scaling cannot be \[1\]; download config.json again"),
+        (config_with(layer_types=7), "layer_types cannot be 7"),
+        (config_with(max_position_embeddings="long"), "max_position_embeddings cannot be 'long'"),
+        (config_with(model_type={}), "model_type cannot be {}"),
+        (config_with(hidden_act={"a": 1}), "hidden_act={'a': 1} cannot be imported"),
+        (config_with(rope_scaling={"rope_type": ["llama3"]}), r"rope_type=\['llama3'\] cannot be imported"),
+        (config_with(tie_word_embeddings="x" * 10_000), "tie_word_embeddings cannot be 'xxx"),
+        (as_text("config.json", "[" * 100_000), "config.json' cannot be read .its JSON is nested too deeply"),
+        (as_text("config.json", '{"a": ' + "9" * 5000 + "}"), "config.json' cannot be read .Exceeds the limit"),
+        (as_text("config.json", '{"a": "\\ud800"}'), "half of a surrogate pair"),
+        (as_folder("config.json"), "config.json' cannot be read .it is a folder"),
+        (as_pipe("config.json"), "config.json' cannot be read .it is not an ordinary file"),
+        (as_folder("model.safetensors"), "holds no model.safetensors"),
+        (as_pipe("model.safetensors"), "holds no model.safetensors"),
+        (in_index("b.safetensors"), "b.safetensors' cannot be read .No such file"),
+        (both(in_index("pipe"), as_pipe("pipe")), "pipe' cannot be read .it is not an ordinary file"),
+        (both(in_index("folder"), as_folder("folder")), "folder' cannot be read .it is not an ordinary file"),
+        (in_index("../b.safetensors"), "names the file '../b.safetensors', which is no file in"),
+        (in_index("/dev/zero"), "names the file '/dev/zero', which is no file in"),
+        (in_index("x" * 10_000), "names the file 'xxx"),
+        (both(no_weights, as_text(INDEX, "[]")), "index.json' cannot be read .it holds no JSON object"),
+        (both(no_weights, as_text(INDEX, '{"weight_map": [1]}')), r"weight_map cannot be \[1\]"),
+        (both(no_weights, as_text(INDEX, '{"weight_map": {"a": 1}}')), "weight_map cannot be {'a': 1}"),
+        (both(no_weights, as_folder(INDEX)), "index.json' cannot be read .it is a folder"),
+    ],
+)
+def test_files_of_any_content_get_a_sentence(damage, sentence, tokenizer_file, tmp_path):
+    directory = write(tmp_path / "out", random_params(make()), make(), tokenizer_file)
+    damage(directory)
+    with pytest.raises(UserError, match=sentence) as caught:
+        huggingface.read(directory)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("fields", SAME_MODEL)
+def test_fields_that_change_nothing(fields, tokenizer_file, tmp_path):
+    directory = write(tmp_path / "out", random_params(make()), make(), tokenizer_file)
+    assert huggingface.read(change_config(directory, **fields))[0] == huggingface.read(directory)[0]
+
+
+@pytest.mark.parametrize("fields", LLAMA_AS_MISTRAL)
+def test_a_mistral_without_a_window_is_a_llama(fields, tokenizer_file, tmp_path):
+    model = make(qk_norm=False)
+    directory = write(tmp_path / "out", random_params(model), model, tokenizer_file)
+    found, params, _ = huggingface.read(change_config(directory, model_type="mistral", **fields))
+    assert found.model_copy(update={"max_position_embeddings": 0}) == model
+    assert_same(params, random_params(model))
+
+
+@pytest.mark.parametrize("renamed", [without_prefix, only_head])
+def test_weights_under_other_names(renamed, tokenizer_file, tmp_path):
+    directory = renamed(write(tmp_path / "out", random_params(make()), make(), tokenizer_file))
+    assert_same(huggingface.read(directory)[1], random_params(make()))
+
+
+def test_an_export_may_be_read_by_all_that_read_its_folder(tokenizer_file, tmp_path):
+    directory = write(tmp_path / "out", random_params(make()), make(), tokenizer_file, max_shard_bytes=50_000)
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1
+
+
+def test_an_export_leaves_alone_what_it_did_not_make(tokenizer_file, tmp_path, monkeypatch):
+    """A folder that an earlier process of the same number left, for one."""
+    monkeypatch.setattr(huggingface.uuid, "uuid4", lambda: uuid.UUID(int=0))
+    mine = tmp_path / f".out.partial-{'0' * 32}"
+    mine.mkdir()
+    (mine / "work.txt").write_text("years of it")
+    with pytest.raises(UserError, match="cannot be written"):
+        write(tmp_path / "out", random_params(make()), make(), tokenizer_file)
+    assert (mine / "work.txt").read_text() == "years of it"

@@ -48,7 +48,7 @@ def test_weights_lie_where_and_as_they_are_wanted(finished: Path, exported: Path
     run = tiny.model_copy(update={"mesh": Mesh(fsdp=2, tensor=2)})
     theirs, ours = find_teacher(exported), find_teacher(finished)
     assert theirs.model.model_copy(update={"max_position_embeddings": 0, "z_loss": ours.model.z_loss}) == ours.model
-    assert theirs.tokenizer == ours.tokenizer
+    assert theirs.tokenizer.hash == ours.tokenizer.hash
     wanted = abstract_params(of_model(layout_of(run, "core", jax.devices()[:4]), theirs.model))
     found, expected = (dict(walk(teacher.read(wanted))) for teacher in (theirs, ours))
     assert found.keys() == expected.keys()

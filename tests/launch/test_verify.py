@@ -357,3 +357,8 @@ def test_batches_are_a_function_of_the_step(run: Run, prepared: Prepared) -> Non
     """What makes equal curves mean that every sample was seen once: no two steps have the same batch."""
     batches = Batches(run.stages["core"], "core", run.seed, prepared.train)
     assert len({batches[step]["inputs"].tobytes() for step in range(len(batches))}) == len(batches)
+
+
+def test_weights_of_the_large_model_are_left_out() -> None:
+    run = override(load("quickstart"), {"initial_weights": "/nowhere"})
+    assert shrink(run, 8).initial_weights is None

@@ -53,11 +53,11 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
             correct += int((logits.argmax(-1) == targets).sum())
 
     evaluate = evaluator(model, precision, tokenizer.token_bytes, one_device(param_specs(model)))
-    summary = measure(evaluate, params, held_out_batches(store, length, 4, store.tokens + length))
+    summary = measure(evaluate, params, held_out_batches(store, length, 4, store.tokens + length), store.byte_ratio)
     assert summary["accuracy"] == pytest.approx(correct / len(stream))
     assert summary["loss"] == pytest.approx(nll / len(stream), rel=1e-5)
     assert summary["bits_per_byte"] == pytest.approx(nll / math.log(2) / store.text_bytes, rel=1e-5)
     assert (summary["tokens"], summary["bytes"]) == (len(stream), store.text_bytes)
 
-    fewer = measure(evaluate, params, held_out_batches(store, length, 4, 2 * length))
+    fewer = measure(evaluate, params, held_out_batches(store, length, 4, 2 * length), store.byte_ratio)
     assert fewer["tokens"] == 2 * length

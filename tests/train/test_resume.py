@@ -18,6 +18,9 @@ from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.loop import Outcome, train
 from support import PROGRAM, braeburn, events, rows
 
+# Bit for bit as users have it, whose programs are optimised.
+pytestmark = pytest.mark.optimized
+
 # Both stage boundaries, the step after the first, and two within stages.
 STOPS = sorted({6, 7, 10, *random.Random(7).sample([1, 2, 3, 4, 5, 8, 9, 11, 12, 13], 2)})
 

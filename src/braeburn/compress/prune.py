@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from braeburn.config import (
+    AdamW,
     Checkpoint,
     Model,
     Pruning,
     Run,
     Schedule,
+    Source,
     Stage,
     check_pruning,
     override,
@@ -36,9 +38,15 @@ from braeburn.train.progress import tracked
 from braeburn.train.stages import abstract_params, layout_of, model_at
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch
-from braeburn.train.trained import found_run, ordinary_step
+from braeburn.train.trained import found_run, ordinary_step, read_tokenizer
 
 STAGE = "prune"
+TEXT = "text"  # the name of the source that --data names
+LEARN_FROM_TEXT = ("soft_top_k", "activation")
+# Of the stage that prunes a model which was not trained here.
+LONGEST_SEQUENCE = 1024
+BATCH_TOKENS = 8192
+LEARNING_RATES = {"adamw": 1e-4, "afm": 1e-3}  # those of fine-tuning
 # Of the tokens that a run has seen, those that masks are learned on: 188B of 6.3T (arXiv 2407.21075).
 SHARE_OF_TOKENS = 0.03
 FEWEST_STEPS = 100
@@ -52,24 +60,31 @@ def prune(
     pruning: Pruning,
     tokens: int | None = None,
     assignments: Mapping[str, Any] | None = None,
+    text: Source | None = None,
 ) -> Model:
     """Makes a run directory whose checkpoint 0 is a run's newest, pruned: weights, optimizer and configuration.
 
-    Soft-Top-K trains in a hidden folder beside `out`, where a call that was cut short is gone on with; the other
-    methods only measure and cut. A recipe of the smaller model trains on from the result.
+    Soft-Top-K trains in a hidden folder beside `out`, where a call that was cut short is gone on
+    with; the other methods only measure and cut. A recipe of the smaller model trains on from the
+    result.
 
     Args:
         directory: the run.
         out: the folder to make.
         pruning: how, and what stays.
-        tokens: to learn masks on; by default 3% of those that the run has seen, and at least 100 batches.
-        assignments: changes by dotted path to the run that prunes, whose one stage is named `prune`.
+        tokens: to learn masks on; by default 3% of those that the run has seen, and at least 100
+            batches.
+        assignments: changes by dotted path to the run that prunes, whose one stage is named
+            `prune`.
+        text: what to learn from, in the place of the text that the run was trained on; an import
+            has none of its own.
 
     Returns:
         The smaller model.
 
     Raises:
-        UserError: there is no checkpoint or no text to learn from, a size does not fit, or `out` is in use.
+        UserError: there is no checkpoint or no text to learn from, a size does not fit, or `out` is
+            in use.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
@@ -77,36 +92,77 @@ def prune(
         raise UserError(
             f"--tokens {tokens} is for learned masks, and --method {pruning.method} cuts at once; leave one out"
         )
+    if text and pruning.method not in LEARN_FROM_TEXT:
+        raise UserError(
+            f"--data is for --method {' and '.join(LEARN_FROM_TEXT)}, and --method {pruning.method} reads no text; "
+            f"leave one out"
+        )
     run = read_run(directory)
-    step, tokenizer = ordinary_step(run, directory), Tokenizer.load(directory / "tokenizer.json")
+    step, tokenizer = ordinary_step(run, directory), read_tokenizer(directory)
     model, length = model_at(run, step)
     model = model.model_copy(update={"max_position_embeddings": length})
     try:
         check_pruning("--", pruning, model)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if run.stages:
+    if run.stages or text:
+        if text:
+            has_optimizer = (directory / "checkpoints" / str(step) / "optimizer").is_dir()
+            # Weights of other software have met no optimizer of ours: the usual one will do.
+            run = _on_text(run if has_optimizer else run.model_copy(update={"optimizer": AdamW()}), model, text)
         run = _pruning_run(run, model, step, pruning, tokens, assignments or {})
         pruning = run.stages[STAGE].pruning or pruning
-    elif pruning.method in ("soft_top_k", "activation") or assignments:
+    elif pruning.method in LEARN_FROM_TEXT or assignments:
         raise UserError(
-            f"{str(directory)!r} was not trained here and names no text to measure activations on; use --method "
-            f"magnitude without --set, or give a recipe for this model a stage with pruning"
+            f"{str(directory)!r} was not trained here and names no text to measure activations on; name some with "
+            f"--data FILE, or use --method magnitude without --set"
         )
     smaller = pruning.pruned(model)
     work = out.absolute().with_name(f".{out.absolute().name}.prune")
-    if pruning.learned:
-        state = _learned(directory, step, run, tokenizer, work)
-    else:
-        layout = _layout(run, model)
-        state = _state(directory, step, run, layout)
-        batches = _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
-        scores = scores_of(pruning, model, state.params, layout, run.precision, run.seed, batches)
-        state = cut(state, scores, pruning, model, of_model(layout, smaller))
-    left = validate(run.model_copy(update={"name": f"{run.name}-pruned", "model": smaller, "stages": {}}).model_dump())
+    try:
+        if pruning.learned:
+            state = _learned(directory, step, run, tokenizer, work)
+        else:
+            layout = _layout(run, model)
+            state = _state(directory, step, run, layout)
+            batches = _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
+            scores = scores_of(pruning, model, state.params, layout, run.precision, run.seed, batches)
+            state = cut(state, scores, pruning, model, of_model(layout, smaller))
+    except UserError as error:
+        raise UserError(_as_options(str(error)) if text else str(error)) from None
+    left = validate(
+        run.model_copy(
+            update={"name": f"{run.name}-pruned", "model": smaller, "stages": {}, "initial_weights": None}
+        ).model_dump()
+    )
     found_run(out, left, state, tokenizer, "prune", directory)
     shutil.rmtree(work, ignore_errors=True)
     return smaller
+
+
+def _as_options(message: str) -> str:
+    """A message about the fields of the source `TEXT`, with the options of the command line in their stead."""
+    field = f"data.sources.{TEXT}"
+    return message.replace(f"{field}.paths", "--data").replace(f"{field}.field", "--field").replace(field, "--data")
+
+
+def _on_text(run: Run, model: Model, text: Source) -> Run:
+    """The run with `text` as its one source, and a stage that draws from it where there is none."""
+    if run.stages:
+        stages = {name: stage.model_copy(update={"mixture": {TEXT: 1.0}}) for name, stage in run.stages.items()}
+        changes: dict[str, Any] = {"stages": stages}
+    else:
+        length = min(model.max_position_embeddings or LONGEST_SEQUENCE, LONGEST_SEQUENCE)
+        stage = Stage(
+            tokens=BATCH_TOKENS,
+            sequence_length=length,
+            batch_tokens=max(1, BATCH_TOKENS // length) * length,
+            mixture={TEXT: 1.0},
+            learning_rate=LEARNING_RATES[run.optimizer.kind],
+        )
+        changes = {"stages": {STAGE: stage}}
+    data = run.data.model_copy(update={"sources": {TEXT: text}})
+    return run.model_copy(update={**changes, "data": data})
 
 
 def _pruning_run(
@@ -126,7 +182,7 @@ def _pruning_run(
         **dict.fromkeys(("quantization", "teacher", "rope_base")),
     }
     stages = {STAGE: first.model_copy(update=changes)}
-    update = {"model": model, "stages": stages, "checkpoint": Checkpoint(every_steps=200)}
+    update = {"model": model, "stages": stages, "checkpoint": Checkpoint(every_steps=200), "initial_weights": None}
     return override(validate(run.model_copy(update=update).model_dump()), assignments)
 
 

@@ -67,9 +67,9 @@ class Sequences:
         """The sequence of that index, of every field [T]."""
         epoch, place = divmod(index, self.windows)
         shift = derive_key(self._seed, "shift", epoch) % self._shifts
-        window = permute(place, self.windows, derive_key(self._seed, "order", epoch))
-        start = shift + window * self._length
-        row = _row(self._store, start, self._length)
+        place = permute(place, self.windows, derive_key(self._seed, "order", epoch))
+        start = shift + place * self._length
+        row = window(self._store, start, self._length)
         if self._teacher is not None:
             row["teacher_ids"], row["teacher_log_probs"] = self._teacher.read(start, start + self._length)
         return row
@@ -81,10 +81,14 @@ def windows(store: TokenStore, sequence_length: int, first: int = 0) -> Iterator
     The last is padded with zero weight and segment 0.
     """
     for start in range(first * sequence_length, store.tokens, sequence_length):
-        yield _row(store, start, sequence_length)
+        yield window(store, start, sequence_length)
 
 
-def _row(store: TokenStore, start: int, length: int) -> Row:
+def window(store: TokenStore, start: int, length: int) -> Row:
+    """The tokens [start, start + length) of a store as a row, every field [length].
+
+    What lies beyond the store's last token is padding, of zero weight and segment 0.
+    """
     count = min(length, store.tokens - start)
     tokens = np.full(length + 1, store.begin, np.int32)
     tokens[: count + 1] = store.read(start, start + count + 1)

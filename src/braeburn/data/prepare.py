@@ -158,12 +158,16 @@ def _tokenizer(
     proceed: Callable[[], None],
 ) -> Tokenizer:
     if run.data.tokenizer is not None:
-        return Tokenizer.load(run.data.tokenizer)
+        try:
+            # A model that is trained from scratch sees no text without a begin token before it.
+            return Tokenizer.load(run.data.tokenizer).beginning_prompts()
+        except UserError as error:
+            raise UserError(f"data.tokenizer: {error}, or leave data.tokenizer unset to train one") from None
     fingerprint = _fingerprint(fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES_PER_ENTRY)
     path = cache_folder(run.data) / "tokenizers" / f"{fingerprint}.json"
     if path.exists():
         try:
-            return Tokenizer.load(path)
+            return Tokenizer.load(path).beginning_prompts()
         except UserError:
             log(f"warning: the trained tokenizer {str(path)!r} is corrupt; training it again")
     began = time.perf_counter()

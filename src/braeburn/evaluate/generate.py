@@ -1,8 +1,9 @@
 """Text generation: one pass over the prompts, then one token at a time over a cache, in two compiled programs."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from braeburn.model.spec import Tree, random_key
 # Divided by less, logits leave float32's range. Any difference between two is then far beyond what chance could turn.
 GREEDY_BELOW = 1e-30
 
+DEFAULT_TEMPERATURE = 0.8
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -25,6 +28,37 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+
+
+# Defaults of a model that `Sampling` has no field for, each with the value at which it changes
+# nothing.
+_NOT_APPLIED = {
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def sampling_defaults(said: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
+    """How tokens are drawn where the user says nothing: as the model's `generation_config.json` has it.
+
+    Args:
+        said: its fields; empty for a model that was trained here.
+
+    Returns:
+        The sampling; and the fields that ask for something which is not applied here, as
+        "name=value".
+    """
+    temperature = said.get("temperature", 1.0 if said.get("do_sample") else DEFAULT_TEMPERATURE)
+    if said.get("do_sample") is False:
+        temperature = 0.0
+    not_applied = [
+        f"{name}={said[name]}" for name, neutral in _NOT_APPLIED.items() if said.get(name, neutral) != neutral
+    ]
+    return Sampling(temperature, said.get("top_k") or None, said.get("top_p", 1.0)), not_applied
 
 
 def generate(
@@ -38,7 +72,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_id: int | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> list[list[int]]:
     """Continues every prompt, all at once.
 
@@ -55,7 +89,7 @@ def generate(
         top_k: how many of the likeliest tokens to sample from; None for all.
         top_p: samples from the fewest likeliest tokens whose probabilities sum to this.
         seed: of the sampling, of any size.
-        stop_id: the token that ends a row; it is not returned.
+        stop_ids: the tokens that end a row; they are not returned.
 
     Returns:
         The new tokens of each prompt.
@@ -89,9 +123,12 @@ def generate(
         row[: len(prompt)] = prompt
     capacity = round_up(max_new_tokens)
     logits, cache = prefill(params, tokens, lengths, model, precision, capacity)
-    key, stop = random_key(seed), -1 if stop_id is None else stop_id  # -1 equals no token
+    key = random_key(seed)
+    # Of few distinct lengths, so that few programs are compiled; -1 equals no token.
+    stops = np.full(8 if len(stop_ids) <= 8 else round_up(len(stop_ids)), -1, np.int32)
+    stops[: len(stop_ids)] = stop_ids
     generated, counts = decode(
-        params, logits, cache, lengths, key, max_new_tokens, stop, model, precision, sampling, capacity
+        params, logits, cache, lengths, key, max_new_tokens, stops, model, precision, sampling, capacity
     )
     return [row[:count].tolist() for row, count in zip(np.asarray(generated), np.asarray(counts), strict=True)]
 
@@ -138,13 +175,13 @@ def decode(
     lengths: Int[Array, " B"],
     key: Key[Array, ""],
     limit: Int[Array, ""],
-    stop_id: Int[Array, ""],
+    stop_ids: Int[Array, " S"],
     model: Model,
     precision: Precision,
     sampling: Sampling,
     capacity: int,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """Up to `limit` <= `capacity` new tokens of each row, and how many come before the row's `stop_id`."""
+    """Up to `limit` <= `capacity` new tokens of each row, and how many come before the first of `stop_ids`."""
     batch = logits.shape[0]
     # Matrices in the type that they are multiplied in, so that it is done once and not for each token.
     params = jax.tree.map(
@@ -158,7 +195,7 @@ def decode(
         generated: Array, counts: Array, logits: Array, step: Int[Array, ""] | int
     ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
         token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(row_keys, step), sampling)
-        running = (counts == step) & (token != stop_id)
+        running = (counts == step) & ~jnp.isin(token, stop_ids)
         return generated.at[:, step].set(token), counts + running
 
     # A row still runs while it has as many tokens as there were steps.

@@ -3,14 +3,15 @@
 import logging
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from braeburn.config import Source
 from braeburn.data.corpus import Document, Report, documents
-from braeburn.data.loader import held_out_batches
 from braeburn.data.prepare import prepare
 from braeburn.data.store import TokenStore, build_store
 from braeburn.errors import UserError
+from braeburn.evaluate.windows import evaluation_batches
 from braeburn.model.transformer import param_specs
 from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
@@ -21,12 +22,52 @@ BATCH_TOKENS = 4096
 DEFAULT_SEQUENCE_LENGTH = 2048
 
 
-def evaluate_files(trained: Trained, paths: list[str], field: str = "text") -> dict[str, dict[str, float]]:
-    """Results for each of `paths` (files, globs, or URLs of any fsspec file system), all of its documents.
+@dataclass(frozen=True)
+class Windows:
+    """How text is cut into what the model sees at once.
+
+    Attributes:
+        sequence_length: tokens in a window; None for the longest sequence that the model was
+            trained on.
+        stride: tokens from the start of one window to that of the next; None for `sequence_length`,
+            without overlap.
+    """
+
+    sequence_length: int | None = None
+    stride: int | None = None
+
+    def sizes(self, trained: Trained) -> tuple[int, int]:
+        """The length of a window and the stride, in tokens.
+
+        Raises:
+            UserError: the stride is longer than a window, so that tokens would be left out.
+        """
+        length = self.sequence_length or trained.sequence_length or DEFAULT_SEQUENCE_LENGTH
+        stride = self.stride or length
+        if stride > length:
+            raise UserError(
+                f"--stride {stride} is more than the {length} tokens of a window, so that some would be left out; "
+                f"set --stride to at most {length}, or --sequence-length to {stride}"
+            )
+        return length, stride
+
+
+def evaluate_files(
+    trained: Trained, paths: list[str], field: str = "text", windows: Windows | None = None
+) -> dict[str, dict[str, float]]:
+    """Results for all documents of files.
+
+    Args:
+        trained: the model.
+        paths: files, globs, or URLs of any fsspec file system; each has a result of its own.
+        field: of JSONL and Parquet rows that holds the text.
+        windows: how the text is cut.
 
     Raises:
-        UserError: a path matches nothing, or cannot be read as text.
+        UserError: a path matches nothing, cannot be read as text or holds none, or `windows` leave
+            tokens out.
     """
+    length, stride = (windows or Windows()).sizes(trained)
     results = {}
     for path in paths:
         source = Source(paths=(path,), field=field)
@@ -37,7 +78,8 @@ def evaluate_files(trained: Trained, paths: list[str], field: str = "text") -> d
                 build_store(store_path, texts, trained.tokenizer)
             except UserError as error:
                 raise UserError(_as_options(str(error), path)) from None
-            results[path] = _evaluate(trained, TokenStore.open(store_path, trained.tokenizer.hash), None)
+            store = TokenStore.open(store_path, trained.tokenizer.hash)
+            results[path] = _evaluate(trained, store, length, stride, store.tokens)
     return results
 
 
@@ -56,25 +98,28 @@ def _as_options(message: str, source: str) -> str:
     return message.replace(f"{field}.paths", "--data").replace(f"{field}.field", "--field").replace(field, "--data")
 
 
-def evaluate_held_out(trained: Trained) -> dict[str, dict[str, float]]:
+def evaluate_held_out(trained: Trained, windows: Windows | None = None) -> dict[str, dict[str, float]]:
     """Results for the held-out text of each source that the run trained on.
 
+    Args:
+        trained: the model.
+        windows: how the text is cut.
+
     Raises:
-        UserError: the run has no held-out text.
+        UserError: the run has no held-out text, or `windows` leave tokens out.
     """
+    length, stride = (windows or Windows()).sizes(trained)
     prepared = prepare(trained.run, lambda line: None, trained.tokenizer, only_held_out=True)
     stores = {source: store for source, store in prepared.held_out.items() if store is not None}
     if not stores:
         raise UserError("the run holds out no text; name files with --data")
-    return {name: _evaluate(trained, store, trained.run.evaluation.tokens) for name, store in stores.items()}
+    # As many whole windows as training looks at.
+    most = max(1, trained.run.evaluation.tokens // length) * length
+    return {name: _evaluate(trained, store, length, stride, min(store.tokens, most)) for name, store in stores.items()}
 
 
-def _evaluate(trained: Trained, store: TokenStore, max_tokens: int | None) -> dict[str, float]:
-    length = trained.sequence_length or DEFAULT_SEQUENCE_LENGTH
+def _evaluate(trained: Trained, store: TokenStore, length: int, stride: int, tokens: int) -> dict[str, float]:
     layout = one_device(param_specs(trained.model))
     evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes, layout)
-    # Without a limit, the last window counts too, though it is rarely full.
-    batches = held_out_batches(store, length, max(1, BATCH_TOKENS // length), max_tokens or store.tokens + length)
-    rows = max(1, BATCH_TOKENS // length)
-    total = -(-min(store.tokens, max_tokens or store.tokens) // (length * rows))
-    return measure(evaluate, trained.params, tracked(batches, "evaluating", total))
+    batches = evaluation_batches(store, length, stride, tokens, BATCH_TOKENS)
+    return measure(evaluate, trained.params, tracked(batches, "evaluating"), store.byte_ratio)

@@ -1,6 +1,5 @@
 """Run directories to and from the files of other software."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from braeburn.config import Model, Precision, Run
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.interop import gguf, huggingface
+from braeburn.reading import read_object
 from braeburn.train.state import TrainState
 from braeburn.train.teaching import Teacher, files_identity, find_in_run
 from braeburn.train.trained import found_run, load
@@ -94,7 +94,7 @@ def find_teacher(path: Path) -> Teacher:
     model, tokenizer_file = huggingface.describe(path)
     return Teacher(
         model=model,
-        tokenizer=_tokenizer_of(model, tokenizer_file).hash,
+        tokenizer=_tokenizer_of(model, tokenizer_file),
         identity=lambda: files_identity(path),
         read=lambda params: jax.tree.map(_placed, huggingface.read(path)[1], params),
     )
@@ -103,8 +103,8 @@ def find_teacher(path: Path) -> Teacher:
 def _is_huggingface(path: Path) -> bool:
     """Whether a folder's config.json is that of transformers; a run directory has one too."""
     try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "model_type" in read_object(path / "config.json", "restore it")
+    except UserError:
         return False
 
 
@@ -119,7 +119,7 @@ def _placed(values: np.ndarray, wanted: Any) -> jax.Array:
 
 def _tokenizer_of(model: Model, path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, once it is sure that the model has a row for each token."""
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path, "restore the tokenizer files that belong to the model")
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{str(path)!r} has {tokenizer.vocab_size} entries but the model only {model.vocab_size} rows; "

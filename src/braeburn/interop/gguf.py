@@ -5,7 +5,7 @@ Keys, names of tensors and the order of rows are those of llama.cpp's own `conve
 
 import json
 import math
-import os
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -105,9 +105,11 @@ def write(
     parameters = checked(params, model, tokenizer)
     vocabulary = _vocabulary(tokenizer, model.vocab_size)
 
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     writer = gguf.GGUFWriter(partial, "qwen3" if model.qk_norm else "llama")
     writer.add_name(name)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.tokenizer_config()["chat_template"])
     writer.add_file_type({"f16": 1, "q8_0": 7, "q4_0": 2}[type_])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, model, max_position_embeddings)
@@ -214,6 +216,14 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """
     import gguf
 
+    if tokenizer.prefix not in ((), (tokenizer.begin,)) or tokenizer.suffix not in ((), (tokenizer.end,)):
+        before = [tokenizer.token(i) for i in tokenizer.prefix]
+        after = [tokenizer.token(i) for i in tokenizer.suffix]
+        around = " ".join([*before, "TEXT", *after])
+        raise UserError(
+            f"the tokenizer makes {around!r} of a text, and llama.cpp adds no more than one begin and one end token; "
+            f"{_ELSEWHERE}"
+        )
     contents = json.loads(tokenizer.json)
     split, bpe = _split(contents), contents["model"]
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
@@ -223,6 +233,9 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     for added in contents["added_tokens"]:
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
+    # llama.cpp stops at these three, and at well-known end tokens, which it finds by their names.
+    ends = dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), tokenizer.stops, strict=False))
+    padding = {} if tokenizer.padding is None else {"padding_token_id": tokenizer.padding}
     return {
         "model": "gpt2",
         "pre": split,
@@ -231,9 +244,11 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         # Older files of the tokenizers library hold them as text.
         "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]],
         "bos_token_id": tokenizer.begin,
-        "eos_token_id": tokenizer.end,
-        "add_bos_token": True,  # every document that was trained on begins with it
-        "add_eos_token": False,
+        **ends,
+        **padding,
+        # As the post-processor of tokenizer.json does it.
+        "add_bos_token": bool(tokenizer.prefix),
+        "add_eos_token": bool(tokenizer.suffix),
     }
 
 

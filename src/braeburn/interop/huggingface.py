@@ -6,28 +6,29 @@ model that normalises its queries and keys is a Qwen3, one that does not is a Ll
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, which safetensors needs to read it
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from braeburn.config import Model, explain_validation_error
+from braeburn.config import Model
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
+from braeburn.interop.huggingface_config import parse_config, write_config
 from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.model.spec import Tree, map_specs, walk
 from braeburn.model.transformer import param_specs
+from braeburn.reading import is_regular, read_object, shown, validated
 from braeburn.train.progress import tracked
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # Path of our parameter -> name of the tensor, with `{}` for the layer's index.
 _NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -84,53 +85,25 @@ def write(
             f"a Llama; train with d_model={-(-model.d_model // model.num_heads) * model.num_heads} or with qk_norm=true"
         )
     parameters = checked(params, model, tokenizer)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    ids = {"bos_token_id": tokenizer and tokenizer.begin, "eos_token_id": tokenizer and tokenizer.end}
+    partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex}")
+    ids = tokenizer.special_ids() if tokenizer else {"bos_token_id": None, "eos_token_id": None}
+    made = False
     try:
         partial.mkdir(parents=True)
-        _write_json(partial / "config.json", _config(model, max_position_embeddings) | ids)
-        _write_json(partial / "generation_config.json", ids)
+        made = True
+        _write_json(partial / "config.json", write_config(model, max_position_embeddings) | ids)
+        _write_json(partial / "generation_config.json", tokenizer.generation_config() if tokenizer else ids)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
-            settings = {
-                # The class that takes tokenizer.json as it is; the one of the family puts a normaliser in front.
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": max_position_embeddings,
-                "model_input_names": ["input_ids", "attention_mask"],
-                "clean_up_tokenization_spaces": False,
-                "bos_token": tokenizer.token(tokenizer.begin),
-                "eos_token": tokenizer.token(tokenizer.end),
-            }
+            settings = tokenizer.tokenizer_config() | {"model_max_length": max_position_embeddings}
             _write_json(partial / "tokenizer_config.json", settings)
         _write_weights(partial, tensors_of(param_specs(model), _NAMES), parameters, max_shard_bytes)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{str(directory)!r} cannot be written ({error}); free space or name another folder") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _config(model: Model, max_position_embeddings: int) -> dict[str, Any]:
-    family = "qwen3" if model.qk_norm else "llama"
-    scaling = model.rope_scaling
-    stretched = scaling and {"rope_type": scaling.kind} | {f: getattr(scaling, f) for f in _SCALINGS[scaling.kind]}
-    return {
-        "architectures": [_ARCHITECTURES[family]],
-        "model_type": family,
-        **{field: getattr(model, ours) for ours, field in _SIZES.items()},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": model.norm_epsilon,
-        "tie_word_embeddings": model.tied_embeddings,
-        "max_position_embeddings": max_position_embeddings,
-        # transformers 5 reads the first of these, transformers 4 and what was built on it the other two.
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base} | (stretched or {}),
-        "rope_theta": model.rope_base,
-        "rope_scaling": stretched,
-        "dtype": "float32",
-        "torch_dtype": "float32",
-    }
+        if made:  # what this call did not make is not its to remove
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_weights(
@@ -146,6 +119,8 @@ def _write_weights(
     for number, shard in enumerate(tracked(shards, "writing weights"), start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({tensor.name: tensor.exported(parameters) for tensor in shard}, directory / name, {"format": "pt"})
+        # safetensors makes files that only their owner may read.
+        (directory / name).chmod((directory / "config.json").stat().st_mode)
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -176,14 +151,12 @@ def describe(directory: str | Path) -> tuple[Model, Path]:
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise UserError(f"there is no folder {str(directory)!r}; name a downloaded Hugging Face model")
-    config = _read_json(directory / "config.json", "name the folder of a downloaded Hugging Face model")
-    try:
-        model = _parse_config(config)
-    except UserError as error:
-        raise UserError(f"{str(directory / 'config.json')!r}: {error}") from None
+    path = directory / "config.json"
+    config = read_object(path, "name the folder of a downloaded Hugging Face model")
+    model = parse_config(config, str(path))
     _weight_files(directory)
     tokenizer_file = directory / "tokenizer.json"
-    if not tokenizer_file.is_file():
+    if not tokenizer_file.exists():
         raise UserError(
             f"{str(directory)!r} holds no tokenizer.json; download it, or save one with "
             f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
@@ -191,94 +164,35 @@ def describe(directory: str | Path) -> tuple[Model, Path]:
     return model, tokenizer_file
 
 
-# Fields that change the computation, with the only value under which it is ours.
-_ONLY = {
-    "layer_types": "full_attention",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "ffn_dim": "intermediate_size",
-}
-_SCALINGS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def _parse_config(config: Mapping[str, Any]) -> Model:
-    family = config.get("model_type")
-    if family not in _ARCHITECTURES:
-        raise UserError(f"model_type={family!r} cannot be imported; choose a model of type llama or qwen3")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    other_layer = next((kind for kind in config.get("layer_types") or () if kind != "full_attention"), None)
-    stated = {**config, **rope, "layer_types": other_layer}
-    for field, only in _ONLY.items():
-        if stated.get(field) not in (None, only):
-            raise UserError(f"{field}={stated[field]!r} cannot be imported; choose a model with {field}={only!r}")
-    fields: dict[str, Any] = {
-        "qk_norm": family == "qwen3",
-        "tied_embeddings": config.get("tie_word_embeddings", False),
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "rope_base": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-        "rope_scaling": _parse_scaling(rope, config),
-        "max_position_embeddings": config.get("max_position_embeddings") or 0,
-    }
-    for ours, field in _SIZES.items():
-        value = config.get(field)
-        if value is None and ours == "num_kv_heads":
-            value = fields["num_heads"]
-        if value is None and ours == "head_dim":
-            # transformers takes an absent field of a Qwen3 for 128, but a null for the quotient.
-            value = 128 if fields["qk_norm"] and field not in config else fields["d_model"] // fields["num_heads"]
-        if type(value) is not int or value < 1:
-            raise UserError(f"{field}={value!r} is not a size; give it the positive integer that the weights have")
-        fields[ours] = value
-    try:
-        return Model.model_validate(fields)
-    except ValidationError as error:
-        raise UserError(explain_validation_error(error)) from None
-
-
-def _parse_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The fields of a `RopeScaling`, as any version of transformers writes them."""
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError("rope_parameters differ by kind of layer; choose a model with one set of them for all")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in _SCALINGS:
-        raise UserError(
-            f"rope_type={kind!r} cannot be imported; choose a model with rope_type default, {' or '.join(_SCALINGS)}"
-        )
-    rope = {"original_max_position_embeddings": config.get("max_position_embeddings")} | dict(rope)
-    missing = [field for field in _SCALINGS[kind] if field not in rope]
-    if missing:
-        raise UserError(f"rope_type={kind!r} lacks {', '.join(missing)}; download config.json again")
-    return {"kind": kind} | {field: rope[field] for field in _SCALINGS[kind]}
-
-
 def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory.
+
+    Raises:
+        UserError: there are none, or the index names something else than files in that directory.
+    """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
+    if is_regular(single):
         return [single]
-    if index.is_file():
-        weight_map = _read_json(index, "download it again").get("weight_map") or {}
-        return [directory / name for name in sorted(set(weight_map.values()))]
-    raise UserError(
-        f"{str(directory)!r} holds no model.safetensors; download the safetensors weights, or convert with "
-        f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-    )
+    if not index.exists():
+        raise UserError(
+            f"{str(directory)!r} holds no model.safetensors; download the safetensors weights, or convert with "
+            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    fix = "download it again"
+    weight_map = validated(_Index, read_object(index, fix), str(index), fix).weight_map
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not 0 < len(name) < 256:
+            raise UserError(
+                f"{str(index)!r} names the file {shown(name)}, which is no file in {str(directory)!r}; {fix}"
+            )
+    return [directory / name for name in names]
+
+
+class _Index(BaseModel):
+    """The fields of `model.safetensors.index.json` that are read."""
+
+    weight_map: dict[str, str] = Field(default_factory=dict)
 
 
 def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
@@ -288,36 +202,75 @@ def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
         holders: dict[str, Any] = {}  # name of a tensor -> the open file that holds it
         for file in files:
             try:
+                if not is_regular(file):
+                    missing = not file.exists()
+                    raise OSError("No such file or directory" if missing else "it is not an ordinary file")
                 holder = stack.enter_context(safe_open(file, framework="np"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{str(file)!r} cannot be read ({error}); download it again") from None
             holders |= dict.fromkeys(holder.keys(), holder)
-        _check(directory, {tensor.name: tensor.shape for tensor in tensors}, holders, model.tied_embeddings)
+        wanted = {tensor.name: tensor.shape for tensor in tensors}
+        stored = _stored_names(wanted, holders, model.tied_embeddings)
+        _check(directory, wanted, stored, holders, model.tied_embeddings)
         params = map_specs(lambda _, spec: np.empty(spec.shape, np.float32), specs)
         parameters = dict(walk(params))
         for tensor in tracked(tensors, "reading weights"):
-            tensor.of(parameters[tensor.path])[...] = tensor.imported(holders[tensor.name].get_tensor(tensor.name))
+            name = stored[tensor.name]
+            tensor.of(parameters[tensor.path])[...] = tensor.imported(holders[name].get_tensor(name))
     return params
 
 
-def _check(directory: Path, wanted: Mapping[str, tuple[int, ...]], holders: Mapping[str, Any], tied: bool) -> None:
-    """Refuses tensors that are not exactly those that config.json describes."""
+def _stored_names(wanted: Iterable[str], holders: Mapping[str, Any], tied: bool) -> dict[str, str]:
+    """The name under which each tensor is stored, where it is; names as transformers finds them.
+
+    The weights of a model without its head, as `LlamaModel` saves them, lack the prefix "model.".
+    Of tied embeddings one may be stored under the name of the other.
+    """
+    stored = {}
+    for name in wanted:
+        candidates = [name, name.removeprefix("model.")]
+        if tied and name == _NAMES["embedding"]:
+            candidates.append(_NAMES["head"])
+        found = [candidate for candidate in candidates if candidate in holders]
+        if found:
+            stored[name] = found[0]
+    return stored
+
+
+def _check(
+    directory: Path,
+    wanted: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, str],
+    holders: Mapping[str, Any],
+    tied: bool,
+) -> None:
+    """Refuses tensors that are not exactly those that config.json describes.
+
+    Args:
+        directory: names the model in errors.
+        wanted: name of a tensor -> the shape that config.json gives it.
+        stored: name of a tensor -> the name under which it is stored.
+        holders: name under which a tensor is stored -> the open file.
+        tied: whether the embedding is the head, too.
+    """
 
     def refuse(names: list[str], problem: str) -> None:
         if names:
             others = f" and {len(names) - 1} more" if names[1:] else ""
             raise UserError(f"{str(directory)!r} holds weights unlike its config.json: {names[0]}{others} {problem}")
 
-    refuse(sorted(wanted.keys() - holders.keys()), "is missing; download the weights again")
-    head, embedding = _NAMES["head"], _NAMES["embedding"]
+    refuse(sorted(wanted.keys() - stored.keys()), "is missing; download the weights again")
+    head, embedding = _NAMES["head"], stored[_NAMES["embedding"]]
     ignored = {head} if tied else set()
-    if tied and head in holders:
+    if tied and head in holders and head != embedding:
         same = np.array_equal(holders[head].get_tensor(head), holders[embedding].get_tensor(embedding))
         refuse([] if same else [head], f"differs from {embedding}; set tie_word_embeddings to false in config.json")
     # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
-    extra = (name for name in holders.keys() - wanted.keys() - ignored if not name.endswith(".rotary_emb.inv_freq"))
-    refuse(sorted(extra), "has no place; choose a plain llama or qwen3 model")
-    for name, shape in wanted.items():
+    others = holders.keys() - set(stored.values()) - ignored
+    extra = [name for name in others if not name.endswith(".rotary_emb.inv_freq")]
+    refuse(sorted(extra), "has no place; choose a plain llama, mistral or qwen3 model")
+    for wanted_name, shape in wanted.items():
+        name = stored[wanted_name]
         contents = holders[name].get_slice(name)
         found, code = tuple(contents.get_shape()), contents.get_dtype()
         refuse([name] * (found != shape), f"has the shape {found}, not {shape}; download the two again")
@@ -326,13 +279,3 @@ def _check(directory: Path, wanted: Mapping[str, tuple[int, ...]], holders: Mapp
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(contents, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}); {fix}") from None
-    return contents

@@ -65,6 +65,7 @@ def shrink(run: Run, num_devices: int) -> Run:
         stages[name], small = shrunk, shrunk.pruning.pruned(small) if shrunk.pruning else small
     changes: dict[str, Any] = {
         "model": model,
+        "initial_weights": None,
         "stages": stages,
         "mesh": scale_down(run.mesh, num_devices),
         "data": run.data.model_copy(

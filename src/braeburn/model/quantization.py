@@ -104,7 +104,7 @@ def _int8(groups: Array, along: int) -> Array:
     """Q8_0: 255 levels up to the group's largest magnitude, halves rounded away from zero."""
     largest = jnp.max(jnp.abs(groups), axis=along, keepdims=True)
     # Barriers, for XLA rewrites both x / 127 and 1 / (x / 127), and the results differ in their last bits.
-    scale = (largest / lax.optimization_barrier(jnp.full_like(largest, 127)))
+    scale = lax.optimization_barrier(largest / lax.optimization_barrier(jnp.full_like(largest, 127)))
     # The bounds change no result. They keep the product from being fused, unrounded, with what is added to it.
     steps = jnp.minimum(jnp.abs(groups * _reciprocal(scale)), 127)
     whole = jnp.floor(steps)

@@ -67,9 +67,10 @@ class Execution:
         computation: the name of the computation that it stands in.
         times: how often: the product of the trip counts of the loops around it.
         conditional: whether it is in a branch that may not be taken.
-        endless: a loop around it whose length is not known, and which is counted once, by its name; or "".
-        caller: the call that runs its computation, whose arguments are the computation's parameters; None in the
-            entry computation, in loops and in branches.
+        endless: a loop around it whose length is not known, and which is counted once, by its name;
+            or "".
+        caller: the call that runs its computation, whose arguments are the computation's
+            parameters; None in the entry computation, in loops and in branches.
     """
 
     instruction: Instruction

@@ -49,7 +49,7 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layou
             "nll": jnp.sum(weights * losses),
             "correct": jnp.sum(weights * correct),
             "tokens": jnp.sum(weights),
-            "text_bytes": jnp.sum(weights * jnp.asarray(lengths)[batch["targets"]]),
+            "token_bytes": jnp.sum(weights * jnp.asarray(lengths)[batch["targets"]]),
         }
 
     compiled = jax.jit(layout.total(sums))
@@ -62,16 +62,23 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layou
 
 
 def measure(
-    evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]], proceed: Callable[[], None] = nothing_to_ask
+    evaluate: Evaluate,
+    params: Tree,
+    batches: Iterable[dict[str, Any]],
+    byte_ratio: float,
+    proceed: Callable[[], None] = nothing_to_ask,
 ) -> dict[str, float]:
     """Results over all batches: loss in nats per token, perplexity, accuracy, bits per byte, and their denominators.
 
-    Tokens include the one that ends each document; bytes are those of the UTF-8 text that the tokens stand for.
+    Tokens include the one that ends each document. Bytes are those of the text as it was read, in
+    UTF-8: exactly where all of a store is measured, and otherwise as many as its tokens stand for,
+    at the store's own ratio of the two.
 
     Args:
-        evaluate: what `evaluator` gives.
-        params: parameters, laid out as it expects them.
+        evaluate: sums over a batch.
+        params: the model's, laid out as `evaluate` expects them.
         batches: placed on the devices, at least one.
+        byte_ratio: that of the store that the batches are from.
         proceed: called before each batch; what it raises ends the evaluation.
     """
     parts: list[dict[str, float]] = []
@@ -89,11 +96,12 @@ def measure(
         finish_oldest()
     sums = {name: math.fsum(part[name] for part in parts) for name in parts[0]}
     loss = sums["nll"] / sums["tokens"]
+    text_bytes = round(sums["token_bytes"] * byte_ratio)
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "accuracy": sums["correct"] / sums["tokens"],
-        "bits_per_byte": sums["nll"] / math.log(2) / max(sums["text_bytes"], 1.0),
+        "bits_per_byte": sums["nll"] / math.log(2) / max(text_bytes, 1),
         "tokens": int(sums["tokens"]),
-        "bytes": int(sums["text_bytes"]),
+        "bytes": text_bytes,
     }

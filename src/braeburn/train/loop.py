@@ -42,6 +42,7 @@ from braeburn.train.environment import unused_accelerator
 from braeburn.train.guard import StopRequest, check_share_of_skips, writing
 from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
+from braeburn.train.initial import initial_weights
 from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
 from braeburn.train.same_text import check_text, require_same_text, saved_text
@@ -53,6 +54,7 @@ from braeburn.train.stages import (
     initial_state,
     layout_of,
     stage_optimizer,
+    started_state,
 )
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch
@@ -134,6 +136,9 @@ def train(
             main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
             resumed, tokenizer = _resume_point(directory, run)
             saved = saved_text(directory, resumed or 0)
+            start = initial_weights(run, directory.path, resumed, find_teacher)
+            if start and tokenizer is None:
+                tokenizer = start.tokenizer
             first = next(iter(run.stages))
             state_shape = abstract_state(run, first, layouts[first])
             checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
@@ -149,7 +154,7 @@ def train(
                 display.warn(unused)
             for line in rounded_shares(run.stages):
                 display.say(line)
-            ahead = _Ahead(run, layouts, teachers, resumed)
+            ahead = _Ahead(run, layouts, teachers, resumed, start)
 
             def prepared() -> _Loop:
                 # Other processes go on with the tokenizer of the main one, and its token stores where they share a
@@ -165,7 +170,7 @@ def train(
                 if main:
                     # Nothing was written until here, where no mistake of the user's is left to be found.
                     directory.write_config(run, origins or {})
-                    found.tokenizer.save(directory.tokenizer)
+                    found.tokenizer.save_all(directory.path)
                 return loop
 
             return main_first("text was prepared", prepared)
@@ -185,7 +190,23 @@ def train(
 class _Ahead:
     """What the first stage to run needs of the compiler, worked on in a thread while text is being tokenised."""
 
-    def __init__(self, run: Run, layouts: dict[str, Layout], teachers: dict[str, Teacher], resumed: int | None):
+    def __init__(
+        self,
+        run: Run,
+        layouts: dict[str, Layout],
+        teachers: dict[str, Teacher],
+        resumed: int | None,
+        start: Teacher | None = None,
+    ):
+        """Begins the work.
+
+        Args:
+            run: the run.
+            layouts: of its stages.
+            teachers: of its stages that have one.
+            resumed: the step to go on from; None to begin.
+            start: holds the weights to begin with; None for random ones.
+        """
         self.programs: dict[str, Background[Program]] = {}
         self.state: Background[TrainState] | None = None
         if resumed != run.total_steps:
@@ -198,7 +219,8 @@ class _Ahead:
             def first_state() -> TrainState:
                 for program in self.programs.values():
                     program.ended()  # not both at once, which would take the memory of both
-                return initial_state(run, layouts[next(iter(run.stages))])
+                layout = layouts[next(iter(run.stages))]
+                return started_state(run, layout, start.read) if start else initial_state(run, layout)
 
             self.state = Background(first_state, "initialising")
 
@@ -555,7 +577,7 @@ class _Loop:
         step = int(state.step)
         self.heartbeat.phase("saving")
         facts = {"text": self.prepared.fingerprints}
-        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.json, facts):
+        if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.to_json(), facts):
             self.directory.event("checkpoint", step=step)
 
     def _evaluate(self, name: str, params: Tree, model: Model) -> dict[str, dict[str, float]]:
@@ -573,7 +595,7 @@ class _Loop:
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
                 placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
-                results[source] = measure(evaluate, params, placed, self._agree_to_stop)
+                results[source] = measure(evaluate, params, placed, store.byte_ratio, self._agree_to_stop)
         return results
 
     def _evaluator(self, model: Model, layout: Layout) -> Evaluate:

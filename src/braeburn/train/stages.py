@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from braeburn.config import Mesh, Model, Run, Stage
@@ -26,13 +27,7 @@ from braeburn.train.step import Batch, train_step
 
 def model_at(run: Run, step: int) -> tuple[Model, int]:
     """The model as left after `step` steps, and the longest sequence that it was trained on by then."""
-    model, length, first = run.model, run.model.max_position_embeddings, 0
-    for stage, models in zip(run.stages.values(), run.models().values(), strict=True):
-        if first < step:
-            model = models.left if step >= first + stage.steps else models.trained
-            length = max(length, stage.sequence_length)
-        first += stage.steps
-    return model, length
+    return run.model_at(step)
 
 
 @dataclass(frozen=True)
@@ -149,6 +144,25 @@ def abstract_state(run: Run, name: str, layout: Layout) -> TrainState:
     places = layout.optimizer_state(optimizer)
     optimizer = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), optimizer, places)
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.everywhere()), params, optimizer)
+
+
+def started_state(run: Run, layout: Layout, read: Callable[[Tree], Tree]) -> TrainState:
+    """The state before the run's first step with weights from elsewhere, and a fresh optimizer.
+
+    Args:
+        run: the run.
+        layout: of its first stage.
+        read: gives the parameters, in the types and places of abstract ones.
+    """
+    first = next(iter(run.stages))
+    layout = of_model(layout, run.model)
+    shape = abstract_state(run, first, layout)
+    params = read(abstract_params(layout))
+    with layout.compiling():
+        make = jax.jit(stage_optimizer(run, first, layout.specs).init, out_shardings=places_of(shape.optimizer))
+        optimizer = make(params)
+    step = jax.make_array_from_callback((), shape.step.sharding, lambda _: np.int32(0))
+    return TrainState(step, params, optimizer)
 
 
 def places_of(tree: Any) -> Any:

@@ -27,7 +27,7 @@ from braeburn.parallel.rules import check
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.compression import of_model
 from braeburn.train.stages import abstract_params, model_at
-from braeburn.train.trained import ordinary_step
+from braeburn.train.trained import ordinary_step, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Teacher:
 
     Attributes:
         model: its sizes and RoPE base.
-        tokenizer: the hash of its tokenizer; None where it is the run's own.
+        tokenizer: its own; None where it is the run's.
         identity: gives a string that tells its weights from all others.
         read: its parameters, in the types and places of abstract ones.
     """
 
     model: Model
-    tokenizer: str | None
+    tokenizer: Tokenizer | None
     identity: Callable[[], str]
     read: Callable[[Tree], Tree]
 
@@ -63,7 +63,7 @@ def find_in_run(path: Path) -> Teacher:
     step = ordinary_step(run, directory, int(path.name) if is_checkpoint else None)
     return Teacher(
         model=model_at(run, step)[0],
-        tokenizer=Tokenizer.load(directory / "tokenizer.json").hash,
+        tokenizer=read_tokenizer(directory),
         identity=lambda: files_identity(directory / "checkpoints" / str(step)),
         read=lambda params: checkpoints.restore_params(step, params),
     )
@@ -132,7 +132,7 @@ def check_tokenizers(run: Run, teachers: Mapping[str, Teacher], tokenizer: Token
         UserError: naming the stage and its teacher.
     """
     for name, teacher in teachers.items():
-        if teacher.tokenizer not in (None, tokenizer.hash):
+        if teacher.tokenizer is not None and teacher.tokenizer.hash != tokenizer.hash:
             path = str(run.stages[name].teacher)
             raise UserError(
                 f"stages.{name}.teacher={path!r} has another tokenizer than the run; set data.tokenizer to that of the "

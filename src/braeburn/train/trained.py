@@ -1,11 +1,13 @@
 """What a run directory holds for use after training."""
 
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from braeburn.config import Checkpoint, Model, Run, flatten, read_run
 from braeburn.data.tokenizer import Tokenizer
+from braeburn.data.tokenizer_settings import TOKENIZER_CONFIG
 from braeburn.errors import UserError
 from braeburn.model import transformer
 from braeburn.model.spec import Tree, abstract
@@ -51,9 +53,21 @@ def load(directory: Path) -> Trained:
     model, sequence_length = model_at(run, step)
     params = _params(run, step, checkpoints)
     _, saved_tokenizer = checkpoints.restore_run(step)
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    require_same_tokenizer(tokenizer, Tokenizer.from_json(saved_tokenizer), directory / "tokenizer.json", step)
+    saved = Tokenizer.from_json(saved_tokenizer)
+    tokenizer = read_tokenizer(directory)
+    require_same_tokenizer(tokenizer, saved, directory / "tokenizer.json", step)
+    if not (directory / TOKENIZER_CONFIG).exists():  # as in run directories of earlier versions
+        tokenizer = saved
     return Trained(run, step, model, params, tokenizer, sequence_length)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a run directory.
+
+    Raises:
+        UserError: its files are missing or unsound.
+    """
+    return Tokenizer.load(directory / "tokenizer.json", "put the run's own tokenizer.json back")
 
 
 def _params(run: Run, step: int, checkpoints: Checkpoints) -> Tree:
@@ -111,13 +125,13 @@ def found_run(out: Path, run: Run, state: TrainState, tokenizer: Tokenizer, orig
         origin: of the run's values, and the kind of the event that tells of the making.
         source: the folder that it was made from.
     """
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    # A name that nothing else has: what lies beside `out` is not this call's to remove.
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial-{uuid.uuid4().hex}")
     try:
         directory = RunDirectory(partial)
-        tokenizer.save(directory.tokenizer)
+        tokenizer.save_all(partial)
         checkpoints = Checkpoints(partial, Checkpoint())
-        checkpoints.save(0, state, run, tokenizer.json)
+        checkpoints.save(0, state, run, tokenizer.to_json())
         checkpoints.close()
         directory.write_config(run, {path: origin for path, _ in flatten(run.model_dump())})
         directory.event(origin, source=str(source))

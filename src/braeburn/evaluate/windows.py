@@ -1,0 +1,74 @@
+"""Windows of a token store to evaluate on: each token is scored once, and little is computed beside the text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from braeburn.data.packing import Batch, Row, batched, window
+from braeburn.data.store import TokenStore
+
+SHORTEST = 64  # a program for shorter windows would not pay for its compilation
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, stop) of a store, as the model sees them at once; those before `scored` are only seen."""
+
+    start: int
+    scored: int
+    stop: int
+
+
+def spans(tokens: int, length: int, stride: int) -> Iterator[Span]:
+    """Spans that score each of so many tokens once.
+
+    Args:
+        tokens: in the store.
+        length: of a span, in tokens; the last may be shorter.
+        stride: from the start of one to that of the next. With less than `length`, spans overlap,
+            so that a token has at least `length - stride` tokens before it, but for the first ones.
+    """
+    start = scored = 0
+    while scored < tokens:
+        stop = min(start + length, tokens)
+        yield Span(start, scored, stop)
+        scored = stop
+        start += stride
+
+
+def evaluation_batches(store: TokenStore, length: int, stride: int, tokens: int, batch_tokens: int) -> Iterator[Batch]:
+    """Batches [B, T] that score the first `tokens` tokens of a store; of at most three shapes.
+
+    All batches but the last have T = `length`. A text shorter than a span, and the end of a longer
+    one, has the next power of two instead: what is computed follows the text, not the longest
+    sequence that the model was made for.
+
+    Args:
+        store: the text.
+        length: of a window, in tokens.
+        stride: from the start of one window to that of the next, in tokens.
+        tokens: how many to score.
+        batch_tokens: the most in a batch, unless one window has more.
+    """
+
+    def rows(whole: bool) -> Iterator[Row]:
+        for span in spans(tokens, length, stride):
+            size = padded_length(span.stop - span.start, length)
+            if (size == length) == whole:
+                row = window(store, span.start, size)
+                row["weights"][: span.scored - span.start] = 0
+                row["weights"][span.stop - span.start :] = 0
+                yield row
+
+    whole = sum(padded_length(span.stop - span.start, length) == length for span in spans(tokens, length, stride))
+    yield from batched(rows(True), min(max(1, batch_tokens // length), power_of_two(whole)))
+    yield from batched(rows(False), 1)
+
+
+def padded_length(tokens: int, length: int) -> int:
+    """The length of the window for so many tokens: a power of two, or `length`."""
+    return min(length, max(SHORTEST, power_of_two(tokens)))
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not less than a number, at least 1."""
+    return 1 << max(0, count - 1).bit_length()

@@ -1,0 +1,63 @@
+"""Weights from elsewhere that a run starts from, in the place of random ones."""
+
+from pathlib import Path
+
+from braeburn.config import Run, read_run
+from braeburn.data.tokenizer import Tokenizer
+from braeburn.errors import UserError
+from braeburn.reading import shown
+from braeburn.train.teaching import FindTeacher, Teacher
+
+# Fields of a model that change how it is trained, and not what its weights mean.
+_FREE = ("z_loss", "scan_layers", "max_position_embeddings")
+
+
+def initial_weights(run: Run, directory: Path, resumed: int | None, find: FindTeacher) -> Teacher | None:
+    """Where the weights of a run that begins are to be read from; None where they are random, or the run has begun.
+
+    Args:
+        run: the run.
+        directory: its folder.
+        resumed: the step that it goes on from; None where it begins.
+        find: the model that a path names.
+
+    Raises:
+        UserError: there are no such weights, they or their tokenizer are not those of the run, or
+            the folder holds other weights already.
+    """
+    if run.initial_weights is None:
+        return None
+    field = f"initial_weights={run.initial_weights!r}"
+    path = Path(run.initial_weights).expanduser()
+    if resumed is not None:
+        if resumed == 0 and read_run(directory).initial_weights != run.initial_weights and not _is(path, directory):
+            raise UserError(
+                f"{field} is not read, since {str(directory)!r} holds weights of its own already; choose a new --out, "
+                f"or leave initial_weights unset to train these"
+            )
+        return None
+    try:
+        found = find(path)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
+    for name in type(run.model).model_fields:
+        ours = getattr(run.model, name)
+        theirs = getattr(found.model, name)
+        if name not in _FREE and ours != theirs:
+            raise UserError(
+                f"{field} has {name}={shown(theirs)}, not model.{name}={shown(ours)}; set model to "
+                f"Model.from_directory({run.initial_weights!r}) in the recipe, or model.{name} to {shown(theirs)}"
+            )
+    if found.tokenizer is not None and run.data.tokenizer is not None:
+        named = Tokenizer.load(run.data.tokenizer)
+        if named.hash != found.tokenizer.hash:
+            raise UserError(
+                f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {field}; leave data.tokenizer unset to "
+                f"take that one"
+            )
+    return found
+
+
+def _is(path: Path, directory: Path) -> bool:
+    """Whether both are one folder, or the path is a checkpoint in it."""
+    return directory.resolve() in (path.resolve(), path.resolve().parent.parent)

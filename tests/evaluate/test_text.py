@@ -1,0 +1,157 @@
+"""Evaluation of files: every token is scored once, cost follows the text, and bytes are those of the text."""
+
+import itertools
+import json
+import math
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from braeburn.config import Model, Precision
+from braeburn.data.corpus import Document
+from braeburn.data.loader import held_out_batches
+from braeburn.data.store import TokenStore, build_store
+from braeburn.data.tokenizer import Tokenizer, train
+from braeburn.evaluate.windows import evaluation_batches, padded_length, spans
+from braeburn.model import transformer
+from braeburn.model.spec import initialize
+from braeburn.parallel.layout import one_device
+from braeburn.train.held_out import evaluator, measure
+from support import braeburn
+
+TEXTS = ["The quick brown fox – schnell! " * 9, "jumps over", "the lazy dog, and over that dog's own shadow " * 6]
+TOKENIZER = train(TEXTS * 3, 280)
+MODEL = Model(vocab_size=300, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24)
+FLOAT32 = Precision(compute="float32")
+
+
+def store_of(folder: Path, texts: list[str], tokenizer: Tokenizer = TOKENIZER) -> TokenStore:
+    build_store(folder, [Document(str(i), text) for i, text in enumerate(texts)], tokenizer)
+    return TokenStore.open(folder, tokenizer.hash)
+
+
+@given(st.integers(1, 3000), st.integers(1, 700), st.integers(1, 700))
+@settings(max_examples=200, deadline=None)
+def test_spans_score_each_token_once(tokens: int, length: int, stride: int) -> None:
+    stride = min(stride, length)
+    scored = []
+    for span in spans(tokens, length, stride):
+        assert span.start <= span.scored < span.stop <= span.start + length
+        assert span.start == 0 or span.scored - span.start == length - stride
+        scored += range(span.scored, span.stop)
+    assert scored == list(range(tokens))
+
+
+@pytest.mark.parametrize("length", [64, 100, 512, 32_768])
+def test_what_is_computed_follows_the_text(length: int, tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", TEXTS)
+    batches = list(evaluation_batches(store, length, length, store.tokens, 4096))
+    computed = sum(batch["inputs"].size for batch in batches)
+    assert computed <= max(64, 2 * store.tokens) + length * (length < store.tokens)
+    assert len({batch["inputs"].shape for batch in batches}) <= 3
+    assert sum(batch["weights"].sum() for batch in batches) == store.tokens
+
+
+def test_lengths_of_windows() -> None:
+    assert [padded_length(n, 32_768) for n in (1, 64, 65, 504, 512, 32_000)] == [64, 64, 128, 512, 512, 32_768]
+    assert [padded_length(n, 100) for n in (1, 65, 100)] == [64, 100, 100]
+    assert padded_length(3, 10) == 10
+
+
+def measured(store: TokenStore, batches: Iterator[Any]) -> dict[str, float]:
+    params = jax.tree.map(lambda x: 3 * x, initialize(transformer.param_specs(MODEL), 3))
+    layout = one_device(transformer.param_specs(MODEL))
+    evaluate = evaluator(MODEL, FLOAT32, TOKENIZER.token_bytes, layout)
+    return measure(evaluate, params, batches, store.byte_ratio)
+
+
+def test_padding_changes_no_result(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", TEXTS)
+    for length in (100, 1024):
+        found = measured(store, evaluation_batches(store, length, length, store.tokens, 4096))
+        padded = measured(store, held_out_batches(store, length, 8, store.tokens + length))
+        assert found == pytest.approx(padded, rel=1e-5)
+        assert found["bytes"] == store.text_bytes == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
+    """One document: each token is predicted from the window in which it is scored."""
+    store = store_of(tmp_path / "store", TEXTS[:1])
+    length, stride = 64, 24
+    params = jax.tree.map(lambda x: 3 * x, initialize(transformer.param_specs(MODEL), 3))
+    tokens = store.read(0, store.tokens + 1)
+    nll = 0.0
+    for span in spans(store.tokens, length, stride):
+        inputs = tokens[span.start : span.stop][None]
+        positions = np.arange(inputs.shape[1])[None]
+        hidden = transformer.forward(params, inputs, positions, np.ones_like(inputs), MODEL, FLOAT32)
+        logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
+        log_z = np.log(np.exp(logits).sum(-1))
+        for place in range(span.scored, span.stop):
+            nll += log_z[place - span.start] - logits[place - span.start, tokens[place + 1]]
+    found = measured(store, evaluation_batches(store, length, stride, store.tokens, 4096))
+    assert found["loss"] == pytest.approx(nll / store.tokens, rel=1e-5)
+    assert found["tokens"] == store.tokens
+    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / len(TEXTS[0].encode()), rel=1e-5)
+
+
+def spaced() -> Tokenizer:
+    """One that puts a space before each text, as SentencePiece does."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3}
+    vocabulary |= {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    own = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    own.add_special_tokens(["<unk>", "<s>", "</s>"])
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    return Tokenizer(own)
+
+
+def composed() -> Tokenizer:
+    """One that brings text into NFC, as Qwen's does."""
+    own = tokenizers.Tokenizer.from_str(TOKENIZER.json)
+    own.normalizer = tokenizers.normalizers.NFC()
+    return Tokenizer(own)
+
+
+@pytest.mark.parametrize("make", [spaced, composed])
+def test_bytes_are_those_of_the_text(make: Any, tmp_path: Path) -> None:
+    tokenizer = make()
+    texts = [unicodedata.normalize("NFD", f"caf\u00e9 {i} \u00c5ngstr\u00f6m") for i in range(20)]
+    store = store_of(tmp_path / "store", texts, tokenizer)
+    size = sum(len(text.encode()) for text in texts)
+    tokens = store.read(0, store.tokens)
+    assert store.token_bytes == tokenizer.token_bytes[tokens].sum() != size
+    assert store.text_bytes == size
+    batches = evaluation_batches(store, 64, 64, store.tokens, 4096)
+
+    def evaluate(_: Any, batch: Any) -> dict[str, float]:
+        weights = batch["weights"]
+        counted = float((weights * tokenizer.token_bytes[batch["targets"]]).sum())
+        return {"nll": 1.0, "correct": 0.0, "tokens": weights.sum(), "token_bytes": counted}
+
+    assert measure(evaluate, {}, batches, store.byte_ratio)["bytes"] == size
+
+
+def test_the_command(finished: Path, tmp_path: Path) -> None:
+    text = "def f(x):\n    return x + 1\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    results = {}
+    for options in ((), ("--sequence-length", 64), ("--sequence-length", 64, "--stride", 16)):
+        answer = braeburn("evaluate", finished, "--data", tmp_path / "a.txt", "--json", *options)
+        assert answer.code == 0, answer.err
+        (results[options],) = json.loads(answer.out)["results"].values()
+    assert len({result["tokens"] for result in results.values()}) == 1
+    assert {result["bytes"] for result in results.values()} == {len(text.encode())}
+    assert len({result["loss"] for result in results.values()}) == 3
+    for first, second in itertools.pairwise([(), ("--sequence-length", 64, "--stride", 16)]):
+        assert results[first]["loss"] == pytest.approx(results[second]["loss"], rel=0.1)
+
+    wrong = ("evaluate", finished, "--data", tmp_path / "a.txt", "--sequence-length", 64, "--stride", 65)
+    assert "--stride 65 is more than the 64 tokens of a window" in braeburn(*wrong).error
