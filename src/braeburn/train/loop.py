@@ -71,8 +71,10 @@ from braeburn.train.teaching import (
 from braeburn.train.trained import require_same_tokenizer
 
 SECONDS_BETWEEN_WARNINGS = 60.0
-# For worker processes to end by themselves; grain alone would wait for 25.
-SECONDS_FOR_WORKERS = 1.5
+# For worker processes to end by themselves, and for their reader to see that they are gone; grain alone would wait
+# for 25.
+SECONDS_FOR_WORKERS = 0.5
+SECONDS_FOR_READER = 1.5
 # For processes that stop, before they leave each other.
 SECONDS_TO_MEET = 2.0
 
@@ -641,4 +643,4 @@ def ending(stream: background.Feed) -> Iterator[None]:
         if not stream.close(SECONDS_FOR_WORKERS):
             for worker in set(multiprocessing.active_children()) - before:
                 worker.kill()
-            stream.close(SECONDS_FOR_WORKERS)  # which sees that they are gone
+            stream.close(SECONDS_FOR_READER)  # which sees that they are gone
