@@ -5,6 +5,7 @@
 #   make test-hf    exports and imports beside transformers and torch themselves
 #   make test-other    the tests that depend most on versions, on another Python than `make test` takes
 #   make test-install    every extra resolved by pip with its pins; the wheel in an empty environment
+#   make fuzz    at least 2,000 damaged inputs of every kind: no traceback, no hang, nothing written elsewhere (five minutes)
 #   make test-kill    kills and requests to stop at random moments and in every phase, of one process and of four (minutes)
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
@@ -48,7 +49,7 @@ CONSTRAINTS_hf := constraints-hf.txt
 PINS := pyproject.toml $(wildcard constraints*.txt)
 EXTRAS := chat cuda data docs gguf rocm tpu
 
-.PHONY: demo demo-on-device test test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
+.PHONY: fuzz demo demo-on-device test test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
 .PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))
 .DEFAULT_GOAL := test
 
@@ -126,6 +127,10 @@ $(VENV)/.uv: $(VENV)/.all
 
 test-install: $(VENV)/.uv
 	$(BIN)/python -m pytest --durations=10 tests/install/on_index.py
+
+# Thousands of damaged inputs for everything that is read, in five minutes.
+fuzz: setup
+	$(BIN)/python tests/fuzz/run.py
 
 test-kill: setup
 	$(BIN)/python -m pytest -s --durations=0 tests/launch/on_stops.py tests/launch/on_kills.py

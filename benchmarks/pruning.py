@@ -30,8 +30,8 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.errors import UserError
+from braeburn.jsonfile import json_lines
 from braeburn.train.compilation import cache_compilations
-from braeburn.train.directory import json_lines
 from braeburn.train.loop import train
 from corpora import sources
 

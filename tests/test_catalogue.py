@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -204,3 +205,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert len(json.loads(run("--claims", "--json"))) == 9
     text = run("--claims")
     assert text.count("verdict") == 9 and "wrong: bf16 1.67x, not 2x" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a = " + "[" * 100_000 + "]" * 100_000, "is not TOML (maximum recursion depth exceeded"),
+        ("[h100]\nmemory_gb = " + "9" * 5000, "is not TOML (Exceeds the limit (4300 digits)"),
+        ("[h100]\nmemory_gb = " + "9" * 400, "h100.memory_gb.value="),
+        ("# " + "x" * 2**20, "has 1,048,578 bytes, more than the 1,048,576 that such a file can have"),
+    ],
+)
+def test_files_beyond_reason(content: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "chips.toml"
+    path.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        catalogue(path)
+    assert sentence in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+def test_chips_in_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder where a file belongs\); name a TOML file"):
+        catalogue(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"is not an ordinary file\); name a TOML file"):
+        catalogue(tmp_path / "pipe")

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,14 @@ def test_what_validation_sees_is_refused_before_jax_is_imported(
         (["trian"], "No such command 'trian'"),
         (["train", "afm-tiny", "--output", "/tmp/x"], "No such option: --output"),
         (["generate", "/tmp"], "Missing option '--prompt'"),
+        (
+            ["generate", "/tmp", "--prompt", "x", "--max-new-tokens", "10000000000"],
+            "should be less than or equal to 1048576",
+        ),
+        (
+            ["launch", "local", "afm-tiny", "--out", "/tmp/x", "--processes", "1000000"],
+            "should be less than or equal to 1024",
+        ),
     ],
 )
 def test_a_wrong_call_is_one_sentence_too(arguments: list[str], sentence: str) -> None:
@@ -200,9 +209,15 @@ def test_a_checkpoint_of_another_model_than_the_configuration(copied: Path, tiny
     saved["run"]["model"]["ffn_dim"] = 96
     (copied / "config.json").write_text(json.dumps(saved))
     sentence = refused(copied, "train", *tiny_arguments, "--set", "model.ffn_dim=96", "--out", copied)
-    assert "model differs from that of checkpoint 14" in sentence and "put the fields of model back" in sentence
-    sentence = refused(copied, "evaluate", copied)
-    assert "checkpoints/14' is damaged or of another model" in sentence
+    expected = (
+        f"model.ffn_dim is 96, but checkpoint 14 of {str(copied)!r} was trained with 160; put the fields of model back"
+    )
+    assert expected in sentence
+    assert expected in refused(copied, "evaluate", copied)
+    # What changes no shape changes the numbers all the same.
+    saved["run"]["model"] |= {"ffn_dim": 160, "norm_epsilon": 0.1}
+    (copied / "config.json").write_text(json.dumps(saved))
+    assert "model.norm_epsilon is 0.1, but checkpoint 14 of" in refused(copied, "evaluate", copied)
 
 
 def test_sequence_longer_than_the_data_in_a_later_stage(tiny_arguments: list[str], tmp_path: Path) -> None:
@@ -268,6 +283,47 @@ def test_configuration_of_unknown_fields(copied: Path, tiny_arguments: list[str]
         assert "does not hold a run of this version" in sentence and "'model.num_experts' is not a field" in sentence
 
 
+def everything_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def change(directory: Path, **fields: Any) -> None:
+    """Changes fields of a run directory's configuration, as one that was received may have them."""
+    saved = json.loads((directory / "config.json").read_text())
+    saved["run"] |= fields
+    (directory / "config.json").write_text(json.dumps(saved))
+
+
+def test_a_received_run_directory_is_only_read(
+    finished: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its configuration names is neither written to nor made: only `--out` and the user's own cache are."""
+    monkeypatch.chdir(tmp_path)
+    data = json.loads((copied / "config.json").read_text())["run"]["data"]
+    change(copied, data=data | {"cache": str(tmp_path / "evil")})
+    before, there = contents(copied), everything_below(tmp_path)
+    assert braeburn("evaluate", copied).code == 0
+    assert braeburn("generate", copied, "--prompt", "x", "--max-new-tokens", 1).code == 0
+    assert braeburn("prune", copied, "--ffn", 96, "--method", "activation", "--out", tmp_path / "pruned").code == 0
+    assert braeburn("export", copied, "--out", tmp_path / "exported").code == 0
+    assert contents(copied) == before
+    made = {path.split("/")[0] for path in everything_below(tmp_path) - there}
+    assert made == {"pruned", "exported"}
+
+
+@pytest.mark.parametrize("name", ["/tmp/evil", "../evil", "a/b", "a\\b", ".hidden", "-o", "", "a\nb", "x" * 101, "a "])
+def test_names_are_names(copied: Path, tiny_arguments: list[str], name: str) -> None:
+    change(copied, name=name)
+    sentence = refused(copied, "export", copied, "--format", "gguf", "--out", copied.with_name("exported"))
+    assert "config.json' does not hold a run of this version of Braeburn: name: " in sentence
+    assert "cannot be a name; use up to 100 letters, digits, spaces" in sentence
+    assert not copied.with_name("exported").exists()
+    text = json.dumps(name)
+    for path in (f"data.sources={{{text}: {{}}}}", f"stages={{{text}: {{}}}}", f"stages.core.mixture={{{text}: 1}}"):
+        sentence = braeburn("train", *tiny_arguments, "--out", copied, "--set", path).error
+        assert "cannot be a name" in sentence
+
+
 def test_no_checkpoint_yet(copied: Path) -> None:
     shutil.rmtree(copied / "checkpoints")
     assert "holds no checkpoint; train for at least one checkpoint first" in refused(copied, "evaluate", copied)
@@ -286,24 +342,61 @@ def empty(folder: Path) -> None:
     folder.mkdir()
 
 
-@pytest.mark.parametrize("item", ["params", "run", "optimizer", "."])
-@pytest.mark.parametrize("damage", [truncate, empty])
-def test_damaged_newest_checkpoint(
+def flip(folder: Path) -> None:
+    """One bit of the largest file, as memory or a disk does it."""
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "item"), [(flip, "params"), (flip, "optimizer"), (truncate, "run"), (empty, "optimizer"), (empty, ".")]
+)
+def test_a_damaged_checkpoint_is_passed_over_and_kept(
     finished: Path, copied: Path, tiny_arguments: list[str], damage: Any, item: str
 ) -> None:
     damage(copied / "checkpoints" / "14" / item)
-    calls = [["train", *tiny_arguments, "--out", copied]]
-    if item != "optimizer":
-        calls.append(["evaluate", copied])
-    for arguments in calls:
-        sentence = refused(copied, *arguments)
-        assert "checkpoints/14' is damaged" in sentence
-        assert sentence.endswith("; move it away to go on from step 10")
-    if damage is truncate and item in ("params", "."):
-        (copied / "checkpoints" / "14").rename(copied.with_name("14"))
-        answer = braeburn(*calls[0])
-        assert answer.code == 0, answer.err
-        assert [row["loss"] for row in rows(copied)] == [row["loss"] for row in rows(finished)]
+    damaged = contents(copied / "checkpoints" / "14")
+    if (damage, item) != (flip, "optimizer"):  # of which nothing is read
+        for arguments in (
+            ["evaluate", copied],
+            ["generate", copied, "--prompt", "x"],
+            ["export", copied, "--out", copied.with_name("exported")],
+            ["prune", copied, "--ffn", 96, "--out", copied.with_name("pruned")],
+        ):
+            sentence = refused(copied, *arguments)
+            assert "checkpoints/14' is damaged: " in sentence
+            assert sentence.endswith(
+                "; checkpoint 10 is sound: move 14 out of the folder to use the newest of those left"
+            )
+    answer = braeburn("train", *tiny_arguments, "--out", copied)
+    assert answer.code == 0, answer.err
+    assert "warning: checkpoint 14 is damaged (" in answer.err and "training goes on from step 10" in answer.err
+    assert [row["loss"] for row in rows(copied)] == [row["loss"] for row in rows(finished)]
+    (event,) = events(copied, "damage")
+    assert (event["step"], event["kept"], event["resumed"]) == (14, "14.damaged", 10)
+    assert event["reason"] in answer.err
+    assert contents(copied / "checkpoints" / "14.damaged") == damaged
+    assert braeburn("evaluate", copied).code == 0
+
+
+def test_training_does_not_begin_again_by_itself(copied: Path, tiny_arguments: list[str]) -> None:
+    for step in ("10", "14"):
+        flip(copied / "checkpoints" / step)
+    sentence = refused(copied, "train", *tiny_arguments, "--out", copied)
+    assert "checkpoints/14' is damaged: " in sentence and "none of the others is sound: bring back a copy" in sentence
+    shutil.rmtree(copied / "checkpoints" / "10")
+    sentence = refused(copied, "train", *tiny_arguments, "--out", copied)
+    assert "it is the only one: bring back a copy of it, or move it out of the folder to begin again" in sentence
+
+
+def test_a_renamed_checkpoint(copied: Path, tiny_arguments: list[str]) -> None:
+    (copied / "checkpoints" / "14").rename(copied / "checkpoints" / "20")
+    assert "20' is damaged: it is the checkpoint of step 14 under another name" in refused(copied, "evaluate", copied)
+    answer = braeburn("train", *tiny_arguments, "--out", copied)
+    assert answer.code == 0, answer.err
+    assert events(copied, "damage")[0]["kept"] == "20.damaged"
 
 
 def test_a_run_in_use_by_another_process(copied: Path, tiny_arguments: list[str]) -> None:
@@ -337,6 +430,28 @@ def test_exports_and_imports_that_cannot_be(finished: Path, tmp_path: Path) -> N
     os.truncate(weights, weights.stat().st_size // 2)
     assert "model.safetensors" in braeburn("import", tmp_path / "hf", "--out", tmp_path / "imported").error
     assert not (tmp_path / "imported").exists()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "none" / "page.html"
+    sentence = braeburn("plan", "llama3-8b", "--on", "h100:8", "--html", page).error
+    assert f"{str(page)!r} cannot be used (no such file or directory); put right what is there" in sentence
+
+
+def test_folders_of_others_beside_an_import(finished: Path, tmp_path: Path) -> None:
+    assert braeburn("export", finished, "--out", tmp_path / "hf").code == 0
+    for name in (".imported.partial", ".imported.partial-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("years of work")
+    assert braeburn("import", tmp_path / "hf", "--out", tmp_path / "imported").code == 0
+    for name in (".imported.partial", ".imported.partial-1"):
+        assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".imported.partial",
+        ".imported.partial-1",
+        "hf",
+        "imported",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -515,6 +630,14 @@ def test_a_full_disk_below_tensorboard(
     assert answer.code == 0, answer.err
     assert answer.err.count("cannot be written") == answer.err.count("records could not be written") == 1
     assert [row["loss"] for row in rows(copied)] == [row["loss"] for row in rows(finished)]
+
+
+def test_a_limit_on_the_size_of_files(finished: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
+    arguments = ["train", *tiny_arguments, "--out", tmp_path / "run", "--stop-after-steps", 1]
+    limits = (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    answer = process(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    assert "checkpoints' cannot grow (files are limited to 100,000 bytes); raise the limit, as with" in answer.error
+    assert braeburn(*arguments).code == 0
 
 
 @on_a_disk("64k")

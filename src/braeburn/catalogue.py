@@ -11,6 +11,10 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from braeburn.config import Count, Size, explain_validation_error
 from braeburn.errors import UserError, did_you_mean
+from braeburn.jsonfile import Unreadable, read_bytes
+
+# The built-in catalogue has a hundredth of it.
+MOST_BYTES = 2**20
 
 Confidence = Literal["M", "D", "S", "U", "V"]  # weakest first
 LEGEND = "V vendor's documentation, U the user's own file, S secondary source, D derived or measured, M from memory"
@@ -131,12 +135,17 @@ def chip_of(device_kind: str) -> Chip | None:
 def _tables(extra: Path | None) -> dict[str, dict[str, Any]]:
     """The tables of the built-in file, with those of `extra` laid over them."""
     tables = tomllib.loads((Path(__file__).parent / "plan" / "chips.toml").read_text("utf-8"))
+    added: dict[str, Any] = {}
     try:
-        added = tomllib.loads(extra.read_text("utf-8")) if extra else {}
+        added = tomllib.loads(read_bytes(extra, MOST_BYTES).decode("utf-8")) if extra else {}
     except OSError as error:
         raise UserError(f"--chips {str(extra)!r} cannot be read ({error.strerror}); name a TOML file") from None
-    except ValueError as error:
-        raise UserError(f"--chips {str(extra)!r} is not TOML ({error}); write it as plan/chips.toml is") from None
+    except Unreadable as error:
+        raise UserError(f"--chips {str(extra)!r} cannot be read (it {error}); name a TOML file") from None
+    except (ValueError, RecursionError) as error:
+        # Python's advice on numbers of thousands of digits is for programmers.
+        reason = str(error).partition("; use sys.")[0]
+        raise UserError(f"--chips {str(extra)!r} is not TOML ({reason}); write it as plan/chips.toml is") from None
     for name, table in added.items():
         if not isinstance(table, dict):
             raise UserError(f"{name}={table!r} is of no chip; write the chip's name above it, as in [h100]")

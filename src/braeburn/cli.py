@@ -14,8 +14,10 @@ import typer
 
 from braeburn import __version__
 from braeburn.background import ending_process
+from braeburn.disk import explained
 from braeburn.errors import UserError
 from braeburn.parallel import processes
+from braeburn.train.quiet import quieten_orbax
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -57,6 +59,7 @@ def console() -> None:
 
 def main() -> None:
     """Runs the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
+    quieten_orbax()
     try:
         _check_encoding(sys.argv[1:])
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="braeburn", standalone_mode=False))
@@ -70,7 +73,11 @@ def main() -> None:
     except processes.ProcessLost as error:
         processes.report(str(error))
         processes.leave(1)
-    except Exception:
+    except Exception as error:
+        sentence = explained(error) if isinstance(error, OSError) else None
+        if sentence:
+            processes.report(sentence)
+            processes.leave(2)
         if not processes.joined():
             raise
         traceback.print_exc()
@@ -278,9 +285,12 @@ def train(
         int | None, typer.Option(min=1, metavar="N", help="Save and stop after N steps of this call.")
     ] = None,
     coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Of several processes by hand: where process 0 listens.")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Of several processes by hand: where process 0 listens, on all its interfaces."
+        ),
     ] = None,
-    num_processes: Annotated[int | None, typer.Option(metavar="N", help="Of several: how many.")] = None,
+    num_processes: Annotated[int | None, typer.Option(max=2**20, metavar="N", help="Of several: how many.")] = None,
     process_id: Annotated[int | None, typer.Option(metavar="I", help="Of several: which one, from 0.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -359,7 +369,7 @@ def evaluate(
 def generate(
     directory: RunFolder,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given repeatedly.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**20, help="Tokens to write at most.")] = 128,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 is greedy; the model's own default without it, or 0.8.")
     ] = None,
@@ -601,7 +611,7 @@ app.add_typer(launch, name="launch")
 def local(
     recipe: Recipe,
     out: Out,
-    num_processes: Annotated[int, typer.Option("--processes", min=1, metavar="N", help="How many.")],
+    num_processes: Annotated[int, typer.Option("--processes", min=1, max=1024, metavar="N", help="How many.")],
     assignments: Set = None,
     max_restarts: MaxRestarts = 3,
     as_json: AsJson = False,

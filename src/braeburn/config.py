@@ -8,18 +8,42 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from braeburn.errors import UserError, did_you_mean
+from braeburn.jsonfile import Unreadable, read_json
 
-Size = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# What a number of steps, tokens or bytes can be at all; with more, sums leave what tables and files can hold.
+MOST = 10**18
+Size = Annotated[int, Field(gt=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+# The state counts steps in 32 bits.
+MOST_STEPS = 2**31 - 1
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def check_name(name: str) -> str:
+    """A name that can be a part of a file's name, and of a line.
+
+    Raises:
+        ValueError: it is empty or too long, or has characters that mean something in paths or scripts.
+    """
+    if not re.fullmatch(r"\w[\w .,'+=@()\[\]-]{0,99}", name) or name.endswith(" "):
+        shown = ascii(name) if len(name) <= 100 else f"{name[:60]!a}..."
+        raise ValueError(
+            f"{shown} cannot be a name; use up to 100 letters, digits, spaces and any of . , ' + = @ ( ) [ ] _ -, "
+            f"beginning with a letter or digit"
+        )
+    return name
+
+
+# Of a run, a stage or a source: each becomes a part of names of files, of a script's lines, of a job's name.
+Name = Annotated[str, AfterValidator(check_name)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # The random keys of weights take 32 bits at a time, those of the data any number.
@@ -48,10 +72,6 @@ LARGEST_SIZES = {
     "head_dim": 2**16,
     "ffn_dim": 2**24,
 }
-
-
-# A message offers the values that would fit up to this one.
-MOST_OFFERED = 1024
 
 
 class _Frozen(BaseModel):
@@ -136,10 +156,9 @@ class Model(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> "Model":
         if self.num_heads % self.num_kv_heads:
-            fits = [n for n in range(1, min(self.num_heads, MOST_OFFERED) + 1) if self.num_heads % n == 0]
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
-                f"set num_kv_heads to one of {fits}"
+                f"set num_kv_heads to one of {some(divisors(self.num_heads))}"
             )
         if self.head_dim % 2:
             raise ValueError(
@@ -150,7 +169,7 @@ class Model(_Frozen):
 
 MeshAxis = Literal["replica", "data", "fsdp", "context", "tensor"]
 # -1 stands for as many as the devices allow.
-AxisSize = Annotated[int, Field(ge=-1)]
+AxisSize = Annotated[int, Field(ge=-1, le=2**24)]
 
 
 class Mesh(_Frozen):
@@ -321,9 +340,9 @@ class Stage(_Frozen):
     """
 
     tokens: Size
-    sequence_length: Size
-    batch_tokens: Size
-    mixture: dict[str, NonNegative] = Field(min_length=1)
+    sequence_length: Annotated[int, Field(gt=0, le=2**30)]
+    batch_tokens: Annotated[int, Field(gt=0, le=2**40)]
+    mixture: dict[Name, NonNegative] = Field(min_length=1)
     learning_rate: Positive
     weight_decay: NonNegative = 0.0
     schedule: Schedule = Schedule()
@@ -355,10 +374,9 @@ class Stage(_Frozen):
                 f"set batch_tokens to {nearest}"
             )
         if self.batch_size % self.accumulation_steps:
-            fits = [n for n in range(1, min(self.batch_size, MOST_OFFERED) + 1) if self.batch_size % n == 0]
             raise ValueError(
                 f"accumulation_steps={self.accumulation_steps} does not divide the {self.batch_size} sequences of a "
-                f"batch; set accumulation_steps to one of {fits}"
+                f"batch; set accumulation_steps to one of {some(divisors(self.batch_size))}"
             )
         if not sum(self.mixture.values()) > 0:
             raise ValueError("mixture has no weight above zero; give at least one source a positive weight")
@@ -439,12 +457,12 @@ class Data(_Frozen):
     it all the same.
     """
 
-    sources: dict[str, Source] = Field(default_factory=dict)
+    sources: dict[Name, Source] = Field(default_factory=dict)
     tokenizer: str | None = None
     held_out: Fraction = 0.02
     cache: str | None = None
-    workers: Count = 0
-    prefetch: Size = 4
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    prefetch: Annotated[int, Field(gt=0, le=2**16)] = 4
     accept: str | None = None
 
 
@@ -500,9 +518,9 @@ class Run(_Frozen):
     `Model.from_directory` gives its model.
     """
 
-    name: str
+    name: Name
     model: Model
-    stages: dict[str, Stage]
+    stages: dict[Name, Stage]
     data: Data = Data()
     optimizer: Optimizer = AfmOptimizer()
     initial_weights: str | None = None
@@ -561,6 +579,11 @@ class Run(_Frozen):
             if stage.pruning:
                 check_pruning(f"stages.{name}.pruning.keep.", stage.pruning, model)
                 model = stage.pruning.pruned(model)
+        if self.total_steps > MOST_STEPS:
+            raise ValueError(
+                f"stages have {self.total_steps:,} steps in all, and a run has at most {MOST_STEPS:,}; lower tokens or "
+                f"raise batch_tokens"
+            )
         for name, stage in self.stages.items():
             for source in stage.mixture:
                 if source not in self.data.sources:
@@ -596,11 +619,24 @@ def check_pruning(prefix: str, pruning: Pruning, model: Model) -> None:
             )
     heads = pruning.keep.get("heads", model.num_heads)
     if heads % model.num_kv_heads:
-        fits = list(range(model.num_kv_heads, model.num_heads, model.num_kv_heads))
+        fits = some(range(model.num_kv_heads, model.num_heads, model.num_kv_heads))
         raise ValueError(
             f"{prefix}heads={heads} is not a multiple of num_kv_heads={model.num_kv_heads}; "
             f"set {prefix}heads to one of {fits}"
         )
+
+
+def divisors(number: int) -> list[int]:
+    """All numbers that divide one, in order; in time of its square root."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    large = [number // n for n in reversed(small) if n * n != number]
+    return small + large
+
+
+def some(values: Sequence[int]) -> str:
+    """A list of numbers for a sentence, of many only the first."""
+    shown = ", ".join(map(str, values[:12]))
+    return f"[{shown}{', ...' if len(values) > 12 else ''}]"
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -762,6 +798,8 @@ def explain_validation_error(error: ValidationError) -> str:
     path = ".".join(str(part) for part in problem["loc"] if part not in ("afm", "adamw"))
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
+        if problem["loc"][-1:] == ("[key]",):
+            return f"{'.'.join(map(str, problem['loc'][:-2]))}: {message}"
         return f"{path}: {message}" if path else message
     if problem["type"] == "extra_forbidden":
         known = {field for kind in _Frozen.__subclasses__() for field in kind.model_fields}
@@ -777,7 +815,10 @@ def explain_validation_error(error: ValidationError) -> str:
 
 def _short(value: Any) -> str:
     """A value as Python writes it, but for the middle of one that would fill the screen."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= 200 else f"{text[:100]}...{text[-50:]}"
 
 
@@ -802,18 +843,39 @@ def read_run(directory: Path) -> Run:
         UserError: there is no such file, or it holds no run of this version.
     """
     path = directory / "config.json"
-    try:
-        fields = json.loads(path.read_bytes())["run"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{str(directory)!r} is not a run directory: it holds no config.json; "
-            f"name the folder given to --out of train or import"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{str(path)!r} does not hold a run; restore it or start in another folder with --out"
-        ) from None
+    fields = _read_config(directory).get("run")
+    if not isinstance(fields, dict):
+        raise UserError(f"{str(path)!r} does not hold a run; restore it or start in another folder with --out")
     try:
         return validate(fields)
     except UserError as error:
         raise UserError(f"{str(path)!r} does not hold a run of this version of Braeburn: {error}") from None
+
+
+def read_identity(directory: Path) -> str | None:
+    """What tells the run of a run directory from all others; None where its `config.json` does not say.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    identity = _read_config(directory).get("identity")
+    return identity if isinstance(identity, str) else None
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The fields of a run directory's `config.json`."""
+    path = directory / "config.json"
+    try:
+        fields = read_json(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{str(directory)!r} is not a run directory: it holds no config.json; "
+            f"name the folder given to --out of train or import"
+        ) from None
+    except Unreadable as error:
+        raise UserError(
+            f"{str(path)!r} does not hold a run: it {error}; restore it or start in another folder with --out"
+        ) from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{str(path)!r} does not hold a run; restore it or start in another folder with --out")
+    return fields

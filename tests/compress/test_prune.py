@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from braeburn.config import override, read_run
+from braeburn.jsonfile import json_lines
 from braeburn.model.spec import walk
 from braeburn.recipes import load as recipe
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.directory import json_lines
 from braeburn.train.loop import train
 from braeburn.train.trained import load
 from support import braeburn, contents

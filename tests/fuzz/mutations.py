@@ -1,4 +1,4 @@
-"""Mutations of files: bytes flipped, cut and repeated; JSON of other types, depths and sizes; other things in a file's place."""
+"""Mutations of files: bytes flipped, cut and repeated; JSON of other types and depths; no ordinary file at all."""
 
 import json
 import os
@@ -56,7 +56,19 @@ def insert(rng: random.Random, content: bytes) -> bytes:
 
 def replace_all(rng: random.Random, content: bytes) -> bytes:
     """The whole is something else."""
-    others = (b"", b"\x00" * 100, b"\xff\xfe", b"PK\x03\x04", b"\x1f\x8b", b"[]", b"{}", b"null", b'"x"', b"1", b"\n" * 50)
+    others = (
+        b"",
+        b"\x00" * 100,
+        b"\xff\xfe",
+        b"PK\x03\x04",
+        b"\x1f\x8b",
+        b"[]",
+        b"{}",
+        b"null",
+        b'"x"',
+        b"1",
+        b"\n" * 50,
+    )
     return rng.choice([*others, rng.randbytes(200)])
 
 

@@ -118,3 +118,16 @@ def test_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert launch("v6e:16", "--submit").error == (
         "error: kubectl refused the job (the server could not find the requested resource)"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "i\nprivileged: true"], r"--image 'i\nprivileged: true' is no name of Kubernetes; write it as"),
+        (["--claim", "c: d"], "--claim 'c: d' is no name of Kubernetes"),
+        (["--out", "/runs/a\nb: c"], r"--out '/runs/a\nb: c' has a line break or control character; write it without"),
+        (["--set", 'name="a\\nb"'], r"name: 'a\nb' cannot be a name"),
+    ],
+)
+def test_nothing_that_is_given_becomes_a_line_of_its_own(arguments: list[str], sentence: str) -> None:
+    assert sentence in launch("cpu:2", *arguments, recipe="afm-tiny").error

@@ -103,3 +103,33 @@ def test_what_follows_the_end_of_a_step(
     made = (tmp_path / "calls").read_text().splitlines()
     assert sum(call.startswith("srun ") for call in made) == calls
     assert ("scontrol requeue 7" in made) == (codes == ["stop"] and state == "RUNNING")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--time", "1:00\n#SBATCH --wrap=evil"],
+            r"--time '1:00\n#SBATCH --wrap=evil' is no limit that SLURM reads; write",
+        ),
+        (["--time", "soon"], "--time 'soon' is no limit that SLURM reads; write HH:MM:SS or D-HH:MM:SS"),
+        (
+            ["--out", "/runs/a\necho evil"],
+            r"--out '/runs/a\necho evil' has a line break or control character; write it",
+        ),
+        (["--partition", "gpu\n#SBATCH --uid=0"], r"--partition 'gpu\n#SBATCH --uid=0' is no name of SLURM's"),
+        (["--account", "me too"], "--account 'me too' is no name of SLURM's; write the name that `sinfo` shows"),
+        (["--set", 'name="a\\nb"'], r"name: 'a\nb' cannot be a name; use up to 100 letters, digits"),
+    ],
+)
+def test_nothing_that_is_given_becomes_a_line_of_its_own(arguments: list[str], sentence: str) -> None:
+    assert sentence in launch("cpu:2", *arguments).error
+
+
+@pytest.mark.parametrize("time", ["30", "90:00", "1:30:00", "2-12", "2-12:30", "2-12:30:00", "UNLIMITED"])
+def test_limits_as_sbatch_reads_them(time: str) -> None:
+    assert f"--time={time}" in directives(launch("cpu:2", "--time", time).out)
+
+
+def test_a_name_with_spaces_is_one_word_of_its_directive() -> None:
+    assert "--job-name=braeburn-two-words" in directives(launch("cpu:2", "--set", "name=two words").out)

@@ -2,10 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from braeburn.disk import scratch
 from braeburn.errors import UserError
+from braeburn.launch import supervisor
 from braeburn.launch.supervisor import Ending, GaveUp, Patience, Supervisor, Watch
-from braeburn.train.heartbeat import Beat, Heartbeat, read
+from braeburn.train.heartbeat import Beat, Beats, Heartbeat
 
 # Steps of 10 ms in time with each other, up to a last one; process 0 saves each. Faults by attempt and process.
 WORKER = """
@@ -205,8 +207,6 @@ class TestSignals:
         finally:
             supervisor.kill()
             supervisor.communicate()
-            for beats in Path("/dev/shm").glob(f"braeburn-{supervisor.pid}-*"):
-                shutil.rmtree(beats)
 
     def test_a_stop_is_passed_on(self, running: tuple[Fake, subprocess.Popen]) -> None:
         fake, supervisor = running
@@ -253,22 +253,24 @@ def test_patience_adapts_to_the_step_time() -> None:
 
 def test_a_heartbeat_is_whole_and_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) / f"beat-{os.getpid()}"
-    assert read(path) is None
+    beats = Beats(path)
+    assert beats.read() is None
     monkeypatch.setenv("BRAEBURN_HEARTBEAT", str(path))
     heartbeat = Heartbeat()
+    path.unlink()  # as by a cleaner of temporary files: both sides have it open
     try:
         heartbeat.phase("compiling")
-        beat = read(path)
+        beat = beats.read()
         assert beat and (beat.phase, beat.step) == ("compiling", None) and 0 <= time.monotonic() - beat.time < 1
         began = time.process_time()
         for step in range(500):
             heartbeat.step(step)
         assert (time.process_time() - began) / 500 < 2e-4
         heartbeat.phase("saving")
-        beat = read(path)
+        beat = beats.read()
         assert beat and (beat.phase, beat.step) == ("saving", 499)
     finally:
-        path.unlink()
+        beats.close()
 
 
 def test_without_a_supervisor_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,3 +278,48 @@ def test_without_a_supervisor_nothing_is_written(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     Heartbeat().step(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_that_hang_the_stopped_one_is_named(fake: Fake) -> None:
+    """Both are silent after the same step, and which of them said so last is chance."""
+    for number in range(2):
+        fake.faults({1: {0: [5, "stop"]}})
+        for name in ("saved", "at.1.0", "at.1.1"):
+            (fake.folder / name).unlink(missing_ok=True)
+        fake.attempts = 0
+        ending = fake.run(processes=2)
+        assert ending.restarts[0].reason.startswith("process 0 hangs: it "), number
+
+
+def test_what_killed_launchers_left_is_removed_and_nothing_else(fake: Fake, tmp_path: Path) -> None:
+    shared = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
+    others = shared / ".braeburn-beats.partial-of-someone"
+    others.mkdir(exist_ok=True)
+    program = (
+        "import os\nfrom pathlib import Path\nfrom braeburn.disk import scratch\n"
+        f"with scratch(Path({str(shared)!r}), 'braeburn-beats') as folder:\n"
+        "    print(folder, flush=True)\n    os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    abandoned = Path(done.stdout.strip())
+    assert abandoned.is_dir()
+    try:
+        with scratch(shared, "braeburn-beats") as running:
+            fake.run(processes=1)
+            assert not abandoned.exists() and running.is_dir() and others.is_dir()
+        assert not running.exists()
+    finally:
+        others.rmdir()
+
+
+def test_a_full_memory_file_system_does_not_end_a_run(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room in memory at the start, beats go to the disk."""
+    whole = supervisor.heartbeat.Beats
+
+    def full(path: Path) -> Beats:
+        if path.is_relative_to("/dev/shm"):
+            raise OSError(28, "No space left on device", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(supervisor.heartbeat, "Beats", full)
+    assert json.loads(fake.run(processes=2).output) == {"step": 30}

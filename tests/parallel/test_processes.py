@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from braeburn.errors import UserError
-from braeburn.parallel.processes import Membership, find
+from braeburn.parallel.agreement import noticing_loss
+from braeburn.parallel.processes import Membership, ProcessLost, find
 from support import process
 
 SLURM = {
@@ -129,3 +131,17 @@ def test_an_error_names_its_process(tmp_path: object) -> None:
     """Of a process that has not met the others the number is not known yet, so it is plain."""
     answer = process("train", "afm-tiny", "--out", f"{tmp_path}/out", "--set", "seed=x", "--num-processes", 2)
     assert answer.error.startswith("error: seed='x'")
+
+
+def test_what_follows_the_end_of_another_process_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives fail where a peer was killed; their trace of a hundred lines says nothing that its own does not."""
+    closed = jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1")
+    for number, expected in ((2, ProcessLost), (1, jax.errors.JaxRuntimeError)):
+        monkeypatch.setattr(jax, "process_count", lambda number=number: number)
+        with pytest.raises(expected), noticing_loss():
+            raise closed
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for error in (ValueError("Gloo"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        with pytest.raises(type(error)) as raised, noticing_loss():
+            raise error
+        assert raised.value is error

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import recording
 
-from braeburn.config import Run, override
+from braeburn.config import Checkpoint, Run, override
 from braeburn.train import loop
+from braeburn.train.record import check_content, check_names
+from braeburn.train.record import read as read_record
 from support import events, rows
 
 RECORDING = Path(__file__).with_name("recording.py")
@@ -55,7 +57,8 @@ def recorded(records: Path, number: int) -> list[list[dict[str, str]]]:
 def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, records = tmp_path / "out", tmp_path / "record"
     # One stage of 12 steps: every program more is compiled in every process.
-    run = tiny.model_copy(update={"stages": {"core": tiny.stages["core"].model_copy(update={"tokens": 12 * 1024})}})
+    stage = tiny.stages["core"].model_copy(update={"tokens": 12 * 1024})
+    run = tiny.model_copy(update={"stages": {"core": stage}, "checkpoint": Checkpoint(every_steps=2)})
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         f"from braeburn.config import validate\n\ndef run():\n    return validate({run.model_dump()!r})\n"
@@ -72,11 +75,27 @@ def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch
     assert [[sorted(map(int, rows)) for rows in step] for step in first] == [
         [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     ] * 4
-    second = go(2, {"fsdp": 1, "tensor": 2}, "--stop-after-steps", "4")
+    # Each process hashed what it wrote; the record tells of all of it, and nothing else is left.
+    saved = out / "checkpoints" / "4"
+    record = read_record(saved)
+    assert record is not None
+    assert {f"params/ocdbt.process_{index}/manifest.ocdbt" for index in range(4)} <= set(record.files)
+    assert sorted(path.name for path in saved.glob("record*")) == ["record.json"]
+    check_names(saved, record)
+    check_content(saved, record, record.files)
+    # A bit of what process 3 wrote: of two processes one finds it, both go on from the checkpoint before.
+    path = max((saved / "params" / "ocdbt.process_3").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    second = go(2, {"fsdp": 1, "tensor": 2}, "--stop-after-steps", "6")
+    (damage,) = events(out, "damage")
+    assert (damage["step"], damage["resumed"], damage["kept"]) == (4, 2, "4.damaged")
+    assert str(path.relative_to(saved)) in damage["reason"]
     # Tensor shards work on the same sequences.
     assert all(one == other for one, other in second)
     third = go(1, {"fsdp": 1})
-    seen = [{row: name for rows in step for row, name in rows.items()} for step in first + second + third]
+    seen = [{row: name for rows in step for row, name in rows.items()} for step in first[:2] + second + third]
 
     # The undisturbed run, on one device of this process.
     undisturbed = tmp_path / "undisturbed"

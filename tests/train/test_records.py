@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from braeburn.config import Run, override
+from braeburn.jsonfile import json_lines
 from braeburn.train import records
 from braeburn.train.loop import train
-from braeburn.train.records import Records, json_line, json_lines
+from braeburn.train.records import Records, json_line
 from braeburn.train.tensorboard import EventFile, forget_after
 from support import events, rows
 
@@ -102,13 +103,6 @@ def test_a_line_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
     file = Records(path, print, lines=True)
     file.append(json_line({"event": "stop"}))
     assert [event["event"] for event in json_lines(path)] == ["start", "stop"]
-
-
-def test_json_lines_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert list(json_lines(path)) == []
-    path.write_bytes(b'3\n[]\n{"step": 1}\n\xff\xfe\nnull\n' + b"9" * 5000 + b"\n")
-    assert list(json_lines(path)) == [{"step": 1}]
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:

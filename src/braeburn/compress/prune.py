@@ -19,7 +19,6 @@ from braeburn.config import (
     Stage,
     check_pruning,
     override,
-    read_run,
     validate,
 )
 from braeburn.data.loader import Batches
@@ -38,7 +37,7 @@ from braeburn.train.progress import tracked
 from braeburn.train.stages import abstract_params, layout_of, model_at
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch
-from braeburn.train.trained import found_run, ordinary_step, read_tokenizer
+from braeburn.train.trained import found_run, ordinary_step, read_tokenizer, received_run
 
 STAGE = "prune"
 TEXT = "text"  # the name of the source that --data names
@@ -97,7 +96,7 @@ def prune(
             f"--data is for --method {' and '.join(LEARN_FROM_TEXT)}, and --method {pruning.method} reads no text; "
             f"leave one out"
         )
-    run = read_run(directory)
+    run = received_run(directory)
     step, tokenizer = ordinary_step(run, directory), read_tokenizer(directory)
     model, length = model_at(run, step)
     model = model.model_copy(update={"max_position_embeddings": length})
@@ -132,7 +131,7 @@ def prune(
         raise UserError(_as_options(str(error)) if text else str(error)) from None
     left = validate(
         run.model_copy(
-            update={"name": f"{run.name}-pruned", "model": smaller, "stages": {}, "initial_weights": None}
+            update={"name": f"{run.name[:90]}-pruned", "model": smaller, "stages": {}, "initial_weights": None}
         ).model_dump()
     )
     found_run(out, left, state, tokenizer, "prune", directory)

@@ -1,5 +1,6 @@
 """Run directories to and from the files of other software."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,15 @@ def import_huggingface(source: Path, out: Path) -> Run:
         raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
     model, params, tokenizer_file = huggingface.read(source)
     tokenizer = _tokenizer_of(model, tokenizer_file)
-    run = Run(name=source.absolute().name, model=model, stages={}, precision=Precision(compute="float32"))
+    run = Run(name=_name_of(source), model=model, stages={}, precision=Precision(compute="float32"))
     found_run(out, run, TrainState(np.int32(0), params, None), tokenizer, "import", source)
     return run
+
+
+def _name_of(folder: Path) -> str:
+    """A name for a run, after a folder."""
+    name = re.sub(r"[^\w.,+=@()\[\]-]", "-", folder.absolute().name).lstrip(".,+=@()[]-")
+    return name[:100] or "imported"
 
 
 def find_teacher(path: Path) -> Teacher:

@@ -15,6 +15,7 @@ import numpy as np
 
 from braeburn.config import Model
 from braeburn.data.tokenizer import PATTERN, Tokenizer
+from braeburn.disk import remove_stale
 from braeburn.errors import UserError
 from braeburn.extras import how_to_install
 from braeburn.interop.tensors import Tensor, checked, tensors_of
@@ -102,6 +103,7 @@ def write(
             "rope_scaling.kind='llama3' together with qk_norm=true is nothing that llama.cpp runs; "
             "train with one of them, or export with --format hf"
         )
+    remove_stale(path.parent, path.name)
     parameters = checked(params, model, tokenizer)
     vocabulary = _vocabulary(tokenizer, model.vocab_size)
 

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from braeburn.config import Model
 from braeburn.data.tokenizer import Tokenizer
+from braeburn.disk import remove_stale
 from braeburn.errors import UserError
 from braeburn.interop.huggingface_config import parse_config, write_config
 from braeburn.interop.tensors import Tensor, checked, tensors_of
@@ -84,6 +85,7 @@ def write(
             f"d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which transformers refuses in "
             f"a Llama; train with d_model={-(-model.d_model // model.num_heads) * model.num_heads} or with qk_norm=true"
         )
+    remove_stale(directory.parent, directory.name)
     parameters = checked(params, model, tokenizer)
     partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex}")
     ids = tokenizer.special_ids() if tokenizer else {"bos_token_id": None, "eos_token_id": None}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from braeburn import extras
 from braeburn.errors import UserError
+from braeburn.launch.submit import check_line
 from braeburn.parallel.target import Target
 
 PORT = 8476
@@ -93,9 +94,14 @@ def manifest(
 
     Raises:
         UserError: `out` is no absolute path below a folder, there is no such slice of TPUs, or no JAX that could be
-            installed for the target.
+            installed for the target, or a value would not stay within its line of the manifest.
     """
     target.check_installable()
+    for option, value in (("--out", str(out)), ("RECIPE", arguments[0]), ("the name", name)):
+        check_line(option, value)
+    for option, value in (("--image", image), ("--claim", claim)):
+        if not re.fullmatch(r"[\w./:@-]+", value, re.ASCII):
+            raise UserError(f"{option} {value[:80]!a} is no name of Kubernetes; write it as `kubectl` shows it")
     if not out.is_absolute() or len(out.parts) < 3:
         raise UserError(f"--out {str(out)!r} must lie in the folder of the volume; give a path as /runs/{name}")
     facts, job = target.facts, "slice" if target.facts.maker == "google" else "node"

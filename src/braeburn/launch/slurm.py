@@ -1,11 +1,16 @@
 """The script that trains on a SLURM cluster."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from braeburn.errors import UserError
+from braeburn.launch.submit import check_line
 from braeburn.parallel.target import Target
+
+# Minutes, hours and days as sbatch reads them.
+TIME_LIMIT = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,9}-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.ASCII)
 
 # srun runs in the background: bash takes a signal only once a command in the foreground has ended.
 _TEMPLATE = """\
@@ -95,9 +100,19 @@ def script(
         max_restarts: restarts within one job, after failures.
 
     Raises:
-        UserError: the target is one of TPUs, or has no JAX that could be installed.
+        UserError: the target is one of TPUs, or has no JAX that could be installed, or a value would not stay within
+            its line of the script.
     """
     target.check_installable()
+    for option, value in (("--out", str(out)), ("RECIPE", arguments[0]), ("the name", name)):
+        check_line(option, value)
+    if not TIME_LIMIT.fullmatch(time):
+        raise UserError(
+            f"--time {time[:80]!a} is no limit that SLURM reads; write HH:MM:SS or D-HH:MM:SS, as in 1-00:00:00"
+        )
+    for option, given in (("--partition", partition), ("--account", account)):
+        if given is not None and not re.fullmatch(r"[\w.,@+-]+", given):
+            raise UserError(f"{option} {given[:80]!a} is no name of SLURM's; write the name that `sinfo` shows")
     nodes, each = target.slices * target.nodes_per_slice, target.chips_per_node * target.facts.devices_per_chip
     environment, srun = "", ""
     if target.facts.maker == "google":
@@ -119,7 +134,8 @@ def script(
         srun = " --gpu-bind=none"
     return _TEMPLATE.format(
         name=name,
-        job_name=f"braeburn-{name}",
+        # Spaces would end the name.
+        job_name="braeburn-" + re.sub(r"[^\w.+=@-]+", "-", name),
         target=target,
         shape=shape,
         out=shlex.quote(str(out)),

@@ -13,12 +13,13 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
+from braeburn.disk import scratch
 from braeburn.errors import UserError
 from braeburn.train import heartbeat
 from braeburn.train.guard import StopRequest
@@ -67,6 +68,11 @@ class Watch:
     def since(self) -> float:
         """When it last gave a sign."""
         return self._beat.time
+
+    @property
+    def order(self) -> tuple[int, bool]:
+        """How far it is: a step is made, then what comes before the next, as saving."""
+        return (-1 if self.step is None else self.step), self._beat.phase != "training"
 
     def observe(self, beat: heartbeat.Beat | None) -> None:
         """Takes a beat, the same as before or a new one."""
@@ -129,14 +135,16 @@ class GaveUp(Exception):
 class _Child:
     """One process with its group, its output and its beats."""
 
-    def __init__(self, index: int, command: Sequence[str], environ: Mapping[str, str], beats: Path, watch: Watch):
+    def __init__(
+        self, index: int, command: Sequence[str], environ: Mapping[str, str], beats: heartbeat.Beats, watch: Watch
+    ):
         self.index, self.watch = index, watch
         self.errors: list[str] = []
         self.output: list[str] = []
-        self._beats = beats / f"{index}"
+        self._beats = beats
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **environ, heartbeat.VARIABLE: str(self._beats)},
+            env={**os.environ, **environ, heartbeat.VARIABLE: str(beats.path)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -157,7 +165,16 @@ class _Child:
 
     def observe(self) -> None:
         """Reads its last beat."""
-        self.watch.observe(heartbeat.read(self._beats))
+        self.watch.observe(self._beats.read())
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has stopped it, where the system tells."""
+        try:
+            state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return False
+        return state in "Tt"
 
     def send(self, number: int) -> None:
         """Sends a signal to the process itself."""
@@ -185,6 +202,29 @@ class _Child:
                 with suppress(OSError):
                     sys.stderr.write(line if self.index == 0 or line.startswith(label) else label + line)
                     sys.stderr.flush()
+
+
+@contextmanager
+def _beats(number: int) -> Iterator[list[heartbeat.Beats]]:
+    """A file for the beats of each process: in memory, so that they do not wait for a disk, where there is room.
+
+    Raises:
+        UserError: there is no room anywhere.
+    """
+    folders = [Path("/dev/shm")] if os.access("/dev/shm", os.W_OK) else []
+    folders.append(Path(tempfile.gettempdir()))
+    for parent in folders:
+        with suppress(OSError), ExitStack() as held:
+            folder = held.enter_context(scratch(parent, "braeburn-beats"))
+            files = [heartbeat.Beats(folder / f"{index}") for index in range(number)]
+            kept = held.pop_all()
+            break
+    else:
+        raise UserError(f"no space left for the heartbeats of processes in {' or '.join(map(str, folders))}; free some")
+    with kept:
+        for file in files:
+            kept.callback(file.close)
+        yield files
 
 
 def _end_with_parent() -> Callable[[], None] | None:
@@ -278,12 +318,12 @@ class _Attempt:
 
     def run(self) -> Failure | None:
         """Returns what failed first, or None once all have ended well. None of the processes is left."""
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # beats must not wait for a disk
-        with tempfile.TemporaryDirectory(prefix=f"braeburn-{os.getpid()}-", dir=memory) as beats:
+        commands = self._supervisor.commands()
+        with _beats(len(commands)) as beats:
             try:
-                for index, (command, environ) in enumerate(self._supervisor.commands()):
+                for index, (command, environ) in enumerate(commands):
                     watch = Watch(self._supervisor.patience, time.monotonic())
-                    self.children.append(_Child(index, command, environ, Path(beats), watch))
+                    self.children.append(_Child(index, command, environ, beats[index], watch))
                 return self._watch()
             finally:
                 for child in self.children:
@@ -324,13 +364,22 @@ class _Attempt:
 
     def _hung(self) -> Failure | None:
         now = time.monotonic()
-        hung = [
-            (child.watch.since, child.index, child.watch.hung(now)) for child in self.children if child.code is None
-        ]
-        # Those that wait for it fell silent after the one that hangs.
-        for _, index, doing in sorted(entry for entry in hung if entry[2]):
-            return Failure(f"process {index} hangs: it {doing}", None)
-        return None
+        hung = [child for child in self.children if child.code is None and child.watch.hung(now)]
+        if not hung:
+            return None
+        stopped = [child for child in self.children if child.code is None and child.stopped]
+        if stopped:
+            first = min(stopped, key=lambda child: child.watch.since)
+            doing = first.watch.hung(now) or f"was stopped by a signal after step {first.watch.step}"
+            return Failure(f"process {first.index} hangs: it {doing}", None)
+        # The one that hangs is behind those that wait for it. At the same step it cannot be told from them: which of
+        # them was the last to say so is chance.
+        furthest_behind = min(child.watch.order for child in hung)
+        alike = [child for child in hung if child.watch.order == furthest_behind]
+        first = min(alike, key=lambda child: child.watch.since)
+        others = [str(child.index) for child in alike if child is not first]
+        waiting = f" (so it seems; process{'es' * (len(others) > 1)} {', '.join(others)} fell silent with it)"
+        return Failure(f"process {first.index} hangs: it {first.watch.hung(now)}{waiting if others else ''}", None)
 
     def _tell_restarted(self) -> None:
         seconds = round(time.monotonic() - self._began, 1)

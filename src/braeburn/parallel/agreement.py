@@ -1,7 +1,9 @@
 """What the processes of one run tell each other outside the step, through the coordinator that JAX keeps."""
 
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -13,7 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from braeburn.errors import Interrupted, UserError
 from braeburn.parallel.processes import ProcessLost
 
+log = logging.getLogger(__name__)
+
+# What the errors of JAX's coordinator and of collectives say.
+SIGNS_OF_A_LOST_PROCESS = ("coordination service", "Coordination service", "UNAVAILABLE", "Gloo", "NCCL", "heartbeat")
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
+_NONE, _SAID = "none", "said: "
 POLL_MILLISECONDS = 10_000
 BARRIER_MILLISECONDS = 3_600_000
 STOP = "braeburn/stop"
@@ -98,6 +105,61 @@ def meet(name: str, seconds: float) -> None:
     if jax.process_count() > 1:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _coordinator().wait_at_barrier(f"braeburn/{name}", int(1000 * seconds))
+
+
+def first_objection(name: str, objection: str | None) -> str | None:
+    """What the first process that objects says, the same answer in all of them; None where none does.
+
+    Args:
+        name: what is asked, in words that no other exchange of the run has.
+        objection: of this process; None where it has none.
+
+    Raises:
+        ProcessLost: another process ended before it answered.
+    """
+    if jax.process_count() == 1:
+        return objection
+    client, key = _coordinator(), f"braeburn/{name}"
+    # The main process collects, so that messages are as many as processes, not their square.
+    client.key_value_set(f"{key}/{jax.process_index()}", _NONE if objection is None else f"{_SAID}{objection}")
+    if jax.process_index() == 0:
+        answers = (_wait_for(f"{key}/{index}", name) for index in range(jax.process_count()))
+        client.key_value_set(key, next((answer for answer in answers if answer != _NONE), _NONE))
+    answer = _wait_for(key, name)
+    return None if answer == _NONE else answer.removeprefix(_SAID)
+
+
+def _wait_for(key: str, name: str) -> str:
+    """The value of a key, however long another process takes to set it."""
+    while True:
+        try:
+            return _coordinator().blocking_key_value_get(key, POLL_MILLISECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise ProcessLost(f"another process ended before {name}; its own message tells why") from error
+
+
+def tells_of_a_loss(error: Exception) -> bool:
+    """Whether an error of a collective or of the coordinator is one that follows when another process is gone."""
+    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
+        return False
+    return any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
+
+
+@contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Turns what collectives and the coordinator raise where another process is gone into one sentence.
+
+    Raises:
+        ProcessLost: another process of the run ended.
+    """
+    try:
+        yield
+    except Exception as error:
+        if tells_of_a_loss(error):
+            log.debug("another process ended", exc_info=error)
+            raise ProcessLost("another process of the run ended; its own message tells why") from error
+        raise
 
 
 def _coordinator() -> Any:

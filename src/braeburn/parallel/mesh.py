@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from braeburn.config import Mesh
+from braeburn.config import Mesh, divisors, some
 from braeburn.errors import UserError
 
 # Of each axis, its size along each dimension of a torus.
@@ -28,10 +28,9 @@ def resolve(mesh: Mesh, num_devices: int) -> Mesh:
     named = " x ".join(f"{axis}={size}" for axis, size in mesh.sizes.items() if size > 1)
     if inferred:
         if num_devices % known:
-            fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
             raise UserError(
                 f"mesh.{named.replace(' x ', ' x mesh.')} does not divide the {num_devices} devices; "
-                f"choose sizes whose product is one of {fits}"
+                f"choose sizes whose product is one of {some(divisors(num_devices))}"
             )
         return mesh.model_copy(update={inferred[0]: num_devices // known})
     if known > num_devices:

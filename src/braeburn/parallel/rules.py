@@ -11,7 +11,7 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-from braeburn.config import Mesh, MeshAxis, Model, Run
+from braeburn.config import Mesh, MeshAxis, Model, Run, divisors, some
 from braeburn.errors import UserError
 
 Kind = Literal["parameters", "optimizer", "activations"]
@@ -117,10 +117,10 @@ def check(
         except UserError as error:
             raise UserError(f"model parameter {path!r}: {error}") from None
     if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
-        fits = [n for n in _divisors(model.num_heads) if model.num_kv_heads % n == 0 or n % model.num_kv_heads == 0]
+        fits = [n for n in divisors(model.num_heads) if model.num_kv_heads % n == 0 or n % model.num_kv_heads == 0]
         raise UserError(
             f"mesh.tensor={tensor} neither divides nor is a multiple of model.num_kv_heads={model.num_kv_heads}; "
-            f"set mesh.tensor to one of {fits}"
+            f"set mesh.tensor to one of {some(fits)}"
         )
     stage = run.stages[name]
     sequences = stage.batch_size // stage.accumulation_steps
@@ -135,10 +135,10 @@ def check(
     if stage.sequence_length % pieces:
         axis = "context" if context > 1 else "tensor"
         others = pieces // sizes[axis]
-        fits = [n for n in _divisors(stage.sequence_length) if stage.sequence_length % (n * others) == 0]
+        fits = [n for n in divisors(stage.sequence_length) if stage.sequence_length % (n * others) == 0]
         raise UserError(
             f"stages.{name}: mesh.{axis}={sizes[axis]} splits sequences of {stage.sequence_length} tokens into "
-            f"{pieces} pieces, which do not come out even; set mesh.{axis} to one of {fits[:12] or [1]}"
+            f"{pieces} pieces, which do not come out even; set mesh.{axis} to one of {some(fits or [1])}"
         )
 
 
@@ -150,11 +150,7 @@ def _uneven(what: str, size: int, axes: tuple[str, ...], mesh: Mesh) -> str:
     # The axis whose own size alone mends it; fully sharded before the others, since it is the one inferred.
     remedies = []
     for axis in sorted(split, key=lambda axis: axis != "fsdp"):
-        fits = [n for n in _divisors(size) if size % (shards // split[axis] * n) == 0]
+        fits = [n for n in divisors(size) if size % (shards // split[axis] * n) == 0]
         if fits:
-            remedies.append(f"mesh.{axis} to one of {fits[:12]}")
+            remedies.append(f"mesh.{axis} to one of {some(fits)}")
     return f"{what} cannot be split into {shards} equal parts ({named}); set {' or '.join(remedies) or 'them to 1'}"
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -9,6 +9,9 @@ from itertools import product
 from braeburn.catalogue import Chip, catalogue
 from braeburn.errors import UserError, did_you_mean
 
+# More than have ever been in one place; with more, the search for layouts would not end.
+MOST_CHIPS = 2**20
+
 _SMALL = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"},
@@ -95,6 +98,8 @@ def parse_target(text: str, chips: Mapping[str, Chip] | None = None) -> Target:
     match = re.fullmatch(r"(?:([1-9]\d*)\s*[x×]\s*)?([1-9]\d*)", count)
     if not match:
         raise UserError(f"--on {text!r} is not a target; write {chip}:COUNT or {chip}:SLICESxCHIPS, as in {chip}:2x8")
+    if len(count) > 20 or int(match[1] or 1) * int(match[2]) > MOST_CHIPS:
+        raise UserError(f"--on {text[:60]!r}: there are no targets of more than {MOST_CHIPS:,} chips; name fewer")
     target = Target(chip, int(match[1] or 1), int(match[2]), chips[chip])
     per_node = target.facts.per_node
     if target.chips_per_slice > per_node and target.chips_per_slice % per_node:

@@ -1,5 +1,6 @@
 """The files of a run directory other than checkpoints, and the check that a run may go on in it."""
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -8,19 +9,23 @@ import os
 import platform
 import re
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from braeburn import __version__
 from braeburn.atomic import write_atomically
-from braeburn.config import Run, flatten, read_run
+from braeburn.config import Run, flatten, read_identity, read_run
 from braeburn.disk import locked
 from braeburn.errors import UserError
+from braeburn.jsonfile import json_lines
 from braeburn.train import tensorboard
-from braeburn.train.records import Records, json_line, json_lines
+from braeburn.train.records import Records, json_line
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +56,12 @@ class RunDirectory:
             raise UserError(f"--out {str(path)!r} is not a local folder; name a folder on a mounted file system")
         self.path, self.writes = path, writes
         self._events = Records(path / "events.jsonl", say, lines=True)
+        self._number: tuple[int, int] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = os.strerror(error.errno).lower() if error.errno else str(error)
+            number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
+            reason = os.strerror(number).lower() if number else str(error)
             raise UserError(f"--out {str(path)!r} cannot be created ({reason}); choose another folder") from None
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(
@@ -86,6 +93,7 @@ class RunDirectory:
             f"wait for it to end or stop it, or choose another --out"
         )
         with locked(self.path / ".lock", in_use):
+            self._number = _number(self.path)
             yield
 
     def begun(self) -> bool:
@@ -116,17 +124,44 @@ class RunDirectory:
             )
 
     def write_config(self, run: Run, origins: dict[str, str]) -> None:
-        """`config.json`: the whole run, where its values came from, and the versions that run it."""
+        """`config.json`: the whole run, where its values came from, and the versions that run it.
+
+        A run keeps the identity that it was begun with.
+        """
         packages = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "grain", "tokenizers")
         versions = {"braeburn": __version__, "python": platform.python_version()}
         versions |= {name: importlib.metadata.version(name) for name in packages}
-        content = {"run": run.model_dump(mode="json"), "provenance": origins, "versions": versions}
+        identity = (read_identity(self.path) if self.begun() else None) or uuid.uuid4().hex
+        content = {
+            "identity": identity,
+            "run": run.model_dump(mode="json"),
+            "provenance": origins,
+            "versions": versions,
+        }
         write_atomically(self.path / "config.json", json.dumps(content, indent=2) + "\n")
 
+    def require_present(self) -> None:
+        """Refuses to write into a folder that was put in the place of the run's, or to make it anew.
+
+        Raises:
+            UserError: the run directory was moved or deleted since it was claimed.
+        """
+        if self._number is not None and self._number != _number(self.path):
+            raise UserError(
+                f"the run directory {str(self.path)!r} was moved or deleted while it was trained in; "
+                f"put it back and run the same command to resume, or name its new place with --out"
+            )
+
     def event(self, kind: str, **details: Any) -> None:
-        """Appends a line to `events.jsonl`."""
-        if self.writes:
-            self._events.append(json_line({"event": kind, "time": round(time.time(), 3), **details}))
+        """Appends a line to `events.jsonl`; where there is no room for it, training goes on with a warning.
+
+        Raises:
+            UserError: the run directory is gone.
+        """
+        if not self.writes:
+            return
+        self.require_present()
+        self._events.append(json_line({"event": kind, "time": round(time.time(), 3), **details}))
 
     def forget_after(self, step: int) -> None:
         """Drops what was written of the steps beyond `step`, which are about to be made again."""
@@ -139,29 +174,59 @@ class RunDirectory:
 
     def rows(self, step: int) -> Iterator[dict[str, Any]]:
         """The rows of `metrics.jsonl` up to `step`."""
-        for row in json_lines(self.path / "metrics.jsonl"):
+        for row in _lines(self.path / "metrics.jsonl"):
             if isinstance(row.get("step"), int) and row["step"] <= step:
                 yield row
 
     def events(self, kind: str) -> Iterator[dict[str, Any]]:
         """The events of one kind that tell of a step, in order."""
-        for event in json_lines(self.path / "events.jsonl"):
+        for event in _lines(self.path / "events.jsonl"):
             if event.get("event") == kind and isinstance(event.get("step"), int):
                 yield event
 
     def stage_results(self, step: int) -> list[dict[str, Any]]:
         """The end of each stage finished by `step`, as its event tells: stage, step, tokens, loss and held_out."""
         ends = {}
-        for event in self.events("stage_end"):
-            if event["step"] <= step:
-                ends[event["stage"]] = {name: v for name, v in event.items() if name not in ("event", "time")}
+        for event in _lines(self.path / "events.jsonl"):
+            if event.get("event") == "stage_end":
+                with suppress(ValidationError):
+                    end = _StageEnd.model_validate(event)
+                    if end.step <= step:
+                        ends[end.stage] = end.model_dump()
         return list(ends.values())
 
-    def recent_loss(self, stage: str) -> float | None:
-        """Mean loss of the last steps of a stage, up to 20, in nats per token; None where no row is left of it."""
-        rows = (row for row in json_lines(self.path / "metrics.jsonl") if row.get("stage") == stage)
-        losses = deque((row.get("loss") for row in rows), 20)
-        return sum(math.nan if loss is None else loss for loss in losses) / len(losses) if losses else None
+    def recent_loss(self, stage: str) -> float:
+        """Mean loss of the last steps of a stage, up to 20, in nats per token; NaN where their rows are gone."""
+        rows = _lines(self.path / "metrics.jsonl")
+        losses = deque((row.get("loss") for row in rows if row.get("stage") == stage), 20)
+        numbers = [loss if isinstance(loss, int | float) else math.nan for loss in losses]
+        return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+class _StageEnd(BaseModel):
+    """What the event of a stage's end tells."""
+
+    stage: str
+    step: int
+    tokens: int
+    loss: float | None
+    held_out: dict[str, dict[str, int | float | None]]
+    skipped: int = 0
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, none where someone has deleted it."""
+    with suppress(FileNotFoundError):
+        yield from json_lines(path)
+
+
+def _number(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that is put in its place; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _begun_stages(run: Run, step: int) -> list[str]:

@@ -1,14 +1,10 @@
-"""What watches over a run from outside the step: requests to stop, disk space, and loss of course."""
+"""What watches over a run from outside the step: requests to stop, and loss of course."""
 
-import errno
 import math
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -131,28 +127,3 @@ def check_share_of_skips(run: Run, stage: str, skipped: int) -> None:
 def _begin_again(run: Run, stage: str) -> str:
     lower = run.stages[stage].learning_rate / 10
     return f"begin again in another folder with a lower learning rate, as --set stages.{stage}.learning_rate={lower:g}"
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Turns a failure to write to a run directory, whoever met it, into a sentence.
-
-    Raises:
-        UserError: the disk is full or must not be written.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # Checkpoints are written in C++, whose errors have no number.
-        number, text = getattr(error, "errno", None), str(error)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "Disk quota exceeded" in text:
-            free = shutil.disk_usage(directory).free
-            raise UserError(
-                f"no space left in {str(directory)!r} ({free:,} bytes free); earlier checkpoints are whole: free some "
-                f"space or lower checkpoint.keep_last, then run the same command to resume"
-            ) from error
-        if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
-            raise UserError(f"{str(directory)!r} cannot be written to; choose another folder with --out") from error
-        raise

@@ -19,15 +19,15 @@ from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.mixture import rounded_shares
 from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
-from braeburn.disk import check_space
+from braeburn.disk import check_space, explaining
 from braeburn.errors import Interrupted, UserError
-from braeburn.model import transformer
 from braeburn.model.spec import Tree
 from braeburn.optim.build import begin_stage
 from braeburn.parallel.agreement import (
     AnyProcess,
     main_first,
     meet,
+    noticing_loss,
     said_by_main,
     tell_to_stop,
     told_to_stop,
@@ -35,11 +35,11 @@ from braeburn.parallel.agreement import (
 )
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.processes import ProcessLost
-from braeburn.train.checkpoint import Checkpoints
+from braeburn.train.checkpoint import Checkpoints, Fault
 from braeburn.train.compression import enter, leave, of_model, use_of
 from braeburn.train.directory import RunDirectory
 from braeburn.train.environment import unused_accelerator
-from braeburn.train.guard import StopRequest, check_share_of_skips, writing
+from braeburn.train.guard import StopRequest, check_share_of_skips
 from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.initial import initial_weights
@@ -68,7 +68,7 @@ from braeburn.train.teaching import (
     teacher_stores,
     teachers_of,
 )
-from braeburn.train.trained import require_same_tokenizer
+from braeburn.train.trained import require_same_model, require_same_tokenizer
 
 SECONDS_BETWEEN_WARNINGS = 60.0
 # For worker processes to end by themselves, and for their reader to see that they are gone; grain alone would wait
@@ -130,13 +130,14 @@ def train(
     stop = StopRequest(tell_to_stop, told_to_stop)
     with ExitStack() as held, Display(run.total_steps, quiet=not main) as display, stop:
         directory = RunDirectory(out, writes=main, say=display.say)
-        held.enter_context(writing(directory.path))
+        held.enter_context(explaining(directory.path))
+        held.enter_context(noticing_loss())
         resumed: int | None = None
 
         def begin() -> _Loop:
             nonlocal resumed
             main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
-            resumed, tokenizer = _resume_point(directory, run)
+            resumed, tokenizer, faults = _resume_point(directory, run)
             saved = saved_text(directory, resumed or 0)
             start = initial_weights(run, directory.path, resumed, find_teacher)
             if start and tokenizer is None:
@@ -170,6 +171,7 @@ def train(
                 loop = _Loop(run, directory, layouts, teachers, found, ahead, display, stop, heartbeat, follow)
                 stop.check()
                 if main:
+                    _set_aside(directory, faults, resumed, display.say)
                     # Nothing was written until here, where no mistake of the user's is left to be found.
                     directory.write_config(run, origins or {})
                     found.tokenizer.save_all(directory.path)
@@ -234,21 +236,20 @@ def calibration(stage: Stage, batches: Batches, layout: Layout) -> Iterator[Batc
         yield layout.place(batches[index], batches.rows, stage.batch_size)
 
 
-def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokenizer | None]:
-    """The step to resume from and the tokenizer to go on with, once `run` may go on here; Nones to begin."""
+def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokenizer | None, list[Fault]]:
+    """Where `run` may go on here: from which step, with which tokenizer (Nones to begin), past which damage."""
     if not directory.begun():
-        return None, None
+        return None, None, []
     checkpoints = Checkpoints(directory.path) if (directory.path / "checkpoints").is_dir() else None
-    step = checkpoints.newest() if checkpoints else None
+    step, faults = checkpoints.newest_sound() if checkpoints else (None, [])
+    if checkpoints and step is None and faults:
+        # Beginning again by itself would be the loss of all that was trained.
+        raise UserError(checkpoints.sentence(faults[0], []))
     directory.check_unchanged(run, step or 0)
     tokenizer = Tokenizer.load(directory.tokenizer) if directory.tokenizer.exists() else None
     if checkpoints and step is not None:
         fields, saved_json = checkpoints.restore_run(step)
-        if transformer.param_specs(validate(fields).model) != transformer.param_specs(run.model):
-            raise UserError(
-                f"model differs from that of checkpoint {step} in {str(directory.path)!r}; "
-                f"put the fields of model back, or choose another --out"
-            )
+        require_same_model(run, validate(fields), step, directory.path)
         saved = Tokenizer.from_json(saved_json)
         require_same_tokenizer(tokenizer or saved, saved, directory.tokenizer, step)
         tokenizer = saved
@@ -257,7 +258,18 @@ def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokeni
             f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of the run in {str(directory.path)!r}; "
             f"leave data.tokenizer unset to go on with that one, or choose another --out"
         )
-    return step, tokenizer
+    return step, tokenizer, faults
+
+
+def _set_aside(directory: RunDirectory, faults: list[Fault], resumed: int | None, say: Callable[[str], None]) -> None:
+    """Keeps damaged checkpoints under other names, since their steps are about to be made again; tells of each."""
+    for fault in faults:
+        kept = Checkpoints(directory.path).set_aside(fault)
+        directory.event("damage", step=fault.step, reason=fault.reason, kept=kept.name, resumed=resumed)
+        say(
+            f"warning: checkpoint {fault.step} is damaged ({fault.reason}); it is kept as {str(kept)!r}, "
+            f"and training goes on from step {resumed}"
+        )
 
 
 @dataclass
@@ -578,6 +590,7 @@ class _Loop:
     def _save(self, state: TrainState) -> None:
         step = int(state.step)
         self.heartbeat.phase("saving")
+        self.directory.require_present()
         facts = {"text": self.prepared.fingerprints}
         if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.to_json(), facts):
             self.directory.event("checkpoint", step=step)

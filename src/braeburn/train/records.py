@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,3 @@ class Records:
 def json_line(fields: dict[str, Any]) -> bytes:
     """An object as a line of JSON."""
     return (json.dumps(fields) + "\n").encode()
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, but for a line that was cut short, as by a kill; none without the file."""
-    try:
-        file = path.open(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return
-    with file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    yield row

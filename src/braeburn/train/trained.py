@@ -1,13 +1,12 @@
 """What a run directory holds for use after training."""
 
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from braeburn.config import Checkpoint, Model, Run, flatten, read_run
+from braeburn.config import Checkpoint, Model, Run, flatten, read_run, validate
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer_settings import TOKENIZER_CONFIG
+from braeburn.disk import explaining, scratch
 from braeburn.errors import UserError
 from braeburn.model import transformer
 from braeburn.model.spec import Tree, abstract
@@ -43,22 +42,37 @@ def load(directory: Path) -> Trained:
     """Reads the newest checkpoint of a run directory.
 
     Raises:
-        UserError: the folder holds no run or no whole checkpoint, or its tokenizer is not the checkpoint's.
+        UserError: the folder holds no run or no checkpoint, the newest is damaged or of another model than the run, or
+            its tokenizer is not the run's.
     """
-    run = read_run(directory)
+    run = received_run(directory)
     checkpoints = Checkpoints(directory)
     step = checkpoints.newest()
     if step is None:
         raise UserError(f"{str(directory)!r} holds no complete checkpoint; train for at least one checkpoint first")
+    checkpoints.require_sound(step, ("params", "run"))
+    fields, saved_tokenizer = checkpoints.restore_run(step)
+    require_same_model(run, validate(fields), step, directory)
     model, sequence_length = model_at(run, step)
     params = _params(run, step, checkpoints)
-    _, saved_tokenizer = checkpoints.restore_run(step)
     saved = Tokenizer.from_json(saved_tokenizer)
     tokenizer = read_tokenizer(directory)
     require_same_tokenizer(tokenizer, saved, directory / "tokenizer.json", step)
     if not (directory / TOKENIZER_CONFIG).exists():  # as in run directories of earlier versions
         tokenizer = saved
     return Trained(run, step, model, params, tokenizer, sequence_length)
+
+
+def received_run(directory: Path) -> Run:
+    """The run of a directory that is read and not trained in, with the user's own cache of tokenised text.
+
+    The folder may come from someone else, and so its `data.cache` may be any folder of this machine.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    run = read_run(directory)
+    return run.model_copy(update={"data": run.data.model_copy(update={"cache": None})})
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -80,6 +94,27 @@ def _params(run: Run, step: int, checkpoints: Checkpoints) -> Tree:
     return checkpoints.restore_params(step, abstract(transformer.param_specs(model_at(run, step)[0])))
 
 
+# What may differ between the model of a configuration and that of a checkpoint: how it is computed, or trained.
+_NOT_COMPARED = {"scan_layers", "max_position_embeddings", "z_loss"}
+
+
+def require_same_model(run: Run, saved: Run, step: int, directory: Path) -> None:
+    """Refuses a run whose model is not that which a checkpoint was trained with.
+
+    Raises:
+        UserError: naming the first field that differs.
+    """
+    if step > min(run.total_steps, saved.total_steps):
+        raise UserError(f"checkpoint {step} of {str(directory)!r} lies beyond the run's {run.total_steps} steps")
+    ours, theirs = (model_at(each, step)[0].model_dump(exclude=_NOT_COMPARED) for each in (run, saved))
+    for field, value in ours.items():
+        if value != theirs[field]:
+            raise UserError(
+                f"model.{field} is {value!r}, but checkpoint {step} of {str(directory)!r} was trained with "
+                f"{theirs[field]!r}; put the fields of model back, in the recipe and in config.json"
+            )
+
+
 def require_same_tokenizer(present: Tokenizer, saved: Tokenizer, path: Path, step: int) -> None:
     """Refuses a tokenizer other than the one that a checkpoint was trained with.
 
@@ -97,11 +132,14 @@ def ordinary_step(run: Run, directory: Path, step: int | None = None) -> int:
     """A checkpoint's step, the newest by default, if it holds a model as it is between stages or while one trains it.
 
     Raises:
-        UserError: there is none, or it was made in the middle of a stage that cuts or rounds at its end.
+        UserError: there is none, it is damaged, or it was made in the middle of a stage that cuts or rounds at its end.
     """
-    step = Checkpoints(directory).newest() if step is None else step
-    if step is None or not (directory / "checkpoints" / str(step)).is_dir():
+    checkpoints = Checkpoints(directory)
+    step = checkpoints.newest() if step is None else step
+    if step not in checkpoints.steps():
         raise UserError(f"{str(directory)!r} holds no complete checkpoint; train for at least one checkpoint first")
+    assert step is not None
+    checkpoints.require_sound(step, ("params", "run"))
     if step < run.total_steps:
         name, _, index = run.stage_at(step)
         if index and use_of(run, name):
@@ -115,7 +153,8 @@ def ordinary_step(run: Run, directory: Path, step: int | None = None) -> int:
 def found_run(out: Path, run: Run, state: TrainState, tokenizer: Tokenizer, origin: str, source: Path) -> None:
     """Makes a run directory whose checkpoint 0 holds a state.
 
-    It is built beside its place and renamed, so that an interrupted call leaves nothing that looks whole.
+    It is built beside its place and renamed, so that an interrupted call leaves nothing that looks whole. What a
+    killed call has left is removed by the next.
 
     Args:
         out: the folder, new or empty.
@@ -125,18 +164,16 @@ def found_run(out: Path, run: Run, state: TrainState, tokenizer: Tokenizer, orig
         origin: of the run's values, and the kind of the event that tells of the making.
         source: the folder that it was made from.
     """
-    # A name that nothing else has: what lies beside `out` is not this call's to remove.
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial-{uuid.uuid4().hex}")
-    try:
-        directory = RunDirectory(partial)
-        tokenizer.save_all(partial)
-        checkpoints = Checkpoints(partial, Checkpoint())
+    out = out.absolute()
+    RunDirectory(out.parent)  # with one sentence where it cannot be made
+    with explaining(), scratch(out.parent, out.name) as folder:
+        directory = RunDirectory(folder / out.name)
+        directory.write_config(run, {path: origin for path, _ in flatten(run.model_dump())})
+        tokenizer.save_all(directory.path)
+        checkpoints = Checkpoints(directory.path, Checkpoint())
         checkpoints.save(0, state, run, tokenizer.to_json())
         checkpoints.close()
-        directory.write_config(run, {path: origin for path, _ in flatten(run.model_dump())})
         directory.event(origin, source=str(source))
         if out.exists():
             out.rmdir()
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        directory.path.replace(out)
