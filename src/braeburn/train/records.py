@@ -1,6 +1,7 @@
 """Files that a run appends records to as it goes: they never stop it, whatever becomes of the disk."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -36,6 +37,7 @@ class Records:
         self._bytes = self._dropped = 0
         self._failing = False
         self._file: io.FileIO | None = None
+        self._folder: tuple[int, int] | None = None
 
     def append(self, record: bytes) -> None:
         """Writes a record, and before it those that wait."""
@@ -89,7 +91,7 @@ class Records:
             self._bytes -= len(self._waiting.popleft())
 
     def _opened(self) -> io.FileIO:
-        """The open file, which is begun anew where it was removed or renamed meanwhile."""
+        """The open file, which is begun anew where it was removed or renamed meanwhile, in the same folder only."""
         if self._file is not None:
             try:
                 if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
@@ -98,6 +100,11 @@ class Records:
                 pass
             self._file.close()
         self._file = None
+        status = self.path.parent.stat()
+        folder = status.st_dev, status.st_ino
+        if self._folder not in (None, folder):
+            raise FileNotFoundError(errno.ENOENT, "its folder was moved or deleted", str(self.path))
+        self._folder = folder
         self._file = io.FileIO(self.path, "a+")
         return self._file
 

@@ -57,7 +57,7 @@ class EventFile:
         path = next(p for n in itertools.count() if not (p := self._folder / f"{begun}.{n}").exists())
         records = Records(path, self._say)
         with contextlib.suppress(OSError):  # the first record finds out, and says so
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
         version = self._new(0)
         version.file_version = "brain.Event:2"
         records.append(_framed(version.SerializeToString()))
