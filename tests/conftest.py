@@ -28,6 +28,7 @@ else:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="braeburn-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from braeburn.config import Run, override  # noqa: E402
@@ -52,6 +53,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker(OPTIMIZED):
             item.add_marker(elsewhere)
 
+
+# How long an example takes depends on what else the machine does, and on what has been compiled.
+hypothesis.settings.register_profile("braeburn", deadline=None)
+hypothesis.settings.load_profile("braeburn")
 
 # In the standard library of every Python from 3.11 to 3.13; the last seven are of more than 32 KiB.
 FILES = [
