@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from braeburn import __version__
 from braeburn.atomic import write_atomically
 from braeburn.config import Run, flatten, read_identity, read_run
-from braeburn.disk import explained, locked
+from braeburn.disk import explained, explaining, locked
 from braeburn.errors import UserError
 from braeburn.jsonfile import append_json_line, json_lines
 
@@ -202,8 +202,12 @@ class _StageEnd(BaseModel):
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, none where someone has deleted it."""
-    with suppress(FileNotFoundError):
+    """The objects of a file of JSON lines, none where someone has deleted it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with explaining(path.parent), suppress(FileNotFoundError):
         yield from json_lines(path)
 
 
