@@ -6,7 +6,7 @@
 #   make test-other    the tests that depend most on versions, on another Python than `make test` takes
 #   make test-install    every extra resolved by pip with its pins; the wheel in an empty environment
 #   make fuzz    at least 2,000 damaged inputs of every kind: no traceback, no hang, nothing written elsewhere (five minutes)
-#   make test-kill    four processes, one of which is killed at random five times over (minutes)
+#   make test-kill    kills and requests to stop at random moments and in every phase, of one process and of four (minutes)
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
@@ -133,7 +133,7 @@ fuzz: setup
 	$(BIN)/python tests/fuzz/run.py
 
 test-kill: setup
-	$(BIN)/python -m pytest --durations=0 tests/launch/on_kills.py
+	$(BIN)/python -m pytest -s --durations=0 tests/launch/on_stops.py tests/launch/on_kills.py
 
 test-slurm: setup
 	@for program in slurmctld slurmd munged; do command -v $$program >/dev/null || \

@@ -12,7 +12,7 @@ from typing import Any
 
 from braeburn.cli import main
 
-PROGRAM = [sys.executable, "-c", "from braeburn.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from braeburn.cli import console; console()"]
 
 
 @dataclass(frozen=True)

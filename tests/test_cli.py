@@ -12,7 +12,7 @@ from braeburn.config import read_run
 from braeburn.model import transformer
 from braeburn.recipes import BUILT_IN
 from braeburn.train.trained import load
-from support import braeburn, contents, process, rows
+from support import braeburn, contents, events, process, rows
 
 COMMANDS = ["recipes", "explain", "chips", "plan", "compile", "train", "evaluate", "generate", "import", "export"]
 
@@ -167,8 +167,7 @@ def test_evaluating_files_counts_their_bytes(finished: Path, tmp_path: Path) -> 
 def test_evaluating_the_held_out_text_repeats_the_last_stage(finished: Path, tiny_arguments: list[str]) -> None:
     evaluated = results(finished)["results"]
     assert set(evaluated) == {"code", "prose", "long"}
-    last = json.loads((finished / "events.jsonl").read_text().splitlines()[-3])
-    assert last["event"] == "stage_end"
+    last = events(finished, "stage_end")[-1]
     for source, figures in last["held_out"].items():
         assert evaluated[source]["loss"] == pytest.approx(figures["loss"], rel=1e-5)
         assert evaluated[source]["bytes"] == figures["bytes"]

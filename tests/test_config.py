@@ -366,6 +366,82 @@ def test_recipe_files_that_cannot_be_loaded(tmp_path: Path) -> None:
         load(f"{broken}:run")
 
 
+def typed(*assignments: str) -> dict[str, object]:
+    """Assignments as they are typed on the command line."""
+    return dict(parse_assignment(text) for text in assignments)
+
+
+def test_one_value_stands_for_a_list_of_one() -> None:
+    run = override(
+        RUNS["afm-tiny"],
+        typed(
+            "data.sources.code.paths=txt/*.txt",
+            "remat.policy=save_named",
+            "remat.names=query",
+            "offload.activations=query",
+            'mesh.torus={"fsdp": 4}',
+        ),
+    )
+    assert run.data.sources["code"].paths == ("txt/*.txt",)
+    assert run.remat.names == run.offload.activations == ("query",)
+    assert run.mesh.torus == {"fsdp": (4,)}
+    with pytest.raises(UserError, match=r"remat\.names\.0='qeury' is not valid"):
+        override(RUNS["afm-tiny"], typed("remat.names=qeury"))
+
+
+@pytest.mark.parametrize("value", ["123", "1e5", "true", "0.50"])
+def test_text_may_look_like_a_number(value: str) -> None:
+    run = override(RUNS["afm-tiny"], typed(f"name={value}", f"data.cache={value}", f"data.sources.code.field={value}"))
+    assert (run.name, run.data.cache, run.data.sources["code"].field) == (value, value, value)
+    assert override(run, typed("data.cache=null")).data.cache is None
+
+
+def test_a_source_and_a_stage_are_added_by_their_fields() -> None:
+    fields = {
+        "data.sources.mine.paths": "mine/*.txt",
+        "stages.extra.tokens": "4096",
+        "stages.extra.sequence_length": "128",
+        "stages.extra.batch_tokens": "1024",
+        "stages.extra.learning_rate": "1e-3",
+        "stages.extra.mixture.mine": "1",
+        "stages.extra.schedule.decay": "linear",
+    }
+    run = override(RUNS["afm-tiny"], typed(*(f"{path}={value}" for path, value in fields.items())))
+    assert run.data.sources["mine"].paths == ("mine/*.txt",)
+    assert list(run.stages) == [*RUNS["afm-tiny"].stages, "extra"]
+    assert (run.stages["extra"].steps, run.stages["extra"].schedule.decay) == (4, "linear")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        (
+            "data.sources.cod.paths=x",
+            "data.sources.cod is a new source that no stage draws from; did you mean 'code'? Otherwise add its weight, "
+            "as --set stages.core.mixture.cod=1",
+        ),
+        (
+            "data.sources.code.paths=['a', 'b']",
+            """data.sources.code.paths: "['a', 'b']" is no list in JSON; write it with double quotes, as ["a", "b"]""",
+        ),
+        ("stages.coer.tokens=1", "'coer' is a new stage; did you mean the stage 'core'?"),
+        ("stages.other.tokens=1", "stages.other.sequence_length is missing; give it a value, since 'other' is a new"),
+        ("stages.other.tokns=1", "is not a field"),
+        ("data.sources.mine.path=x", "is not a field"),
+        (f"seed={2**64}", "it should be less than 18446744073709551616"),
+    ],
+)
+def test_what_is_typed_wrongly(assignment: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        override(RUNS["afm-tiny"], typed(assignment))
+    assert message in str(refused.value)
+    assert len(str(refused.value)) < 400
+
+
+def test_nothing_need_be_held_out() -> None:
+    assert override(RUNS["afm-tiny"], typed("data.held_out=0")).data.held_out == 0
+
+
 def test_replace_validates_and_keeps_what_was_left_at_its_default() -> None:
     run = RUNS["quickstart"]
     core = run.stages["core"]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -467,6 +468,39 @@ def test_sampling_out_of_range(finished: Path, option: str, value: str, sentence
     assert sentence in refused(finished, "generate", finished, "--prompt", "x", option, value)
 
 
+@pytest.mark.parametrize("arguments", [("--prompt", "caf\udce9"), ("--prompt", "x", "--seed", "\udcff")])
+def test_what_is_not_utf_8(finished: Path, arguments: tuple[str, ...]) -> None:
+    sentence = refused(finished, "generate", finished, *arguments)
+    assert f"the argument {arguments[-1]!r} is not UTF-8; write it in UTF-8" in sentence
+
+
+def test_text_longer_than_the_context_is_warned_of(finished: Path) -> None:
+    answer = braeburn("generate", finished, "--prompt", "x = 1\n" * 200, "--max-new-tokens", 1)
+    assert answer.code == 0
+    assert "warning: the prompt alone has up to " in answer.err and "sequences of at most 256" in answer.err
+    answer = braeburn("generate", finished, "--prompt", "x", "--max-new-tokens", 300)
+    (limit,) = re.findall(r"set --max-new-tokens to at most (\d+)", answer.err)
+    assert braeburn("generate", finished, "--prompt", "x", "--max-new-tokens", limit).err == ""
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63, 2**64 - 1])
+def test_large_seeds_train_another_model(finished: Path, tiny_arguments: list[str], tmp_path: Path, seed: int) -> None:
+    command = ["train", *tiny_arguments, "--set", f"seed={seed}", "--out", tmp_path / "run"]
+    answer = braeburn(*command, "--stop-after-steps", 1)
+    assert answer.code == 0, answer.err
+    assert rows(tmp_path / "run")[0]["loss"] != rows(finished)[0]["loss"]
+    assert braeburn(*command, "--stop-after-steps", 1).code == 0
+
+
+def test_nothing_held_out(tiny_arguments: list[str], tmp_path: Path) -> None:
+    command = ["train", *tiny_arguments, "--set", "data.held_out=0", "--out", tmp_path, "--stop-after-steps", 6]
+    answer = braeburn(*command)
+    assert answer.code == 0, answer.err
+    assert "warning" not in answer.err.replace("warning: using 1 of 8 devices", "")
+    assert answer.out.splitlines()[1].split()[3:] == ["-", "-", "-"]
+    assert "the run holds out no text; name files with --data" in braeburn("evaluate", tmp_path).error
+
+
 def mount(folder: Path, *options: str) -> bool:
     command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
     return (
@@ -536,6 +570,66 @@ def test_a_disk_that_fills_up_during_a_checkpoint(small_disk: Path, finished: Pa
     assert answer.code == 0, answer.err
     assert [(row["step"], row["loss"]) for row in rows(out)] == [(row["step"], row["loss"]) for row in rows(finished)]
     assert [event["step"] for event in events(out, "stop")] == [6, 14]
+
+
+@on_a_disk("4m")
+def test_a_disk_that_fills_between_checkpoints(small_disk: Path, tiny_arguments: list[str]) -> None:
+    """The run goes on without its logs, heeds a request to stop, and says what is wrong once it cannot save."""
+    out, ballast = small_disk / "run", small_disk / "ballast"
+    arguments = ["train", *tiny_arguments, "--out", str(out), "--set", "checkpoint.every_steps=100000"]
+    long = ["--set", "stages.core.tokens=102400000"]
+    training = subprocess.Popen([*PROGRAM, *arguments, *long], stderr=subprocess.PIPE, text=True)
+    wait_for_rows(out, training)
+    ballast.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 4096))
+    wait_until_full(out)
+    assert training.poll() is None
+    training.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, log = training.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert training.returncode == 2, log
+    assert "Traceback" not in log and "Exception" not in log
+    assert log.splitlines()[-1].startswith("error: no space left")
+    for name in ("metrics.jsonl", "events.out.tfevents"):
+        assert len(re.findall(f"warning: '.*{name}.*' cannot be written .No space left", log)) == 1
+    ballast.unlink()
+    before = rows(out)
+    assert [row["step"] for row in before] == list(range(1, len(before) + 1))
+    answer = process(*arguments, *long, "--stop-after-steps", 2)
+    assert answer.code == 0, answer.err
+    assert [row["loss"] for row in rows(out)] == [row["loss"] for row in before[:2]]
+
+
+def wait_until_full(out: Path) -> None:
+    """Returns once the run's files have not grown for a second."""
+    sizes: list[int] = []
+    deadline = time.monotonic() + 100
+    while len(sizes) < 10 or sizes[-1] != sizes[-10]:
+        assert time.monotonic() < deadline
+        sizes.append(sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
+        time.sleep(0.1)
+
+
+def wait_for_rows(out: Path, training: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < 3:
+        assert training.poll() is None and time.monotonic() < deadline, training.communicate()
+        time.sleep(0.01)
+
+
+@on_a_disk("64k")
+def test_a_full_disk_below_tensorboard(
+    small_disk: Path, finished: Path, copied: Path, tiny_arguments: list[str]
+) -> None:
+    for step in ("10", "14"):
+        shutil.rmtree(copied / "checkpoints" / step)
+    (small_disk / "ballast").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
+    shutil.rmtree(copied / "tensorboard")
+    (copied / "tensorboard").symlink_to(small_disk)
+    answer = process("train", *tiny_arguments, "--out", copied, timeout=100)
+    assert answer.code == 0, answer.err
+    assert answer.err.count("cannot be written") == answer.err.count("records could not be written") == 1
+    assert [row["loss"] for row in rows(copied)] == [row["loss"] for row in rows(finished)]
 
 
 def test_a_limit_on_the_size_of_files(finished: Path, tiny_arguments: list[str], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from braeburn import __version__
+from braeburn.background import ending_process
 from braeburn.disk import explained
 from braeburn.errors import UserError
 from braeburn.parallel import processes
@@ -52,13 +53,15 @@ def console() -> None:
     if sys.argv[1:2] == ["train"] and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
-    main()
+    with ending_process(processes.wait_for_others):
+        main()
 
 
 def main() -> None:
     """Runs the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
     quieten_orbax()
     try:
+        _check_encoding(sys.argv[1:])
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="braeburn", standalone_mode=False))
     except UserError as error:
         message = str(error)
@@ -81,6 +84,21 @@ def main() -> None:
         processes.leave(1)
     processes.report(message)
     processes.leave(2)
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Refuses arguments that are not UTF-8: prompts become tokens, names and paths JSON, and neither can hold them.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the argument {argument!r} is not UTF-8; write it in UTF-8, or rename the file or folder that it names"
+            ) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -288,12 +306,12 @@ def train(
     from braeburn.train.loop import train
 
     outcome = train(run, out, origins=origins, stop_after_steps=stop_after_steps, find_teacher=find_teacher)
-    if not processes.is_main():
-        return
-    if as_json:
+    if processes.is_main() and as_json:
         _print_json({"step": outcome.step, "finished": outcome.finished, "stages": outcome.stages})
-        return
-    _print_stages(outcome.stages)
+    elif processes.is_main():
+        _print_stages(outcome.stages)
+    if processes.joined() and not outcome.finished:
+        processes.leave(0)  # where one was stopped at work that goes on, JAX would wait at exit for all to end well
 
 
 def _print_stages(stages: list[dict[str, Any]]) -> None:
@@ -302,7 +320,8 @@ def _print_stages(stages: list[dict[str, Any]]) -> None:
     for stage in stages:
         for source, held_out in stage["held_out"].items() or [("-", None)]:
             figures = (f"{held_out['loss']:.4f}", f"{held_out['bits_per_byte']:.4f}") if held_out else ("-", "-")
-            rows.append((stage["stage"], f"{stage['tokens']:,}", f"{stage['loss']:.4f}", source, *figures))
+            loss = "-" if stage["loss"] is None else f"{stage['loss']:.4f}"  # its rows were lost
+            rows.append((stage["stage"], f"{stage['tokens']:,}", loss, source, *figures))
     if stages:
         _print_rows(rows)
 
@@ -334,6 +353,7 @@ def evaluate(
     from braeburn.train.trained import load
 
     trained = load(directory)
+    _warn_of_unused_accelerator()
     texts = [*(data or []), *(more or [])]
     windows = Windows(sequence_length, stride)
     results = evaluate_files(trained, texts, field, windows) if texts else evaluate_held_out(trained, windows)
@@ -374,11 +394,20 @@ def generate(
     from braeburn.train.trained import load
 
     trained = load(directory)
+    _warn_of_unused_accelerator()
     tokenizer = trained.tokenizer
     if chat:
         prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in prompt]
     else:
         prompts = [tokenizer.encode_prompt(text) for text in prompt]
+    longest, context = max(map(len, prompts)), trained.sequence_length
+    if context and longest + max_new_tokens > context:
+        what = "the prompt alone has" if longest >= context else f"with --max-new-tokens {max_new_tokens} there are"
+        _say(
+            f"warning: {what} up to {longest if longest >= context else longest + max_new_tokens} tokens, and the "
+            f"model was trained on sequences of at most {context}: expect poor text beyond; shorten the prompt"
+            f"{'' if longest >= context else f', or set --max-new-tokens to at most {context - longest}'}"
+        )
     default, not_applied = sampling_defaults(tokenizer.sampling)
     if not_applied:
         print(f"the model asks for {', '.join(not_applied)}, which is not applied here", file=sys.stderr)
@@ -714,6 +743,21 @@ def _begin_computing() -> None:
     cache_compilations()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("braeburn").setLevel(logging.INFO if processes.is_main() else logging.WARNING)
+
+
+def _warn_of_unused_accelerator() -> None:
+    """Says so where JAX, which has begun, computes on the CPU of a machine that has a GPU or a TPU."""
+    import jax
+
+    from braeburn.train.environment import unused_accelerator
+
+    if warning := unused_accelerator(jax.default_backend()):
+        _say(warning)
+
+
+def _say(line: str) -> None:
+    """A line for the user on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print_json(value: Any) -> None:

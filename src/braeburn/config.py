@@ -4,6 +4,7 @@ A recipe is a function that returns a `Run`; `override` makes another `Run` from
 tells where each value came from. Nothing here imports JAX, so a bad value is refused before an accelerator is touched.
 """
 
+import difflib
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from braeburn.disk import explained
 from braeburn.errors import UserError, did_you_mean
@@ -45,6 +46,20 @@ def check_name(name: str) -> str:
 # Of a run, a stage or a source: each becomes a part of names of files, of a script's lines, of a job's name.
 Name = Annotated[str, AfterValidator(check_name)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+# The random keys of weights take 32 bits at a time, those of the data any number.
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+
+
+def _one_or_more(value: Any) -> Any:
+    """A single value as a tuple of one; it is what people type where several are allowed."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        example = value.replace("'", '"')
+        raise ValueError(f"{value!r} is no list in JSON; write it with double quotes, as {example}")
+    return (value,) if isinstance(value, str | int) else value
+
+
+OneOrMore = BeforeValidator(_one_or_more)
 
 
 # Far beyond any model that is published; without a limit, one wrong digit would take all memory
@@ -176,7 +191,7 @@ class Mesh(_Frozen):
     context: AxisSize = 1
     tensor: AxisSize = 1
     context_attention: Literal["all_gather", "ring"] = "all_gather"
-    torus: dict[MeshAxis, tuple[Size, ...]] | None = None
+    torus: dict[MeshAxis, Annotated[tuple[Size, ...], OneOrMore]] | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -209,7 +224,14 @@ class Remat(_Frozen):
     """What the forward pass keeps for the backward pass: all, only each layer's input, or that and `names`."""
 
     policy: Literal["none", "full", "save_named"] = "none"
-    names: tuple[NamedActivation, ...] = ("query", "key", "value", "attention", "ffn_gate", "ffn_up")
+    names: Annotated[tuple[NamedActivation, ...], OneOrMore] = (
+        "query",
+        "key",
+        "value",
+        "attention",
+        "ffn_gate",
+        "ffn_up",
+    )
 
 
 class Schedule(_Frozen):
@@ -370,7 +392,11 @@ class Stage(_Frozen):
 
 
 class AfmOptimizer(_Frozen):
-    """The optimizer of the Apple Foundation Models (AXLearn's `adastar_optimizer`) with muP-simple update scales."""
+    """The optimizer of the Apple Foundation Models (AXLearn's `adastar_optimizer`) with muP-simple update scales.
+
+    A step whose gradient is not finite, or of a norm not below `skip_norm`, is skipped; a stage of which more than
+    `max_skipped` of the steps were does not count as finished.
+    """
 
     kind: Literal["afm"] = "afm"
     momentum: Fraction = 0.95
@@ -380,10 +406,14 @@ class AfmOptimizer(_Frozen):
     mup_base_width: Size = 768
     clip_norm: Positive = 1.0
     skip_norm: Positive = 100.0
+    max_skipped: Share = 0.1
 
 
 class AdamW(_Frozen):
-    """AdamW with decoupled weight decay, multiplied by the learning rate, on every parameter but the norms."""
+    """AdamW with decoupled weight decay, multiplied by the learning rate, on every parameter but the norms.
+
+    `skip_norm` and `max_skipped` are those of the other optimizer.
+    """
 
     kind: Literal["adamw"] = "adamw"
     beta1: Fraction = 0.9
@@ -391,6 +421,7 @@ class AdamW(_Frozen):
     epsilon: Positive = 1e-8
     clip_norm: Positive = 1.0
     skip_norm: Positive = 1e6
+    max_skipped: Share = 0.1
 
 
 Optimizer = Annotated[AfmOptimizer | AdamW, Field(discriminator="kind")]
@@ -405,7 +436,7 @@ class Source(_Frozen):
     unless `paths` names others.
     """
 
-    paths: tuple[str, ...] = ()
+    paths: Annotated[tuple[str, ...], OneOrMore] = ()
     format: Literal["auto", "text", "jsonl", "parquet", "python-code", "python-prose", "python-long"] = "auto"
     field: str = "text"
     separator: str | None = None
@@ -421,14 +452,15 @@ class Data(_Frozen):
     """Where text comes from and how it is turned into batches.
 
     `tokenizer` is the path of a `tokenizer.json`; with none, a byte-level BPE of `model.vocab_size` entries is trained
-    on the sources. `held_out` is the fraction of documents, chosen by hash, that training never sees. `cache` holds
-    the tokenised shards; with none, they are kept below the user's cache folder. `accept` is the fingerprint of text
-    that has changed since the run's last checkpoint, to go on with it all the same.
+    on the sources. `held_out` is the fraction of documents, chosen by hash, that training never sees; with 0 none is
+    held out, and nothing is evaluated. `cache` holds the tokenised shards; with none, they are kept below the user's
+    cache folder. `accept` is the fingerprint of text that has changed since the run's last checkpoint, to go on with
+    it all the same.
     """
 
     sources: dict[Name, Source] = Field(default_factory=dict)
     tokenizer: str | None = None
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    held_out: Fraction = 0.02
     cache: str | None = None
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     prefetch: Annotated[int, Field(gt=0, le=2**16)] = 4
@@ -457,7 +489,7 @@ class Offload(_Frozen):
     """What waits in the host's memory while it is not needed: the optimizer's state, and activations by name."""
 
     optimizer: bool = False
-    activations: tuple[NamedActivation, ...] = ()
+    activations: Annotated[tuple[NamedActivation, ...], OneOrMore] = ()
 
 
 # Everything waits on the device.
@@ -493,7 +525,7 @@ class Run(_Frozen):
     data: Data = Data()
     optimizer: Optimizer = AfmOptimizer()
     initial_weights: str | None = None
-    seed: Count = 0
+    seed: Seed = 0
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
     precision: Precision = Precision()
@@ -620,21 +652,39 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def parse_assignment(text: str) -> tuple[str, Any]:
     """`path=value` as (path, value), the value read as JSON where it is JSON and as a string otherwise.
 
+    A field that holds text takes a number or a truth value as it was typed.
+
     Raises:
-        UserError: there is no `=`.
+        UserError: there is no `=`, or the value is beyond what can be read.
     """
     path, equals, raw = text.partition("=")
+    path = path.strip()
     if not equals or not path:
         raise UserError(f"--set {text!r} is not an assignment; write --set path=value, as in --set seed=1")
     try:
-        return path.strip(), json.loads(raw)
+        value = json.loads(raw)
     except json.JSONDecodeError:
-        return path.strip(), {"None": None, "True": True, "False": False}.get(raw, raw)
+        value = {"None": None, "True": True, "False": False}.get(raw, raw)
     except (ValueError, RecursionError):
         raise UserError(
-            f"--set {path.strip()} has a number of thousands of digits, or lists within lists beyond reason; give it a "
-            f"value that the field can have"
+            f"--set {path} has a number of thousands of digits, or lists within lists beyond reason; give it a value "
+            f"that the field can have"
         ) from None
+    if isinstance(value, int | float) and _holds_text(path):
+        value = raw.strip()
+    return path, value
+
+
+def _holds_text(path: str) -> bool:
+    """Whether the field at a path is declared as text, by its last name; those of a mixture are sources."""
+    *parents, last = path.split(".")
+    declared = {
+        name
+        for kind in _Frozen.__subclasses__()
+        for name, field in kind.model_fields.items()
+        if field.annotation in (str, str | None)
+    }
+    return last in declared and parents[-1:] not in (["mixture"], ["sources"], ["stages"])
 
 
 def override(run: Run, assignments: Mapping[str, Any]) -> Run:
@@ -653,7 +703,41 @@ def override(run: Run, assignments: Mapping[str, Any]) -> Run:
     fields["optimizer"] = {"kind": kind, **fields.get("optimizer", {})}
     for path, value in assignments.items():
         _assign(run, fields, path, value)
-    return validate(fields)
+    try:
+        changed = validate(fields)
+    except UserError as error:
+        raise UserError(f"{error}{_new_stage(run, fields, str(error))}") from None
+    for name in _added(run, fields.get("data"), "sources"):
+        if all(not stage.mixture.get(name) for stage in changed.stages.values()):
+            first = next(iter(changed.stages), "STAGE")
+            near = difflib.get_close_matches(name, run.data.sources, n=1)
+            meant = f"did you mean {near[0]!r}? Otherwise " if near else ""
+            raise UserError(
+                f"data.sources.{name} is a new source that no stage draws from; {meant}add its weight, as --set "
+                f"stages.{first}.mixture.{name}=1"
+            )
+    return changed
+
+
+def _new_stage(run: Run, fields: Mapping[str, Any], error: str) -> str:
+    """What to add to the error that a stage lacks a field, where the stage is new: its name may be a slip."""
+    missing = re.match(r"stages\.([^.]+)\.\S+ is missing", error)
+    if not missing or missing[1] not in _added(run, fields, "stages"):
+        return ""
+    near = difflib.get_close_matches(missing[1], run.stages, n=1)
+    return f", since {missing[1]!r} is a new stage" + (f"; did you mean the stage {near[0]!r}?" if near else "")
+
+
+def _added(run: Run, fields: Any, kind: Literal["stages", "sources"]) -> list[str]:
+    """The stages or sources that `fields`, the run's or its data's, hold and the run does not."""
+    present = run.stages if kind == "stages" else run.data.sources
+    there = fields.get(kind) if isinstance(fields, Mapping) else None
+    return [name for name in there if name not in present] if isinstance(there, Mapping) else []
+
+
+# What a stage or a source has that is begun by assigning to one of its fields.
+_NEW_STAGE = Stage(tokens=1, sequence_length=1, batch_tokens=1, mixture={"any": 1.0}, learning_rate=1.0)
+_NEW = {"stages": _NEW_STAGE.model_dump(), "sources": Source.model_construct().model_dump()}
 
 
 def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
@@ -661,7 +745,8 @@ def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     known: Any = run.model_dump()
     for depth, name in enumerate(parents):
-        if not isinstance(known, dict) or name not in known:
+        begins = parents[depth - 1] if depth and parents[depth - 1] in _NEW and name else None
+        if not isinstance(known, dict) or (name not in known and not begins):
             raise UserError(_unknown_field(run, path, ".".join(parents[: depth + 1])))
         optional = {
             "rope_scaling": RopeScaling(),
@@ -670,7 +755,10 @@ def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
             "pruning": Pruning.model_construct(keep={}),
             "quantization": Quantization(),
         }  # may be None, and assigned into all the same
-        known = optional[name].model_dump() if name in optional else known[name]
+        if begins and name not in known:
+            known = _NEW[begins]
+        else:
+            known = optional[name].model_dump() if name in optional else known[name]
         # A field left at its default is absent, or None where the recipe switched it off.
         fields[name] = fields = fields.get(name) or {}
     if parents[-1:] not in (["stages"], ["sources"], ["mixture"], ["keep"]) and (

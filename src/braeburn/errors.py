@@ -18,3 +18,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if nearest:
         return "did you mean " + " or ".join(repr(candidate) for candidate in nearest) + "?"
     return "it must be one of " + ", ".join(known)
+
+
+class Interrupted(Exception):
+    """A request to stop reached work that has nothing of its own to save; what is complete on disk stays.
+
+    Work that takes long calls a `proceed` between bounded pieces, of at most a second or so, and cleans up as this
+    passes through it. The training loop turns it into an orderly end of the call.
+    """

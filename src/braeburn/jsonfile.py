@@ -49,13 +49,18 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
         status = path.stat()
     except NotADirectoryError as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
+    _require_ordinary(status)
+    if status.st_size > most_bytes:
+        raise Unreadable(f"has {status.st_size:,} bytes, more than the {most_bytes:,} that such a file can have")
+    return path.read_bytes()
+
+
+def _require_ordinary(status: os.stat_result) -> None:
+    """Refuses folders, and pipes and devices, which may be read for ever."""
     if stat.S_ISDIR(status.st_mode):
         raise Unreadable("is a folder where a file belongs")
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("is not an ordinary file")
-    if status.st_size > most_bytes:
-        raise Unreadable(f"has {status.st_size:,} bytes, more than the {most_bytes:,} that such a file can have")
-    return path.read_bytes()
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -112,8 +117,10 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        Unreadable: it is no ordinary file.
         OSError: it cannot be read.
     """
+    _require_ordinary(path.stat())
     with path.open("rb") as file:
         for line in iter(lambda: file.readline(MOST_BYTES), b""):
             try:

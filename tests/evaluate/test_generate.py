@@ -221,3 +221,27 @@ def test_no_prompts_give_no_rows():
 def test_bad_requests_are_refused(prompts, options, sentence):
     with pytest.raises(UserError, match=sentence):
         greedy({}, prompts, QWEN3, **options)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-38, 5e-324])
+def test_a_temperature_below_what_float32_holds_is_greedy(temperature: float) -> None:
+    logits = jnp.asarray([[0.5, 3.0, -2.0, 2.9], [-1e4, -3e4, -2e4, -9e3]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert choose(logits, keys, Sampling(temperature)).tolist() == [1, 3]
+
+
+def test_extreme_temperatures_and_masses_still_write() -> None:
+    logits = jnp.asarray([[0.5, 3.0, -2.0, 2.9]])
+    for sampling in (Sampling(1e-29), Sampling(1e300), Sampling(1.0, None, 1e-40), Sampling(1.0, 2, 1e-300)):
+        (token,) = choose(logits, jax.random.split(jax.random.key(1), 1), sampling).tolist()
+        assert 0 <= token < 4
+    for top_p in (1e-40, 1e-300):
+        assert np.isfinite(filter_logits(logits, None, top_p)).tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63, 2**64 - 1, 2**200])
+def test_any_seed_samples(seed: int) -> None:
+    params = make_params(QWEN3)
+    options = {"max_new_tokens": 8, "temperature": 1.0}
+    drawn = [generate(params, [[5, 17, 3]], QWEN3, FLOAT32, **options, seed=s) for s in (seed, seed, seed % 2**32)]
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -47,7 +47,9 @@ def watch(folder: Path, report: Path) -> None:
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & writing
         changed = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
-        if (opened or changed) and outside(arguments[0]):
+        # Names relative to an open folder, as shutil.rmtree has them, are below one that was checked before.
+        relative = changed and isinstance(arguments[-1], int) and arguments[-1] >= 0 and event != "os.mkdir"
+        if (opened or (changed and not relative)) and outside(arguments[0]):
             report.write_text(f"{event} {arguments}")
             os._exit(WROTE_OUTSIDE)
 

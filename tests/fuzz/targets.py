@@ -103,7 +103,10 @@ def _read_token_cache(folder: Path) -> None:
 
 
 def _read_assignments(folder: Path) -> None:
-    text = (folder / "assignments.txt").read_text("utf-8", "replace")
+    path = folder / "assignments.txt"
+    if not path.is_file():
+        return  # the file is of this program alone
+    text = path.read_text("utf-8", "replace")
     run = recipe("afm-tiny")
     for line in text.splitlines():
         override(run, dict([parse_assignment(line)]))

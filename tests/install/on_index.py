@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # Constraints file -> sets of extras that are installed together with it.
 INSTALLED = {
-    "constraints.txt": [("data", "dev"), ("gguf",)],
+    "constraints.txt": [("data", "dev"), ("chat", "gguf")],
     "constraints-accelerators.txt": [("cuda",), ("rocm",), ("tpu",), ("dev", "compile")],
     "constraints-docs.txt": [("docs",)],
     "constraints-hf.txt": [("dev", "hf")],
@@ -70,7 +70,7 @@ def resolve(file: str, extras: tuple[str, ...], python: str) -> str:
 
 @pytest.fixture(scope="module")
 def resolutions() -> Iterator[dict[tuple[str, str], Future[str]]]:
-    """Extras and Python -> what they resolve to. It is the index that takes the time, so it is asked for all at once."""
+    """Extras and Python -> what they resolve to; asked for all at once, as the index takes the time."""
     with ThreadPoolExecutor(8) as pool:
         yield {
             (",".join(extras), python): pool.submit(resolve, file, extras, python)

@@ -18,9 +18,9 @@ from braeburn.config import Run, read_identity, read_run
 from braeburn.disk import explained, explaining, naming, remove_stale, scratch
 from braeburn.errors import UserError
 from braeburn.jsonfile import Unreadable, json_lines, parse_json, read_json
-from braeburn.train import directory as directories
 from braeburn.train import loop
 from braeburn.train.directory import RunDirectory
+from braeburn.train.records import Records
 from support import events, rows
 
 
@@ -38,18 +38,18 @@ def test_an_event_after_a_line_that_was_cut_short_is_a_line_of_its_own(tmp_path:
 def test_events_for_which_there_is_no_room_are_told_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, value: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def full(self: Records) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
 
     directory = RunDirectory(tmp_path)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "braeburn"):
-        patch.setattr(directories, "append_json_line", full)
+        patch.setattr(Records, "_write", full)
         directory.event("checkpoint", step=1)
         directory.event("checkpoint", step=2)
     (message,) = caplog.messages
-    assert message.startswith(f"events are missing from events.jsonl: no space left in {str(tmp_path)!r} (")
+    assert "events.jsonl' cannot be written (No space left on device)" in message
     directory.event("checkpoint", step=3)
-    assert [event["step"] for event in events(tmp_path, "checkpoint")] == [3]
+    assert [event["step"] for event in events(tmp_path, "checkpoint")] == [1, 2, 3]
 
 
 DAMAGED = (
@@ -86,6 +86,7 @@ def test_rows_that_are_none_are_passed_over(tmp_path: Path) -> None:
     )
     assert directory.stage_results(9) == [
         {"stage": "core", "step": 6, "tokens": 7, "loss": None, "held_out": {"code": {"loss": 1.5, "tokens": 3}}}
+        | {"skipped": 0}
     ]
 
 
@@ -275,3 +276,12 @@ def test_a_run_keeps_its_identity(finished: Path, tmp_path: Path, tiny: Run) -> 
     other.write_config(tiny, {})
     assert read_identity(other.path) not in (None, identity)
     assert json.loads((other.path / "config.json").read_text())["run"] == tiny.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_record_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    # Found by `make fuzz`: it was opened, and no one ever wrote to it.
+    os.mkfifo(tmp_path / name)
+    directory = RunDirectory(tmp_path, writes=False)
+    with pytest.raises(UserError, match=rf"{name}' is not an ordinary file; move it away and run again"):
+        directory.stage_results(1) if name == "events.jsonl" else directory.recent_loss("core")

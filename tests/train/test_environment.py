@@ -1,5 +1,7 @@
 """What is set for GPUs before JAX starts: never over what the user has set."""
 
+from pathlib import Path
+
 import pytest
 
 from braeburn.train import environment
@@ -34,3 +36,19 @@ def test_earlier_versions_do_not_know_the_option(monkeypatch: pytest.MonkeyPatch
     for answer in (lambda name: "0.11.2", missing):
         monkeypatch.setattr(environment, "version", answer)
         assert "XLA_FLAGS" not in environment.gpu_environment()
+
+
+def test_a_gpu_that_jax_does_not_use_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert environment.unused_accelerator("cpu", tmp_path) is None
+    for driver, what in {"nvidia0": "an NVIDIA GPU", "kfd": "an AMD GPU", "accel3": "a TPU"}.items():
+        (tmp_path / driver).touch()
+        warning = environment.unused_accelerator("cpu", tmp_path)
+        assert warning and f"this machine has {what}, but JAX computes on the CPU" in warning
+        assert environment.unused_accelerator("gpu", tmp_path) is None
+        (tmp_path / driver).unlink()
+    (tmp_path / "nvidiactl").touch()
+    assert environment.unused_accelerator("cpu", tmp_path) is None
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert environment.unused_accelerator("cpu", tmp_path) is None

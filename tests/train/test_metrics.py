@@ -13,10 +13,9 @@ from braeburn.disk import check_space
 from braeburn.errors import UserError
 from braeburn.model.transformer import param_specs
 from braeburn.recipes import load
-from braeburn.train import guard
-from braeburn.train.guard import SkipCounter, StopRequest
+from braeburn.train.guard import StopRequest
 from braeburn.train.metrics import flops_per_token, peak_flops
-from braeburn.train.progress import Display, duration
+from braeburn.train.progress import Display, duration, tracked
 from support import rows
 
 
@@ -70,6 +69,8 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "step": step,
         "stage": "core",
         "loss": 2.5,
+        "loss_average": 2.625,
+        "skipped": 0,
         "step_seconds": 60.0,
         "tokens_per_second": 12_345.6,
         "mfu": None,
@@ -87,8 +88,8 @@ def test_display_in_a_log_is_sparse_lines() -> None:
         display.say("[bold] is not markup, and a line longer than the console is not broken")
     assert out.getvalue().splitlines() == [
         "stage core: 100 steps",
-        "step 1/100  core  loss 2.5000  12,346 tokens/s  1 h 39 min left",
-        "step 100/100  core  loss 2.5000  12,346 tokens/s  0 s left",
+        "step 1/100  core  loss 2.5000 (average 2.6250)  12,346 tokens/s  1 h 39 min left",
+        "step 100/100  core  loss 2.5000 (average 2.6250)  12,346 tokens/s  0 s left",
         "stage later: 6 steps left of 10",
         "[bold] is not markup, and a line longer than the console is not broken",
     ]
@@ -104,15 +105,6 @@ def test_display_on_a_terminal_is_a_live_bar() -> None:
     text = out.getvalue()
     assert "3/5" in text and "MFU 50.0%" in text and "loss 2.5000" in text and "2 min 0 s left" in text
     assert "\x1b[" in text and "stage context: 3 steps left of 5" in text
-
-
-def test_skips_in_a_row_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MAX_SKIPPED_IN_A_ROW", 3)
-    skips = SkipCounter()
-    for step, total in enumerate([0, 1, 2, 2, 3, 4], start=1):
-        skips.observe(step, total)
-    with pytest.raises(UserError, match=r"the last 3 steps up to step 7 were skipped.*lower the stage's learning_rate"):
-        skips.observe(7, 5)
 
 
 def test_first_signal_is_remembered_and_the_second_acts() -> None:
@@ -144,8 +136,8 @@ def test_rows_of_a_run(finished: Path, tiny: Run) -> None:
     made = rows(finished)
     assert all(
         set(row) == {
-            "step", "stage", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "step_seconds",
-            "data_seconds", "skipped",
+            "step", "stage", "tokens", "loss", "loss_average", "grad_norm", "learning_rate", "tokens_per_second",
+            "mfu", "step_seconds", "data_seconds", "skipped",
         }
         for row in made
     )  # fmt: skip
@@ -163,3 +155,41 @@ def test_rows_of_a_run(finished: Path, tiny: Run) -> None:
     assert rates[5] == pytest.approx(core.learning_rate * core.schedule.floor)
     assert rates[6] == pytest.approx(continued.learning_rate)
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_progress_of_other_work_is_lines_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("braeburn.train.progress.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    for item in tracked(range(10), "reading weights", console=Console(file=out, width=40)):
+        now[0] += 4 if item else 0
+    assert out.getvalue().splitlines() == ["reading weights: 4 of 10  18 s left", "reading weights: 7 of 10  10 s left"]
+    out = io.StringIO()
+    assert list(tracked((n for n in range(3)), "tokenising x", console=Console(file=out))) == [0, 1, 2]
+    assert out.getvalue() == ""  # it was over soon
+
+
+def test_progress_of_other_work_on_a_terminal_is_a_bar() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    assert list(tracked([1, 2, 3], "reading weights", console=console)) == [1, 2, 3]
+    assert "reading weights" in out.getvalue() and "3/3" in out.getvalue()
+
+
+def test_a_display_outlives_its_terminal() -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    with Display(10, Console(file=Gone(), width=100)) as display:
+        display.say("nobody reads this")
+        display.step(row(1), 1)
+
+
+def test_a_warning_of_a_long_run_is_repeated_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braeburn.train.progress.SECONDS_UNTIL_REPEATED", 0.0)
+    out = io.StringIO()
+    with Display(10, Console(file=out, width=100)) as display:
+        display.warn("warning: using 1 of 8 devices")
+        display.say("finished")
+    assert out.getvalue().splitlines() == ["warning: using 1 of 8 devices", "finished", "warning: using 1 of 8 devices"]

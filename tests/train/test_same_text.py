@@ -13,7 +13,7 @@ from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
-from braeburn.train.same_text import check_text, require_same_text
+from braeburn.train.same_text import check_text, require_same_text, saved_text
 from support import braeburn, events
 
 MODEL = {
@@ -68,7 +68,8 @@ class Saved:
 def check(run: Run, tmp_path: Path, saved: dict, step: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("braeburn.train.same_text.Checkpoints", Saved(saved))
     lines: list[str] = []
-    check_text(run, RunDirectory(tmp_path / "run"), step, prepare(run, lambda line: None), lines.append)
+    directory = RunDirectory(tmp_path / "run")
+    check_text(run, directory, step, saved_text(directory, step), prepare(run, lambda line: None), lines.append)
     return lines
 
 

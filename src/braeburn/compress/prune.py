@@ -33,6 +33,7 @@ from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.compression import cut, of_model, scores_of
 from braeburn.train.directory import RunDirectory
 from braeburn.train.loop import calibration, train
+from braeburn.train.progress import tracked
 from braeburn.train.stages import abstract_params, layout_of, model_at
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch
@@ -218,4 +219,5 @@ def _state(directory: Path, step: int, run: Run, layout: Layout) -> TrainState:
 def _batches(run: Run, layout: Layout, tokenizer: Tokenizer) -> Iterator[Batch]:
     """The batches that activations are measured on, placed."""
     stage, prepared = run.stages[STAGE], prepare(run, lambda line: None, tokenizer)
-    return calibration(stage, Batches(stage, STAGE, run.seed, prepared.train, layout.rows(stage.batch_size)), layout)
+    batches = Batches(stage, STAGE, run.seed, prepared.train, layout.rows(stage.batch_size))
+    return tracked(calibration(stage, batches, layout), "measuring activations")

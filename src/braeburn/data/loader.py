@@ -4,6 +4,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,13 @@ def _read_ahead(batches: Batches, start: int, workers: int, prefetch: int) -> It
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker when the process that started it is gone, even killed; grain leaves it waiting for ever."""
+    """Ends this worker when the process that started it is gone, even killed; grain leaves it waiting for ever.
+
+    Signals that a terminal or a service manager sends to all processes alike are for that process to heed: it still
+    needs batches, or ends the workers itself.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -13,7 +13,10 @@ from jaxtyping import Array, Float, Int, Key
 from braeburn.config import Model, Precision
 from braeburn.errors import UserError
 from braeburn.model import transformer
-from braeburn.model.spec import Tree
+from braeburn.model.spec import Tree, random_key
+
+# Divided by less, logits leave float32's range. Any difference between two is then far beyond what chance could turn.
+GREEDY_BELOW = 1e-30
 
 DEFAULT_TEMPERATURE = 0.8
 
@@ -82,10 +85,10 @@ def generate(
         model: sizes.
         precision: the type to compute in; logits are float32.
         max_new_tokens: the most tokens to add to a prompt.
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; 0 takes the likeliest token, as does anything below 1e-30.
         top_k: how many of the likeliest tokens to sample from; None for all.
         top_p: samples from the fewest likeliest tokens whose probabilities sum to this.
-        seed: of the sampling.
+        seed: of the sampling, of any size.
         stop_ids: the tokens that end a row; they are not returned.
 
     Returns:
@@ -120,7 +123,7 @@ def generate(
         row[: len(prompt)] = prompt
     capacity = round_up(max_new_tokens)
     logits, cache = prefill(params, tokens, lengths, model, precision, capacity)
-    key = jax.random.key(seed)
+    key = random_key(seed)
     # Of few distinct lengths, so that few programs are compiled; -1 equals no token.
     stops = np.full(8 if len(stop_ids) <= 8 else round_up(len(stop_ids)), -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
@@ -215,7 +218,7 @@ def decode(
 
 def choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
     """The next token of each row."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -234,7 +237,11 @@ def filter_logits(logits: Float[Array, "*B V"], top_k: int | None, top_p: float)
     ranked, ids = jax.lax.top_k(logits, min(top_k or vocab_size, vocab_size))
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1 if top_p < 1 else jnp.full_like(ids[..., :1], -1)
+    last = (
+        jnp.maximum(jnp.sum(before < top_p, axis=-1, keepdims=True), 1) - 1
+        if top_p < 1
+        else jnp.full_like(ids[..., :1], -1)
+    )
     last_logit, last_id = (jnp.take_along_axis(values, last, axis=-1) for values in (ranked, ids))
     kept = (logits > last_logit) | ((logits == last_logit) & (jnp.arange(vocab_size) <= last_id))
     return jnp.where(kept, logits, -jnp.inf)

@@ -15,6 +15,7 @@ from braeburn.evaluate.windows import evaluation_batches
 from braeburn.model.transformer import param_specs
 from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
+from braeburn.train.progress import tracked
 from braeburn.train.trained import Trained
 
 BATCH_TOKENS = 4096
@@ -73,7 +74,8 @@ def evaluate_files(
         with tempfile.TemporaryDirectory() as folder:
             store_path = Path(folder) / "store"
             try:
-                build_store(store_path, _told_documents(path, source), trained.tokenizer)
+                texts = tracked(_told_documents(path, source), f"tokenising {path}")
+                build_store(store_path, texts, trained.tokenizer)
             except UserError as error:
                 raise UserError(_as_options(str(error), path)) from None
             store = TokenStore.open(store_path, trained.tokenizer.hash)
@@ -120,4 +122,4 @@ def _evaluate(trained: Trained, store: TokenStore, length: int, stride: int, tok
     layout = one_device(param_specs(trained.model))
     evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes, layout)
     batches = evaluation_batches(store, length, stride, tokens, BATCH_TOKENS)
-    return measure(evaluate, trained.params, batches, store.byte_ratio)
+    return measure(evaluate, trained.params, tracked(batches, "evaluating"), store.byte_ratio)

@@ -22,6 +22,7 @@ from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.model import rope
 from braeburn.model.spec import Tree
 from braeburn.model.transformer import param_specs
+from braeburn.train.progress import tracked
 
 if TYPE_CHECKING:
     import gguf
@@ -182,7 +183,7 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for tensor, kind in zip(tensors, types, strict=True):
+    for tensor, kind in tracked(list(zip(tensors, types, strict=True)), "writing weights"):
         values = tensor.exported(parameters)
         if not model.qk_norm and tensor.path in _ROTATED:
             values = _interleaved(values, model.head_dim)

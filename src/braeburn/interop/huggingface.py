@@ -28,6 +28,7 @@ from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.model.spec import Tree, map_specs, walk
 from braeburn.model.transformer import param_specs
 from braeburn.reading import is_regular, read_object, shown, validated
+from braeburn.train.progress import tracked
 
 # Path of our parameter -> name of the tensor, with `{}` for the layer's index.
 _NAMES = {
@@ -117,7 +118,7 @@ def _write_weights(
             shards.append([])
         shards[-1].append(tensor)
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
+    for number, shard in enumerate(tracked(shards, "writing weights"), start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({tensor.name: tensor.exported(parameters) for tensor in shard}, directory / name, {"format": "pt"})
         # safetensors makes files that only their owner may read.
@@ -215,7 +216,7 @@ def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
         _check(directory, wanted, stored, holders, model.tied_embeddings)
         params = map_specs(lambda _, spec: np.empty(spec.shape, np.float32), specs)
         parameters = dict(walk(params))
-        for tensor in tensors:
+        for tensor in tracked(tensors, "reading weights"):
             name = stored[tensor.name]
             tensor.of(parameters[tensor.path])[...] = tensor.imported(holders[name].get_tensor(name))
     return params

@@ -5,6 +5,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from braeburn.errors import UserError
@@ -46,7 +47,8 @@ def launch(arguments: Sequence[str], out: Path, processes: int, max_restarts: in
             RunDirectory(out).event("restart", reason=restart.reason, step=restart.resumed_step)
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal is gone, or the disk that holds the log is full
+            print(text, file=sys.stderr, flush=True)
 
     return Supervisor(commands, max_restarts, say, newest_checkpoint, restarting).run()
 

@@ -197,9 +197,11 @@ class _Child:
             elif line.startswith(("error: ", f"{label}error: ")):
                 self.errors.append(line.removeprefix(label).removeprefix("error: ").strip())
             else:
-                # One call for each line, so that those of several processes do not mix.
-                sys.stderr.write(line if self.index == 0 or line.startswith(label) else label + line)
-                sys.stderr.flush()
+                # One call for each line, so that those of several processes do not mix. A terminal that is gone or a
+                # log on a full disk must not end the reading: the process would wait for it.
+                with suppress(OSError):
+                    sys.stderr.write(line if self.index == 0 or line.startswith(label) else label + line)
+                    sys.stderr.flush()
 
 
 @contextmanager
@@ -268,7 +270,7 @@ class Supervisor:
     patience: Patience = Patience()
 
     def run(self) -> Ending:
-        """Returns once every process has ended well. SIGTERM and SIGINT are passed on, for them to save and stop.
+        """Returns once every process has ended well. SIGTERM, SIGINT and SIGHUP are passed on: they save and stop.
 
         Raises:
             UserError: a process ended with code 2, which is a mistake of the user's; its message.

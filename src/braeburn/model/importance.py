@@ -15,7 +15,7 @@ from braeburn.config import Model, Precision
 from braeburn.model import transformer
 from braeburn.model.attention import attention
 from braeburn.model.pruning import RULES, Keep, score_specs
-from braeburn.model.spec import LAYERS, Tree, walk
+from braeburn.model.spec import LAYERS, Tree, random_key, walk
 from braeburn.parallel.collectives import CONTEXT, TENSOR, all_sum, axis_index
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.rules import mesh_axes
@@ -39,7 +39,7 @@ def magnitude(params: Tree, model: Model, keep: Keep) -> Tree:
 
 def random(model: Model, keep: Keep, seed: int) -> Tree:
     """Importance by lot, log-normal: the choice of units that every other must beat."""
-    keys = {axis: jax.random.fold_in(jax.random.key(seed), number) for number, axis in enumerate(RULES)}
+    keys = {axis: jax.random.fold_in(random_key(seed), number) for number, axis in enumerate(RULES)}
     return {
         axis: jnp.exp(jax.random.normal(keys[axis], spec.shape, jnp.float32))
         for axis, spec in score_specs(model, keep).items()

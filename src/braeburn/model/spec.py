@@ -17,6 +17,8 @@ from jaxtyping import Array
 # muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs. A "mask" is a score
 # that pruning learns for each unit, a "scale" a factor that quantisation learns; neither is part of the finished model.
 Role = Literal["matrix", "embedding", "norm", "mask", "scale"]
+WORD = 2**32
+
 Tree = dict[str, Any]
 
 LAYERS = "layers"
@@ -89,12 +91,26 @@ def map_specs(function: Callable[[str, ParamSpec], Any], specs: Tree, prefix: st
     return result
 
 
+def random_key(seed: int | Array) -> Array:
+    """JAX's random key of a seed of any size.
+
+    JAX would take the last 32 bits alone, so that a seed and the same plus 2^32 were one; the others are folded in.
+    Below 2^32 the key is `jax.random.key(seed)`.
+    """
+    if not isinstance(seed, int):
+        return jax.random.key(seed)
+    key = jax.random.key(seed % WORD)
+    while seed := seed // WORD:
+        key = jax.random.fold_in(key, seed % WORD)
+    return key
+
+
 def initialize(specs: Tree, seed: int | Array) -> Tree:
     """Float32 initial values of all parameters.
 
     Each parameter's random key derives from its path, so that adding or removing one changes no other.
     """
-    root = jax.random.key(seed)
+    root = random_key(seed)
 
     def initial(path: str, spec: ParamSpec) -> Array:
         digest = hashlib.sha256(path.encode()).digest()

@@ -1,5 +1,6 @@
 """What the processes of one run tell each other outside the step, through the coordinator that JAX keeps."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,17 +12,18 @@ import numpy as np
 from jax._src import distributed  # the coordinator's key-value store has no public name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from braeburn.errors import UserError
+from braeburn.errors import Interrupted, UserError
 from braeburn.parallel.processes import ProcessLost
 
 log = logging.getLogger(__name__)
 
 # What the errors of JAX's coordinator and of collectives say.
 SIGNS_OF_A_LOST_PROCESS = ("coordination service", "Coordination service", "UNAVAILABLE", "Gloo", "NCCL", "heartbeat")
-DONE, FAILED = "done", "failed"
+DONE, FAILED, STOPPED = "done", "failed", "stopped"
 _NONE, _SAID = "none", "said: "
 POLL_MILLISECONDS = 10_000
 BARRIER_MILLISECONDS = 3_600_000
+STOP = "braeburn/stop"
 
 Result = TypeVar("Result")
 
@@ -37,6 +39,7 @@ def main_first(name: str, function: Callable[[], Result]) -> Result:
 
     Raises:
         UserError: in every process, what the main one raises.
+        Interrupted: in every process, where the main one was asked to stop.
         ProcessLost: the main process failed otherwise.
     """
     if jax.process_count() == 1:
@@ -46,7 +49,8 @@ def main_first(name: str, function: Callable[[], Result]) -> Result:
         try:
             result = function()
         except BaseException as error:
-            client.key_value_set(key, str(error) if isinstance(error, UserError) else FAILED)
+            end = STOPPED if isinstance(error, Interrupted) else FAILED
+            client.key_value_set(key, str(error) if isinstance(error, UserError) else end)
             raise
         client.key_value_set(key, DONE)
         return result
@@ -57,11 +61,30 @@ def main_first(name: str, function: Callable[[], Result]) -> Result:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 answer = FAILED
+    if answer == STOPPED:
+        raise Interrupted
     if answer == FAILED:
         raise ProcessLost(f"the main process ended before {name}; its own message tells why")
     if answer != DONE:
         raise UserError(answer)
     return function()
+
+
+def tell_to_stop(signal: str) -> None:
+    """Lets `told_to_stop` say in every process that one of them was asked to stop, by which signal."""
+    if jax.process_count() > 1:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the process that keeps the messages is gone
+            _coordinator().key_value_set(STOP, signal, allow_overwrite=True)
+
+
+def told_to_stop() -> str | None:
+    """The signal that some process was asked to stop by; None where none was."""
+    if jax.process_count() == 1:
+        return None
+    try:
+        return _coordinator().key_value_try_get(STOP)
+    except jax.errors.JaxRuntimeError:  # nothing was told
+        return None
 
 
 def wait_for_all(name: str) -> None:
@@ -75,6 +98,13 @@ def wait_for_all(name: str) -> None:
             _coordinator().wait_at_barrier(f"braeburn/{name}", BARRIER_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
             raise ProcessLost(f"another process ended before {name}; its own message tells why") from error
+
+
+def meet(name: str, seconds: float) -> None:
+    """Waits for every process to come here, but no longer than so many seconds; to be called before leaving."""
+    if jax.process_count() > 1:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _coordinator().wait_at_barrier(f"braeburn/{name}", int(1000 * seconds))
 
 
 def first_objection(name: str, objection: str | None) -> str | None:

@@ -180,12 +180,20 @@ def report(message: str) -> None:
     print(f"{who}error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
+def wait_for_others() -> None:
+    """Has the main process of several stay a while: through it the others learn what it told them.
+
+    Without it JAX aborts them.
+    """
+    if joined() and is_main():
+        time.sleep(1.0)
+
+
 def leave(code: int) -> NoReturn:
     """Ends this process; one of several at once, as JAX would wait at exit for the others, which wait for this one."""
     if _joined is None:
         sys.exit(code)
-    if is_main():
-        time.sleep(1.0)  # through this process the others learn what it told them; without it JAX aborts them
+    wait_for_others()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

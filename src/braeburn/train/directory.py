@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from pydantic import BaseModel, ValidationError
 from braeburn import __version__
 from braeburn.atomic import write_atomically
 from braeburn.config import Run, flatten, read_identity, read_run
-from braeburn.disk import explained, explaining, locked
+from braeburn.disk import explaining, locked
 from braeburn.errors import UserError
-from braeburn.jsonfile import append_json_line, json_lines
+from braeburn.jsonfile import Unreadable, json_lines
+from braeburn.train import tensorboard
+from braeburn.train.records import Records, json_line
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +34,20 @@ FREE_TO_CHANGE = (
     *("name", "mesh", "checkpoint", "remat", "offload", "evaluation", "model.scan_layers", "precision.reduce"),
     "model.max_position_embeddings",
     *("data.workers", "data.prefetch", "data.cache", "data.accept"),
+    *("optimizer.skip_norm", "optimizer.max_skipped"),
 )
 
 
 class RunDirectory:
     """A folder that holds one run."""
 
-    def __init__(self, path: Path, *, writes: bool = True):
+    def __init__(self, path: Path, *, writes: bool = True, say: Callable[[str], None] = log.warning):
         """Creates the folder where it is missing.
 
         Args:
             path: the folder.
             writes: whether this process is the one of its run that writes here; in others, what writes does nothing.
+            say: takes a line when events cannot be written, and when they can again; a warning is logged by default.
 
         Raises:
             UserError: it is not a local folder that can be written to.
@@ -51,8 +55,8 @@ class RunDirectory:
         if re.match("[a-z0-9]{2,}:/", str(path)):  # a Path has but one slash after gs:
             raise UserError(f"--out {str(path)!r} is not a local folder; name a folder on a mounted file system")
         self.path, self.writes = path, writes
+        self._events = Records(path / "events.jsonl", say, lines=True)
         self._number: tuple[int, int] | None = None
-        self._warned = False
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -157,20 +161,28 @@ class RunDirectory:
         if not self.writes:
             return
         self.require_present()
-        try:
-            append_json_line(self.path / "events.jsonl", {"event": kind, "time": round(time.time(), 3), **details})
-        except OSError as error:
-            if not self._warned:
-                self._warned = True
-                log.warning("events are missing from events.jsonl: %s", explained(error, self.path) or error)
+        self._events.append(json_line({"event": kind, "time": round(time.time(), 3), **details}))
 
     def forget_after(self, step: int) -> None:
-        """Drops the rows of `metrics.jsonl` beyond `step`: those steps are about to be made again."""
-        path = self.path / "metrics.jsonl"
-        if not self.writes or not path.exists():
+        """Drops what was written of the steps beyond `step`, which are about to be made again."""
+        if not self.writes:
             return
-        kept = [row for row in json_lines(path) if isinstance(row.get("step"), int) and row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        tensorboard.forget_after(self.path / "tensorboard", step)
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows(step)))
+
+    def rows(self, step: int) -> Iterator[dict[str, Any]]:
+        """The rows of `metrics.jsonl` up to `step`."""
+        for row in _lines(self.path / "metrics.jsonl"):
+            if isinstance(row.get("step"), int) and row["step"] <= step:
+                yield row
+
+    def events(self, kind: str) -> Iterator[dict[str, Any]]:
+        """The events of one kind that tell of a step, in order."""
+        for event in _lines(self.path / "events.jsonl"):
+            if event.get("event") == kind and isinstance(event.get("step"), int):
+                yield event
 
     def stage_results(self, step: int) -> list[dict[str, Any]]:
         """The end of each stage finished by `step`, as its event tells: stage, step, tokens, loss and held_out."""
@@ -199,16 +211,20 @@ class _StageEnd(BaseModel):
     tokens: int
     loss: float | None
     held_out: dict[str, dict[str, int | float | None]]
+    skipped: int = 0
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, none where someone has deleted it.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or something else lies in its place.
     """
-    with explaining(path.parent), suppress(FileNotFoundError):
-        yield from json_lines(path)
+    try:
+        with explaining(path.parent), suppress(FileNotFoundError):
+            yield from json_lines(path)
+    except Unreadable as error:
+        raise UserError(f"{str(path)!r} {error}; move it away and run again") from None
 
 
 def _number(folder: Path) -> tuple[int, int] | None:

@@ -2,6 +2,9 @@
 
 import os
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from braeburn.extras import how_to_install
 
 # XLA's own kernels in place of NCCL's. JAX 0.12's compiler aborts on that for all-reduce in steps over 64 GPUs ("size
 # mismatch when packing elements for LLVM struct"). Earlier versions do not know the option.
@@ -22,3 +25,30 @@ def gpu_environment() -> dict[str, str]:
     if known and COLLECTIVE_KERNELS not in flags:
         found["XLA_FLAGS"] = f"{flags} {COLLECTIVE_KERNELS}=-ALL_REDUCE".strip()
     return found
+
+
+# What the kernel's drivers of accelerators put into /dev, and the extra that makes JAX use them.
+DRIVERS = {
+    "nvidia[0-9]*": ("an NVIDIA GPU", "cuda"),
+    "kfd": ("an AMD GPU", "rocm"),
+    "accel[0-9]*": ("a TPU", "tpu"),
+    "vfio/[0-9]*": ("a TPU", "tpu"),
+}
+
+
+def unused_accelerator(backend: str, devices: Path = Path("/dev")) -> str | None:
+    """The warning that JAX computes on the CPU though this machine has an accelerator; None where all is well.
+
+    Args:
+        backend: the platform that JAX has taken.
+        devices: where drivers show what there is.
+    """
+    if backend != "cpu" or os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return None
+    for pattern, (what, extra) in DRIVERS.items():
+        if any(devices.glob(pattern)):
+            return (
+                f"warning: this machine has {what}, but JAX computes on the CPU, many times slower; "
+                f"{how_to_install(extra)}, or set JAX_PLATFORMS=cpu if the CPU is meant"
+            )
+    return None

@@ -1,6 +1,7 @@
 """Loss on text that training never sees."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from braeburn.background import nothing_to_ask
 from braeburn.config import Model, Precision
 from braeburn.model import transformer
 from braeburn.model.loss import token_losses
 from braeburn.model.spec import Tree
 from braeburn.parallel.layout import Layout
+
+# Enough for devices never to wait, and few enough to stop soon.
+BATCHES_AT_ONCE = 2
 
 Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
 
@@ -56,7 +61,13 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layou
     return evaluate
 
 
-def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]], byte_ratio: float) -> dict[str, float]:
+def measure(
+    evaluate: Evaluate,
+    params: Tree,
+    batches: Iterable[dict[str, Any]],
+    byte_ratio: float,
+    proceed: Callable[[], None] = nothing_to_ask,
+) -> dict[str, float]:
     """Results over all batches: loss in nats per token, perplexity, accuracy, bits per byte, and their denominators.
 
     Tokens include the one that ends each document. Bytes are those of the text as it was read, in
@@ -65,12 +76,25 @@ def measure(evaluate: Evaluate, params: Tree, batches: Iterable[dict[str, Any]],
 
     Args:
         evaluate: sums over a batch.
-        params: the model's.
-        batches: at least one.
+        params: the model's, laid out as `evaluate` expects them.
+        batches: placed on the devices, at least one.
         byte_ratio: that of the store that the batches are from.
+        proceed: called before each batch; what it raises ends the evaluation.
     """
-    parts = [evaluate(params, batch) for batch in batches]
-    sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
+    parts: list[dict[str, float]] = []
+    running: deque[dict[str, Array]] = deque()
+
+    def finish_oldest() -> None:
+        parts.append({name: float(value) for name, value in running.popleft().items()})
+
+    for batch in batches:
+        proceed()
+        running.append(evaluate(params, batch))
+        if len(running) > BATCHES_AT_ONCE:
+            finish_oldest()
+    while running:
+        finish_oldest()
+    sums = {name: math.fsum(part[name] for part in parts) for name in parts[0]}
     loss = sums["nll"] / sums["tokens"]
     text_bytes = round(sums["token_bytes"] * byte_ratio)
     return {

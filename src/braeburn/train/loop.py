@@ -1,15 +1,18 @@
 """The training loop: all stages of a run as one, from wherever the run directory's last checkpoint left off."""
 
+import functools
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+from braeburn import background
+from braeburn.background import Background
 from braeburn.config import Model, Run, Stage, validate
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
@@ -17,21 +20,32 @@ from braeburn.data.mixture import rounded_shares
 from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import check_space, explaining
-from braeburn.errors import UserError
+from braeburn.errors import Interrupted, UserError
 from braeburn.model.spec import Tree
 from braeburn.optim.build import begin_stage
-from braeburn.parallel.agreement import AnyProcess, main_first, noticing_loss, wait_for_all
+from braeburn.parallel.agreement import (
+    AnyProcess,
+    main_first,
+    meet,
+    noticing_loss,
+    said_by_main,
+    tell_to_stop,
+    told_to_stop,
+    wait_for_all,
+)
 from braeburn.parallel.layout import Layout
+from braeburn.parallel.processes import ProcessLost
 from braeburn.train.checkpoint import Checkpoints, Fault
 from braeburn.train.compression import enter, leave, of_model, use_of
 from braeburn.train.directory import RunDirectory
-from braeburn.train.guard import StopRequest
+from braeburn.train.environment import unused_accelerator
+from braeburn.train.guard import StopRequest, check_share_of_skips
 from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.initial import initial_weights
-from braeburn.train.metrics import MetricsWriter, Recorder
+from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
-from braeburn.train.same_text import check_text, require_same_text
+from braeburn.train.same_text import check_text, require_same_text, saved_text
 from braeburn.train.stages import (
     Program,
     abstract_params,
@@ -55,6 +69,16 @@ from braeburn.train.teaching import (
     teachers_of,
 )
 from braeburn.train.trained import require_same_model, require_same_tokenizer
+
+SECONDS_BETWEEN_WARNINGS = 60.0
+# For worker processes to end by themselves, and for their reader to see that they are gone; grain alone would wait
+# for 25.
+SECONDS_FOR_WORKERS = 0.5
+SECONDS_FOR_READER = 1.5
+# For processes that stop, before they leave each other.
+SECONDS_TO_MEET = 2.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -103,45 +127,68 @@ def train(
     teachers = teachers_of(run, follow[0] if follow else out, layouts, find_teacher)
     main, heartbeat = jax.process_index() == 0, Heartbeat()
     heartbeat.phase("preparing")
-    directory = RunDirectory(out, writes=main)
-    with ExitStack() as held, Display(run.total_steps, quiet=not main) as display, StopRequest() as stop:
+    stop = StopRequest(tell_to_stop, told_to_stop)
+    with ExitStack() as held, Display(run.total_steps, quiet=not main) as display, stop:
+        directory = RunDirectory(out, writes=main, say=display.say)
         held.enter_context(explaining(directory.path))
         held.enter_context(noticing_loss())
-        main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
-        resumed, tokenizer, faults = _resume_point(directory, run)
-        start = initial_weights(run, directory.path, resumed, find_teacher)
-        if start and tokenizer is None:
-            tokenizer = start.tokenizer
-        first = next(iter(run.stages))
-        state_shape = abstract_state(run, first, layouts[first])
-        checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
-        check_space(directory.path, checkpoint_bytes, "a checkpoint takes", "free some or choose another --out")
-        for name, source in used_sources(run).items():
-            files(name, source)  # before work begins that an exit would have to wait for
-        wait_for_all("the run was checked")
-        used, present = layouts[first].num_devices, len(jax.devices())
-        if used < present:
-            display.say(f"using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
-        for line in rounded_shares(run.stages):
-            display.say(line)
-        ahead = _Ahead(run, layouts, teachers, resumed, start)
+        resumed: int | None = None
 
         def begin() -> _Loop:
-            # Other processes go on with the tokenizer of the main one, and its token stores where they share a cache.
-            own = tokenizer if main else Tokenizer.load(directory.tokenizer)
-            prepared = prepare(run, display.say, own, verified_for=str(directory.path.absolute()))
-            check_text(run, directory, resumed or 0, prepared, display.say)
-            require_same_text(prepared)
-            check_tokenizers(run, teachers, prepared.tokenizer)
-            loop = _Loop(run, directory, layouts, teachers, prepared, ahead, display, stop, heartbeat, follow)
-            if main:
-                _set_aside(directory, faults, resumed, display.say)
-                # Nothing was written until here, where no mistake of the user's is left to be found.
-                directory.write_config(run, origins or {})
-                prepared.tokenizer.save_all(directory.path)
-            return loop
+            nonlocal resumed
+            main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
+            resumed, tokenizer, faults = _resume_point(directory, run)
+            saved = saved_text(directory, resumed or 0)
+            start = initial_weights(run, directory.path, resumed, find_teacher)
+            if start and tokenizer is None:
+                tokenizer = start.tokenizer
+            first = next(iter(run.stages))
+            state_shape = abstract_state(run, first, layouts[first])
+            checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
+            check_space(directory.path, checkpoint_bytes, "a checkpoint takes", "free some or choose another --out")
+            for name, source in used_sources(run).items():
+                files(name, source)  # before work begins that an exit would have to wait for
+            wait_for_all("the run was checked")
+            stop.check()
+            used, present = layouts[first].num_devices, len(jax.devices())
+            if used < present:
+                display.warn(f"warning: using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
+            if unused := unused_accelerator(jax.default_backend()):
+                display.warn(unused)
+            for line in rounded_shares(run.stages):
+                display.say(line)
+            ahead = _Ahead(run, layouts, teachers, resumed, start)
 
-        return main_first("text was prepared", begin).run_from(resumed, stop_after_steps)
+            def prepared() -> _Loop:
+                # Other processes go on with the tokenizer of the main one, and its token stores where they share a
+                # cache.
+                own = tokenizer if main else Tokenizer.load(directory.tokenizer)
+                folder = str(directory.path.absolute())
+                found = prepare(run, display.say, own, proceed=stop.check, verified_for=folder)
+                check_text(run, directory, resumed or 0, saved, found, display.say)
+                require_same_text(found)
+                check_tokenizers(run, teachers, found.tokenizer)
+                loop = _Loop(run, directory, layouts, teachers, found, ahead, display, stop, heartbeat, follow)
+                stop.check()
+                if main:
+                    _set_aside(directory, faults, resumed, display.say)
+                    # Nothing was written until here, where no mistake of the user's is left to be found.
+                    directory.write_config(run, origins or {})
+                    found.tokenizer.save_all(directory.path)
+                return loop
+
+            return main_first("text was prepared", prepared)
+
+        try:
+            loop = background.run(begin, "preparing", stop.check)
+        except Interrupted:
+            step = resumed or 0
+            if directory.begun():
+                directory.event("preemption", step=step, signal=stop.signal)
+            display.say(f"stopped at step {step} of {run.total_steps}, while text was prepared")
+            meet("the run was stopped", SECONDS_TO_MEET)
+            return Outcome(step, False, directory.stage_results(step) if main else [])
+        return loop.run_from(resumed, stop_after_steps)
 
 
 class _Ahead:
@@ -164,19 +211,22 @@ class _Ahead:
             resumed: the step to go on from; None to begin.
             start: holds the weights to begin with; None for random ones.
         """
-        worker = ThreadPoolExecutor(1)
-        self.programs: dict[str, Future[Program]] = {}
+        self.programs: dict[str, Background[Program]] = {}
+        self.state: Background[TrainState] | None = None
         if resumed != run.total_steps:
             name = run.stage_at(resumed or 0)[0]
             teacher = live_model(run, name, teachers)
-            self.programs[name] = worker.submit(compile_stage, run, name, layouts[name], teacher)
-        layout = layouts[next(iter(run.stages))]
-        self.state = None
-        if resumed is None and start:
-            self.state = worker.submit(started_state, run, layout, start.read)
-        elif resumed is None:
-            self.state = worker.submit(initial_state, run, layout)
-        worker.shutdown(wait=False)
+            work = functools.partial(compile_stage, run, name, layouts[name], teacher)
+            self.programs[name] = Background(work, "compiling")
+        if resumed is None:
+
+            def first_state() -> TrainState:
+                for program in self.programs.values():
+                    program.ended()  # not both at once, which would take the memory of both
+                layout = layouts[next(iter(run.stages))]
+                return started_state(run, layout, start.read) if start else initial_state(run, layout)
+
+            self.state = Background(first_state, "initialising")
 
 
 def calibration(stage: Stage, batches: Batches, layout: Layout) -> Iterator[Batch]:
@@ -222,10 +272,6 @@ def _set_aside(directory: RunDirectory, faults: list[Fault], resumed: int | None
         )
 
 
-class _Stopped(Exception):
-    """A request to stop came while a teacher was labelling text."""
-
-
 @dataclass
 class _Loop:
     """The parts of a run that its stages share."""
@@ -242,6 +288,8 @@ class _Loop:
     follow: tuple[Path, int] | None = None
     stopping: bool = False
     evaluates: tuple[Any, Any] = (None, None)
+    step: int = 0
+    history: History = field(default_factory=History)
 
     def __post_init__(self) -> None:
         # Those of all stages, so that text too short for the last is found out before the first.
@@ -258,52 +306,122 @@ class _Loop:
         lasting = [
             last_step(self.run, stage.teacher) for stage in self.run.stages.values() if stage.teacher in self.models
         ]
+        self.step = resumed or 0
         with closing(Checkpoints(self.directory.path, self.run.checkpoint, lasting)) as self.checkpoints:
-            step = self._run_from(resumed, stop_after_steps)
-        total = self.run.total_steps
+            try:
+                self._run_from(resumed, stop_after_steps)
+            except Interrupted:
+                self.stopping = True
+        step, total = self.step, self.run.total_steps
+        # Of a run that was stopped after its last step, the end of the last stage is still to be told.
+        finished = step == total and not self.stopping
         if self.stopping:
             self.directory.event("preemption", step=step, signal=self.stop.signal)
         else:
-            self.directory.event("stop", step=step, finished=step == total)
-        self.display.say(f"{'finished' if step == total else 'stopped'} at step {step} of {total}")
-        return Outcome(step, step == total, self.directory.stage_results(step) if self.directory.writes else [])
+            self.directory.event("stop", step=step, finished=finished, skipped=self.history.skipped)
+        skipped = f"; {self.history.skipped} steps were skipped" if self.history.skipped else ""
+        self.display.say(f"{'finished' if finished else 'stopped'} at step {step} of {total}{skipped}")
+        if self.stopping:
+            meet("the run was stopped", SECONDS_TO_MEET)
+        return Outcome(step, finished, self.directory.stage_results(step) if self.directory.writes else [])
 
-    def _run_from(self, resumed: int | None, stop_after_steps: int | None) -> int:
+    def _run_from(self, resumed: int | None, stop_after_steps: int | None) -> None:
+        """Makes the steps from `resumed` on.
+
+        Raises:
+            Interrupted: all steps made are saved, or were made in no call.
+        """
         if self.ahead.state:
             facts = self._facts(next(iter(self.run.stages)))
             self.directory.event("start", total_steps=self.run.total_steps, **facts)
-            state = self.ahead.state.result()
+            state = self.ahead.state.result(self.stop.check)
         else:
-            state = self._restore(resumed or 0)
-        step, total = int(state.step), self.run.total_steps
-        last = total if stop_after_steps is None else min(step + stop_after_steps, total)
-        self.directory.forget_after(step)
-        with closing(MetricsWriter(self.directory.path, quiet=not self.directory.writes)) as writer:
-            while step < last and not self.stopping:
-                name, stage, index = self.run.stage_at(step)
-                try:
-                    program = self._compile(name)
-                except _Stopped:
-                    break
-                self.display.begin_stage(name, stage.steps, index)
-                recorder = Recorder(self.run, name, writer, self.display, self.layouts[name].num_devices)
-                state = self._steps(program, recorder, state, index, min(stage.steps, index + last - step))
-                step = int(state.step)
-                if self._ends_stage(step):
-                    with self.layouts[name].compiling():
-                        state = leave(self.run, name, state, self.layouts[name])
-                    self._end_stage(program, state, writer)
-                self._save(state)
-                if step < last and not self.stopping:
-                    state = self._hand_over(state, name, self.run.stage_at(step)[0])
-        return step
+            state = self._unsaving(lambda: self._restore(self.step), "restoring")
+        total = self.run.total_steps
+        last = total if stop_after_steps is None else min(self.step + stop_after_steps, total)
+        self.history = History(self.directory.rows(self.step))
+        self.history.skipped = int(state.optimizer.skipped)
+        self.directory.forget_after(self.step)
+        with closing(
+            MetricsWriter(self.directory.path, self.step, self.display.say, quiet=not self.directory.writes)
+        ) as writer:
+            self._end_stage_left(state, writer)
+            while self.step < last and not self.stopping:
+                state = self._run_stage(state, writer, last)
+                if self.step < last and not self.stopping:
+                    before = self.run.stage_at(self.step - 1)[0]
+                    state = self._hand_over(state, before, self.run.stage_at(self.step)[0])
+
+    def _run_stage(self, state: TrainState, writer: MetricsWriter, last: int) -> TrainState:
+        """Makes the steps of one stage up to `last` at most, saves, and ends the stage if it is over."""
+        name, stage, index = self.run.stage_at(self.step)
+        program = self._unsaving(lambda: self._compile(name), "compiling")
+        self.display.begin_stage(name, stage.steps, index)
+        recorder = Recorder(self.run, name, writer, self.display, self.layouts[name].num_devices, self.history)
+        until, began = min(stage.steps, index + last - self.step), self.step
+        if index:
+            self._evaluate_left(program, state, writer)
+        state = self._steps(program, recorder, state, index, until) if not self.stopping else state
+        if self.step == began:  # stopped before the first step: what there was is saved
+            return state
+        ends = self._ends_stage(self.step)
+        skipped = stage.steps - int(state.optimizer.stage_steps)
+        if ends:
+            with self.layouts[name].compiling():
+                state = leave(self.run, name, state, self.layouts[name])
+        self._save(state)
+        if ends and not self.stopping:
+            params = state.params
+            self._unsaving(lambda: self._end_stage(name, params, skipped, writer), "evaluating")
+        return state
+
+    def _unsaving(self, work: Callable[[], Result], phase: str) -> Result:
+        """The result of work that begins when every step is saved, so that a stop need not wait for its end.
+
+        Raises:
+            Interrupted: a stop was asked for.
+        """
+        return background.run(work, phase, self.stop.check)
+
+    def _end_stage_left(self, state: TrainState, writer: MetricsWriter) -> None:
+        """Ends the stage whose last step was the last saved, where the call that made it was stopped before that."""
+        if self.step == 0 or not self._ends_stage(self.step):
+            return
+        name, stage, _ = self.run.stage_at(self.step - 1)
+        skipped = stage.steps - int(state.optimizer.stage_steps)
+        ends = [end["step"] for end in self.directory.stage_results(self.step)]
+        if said_by_main("whether the stage was ended", str(self.step in ends)) == str(True):
+            check_share_of_skips(self.run, name, skipped)
+            return
+        wanted = abstract_params(of_model(self.layouts[name], self.models[name].left))
+
+        def end() -> None:
+            self._end_stage(name, self.checkpoints.restore_params(self.step, wanted), skipped, writer)
+
+        self._unsaving(end, "evaluating")
+
+    def _evaluate_left(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:
+        """Evaluates within a stage after the last step saved, where the call that made it was stopped before that."""
+        if not self._evaluates_at(self.step):
+            return
+        evaluated = [event["step"] for event in self.directory.events("evaluation")]
+        if said_by_main("whether the last step was evaluated", str(self.step in evaluated)) != str(True):
+            self._evaluate_within(program, state, writer)
+
+    def _evaluates_at(self, step: int) -> bool:
+        every = self.run.evaluation.every_steps
+        return bool(every) and step % (every or 1) == 0
 
     def _hand_over(self, state: TrainState, before: str, after: str) -> TrainState:
         """The state laid out for the next stage: where its mesh is another, by way of the checkpoint just begun."""
         if self.layouts[before].sizes == self.layouts[after].sizes:
             return state
-        self.checkpoints.wait()
-        return self._read(int(state.step), after)
+
+        def laid_out() -> TrainState:
+            self.checkpoints.wait()
+            return self._read(self.step, after)
+
+        return self._unsaving(laid_out, "restoring")
 
     def _restore(self, step: int) -> TrainState:
         name = self.run.stage_at(min(step, self.run.total_steps - 1))[0]
@@ -354,9 +472,7 @@ class _Loop:
 
         def proceed() -> None:
             self.heartbeat.phase("labelling")
-            if self.any_process.wants(self.stop.signal is not None):
-                self.stopping = True
-                raise _Stopped
+            self._agree_to_stop()
 
         layout, stage, prepared = self.layouts[name], self.run.stages[name], self.prepared
         stores = teacher_stores(self.run, name, layout, self.teachers[name], prepared, self.display.say, proceed)
@@ -366,36 +482,107 @@ class _Loop:
     def _steps(self, program: Program, recorder: Recorder, state: TrainState, index: int, until: int) -> TrainState:
         """Makes the steps index..until of a stage. Metrics are read once the next step is on its way."""
         batches, layout = self.batches[program.name], self.layouts[program.name]
-        if index == 0:
-            state = self._followed(state, program.name)
-            with layout.compiling():
-                state = enter(self.run, program.name, state, layout, calibration(program.stage, batches, layout))
-            state = state._replace(optimizer=begin_stage(state.optimizer))
-        stream = prefetch(batches, index, self.run.data.workers, self.run.data.prefetch)
-        step = int(state.step)
-        for at in range(index, until):
-            state = self._followed(state, program.name) if at else state
-            began = time.monotonic()
-            batch = layout.place(next(stream), batches.rows, program.stage.batch_size)
-            waited = time.monotonic() - began
-            state, metrics = program.step(state, batch, *self.teaching)
-            step += 1
-            recorder.observe(step, metrics, waited)
-            self.heartbeat.step(step)
-            if self.any_process.wants(self.stop.signal is not None):
-                self.stopping = True
-                break
-            if not self._ends_stage(step):
-                if self.run.evaluation.every_steps and step % self.run.evaluation.every_steps == 0:
+        with recorder.apart():
+            if index == 0:
+                found = self._followed(state, program.name)
+
+                def entered() -> TrainState:
+                    first = calibration(program.stage, batches, layout)
                     with layout.compiling():
-                        params = self.use(state.params, state.optimizer.stage_steps)
-                    results = self._evaluate(program, params, self.models[program.name].trained)
-                    recorder.writer.held_out(step, results)
-                    self.directory.event("evaluation", stage=program.name, step=step, held_out=results)
-                if step % self.run.checkpoint.every_steps == 0:
-                    self._save(state)
-        recorder.flush()
+                        return enter(self.run, program.name, found, layout, first)
+
+                state = self._unsaving(entered, "entering")
+                state = state._replace(optimizer=begin_stage(state.optimizer))
+        items = prefetch(batches, index, self.run.data.workers, self.run.data.prefetch)
+        stream = background.Feed(items, "reading batches", until - index)
+        with ending(stream):
+            for at in range(index, until):
+                state = self._followed(state, program.name) if at else state
+                state = self._step(program, recorder, state, stream)
+                if self.stopping:
+                    break
+            recorder.flush()
         return state
+
+    def _step(self, program: Program, recorder: Recorder, state: TrainState, stream: background.Feed) -> TrainState:
+        """Makes a step, and evaluates and saves if it is time."""
+        batches, layout = self.batches[program.name], self.layouts[program.name]
+        began = time.monotonic()
+        try:
+            batch = stream.next(self._waiting_for_data())
+        except Interrupted:
+            self.stopping = True
+            return state
+        placed = layout.place(batch, batches.rows, program.stage.batch_size)
+        waited = time.monotonic() - began
+        state, metrics = program.step(state, placed, *self.teaching)
+        self.step += 1
+        recorder.observe(self.step, metrics, waited)
+        self.heartbeat.step(self.step)
+        if self.any_process.wants(self.stop.signal is not None):
+            self.stopping = True
+        elif not self._ends_stage(self.step):
+            if self._evaluates_at(self.step):
+                with recorder.apart():
+                    self._evaluate_within(program, state, recorder.writer)
+            if self.step % self.run.checkpoint.every_steps == 0 and not self.stopping:
+                # This writes the step's row first, so that a kill never leaves a checkpoint whose step has no row.
+                with recorder.apart():
+                    self._save(state)
+        return state
+
+    def _waiting_for_data(self) -> Callable[[], None]:
+        """What is to be asked while a batch is waited for.
+
+        It raises `Interrupted` where this process alone decides, and `ProcessLost` where others wait for it in the
+        middle of a step and cannot save: what was made since the last checkpoint is then made again.
+        """
+        waited, alone, asked = background.Waited(SECONDS_BETWEEN_WARNINGS), jax.process_count() == 1, 0.0
+        workers = self.run.data.workers
+
+        def proceed() -> None:
+            nonlocal asked
+            if seconds := waited.due():
+                self.display.say(
+                    f"warning: the batch of step {self.step + 1} has not come for {duration(seconds)}; "
+                    + (f"see whether the {workers} processes of data.workers still run" if workers else "see the disk")
+                )
+            if self.stop.signal is None:
+                return
+            if alone:
+                raise Interrupted
+            asked = asked or time.monotonic()
+            if time.monotonic() - asked > background.GRACE_SECONDS:
+                raise ProcessLost(f"asked to stop by {self.stop.signal} while no batch came for step {self.step + 1}")
+
+        return proceed
+
+    def _agree_to_stop(self) -> None:
+        """To be called equally often in all processes, while they compute together.
+
+        Raises:
+            Interrupted: in all of them at once, where one was asked to stop.
+        """
+        if self.any_process.wants(self.stop.signal is not None):
+            raise Interrupted
+
+    def _evaluate_within(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:
+        """Evaluates in the middle of a stage, unless a stop comes first."""
+
+        def evaluated() -> dict[str, dict[str, float]]:
+            with self.layouts[program.name].compiling():
+                params = self.use(state.params, state.optimizer.stage_steps)
+            return self._evaluate(program.name, params, self.models[program.name].trained)
+
+        # Steps are not saved: several processes only stop where they agree to, between batches.
+        proceed = self.stop.check if jax.process_count() == 1 else background.nothing_to_ask
+        try:
+            results = background.run(evaluated, "evaluating", proceed)
+        except Interrupted:
+            self.stopping = True
+            return
+        writer.held_out(self.step, results)
+        self.directory.event("evaluation", stage=program.name, step=self.step, held_out=results)
 
     def _ends_stage(self, step: int) -> bool:
         return step == self.run.total_steps or self.run.stage_at(step)[2] == 0
@@ -408,9 +595,14 @@ class _Loop:
         if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.to_json(), facts):
             self.directory.event("checkpoint", step=step)
 
-    def _evaluate(self, program: Program, params: Tree, model: Model) -> dict[str, dict[str, float]]:
+    def _evaluate(self, name: str, params: Tree, model: Model) -> dict[str, dict[str, float]]:
+        """Results on the held-out text of a stage, by source.
+
+        Raises:
+            Interrupted: a stop was asked for, and agreed on.
+        """
         self.heartbeat.phase("evaluating")
-        stage, layout = program.stage, of_model(self.layouts[program.name], model)
+        stage, layout = self.run.stages[name], of_model(self.layouts[name], model)
         evaluate = self._evaluator(model, layout)
         sequences = max(1, stage.batch_size // stage.accumulation_steps)
         results = {}
@@ -418,7 +610,7 @@ class _Loop:
             if store is not None and stage.mixture.get(source):
                 batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
                 placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
-                results[source] = measure(evaluate, params, placed, store.byte_ratio)
+                results[source] = measure(evaluate, params, placed, store.byte_ratio, self._agree_to_stop)
         return results
 
     def _evaluator(self, model: Model, layout: Layout) -> Evaluate:
@@ -428,20 +620,40 @@ class _Loop:
             self.evaluates = (model, layout.sizes), evaluate
         return self.evaluates[1]
 
-    def _end_stage(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:
-        results = self._evaluate(program, state.params, self.models[program.name].left)
-        step = int(state.step)
-        writer.held_out(step, results)
+    def _end_stage(self, name: str, params: Tree, skipped: int, writer: MetricsWriter) -> None:
+        """Evaluates what a stage has left, and tells of its end; the step that ended it is saved by then.
+
+        Raises:
+            UserError: too many of its steps were skipped.
+        """
+        results = self._evaluate(name, params, self.models[name].left)
+        stage = self.run.stages[name]
         self.directory.event(
             "stage_end",
-            stage=program.name,
-            step=step,
-            tokens=program.stage.steps * program.stage.batch_tokens,
-            loss=self.directory.recent_loss(program.name) if self.directory.writes else None,
+            stage=name,
+            step=self.step,
+            tokens=stage.steps * stage.batch_tokens,
+            loss=self.directory.recent_loss(name) if self.directory.writes else None,
             held_out=results,
+            skipped=skipped,
         )
+        writer.held_out(self.step, results)
         for source, values in results.items():
             self.display.say(
-                f"stage {program.name}: held-out {source} loss {values['loss']:.4f}, "
+                f"stage {name}: held-out {source} loss {values['loss']:.4f}, "
                 f"{values['bits_per_byte']:.4f} bits per byte"
             )
+        check_share_of_skips(self.run, name, skipped)
+
+
+@contextmanager
+def ending(stream: background.Feed) -> Iterator[None]:
+    """Ends the reading of batches, and worker processes that do not end by themselves."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        if not stream.close(SECONDS_FOR_WORKERS):
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()
+            stream.close(SECONDS_FOR_READER)  # which sees that they are gone

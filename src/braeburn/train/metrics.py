@@ -1,8 +1,10 @@
 """What a run writes down of each step, and the arithmetic of model FLOPs utilisation."""
 
-import json
 import math
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,13 @@ from braeburn.catalogue import chip_of
 from braeburn.config import Model, Run
 from braeburn.model.spec import Tree, count
 from braeburn.model.transformer import param_specs
-from braeburn.train.guard import SkipCounter
+from braeburn.train.guard import check_skips_in_a_row
 from braeburn.train.progress import Display
+from braeburn.train.records import Records, json_line
+from braeburn.train.tensorboard import EventFile
+
+# Of the moving average of the loss.
+STEPS_OF_AVERAGE = 50
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -32,50 +39,100 @@ def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard."""
+    """Appends to `metrics.jsonl` and TensorBoard. Neither ever stops or delays training: see `Records`."""
 
-    def __init__(self, directory: Path, *, quiet: bool = False):
-        """Opens both for appending, or neither where `quiet`; rows are flushed as they are written."""
+    def __init__(self, directory: Path, after: int, say: Callable[[str], None], *, quiet: bool = False):
+        """Both are appended to, or neither where `quiet`; rows are written at once.
+
+        Args:
+            directory: the run's.
+            after: the last step of what both hold.
+            say: takes a line when one cannot be written, and when it can again.
+            quiet: of processes that are not the main one.
+        """
         self._quiet = quiet
         if quiet:
             return
-        from tensorboardX import SummaryWriter
-
-        self._file = (directory / "metrics.jsonl").open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(directory / "tensorboard"))
+        self._rows = Records(directory / "metrics.jsonl", say, lines=True)
+        self._events = EventFile(directory / "tensorboard", after, say)
 
     def write(self, row: dict[str, Any]) -> None:
         """One step's row; its numbers also go to TensorBoard."""
         if self._quiet:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, row["step"])
+        self._rows.append(json_line(finite))  # JSON has no NaN
+        numbers = {name: v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
+        self._events.scalars(row["step"], numbers)
 
     def held_out(self, step: int, results: dict[str, dict[str, float]]) -> None:
         """Held-out results by source, for TensorBoard; the loop records them as an event too."""
-        for source, values in results.items() if not self._quiet else ():
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"held_out/{source}/{name}", value, step)
+        if self._quiet or not results:
+            return
+        figures = ((source, name, v) for source, values in results.items() for name, v in values.items())
+        self._events.scalars(step, {f"held_out/{source}/{name}": value for source, name, value in figures})
 
     def close(self) -> None:
-        """Flushes both."""
+        """Closes both."""
         if self._quiet:
             return
-        self._file.close()
-        self._tensorboard.close()
+        self._rows.close()
+        self._events.close()
+
+
+class History:
+    """What is remembered of a run's steps, whichever calls made them.
+
+    Attributes:
+        skipped: steps skipped in all.
+        skipped_in_a_row: up to the last step.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        """Takes the rows of earlier calls, in order."""
+        self.skipped = self.skipped_in_a_row = 0
+        self._stage: str | None = None
+        self._losses: deque[float] = deque(maxlen=STEPS_OF_AVERAGE)
+        for row in rows:
+            self.observe(row.get("stage"), row.get("loss"), row.get("skipped") or 0)
+
+    def observe(self, stage: str | None, loss: float | None, skipped: int) -> None:
+        """Takes a step: its stage, its loss in nats (None or NaN where it has none), and the steps skipped so far."""
+        if stage != self._stage:
+            self._stage = stage
+            self._losses.clear()
+        if loss is not None and math.isfinite(loss):
+            self._losses.append(loss)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped > self.skipped else 0
+        self.skipped = skipped
+
+    @property
+    def loss_average(self) -> float:
+        """The mean loss of the stage's last steps, as many as there are up to 50; NaN without any."""
+        return math.fsum(self._losses) / len(self._losses) if self._losses else math.nan
 
 
 class Recorder:
     """Turns a stage's metrics on the device into rows, each a step late so that the device never waits."""
 
-    def __init__(self, run: Run, stage: str, writer: MetricsWriter, display: Display, num_devices: int):
-        """Begins to time the next step."""
+    def __init__(
+        self, run: Run, stage: str, writer: MetricsWriter, display: Display, num_devices: int, history: History
+    ):
+        """Begins to time the next step.
+
+        Args:
+            run: the run.
+            stage: the name of the stage.
+            writer: takes the rows.
+            display: shows them.
+            num_devices: that the stage trains on.
+            history: of the run's steps so far, which those of this stage are added to.
+        """
         self._num_devices = num_devices
         self.writer = writer
         self._display = display
+        self._history = history
+        self._run = run
         self._name = stage
         self._stage = run.stages[stage]
         earlier = [run.stages[name] for name in list(run.stages)[: list(run.stages).index(stage)]]
@@ -83,7 +140,6 @@ class Recorder:
         self._first_token = sum(other.steps * other.batch_tokens for other in earlier)
         model = run.models()[stage].trained
         self._flops = flops_per_token(model, param_specs(model), self._stage.sequence_length)
-        self._skips = SkipCounter()
         self._pending: tuple[int, dict[str, Any], float] | None = None
         self._last = time.monotonic()
 
@@ -91,6 +147,18 @@ class Recorder:
         """Takes the metrics of `step`, just dispatched, and writes the row of the one before."""
         self.flush()
         self._pending = (step, metrics, data_seconds)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keeps the time of what is done within, as evaluating and saving, out of that of steps.
+
+        The last step is waited for first: what is done within needs its result anyway.
+        """
+        self.flush()
+        try:
+            yield
+        finally:
+            self._last = time.monotonic()
 
     def flush(self) -> None:
         """Waits for the last step and writes its row.
@@ -107,11 +175,14 @@ class Recorder:
         seconds, self._last = now - self._last, now
         tokens_per_second = self._stage.batch_tokens / seconds
         peak = peak_flops(jax.devices()[0].device_kind)
+        skipped = int(values["skipped"])
+        self._history.observe(self._name, values["loss"], skipped)
         row: dict[str, Any] = {
             "step": step,
             "stage": self._name,
             "tokens": self._first_token + (step - self._first_step) * self._stage.batch_tokens,
             "loss": values["loss"],
+            "loss_average": self._history.loss_average,
             **{name: values[name] for name in ("distillation_loss",) if name in values},
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
@@ -119,8 +190,9 @@ class Recorder:
             "mfu": tokens_per_second * self._flops / (peak * self._num_devices) if peak else None,
             "step_seconds": seconds,
             "data_seconds": data_seconds,
-            "skipped": int(values["skipped"]),
+            "skipped": skipped,
         }
         self.writer.write(row)
         self._display.step(row, step - self._first_step)
-        self._skips.observe(step, row["skipped"])
+        in_a_row = self._history.skipped_in_a_row
+        check_skips_in_a_row(self._run, self._name, step, in_a_row, values["grad_norm"])

@@ -1,12 +1,18 @@
 """How a run shows itself while it trains: a live display on a terminal, plain lines elsewhere. Both go to stderr."""
 
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+# Warnings from the start of a longer run are out of sight at its end.
+SECONDS_UNTIL_REPEATED = 60.0
+
+Item = TypeVar("Item")
 
 
 class Display:
@@ -17,6 +23,8 @@ class Display:
         self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
         self._total_steps = total_steps
         self._last_line = -float("inf")
+        self._began = time.monotonic()
+        self._warnings: list[str] = []
         self._seconds_per_step: float | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -37,10 +45,19 @@ class Display:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+        if time.monotonic() - self._began > SECONDS_UNTIL_REPEATED:
+            for text in self._warnings:
+                self.say(text)
 
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        self._console.print(text, markup=False, soft_wrap=True)
+    def warn(self, text: str) -> None:
+        """A line that must not be missed: said again at the end, unless that is soon."""
+        self._warnings.append(text)
+        self.say(text, style="bold yellow")
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """A line of its own; `style` is rich's, for terminals."""
+        with suppress(OSError):  # the terminal is gone, or the disk that holds the log is full
+            self._console.print(text, markup=False, soft_wrap=True, style=style)
 
     def begin_stage(self, name: str, steps: int, done: int) -> None:
         """A stage of `steps` begins, or goes on after `done`."""
@@ -55,9 +72,11 @@ class Display:
         """A step was made; `row` is that of `metrics.jsonl`."""
         seconds = row["step_seconds"]
         self._seconds_per_step = 0.9 * (self._seconds_per_step or seconds) + 0.1 * seconds
-        facts = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        facts = f"loss {row['loss']:.4f} (average {row['loss_average']:.4f})  {row['tokens_per_second']:,.0f} tokens/s"
         if row["mfu"] is not None:
             facts += f"  MFU {row['mfu']:.1%}"
+        if row["skipped"]:
+            facts += f"  {row['skipped']} skipped"
         # Later stages may have longer steps: the estimate is of this stage's pace.
         remaining = (self._total_steps - row["step"]) * self._seconds_per_step
         facts += f"  {duration(remaining)} left"
@@ -68,6 +87,39 @@ class Display:
         if now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._total_steps:
             self._last_line = now
             self.say(f"step {row['step']}/{self._total_steps}  {row['stage']}  {facts}")
+
+
+def tracked(
+    items: Iterable[Item], what: str, total: int | None = None, console: Console | None = None
+) -> Iterator[Item]:
+    """The items as they are, while standard error shows how many are done.
+
+    A terminal shows a bar, which goes away at the end; elsewhere there is a line every ten seconds, so that what is
+    quick says nothing.
+
+    Args:
+        items: what is worked through.
+        what: is done with them, as in "reading weights".
+        total: how many there are; the length of `items` by default, where it has one.
+        console: shows it; of standard error by default.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            yield from bar.track(items, total=total, description=what)
+        return
+    began = told = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - told >= SECONDS_BETWEEN_LINES:
+            told = now
+            left = f"  {duration((total - done) * (now - began) / done)} left" if total and done else ""
+            with suppress(OSError):
+                console.print(f"{what}: {done}{f' of {total}' if total else ''}{left}", markup=False, soft_wrap=True)
+        yield item
 
 
 def duration(seconds: float) -> str:

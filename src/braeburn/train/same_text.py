@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -14,7 +15,17 @@ from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 
 
-def check_text(run: Run, directory: RunDirectory, step: int, prepared: Prepared, say: Callable[[str], None]) -> None:
+def saved_text(directory: RunDirectory, step: int) -> Any:
+    """What a checkpoint tells of the text that it was trained on; None where there is none to tell.
+
+    To be called in every process of a run: those of one run read a checkpoint together.
+    """
+    return Checkpoints(directory.path).facts(step).get("text") if step else None
+
+
+def check_text(
+    run: Run, directory: RunDirectory, step: int, saved: Any, prepared: Prepared, say: Callable[[str], None]
+) -> None:
     """Refuses text other than that of the checkpoint to go on from, if a stage that has begun draws from it.
 
     On other text the same steps would see other sequences: some twice, some never, without a word. Text that only
@@ -24,6 +35,7 @@ def check_text(run: Run, directory: RunDirectory, step: int, prepared: Prepared,
         run: the run.
         directory: its folder.
         step: of the checkpoint.
+        saved: what `saved_text` gives for it.
         prepared: the text as it is now.
         say: takes a line where a change is accepted.
 
@@ -32,7 +44,6 @@ def check_text(run: Run, directory: RunDirectory, step: int, prepared: Prepared,
     """
     if step in (0, run.total_steps):
         return
-    saved = Checkpoints(directory.path).facts(step).get("text")
     if not isinstance(saved, Mapping):
         say(f"checkpoint {step} does not tell on which text it was trained; going on with the text as it is now")
         return
