@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from braeburn.disk import explained
 from braeburn.errors import UserError, did_you_mean
 from braeburn.jsonfile import Unreadable, read_json
 
@@ -881,6 +882,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{str(path)!r} does not hold a run: it {error}; restore it or start in another folder with --out"
         ) from None
+    except OSError as error:
+        reason = explained(error) or f"{str(path)!r} cannot be read ({error.strerror}); see to it"
+        raise UserError(reason) from None
     if not isinstance(fields, dict):
         raise UserError(f"{str(path)!r} does not hold a run; restore it or start in another folder with --out")
     return fields

@@ -127,6 +127,16 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         read_run(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_json(path / "below")
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(UserError, match=r"config\.json' cannot be used \(too many levels of symbolic links\)"):
+        read_run(tmp_path)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match=r"metrics\.jsonl' cannot be used \(too many levels"):
+        RunDirectory(tmp_path).recent_loss("core")
+    with pytest.raises(UserError, match=r"events\.jsonl' cannot be used \(too many levels"):
+        RunDirectory(tmp_path).stage_results(1)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from braeburn import __version__
 from braeburn.atomic import write_atomically
 from braeburn.config import Run, flatten, read_identity, read_run
-from braeburn.disk import locked
+from braeburn.disk import explaining, locked
 from braeburn.errors import UserError
 from braeburn.jsonfile import Unreadable, json_lines
 from braeburn.train import tensorboard
@@ -218,12 +218,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, none where someone has deleted it.
 
     Raises:
-        UserError: something else lies in its place.
+        UserError: it cannot be read, or something else lies in its place.
     """
     try:
-        yield from json_lines(path)
-    except FileNotFoundError:
-        return
+        with explaining(path.parent), suppress(FileNotFoundError):
+            yield from json_lines(path)
     except Unreadable as error:
         raise UserError(f"{str(path)!r} {error}; move it away and run again") from None
 
