@@ -38,6 +38,8 @@ class Records:
         self._failing = False
         self._file: io.FileIO | None = None
         self._folder: tuple[int, int] | None = None
+        with contextlib.suppress(OSError):
+            self._check_folder()
 
     def append(self, record: bytes) -> None:
         """Writes a record, and before it those that wait."""
@@ -100,13 +102,17 @@ class Records:
                 pass
             self._file.close()
         self._file = None
+        self._check_folder()
+        self._file = io.FileIO(self.path, "a+")
+        return self._file
+
+    def _check_folder(self) -> None:
+        """Refuses a folder that was put in the place of the file's, which would look like a run."""
         status = self.path.parent.stat()
         folder = status.st_dev, status.st_ino
         if self._folder not in (None, folder):
             raise FileNotFoundError(errno.ENOENT, "its folder was moved or deleted", str(self.path))
         self._folder = folder
-        self._file = io.FileIO(self.path, "a+")
-        return self._file
 
     def _keep_within_bound(self) -> None:
         while self._bytes > self._bound and len(self._waiting) > 1:

@@ -34,37 +34,35 @@ class EventFile:
         from tensorboardX.proto import event_pb2
 
         self._event = event_pb2
-        self._folder, self._after, self._say = folder, after, say
-        self._records: Records | None = None
+        self._after, self._begun = after, False
+        # TensorBoard reads files in the order of their names, and knows them by "tfevents".
+        stem = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        path = next(p for n in itertools.count() if not (p := folder / f"{stem}.{n}").exists())
+        with contextlib.suppress(OSError):  # the first record finds out, and says so
+            folder.mkdir(exist_ok=True)
+        self._records = Records(path, say)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, by their names."""
-        if self._records is None:
-            self._records = self._begin()
+        if not self._begun:
+            self._begin()
         event = self._new(step)
         for name, value in values.items():
             event.summary.value.add(tag=name, simple_value=value)
         self._records.append(_framed(event.SerializeToString()))
 
     def close(self) -> None:
-        """Closes the file, if there is one."""
-        if self._records is not None:
-            self._records.close()
+        """Closes the file."""
+        self._records.close()
 
-    def _begin(self) -> Records:
-        # TensorBoard reads files in the order of their names, and knows them by "tfevents".
-        begun = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        path = next(p for n in itertools.count() if not (p := self._folder / f"{begun}.{n}").exists())
-        records = Records(path, self._say)
-        with contextlib.suppress(OSError):  # the first record finds out, and says so
-            self._folder.mkdir(exist_ok=True)
+    def _begin(self) -> None:
+        self._begun = True
         version = self._new(0)
         version.file_version = "brain.Event:2"
-        records.append(_framed(version.SerializeToString()))
+        self._records.append(_framed(version.SerializeToString()))
         start = self._new(self._after + 1)
         start.session_log.status = self._event.SessionLog.START
-        records.append(_framed(start.SerializeToString()))
-        return records
+        self._records.append(_framed(start.SerializeToString()))
 
     def _new(self, step: int) -> Any:
         return self._event.Event(wall_time=time.time(), step=step)
