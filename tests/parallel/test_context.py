@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from braeburn.config import Mesh
 from braeburn.model import attention as A
+from braeburn.model import cudnn
 from braeburn.parallel import context as C
 
 LENGTH = 96
@@ -91,10 +92,12 @@ def test_bfloat16_stays_near_float32(context_attention):
     assert_close(results, on_one_device(), 0.02)
 
 
-def test_masked_scores_of_the_cudnn_back_end_are_those_of_the_others(monkeypatch):
-    plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
-    results = outputs_and_gradients(A.cudnn_attention, mesh_of(4, 1, "all_gather"), sequences())
+def test_the_mask_for_older_gpus_gives_what_the_others_give(monkeypatch):
+    def plain(query, key, value, visible):
+        return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+
+    monkeypatch.setattr(cudnn, "masked_attention", plain)
+    results = outputs_and_gradients(A.cudnn_masked_attention, mesh_of(4, 1, "all_gather"), sequences())
     assert_close(results, on_one_device(), 1e-5)
 
 
