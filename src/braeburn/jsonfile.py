@@ -67,11 +67,16 @@ def parse_json(content: bytes | str) -> Any:
     """The value that JSON text stands for.
 
     Raises:
-        Unreadable: it is not UTF-8, no JSON, nested too deeply, or has a number that is too long.
+        Unreadable: it is not UTF-8, no JSON, nested too deeply, or has half a character or a number that is too long.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
         value = json.loads(text)
+        if "\\ud" in text.lower():
+            # Half of a character in two parts is a string to Python, but to nothing else.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Unreadable("has a string with half of a surrogate pair") from None
     except UnicodeDecodeError:
         raise Unreadable("is not UTF-8") from None
     except json.JSONDecodeError as error:

@@ -5,7 +5,6 @@ deeply, or hold a number of thousands of digits. None of this may hang, fill the
 traceback.
 """
 
-import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from braeburn.errors import UserError
+from braeburn.jsonfile import Unreadable, parse_json, read_bytes
 
 # The largest tokenizers and weight indices on the Hugging Face hub have about 40 MB.
 LARGEST_TEXT_BYTES = 512 * 2**20
@@ -39,33 +39,9 @@ def read_text(path: Path, fix: str, largest_bytes: int = LARGEST_TEXT_BYTES) -> 
         UserError: it is missing, no ordinary file, too large, not readable or not UTF-8.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not an ordinary file")
-        if status.st_size > largest_bytes:
-            raise ValueError(f"it has {status.st_size:,} bytes, and at most {largest_bytes:,} are read")
-        return path.read_bytes().decode("utf-8")
+        return read_bytes(path, largest_bytes).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read ({_reason(error)}); {fix}") from None
-
-
-def parse_json(text: str) -> Any:
-    """The value that JSON text stands for.
-
-    Raises:
-        ValueError: it is no JSON, nested too deeply, or holds an integer of thousands of digits or
-            half a character.
-    """
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            # Half of a character in two parts is a string to Python, but to nothing else.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("a string in it has half of a surrogate pair") from None
 
 
 def read_object(path: Path, fix: str) -> dict[str, Any]:
@@ -82,7 +58,7 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
     try:
         contents = parse_json(text)
         if not isinstance(contents, dict):
-            raise ValueError("it holds no JSON object")
+            raise Unreadable("holds no JSON object")
     except ValueError as error:
         raise UserError(f"{str(path)!r} cannot be read ({_reason(error)}); {fix}") from None
     return contents
@@ -98,11 +74,11 @@ def shown(value: Any, width: int = 60) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what went wrong, without Python's advice on its own settings."""
+    """The first line of what went wrong."""
     if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8 text"
-    message = str(error).partition("\n")[0]
-    return message.partition("; use sys.")[0] or type(error).__name__
+        return "it is not UTF-8"
+    message = str(error).partition("\n")[0] or type(error).__name__
+    return f"it {message}" if isinstance(error, Unreadable) else message
 
 
 Foreign = TypeVar("Foreign", bound=BaseModel)

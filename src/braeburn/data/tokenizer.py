@@ -23,7 +23,8 @@ from braeburn.data.tokenizer_settings import (
     read_settings,
 )
 from braeburn.errors import UserError
-from braeburn.reading import parse_json, read_text, shown
+from braeburn.jsonfile import Unreadable, parse_json
+from braeburn.reading import read_text, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -209,9 +210,9 @@ class Tokenizer:
         try:
             files = parse_json(text)
             if not isinstance(files, dict):
-                raise ValueError("it is no JSON object")
-        except ValueError as error:
-            raise UserError(f"the tokenizer of the checkpoint cannot be read ({error}); {fix}") from None
+                raise Unreadable("is no JSON object")
+        except Unreadable as error:
+            raise UserError(f"the tokenizer of the checkpoint cannot be read (it {error}); {fix}") from None
         # Earlier versions saved the tokenizer alone, and began all prompts with its begin token.
         is_alone = "tokenizer.json" not in files
         own = text if is_alone else json.dumps(files["tokenizer.json"])
