@@ -1,7 +1,8 @@
 # Everything works from a fresh clone with Python 3.11 to 3.13, make and a package index.
 #   make demo    train the quickstart recipe and show what it learned
 #   make demo-on-device    a larger model pruned, distilled, quantised and shipped, beside one from scratch
-#   make test    all tests, with the coverage of src; installs neither torch nor CUDA
+#   make test    the tests, with the coverage of src; installs neither torch nor CUDA
+#   make test-all    those and the ones that take long, which are marked `deep`
 #   make test-hf    exports and imports beside transformers and torch themselves
 #   make test-other    the tests that depend most on versions, on another Python than `make test` takes
 #   make test-install    every extra resolved by pip with its pins; the wheel in an empty environment
@@ -49,7 +50,7 @@ CONSTRAINTS_hf := constraints-hf.txt
 PINS := pyproject.toml $(wildcard constraints*.txt)
 EXTRAS := chat cuda data docs gguf rocm tpu
 
-.PHONY: fuzz demo demo-on-device test test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
+.PHONY: fuzz demo demo-on-device test test-all test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
 .PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))
 .DEFAULT_GOAL := test
 
@@ -87,6 +88,12 @@ PARALLEL = -n $(WORKERS) --dist loadfile
 
 # Those that guard rounding and resuming run apart, compiled as users compile: see tests/conftest.py.
 test: setup
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not optimized and not deep' --cov --cov-report= --durations=15
+	$(BIN)/python -m pytest $(PARALLEL) -m optimized --cov --cov-append --cov-report=term --durations=5
+
+# With those that take long for what they add: whole chains of compressing stages, several processes that are killed or
+# change in number, `verify` on its own checks, and most layouts of a mesh, of which `make test` runs some.
+test-all: setup
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not optimized' --cov --cov-report= --durations=15
 	$(BIN)/python -m pytest $(PARALLEL) -m optimized --cov --cov-append --cov-report=term --durations=5
 

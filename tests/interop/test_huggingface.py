@@ -349,7 +349,10 @@ def no_weights(directory: Path) -> None:
         (config_with(rope_scaling={"rope_type": ["llama3"]}), r"rope_type=\['llama3'\] cannot be imported"),
         (config_with(tie_word_embeddings="x" * 10_000), "tie_word_embeddings cannot be 'xxx"),
         (as_text("config.json", "[" * 100_000), "config.json' cannot be read .it is nested more than 100 deep"),
-        (as_text("config.json", '{"a": ' + "9" * 5000 + "}"), "config.json' cannot be read .it has a number of thousands of digits"),
+        (
+            as_text("config.json", '{"a": ' + "9" * 5000 + "}"),
+            "config.json' cannot be read .it has a number of thousands of digits",
+        ),
         (as_text("config.json", '{"a": "\\ud800"}'), "half of a surrogate pair"),
         (as_folder("config.json"), "config.json' cannot be read .it is a folder"),
         (as_pipe("config.json"), "config.json' cannot be read .it is not an ordinary file"),

@@ -20,6 +20,7 @@ def losses(directory: Path) -> list[float]:
     return [row["loss"] for row in rows(directory)]
 
 
+@pytest.mark.deep
 def test_four_processes_train_as_one_though_one_is_killed(arguments: list[str], tmp_path: Path) -> None:
     alone = process("train", *arguments, "--out", tmp_path / "alone", "--json", env=ENVIRON)
     assert alone.code == 0, alone.err

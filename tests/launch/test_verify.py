@@ -137,6 +137,7 @@ def chained(run: Run, **stages: dict[str, Any]) -> Run:
     return validate(run.model_copy(update={"stages": changed}).model_dump())
 
 
+@pytest.mark.deep
 def test_all_stages_compare_with_one_device(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {"tokens": 4 * run.stages["core"].batch_tokens, "schedule": Schedule(warmup_steps=1)}
     chain = chained(
@@ -178,6 +179,7 @@ def test_stages_that_differ_are_found(run: Run, tmp_path: Path, monkeypatch: pyt
     assert checks[-1].difference == pytest.approx(0.02)
 
 
+@pytest.mark.deep
 def test_killed_resumed_and_resharded(run: Run, killed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(killed, tmp_path / "run")
     said: list[str] = []

@@ -107,6 +107,7 @@ def test_what_each_stage_leaves(whole: Path, chain: Run) -> None:
     assert max(len(np.unique(group)) for group in groups) <= 16
 
 
+@pytest.mark.deep
 def test_stops_within_stages_and_between_leave_no_trace(whole: Path, chain: Run, tmp_path: Path) -> None:
     run = override(chain, {"checkpoint.every_steps": 1000, "checkpoint.keep_last": 1})
     for stop in (LARGER - 1, LARGER, LARGER + 2, PRUNED - 1, PRUNED, PRUNED + 1, TAUGHT, TAUGHT + 2):
@@ -124,6 +125,7 @@ def test_stops_within_stages_and_between_leave_no_trace(whole: Path, chain: Run,
     same(*(Checkpoints(folder).restore_params(ROUNDED, shape) for folder in (tmp_path, whole)))
 
 
+@pytest.mark.deep
 def test_a_kill_while_pruning_loses_nothing(whole: Path, chain: Run, tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.py", tmp_path / "out"
     recipe.write_text(
@@ -141,6 +143,7 @@ def test_a_kill_while_pruning_loses_nothing(whole: Path, chain: Run, tmp_path: P
     assert stage_ends(out)[-1] == stage_ends(whole)[-1]
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("target", ["label", "top_k"])
 def test_cached_and_live_teachers_give_the_same_losses(
     whole: Path, as_of: Callable[[int], Path], chain: Run, target: str
@@ -280,6 +283,7 @@ def test_heads_and_width_are_pruned_in_a_run(as_of: Callable[[int], Path], chain
     assert len(measured) == 2 and np.isfinite(measured).all()
 
 
+@pytest.mark.deep
 def test_the_chain_on_a_mesh_is_that_of_one_device(chain: Run, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"optimizer.kind": "adamw"}
     fields |= {f"stages.{name}.learning_rate": 1e-3 for name in chain.stages}

@@ -54,6 +54,7 @@ def recorded(records: Path, number: int) -> list[list[dict[str, str]]]:
     return [[json.loads(line)["rows"] for line in step] for step in zip(*lines, strict=True)]
 
 
+@pytest.mark.deep
 def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, records = tmp_path / "out", tmp_path / "record"
     # One stage of 12 steps: every program more is compiled in every process.
@@ -113,6 +114,7 @@ def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch
     assert difference < 1e-5
 
 
+@pytest.mark.deep
 def test_meshes_may_differ_between_stages_and_calls(tiny: Run, finished: Path, tmp_path: Path) -> None:
     """On eight devices: fully sharded, then offloaded and tensor-parallel, then split along long sequences."""
     context = {"stages.context.mesh.context": 4, "stages.context.mesh.fsdp": 2}
