@@ -76,34 +76,21 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     settings = [part for path, value in SETTINGS.items() for part in ("--set", f"{path}={value}")]
 
+    def begin(name: str, compute: str, *, platform: str = "", flags: str = "") -> subprocess.Popen[str]:
+        precision = ("--set", f"precision.compute={compute}")
+        arguments = ("train", "quickstart", "--out", str(out / name), *settings, *precision)
+        return braeburn(*arguments, platform=platform, flags=flags)
+
     def train(name: str, compute: str, *, platform: str = "", flags: str = "") -> list[float]:
         began = time.monotonic()
-        arguments = (
-            "train",
-            "quickstart",
-            "--out",
-            str(out / name),
-            *settings,
-            "--set",
-            f"precision.compute={compute}",
-        )
-        finish(braeburn(*arguments, platform=platform, flags=flags), name)
+        finish(begin(name, compute, platform=platform, flags=flags), name)
         found = losses(out / name)
         row = {"run": name, "steps": len(found), "first": found[0], "last": found[-1]}
         print(json.dumps(row | {"seconds": round(time.monotonic() - began, 1)}), flush=True)
         return found
 
     def killed(name: str, compute: str, after: int, flags: str = "") -> None:
-        arguments = (
-            "train",
-            "quickstart",
-            "--out",
-            str(out / name),
-            *settings,
-            "--set",
-            f"precision.compute={compute}",
-        )
-        process = braeburn(*arguments, flags=flags)
+        process = begin(name, compute, flags=flags)
         metrics, deadline = out / name / "metrics.jsonl", time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:
             if metrics.exists() and metrics.read_text().count("\n") >= after:
