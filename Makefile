@@ -86,15 +86,14 @@ demo-on-device: extra-gguf
 WORKERS := 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-# Those that guard rounding and resuming run apart, compiled as users compile: see tests/conftest.py.
-test: setup
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not optimized and not deep' --cov --cov-report= --durations=15
-	$(BIN)/python -m pytest $(PARALLEL) -m optimized --cov --cov-append --cov-report=term --durations=5
+test: MARKED := not optimized and not deep
+test-all: MARKED := not optimized
 
-# With those that take long for what they add: whole chains of compressing stages, several processes that are killed or
-# change in number, `verify` on its own checks, and most layouts of a mesh, of which `make test` runs some.
-test-all: setup
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not optimized' --cov --cov-report= --durations=15
+# `test-all` also has those that take long for what they add: whole chains of compressing stages, several processes that
+# are killed or change in number, `verify` on its own checks, and most layouts of a mesh, of which `test` has some.
+# Those that guard rounding and resuming run apart, compiled as users compile: see tests/conftest.py.
+test test-all: setup
+	$(BIN)/python -m pytest $(PARALLEL) -m '$(MARKED)' --cov --cov-report= --durations=15
 	$(BIN)/python -m pytest $(PARALLEL) -m optimized --cov --cov-append --cov-report=term --durations=5
 
 # Apart from the other environment: torch with CUDA is several GB and wants NVIDIA packages of other versions than JAX

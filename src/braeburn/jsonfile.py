@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from braeburn.disk import naming
-
 # Far more than any description, event or row that this program writes.
 MOST_BYTES = 1 << 26
 # Parsed by hand the limit is Python's own depth of calls, which depends on who calls.
@@ -90,6 +88,18 @@ def parse_json(content: bytes | str) -> Any:
     return value
 
 
+def parse_object(content: bytes | str) -> dict[str, Any]:
+    """The JSON object that text stands for.
+
+    Raises:
+        Unreadable: as `parse_json`, or it is another value than an object.
+    """
+    value = parse_json(content)
+    if not isinstance(value, dict):
+        raise Unreadable("holds no JSON object")
+    return value
+
+
 def _is_deep(value: Any) -> bool:
     """Whether a value is nested beyond the limit, found without recursion."""
     level = [value]
@@ -99,22 +109,6 @@ def _is_deep(value: Any) -> bool:
             return False
         level = [child for part in inner for child in (part.values() if isinstance(part, dict) else part)]
     return True
-
-
-def append_json_line(path: Path, value: Any) -> None:
-    """Appends a line to a file of JSON lines, which is made where there is none.
-
-    A last line that was cut short stays a line of its own.
-
-    Raises:
-        OSError: naming the file.
-    """
-    with path.open("a+b") as file, naming(path):
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
-        begin = b"\n" if file.read(1) not in (b"", b"\n") else b""
-        file.write(begin + json.dumps(value).encode() + b"\n")
-        file.flush()
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

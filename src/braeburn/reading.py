@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from braeburn.errors import UserError
-from braeburn.jsonfile import Unreadable, parse_json, read_bytes
+from braeburn.jsonfile import Unreadable, parse_object, read_bytes
 
 # The largest tokenizers and weight indices on the Hugging Face hub have about 40 MB.
 LARGEST_TEXT_BYTES = 512 * 2**20
@@ -56,12 +56,9 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
     """
     text = read_text(path, fix)
     try:
-        contents = parse_json(text)
-        if not isinstance(contents, dict):
-            raise Unreadable("holds no JSON object")
-    except ValueError as error:
+        return parse_object(text)
+    except Unreadable as error:
         raise UserError(f"{str(path)!r} cannot be read ({_reason(error)}); {fix}") from None
-    return contents
 
 
 def shown(value: Any, width: int = 60) -> str:

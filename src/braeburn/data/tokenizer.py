@@ -23,7 +23,7 @@ from braeburn.data.tokenizer_settings import (
     read_settings,
 )
 from braeburn.errors import UserError
-from braeburn.jsonfile import Unreadable, parse_json
+from braeburn.jsonfile import Unreadable, parse_object
 from braeburn.reading import read_text, shown
 
 if TYPE_CHECKING:
@@ -208,9 +208,7 @@ class Tokenizer:
         """
         fix = "restore the checkpoint, or use another one"
         try:
-            files = parse_json(text)
-            if not isinstance(files, dict):
-                raise Unreadable("is no JSON object")
+            files = parse_object(text)
         except Unreadable as error:
             raise UserError(f"the tokenizer of the checkpoint cannot be read (it {error}); {fix}") from None
         # Earlier versions saved the tokenizer alone, and began all prompts with its begin token.
