@@ -3,9 +3,9 @@
     python benchmarks/gpu_train.py OUT
 
 Prints the largest relative difference of the losses of all steps: of float32 and bfloat16 on the GPU against float32 on
-the CPU, and of a run that was killed and resumed against the undisturbed one, with XLA's deterministic operations and
-without. Reads no data but Python's standard library. Exits with 1 where a command fails, or float32 differs by more
-than 0.002 on average over the last ten steps.
+the CPU, and of a run that was killed, resumed, asked to stop and resumed again against the undisturbed one, with XLA's
+deterministic operations. Reads no data but Python's standard library. Exits with 1 where a command fails, where float32
+differs by more than 0.002 on average over the last ten steps, or where the disturbed run differs at all.
 """
 
 import json
@@ -34,6 +34,8 @@ SETTINGS = {
     "evaluation.tokens": 65_536,
 }
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+# Disturbed after so many steps: by SIGKILL in the first stage, by SIGTERM in the second.
+KILL_AFTER, STOP_AFTER = 25, 38
 
 
 def braeburn(*arguments: str, platform: str = "", flags: str = "") -> subprocess.Popen[str]:
@@ -81,37 +83,47 @@ def main() -> int:
         arguments = ("train", "quickstart", "--out", str(out / name), *settings, *precision)
         return braeburn(*arguments, platform=platform, flags=flags)
 
-    def train(name: str, compute: str, *, platform: str = "", flags: str = "") -> list[float]:
-        began = time.monotonic()
-        finish(begin(name, compute, platform=platform, flags=flags), name)
+    def ended(name: str, process: subprocess.Popen[str]) -> list[float]:
+        finish(process, name)
         found = losses(out / name)
-        row = {"run": name, "steps": len(found), "first": found[0], "last": found[-1]}
-        print(json.dumps(row | {"seconds": round(time.monotonic() - began, 1)}), flush=True)
+        print(json.dumps({"run": name, "steps": len(found), "first": found[0], "last": found[-1]}), flush=True)
         return found
 
-    def killed(name: str, compute: str, after: int, flags: str = "") -> None:
+    def train(name: str, compute: str, *, flags: str = "") -> list[float]:
+        began = time.monotonic()
+        found = ended(name, begin(name, compute, flags=flags))
+        print(json.dumps({"run": name, "seconds": round(time.monotonic() - began, 1)}), flush=True)
+        return found
+
+    def disturb(name: str, compute: str, after: int, by: signal.Signals, flags: str) -> None:
         process = begin(name, compute, flags=flags)
         metrics, deadline = out / name / "metrics.jsonl", time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:
             if metrics.exists() and metrics.read_text().count("\n") >= after:
                 break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+            time.sleep(0.005)
+        began = time.monotonic()
+        process.send_signal(by)
+        process.communicate(timeout=100)
+        row = {"run": name, "signal": by.name, "steps": len(losses(out / name)), "exit code": process.returncode}
+        print(json.dumps(row | {"seconds to the exit": round(time.monotonic() - began, 2)}), flush=True)
 
-    reference = train("cpu-float32", "float32", platform="cpu")
-    wide = train("gpu-float32", "float32")
+    # The CPU has time while the GPU works.
+    on_cpu = begin("cpu-float32", "float32", platform="cpu")
     narrow = train("gpu-bfloat16", "bfloat16")
+    exact = train("gpu-deterministic", "bfloat16", flags=DETERMINISTIC)
+    disturb("gpu-disturbed", "bfloat16", KILL_AFTER, signal.SIGKILL, DETERMINISTIC)
+    disturb("gpu-disturbed", "bfloat16", STOP_AFTER, signal.SIGTERM, DETERMINISTIC)
+    resumed = train("gpu-disturbed", "bfloat16", flags=DETERMINISTIC)
     again = train("gpu-bfloat16-again", "bfloat16")
-    exact = train("gpu-bfloat16-deterministic", "bfloat16", flags=DETERMINISTIC)
-    killed("gpu-killed", "bfloat16", 25, DETERMINISTIC)
-    resumed = train("gpu-killed", "bfloat16", flags=DETERMINISTIC)
+    wide = train("gpu-float32", "float32")
+    reference = ended("cpu-float32", on_cpu)
     result = {
         "float32 against the CPU, any step": difference(wide, reference),
         "float32 against the CPU, last ten": difference(wide, reference, 10),
         "bfloat16 against float32 on the CPU, last ten": difference(narrow, reference, 10),
         "bfloat16 twice, any step": difference(again, narrow),
-        "killed and resumed, deterministic, any step": difference(resumed, exact),
+        "killed, stopped and resumed, deterministic, any step": difference(resumed, exact),
     }
     print(json.dumps(result), flush=True)
     evaluated = finish(braeburn("evaluate", str(out / "gpu-bfloat16"), "--data", __file__, "--json"), "evaluate")
@@ -119,7 +131,7 @@ def main() -> int:
     generated = finish(braeburn("generate", str(out / "gpu-bfloat16"), "--prompt", "def "), "generate")
     print(json.dumps(generated[:200]), flush=True)
     (out / "result.json").write_text(json.dumps(result))
-    return 0 if difference(wide, reference, 10) < 0.002 and len(narrow) == STEPS else 1
+    return 0 if difference(wide, reference, 10) < 0.002 and len(narrow) == STEPS and resumed == exact else 1
 
 
 if __name__ == "__main__":

@@ -239,3 +239,21 @@ def test_the_mask_of_older_gpus_is_that_of_one_sequence_and_has_no_gradient(cont
     assert ("fmhaScaleBiasSoftmax", "NO_MASK", 1, [query, key, key, bias]) in found
     operands = [query, key, key, f"1x8x{own}xf32", query, bias, query]
     assert ("fmhaScaleBiasSoftmaxBackward", "NO_MASK", 1, operands) in found
+
+
+@pytest.mark.parametrize(
+    ("flags", "forced"),
+    [
+        ("", 0),
+        ("--xla_gpu_deterministic_ops=true", 1),
+        ("--xla_gpu_autotune_level=4 --xla_gpu_exclude_nondeterministic_ops", 1),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", 0),
+    ],
+)
+def test_gradients_are_asked_to_be_the_same_bits_where_xla_is(monkeypatch, flags, forced):
+    # XLA's own way of asking cuDNN for that ends in a C++ error as the program begins to run.
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    text = lowered(attention.cudnn_attention, Mesh(fsdp=1)).replace(r"\22", '"')
+    backward = [line for line in text.splitlines() if "__cudnn$fmhaSoftmaxBackward(" in line]
+    assert backward and text.count('"force_deterministic": true') == forced * len(backward)
+    assert all(('"force_deterministic": true' in line) == bool(forced) for line in backward)

@@ -16,6 +16,7 @@ JAX before 0.11.1 gives wrong offsets where several query heads share a key head
 
 import functools
 import inspect
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,8 @@ from braeburn.parallel.context import ATTENTION, gather_sequence
 SPANS = 8
 # cuDNN is given offsets in elements, as int32.
 MAX_ELEMENTS = 2**31 - 1
+# Either makes XLA leave out what gives other bits from run to run.
+DETERMINISTIC = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
 
 
 class Spans(NamedTuple):
@@ -336,10 +339,36 @@ def backward_call(
     return tuple(fused._dot_product_attention_bwd_p.bind(*arrays, **settings))
 
 
+@functools.cache
 def _fused() -> Any:
-    from jax._src.cudnn import fused_attention_stablehlo  # seconds of imports that only GPUs need
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # seconds of imports that only GPUs need
 
-    return fused_attention_stablehlo
+    describe = fused.create_dot_product_attention_backend_config_base
+
+    @functools.wraps(describe)
+    def described(*arguments: Any, **settings: Any) -> dict[str, Any]:
+        """What JAX tells XLA of a call, and whether its gradients must be the same bits in every run.
+
+        XLA itself would add that after it has filed the compiled call under what it was told, and then not find it: its
+        programs with `--xla_gpu_deterministic_ops` end in "raw_hash_map<>::at" (github.com/openxla/xla/pull/46500).
+        """
+        told: dict[str, Any] = describe(*arguments, **settings)
+        if inspect.signature(describe).bind(*arguments, **settings).arguments["is_bwd"] and _deterministic():
+            told["cudnn_fmha_backend_config"]["force_deterministic"] = True
+        return told
+
+    fused.create_dot_product_attention_backend_config_base = described
+    return fused
+
+
+def _deterministic() -> bool:
+    """Whether XLA_FLAGS asks for programs that give the same bits in every run; the last mention of a flag counts."""
+    asked = dict.fromkeys(DETERMINISTIC, False)
+    for flag in os.environ.get("XLA_FLAGS", "").split():
+        name, _, value = flag.partition("=")
+        if name in asked:
+            asked[name] = value.lower() in ("", "true", "1")
+    return any(asked.values())
 
 
 def _settings(query: Array, mask_type: Any, *, bias: bool, forward: bool) -> dict[str, Any]:
