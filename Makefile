@@ -84,17 +84,20 @@ demo-on-device: extra-gguf
 
 # How many processes the tests are dealt out to. Each has eight simulated devices and takes up to 3 GB.
 WORKERS := 2
-PARALLEL = -n $(WORKERS) --dist loadfile
+# One that has none left takes half of what another still has, so that tests of one file mostly stay together.
+PARALLEL = -n $(WORKERS) --dist worksteal
 
-test: MARKED := not optimized and not deep
-test-all: MARKED := not optimized
+OPTIMIZED = $(shell grep -ls 'mark\.optimized' tests/*.py tests/*/*.py)
+
+test: NOT_DEEP := and not deep
+test-all: NOT_DEEP :=
 
 # `test-all` also has those that take long for what they add: whole chains of compressing stages, several processes that
 # are killed or change in number, `verify` on its own checks, and most layouts of a mesh, of which `test` has some.
 # Those that guard rounding and resuming run apart, compiled as users compile: see tests/conftest.py.
 test test-all: setup
-	$(BIN)/python -m pytest $(PARALLEL) -m '$(MARKED)' --cov --cov-report= --durations=15
-	$(BIN)/python -m pytest $(PARALLEL) -m optimized --cov --cov-append --cov-report=term --durations=5
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not optimized $(NOT_DEEP)' --cov --cov-report= --durations=15
+	$(BIN)/python -m pytest $(PARALLEL) -m 'optimized $(NOT_DEEP)' --cov --cov-append --cov-report=term --durations=5 $(OPTIMIZED)
 
 # Apart from the other environment: torch with CUDA is several GB and wants NVIDIA packages of other versions than JAX
 # does. Where the index that pip is set up with has a build of torch for CPUs, that is enough.

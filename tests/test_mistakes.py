@@ -572,6 +572,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint(small_disk: Path, finished: Pa
     assert [event["step"] for event in events(out, "stop")] == [6, 14]
 
 
+@pytest.mark.deep
 @on_a_disk("4m")
 def test_a_disk_that_fills_between_checkpoints(small_disk: Path, tiny_arguments: list[str]) -> None:
     """The run goes on without its logs, heeds a request to stop, and says what is wrong once it cannot save."""

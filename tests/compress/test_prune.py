@@ -109,7 +109,7 @@ def test_an_interrupted_pruning_goes_on(finished: Path, pruned: dict[str, Path],
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("method", ["soft_top_k", "activation"])
+@pytest.mark.parametrize("method", [pytest.param("soft_top_k", marks=pytest.mark.deep), "activation"])
 def test_what_has_no_text_of_its_own_learns_from_files(
     pruned: dict[str, Path], method: str, corpus: Path, tmp_path: Path
 ) -> None:

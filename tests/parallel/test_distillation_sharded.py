@@ -28,8 +28,8 @@ TEACHER = HiddenStates(HIDDEN, HEAD)
 
 # Mesh sizes and a vocabulary that they divide; blocks and chunks need not divide it.
 LAYOUTS = [
-    ({"tensor": 2}, 302),
-    ({"fsdp": 2}, 303),
+    pytest.param({"tensor": 2}, 302, marks=pytest.mark.deep),
+    pytest.param({"fsdp": 2}, 303, marks=pytest.mark.deep),
     ({"fsdp": 8}, 5),
     ({"fsdp": 2, "tensor": 2}, 302),
     ({"fsdp": 2, "context": 2, "tensor": 2}, 306),

@@ -48,17 +48,16 @@ AFM = ["data", "fsdp", "fsdp x tensor", "ring x tensor", "replica x fsdp x tenso
 # These make up all that layouts are made of; the others combine it otherwise.
 OFTEN = (
     "tensor, fewer key heads than shards",
-    "ring",
-    "replica x fsdp x tensor",
     "fsdp x gathered context x tensor",
     "data x fsdp, accumulated",
     "fsdp, offloaded",
 )
+OFTEN_AFM = ("replica x fsdp x tensor",)
 
 
-def layouts(names: Iterable[str]) -> list[Any]:
+def layouts(names: Iterable[str], often: Iterable[str]) -> list[Any]:
     """Parameters for a test, of which those that are not tested often are marked."""
-    return [pytest.param(name, marks=() if name in OFTEN else pytest.mark.deep) for name in names]
+    return [pytest.param(name, marks=() if name in often else pytest.mark.deep) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,7 @@ def assert_follows(name: str, kind: str, tolerance: float, tiny: Run, prepared: 
     return run, state
 
 
-@pytest.mark.parametrize("name", layouts(LAYOUTS))
+@pytest.mark.parametrize("name", layouts(LAYOUTS, OFTEN))
 def test_adamw_follows_one_device(name: str, tiny: Run, prepared: Prepared, one_device: Any) -> None:
     run, state = assert_follows(name, "adamw", 1e-5, tiny, prepared, one_device)
     # Parameters and moments are stored once over fsdp and tensor, and no device holds more than its share.
@@ -123,7 +122,7 @@ def test_adamw_follows_one_device(name: str, tiny: Run, prepared: Prepared, one_
         assert state.optimizer.direction.mu["embedding"].sharding.memory_kind == "pinned_host"
 
 
-@pytest.mark.parametrize("name", layouts(AFM))
+@pytest.mark.parametrize("name", layouts(AFM, OFTEN_AFM))
 def test_afm_optimizer_follows_one_device(name: str, tiny: Run, prepared: Prepared, one_device: Any) -> None:
     assert_follows(name, "afm", 1e-4, tiny, prepared, one_device)
 

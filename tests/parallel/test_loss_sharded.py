@@ -22,16 +22,16 @@ HIDDEN, HEAD, TOKENS = P(BATCH_AXES, ("context", "tensor")), P("tensor", "fsdp")
 # Mesh sizes and a vocabulary that they divide; blocks and chunks need not divide it.
 LAYOUTS = [
     ({"tensor": 2}, 1002),
-    ({"tensor": 4}, 1004),
+    pytest.param({"tensor": 4}, 1004, marks=pytest.mark.deep),
     ({"tensor": 8}, 1000),
-    ({"fsdp": 2}, 1003),
+    pytest.param({"fsdp": 2}, 1003, marks=pytest.mark.deep),
     ({"fsdp": 4}, 1003),
     ({"fsdp": 8}, 1003),
     ({"fsdp": 8}, 5),
     ({"fsdp": 4, "tensor": 2}, 1006),
     ({"fsdp": 2, "tensor": 4}, 1004),
     ({"replica": 2, "data": 2, "context": 2}, 1003),
-    ({"replica": 2, "fsdp": 4}, 1003),
+    pytest.param({"replica": 2, "fsdp": 4}, 1003, marks=pytest.mark.deep),
     ({"data": 2, "fsdp": 2, "tensor": 2}, 1006),
     ({"fsdp": 2, "context": 2, "tensor": 2}, 1006),
 ]

@@ -66,14 +66,14 @@ def test_memory_is_what_the_compiler_needs(
     assert found.fits == (found.total_gib <= found.usable_gib)
 
 
-EXCHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"fsdp": 8}, "save_named"),
+EXCHANGES: list[Any] = [
+    pytest.param({"fsdp": 8}, "save_named", marks=pytest.mark.deep),
     ({"data": 2, "fsdp": 4}, "full"),
     ({"replica": 2, "fsdp": 4}, "save_named"),
-    ({"fsdp": 4, "tensor": 2}, "full"),
+    pytest.param({"fsdp": 4, "tensor": 2}, "full", marks=pytest.mark.deep),
     ({"fsdp": 4, "tensor": 2}, "save_named"),
     ({"fsdp": 2, "context": 4}, "full"),
-    ({"context": 8, "context_attention": "ring"}, "full"),
+    pytest.param({"context": 8, "context_attention": "ring"}, "full", marks=pytest.mark.deep),
     ({"context": 8, "context_attention": "ring"}, "save_named"),
 ]
 SIZES = {"model.d_model": 128, "model.ffn_dim": 320, "model.head_dim": 32, "model.num_layers": 4}

@@ -101,7 +101,7 @@ def test_the_recipes_own_layout_is_estimated_as_it_is_set() -> None:
 
 
 def test_the_days_in_which_a_teacher_labels_are_counted() -> None:
-    answer = braeburn("plan", "afm-on-device", "--on", "v5p:2048", "--json")
+    answer = braeburn("plan", "afm-on-device", "--on", "v5p:64", "--json")
     (target,) = json.loads(answer.out)["targets"]
     stages, total = target["stages"], target["total"]
     labelling = {name: stage["labelling_days"] for name, stage in stages.items()}
@@ -111,7 +111,7 @@ def test_the_days_in_which_a_teacher_labels_are_counted() -> None:
     assert labelling["core"]["value"] == pytest.approx(taught / 3, rel=0.2)
     productive = sum(stage["days"]["value"] for stage in stages.values()) + labelling["core"]["value"]
     assert total["days"]["value"] == pytest.approx(productive / total["goodput"]["expected"], rel=1e-3)
-    rows = braeburn("plan", "afm-on-device", "--on", "v5p:2048", "--stage", "core").out
+    rows = braeburn("plan", "afm-on-device", "--on", "v5p:64", "--stage", "core").out
     assert f"{labelling['core']['value']:.3g} V days in which the teacher labels the text" in rows
 
 
@@ -156,7 +156,7 @@ def test_mistakes() -> None:
         (("--on", "v5e:2048"), "there is no slice of 2048 v5e chips"),
     ):
         assert words in braeburn("plan", "llama2-7b", *arguments).error
-    assert "15.8 are there" in braeburn("plan", "llama2-70b", "--on", "v5e:16").error
+    assert "15.8 are there" in braeburn("plan", "llama2-7b", "--on", "v5e:1").error
 
 
 def test_compiled_layouts_are_ranked_anew(monkeypatch: pytest.MonkeyPatch) -> None:

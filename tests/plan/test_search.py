@@ -65,11 +65,11 @@ def test_meshes_are_those_that_divide() -> None:
 
 
 def test_what_cannot_fit_is_told_with_what_would() -> None:
-    run, target = load("llama2-70b"), parse_target("v5e:16")
+    run, target = load("llama2-7b"), parse_target("v5e:1")
     found = candidates(run, "pretrain", target)
     assert not any(c.estimate.fits for c in found)
     more, layout = next(larger_targets(run, "pretrain", target))
-    assert more.chips > 16
+    assert more.chips > 2  # of which there is no slice
     assert layout.estimate.fits
     sentence = why_nothing_fits(run, "pretrain", target, found)
     assert "needs " in sentence

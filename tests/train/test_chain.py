@@ -266,7 +266,7 @@ def test_magnitude_keeps_the_largest(whole: Path, chain: Run) -> None:
     np.testing.assert_array_equal(np.asarray(after.params["layers"]["down"]), expected)
 
 
-@pytest.mark.parametrize("method", ["soft_top_k", "activation"])
+@pytest.mark.parametrize("method", [pytest.param("soft_top_k", marks=pytest.mark.deep), "activation"])
 def test_heads_and_width_are_pruned_in_a_run(as_of: Callable[[int], Path], chain: Run, method: str) -> None:
     directory = as_of(LARGER)
     pruning = {"keep": ALL_AXES, "method": method, "calibration_tokens": 2048}

@@ -76,6 +76,16 @@ class Target:
             f"--on {str(self)!r}: there is no slice of {count} {self.chip} chips; use {' or '.join(map(str, near))}"
         )
 
+    @property
+    def exists(self) -> bool:
+        """Whether there are such slices, which is asked of TPUs alone."""
+        if self.facts.family != "tpu":
+            return True
+        try:
+            return bool(self.topology)
+        except UserError:
+            return False
+
     def check_installable(self) -> None:
         """Raises a UserError where the package has no extra that brings JAX for the chip."""
         if not self.facts.extra and self.chip != "cpu":

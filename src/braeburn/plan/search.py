@@ -91,12 +91,14 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
 
 
 def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target, Candidate]]:
-    """Targets of twice as many chips each time, each with the fastest layout that leaves a tenth of the memory free."""
+    """Targets of twice as many chips each time, of those that there are, each with the fastest layout that leaves a tenth of the memory free."""
     count, largest = target.chips, target.facts.max_slice or 2**16
     while count < run.stages[name].batch_size * 64:
         count *= 2
         slices = max(1, -(-count // largest))
         more = Target(target.chip, slices, count // slices, target.facts)
+        if not more.exists:
+            continue
         for candidate in candidates(run, name, more):
             if candidate.estimate.total_gib <= 0.9 * candidate.estimate.usable_gib:
                 yield more, candidate
