@@ -91,7 +91,10 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
 
 
 def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target, Candidate]]:
-    """Targets of twice as many chips each time, of those that there are, each with the fastest layout that leaves a tenth of the memory free."""
+    """Targets of twice as many chips each time, each with the fastest layout that leaves a tenth of the memory free.
+
+    Sizes that no slice has are passed over.
+    """
     count, largest = target.chips, target.facts.max_slice or 2**16
     while count < run.stages[name].batch_size * 64:
         count *= 2
