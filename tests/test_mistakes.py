@@ -483,7 +483,7 @@ def test_text_longer_than_the_context_is_warned_of(finished: Path) -> None:
     assert braeburn("generate", finished, "--prompt", "x", "--max-new-tokens", limit).err == ""
 
 
-@pytest.mark.parametrize("seed", [2**32, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("seed", [2**32, pytest.param(2**63, marks=pytest.mark.deep), 2**64 - 1])
 def test_large_seeds_train_another_model(finished: Path, tiny_arguments: list[str], tmp_path: Path, seed: int) -> None:
     command = ["train", *tiny_arguments, "--set", f"seed={seed}", "--out", tmp_path / "run"]
     answer = braeburn(*command, "--stop-after-steps", 1)

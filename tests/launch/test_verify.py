@@ -200,7 +200,6 @@ def test_a_run_that_begins_again_has_not_resumed(run: Run, tmp_path: Path, monke
     assert (check.verdict, check.reason) == ("failed", "after the kill it began again instead of resuming")
 
 
-@pytest.mark.deep
 def test_a_shuffled_position_is_found_by_the_command(
     recipe: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,8 +56,8 @@ def logits(params, model):
     ("keep", "form"),
     [(keep, {}) for keep in KEEPS]
     + [
-        (ALL, {"tied_embeddings": False}),
-        (ALL, {"qk_norm": False}),
+        pytest.param(ALL, {"tied_embeddings": False}, marks=pytest.mark.deep),
+        pytest.param(ALL, {"qk_norm": False}, marks=pytest.mark.deep),
         (ALL, {"tied_embeddings": False, "qk_norm": False}),
     ],
     ids=str,

@@ -81,7 +81,7 @@ def gradient(params, model=MODEL, remat=transformer.KEEP_ALL, precision=FLOAT32)
     [
         Remat(policy="none"),
         Remat(policy="full"),
-        Remat(policy="save_named"),
+        pytest.param(Remat(policy="save_named"), marks=pytest.mark.deep),
         Remat(policy="save_named", names=("attention",)),
     ],
     ids=["none", "full", "default names", "attention"],

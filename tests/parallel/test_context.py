@@ -76,7 +76,7 @@ def assert_close(results, expected, tolerance):
 
 
 @pytest.mark.parametrize("context_attention", ["ring", "all_gather"])
-@pytest.mark.parametrize(("context", "tensor"), [(2, 2), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("context", "tensor"), [pytest.param(2, 2, marks=pytest.mark.deep), (4, 2), (8, 1)])
 def test_split_attention_equals_attention_on_one_device(monkeypatch, context, tensor, context_attention):
     # Blocks of 8, 6 and 6 queries: three, two and one of them in each half.
     monkeypatch.setattr(C, "BLOCK", 8)

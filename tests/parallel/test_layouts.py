@@ -46,12 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 AFM = ["data", "fsdp", "fsdp x tensor", "ring x tensor", "replica x fsdp x tensor"]
 # These make up all that layouts are made of; the others combine it otherwise.
-OFTEN = (
-    "tensor, fewer key heads than shards",
-    "fsdp x gathered context x tensor",
-    "data x fsdp, accumulated",
-    "fsdp, offloaded",
-)
+OFTEN = ("tensor, fewer key heads than shards", "fsdp x gathered context x tensor", "fsdp, offloaded")
 OFTEN_AFM = ("replica x fsdp x tensor",)
 
 

@@ -203,8 +203,8 @@ def test_what_would_fit_is_named_and_compiled(child, tmp_path):
 
 def test_too_few_chips(child, tmp_path):
     answers, _ = child
-    known = answered(tmp_path, straight(), {"fsdp": 16})
+    known = answered(tmp_path, straight(), {"fsdp": 4})
     del known["memory"], known["program"]
-    answers.append(known | {"required_gib": 3420.0, "available_gib": 15.75})
-    answer = braeburn("compile", "llama2-70b", "--on", "v5e:16")
+    answers.append(known | {"required_gib": 342.0, "available_gib": 15.75})
+    answer = braeburn("compile", "llama2-7b", "--on", "v5e:4")
     assert answer.code == 1 and "would fit on v5e:" in answer.out

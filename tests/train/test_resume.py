@@ -21,8 +21,9 @@ from support import PROGRAM, braeburn, events, rows
 # Bit for bit as users have it, whose programs are optimised.
 pytestmark = pytest.mark.optimized
 
-# Both stage boundaries, the step after the first, and two within stages.
-STOPS = sorted({6, 7, 10, *random.Random(7).sample([1, 2, 3, 4, 5, 8, 9, 11, 12, 13], 2)})
+# Both stage boundaries, the step after the first, and two within stages, of which one is tested less often.
+OFTEN, SELDOM = random.Random(7).sample([1, 2, 3, 4, 5, 8, 9, 11, 12, 13], 2)
+STOPS = [6, 7, 10, OFTEN, pytest.param(SELDOM, marks=pytest.mark.deep)]
 
 
 def curve(directory: Path) -> list[tuple]:
