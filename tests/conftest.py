@@ -1,11 +1,14 @@
 """What the tests share: a home for caches, a small corpus of real files, and one finished tiny run."""
 
 import atexit
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -97,11 +100,31 @@ FILES = [
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes have among which this session's tests are dealt out."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextlib.contextmanager
+def first(folder: Path) -> Iterator[bool]:
+    """Whether this process is the first to come here, and makes a folder; the others wait until it is made."""
+    done = folder.with_suffix(".done")
+    with open(folder.with_suffix(".lock"), "w") as lock:  # noqa: PTH123
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not done.exists()
+        done.touch()
+
+
+@pytest.fixture(scope="session")
+def corpus(shared: Path) -> Path:
     """A folder of real Python files."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for name in FILES:
-        shutil.copy(Path(sysconfig.get_path("stdlib"), f"{name}.py"), folder)
+    folder = shared / "corpus"
+    with first(folder) as make:
+        if make:
+            folder.mkdir(exist_ok=True)
+            for name in FILES:
+                shutil.copy(Path(sysconfig.get_path("stdlib"), f"{name}.py"), folder)
     return folder
 
 
@@ -135,11 +158,13 @@ def tiny_arguments(tiny_fields: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_arguments: list[str]) -> Path:
+def finished(shared: Path, tiny_arguments: list[str]) -> Path:
     """The directory of the tiny run, trained by the command line without interruption; not to be changed."""
-    directory = tmp_path_factory.mktemp("runs") / "finished"
-    answer = braeburn("train", *tiny_arguments, "--out", directory)
-    assert answer.code == 0, answer.err
+    directory = shared / "finished"
+    with first(directory) as make:
+        if make:
+            answer = braeburn("train", *tiny_arguments, "--out", directory)
+            assert answer.code == 0, answer.err
     return directory
 
 

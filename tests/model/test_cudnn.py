@@ -154,8 +154,8 @@ def test_batches_whose_offsets_would_overflow_are_split(emulation, monkeypatch):
     monkeypatch.setattr(cudnn, "MAX_ELEMENTS", 64 * 4 * 8 * 2)
     calls = []
     monkeypatch.setattr(cudnn, "forward_call", lambda *x: calls.append(x[0].shape[0]) or forward_call(*x))
-    output = cudnn.packed_attention(*map(jnp.asarray, arrays), ONE_DEVICE)
-    np.testing.assert_allclose(output, attention.blocked_attention(*arrays), atol=2e-6)
+    output = jax.jit(lambda *x: cudnn.packed_attention(*x, ONE_DEVICE))(*arrays)
+    np.testing.assert_allclose(output, jax.jit(attention.blocked_attention)(*arrays), atol=2e-6)
     assert set(calls) == {2, 1}
 
 

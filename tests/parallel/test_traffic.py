@@ -108,7 +108,11 @@ def compiled_once(tiny: Run) -> Any:
     return result
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# These are parts of others.
+SELDOM = ("data", "fsdp", "tensor")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.deep if n in SELDOM else ()) for n in LAYOUTS])
 def test_bytes_are_those_of_the_formula(name: str, compiled_once: Any) -> None:
     mesh, expected = LAYOUTS[name]
     _, found = compiled_once(mesh)

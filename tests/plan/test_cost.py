@@ -68,7 +68,7 @@ def test_memory_is_what_the_compiler_needs(
 
 EXCHANGES: list[Any] = [
     pytest.param({"fsdp": 8}, "save_named", marks=pytest.mark.deep),
-    ({"data": 2, "fsdp": 4}, "full"),
+    pytest.param({"data": 2, "fsdp": 4}, "full", marks=pytest.mark.deep),
     ({"replica": 2, "fsdp": 4}, "save_named"),
     pytest.param({"fsdp": 4, "tensor": 2}, "full", marks=pytest.mark.deep),
     ({"fsdp": 4, "tensor": 2}, "save_named"),
