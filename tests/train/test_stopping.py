@@ -1,5 +1,6 @@
 """A request to stop is heeded within seconds whatever a run is doing, and nothing of it is lost."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from braeburn import background
 from braeburn.background import Background, Feed
 from braeburn.config import Run, override
 from braeburn.errors import Interrupted
-from braeburn.train import guard, loop
+from braeburn.train import guard, heartbeat, loop
 from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest
 from braeburn.train.loop import Outcome, train
@@ -337,3 +338,24 @@ def test_a_feed_is_closed_early() -> None:
     feed = Feed(endless(), "endless")
     assert feed.next() == 1
     assert feed.close(5) and closed == [True]
+
+
+def test_the_first_compilation_is_told_from_preparing(
+    monkeypatch: pytest.MonkeyPatch, tiny: Run, tmp_path: Path
+) -> None:
+    """A launcher gives preparing a day, since text may be tokenised, and compiling two hours."""
+    beats = tmp_path / "beats"
+    beats.touch()
+    monkeypatch.setenv(heartbeat.VARIABLE, str(beats))
+    phases, make = [], loop.initial_state
+
+    def watched(*arguments: Any) -> Any:
+        deadline = time.monotonic() + 10
+        while not phases or (phases[-1] == "preparing" and time.monotonic() < deadline):
+            phases.append(json.loads(beats.read_bytes())["phase"])
+            time.sleep(0.01)
+        return make(*arguments)
+
+    monkeypatch.setattr(loop, "initial_state", watched)
+    train(tiny, tmp_path / "run", stop_after_steps=1)
+    assert phases[-1] == "compiling"

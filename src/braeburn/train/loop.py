@@ -334,6 +334,7 @@ class _Loop:
         if self.ahead.state:
             facts = self._facts(next(iter(self.run.stages)))
             self.directory.event("start", total_steps=self.run.total_steps, **facts)
+            self.heartbeat.phase("compiling")  # the first state is made after the first program
             state = self.ahead.state.result(self.stop.check)
         else:
             state = self._unsaving(lambda: self._restore(self.step), "restoring")
