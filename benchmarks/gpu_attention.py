@@ -1,6 +1,6 @@
 """Attention within documents on an NVIDIA GPU: is it right, and how fast is it?
 
-    python benchmarks/gpu_attention.py [--check-only] [--time-only] [--json FILE]
+    python benchmarks/gpu_attention.py [--check-only | --time-only] [--json FILE]
 
 Each back end for GPUs is compared with attention and its gradients written out in float64 NumPy, on documents of many
 shapes, as relative errors |found - expected| / |expected|; bfloat16 alone accounts for about 0.004. Then forward and
@@ -236,8 +236,9 @@ def torch_speed(batch: int, length: int, heads: int, kv_heads: int, head_dim: in
 def main() -> int:
     """Checks, then times; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check-only", action="store_true", help="time nothing")
-    parser.add_argument("--time-only", action="store_true", help="check nothing")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--check-only", action="store_true", help="time nothing")
+    part.add_argument("--time-only", action="store_true", help="check nothing")
     parser.add_argument("--json", help="a file to write all rows to")
     arguments = parser.parse_args()
     checked = [] if arguments.time_only else check()

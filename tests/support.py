@@ -6,9 +6,12 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from braeburn.cli import main
 
@@ -77,3 +80,8 @@ def events(directory: Path, kind: str) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):  # cut short where a test killed the process
             found.append(json.loads(line))
     return [event for event in found if event["event"] == kind]
+
+
+def deep_but(often: Container[str], names: Iterable[str]) -> list[Any]:
+    """Names as parameters of a test, marked `deep` but for those that are tested often."""
+    return [pytest.param(name, marks=() if name in often else pytest.mark.deep) for name in names]

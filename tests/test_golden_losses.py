@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from golden_losses import FAMILIES, FILE, MESHES, OPTIMIZERS, cases, losses, machine
+from support import deep_but
 
 pytestmark = pytest.mark.optimized
 
@@ -21,7 +22,6 @@ OFTEN = {
     for i, family in enumerate(FAMILIES)
     for j, optimizer in enumerate(OPTIMIZERS)
 } | {"learned masks of the FFN", "teacher's distribution", "int4"}
-CASES = [pytest.param(name, marks=() if name in OFTEN else pytest.mark.deep) for name in cases()]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_every_case_is_kept_and_no_other(golden: dict[str, Any]) -> None:
     assert list(golden["losses"]) == list(cases())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", deep_but(OFTEN, cases()))
 def test_losses_are_those_that_were_kept(name: str, golden: dict[str, Any]) -> None:
     found, expected = losses(cases()[name]), golden["losses"][name]
     assert expected[-1] < expected[0] - 0.1  # it learns, or the comparison would say little

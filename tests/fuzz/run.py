@@ -7,7 +7,6 @@ described, and kept in the folder that `--keep` names. The same `--seed` makes t
 """
 
 import argparse
-import importlib
 import json
 import os
 import random
@@ -103,9 +102,6 @@ def verdict(target: Target, folder: Path, report: Path) -> str:
 
 def fuzz(samples: Path, seed: int, numbers: range, until: float, keep: Path | None) -> tuple[Counter[str], int]:
     """Makes and reads inputs; prints faults, and returns how many of each verdict and how many faults there were."""
-    # Imported once and not in each process, which would take most of the time; nothing is computed, so forking is safe.
-    for module in ("braeburn.interop.exchange", "braeburn.train.directory", "braeburn.train.trained"):
-        importlib.import_module(module)
     counts: Counter[str] = Counter()
     faults = 0
     weights = [target.weight for target in TARGETS]

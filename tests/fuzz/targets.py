@@ -1,4 +1,7 @@
-"""What is fuzzed: samples of every kind of file that Braeburn reads, and how it reads each."""
+"""What is fuzzed: samples of every kind of file that Braeburn reads, and how it reads each.
+
+What reading needs is imported here, once: imported in each input's process it would take most of the time.
+"""
 
 import bz2
 import gzip
@@ -14,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from braeburn.catalogue import catalogue, facts
-from braeburn.config import Run, Source, override, parse_assignment
+from braeburn.config import Run, Source, override, parse_assignment, read_run
 from braeburn.data.corpus import documents
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import Tokenizer
+from braeburn.data.tokenizer_settings import read_settings
+from braeburn.interop import huggingface
+from braeburn.interop.exchange import export_huggingface, import_huggingface
 from braeburn.recipes import load as recipe
+from braeburn.train.directory import RunDirectory
+from braeburn.train.trained import load
 
 TEXT = "def answer():\n    return 42\n\n\n" * 40
 ROWS = [{"text": f"{TEXT[:200]} {number}", "id": number, "more": [None, {"x": 1.5}]} for number in range(30)]
@@ -55,9 +63,6 @@ class Target:
 
 
 def _read_run_files(folder: Path) -> None:
-    from braeburn.config import read_run
-    from braeburn.train.directory import RunDirectory
-
     run = read_run(folder)
     directory = RunDirectory(folder, writes=False)
     directory.stage_results(run.total_steps)
@@ -66,22 +71,15 @@ def _read_run_files(folder: Path) -> None:
 
 
 def _read_run(folder: Path) -> None:
-    from braeburn.train.trained import load
-
     load(folder)
 
 
 def _read_hugging_face_settings(folder: Path) -> None:
-    from braeburn.data.tokenizer_settings import read_settings
-    from braeburn.interop import huggingface
-
     huggingface.describe(folder)
     read_settings(folder)
 
 
 def _import_hugging_face(folder: Path) -> None:
-    from braeburn.interop.exchange import import_huggingface
-
     import_huggingface(folder, folder.parent / "out")
 
 
@@ -175,8 +173,6 @@ def _train(out: Path) -> None:
 
 
 def _export(run: Path, out: Path) -> None:
-    from braeburn.interop.exchange import export_huggingface
-
     export_huggingface(run, out)
 
 

@@ -1,6 +1,5 @@
 """Every layout computes what one device computes: 20 steps on eight simulated devices, packed documents."""
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ from braeburn.data.prepare import Prepared, prepare
 from braeburn.model.spec import walk
 from braeburn.optim.build import begin_stage
 from braeburn.train.stages import compile_stage, initial_state, layout_of
+from support import deep_but
 
 STEPS = 20
 WIDE = {"model.num_heads": 8, "model.num_kv_heads": 4, "model.head_dim": 8}
@@ -48,11 +48,6 @@ AFM = ["data", "fsdp", "fsdp x tensor", "ring x tensor", "replica x fsdp x tenso
 # These make up all that layouts are made of; the others combine it otherwise.
 OFTEN = ("tensor, fewer key heads than shards", "fsdp x gathered context x tensor", "fsdp, offloaded")
 OFTEN_AFM = ("replica x fsdp x tensor",)
-
-
-def layouts(names: Iterable[str], often: Iterable[str]) -> list[Any]:
-    """Parameters for a test, of which those that are not tested often are marked."""
-    return [pytest.param(name, marks=() if name in often else pytest.mark.deep) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +98,7 @@ def assert_follows(name: str, kind: str, tolerance: float, tiny: Run, prepared: 
     return run, state
 
 
-@pytest.mark.parametrize("name", layouts(LAYOUTS, OFTEN))
+@pytest.mark.parametrize("name", deep_but(OFTEN, LAYOUTS))
 def test_adamw_follows_one_device(name: str, tiny: Run, prepared: Prepared, one_device: Any) -> None:
     run, state = assert_follows(name, "adamw", 1e-5, tiny, prepared, one_device)
     # Parameters and moments are stored once over fsdp and tensor, and no device holds more than its share.
@@ -117,7 +112,7 @@ def test_adamw_follows_one_device(name: str, tiny: Run, prepared: Prepared, one_
         assert state.optimizer.direction.mu["embedding"].sharding.memory_kind == "pinned_host"
 
 
-@pytest.mark.parametrize("name", layouts(AFM, OFTEN_AFM))
+@pytest.mark.parametrize("name", deep_but(OFTEN_AFM, AFM))
 def test_afm_optimizer_follows_one_device(name: str, tiny: Run, prepared: Prepared, one_device: Any) -> None:
     assert_follows(name, "afm", 1e-4, tiny, prepared, one_device)
 

@@ -12,6 +12,7 @@ from braeburn.model.spec import walk
 from braeburn.model.weights import gathered
 from braeburn.plan.collectives import Collective, collectives, traffic
 from braeburn.train.stages import compile_stage, layout_of
+from support import deep_but
 
 # Sizes whose products differ, so that an array tells by its size what it is. Floats that are exchanged are float32.
 L, D, N, K, H, F, V = 5, 56, 8, 4, 8, 176, 520
@@ -108,11 +109,11 @@ def compiled_once(tiny: Run) -> Any:
     return result
 
 
-# These are parts of others.
-SELDOM = ("data", "fsdp", "tensor")
+# The others are parts of these.
+OFTEN = LAYOUTS.keys() - {"data", "fsdp", "tensor"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.deep if n in SELDOM else ()) for n in LAYOUTS])
+@pytest.mark.parametrize("name", deep_but(OFTEN, LAYOUTS))
 def test_bytes_are_those_of_the_formula(name: str, compiled_once: Any) -> None:
     mesh, expected = LAYOUTS[name]
     _, found = compiled_once(mesh)
