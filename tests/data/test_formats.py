@@ -83,6 +83,19 @@ def test_a_parquet_column_of_bytes_is_read_as_utf_8(tmp_path: Path) -> None:
         read(table(tmp_path / "b.parquet", [b"one", b"\xff"], pyarrow.binary()))
 
 
+def test_a_damaged_name_in_a_parquet_file_is_refused(tmp_path: Path) -> None:
+    # pyarrow decodes names when they are asked for, with Python's own error.
+    path = table(tmp_path / "a.parquet", ["one", "two"])
+    sound, places = path.read_bytes(), []
+    while (at := sound.find(b"text", places[-1] + 1 if places else 0)) >= 0:
+        places.append(at)
+    assert len(places) >= 2  # in the schema and in the column's description
+    for at in places:
+        path.write_bytes(sound[:at] + b"t\xe5xt" + sound[at + 4 :])
+        with pytest.raises(UserError, match=r"a\.parquet' (is not a sound parquet file|has no column)"):
+            read(path)
+
+
 def test_other_kinds_of_parquet_columns(tmp_path: Path) -> None:
     assert read(table(tmp_path / "a.parquet", ["a", "b", "a"], pyarrow.dictionary(pyarrow.int32(), pyarrow.string())))
     assert read(table(tmp_path / "b.parquet", ["a"], pyarrow.large_string())) == ["a"]

@@ -212,7 +212,7 @@ def _parquet(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
             for value in batch.column(0):
                 yield _cell(value, f"{member.where} row {number}")
                 number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second of names, as they are asked for
         raise UserError(
             f"{member.where} is not a sound parquet file ({shortened(error)}); fetch it again or leave it out"
         ) from None
