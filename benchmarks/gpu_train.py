@@ -8,6 +8,7 @@ deterministic operations. Reads no data but Python's standard library. Exits wit
 differs by more than 0.002 on average over the last ten steps, or where the disturbed run differs at all.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -47,7 +48,9 @@ def braeburn(*arguments: str, platform: str = "", flags: str = "") -> subprocess
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
     command = [sys.executable, "-c", "from braeburn.cli import console; console()", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    process = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+    atexit.register(process.kill)  # so that none goes on where another fails
+    return process  # type: ignore[no-any-return]
 
 
 def finish(process: subprocess.Popen[str], what: str) -> str:

@@ -1,9 +1,10 @@
 """A larger model is trained, pruned, taught what it was, and rounded: as one run, whatever interrupts or splits it."""
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from braeburn.interop import huggingface
 from braeburn.model import transformer
 from braeburn.model.spec import abstract, walk
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.compression import MASKS, enter, leave, of_model, trained_specs
+from braeburn.train.compression import MASKS, enter, leaving, of_model, trained_specs
 from braeburn.train.loop import calibration, train
 from braeburn.train.stages import abstract_state, layout_of, model_at, stage_optimizer
 from braeburn.train.state import TrainState
@@ -77,9 +78,8 @@ def as_of(whole: Path, tmp_path: Path) -> Callable[[int], Path]:
     return copy
 
 
-def restored(directory: Path, run: Run, name: str, step: int, mesh: Mesh | None = None) -> TrainState:
-    """The state saved in the middle of a stage, on a mesh."""
-    run = run.model_copy(update={"mesh": mesh}) if mesh else run
+def restored(directory: Path, run: Run, name: str, step: int) -> TrainState:
+    """The state saved in the middle of a stage, on the run's mesh."""
     shape = abstract_state(run, name, layout_of(run, name))
     return Checkpoints(directory).restore(step, shape, stage_optimizer(run, name).init)
 
@@ -201,14 +201,24 @@ def test_in_the_middle_of_pruning_the_masked_model_is_loaded(as_of: Callable[[in
     same(params["layers"]["gate"], raw["layers"]["gate"])
 
 
-@pytest.mark.parametrize("mesh", [Mesh(fsdp=1), Mesh(fsdp=2, tensor=2)], ids=["one device", "fsdp 2 x tensor 2"])
-def test_what_is_cut_is_cut_from_the_optimizer_too(whole: Path, chain: Run, mesh: Mesh) -> None:
-    state = restored(whole, chain, "pruned", PRUNED - 1, mesh)
-    run = chain.model_copy(update={"mesh": mesh})
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mesh.fsdp": 2, "mesh.tensor": 2}, {"mesh.fsdp": 2, "offload.optimizer": True}],
+    ids=["one device", "fsdp 2 x tensor 2", "fsdp 2, offloaded"],
+)
+def test_what_is_cut_is_cut_from_the_optimizer_too(whole: Path, chain: Run, changes: dict[str, Any]) -> None:
+    run = override(chain, {"mesh.fsdp": 1} | changes)
+    state = restored(whole, run, "pruned", PRUNED - 1)
     scores = np.asarray(state.params[MASKS]["ffn"])
     units = np.sort(np.argsort(-scores, axis=-1, kind="stable")[:, :KEEP], axis=-1)
     before = {path: np.asarray(leaf) for path, leaf in paths(state).items()}
-    after = leave(run, "pruned", state, layout_of(run, "pruned"))
+    leave = leaving(run, "pruned", state, layout_of(run, "pruned"))
+    with compilations() as compiled:
+        after = leave(state)
+    assert not compiled, "a stop at the stage's last step waits for the compiler"
+    for part in (after, state):
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(part.optimizer)}
+        assert ("pinned_host" in kinds) == run.offload.optimizer
     found = paths(after)
     assert found.keys() == {path for path in before if MASKS not in path}
     cut = 0
@@ -220,6 +230,22 @@ def test_what_is_cut_is_cut_from_the_optimizer_too(whole: Path, chain: Run, mesh
             expected, cut = np.take_along_axis(expected, chosen, axis=dim), cut + 1
         np.testing.assert_array_equal(np.asarray(leaf), expected, err_msg=path)
     assert cut == 3 * 3  # weights and two moments of each
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+    """The seconds of each program that is compiled within, or read from a cache of them."""
+    seconds = list[float]()
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def paths(tree: Any) -> dict[str, Any]:

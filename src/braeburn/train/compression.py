@@ -121,16 +121,27 @@ def scores_of(
     return importance.activation(sums)
 
 
-def leave(run: Run, name: str, state: TrainState, layout: Layout) -> TrainState:
-    """The state of the ordinary model that a stage leaves: of the units kept, or of rounded weights."""
+def leaving(run: Run, name: str, state: TrainState, layout: Layout) -> Callable[[TrainState], TrainState]:
+    """The program that turns a stage's last state into that of the ordinary model that the stage leaves.
+
+    That is the model of the units kept, or of rounded weights. It is compiled here: a stop that is asked for once the
+    last step is made would otherwise wait for the compiler.
+
+    Args:
+        run: the run.
+        name: of the stage.
+        state: of the stage at any step, or an abstract one; only its shapes and places are read.
+        layout: where what the stage trains lies.
+    """
     stage, models = run.stages[name], run.models()[name]
     left = of_model(layout, models.left)
     if stage.pruning and stage.pruning.learned:
-        return cut(state, state.params[MASKS], stage.pruning, models.found, left)
+        change = _cutting(stage.pruning, models.found)
+        return _compiled(lambda state: change(state, state.params[MASKS]), left, state)
     use = use_of(run, name)
     if not use:
-        return state
-    return _changed(lambda s: _without_extras(s)._replace(params=use(s.params, stage.steps)), left, state)
+        return lambda state: state
+    return _compiled(lambda s: _without_extras(s)._replace(params=use(s.params, stage.steps)), left, state)
 
 
 def _weights(params: Tree) -> Tree:
@@ -163,6 +174,10 @@ def cut(state: TrainState, scores: Tree, pruning: Pruning, model: Model, after: 
         model: the model before.
         after: where what is left of it lies.
     """
+    return _changed(_cutting(pruning, model), after, state, scores)
+
+
+def _cutting(pruning: Pruning, model: Model) -> Callable[[TrainState, Tree], TrainState]:
     specs = param_specs(model)
 
     def change(state: TrainState, scores: Tree) -> TrainState:
@@ -170,15 +185,44 @@ def cut(state: TrainState, scores: Tree, pruning: Pruning, model: Model, after: 
         optimizer = map_params_like(lambda tree: sliced(tree, indices, specs), state.optimizer, specs)
         return state._replace(params=sliced(state.params, indices, specs), optimizer=optimizer)
 
-    return _changed(change, after, state, scores)
+    return change
 
 
 def _changed(change: Callable[..., TrainState], after: Layout, state: TrainState, *further: Tree) -> TrainState:
     """`change(state, ...)`, laid out anew."""
-    if after.offload.optimizer:
-        memory = lambda leaf: leaf.sharding.with_memory_kind("device")  # noqa: E731
-        state = state._replace(optimizer=jax.device_put(state.optimizer, jax.tree.map(memory, state.optimizer)))
+    state = _on_device(state, after)
+    with after.compiling():
+        return _program(change, after, state, *further)(state, *further)
+
+
+def _compiled(
+    change: Callable[[TrainState], TrainState], after: Layout, state: TrainState
+) -> Callable[[TrainState], TrainState]:
+    """The same for later states like this one, compiled now."""
+
+    def abstract(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    like = jax.tree.map(abstract, state, _places_on_device(state, after))
+    with after.compiling():
+        program = _program(change, after, like).lower(like).compile()
+    return lambda state: program(_on_device(state, after))
+
+
+def _program(change: Callable[..., TrainState], after: Layout, state: TrainState, *further: Tree) -> Any:
     shape = jax.eval_shape(change, state, *further)
     places = TrainState(after.everywhere(), after.parameters(), after.optimizer_state(shape.optimizer))
-    with after.compiling():
-        return jax.jit(change, out_shardings=places)(state, *further)
+    return jax.jit(change, out_shardings=places)
+
+
+def _on_device(state: TrainState, layout: Layout) -> TrainState:
+    """The state, its optimizer's part brought to the device where the layout keeps it on the host."""
+    return jax.device_put(state, _places_on_device(state, layout)) if layout.offload.optimizer else state
+
+
+def _places_on_device(state: TrainState, layout: Layout) -> TrainState:
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    if layout.offload.optimizer:
+        on_device = jax.tree.map(lambda place: place.with_memory_kind("device"), places.optimizer)
+        places = places._replace(optimizer=on_device)
+    return places

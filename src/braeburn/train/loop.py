@@ -36,7 +36,7 @@ from braeburn.parallel.agreement import (
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.processes import ProcessLost
 from braeburn.train.checkpoint import Checkpoints, Fault
-from braeburn.train.compression import enter, leave, of_model, use_of
+from braeburn.train.compression import enter, leaving, of_model, use_of
 from braeburn.train.directory import RunDirectory
 from braeburn.train.environment import unused_accelerator
 from braeburn.train.guard import StopRequest, check_share_of_skips
@@ -356,10 +356,11 @@ class _Loop:
     def _run_stage(self, state: TrainState, writer: MetricsWriter, last: int) -> TrainState:
         """Makes the steps of one stage up to `last` at most, saves, and ends the stage if it is over."""
         name, stage, index = self.run.stage_at(self.step)
+        until, began = min(stage.steps, index + last - self.step), self.step
         program = self._unsaving(lambda: self._compile(name), "compiling")
+        leave = self._unsaving(lambda: self._leaving(name), "compiling") if until == stage.steps else None
         self.display.begin_stage(name, stage.steps, index)
         recorder = Recorder(self.run, name, writer, self.display, self.layouts[name].num_devices, self.history)
-        until, began = min(stage.steps, index + last - self.step), self.step
         if index:
             self._evaluate_left(program, state, writer)
         state = self._steps(program, recorder, state, index, until) if not self.stopping else state
@@ -367,9 +368,8 @@ class _Loop:
             return state
         ends = self._ends_stage(self.step)
         skipped = stage.steps - int(state.optimizer.stage_steps)
-        if ends:
-            with self.layouts[name].compiling():
-                state = leave(self.run, name, state, self.layouts[name])
+        if leave and ends:
+            state = leave(state)
         self._save(state)
         if ends and not self.stopping:
             params = state.params
@@ -467,6 +467,10 @@ class _Loop:
         self.directory.event("compile", stage=name, seconds=round(program.compile_seconds, 3))
         self.display.say(f"stage {name}: compiled in {duration(program.compile_seconds)}")
         return program
+
+    def _leaving(self, name: str) -> Callable[[TrainState], TrainState]:
+        layout = self.layouts[name]
+        return leaving(self.run, name, abstract_state(self.run, name, layout), layout)
 
     def _label(self, name: str) -> None:
         """Has the stage's batches hold what its teacher says of them."""
