@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from braeburn.errors import Interrupted
 
@@ -34,7 +34,7 @@ class Background(Generic[Result]):
     """A function at work in a thread.
 
     The thread is not a daemon: a process that ends by itself waits for it, since compilers crash where the libraries
-    below them are taken down. `end_process` does not wait.
+    below them are taken down. `ending_process` does not wait.
     """
 
     def __init__(self, function: Callable[[], Result], name: str):
@@ -95,10 +95,13 @@ def still_running() -> bool:
 
 @contextlib.contextmanager
 def ending_process(before: Callable[[], None]) -> Iterator[None]:
-    """Ends the process with the exit code of its block, at once where work goes on that nothing waits for any more.
+    """Ends the process with the exit code of its block, whatever threads go on.
+
+    Where work goes on that nothing waits for any more, that is at once. Threads that others began get a moment to end:
+    orbax has some that wait for ten minutes for what comes no more once a write has failed.
 
     Args:
-        before: called before such an end.
+        before: called before an end at once.
     """
     code = 0
     try:
@@ -106,18 +109,34 @@ def ending_process(before: Callable[[], None]) -> Iterator[None]:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if not still_running():
+            _end_in_time(code)
             raise
     except BaseException:
         if not still_running():
+            _end_in_time(1)
             raise
         sys.excepthook(*sys.exc_info())
         code = 1
     if still_running():
         before()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        _end(code)
+    _end_in_time(code)
+
+
+def _end_in_time(code: int) -> None:
+    """Has the process end soon, where Python would wait at its exit for a thread that does not end."""
+    waited_for = [thread for thread in threading.enumerate() if not thread.daemon]
+    if len(waited_for) > 1:  # the main thread is one
+        timer = threading.Timer(GRACE_SECONDS, _end, (code,))
+        timer.daemon = True
+        timer.start()
+
+
+def _end(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 class Feed(Generic[Result]):

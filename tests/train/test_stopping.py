@@ -244,6 +244,35 @@ def test_a_process_ends_though_its_compiler_goes_on(tiny_arguments: list[str], t
     assert done.stderr.splitlines()[-1].startswith("stopped at step 0 of 14")
 
 
+LEAVING = """
+import atexit, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from braeburn.background import ending_process
+
+atexit.register(print, "cleaned up")
+with ending_process(lambda: None):
+    {thread}
+    {end}
+"""
+STUCK = "threading.Thread(target=threading.Event().wait).start()"
+IDLE = "ThreadPoolExecutor(1).submit(print, 'worked').result()"
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(2)", 2), ("raise ValueError('why')", 1), ("pass", 0)])
+def test_a_process_ends_though_a_thread_of_others_goes_on(end: str, code: int) -> None:
+    command = [sys.executable, "-c", LEAVING.format(thread=STUCK, end=end)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert ("ValueError: why" in done.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(2)", 2), ("pass", 0)])
+def test_a_process_whose_threads_end_does_so_in_full(end: str, code: int) -> None:
+    command = [sys.executable, "-c", LEAVING.format(thread=IDLE, end=end)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split("\n")) == (code, ["worked", "cleaned up", ""])
+
+
 def test_the_second_signal_acts_but_a_second_hangup_does_not() -> None:
     caught: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGHUP)
