@@ -2,8 +2,10 @@
 
     python benchmarks/checkpoint_flips.py [--flips 1000] [--seed 0]
 
-It trains `afm-tiny` for a few steps in a temporary folder. A flip that is not noticed must change nothing of what is
-restored: the state is read in full and compared bit by bit. The exit code is 1 where a flip gets through.
+It trains `afm-tiny` for a few steps in a temporary folder. A flip that is not noticed must change
+nothing of what is
+restored: the state is read in full and compared bit by bit. The exit code is 1 where a flip gets
+through.
 """
 
 import argparse
@@ -31,7 +33,9 @@ STEP = 3
 
 def main() -> None:
     """Runs the program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -42,7 +46,8 @@ def main() -> None:
             train(run, directory, stop_after_steps=STEP)
         counts = flip(run, directory, options.flips, random.Random(options.seed))
     print(
-        f"{options.flips} flips: {counts['noticed']} noticed, {counts['harmless']} changed nothing of what is restored"
+        f"{options.flips} flips: {counts['noticed']} noticed, {counts['harmless']} changed "
+        f"nothing of what is restored"
     )
     for path, number in sorted(counts.items()):
         if path not in ("noticed", "harmless"):
@@ -57,7 +62,8 @@ def flip(run: Run, directory: Path, flips: int, chance: random.Random) -> Counte
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
     sizes = [path.stat().st_size for path in files]
     counts: Counter[str] = Counter()
-    # Half of them anywhere, by bytes; the other half by files, since most bytes are those of one large file.
+    # Half of them anywhere, by bytes; the other half by files, since most bytes are those of one
+    # large file.
     anywhere = chance.choices(files, sizes, k=flips - flips // 2)
     for path in anywhere + chance.choices(files, k=flips // 2):
         content, status = path.read_bytes(), path.stat()
@@ -85,7 +91,10 @@ def restore(run: Run, directory: Path) -> TrainState:
 
 def leaves(state: TrainState) -> list[np.ndarray]:
     """The state's arrays as bytes, in which not even two kinds of NaN are alike."""
-    return [np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint8) for leaf in jax.tree.leaves(state)]
+    return [
+        np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint8)
+        for leaf in jax.tree.leaves(state)
+    ]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/checkpoint_saving.py [--gigabytes 0.0324 0.2] [--repeat 3] [--folder DIR]
 
-Each size is that of the checkpoint in GB: parameters and two moments in float32, so the 2.7M parameters of the
-quickstart are 0.0324 GB; 10 GB are asked for with `--gigabytes 10`. For each it prints how long a step would wait for
-`save` to return, the time until the checkpoint is complete (which training does not wait for), and the time to compare
-it with its record and restore it. Without checksums, the record holds no files.
+Each size is that of the checkpoint in GB: parameters and two moments in float32, so the 2.7M
+parameters of the quickstart are 0.0324 GB; 10 GB are asked for with `--gigabytes 10`. For each it
+prints how long a step would wait for `save` to return, the time until the checkpoint is complete
+(which training does not wait for), and the time to compare it with its record and restore it.
+Without checksums, the record holds no files.
 """
 
 import argparse
@@ -32,27 +33,39 @@ OPTIMIZER = optax.adamw(1e-3)
 
 def main() -> None:
     """Runs the program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.0324, 0.2])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder without it")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write; the system's temporary folder without it"
+    )
     options = parser.parse_args()
     quieten_orbax()
-    print(f"{'GB':>8}  {'checksums':9}  {'save returns':>12}  {'complete':>8}  {'restored':>8}   (s)")
+    print(
+        f"{'GB':>8}  {'checksums':9}  {'save returns':>12}  {'complete':>8}  {'restored':>8}   (s)"
+    )
     for gigabytes in options.gigabytes:
         state = state_of(gigabytes)
         for checksums in (False, True):
             times = [measure(state, checksums, options.folder) for _ in range(options.repeat)]
             returned, complete, restored = map(statistics.median, zip(*times, strict=True))
             has = "with" if checksums else "without"
-            print(f"{gigabytes:8.4g}  {has:9}  {returned:12.3f}  {complete:8.3f}  {restored:8.3f}", flush=True)
+            print(
+                f"{gigabytes:8.4g}  {has:9}  {returned:12.3f}  {complete:8.3f}  {restored:8.3f}",
+                flush=True,
+            )
 
 
 def state_of(gigabytes: float) -> TrainState:
     """A state of eight matrices whose checkpoint has that size, of numbers that do not compress."""
     width = int((gigabytes * 1e9 / 12 / 8) ** 0.5)
     keys = jax.random.split(jax.random.key(0), 8)
-    return new_state({f"matrix{i}": jax.random.normal(key, (width, width)) for i, key in enumerate(keys)}, OPTIMIZER)
+    return new_state(
+        {f"matrix{i}": jax.random.normal(key, (width, width)) for i, key in enumerate(keys)},
+        OPTIMIZER,
+    )
 
 
 def measure(state: TrainState, checksums: bool, parent: Path | None) -> tuple[float, float, float]:

@@ -1,4 +1,6 @@
-"""The text that benchmarks train on: files that the user names, real corpora near by, or Python's own library."""
+"""The text that benchmarks train on: files that the user names, real corpora near by, or Python's
+own library.
+"""
 
 import json
 import sys
@@ -15,14 +17,17 @@ DOCUMENT = 8192
 
 
 def sources(files: Sequence[Path], folder: Path) -> dict[str, Source]:
-    """A source for each file, cut into documents that are written to a folder; by default for each real corpus.
+    """A source for each file, cut into documents that are written to a folder; by default for each
+    real corpus.
 
-    Where none is there, the text is the docstrings and code of Python's library, which one sentence says.
+    Where none is there, the text is the docstrings and code of Python's library, which one sentence
+    says.
     """
     files = files or [SHARED / name for name in NAMES if (SHARED / name).exists()]
     if not files:
         print(
-            f"No corpus is in {str(SHARED)!r}, so the text is the library of this Python; name others with --data.",
+            f"No corpus is in {str(SHARED)!r}, so the text is the library of this Python; name "
+            f"others with --data.",
             file=sys.stderr,
         )
         return {"code": Source(format="python-code"), "prose": Source(format="python-prose")}
@@ -43,7 +48,9 @@ def _documents(file: Path) -> Iterator[str]:
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     if file.suffix == ".jsonl":
         rows = (json.loads(line) for line in lines if line.strip())
-        yield from ("\n".join(value for value in row.values() if isinstance(value, str)) for row in rows)
+        yield from (
+            "\n".join(value for value in row.values() if isinstance(value, str)) for row in rows
+        )
         return
     document = ""
     for line in lines:

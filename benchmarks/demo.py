@@ -1,7 +1,9 @@
-"""What `make demo` runs: train the quickstart, compare it with general compressors, and let it write.
+"""What `make demo` runs: train the quickstart, compare it with general compressors, and let it
+write.
 
-The model and the compressors see the same bytes: the held-out files of the `code` source, each file alone. A model that
-predicts the next byte well is a good compressor (arXiv 2309.10668), so bits per byte put them on one scale.
+The model and the compressors see the same bytes: the held-out files of the `code` source, each file
+alone. A model that predicts the next byte well is a good compressor (arXiv 2309.10668), so bits per
+byte put them on one scale.
 """
 
 import argparse
@@ -30,7 +32,10 @@ def held_out_files(run: Run) -> list[bytes]:
     """The text of every held-out file of the source, in UTF-8."""
     from braeburn.data.corpus import documents
 
-    return [document.text.encode() for document in documents(SOURCE, run.data.sources[SOURCE], True, run.data.held_out)]
+    return [
+        document.text.encode()
+        for document in documents(SOURCE, run.data.sources[SOURCE], True, run.data.held_out)
+    ]
 
 
 def sample(directory: Path, max_new_tokens: int) -> str:
@@ -69,19 +74,24 @@ def demonstrate(recipe: str, out: Path, max_new_tokens: int) -> dict[str, Any]:
     outcome = train(run, out)
     call_seconds = time.monotonic() - began
     if not outcome.finished:
-        raise UserError(f"training stopped at step {outcome.step} of {run.total_steps}; run the same command to go on")
+        raise UserError(
+            f"training stopped at step {outcome.step} of {run.total_steps}; run the same command "
+            f"to go on"
+        )
 
     with (out / "metrics.jsonl").open() as rows:
         step_seconds = sum(json.loads(row)["step_seconds"] for row in rows)
     stages = [
-        {key: stage[key] for key in ("stage", "tokens", "loss")} | {"held_out": stage["held_out"][SOURCE]}
+        {key: stage[key] for key in ("stage", "tokens", "loss")}
+        | {"held_out": stage["held_out"][SOURCE]}
         for stage in outcome.stages
     ]
     files = held_out_files(run)
     text_bytes = sum(map(len, files))
     model = stages[-1]["held_out"]
     compressors = {
-        name: 8 * sum(len(compress(data)) for data in files) / text_bytes for name, compress in COMPRESSORS.items()
+        name: 8 * sum(len(compress(data)) for data in files) / text_bytes
+        for name, compress in COMPRESSORS.items()
     }
     return {
         "recipe": recipe,
@@ -94,16 +104,20 @@ def demonstrate(recipe: str, out: Path, max_new_tokens: int) -> dict[str, Any]:
         "held_out_bytes": text_bytes,
         "same_bytes": model["bytes"] == text_bytes,
         "bits_per_byte": {"model": model["bits_per_byte"]} | compressors,
-        "beats_both": model["bytes"] == text_bytes and model["bits_per_byte"] < min(compressors.values()),
+        "beats_both": model["bytes"] == text_bytes
+        and model["bits_per_byte"] < min(compressors.values()),
         "sample": sample(out, max_new_tokens),
     }
 
 
 def report(result: dict[str, Any]) -> str:
     """The result as text."""
-    compressors = [(name, value) for name, value in result["bits_per_byte"].items() if name != "model"]
+    compressors = [
+        (name, value) for name, value in result["bits_per_byte"].items() if name != "model"
+    ]
     lines = [
-        f"{'stage':<10} {'tokens':>10} {'loss':>8} {'bits per byte':>14}" + "".join(f" {n:>9}" for n, _ in compressors)
+        f"{'stage':<10} {'tokens':>10} {'loss':>8} {'bits per byte':>14}"
+        + "".join(f" {n:>9}" for n, _ in compressors)
     ]
     for stage in result["stages"]:
         bits = stage["held_out"]["bits_per_byte"]
@@ -113,19 +127,21 @@ def report(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{result['steps']} steps in {result['step_seconds']:.0f} s; this call spent {result['call_seconds']:.0f} s "
-        f"training, with preparation, compilation and evaluation.",
+        f"{result['steps']} steps in {result['step_seconds']:.0f} s; this call spent "
+        f"{result['call_seconds']:.0f} s training, with preparation, compilation and evaluation.",
         f"Bits per byte are of {result['held_out_files']} held-out files of source {SOURCE!r}, "
         f"{result['held_out_bytes']:,} bytes, which training never saw; each is compressed alone.",
     ]
     evaluated = result["stages"][-1]["held_out"]["bytes"]
     if not result["same_bytes"]:
         lines.append(
-            f"The model was evaluated on {evaluated:,} bytes of them only, so the columns do not compare: "
-            f"raise evaluation.tokens."
+            f"The model was evaluated on {evaluated:,} bytes of them only, so the columns do not "
+            f"compare: raise evaluation.tokens."
         )
     elif result["beats_both"]:
-        lines.append("The model predicts these files better than both gzip -9 and xz -9 compress them.")
+        lines.append(
+            "The model predicts these files better than both gzip -9 and xz -9 compress them."
+        )
     else:
         better = [name for name, value in compressors if value <= result["bits_per_byte"]["model"]]
         lines.append(f"The model does not beat {' and '.join(better)} on these files.")
@@ -136,8 +152,12 @@ def report(result: dict[str, Any]) -> str:
 def main() -> int:
     """Runs the demonstration; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--recipe", default="quickstart", help="any recipe with a source named code")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="the run directory")
+    parser.add_argument(
+        "--recipe", default="quickstart", help="any recipe with a source named code"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="the run directory"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=160, help="length of the sample")
     parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
     arguments = parser.parse_args()
@@ -147,7 +167,9 @@ def main() -> int:
     out = arguments.out
     if (out / "config.json").exists():
         print(
-            f"{str(out)!r} holds a run: it goes on, or is shown if finished. Delete it to train anew.", file=sys.stderr
+            f"{str(out)!r} holds a run: it goes on, or is shown if finished. Delete it to train "
+            f"anew.",
+            file=sys.stderr,
         )
     try:
         result = demonstrate(arguments.recipe, out, arguments.max_new_tokens)

@@ -1,8 +1,10 @@
-"""What a teacher is worth: next-token accuracy and bits per byte of one student, taught in three ways and not at all.
+"""What a teacher is worth: next-token accuracy and bits per byte of one student, taught in three
+ways and not at all.
 
-One teacher, wider and trained for longer, is made once. For each seed the same student then sees the same number of
-tokens without it, with its likeliest token as the label (0.9, and 0.1 of the text: AFM, arXiv 2407.21075), with its 8
-likeliest tokens, and with its whole distribution. Stages with a teacher cut text at fixed places, and the one without
+One teacher, wider and trained for longer, is made once. For each seed the same student then sees
+the same number of tokens without it, with its likeliest token as the label (0.9, and 0.1 of the
+text: AFM, arXiv 2407.21075), with its 8 likeliest tokens, and with its whole distribution. Stages
+with a teacher cut text at fixed places, and the one without
 does not: apart from that and the targets, the arms are alike.
 """
 
@@ -42,7 +44,12 @@ TARGETS: dict[str, Distillation | None] = {
 
 
 def small_run(
-    arguments: argparse.Namespace, found: dict[str, Source], *, teacher: Path | None, seed: int, target: str
+    arguments: argparse.Namespace,
+    found: dict[str, Source],
+    *,
+    teacher: Path | None,
+    seed: int,
+    target: str,
 ) -> Run:
     """A student of a teacher in a folder; the teacher itself where there is none."""
     width = arguments.d_model if teacher else arguments.teacher_d_model
@@ -82,7 +89,9 @@ def small_run(
 
 
 def result_of(run: Run, directory: Path) -> dict[str, float]:
-    """Trains, or shows what was trained there: accuracy, bits per byte and loss of the held-out text of all sources."""
+    """Trains, or shows what was trained there: accuracy, bits per byte and loss of the held-out
+    text of all sources.
+    """
     held_out = train(run, directory).stages[-1]["held_out"].values()
     tokens, text = sum(r["tokens"] for r in held_out), sum(r["bytes"] for r in held_out)
     return {
@@ -116,17 +125,26 @@ def report(result: dict[str, Any]) -> str:
     settings, students, teacher = result["settings"], result["students"], result["teacher"]
     heads = [f"seed {seed}" for seed in settings["seeds"]]
     lines = [
-        f"teacher {settings['teacher_d_model']} x {settings['teacher_layers']} layers, {settings['teacher_tokens']:,} "
-        f"tokens; student {settings['d_model']} x {settings['layers']} layers, {settings['tokens']:,} tokens; "
-        f"{teacher['tokens']:,} held-out tokens"
+        f"teacher {settings['teacher_d_model']} x {settings['teacher_layers']} layers, "
+        f"{settings['teacher_tokens']:,} tokens; student {settings['d_model']} x "
+        f"{settings['layers']} layers, {settings['tokens']:,} tokens; {teacher['tokens']:,} "
+        f"held-out tokens"
     ]
-    for measure, name, form in (("accuracy", "accuracy", "9.2%"), ("bits_per_byte", "bits per byte", "9.4f")):
-        lines += ["", f"{'held-out ' + name:<26}" + "".join(f"{head:>9}" for head in (*heads, "mean"))]
+    for measure, name, form in (
+        ("accuracy", "accuracy", "9.2%"),
+        ("bits_per_byte", "bits per byte", "9.4f"),
+    ):
+        lines += [
+            "",
+            f"{'held-out ' + name:<26}" + "".join(f"{head:>9}" for head in (*heads, "mean")),
+        ]
         lines.append(f"{'teacher':<26}" + " " * 9 * len(heads) + format(teacher[measure], form))
         for target in TARGETS:
             values = [student[target][measure] for student in students]
             values.append(statistics.mean(values))
-            lines.append(f"{'student, ' + target:<26}" + "".join(format(value, form) for value in values))
+            lines.append(
+                f"{'student, ' + target:<26}" + "".join(format(value, form) for value in values)
+            )
     words = "Labels of the teacher give a higher accuracy than no teacher, with every seed."
     return "\n".join([*lines, "", f"{'yes' if result['labels_win'] else 'NO'}: {words}"])
 
@@ -134,8 +152,14 @@ def report(result: dict[str, Any]) -> str:
 def main() -> int:
     """Trains everything; returns 1 if labels do not beat plain training."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="FILE", help="text or JSON lines")
-    parser.add_argument("--out", type=Path, help="keep the run directories here; what is finished there is used again")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[], metavar="FILE", help="text or JSON lines"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="keep the run directories here; what is finished there is used again",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
@@ -158,8 +182,12 @@ def main() -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "out", "json")}
-    wins = all(row["label"]["accuracy"] > row["no teacher"]["accuracy"] for row in result["students"])
+    settings = {
+        key: value for key, value in vars(arguments).items() if key not in ("data", "out", "json")
+    }
+    wins = all(
+        row["label"]["accuracy"] > row["no teacher"]["accuracy"] for row in result["students"]
+    )
     result |= {"settings": settings, "sources": sorted(found), "labels_win": wins}
     print(json.dumps(result) if arguments.json else report(result))
     return 0 if wins else 1

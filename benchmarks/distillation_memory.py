@@ -1,9 +1,10 @@
-"""Peak memory of a distilled student's gradient with a large vocabulary, against that of the student alone.
+"""Peak memory of a distilled student's gradient with a large vocabulary, against that of the
+student alone.
 
-Each is the value and gradient of the loss of one batch: parameters, gradients, activations and the loss's own arrays,
-the teacher's weights where it has one, and no optimizer, whose state would only hide what a teacher costs. The teacher
-is twice as wide and runs in the same program. The figures are XLA's own account of the compiled program, which is not
-run.
+Each is the value and gradient of the loss of one batch: parameters, gradients, activations and the
+loss's own arrays, the teacher's weights where it has one, and no optimizer, whose state would only
+hide what a teacher costs. The teacher is twice as wide and runs in the same program. The figures
+are XLA's own account of the compiled program, which is not run.
 """
 
 import argparse
@@ -35,16 +36,27 @@ def models(vocab_size: int, width: int, layers: int) -> tuple[Model, Model]:
         ffn_dim=4 * width,
     )
     heads = 2 * student.num_heads
-    wider = {"d_model": 2 * width, "num_heads": heads, "num_kv_heads": heads, "ffn_dim": 2 * student.ffn_dim}
+    wider = {
+        "d_model": 2 * width,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "ffn_dim": 2 * student.ffn_dim,
+    }
     return student, student.model_copy(update=wider)
 
 
 def peak_bytes(function: Callable[..., Any], *arguments: Any) -> int:
-    """The most memory that the compiled value and gradient hold at once, their arguments and results included."""
+    """The most memory that the compiled value and gradient hold at once, their arguments and
+    results included.
+    """
     compiled = jax.jit(jax.value_and_grad(function, has_aux=True)).lower(*arguments).compile()
     analysis = compiled.memory_analysis()
     # XLA's own peak leaves temporaries out on a CPU.
-    return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
 
 
 def main() -> int:
@@ -66,7 +78,9 @@ def main() -> int:
     params, teachers = (abstract(transformer.param_specs(model)) for model in (student, teacher))
     teacher_bytes = 4 * count(transformer.param_specs(teacher))
     shape = (arguments.tokens // arguments.sequence_length, arguments.sequence_length)
-    types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
+    types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {
+        "weights": jnp.float32
+    }
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
 
     def alone(params: Tree, batch: dict[str, Any]) -> Any:
@@ -75,12 +89,16 @@ def main() -> int:
     reference = peak_bytes(alone, params, batch)
     rows = []
     for kind in KINDS:
-        settings = Distillation(target=kind, top_k=arguments.top_k, temperature=arguments.temperature)
+        settings = Distillation(
+            target=kind, top_k=arguments.top_k, temperature=arguments.temperature
+        )
 
         def distilled(
             params: Tree, batch: dict[str, Any], teachers: Tree, settings: Distillation = settings
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return distillation.loss(params, batch, teachers, student, teacher, settings, precision, remat)
+            return distillation.loss(
+                params, batch, teachers, student, teacher, settings, precision, remat
+            )
 
         peak = peak_bytes(distilled, params, batch, teachers)
         rows.append({"target": kind, "bytes": peak, "ratio": (peak - teacher_bytes) / reference})
@@ -100,7 +118,8 @@ def main() -> int:
         print(json.dumps(result))
         return 0 if good else 1
     print(
-        f"peak memory of value and gradient, {arguments.tokens:,} tokens, a vocabulary of {arguments.vocab_size:,}, "
+        f"peak memory of value and gradient, {arguments.tokens:,} tokens, a vocabulary of "
+        f"{arguments.vocab_size:,}, "
         f"{arguments.compute}:\n"
         f"  student alone      {reference / 2**20:>9,.1f} MiB\n"
         f"  teacher's weights  {teacher_bytes / 2**20:>9,.1f} MiB\n"

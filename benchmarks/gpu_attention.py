@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_attention.py [--check-only | --time-only] [--json FILE]
 
-Each back end for GPUs is compared with attention and its gradients written out in float64 NumPy, on documents of many
-shapes, as relative errors |found - expected| / |expected|; bfloat16 alone accounts for about 0.004. Then forward and
-backward passes are timed at 16 sequences of 4096 tokens, beside cuDNN without documents and beside PyTorch. Exits with
-1 where an error is above 0.01 or a result is not finite.
+Each back end for GPUs is compared with attention and its gradients written out in float64 NumPy, on
+documents of many shapes, as relative errors |found - expected| / |expected|; bfloat16 alone
+accounts for about 0.004. Then forward and backward passes are timed at 16 sequences of 4096 tokens,
+beside cuDNN without documents and beside PyTorch. Exits with 1 where an error is above 0.01 or a
+result is not finite.
 """
 
 import argparse
@@ -36,19 +37,29 @@ SHAPES: dict[str, tuple[list[list[int]], int, int, int]] = {
 }
 
 
-def arrays(lengths: list[list[int]], heads: int, kv_heads: int, head_dim: int) -> tuple[np.ndarray, ...]:
-    """Random query, key, value and gradient of the output, float32, and the segments of documents of these lengths."""
+def arrays(
+    lengths: list[list[int]], heads: int, kv_heads: int, head_dim: int
+) -> tuple[np.ndarray, ...]:
+    """Random query, key, value and gradient of the output, float32, and the segments of documents
+    of these lengths.
+    """
     rng = np.random.default_rng(len(lengths[0]))
     batch, length = len(lengths), sum(lengths[0])
     wide = (batch, length, heads, head_dim)
     query, gradient = rng.normal(size=(2, *wide)).astype(np.float32)
     key, value = rng.normal(size=(2, batch, length, kv_heads, head_dim)).astype(np.float32)
-    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(np.int32)
+    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(
+        np.int32
+    )
     return query, key, value, gradient, segments
 
 
 def expected(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, gradient: np.ndarray, segments: np.ndarray
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    gradient: np.ndarray,
+    segments: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
     """The output and the gradients for query, key and value, in float64."""
     group, scale = query.shape[2] // key.shape[2], query.shape[3] ** -0.5
@@ -101,7 +112,9 @@ def found_in_shards(given: tuple[np.ndarray, ...], shards: int) -> tuple[np.ndar
         @jax.jit
         def both(gradient: Any, own_segments: Any, segments: Any, *arrays: Any) -> tuple[Any, ...]:
             def attend(q: Any, k: Any, v: Any, all_keys: Any, all_values: Any) -> Any:
-                return cudnn._attention(q, k, v, own_segments, (all_keys, all_values, segments), mesh)
+                return cudnn._attention(
+                    q, k, v, own_segments, (all_keys, all_values, segments), mesh
+                )
 
             output, back = jax.vjp(attend, *arrays)
             return output, *back(gradient)
@@ -122,7 +135,9 @@ def errors(results: tuple[np.ndarray, ...], truth: tuple[np.ndarray, ...]) -> di
     """Relative errors by name; infinite where a result is not finite."""
     named = zip(("output", "query", "key", "value"), results, truth, strict=True)
     return {
-        name: float(np.linalg.norm(x - y) / np.linalg.norm(y)) if np.isfinite(x).all() else float("inf")
+        name: float(np.linalg.norm(x - y) / np.linalg.norm(y))
+        if np.isfinite(x).all()
+        else float("inf")
         for name, x, y in named
     }
 
@@ -148,7 +163,12 @@ def check() -> list[dict[str, Any]]:
             try:
                 row = {"shape": shape, "back_end": name, **errors(run(given), truth)}
             except Exception as error:  # a back end that fails is a result too
-                row = {"shape": shape, "back_end": name, "output": float("inf"), "error": str(error)[:300]}
+                row = {
+                    "shape": shape,
+                    "back_end": name,
+                    "output": float("inf"),
+                    "error": str(error)[:300],
+                }
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
@@ -167,15 +187,23 @@ def seconds(function: Callable[..., Any], *given: Any, repeats: int = 10) -> flo
 
 
 def speed() -> list[dict[str, Any]]:
-    """Seconds of a forward and a backward pass at 16 sequences of 4096 tokens, 16 heads of 128 and 8 key heads."""
+    """Seconds of a forward and a backward pass at 16 sequences of 4096 tokens, 16 heads of 128 and
+    8 key heads.
+    """
     batch, length, heads, kv_heads, head_dim = 16, 4096, 16, 8, 128
     keys = jax.random.split(jax.random.key(0), 4)
-    query, gradient = (jax.random.normal(k, (batch, length, heads, head_dim), jnp.bfloat16) for k in keys[:2])
-    key, value = (jax.random.normal(k, (batch, length, kv_heads, head_dim), jnp.bfloat16) for k in keys[2:])
+    query, gradient = (
+        jax.random.normal(k, (batch, length, heads, head_dim), jnp.bfloat16) for k in keys[:2]
+    )
+    key, value = (
+        jax.random.normal(k, (batch, length, kv_heads, head_dim), jnp.bfloat16) for k in keys[2:]
+    )
     rows = []
 
     def timed(name: str, run: Callable[..., Any], documents: int, spans: int = 0) -> None:
-        segments = jnp.asarray(np.tile(np.arange(length) * documents // length, (batch, 1)), jnp.int32)
+        segments = jnp.asarray(
+            np.tile(np.arange(length) * documents // length, (batch, 1)), jnp.int32
+        )
         normal = cudnn.SPANS
         cudnn.SPANS = spans or normal
 
@@ -190,7 +218,9 @@ def speed() -> list[dict[str, Any]]:
         print(json.dumps(row), flush=True)
 
     def undivided(query: Any, key: Any, value: Any, segments: Any) -> Any:
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation="cudnn"
+        )
 
     timed("cudnn, no documents", undivided, 1)
     for spans in (8, 4, 16):
@@ -202,8 +232,12 @@ def speed() -> list[dict[str, Any]]:
     return rows
 
 
-def torch_speed(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) -> list[dict[str, Any]]:
-    """PyTorch's fused causal attention at the same sizes, without documents; nothing where it is not installed."""
+def torch_speed(
+    batch: int, length: int, heads: int, kv_heads: int, head_dim: int
+) -> list[dict[str, Any]]:
+    """PyTorch's fused causal attention at the same sizes, without documents; nothing where it is
+    not installed.
+    """
     try:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -211,12 +245,16 @@ def torch_speed(batch: int, length: int, heads: int, kv_heads: int, head_dim: in
         return []
     rows = []
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
-        query = torch.randn(batch, heads, length, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        query = torch.randn(
+            batch, heads, length, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
         shape = (2, batch, kv_heads, length, head_dim)
         key, value = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         gradient = torch.randn_like(query)
 
-        def both(query: Any = query, key: Any = key, value: Any = value, gradient: Any = gradient) -> None:
+        def both(
+            query: Any = query, key: Any = key, value: Any = value, gradient: Any = gradient
+        ) -> None:
             attend = torch.nn.functional.scaled_dot_product_attention
             output = attend(query, key, value, is_causal=True, enable_gqa=True)
             torch.autograd.grad(output, (query, key, value), gradient)
@@ -248,7 +286,11 @@ def main() -> int:
         facts = {"device": device, "jax": jax.__version__, "checked": checked, "timed": timed}
         with open(arguments.json, "w") as file:  # noqa: PTH123
             json.dump(facts, file)
-    wrong = [row for row in checked if not max(row[n] for n in ("output", "query", "key", "value") if n in row) < LIMIT]
+    wrong = [
+        row
+        for row in checked
+        if not max(row[n] for n in ("output", "query", "key", "value") if n in row) < LIMIT
+    ]
     print(f"{len(checked) - len(wrong)} of {len(checked)} right", flush=True)
     return 1 if wrong else 0
 

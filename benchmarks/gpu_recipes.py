@@ -1,8 +1,9 @@
 """Models to time on one GPU: the dense Qwen3 shape at three sizes, sequences of 4096, bf16.
 
-A name that ends in `_80gb` or `_141gb` says which card the batch is meant for. What stays is estimated: 16 bytes a
-parameter (float32 weights, two moments and a gradient) and, for each token and layer, two bytes for each value that
-remat keeps. AdamW; `--set optimizer.kind=afm` on the command line takes the other one.
+A name that ends in `_80gb` or `_141gb` says which card the batch is meant for. What stays is
+estimated: 16 bytes a parameter (float32 weights, two moments and a gradient) and, for each token
+and layer, two bytes for each value that remat keeps. AdamW; `--set optimizer.kind=afm` on the
+command line takes the other one.
 """
 
 from braeburn.config import AdamW, Data, Model, NamedActivation, Remat, Run, Source, Stage
@@ -22,7 +23,9 @@ ALL_PRODUCTS: tuple[NamedActivation, ...] = (
 ATTENTION_ONLY: tuple[NamedActivation, ...] = ("query", "key", "value", "attention")
 
 
-def _run(name: str, model: Model, sequences: int, kept: tuple[NamedActivation, ...] = ALL_PRODUCTS) -> Run:
+def _run(
+    name: str, model: Model, sequences: int, kept: tuple[NamedActivation, ...] = ALL_PRODUCTS
+) -> Run:
     return Run(
         name=name,
         model=model,

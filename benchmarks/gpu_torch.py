@@ -1,11 +1,13 @@
-"""The models of gpu_recipes.py in PyTorch on one GPU, for comparison: the Qwen3 of transformers, trained in bfloat16.
+"""The models of gpu_recipes.py in PyTorch on one GPU, for comparison: the Qwen3 of transformers,
+trained in bfloat16.
 
     python benchmarks/gpu_torch.py 1_5b [--compile] [--sequences 8] [--json]
 
-Parameters and AdamW's moments are float32, products run in bfloat16 under autocast, and attention is PyTorch's fused
-causal one over whole sequences: documents are not kept apart. The loss is worked out in chunks of tokens that are
-computed again in the backward pass; without this the logits would not fit. With no `--sequences` the largest batch of
-16, 8, 4, 2, 1 that fits is taken.
+Parameters and AdamW's moments are float32, products run in bfloat16 under autocast, and attention
+is PyTorch's fused
+causal one over whole sequences: documents are not kept apart. The loss is worked out in chunks of
+tokens that are computed again in the backward pass; without this the logits would not fit. With no
+`--sequences` the largest batch of 16, 8, 4, 2, 1 that fits is taken.
 """
 
 import argparse
@@ -54,7 +56,9 @@ def loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     hidden = model.model(input_ids=inputs).last_hidden_state.flatten(0, 1)
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            model.lm_head(hidden).float(), targets, reduction="sum"
+        )
 
     chunks = zip(hidden.split(CHUNK), targets.flatten().split(CHUNK), strict=True)
     total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
@@ -68,7 +72,9 @@ def measure(name: str, sequences: int, steps: int, compiled: bool, device: str) 
     if compiled:
         model.model = torch.compile(model.model)
     matmul = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     length = LENGTH if device == "cuda" else 64
     tokens = torch.randint(VOCABULARY, (4, sequences, length + 1), device=device)
     times = []
@@ -115,7 +121,9 @@ def main() -> int:
             result = measure(arguments.model, sequences, arguments.steps, arguments.compile, device)
         except RuntimeError as error:
             # PyTorch's own error, or that of cuBLAS, for whose workspace nothing was left.
-            if not isinstance(error, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(
+                error
+            ):
                 raise
             print(f"{sequences} sequences do not fit", file=sys.stderr)
             torch.cuda.empty_cache()

@@ -1,11 +1,13 @@
-"""A whole run of three stages on a GPU beside the same run on the CPU, killed and resumed, evaluated and sampled.
+"""A whole run of three stages on a GPU beside the same run on the CPU, killed and resumed,
+evaluated and sampled.
 
     python benchmarks/gpu_train.py OUT
 
-Prints the largest relative difference of the losses of all steps: of float32 and bfloat16 on the GPU against float32 on
-the CPU, and of a run that was killed, resumed, asked to stop and resumed again against the undisturbed one, with XLA's
-deterministic operations. Reads no data but Python's standard library. Exits with 1 where a command fails, where float32
-differs by more than 0.002 on average over the last ten steps, or where the disturbed run differs at all.
+Prints the largest relative difference of the losses of all steps: of float32 and bfloat16 on the
+GPU against float32 on the CPU, and of a run that was killed, resumed, asked to stop and resumed
+again against the undisturbed one, with XLA's deterministic operations. Reads no data but Python's
+standard library. Exits with 1 where a command fails, where float32 differs by more than 0.002 on
+average over the last ten steps, or where the disturbed run differs at all.
 """
 
 import atexit
@@ -47,10 +49,11 @@ def braeburn(*arguments: str, platform: str = "", flags: str = "") -> subprocess
     if flags:
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
     command = [sys.executable, "-c", "from braeburn.cli import console; console()", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+    process: subprocess.Popen[str] = subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     atexit.register(process.kill)  # so that none goes on where another fails
-    return process  # type: ignore[no-any-return]
+    return process
 
 
 def finish(process: subprocess.Popen[str], what: str) -> str:
@@ -81,7 +84,9 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     settings = [part for path, value in SETTINGS.items() for part in ("--set", f"{path}={value}")]
 
-    def begin(name: str, compute: str, *, platform: str = "", flags: str = "") -> subprocess.Popen[str]:
+    def begin(
+        name: str, compute: str, *, platform: str = "", flags: str = ""
+    ) -> subprocess.Popen[str]:
         precision = ("--set", f"precision.compute={compute}")
         arguments = ("train", "quickstart", "--out", str(out / name), *settings, *precision)
         return braeburn(*arguments, platform=platform, flags=flags)
@@ -89,7 +94,10 @@ def main() -> int:
     def ended(name: str, process: subprocess.Popen[str]) -> list[float]:
         finish(process, name)
         found = losses(out / name)
-        print(json.dumps({"run": name, "steps": len(found), "first": found[0], "last": found[-1]}), flush=True)
+        print(
+            json.dumps({"run": name, "steps": len(found), "first": found[0], "last": found[-1]}),
+            flush=True,
+        )
         return found
 
     def train(name: str, compute: str, *, flags: str = "") -> list[float]:
@@ -108,8 +116,16 @@ def main() -> int:
         began = time.monotonic()
         process.send_signal(by)
         process.communicate(timeout=100)
-        row = {"run": name, "signal": by.name, "steps": len(losses(out / name)), "exit code": process.returncode}
-        print(json.dumps(row | {"seconds to the exit": round(time.monotonic() - began, 2)}), flush=True)
+        row = {
+            "run": name,
+            "signal": by.name,
+            "steps": len(losses(out / name)),
+            "exit code": process.returncode,
+        }
+        print(
+            json.dumps(row | {"seconds to the exit": round(time.monotonic() - began, 2)}),
+            flush=True,
+        )
 
     # The CPU has time while the GPU works.
     on_cpu = begin("cpu-float32", "float32", platform="cpu")
@@ -129,12 +145,20 @@ def main() -> int:
         "killed, stopped and resumed, deterministic, any step": difference(resumed, exact),
     }
     print(json.dumps(result), flush=True)
-    evaluated = finish(braeburn("evaluate", str(out / "gpu-bfloat16"), "--data", __file__, "--json"), "evaluate")
+    evaluated = finish(
+        braeburn("evaluate", str(out / "gpu-bfloat16"), "--data", __file__, "--json"), "evaluate"
+    )
     print(evaluated.strip(), flush=True)
-    generated = finish(braeburn("generate", str(out / "gpu-bfloat16"), "--prompt", "def "), "generate")
+    generated = finish(
+        braeburn("generate", str(out / "gpu-bfloat16"), "--prompt", "def "), "generate"
+    )
     print(json.dumps(generated[:200]), flush=True)
     (out / "result.json").write_text(json.dumps(result))
-    return 0 if difference(wide, reference, 10) < 0.002 and len(narrow) == STEPS and resumed == exact else 1
+    return (
+        0
+        if difference(wide, reference, 10) < 0.002 and len(narrow) == STEPS and resumed == exact
+        else 1
+    )
 
 
 if __name__ == "__main__":

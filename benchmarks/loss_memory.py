@@ -1,8 +1,8 @@
 """Peak memory of a train step with a large vocabulary: the chunked loss against whole logits.
 
-Model, batch and optimizer are the same; only the cross-entropy differs. The figures are XLA's own account of the
-compiled program, so nothing of the larger size is run. That both losses and their gradients agree is checked on one
-sequence of the batch.
+Model, batch and optimizer are the same; only the cross-entropy differs. The figures are XLA's own
+account of the compiled program, so nothing of the larger size is run. That both losses and their
+gradients agree is checked on one sequence of the batch.
 """
 
 import argparse
@@ -18,7 +18,13 @@ import numpy as np
 from braeburn.config import AdamW, Data, Model, Precision, Run, Source, Stage
 from braeburn.model import transformer
 from braeburn.model.spec import Tree, initialize
-from braeburn.train.stages import abstract_batch, abstract_state, layout_of, stage_optimizer, stage_step
+from braeburn.train.stages import (
+    abstract_batch,
+    abstract_state,
+    layout_of,
+    stage_optimizer,
+    stage_step,
+)
 from braeburn.train.step import Batch, train_step
 
 WANTED = 5.0
@@ -28,12 +34,22 @@ TOLERANCE = 1e-5
 def small_run(vocab_size: int, tokens: int, sequence_length: int) -> Run:
     """A run whose model is all vocabulary."""
     stage = Stage(
-        tokens=tokens, sequence_length=sequence_length, batch_tokens=tokens, mixture={"none": 1.0}, learning_rate=1e-3
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_tokens=tokens,
+        mixture={"none": 1.0},
+        learning_rate=1e-3,
     )
     return Run(
         name="loss-memory",
         model=Model(
-            vocab_size=vocab_size, d_model=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=128
+            vocab_size=vocab_size,
+            d_model=64,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=32,
+            ffn_dim=128,
         ),
         stages={"only": stage},
         data=Data(sources={"none": Source(paths=("none",))}),
@@ -42,10 +58,18 @@ def small_run(vocab_size: int, tokens: int, sequence_length: int) -> Run:
     )
 
 
-def whole_logits_loss(run: Run, params: Tree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def whole_logits_loss(
+    run: Run, params: Tree, batch: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`transformer.loss` as it is commonly written: the logits of the whole batch at once."""
     hidden = transformer.forward(
-        params, batch["inputs"], batch["positions"], batch["segment_ids"], run.model, run.precision, run.remat
+        params,
+        batch["inputs"],
+        batch["positions"],
+        batch["segment_ids"],
+        run.model,
+        run.precision,
+        run.remat,
     )
     logits = jnp.einsum("BTD,VD->BTV", hidden, transformer.head_matrix(params))
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -61,7 +85,8 @@ def peak_bytes(run: Run, step: Any) -> int:
     shapes = (abstract_state(run, "only", layout), abstract_batch(stage, layout))
     compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
     analysis = compiled.memory_analysis()
-    # Results that take an argument's place are among the arguments. XLA's own peak leaves temporaries out on a CPU.
+    # Results that take an argument's place are among the arguments. XLA's own peak leaves
+    # temporaries out on a CPU.
     return (
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
@@ -71,7 +96,7 @@ def peak_bytes(run: Run, step: Any) -> int:
 
 
 def largest_difference(run: Run) -> float:
-    """How far the two losses and their gradients are apart on one sequence, relative to their size."""
+    """The relative difference of the two losses and of their gradients on one sequence."""
     length = run.stages["only"].sequence_length
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (1, length + 1), np.int32)
     batch = {
@@ -87,7 +112,9 @@ def largest_difference(run: Run) -> float:
         return transformer.loss(params, batch, run.model, run.precision, run.remat)
 
     functions = (chunked, functools.partial(whole_logits_loss, run))
-    ours, whole = (jax.jit(jax.value_and_grad(function, has_aux=True))(params, batch) for function in functions)
+    ours, whole = (
+        jax.jit(jax.value_and_grad(function, has_aux=True))(params, batch) for function in functions
+    )
 
     def apart(a: jax.Array, b: jax.Array) -> float:
         return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
@@ -111,7 +138,10 @@ def main() -> int:
         optimizer=stage_optimizer(run, "only"),
         accumulation_steps=1,
     )
-    chunked, whole = peak_bytes(run, stage_step(run, "only", layout_of(run, "only"))), peak_bytes(run, whole_step)
+    chunked, whole = (
+        peak_bytes(run, stage_step(run, "only", layout_of(run, "only"))),
+        peak_bytes(run, whole_step),
+    )
     difference = largest_difference(run)
     result = {
         "vocab_size": arguments.vocab_size,
@@ -129,11 +159,13 @@ def main() -> int:
         print(json.dumps(result))
         return 0 if good else 1
     print(
-        f"peak memory of a train step, {arguments.tokens:,} tokens and a vocabulary of {arguments.vocab_size:,}:\n"
+        f"peak memory of a train step, {arguments.tokens:,} tokens and a vocabulary of "
+        f"{arguments.vocab_size:,}:\n"
         f"  chunked loss  {chunked / 2**20:>9,.1f} MiB\n"
         f"  whole logits  {whole / 2**20:>9,.1f} MiB\n"
         f"  ratio         {whole / chunked:>9.1f}      (wanted: at least {WANTED:g})\n"
-        f"the two losses and their gradients differ by {difference:.1e} at most (allowed: {TOLERANCE:g})"
+        f"the two losses and their gradients differ by {difference:.1e} at most (allowed: "
+        f"{TOLERANCE:g})"
     )
     return 0 if good else 1
 

@@ -1,8 +1,11 @@
-"""What `make demo-on-device` runs: a larger model is pruned, its student distilled, lengthened, quantised and shipped.
+"""What `make demo-on-device` runs: a larger model is pruned, its student distilled, lengthened,
+quantised and shipped.
 
-Beside this chain, the same small model is trained from scratch on the tokens that the student gets once it is small.
-All models end in one table: each is written as the GGUF file that it would ship as, and predicts the same held-out
-text, the files of the `code` source, in windows as long as the core stage's sequences.
+Beside this chain, the same small model is trained from scratch on the tokens that the student gets
+once it is small.
+All models end in one table: each is written as the GGUF file that it would ship as, and predicts
+the same held-out text, the files of the `code` source, in windows as long as the core stage's
+sequences.
 """
 
 import argparse
@@ -40,12 +43,19 @@ def chain(recipe: str) -> Run:
     from braeburn import recipes
 
     run = recipes.load(recipe)
-    return override(run, {"checkpoint.keep_last": len(run.stages) + run.total_steps // run.checkpoint.every_steps})
+    return override(
+        run,
+        {"checkpoint.keep_last": len(run.stages) + run.total_steps // run.checkpoint.every_steps},
+    )
 
 
 def from_scratch(run: Run, tokenizer: Path) -> Run:
-    """The chain's student alone: its model, stages and text, with neither a larger model nor a teacher."""
-    stages = {name: run.stages[name].model_copy(update={"teacher": None}) for name in STUDENT_STAGES}
+    """The chain's student alone: its model, stages and text, with neither a larger model nor a
+    teacher.
+    """
+    stages = {
+        name: run.stages[name].model_copy(update={"teacher": None}) for name in STUDENT_STAGES
+    }
     changes = {
         "name": f"{run.name}-scratch",
         "model": run.models()["prune"].left,
@@ -56,7 +66,9 @@ def from_scratch(run: Run, tokenizer: Path) -> Run:
 
 
 def tokens_until(run: Run, last: str, *, first: str | None = None) -> int:
-    """Tokens of the stages from one to another, both included; 0 where the last comes before the first."""
+    """Tokens of the stages from one to another, both included; 0 where the last comes before the
+    first.
+    """
     names = list(run.stages)
     between = names[names.index(first) if first else 0 : names.index(last) + 1]
     return sum(run.stages[name].steps * run.stages[name].batch_tokens for name in between)
@@ -79,11 +91,15 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
     params = Checkpoints(directory).restore_params(last_step(run, stage), abstract(specs))
     file = directory / f"{name.replace(' ', '-')}.gguf"
     file.unlink(missing_ok=True)
-    gguf.write(file, params, model, prepared.tokenizer, run.stages[stage].sequence_length, kind, name)
+    gguf.write(
+        file, params, model, prepared.tokenizer, run.stages[stage].sequence_length, kind, name
+    )
 
     store = prepared.held_out[SOURCE]
     if store is None:
-        raise UserError(f"data.held_out={run.data.held_out} holds out no file of {SOURCE}; raise it")
+        raise UserError(
+            f"data.held_out={run.data.held_out} holds out no file of {SOURCE}; raise it"
+        )
     evaluate = evaluator(model, run.precision, prepared.tokenizer.token_bytes, one_device(specs))
     batches = held_out_batches(store, length, BATCH_TOKENS // length, store.tokens + length)
     return {
@@ -92,7 +108,9 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
         "file": str(file),
         "bytes": file.stat().st_size,
         "tokens_seen": tokens_until(run, stage),
-        "tokens_as_student": tokens_until(run, stage, first="core") if stage not in ("larger", "prune") else 0,
+        "tokens_as_student": tokens_until(run, stage, first="core")
+        if stage not in ("larger", "prune")
+        else 0,
         "held_out": measure(evaluate, params, batches, store.byte_ratio),
     }
 
@@ -121,7 +139,10 @@ def demonstrate(recipe: str, out: Path) -> dict[str, Any]:
         print(f"{run.name}: {', '.join(run.stages)}", file=sys.stderr)
         outcome = train(run, directory)
         if not outcome.finished:
-            raise UserError(f"{run.name} stopped at step {outcome.step} of {run.total_steps}; run this again to go on")
+            raise UserError(
+                f"{run.name} stopped at step {outcome.step} of {run.total_steps}; run this again "
+                f"to go on"
+            )
         stages[key] = {stage["stage"]: stage["held_out"][SOURCE] for stage in outcome.stages}
         steps += outcome.step
         with (directory / "metrics.jsonl").open() as lines:
@@ -144,30 +165,37 @@ def report(result: dict[str, Any]) -> str:
     """The result as text."""
     rows, stages = result["rows"], result["stages"]
     lines = [
-        f"{'':<20} {'parameters':>11} {'bytes':>10} {'accuracy':>9} {'bits per byte':>14} {'tokens seen':>12} "
-        f"{'as student':>11}"
+        f"{'':<20} {'parameters':>11} {'bytes':>10} {'accuracy':>9} {'bits per byte':>14} "
+        f"{'tokens seen':>12} {'as student':>11}"
     ]
     for line in rows:
         held_out = line["held_out"]
         lines.append(
-            f"{line['model']:<20} {line['parameters']:>11,} {line['bytes']:>10,} {held_out['accuracy']:>9.2%} "
-            f"{held_out['bits_per_byte']:>14.4f} {line['tokens_seen']:>12,} {line['tokens_as_student']:>11,}"
+            f"{line['model']:<20} {line['parameters']:>11,} {line['bytes']:>10,} "
+            f"{held_out['accuracy']:>9.2%} {held_out['bits_per_byte']:>14.4f} "
+            f"{line['tokens_seen']:>12,} {line['tokens_as_student']:>11,}"
         )
-    core = {key: f"{v['core']['accuracy']:.2%} and {v['core']['bits_per_byte']:.4f}" for key, v in stages.items()}
+    core = {
+        key: f"{v['core']['accuracy']:.2%} and {v['core']['bits_per_byte']:.4f}"
+        for key, v in stages.items()
+    }
     return "\n".join(
         [
             *lines,
             "",
-            f"Accuracy is that of the next token, on {rows[0]['held_out']['bytes']:,} bytes of held-out files of "
+            f"Accuracy is that of the next token, on {rows[0]['held_out']['bytes']:,} bytes of "
+            f"held-out files of "
             f"source {SOURCE!r} in windows of {result['sequence_length']} tokens.",
-            "Bytes are those of the GGUF file, tokenizer included: F16, and Q4_0 for the quantised student.",
-            "Tokens seen are all that the weights were trained on; a pruned model's include those of the larger model "
-            "it was cut from.",
-            "Those as student were seen after the cut, or from scratch: there the two students are equal.",
-            f"Accuracy and bits per byte as the core stage ends: from scratch {core['scratch']}, distilled "
-            f"{core['chain']}.",
-            f"{result['steps']} steps in {result['step_seconds']:.0f} s; this call took {result['call_seconds']:.0f} s "
-            f"with preparation, compilation and evaluation.",
+            "Bytes are those of the GGUF file, tokenizer included: F16, and Q4_0 for the "
+            "quantised student.",
+            "Tokens seen are all that the weights were trained on; a pruned model's include those "
+            "of the larger model it was cut from.",
+            "Those as student were seen after the cut, or from scratch: there the two students "
+            "are equal.",
+            f"Accuracy and bits per byte as the core stage ends: from scratch {core['scratch']}, "
+            f"distilled {core['chain']}.",
+            f"{result['steps']} steps in {result['step_seconds']:.0f} s; this call took "
+            f"{result['call_seconds']:.0f} s with preparation, compilation and evaluation.",
         ]
     )
 
@@ -175,8 +203,15 @@ def report(result: dict[str, Any]) -> str:
 def main() -> int:
     """Runs the demonstration; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--recipe", default="afm-on-device-tiny", help="any recipe with the stages of this one")
-    parser.add_argument("--out", type=Path, default=Path("runs/on-device"), help="the folder of both run directories")
+    parser.add_argument(
+        "--recipe", default="afm-on-device-tiny", help="any recipe with the stages of this one"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/on-device"),
+        help="the folder of both run directories",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
     arguments = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
@@ -185,7 +220,9 @@ def main() -> int:
     out = arguments.out
     if (out / "chain" / "config.json").exists():
         print(
-            f"{str(out)!r} holds runs: they go on, or are shown if finished. Delete it to train anew.", file=sys.stderr
+            f"{str(out)!r} holds runs: they go on, or are shown if finished. Delete it to train "
+            f"anew.",
+            file=sys.stderr,
         )
     try:
         result = demonstrate(arguments.recipe, out)

@@ -2,13 +2,14 @@
 
     python benchmarks/published.py [--json]
 
-The constants of `braeburn.plan.cost.EFFICIENCY`, one set for a family of chips, come from compiled steps and from
-measurements of kernels; none was chosen for a row of this table. Rows with a limit must keep to it, or the program ends
-with 1; the others show how far the same constants carry. Layouts that no source states are marked as assumed.
+The constants of `braeburn.plan.cost.EFFICIENCY`, one set for a family of chips, come from compiled
+steps and from measurements of kernels; none was chosen for a row of this table. Rows with a limit
+must keep to it, or the program ends with 1; the others show how far the same constants carry.
+Layouts that no source states are marked as assumed.
 
-Sources: [1] AXLearn, arXiv 2507.05411, table of training speed, with the meshes and remat of its public configurations
-(fuji.py, honeycrisp.py). [2] Step times in honeycrisp.py. [3] Step times in fuji.py. [4] MaxText, Megatron-LM, NeMo and
-torchtitan as quoted in [1] or on their own pages.
+Sources: [1] AXLearn, arXiv 2507.05411, table of training speed, with the meshes and remat of its
+public configurations (fuji.py, honeycrisp.py). [2] Step times in honeycrisp.py. [3] Step times in
+fuji.py. [4] MaxText, Megatron-LM, NeMo and torchtitan as quoted in [1] or on their own pages.
 """
 
 import argparse
@@ -47,16 +48,64 @@ class Row:
 
 ROWS = (
     Row("[1]", "llama2-7b", "v5p:256", {"data": 32, "fsdp": 8}, 2.5, limit=0.15, keep=PRODUCTS),
-    Row("[1]", "llama2-70b", "v5p:512", {"fsdp": 512}, 11.6, limit=0.15, keep=ATTENTION, assumed="remat"),
-    Row("[1]", "llama2-7b", "h100:256", {"data": 32, "fsdp": 8}, 1.4, limit=0.25, keep=PRODUCTS, assumed="remat"),
-    Row("[1]", "llama2-70b", "h100:512", {"data": 4, "fsdp": 128}, 9.2, limit=0.25, assumed="remat"),
+    Row(
+        "[1]",
+        "llama2-70b",
+        "v5p:512",
+        {"fsdp": 512},
+        11.6,
+        limit=0.15,
+        keep=ATTENTION,
+        assumed="remat",
+    ),
+    Row(
+        "[1]",
+        "llama2-7b",
+        "h100:256",
+        {"data": 32, "fsdp": 8},
+        1.4,
+        limit=0.25,
+        keep=PRODUCTS,
+        assumed="remat",
+    ),
+    Row(
+        "[1]", "llama2-70b", "h100:512", {"data": 4, "fsdp": 128}, 9.2, limit=0.25, assumed="remat"
+    ),
     Row("[2]", "afm-on-device-scratch", "v5p:512", {"data": 512}, 1.48, limit=0.25, keep=PRODUCTS),
-    Row("[2]", "afm-on-device-scratch", "v5p:1024", {"data": 1024}, 0.80, limit=0.25, keep=PRODUCTS),
-    Row("[2]", "afm-on-device-scratch", "v5p:2048", {"data": 2048}, 0.47, limit=0.25, keep=PRODUCTS),
+    Row(
+        "[2]", "afm-on-device-scratch", "v5p:1024", {"data": 1024}, 0.80, limit=0.25, keep=PRODUCTS
+    ),
+    Row(
+        "[2]", "afm-on-device-scratch", "v5p:2048", {"data": 2048}, 0.47, limit=0.25, keep=PRODUCTS
+    ),
     Row("[3]", "llama2-7b", "v5e:4x256", {"data": 4, "fsdp": 256}, 2.21, keep=PRODUCTS),
-    Row("[3]", "llama2-70b", "v5e:4x256", {"data": 4, "fsdp": 256}, 14.37, keep=PRODUCTS, offload=PRODUCTS),
-    Row("[4] MaxText", "llama2-7b", "v5p:256", {"fsdp": 256}, 2.7, keep=PRODUCTS, assumed="mesh, remat"),
-    Row("[4] MaxText", "llama2-70b", "v5p:512", {"fsdp": 512}, 12.3, keep=ATTENTION, assumed="mesh, remat"),
+    Row(
+        "[3]",
+        "llama2-70b",
+        "v5e:4x256",
+        {"data": 4, "fsdp": 256},
+        14.37,
+        keep=PRODUCTS,
+        offload=PRODUCTS,
+    ),
+    Row(
+        "[4] MaxText",
+        "llama2-7b",
+        "v5p:256",
+        {"fsdp": 256},
+        2.7,
+        keep=PRODUCTS,
+        assumed="mesh, remat",
+    ),
+    Row(
+        "[4] MaxText",
+        "llama2-70b",
+        "v5p:512",
+        {"fsdp": 512},
+        12.3,
+        keep=ATTENTION,
+        assumed="mesh, remat",
+    ),
     Row("[4] MaxText", "llama2-70b", "h100:512", {"fsdp": 512}, 9.4, assumed="mesh, remat"),
     Row(
         "[4] MaxText, 52.6% MFU",
@@ -67,7 +116,15 @@ ROWS = (
         accumulation_steps=8,
         assumed="mesh, remat, batch",
     ),
-    Row("[4] Megatron-LM", "llama2-7b", "h100:256", {"data": 32, "fsdp": 8}, 1.7, keep=PRODUCTS, assumed="all"),
+    Row(
+        "[4] Megatron-LM",
+        "llama2-7b",
+        "h100:256",
+        {"data": 32, "fsdp": 8},
+        1.7,
+        keep=PRODUCTS,
+        assumed="all",
+    ),
     Row(
         "[4] NeMo",
         "llama3-8b",
@@ -96,7 +153,11 @@ def predict(row: Row) -> dict[str, Any]:
     name = next(iter(run.stages))
     changes: dict[str, Any] = {f"mesh.{axis}": row.mesh.get(axis, 1) for axis in run.mesh.sizes}
     changes[f"stages.{name}.accumulation_steps"] = row.accumulation_steps
-    changes |= {"remat.policy": "save_named", "remat.names": row.keep} if row.keep else {"remat.policy": "full"}
+    changes |= (
+        {"remat.policy": "save_named", "remat.names": row.keep}
+        if row.keep
+        else {"remat.policy": "full"}
+    )
     run = override(run, changes | {"offload.activations": row.offload})
     target = parse_target(row.target, catalogue())
     found = estimate(run, name, target)
@@ -121,21 +182,26 @@ def predict(row: Row) -> dict[str, Any]:
 
 def main() -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
     rows = [predict(row) for row in ROWS]
     if parser.parse_args().json:
         print(json.dumps(rows, indent=2))
     else:
-        print(f"{'recipe':21} {'target':10} {'mesh':20} published predicted  interval       error  limit  source")
+        print(
+            f"{'recipe':21} {'target':10} {'mesh':20} published predicted  interval       error  "
+            f"limit  source"
+        )
         for row in rows:
             mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
             interval = f"[{row['overlapped']:.2f}, {row['serial']:.2f}]"
             limit = f"{row['limit']:.0%}" if row["limit"] else "-"
             source = row["source"] + (f" (assumed: {row['assumed']})" if row["assumed"] else "")
             print(
-                f"{row['recipe']:21} {row['target']:10} {mesh:20} {row['published']:9.2f} {row['predicted']:9.2f}  "
-                f"{interval:14} {row['error']:+5.0%}  {limit:>5}  {source}"
+                f"{row['recipe']:21} {row['target']:10} {mesh:20} {row['published']:9.2f} "
+                f"{row['predicted']:9.2f}  {interval:14} {row['error']:+5.0%}  {limit:>5}  {source}"
             )
     return 0 if all(row["kept"] for row in rows) else 1
 

@@ -1,12 +1,14 @@
-"""Soft-Top-K on a task with a known answer: find the units of a teacher's FFN among several times as many distractors.
+"""Soft-Top-K on a task with a known answer: find the units of a teacher's FFN among several times
+as many distractors.
 
-The teacher is a random SwiGLU FFN. The student holds the teacher's hidden units, each a little off, at random places
-among distractors drawn alike, whose output is only in the way. Scores start at zero, so that nothing tells the two
-apart, and are learned jointly with the weights from the teacher's outputs while the temperature falls, as in a stage
-that prunes. Beside it stands what the norms of the student's first weights would keep.
+The teacher is a random SwiGLU FFN. The student holds the teacher's hidden units, each a little off,
+at random places among distractors drawn alike, whose output is only in the way. Scores start at
+zero, so that nothing tells the two apart, and are learned jointly with the weights from the
+teacher's outputs while the temperature falls, as in a stage that prunes. Beside it stands what the
+norms of the student's first weights would keep.
 
-Masks are also checked by themselves: their sums at each temperature, and their gradients against finite differences
-of a float64 bisection.
+Masks are also checked by themselves: their sums at each temperature, and their gradients against
+finite differences of a float64 bisection.
 """
 
 import argparse
@@ -52,7 +54,9 @@ def units(key: Array, width: int, count: int) -> Weights:
 
 
 def student(key: Array, teacher: Weights, distractors: int) -> tuple[Weights, Array]:
-    """The teacher's units, a little off, at random places among distractors; and those places, ascending."""
+    """The teacher's units, a little off, at random places among distractors; and those places,
+    ascending.
+    """
     width, planted = teacher["gate"].shape
     other, noise, order = jax.random.split(key, 3)
     others = units(other, width, distractors)
@@ -72,14 +76,18 @@ def student(key: Array, teacher: Weights, distractors: int) -> tuple[Weights, Ar
 def learned(
     key: Array, teacher: Weights, weights: Weights, k: int, pruning: Pruning, steps: int, batch: int
 ) -> tuple[Array, Array, Array]:
-    """The scores after training, and the losses of all steps and the masks' deviations from the sum k."""
+    """The scores after training, and the losses of all steps and the masks' deviations from the sum
+    k.
+    """
     width, count = weights["gate"].shape
     optimizer = optax.multi_transform(
         {"scores": optax.adam(pruning.learning_rate), "weights": optax.adam(1e-3)},
         {"scores": "scores", "weights": "weights"},
     )
     values = {"scores": jnp.zeros(count), "weights": weights}
-    variance = jnp.mean(jnp.square(ffn(teacher, jax.random.normal(jax.random.fold_in(key, steps), (4096, width)))))
+    variance = jnp.mean(
+        jnp.square(ffn(teacher, jax.random.normal(jax.random.fold_in(key, steps), (4096, width))))
+    )
 
     def loss(values: Any, x: Array, temperature: Array) -> tuple[Array, Array]:
         masks = soft_top_k(values["scores"], k, temperature)
@@ -89,21 +97,27 @@ def learned(
     def step(carry: Any, number: Array) -> tuple[Any, tuple[Array, Array]]:
         values, state = carry
         progress = number / (steps * (1 - pruning.exact))
-        falling = pruning.temperature * (pruning.final_temperature / pruning.temperature) ** progress
+        falling = (
+            pruning.temperature * (pruning.final_temperature / pruning.temperature) ** progress
+        )
         temperature = jnp.where(progress < 1, falling, 0.0)
         x = jax.random.normal(jax.random.fold_in(key, number), (batch, width))
         (value, deviation), slope = jax.value_and_grad(loss, has_aux=True)(values, x, temperature)
         updates, state = optimizer.update(slope, state)
         return (optax.apply_updates(values, updates), state), (value, deviation)
 
-    train = jax.jit(lambda values: jax.lax.scan(step, (values, optimizer.init(values)), jnp.arange(steps)))
+    train = jax.jit(
+        lambda values: jax.lax.scan(step, (values, optimizer.init(values)), jnp.arange(steps))
+    )
     (values, _), (losses, deviations) = train(values)
     return values["scores"], losses, deviations
 
 
 def magnitude(weights: Weights) -> Array:
     """The L2 norm of all weights of each unit."""
-    squares = jnp.sum(weights["gate"] ** 2 + weights["up"] ** 2, axis=0) + jnp.sum(weights["down"] ** 2, axis=1)
+    squares = jnp.sum(weights["gate"] ** 2 + weights["up"] ** 2, axis=0) + jnp.sum(
+        weights["down"] ** 2, axis=1
+    )
     return jnp.sqrt(squares)
 
 
@@ -114,7 +128,9 @@ def recovery(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
     weights, planted = student(keys[1], teacher, arguments.units - arguments.planted)
     k = arguments.planted
     pruning = Pruning(keep={"ffn": k})
-    scores, losses, deviations = learned(keys[2], teacher, weights, k, pruning, arguments.steps, arguments.batch)
+    scores, losses, deviations = learned(
+        keys[2], teacher, weights, k, pruning, arguments.steps, arguments.batch
+    )
 
     def found(scores: Array) -> float:
         return float(jnp.isin(planted, top_k_indices(scores, k)).mean())
@@ -130,12 +146,18 @@ def recovery(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def sum_deviations(count: int, k: int) -> dict[str, float]:
-    """The largest deviation of the masks' sums from k, relative, at each temperature, over scores of three spreads."""
+    """The largest deviation of the masks' sums from k, relative, at each temperature, over scores
+    of three spreads.
+    """
     rng = np.random.default_rng(0)
-    scores = np.concatenate([spread * rng.normal(size=(8, count)) for spread in (0.1, 1.0, 1000.0)]).astype(np.float32)
+    scores = np.concatenate(
+        [spread * rng.normal(size=(8, count)) for spread in (0.1, 1.0, 1000.0)]
+    ).astype(np.float32)
     program = jax.jit(soft_top_k, static_argnums=1)
     return {
-        f"{temperature:g}": float(np.abs(np.asarray(program(scores, k, temperature), np.float64).sum(1) / k - 1).max())
+        f"{temperature:g}": float(
+            np.abs(np.asarray(program(scores, k, temperature), np.float64).sum(1) / k - 1).max()
+        )
         for temperature in TEMPERATURES
     }
 
@@ -146,14 +168,22 @@ def bisected(scores: np.ndarray, k: int, temperature: float) -> np.ndarray:
     low, high = -scaled.max() - 50.0, -scaled.min() + 50.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.exp(np.minimum(scaled + middle, 0)).sum() < k else (low, middle)
+        low, high = (
+            (middle, high) if np.exp(np.minimum(scaled + middle, 0)).sum() < k else (low, middle)
+        )
     return np.exp(np.minimum(scaled + high, 0))
 
 
 def gradient_deviation(count: int, k: int) -> float:
-    """The largest difference from finite differences, relative to the largest entry, over temperatures and draws."""
+    """The largest difference from finite differences, relative to the largest entry, over
+    temperatures and draws.
+    """
     program = jax.jit(
-        jax.grad(lambda scores, weights, temperature: jnp.sum(weights * soft_top_k(scores, k, temperature)))
+        jax.grad(
+            lambda scores, weights, temperature: jnp.sum(
+                weights * soft_top_k(scores, k, temperature)
+            )
+        )
     )
     worst, rng = 0.0, np.random.default_rng(0)
     for temperature in (1.0, 0.3, 0.1, 0.03):
@@ -162,7 +192,11 @@ def gradient_deviation(count: int, k: int) -> float:
             step, wide = 1e-5 * temperature, np.float64(scores)
             expected = np.array(
                 [
-                    weights @ (bisected(wide + move, k, temperature) - bisected(wide - move, k, temperature))
+                    weights
+                    @ (
+                        bisected(wide + move, k, temperature)
+                        - bisected(wide - move, k, temperature)
+                    )
                     for move in step * np.eye(count)
                 ]
             ) / (2 * step)
@@ -175,7 +209,9 @@ def main() -> int:
     """Runs all three checks; returns 1 if one misses its limit."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--width", type=int, default=32, help="of the FFN's input and output")
-    parser.add_argument("--planted", type=int, default=32, help="hidden units of the teacher, and units kept")
+    parser.add_argument(
+        "--planted", type=int, default=32, help="hidden units of the teacher, and units kept"
+    )
     parser.add_argument("--units", type=int, default=128, help="hidden units of the student")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=256)
@@ -205,18 +241,30 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result))
         return 0 if good else 1
-    print(f"{arguments.planted} planted units among {arguments.units}, {arguments.steps} steps; share recovered:")
+    print(
+        f"{arguments.planted} planted units among {arguments.units}, {arguments.steps} steps; "
+        f"share recovered:"
+    )
     print("  seed  Soft-Top-K  magnitude  loss, first and last (of the teacher's variance)")
     for row in seeds:
         print(
-            f"  {row['seed']:>4}  {row['recovered']:>10.1%}  {row['recovered_by_magnitude']:>9.1%}  "
-            f"{row['first_loss']:.3f} {row['last_loss']:.2e}"
+            f"  {row['seed']:>4}  {row['recovered']:>10.1%}  {row['recovered_by_magnitude']:>9.1%} "
+            f" {row['first_loss']:.3f} {row['last_loss']:.2e}"
         )
-    print(f"  (wanted: at least {RECOVERED:.0%} with each seed; chance is {arguments.planted / arguments.units:.1%})")
+    print(
+        f"  (wanted: at least {RECOVERED:.0%} with each seed; chance is "
+        f"{arguments.planted / arguments.units:.1%})"
+    )
     print("largest relative deviation of a mask's sum from k, by temperature:")
     print("  " + "  ".join(f"{temperature}: {value:.1e}" for temperature, value in sums.items()))
-    print(f"  in training: {max(row['largest_sum_deviation'] for row in seeds):.1e}  (allowed: {SUM_TOLERANCE:g})")
-    print(f"gradient against finite differences in float64: {deviation:.1e}  (allowed: {GRADIENT_TOLERANCE:g})")
+    print(
+        f"  in training: {max(row['largest_sum_deviation'] for row in seeds):.1e}  (allowed: "
+        f"{SUM_TOLERANCE:g})"
+    )
+    print(
+        f"gradient against finite differences in float64: {deviation:.1e}  (allowed: "
+        f"{GRADIENT_TOLERANCE:g})"
+    )
     return 0 if good else 1
 
 

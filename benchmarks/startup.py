@@ -1,7 +1,9 @@
-"""How long a newcomer waits: for `braeburn --help`, and for the first training step of the quickstart.
+"""How long a newcomer waits: for `braeburn --help`, and for the first training step of the
+quickstart.
 
-A first step is made when the first row of `metrics.jsonl` is there. "Cold" has empty caches, so it includes training
-the tokenizer, tokenising and compiling; "cached" runs again, in a new folder, on what the cold run left.
+A first step is made when the first row of `metrics.jsonl` is there. "Cold" has empty caches, so it
+includes training the tokenizer, tokenising and compiling; "cached" runs again, in a new folder, on
+what the cold run left.
 """
 
 import argparse
@@ -72,13 +74,20 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        caches = {"XDG_CACHE_HOME": str(folder / "cache"), "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+        caches = {
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
+        }
         seconds = {"help": seconds_of_help(arguments.repetitions)}
         for key in ("first_step_cold", "first_step_cached"):
-            seconds[key] = seconds_to_first_step(arguments.recipe, folder / key, os.environ | caches)
+            seconds[key] = seconds_to_first_step(
+                arguments.recipe, folder / key, os.environ | caches
+            )
 
     if arguments.json:
-        print(json.dumps({"seconds": seconds, "targets": TARGETS, "load_average": os.getloadavg()[0]}))
+        print(
+            json.dumps({"seconds": seconds, "targets": TARGETS, "load_average": os.getloadavg()[0]})
+        )
         return 0
     for key, value in seconds.items():
         verdict = "met" if value <= TARGETS[key] else "missed"

@@ -1,10 +1,11 @@
-"""What it takes to keep a teacher's words on ten million tokens: bytes, seconds, and what a kill costs.
+"""What it takes to keep a teacher's words on ten million tokens: bytes, seconds, and what a kill
+costs.
 
-The text is Python code: the standard library's and that of installed packages. A small teacher is trained on it for a
-few steps and then labels all of it for a student, in a process that is killed in the middle and started again. A
-second student has the same teacher at hand instead. Wanted are the labels of `TOKENS` tokens or more, on at most
-`BYTES_PER_TOKEN` bytes each, complete parts that the kill leaves as they are, and students with the same losses. It
-needs half a gigabyte of disk.
+The text is Python code: the standard library's and that of installed packages. A small teacher is
+trained on it for a few steps and then labels all of it for a student, in a process that is killed
+in the middle and started again. A second student has the same teacher at hand instead. Wanted are
+the labels of `TOKENS` tokens or more, on at most `BYTES_PER_TOKEN` bytes each, complete parts that
+the kill leaves as they are, and students with the same losses. It needs half a gigabyte of disk.
 """
 
 import argparse
@@ -28,13 +29,15 @@ DIFFERENCE = 1e-5
 TOP_K = 8
 
 RECIPE = """
-from braeburn.config import ONE_DEVICE, AdamW, Data, Distillation, Evaluation, Model, Precision, Run, Schedule, Source
+from braeburn.config import ONE_DEVICE, AdamW, Data, Distillation, Evaluation
+from braeburn.config import Model, Precision, Run, Schedule, Source
 from braeburn.config import Stage
 
 
 def stage(steps, **fields):
     return Stage(
-        tokens=8192 * steps, sequence_length=128, batch_tokens=8192, mixture={mixture!r}, learning_rate=3e-3,
+        tokens=8192 * steps, sequence_length=128, batch_tokens=8192,
+        mixture={mixture!r}, learning_rate=3e-3,
         schedule=Schedule(warmup_steps=5), **fields,
     )
 
@@ -43,15 +46,20 @@ def run():
     return Run(
         name="teacher-cache",
         model=Model(
-            vocab_size={vocab_size}, d_model=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=128
+            vocab_size={vocab_size}, d_model=64, num_layers=2,
+            num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=128,
         ),
         stages={{
             "teacher": stage({steps}),
             "student": stage(
-                {steps}, teacher="teacher", distillation=Distillation(target="top_k", top_k={top_k}, cached=True)
+                {steps}, teacher="teacher",
+                distillation=Distillation(target="top_k", top_k={top_k}, cached=True),
             ),
         }},
-        data=Data(sources={{name: Source(**fields) for name, fields in {sources!r}.items()}}, cache={cache!r}),
+        data=Data(
+            sources={{name: Source(**fields) for name, fields in {sources!r}.items()}},
+            cache={cache!r},
+        ),
         optimizer=AdamW(),
         mesh=ONE_DEVICE,
         precision=Precision(compute="float32"),
@@ -61,12 +69,17 @@ def run():
 
 
 def sources(packages: list[str], data: list[Path]) -> dict[str, dict[str, Any]]:
-    """The standard library, the Python files of packages, and other files, as the fields of sources."""
+    """The standard library, the Python files of packages, and other files, as the fields of
+    sources.
+    """
     found: dict[str, dict[str, Any]] = {"library": {"format": "python-code"}}
     for name in packages:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
-            raise SystemExit(f"error: --packages names {name!r}, which is not installed; leave it out, or install it")
+            raise SystemExit(
+                f"error: --packages names {name!r}, which is not installed; leave it out, or "
+                f"install it"
+            )
         found[name] = {"format": "python-code", "paths": tuple(spec.submodule_search_locations)}
     if data:
         found["data"] = {"paths": tuple(str(path.absolute()) for path in data)}
@@ -75,9 +88,17 @@ def sources(packages: list[str], data: list[Path]) -> dict[str, dict[str, Any]]:
 
 def begin(recipe: Path, out: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Starts `braeburn train` in a process of its own, whose log is beside `out`."""
-    program = [sys.executable, "-c", "from braeburn.cli import main; main()", "train", f"{recipe}:run"]
+    program = [
+        sys.executable,
+        "-c",
+        "from braeburn.cli import main; main()",
+        "train",
+        f"{recipe}:run",
+    ]
     with out.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen([*program, "--out", str(out), *arguments], stdout=subprocess.DEVNULL, stderr=log)
+        return subprocess.Popen(
+            [*program, "--out", str(out), *arguments], stdout=subprocess.DEVNULL, stderr=log
+        )
 
 
 def finish(process: subprocess.Popen[bytes], out: Path) -> None:
@@ -104,7 +125,9 @@ def complete_parts(cache: Path) -> dict[tuple[int, int, int], int]:
 
 
 def kill_while_labelling(process: subprocess.Popen[bytes], out: Path, cache: Path) -> float:
-    """Kills training once half of a source is labelled; returns tokens a second from its first part until then."""
+    """Kills training once half of a source is labelled; returns tokens a second from its first part
+    until then.
+    """
     first: tuple[float, int] | None = None
     while process.poll() is None:
         time.sleep(0.02)
@@ -112,12 +135,19 @@ def kill_while_labelling(process: subprocess.Popen[bytes], out: Path, cache: Pat
             done = sum(part["tokens"] for part in manifest["parts"])
             if first is None and done:
                 first = time.perf_counter(), done
-            if first and ".partial-" in folder.name and done > first[1] and 2 * done >= manifest["tokens"]:
+            if (
+                first
+                and ".partial-" in folder.name
+                and done > first[1]
+                and 2 * done >= manifest["tokens"]
+            ):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 return (done - first[1]) / (time.perf_counter() - first[0])
     finish(process, out)
-    raise SystemExit("error: the text was labelled before it could be killed; give more of it with --data")
+    raise SystemExit(
+        "error: the text was labelled before it could be killed; give more of it with --data"
+    )
 
 
 def losses(out: Path) -> list[tuple[float, float]]:
@@ -128,9 +158,20 @@ def losses(out: Path) -> list[tuple[float, float]]:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Labels the text with a kill in between, trains both students, and gives the figures."""
-    texts, cache, recipe = sources(arguments.packages, arguments.data), folder / "cache", folder / "recipe.py"
-    fields = {"mixture": dict.fromkeys(texts, 1.0), "sources": texts, "cache": str(cache), "top_k": TOP_K}
-    recipe.write_text(RECIPE.format(vocab_size=arguments.vocab_size, steps=arguments.steps, **fields))
+    texts, cache, recipe = (
+        sources(arguments.packages, arguments.data),
+        folder / "cache",
+        folder / "recipe.py",
+    )
+    fields = {
+        "mixture": dict.fromkeys(texts, 1.0),
+        "sources": texts,
+        "cache": str(cache),
+        "top_k": TOP_K,
+    }
+    recipe.write_text(
+        RECIPE.format(vocab_size=arguments.vocab_size, steps=arguments.steps, **fields)
+    )
     kept, at_hand = folder / "kept", folder / "at-hand"
     began = time.perf_counter()
     speed = kill_while_labelling(begin(recipe, kept, "--json"), kept, cache)
@@ -152,17 +193,24 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds_after": again,
         "tokens_per_second": speed,
         # As `du` counts: blocks on disk, the manifests' included.
-        "bytes_per_token": sum(512 * path.stat().st_blocks for folder in whole for path in folder.iterdir()) / tokens,
+        "bytes_per_token": sum(
+            512 * path.stat().st_blocks for folder in whole for path in folder.iterdir()
+        )
+        / tokens,
         "steps": len(pairs),
         "last_losses": pairs[-1][0],
-        "largest_difference": max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)),
+        "largest_difference": max(
+            abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)
+        ),
     }
 
 
 def main() -> int:
     """Prints the figures; returns 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--packages", nargs="*", default=["jax"], help="whose Python files are read too")
+    parser.add_argument(
+        "--packages", nargs="*", default=["jax"], help="whose Python files are read too"
+    )
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="more files of text")
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=40, help="of the teacher, and of each student")
@@ -184,19 +232,29 @@ def main() -> int:
         print(json.dumps({**found, "met": met, "load_average": os.getloadavg()[0]}))
         return 0 if good else 1
     verdict = {name: "met" if value else "missed" for name, value in met.items()}
-    print(f"tokens labelled     {found['tokens']:>12,}   at least {TOKENS:,} wanted: {verdict['tokens']}")
+    print(
+        f"tokens labelled     {found['tokens']:>12,}   at least {TOKENS:,} wanted: "
+        f"{verdict['tokens']}"
+    )
     bytes_per_token = f"{found['bytes_per_token']:>12.2f}   at most {BYTES_PER_TOKEN:g} wanted"
     print(f"bytes a token       {bytes_per_token}: {verdict['bytes_per_token']}")
     print(
-        f"complete parts      {found['parts']:>12}   {found['parts_before_kill']} at the kill, of which "
-        f"{found['parts_written_again']} were written again: {verdict['resumed']}"
+        f"complete parts      {found['parts']:>12}   {found['parts_before_kill']} at the kill, of "
+        f"which {found['parts_written_again']} were written again: {verdict['resumed']}"
     )
     print(
-        f"largest difference  {found['largest_difference']:>12.1e}   of losses in {found['steps']} steps with the "
+        f"largest difference  {found['largest_difference']:>12.1e}   of losses in "
+        f"{found['steps']} steps with the "
         f"teacher at hand, at most {DIFFERENCE:g} wanted: {verdict['largest_difference']}"
     )
-    print(f"tokens a second     {found['tokens_per_second']:>12,.0f}   load average {os.getloadavg()[0]:.2f}")
-    print(f"seconds             {found['seconds_to_kill']:>12.1f}   to the kill, {found['seconds_after']:.1f} after it")
+    print(
+        f"tokens a second     {found['tokens_per_second']:>12,.0f}   load average "
+        f"{os.getloadavg()[0]:.2f}"
+    )
+    print(
+        f"seconds             {found['seconds_to_kill']:>12.1f}   to the kill, "
+        f"{found['seconds_after']:.1f} after it"
+    )
     return 0 if good else 1
 
 

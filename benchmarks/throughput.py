@@ -1,9 +1,9 @@
 """Speed and memory of the real train step of a recipe's stage, on whatever device is there.
 
-The step is the one that `braeburn train` compiles; only the data are random tokens, several documents to a sequence,
-so no corpus is read. Steps are timed as the training loop times them: the metrics of a step are read once the next step
-is on its way. JAX aside, this needs pydantic, optax, jaxtyping and rich with what these need: no orbax, grain or
-tokenizers.
+The step is the one that `braeburn train` compiles; only the data are random tokens, several
+documents to a sequence, so no corpus is read. Steps are timed as the training loop times them: the
+metrics of a step are read once the next step is on its way. JAX aside, this needs pydantic, optax,
+jaxtyping and rich with what these need: no orbax, grain or tokenizers.
 """
 
 import argparse
@@ -26,7 +26,9 @@ BEGAN = time.perf_counter()
 
 
 def random_batch(stage: "Stage", vocab_size: int, seed: int) -> "dict[str, np.ndarray]":
-    """Random tokens in documents of about a quarter of a sequence, packed as `braeburn.data.packing` packs them."""
+    """Random tokens in documents of about a quarter of a sequence, packed as
+    `braeburn.data.packing` packs them.
+    """
     import numpy as np
 
     generator = np.random.default_rng(seed)
@@ -38,7 +40,8 @@ def random_batch(stage: "Stage", vocab_size: int, seed: int) -> "dict[str, np.nd
     return {
         "inputs": np.ascontiguousarray(tokens[:, :-1]),
         "targets": np.ascontiguousarray(tokens[:, 1:]),
-        "positions": place - np.maximum.accumulate(np.where(starts, place, 0), axis=1).astype(np.int32),
+        "positions": place
+        - np.maximum.accumulate(np.where(starts, place, 0), axis=1).astype(np.int32),
         "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32),
         "weights": np.ones(shape, np.float32),
     }
@@ -66,7 +69,9 @@ def attention_backend(run: "Run", stage: "Stage") -> str:
     dtype = jnp.dtype(run.precision.compute)
     heads = (model.num_heads, model.num_kv_heads, model.head_dim)
     platform, capability = traced_for()
-    return select(Request(platform, dtype, stage.sequence_length, *heads, compute_capability=capability)).name
+    return select(
+        Request(platform, dtype, stage.sequence_length, *heads, compute_capability=capability)
+    ).name
 
 
 def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
@@ -87,7 +92,8 @@ def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
     state = initial_state(run, layout)
     rows = range(stage.batch_size)
     batches = [
-        layout.place(random_batch(stage, run.model.vocab_size, seed), rows, stage.batch_size) for seed in range(4)
+        layout.place(random_batch(stage, run.model.vocab_size, seed), rows, stage.batch_size)
+        for seed in range(4)
     ]
 
     state, metrics = program.step(state, batches[0])
@@ -140,19 +146,25 @@ def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> str:
     """The result as text."""
-    mfu = "unknown: no peak is known for this device" if result["mfu"] is None else f"{result['mfu']:.1%}"
+    mfu = (
+        "unknown: no peak is known for this device"
+        if result["mfu"] is None
+        else f"{result['mfu']:.1%}"
+    )
     rows = {
         "run": f"{result['run']}, stage {result['stage']}, {result['parameters']:,} parameters",
-        "batch": f"{result['batch_tokens']:,} tokens in sequences of {result['sequence_length']:,}, "
+        "batch": f"{result['batch_tokens']:,} tokens in sequences of "
+        f"{result['sequence_length']:,}, "
         f"{result['compute']}, {result['optimizer']}, remat {result['remat']}",
         "device": f"{result['device']}, jax {result['jax']}, Python {result['python']}, "
         f"attention {result['attention']}",
         "tokens/s": f"{result['tokens_per_second']:,.0f}",
-        "step": f"{result['step_seconds_median']:.4f} s median, {result['step_seconds_min']:.4f} s least of "
-        f"{result['steps']}",
+        "step": f"{result['step_seconds_median']:.4f} s median, {result['step_seconds_min']:.4f} "
+        f"s least of {result['steps']}",
         "model FLOP/s": f"{result['model_flops_per_second'] / 1e12:.3f}e12 (6N + 12LdS)",
         "MFU": mfu,
-        "peak memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB ({result['peak_memory_of']})",
+        "peak "
+        "memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB ({result['peak_memory_of']})",
         "first step": f"{result['seconds_to_first_step']:.1f} s after the start, "
         f"{result['compile_seconds']:.1f} s of them compilation",
         "loss": f"{result['first_loss']:.4f} first, {result['last_loss']:.4f} last, "
@@ -166,11 +178,15 @@ def main() -> int:
     """Measures one stage of one recipe; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe", help="a built-in recipe, or file.py:function")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a field")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override a field"
+    )
     parser.add_argument("--stage", help="the stage to measure; the first by default")
     parser.add_argument("--steps", type=int, default=10, help="steps to time")
     parser.add_argument("--warmup", type=int, default=2, help="steps before these, at least 1")
-    parser.add_argument("--batch-tokens", type=int, help="tokens in a batch, instead of the recipe's")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="tokens in a batch, instead of the recipe's"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.warmup < 1:
@@ -184,7 +200,9 @@ def main() -> int:
         run = recipes.load(arguments.recipe)
         name = arguments.stage or next(iter(run.stages))
         if name not in run.stages:
-            raise UserError(f"--stage {name!r} is not a stage of {run.name!r}; {did_you_mean(name, run.stages)}")
+            raise UserError(
+                f"--stage {name!r} is not a stage of {run.name!r}; {did_you_mean(name, run.stages)}"
+            )
         values = dict(parse_assignment(text) for text in arguments.set)
         if arguments.batch_tokens:
             values[f"stages.{name}.batch_tokens"] = arguments.batch_tokens

@@ -1,4 +1,4 @@
-"""What the tests share: a home for caches, a small corpus of real files, and one finished tiny run."""
+"""What the tests share: a home for caches, a small corpus, and one finished tiny run."""
 
 import atexit
 import contextlib
@@ -19,17 +19,22 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Simulated devices for meshes: eight in every process, since their number changes how a CPU shares out work, and so
-# the last bit of sums. Runs that name no mesh are held to the first.
+# Simulated devices for meshes: eight in every process, since their number changes how a CPU shares
+# out work, and so the last bit of sums. Runs that name no mesh are held to the first.
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Programs are tiny and many: compiling them takes longer than running them. Tests marked `optimized`, which guard
-# rounding and resuming, run in a process of their own as users' programs are compiled: `pytest -m optimized`.
+# Programs are tiny and many: compiling them takes longer than running them. Tests marked
+# `optimized`, which guard rounding and resuming, run in a process of their own as users' programs
+# are compiled: `pytest -m optimized`.
 OPTIMIZED = "optimized"
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones have only the emitters that take long
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (
+    0,
+    11,
+):  # later ones have only the emitters that take long
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
-# Coverage is not counted in these, which run much Python of JAX or the same loops thousands of times, and so take a
-# quarter longer with it. What they run is run by others too: the figure that is printed is a lower bound.
+# Coverage is not counted in these, which run much Python of JAX or the same loops thousands of
+# times, and so take a quarter longer with it. What they run is run by others too: the figure that
+# is printed is a lower bound.
 NOT_COUNTED = (
     "tests/parallel/test_layouts.py",
     "tests/parallel/test_traffic.py",
@@ -65,7 +70,9 @@ def optimized(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets XLA's options, which JAX reads when the first program is compiled, here and in processes of tests."""
+    """Sets XLA's options, which JAX reads when the first program is compiled, here and in processes
+    of tests.
+    """
     if optimized(config):
         os.environ.pop("XLA_FLAGS", None)
     else:
@@ -73,7 +80,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Says how to run tests at XLA's default level where this process has another, and marks those not counted."""
+    """Says how to run tests at XLA's default level where this process has another, and marks those
+    not counted.
+    """
     for item in items:
         if item.path.relative_to(REPOSITORY).as_posix() in NOT_COUNTED:
             item.add_marker("no_cover")
@@ -91,12 +100,54 @@ hypothesis.settings.load_profile("braeburn")
 
 # In the standard library of every Python from 3.11 to 3.13; the last seven are of more than 32 KiB.
 FILES = [
-    "abc", "bisect", "calendar", "cmd", "code", "codeop", "colorsys", "contextlib", "copy", "csv", "dis",
-    "filecmp", "fileinput", "fnmatch", "fractions", "getopt", "gettext", "graphlib", "gzip", "heapq", "hmac",
-    "keyword", "linecache", "netrc", "numbers", "operator", "pprint", "queue", "reprlib", "sched", "selectors",
-    "shlex", "string", "tabnanny", "textwrap", "timeit", "token", "tokenize", "trace", "uuid", "codecs",
-    "functools", "os", "smtplib", "socket", "statistics", "traceback",
-]  # fmt: skip
+    "abc",
+    "bisect",
+    "calendar",
+    "cmd",
+    "code",
+    "codeop",
+    "colorsys",
+    "contextlib",
+    "copy",
+    "csv",
+    "dis",
+    "filecmp",
+    "fileinput",
+    "fnmatch",
+    "fractions",
+    "getopt",
+    "gettext",
+    "graphlib",
+    "gzip",
+    "heapq",
+    "hmac",
+    "keyword",
+    "linecache",
+    "netrc",
+    "numbers",
+    "operator",
+    "pprint",
+    "queue",
+    "reprlib",
+    "sched",
+    "selectors",
+    "shlex",
+    "string",
+    "tabnanny",
+    "textwrap",
+    "timeit",
+    "token",
+    "tokenize",
+    "trace",
+    "uuid",
+    "codecs",
+    "functools",
+    "os",
+    "smtplib",
+    "socket",
+    "statistics",
+    "traceback",
+]
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +159,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def first(folder: Path) -> Iterator[bool]:
-    """Whether this process is the first to come here, and makes a folder; the others wait until it is made."""
+    """Whether this process is the first to come here, and makes a folder; the others wait until it
+    is made.
+    """
     done = folder.with_suffix(".done")
     with open(folder.with_suffix(".lock"), "w") as lock:  # noqa: PTH123
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -154,12 +207,17 @@ def tiny(tiny_fields: dict[str, Any]) -> Run:
 @pytest.fixture(scope="session")
 def tiny_arguments(tiny_fields: dict[str, Any]) -> list[str]:
     """The tiny run for the command line: the recipe and its overrides."""
-    return ["afm-tiny", *(part for path, v in tiny_fields.items() for part in ("--set", f"{path}={json.dumps(v)}"))]
+    return [
+        "afm-tiny",
+        *(part for path, v in tiny_fields.items() for part in ("--set", f"{path}={json.dumps(v)}")),
+    ]
 
 
 @pytest.fixture(scope="session")
 def finished(shared: Path, tiny_arguments: list[str]) -> Path:
-    """The directory of the tiny run, trained by the command line without interruption; not to be changed."""
+    """The directory of the tiny run, trained by the command line without interruption; not to be
+    changed.
+    """
     directory = shared / "finished"
     with first(directory) as make:
         if make:

@@ -1,6 +1,8 @@
-"""Golden losses: what 20 steps of small runs of every kind come to; `golden/losses.json` keeps them.
+"""Golden losses: what 20 steps of small runs of every kind come to; `golden/losses.json` keeps
+them.
 
-The data are pseudo-random numbers of NumPy, so no text decides. `write_golden_losses.py` writes the file.
+The data are pseudo-random numbers of NumPy, so no text decides. `write_golden_losses.py` writes the
+file.
 """
 
 import os
@@ -55,7 +57,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_base": 500_000.0,
         "rope_scaling": RopeScaling(original_max_position_embeddings=32),
     },
-    "qwen3": {"qk_norm": True, "tied_embeddings": True, "z_loss": 0.0, "rope_base": 1e6, "norm_epsilon": 1e-6},
+    "qwen3": {
+        "qk_norm": True,
+        "tied_embeddings": True,
+        "z_loss": 0.0,
+        "rope_base": 1e6,
+        "norm_epsilon": 1e-6,
+    },
 }
 OPTIMIZERS: dict[str, tuple[Any, float, float]] = {
     "afm": (AfmOptimizer(mup_base_width=64), 0.02, 3e-4),
@@ -69,8 +77,12 @@ MESHES = {
 # Stages that do more than train a model, on the Qwen3 shape under AdamW.
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "learned masks of the FFN": {"pruning": Pruning(keep={"ffn": 80}, calibration_tokens=1024)},
-    "FFN cut by activations": {"pruning": Pruning(keep={"ffn": 80}, method="activation", calibration_tokens=1024)},
-    "teacher's distribution": {"distillation": Distillation(target="distribution", temperature=2.0)},
+    "FFN cut by activations": {
+        "pruning": Pruning(keep={"ffn": 80}, method="activation", calibration_tokens=1024)
+    },
+    "teacher's distribution": {
+        "distillation": Distillation(target="distribution", temperature=2.0)
+    },
     "teacher's top 8": {"distillation": Distillation(target="top_k", weight=0.5)},
     "teacher's labels": {"distillation": Distillation(target="label")},
     "int8": {"quantization": Quantization(kind="int8")},
@@ -136,7 +148,9 @@ def batch(step: int) -> dict[str, np.ndarray]:
     return {
         "inputs": np.ascontiguousarray(tokens[:, :-1]),
         "targets": np.ascontiguousarray(tokens[:, 1:]),
-        "positions": (place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)).astype(np.int32),
+        "positions": (place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)).astype(
+            np.int32
+        ),
         "segment_ids": np.cumsum(begins, axis=1, dtype=np.int32),
         "weights": weights,
     }
@@ -165,7 +179,9 @@ def losses(run: Run) -> list[float]:
 
 
 def machine() -> dict[str, str]:
-    """What decides the last bits of a loss, besides the program: JAX, the processor and the number of its cores."""
+    """What decides the last bits of a loss, besides the program: JAX, the processor and the number
+    of its cores.
+    """
     facts = {}
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -176,5 +192,7 @@ def machine() -> dict[str, str]:
         "jax": jax.__version__,
         "cores": str(os.cpu_count()),
         "processor": facts.get("model name", platform.processor()),
-        "instructions": " ".join(f for f in facts.get("flags", "").split() if f.startswith(("avx", "fma", "amx"))),
+        "instructions": " ".join(
+            f for f in facts.get("flags", "").split() if f.startswith(("avx", "fma", "amx"))
+        ),
     }

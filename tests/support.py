@@ -54,7 +54,12 @@ def braeburn(*arguments: object) -> Answer:
 def process(*arguments: object, timeout: float = 300, **options: Any) -> Answer:
     """Calls the command line in a process of its own."""
     done = subprocess.run(
-        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False, **options
+        [*PROGRAM, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **options,
     )
     return Answer(done.returncode, done.stdout, done.stderr)
 

@@ -13,8 +13,8 @@ import braeburn
 from braeburn.catalogue import FIGURES, LEGEND, Figure, catalogue, chip_of, facts, weakest
 from braeburn.errors import UserError
 
-NAMES = """v4 v5e v5p v6e tpu7x a100 h100 h200 b200 gb200 mi250x mi300x mi325x mi355x gaudi2 gaudi3 trainium2 s4000
-tiangai-100 chana wse-3 groq-lpu sohu ascend-910b3 ascend-910c cpu"""
+NAMES = """v4 v5e v5p v6e tpu7x a100 h100 h200 b200 gb200 mi250x mi300x mi325x mi355x gaudi2 gaudi3
+trainium2 s4000 tiangai-100 chana wse-3 groq-lpu sohu ascend-910b3 ascend-910c cpu"""
 
 
 def test_every_chip_is_there() -> None:
@@ -58,17 +58,33 @@ def test_figures(chip: str, field: str, value: float, confidence: str) -> None:
 def test_what_is_unknown_stays_unknown() -> None:
     chips = catalogue()
     assert [field for field in FIGURES if getattr(chips["chana"], field)] == ["domain"]
-    for chip, field in [("v5p", "watts"), ("gb200", "price"), ("tiangai-100", "domain"), ("tpu7x", "clock_ghz")]:
+    for chip, field in [
+        ("v5p", "watts"),
+        ("gb200", "price"),
+        ("tiangai-100", "domain"),
+        ("tpu7x", "clock_ghz"),
+    ]:
         assert getattr(chips[chip], field) is None
     assert not any(getattr(chips["cpu"], field) for field in FIGURES)
 
 
 def test_what_a_plan_needs_is_known_of_every_chip_that_is_not_refused() -> None:
     chips = catalogue()
-    assert {name for name, chip in chips.items() if chip.refused} == {"chana", "wse-3", "groq-lpu", "sohu", "cpu"}
+    assert {name for name, chip in chips.items() if chip.refused} == {
+        "chana",
+        "wse-3",
+        "groq-lpu",
+        "sohu",
+        "cpu",
+    }
     for chip in chips.values():
         if not chip.refused:
-            assert chip.bf16_tflops and chip.memory_gb and chip.memory_gb_per_s and chip.usable_memory_gib
+            assert (
+                chip.bf16_tflops
+                and chip.memory_gb
+                and chip.memory_gb_per_s
+                and chip.usable_memory_gib
+            )
             # Nothing takes more than there is, of gigabytes that may be those of 2^30.
             assert 0.85 < chip.usable_memory_gib.value / chip.memory_gb.value < 1.01
 
@@ -76,13 +92,21 @@ def test_what_a_plan_needs_is_known_of_every_chip_that_is_not_refused() -> None:
 def test_the_built_in_table_is_whole() -> None:
     extras = {"google": "tpu", "nvidia": "cuda", "amd": "rocm"}
     for chip in catalogue().values():
-        assert (chip.dimensions in (2, 3) and chip.max_slice > 0) == (chip.family == "tpu") == (chip.maker == "google")
+        assert (
+            (chip.dimensions in (2, 3) and chip.max_slice > 0)
+            == (chip.family == "tpu")
+            == (chip.maker == "google")
+        )
         assert chip.extra == extras.get(chip.maker, "")
         assert bool(chip.extra) == bool(chip.device_kinds) and (not chip.extra or chip.back_end)
         figures = [figure for field in FIGURES if (figure := getattr(chip, field))]
         assert not any(figure.confidence == "U" for figure in figures)
-        assert all(figure.note for figure in figures if figure.confidence == "D" and figure.value != 781)
-        if chip.clock_ghz and chip.bf16_tflops:  # a whole number of systolic arrays of 128 x 128, or of 256 x 256
+        assert all(
+            figure.note for figure in figures if figure.confidence == "D" and figure.value != 781
+        )
+        if (
+            chip.clock_ghz and chip.bf16_tflops
+        ):  # a whole number of systolic arrays of 128 x 128, or of 256 x 256
             per_cycle = chip.bf16_tflops.value * 1e3 / chip.clock_ghz.value
             assert math.log2(per_cycle) == pytest.approx(round(math.log2(per_cycle)), abs=0.01)
     kinds = [kind for chip in catalogue().values() for kind in chip.device_kinds]
@@ -91,7 +115,9 @@ def test_the_built_in_table_is_whole() -> None:
 
 
 def test_flags_have_reasons() -> None:
-    flags = {name: [flag.name for flag in chip.flags] for name, chip in catalogue().items() if chip.flags}
+    flags = {
+        name: [flag.name for flag in chip.flags] for name, chip in catalogue().items() if chip.flags
+    }
     assert "xla_tpu_scoped_vmem_limit_kib" in flags["v5p"]
     assert all(flag.reason for chip in catalogue().values() for flag in chip.flags)
 
@@ -120,7 +146,10 @@ def test_a_users_file_overrides_figures_and_adds_chips(tmp_path: Path) -> None:
     chips, built_in = catalogue(path), catalogue()
     assert chips["h100"].price == Figure(2.1, "U")
     assert chips["h100"].watts == Figure(650, "V", "capped")
-    assert replace(chips["h100"], price=built_in["h100"].price, watts=built_in["h100"].watts) == built_in["h100"]
+    assert (
+        replace(chips["h100"], price=built_in["h100"].price, watts=built_in["h100"].watts)
+        == built_in["h100"]
+    )
     assert chips["mine"].bf16_tflops == Figure(100, "U") and chips["mine"].title == "mine"
     assert {name: chip for name, chip in chips.items() if name not in ("h100", "mine")} == {
         name: chip for name, chip in built_in.items() if name != "h100"
@@ -133,15 +162,27 @@ def test_a_users_file_overrides_figures_and_adds_chips(tmp_path: Path) -> None:
     [
         ("[h100]\nprise = 2", "'h100.prise' is not a field; did you mean 'price'"),
         ("[h100]\nprice = -1", "h100.price.value=-1 is not valid: it should be greater than 0"),
-        ("[h100]\nprice = 'cheap'", "h100.price.value='cheap' is not valid: it should be a valid number"),
+        (
+            "[h100]\nprice = 'cheap'",
+            "h100.price.value='cheap' is not valid: it should be a valid number",
+        ),
         ("[h100]\nprice = true", "h100.price.value=True is not valid: it should be a valid number"),
         ("[h100]\nprice = inf", "h100.price.value=inf is not valid: it should be a finite number"),
         ("[h100]\nprice = {value = 2, trust = 'V'}", "'h100.price.trust' is not a field"),
-        ("[h100]\nprice = {value = 2, confidence = 'X'}", "h100.price.confidence='X' is not valid: it should be 'M'"),
+        (
+            "[h100]\nprice = {value = 2, confidence = 'X'}",
+            "h100.price.confidence='X' is not valid: it should be 'M'",
+        ),
         ("[h100]\nprice = {confidence = 'V'}", "h100.price.value is missing; give it a value"),
         ("[h100]\nper_node = 0", "h100.per_node=0 is not valid: it should be greater than 0"),
-        ("[h100]\nextra = 'metal'", "h100.extra='metal' is not valid: it should be '', 'tpu', 'cuda' or 'rocm'"),
-        ("[h10]\nbf16_tflops = 2", "[h10] is not in the catalogue, and a new chip needs memory_gb, memory_gb_per_s"),
+        (
+            "[h100]\nextra = 'metal'",
+            "h100.extra='metal' is not valid: it should be '', 'tpu', 'cuda' or 'rocm'",
+        ),
+        (
+            "[h10]\nbf16_tflops = 2",
+            "[h10] is not in the catalogue, and a new chip needs memory_gb, memory_gb_per_s",
+        ),
         (
             "[v9]\nfamily = 'tpu'\nbf16_tflops = 1\nmemory_gb = 1\nmemory_gb_per_s = 1",
             "a new chip needs link_gb_per_s, dimensions, max_slice",
@@ -162,7 +203,9 @@ def test_mistakes(tmp_path: Path, text: str, sentence: str) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.toml"):
-        with pytest.raises(UserError, match=r"^--chips .* cannot be read \(.*\); name a TOML file$"):
+        with pytest.raises(
+            UserError, match=r"^--chips .* cannot be read \(.*\); name a TOML file$"
+        ):
             catalogue(path)
     path = tmp_path / "latin.toml"
     path.write_bytes(b"[h100]\nprice = '\xe9'")
@@ -171,12 +214,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_file_says_nothing_twice() -> None:
-    """Each table of the file is a chip or the facts, and no chip's flags are given one by one elsewhere."""
+    """Each table of the file is a chip or the facts, and no chip's flags are given one by one
+    elsewhere.
+    """
     text = (Path(braeburn.__file__).parent / "plan" / "chips.toml").read_text("utf-8")
     assert set(tomllib.loads(text)) == {*NAMES.split(), "facts"}
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from braeburn.cli import main
 
     def run(*arguments: str) -> str:
@@ -189,7 +236,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     lines = run().splitlines()
     assert lines[0].split()[:3] == ["chip", "bf16", "tflops"]
     assert [line.split()[0] for line in lines[1:-1]] == NAMES.split()
-    h100, chana = (next(line for line in lines if line.startswith(name)) for name in ("h100 ", "chana "))
+    h100, chana = (
+        next(line for line in lines if line.startswith(name)) for name in ("h100 ", "chana ")
+    )
     assert "989 V" in h100 and "6.88 S" in h100 and "unknown" in h100  # its clock
     assert "refused: no specification of it has been published" in chana
     assert lines[-1] == f"confidence: {LEGEND}"
@@ -213,7 +262,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ("a = " + "[" * 100_000 + "]" * 100_000, "is not TOML (maximum recursion depth exceeded"),
         ("[h100]\nmemory_gb = " + "9" * 5000, "is not TOML (Exceeds the limit (4300 digits)"),
         ("[h100]\nmemory_gb = " + "9" * 400, "h100.memory_gb.value="),
-        ("# " + "x" * 2**20, "has 1,048,578 bytes, more than the 1,048,576 that such a file can have"),
+        (
+            "# " + "x" * 2**20,
+            "has 1,048,578 bytes, more than the 1,048,576 that such a file can have",
+        ),
     ],
 )
 def test_files_beyond_reason(content: str, sentence: str, tmp_path: Path) -> None:

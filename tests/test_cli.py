@@ -14,7 +14,18 @@ from braeburn.recipes import BUILT_IN
 from braeburn.train.trained import load
 from support import braeburn, contents, events, process, rows
 
-COMMANDS = ["recipes", "explain", "chips", "plan", "compile", "train", "evaluate", "generate", "import", "export"]
+COMMANDS = [
+    "recipes",
+    "explain",
+    "chips",
+    "plan",
+    "compile",
+    "train",
+    "evaluate",
+    "generate",
+    "import",
+    "export",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,9 @@ def imported(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(directory: Path, *files: Path) -> dict[str, Any]:
-    answer = braeburn("evaluate", directory, *(part for file in files for part in ("--data", file)), "--json")
+    answer = braeburn(
+        "evaluate", directory, *(part for file in files for part in ("--data", file)), "--json"
+    )
     assert answer.code == 0, answer.err
     return json.loads(answer.out)
 
@@ -77,9 +90,14 @@ def test_explain_as_json_agrees_with_the_run(tiny_arguments: list[str], finished
     assert explained["provenance"]["stages.context.rope_base"] == "recipe"
     assert explained["provenance"]["optimizer.momentum"] == "default"
     assert explained["stages"]["context"] == {
-        "tokens": 4096, "steps": 4, "sequence_length": 256, "batch_size": 4, "rope_base": 6_315_089.0,
-        "parameters": 119_168, "parameters_left": 119_168,
-    }  # fmt: skip
+        "tokens": 4096,
+        "steps": 4,
+        "sequence_length": 256,
+        "batch_size": 4,
+        "rope_base": 6_315_089.0,
+        "parameters": 119_168,
+        "parameters_left": 119_168,
+    }
     assert set(saved["versions"]) >= {"braeburn", "python", "jax", "jaxlib", "orbax-checkpoint"}
 
 
@@ -99,7 +117,8 @@ def chain():
     stages = {
         "larger": core,
         "cut": core | {"pruning": Pruning(keep={"ffn": 80})},
-        "taught": core | {"teacher": "larger", "distillation": Distillation(target="top_k", cached=True)},
+        "taught": core
+        | {"teacher": "larger", "distillation": Distillation(target="top_k", cached=True)},
         "rounded": core | {"quantization": Quantization()},
     }
     return validate(run.model_dump() | {"stages": stages})
@@ -111,11 +130,16 @@ def test_explain_tells_what_each_stage_makes_of_the_model(tmp_path: Path) -> Non
     recipe = f"{tmp_path}/mine.py:chain"
     stages = json.loads(braeburn("explain", recipe, "--json").out)["stages"]
     counts = [(facts["parameters"], facts["parameters_left"]) for facts in stages.values()]
-    # Of 160 hidden units in each of two layers 80 go, with their 64 weights in each of three matrices.
+    # Of 160 hidden units in each of two layers 80 go, with their 64 weights in each of three
+    # matrices.
     small = 119_168 - 2 * 80 * 3 * 64
     assert counts == [(119_168, 119_168), (119_168, small), (small, small), (small, small)]
     table = braeburn("explain", recipe).out
-    for words in ("prunes to ffn=80 by soft_top_k", "taught by larger: top 8, cached, weight 0.9", "rounds to int4"):
+    for words in (
+        "prunes to ffn=80 by soft_top_k",
+        "taught by larger: top 8, cached, weight 0.9",
+        "rounds to int4",
+    ):
         assert words in table
 
 
@@ -127,30 +151,58 @@ def test_training_a_finished_run_again_shows_its_results(
     outcome = json.loads(answer.out)
     assert outcome["step"] == 14 and outcome["finished"] is True
     assert [(stage["stage"], stage["step"], stage["tokens"]) for stage in outcome["stages"]] == [
-        ("core", 6, 6144), ("continued", 10, 4096), ("context", 14, 4096),
-    ]  # fmt: skip
-    assert [set(stage["held_out"]) for stage in outcome["stages"]] == [{"code", "prose"}] * 2 + [{"code", "long"}]
+        ("core", 6, 6144),
+        ("continued", 10, 4096),
+        ("context", 14, 4096),
+    ]
+    assert [set(stage["held_out"]) for stage in outcome["stages"]] == [{"code", "prose"}] * 2 + [
+        {"code", "long"}
+    ]
     losses = {stage["stage"]: stage["loss"] for stage in outcome["stages"]}
     for stage, loss in losses.items():
-        assert loss == pytest.approx(np.mean([row["loss"] for row in rows(finished) if row["stage"] == stage]))
+        assert loss == pytest.approx(
+            np.mean([row["loss"] for row in rows(finished) if row["stage"] == stage])
+        )
     assert losses["context"] < losses["core"]
     assert "finished at step 14 of 14" in answer.err
     assert rows(copied) == rows(finished)
 
     table = braeburn("train", *tiny_arguments, "--out", copied).out.splitlines()
-    assert table[0].split() == ["stage", "tokens", "loss", "held-out", "loss", "bits", "per", "byte"]
-    assert [line.split()[0] for line in table[1:]] == ["core", "core", "continued", "continued", "context", "context"]
+    assert table[0].split() == [
+        "stage",
+        "tokens",
+        "loss",
+        "held-out",
+        "loss",
+        "bits",
+        "per",
+        "byte",
+    ]
+    assert [line.split()[0] for line in table[1:]] == [
+        "core",
+        "core",
+        "continued",
+        "continued",
+        "context",
+        "context",
+    ]
 
 
 def test_evaluating_files_counts_their_bytes(finished: Path, tmp_path: Path) -> None:
-    texts = ["def f(x):\n    return x  # naïve – 漢字\n" * 30, "import os\n" * 7, "class A: ...\n" * 90]
+    texts = [
+        "def f(x):\n    return x  # naïve – 漢字\n" * 30,
+        "import os\n" * 7,
+        "class A: ...\n" * 90,
+    ]
     plain, lines = tmp_path / "plain.txt", tmp_path / "lines.jsonl"
     plain.write_text(texts[0], encoding="utf-8")
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     answer = results(finished, plain, lines)
     assert answer["step"] == 14
     assert set(answer["results"]) == {str(plain), str(lines)}
-    assert json.loads(braeburn("evaluate", finished, "--data", plain, lines, "--json").out) == answer
+    assert (
+        json.loads(braeburn("evaluate", finished, "--data", plain, lines, "--json").out) == answer
+    )
     for path, included in ((plain, texts[:1]), (lines, texts)):
         figures = answer["results"][str(path)]
         assert figures["bytes"] == sum(len(text.encode()) for text in included)
@@ -164,7 +216,9 @@ def test_evaluating_files_counts_their_bytes(finished: Path, tmp_path: Path) -> 
     assert table[1].startswith(str(plain))
 
 
-def test_evaluating_the_held_out_text_repeats_the_last_stage(finished: Path, tiny_arguments: list[str]) -> None:
+def test_evaluating_the_held_out_text_repeats_the_last_stage(
+    finished: Path, tiny_arguments: list[str]
+) -> None:
     evaluated = results(finished)["results"]
     assert set(evaluated) == {"code", "prose", "long"}
     last = events(finished, "stage_end")[-1]
@@ -174,7 +228,16 @@ def test_evaluating_the_held_out_text_repeats_the_last_stage(finished: Path, tin
 
 
 def test_greedy_generation_is_deterministic(finished: Path) -> None:
-    arguments = ["generate", finished, "--prompt", "import os", "--prompt", "def f", "--max-new-tokens", 8]
+    arguments = [
+        "generate",
+        finished,
+        "--prompt",
+        "import os",
+        "--prompt",
+        "def f",
+        "--max-new-tokens",
+        8,
+    ]
     first = json.loads(braeburn(*arguments, "--greedy", "--json").out)
     again = json.loads(braeburn(*arguments, "--greedy", "--seed", 5, "--json").out)
     assert first == again
@@ -183,7 +246,10 @@ def test_greedy_generation_is_deterministic(finished: Path) -> None:
     assert all(0 < len(sample["tokens"]) <= 8 for sample in first["samples"])
 
     text = braeburn(*arguments, "--greedy").out
-    assert text == "\n---\n".join(sample["prompt"] + sample["text"] for sample in first["samples"]) + "\n"
+    assert (
+        text
+        == "\n---\n".join(sample["prompt"] + sample["text"] for sample in first["samples"]) + "\n"
+    )
 
     sampled = [braeburn(*arguments, "--seed", seed, "--json").out for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -198,18 +264,23 @@ def test_an_export_comes_back_the_same(finished: Path, imported: Path, tmp_path:
     positions, segments = np.arange(48)[None], np.ones((1, 48), np.int32)
     forward = jax.jit(transformer.forward, static_argnames=("model", "precision"))
     logits = [
-        forward(t.params, tokens, positions, segments, t.model, t.run.precision) @ transformer.head_matrix(t.params).T
+        forward(t.params, tokens, positions, segments, t.model, t.run.precision)
+        @ transformer.head_matrix(t.params).T
         for t in (before, after)
     ]
     np.testing.assert_allclose(*logits, atol=1e-5)
 
     file = tmp_path / "text.txt"
     file.write_text("for line in sys.stdin:\n    print(line)\n")
-    losses = [results(directory, file)["results"][str(file)]["loss"] for directory in (finished, imported)]
+    losses = [
+        results(directory, file)["results"][str(file)]["loss"] for directory in (finished, imported)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_an_import_of_an_export_exports_the_same(exported: Path, imported: Path, tmp_path: Path) -> None:
+def test_an_import_of_an_export_exports_the_same(
+    exported: Path, imported: Path, tmp_path: Path
+) -> None:
     answer = braeburn("export", imported, "--out", tmp_path / "again")
     assert answer.out == f"exported step 0 of {str(imported)!r} into {str(tmp_path / 'again')!r}\n"
     assert contents(exported) == contents(tmp_path / "again")

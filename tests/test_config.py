@@ -10,14 +10,24 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from braeburn import config
-from braeburn.config import AdamW, AfmOptimizer, flatten, override, parse_assignment, provenance, validate
+from braeburn.config import (
+    AdamW,
+    AfmOptimizer,
+    flatten,
+    override,
+    parse_assignment,
+    provenance,
+    validate,
+)
 from braeburn.errors import UserError, did_you_mean
 from braeburn.model import spec, transformer
 from braeburn.recipes import BUILT_IN, description, load
 from support import braeburn
 
 RUNS = {name: load(name) for name in BUILT_IN}
-LEAVES = [(name, path, value) for name, run in RUNS.items() for path, value in flatten(run.model_dump())]
+LEAVES = [
+    (name, path, value) for name, run in RUNS.items() for path, value in flatten(run.model_dump())
+]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda children: st.lists(children) | st.dictionaries(st.text(), children),
@@ -44,7 +54,11 @@ def test_overriding_a_leaf_with_its_own_value_changes_nothing(leaf: tuple) -> No
     assert provenance(run, {path: value})[path] == "command line"
 
 
-@given(path=st.sampled_from(sorted({path for _, path, _ in LEAVES})), value=JSON, name=st.sampled_from(sorted(RUNS)))
+@given(
+    path=st.sampled_from(sorted({path for _, path, _ in LEAVES})),
+    value=JSON,
+    name=st.sampled_from(sorted(RUNS)),
+)
 @settings(deadline=None, max_examples=300)
 def test_any_value_gives_a_valid_run_or_one_sentence(path: str, value: object, name: str) -> None:
     try:
@@ -58,15 +72,33 @@ def test_any_value_gives_a_valid_run_or_one_sentence(path: str, value: object, n
 @pytest.mark.parametrize(
     ("assignment", "sentence"),
     [
-        ("mesh.fsdp=10000000000", "mesh.fsdp=10000000000 is not valid: it should be less than or equal to 16777216"),
+        (
+            "mesh.fsdp=10000000000",
+            "mesh.fsdp=10000000000 is not valid: it should be less than or equal to 16777216",
+        ),
         ("stages.core.sequence_length=9000000000", "it should be less than or equal to 1073741824"),
-        ("stages.core.batch_tokens=100000000000000000", "it should be less than or equal to 1099511627776"),
-        ("stages.core.tokens=999999999999999999", "steps in all, and a run has at most 2,147,483,647; lower tokens or"),
-        ("stages.core.tokens=9999999999999999999", "it should be less than or equal to 1000000000000000000"),
-        ("data.workers=100000", "data.workers=100000 is not valid: it should be less than or equal to 1024"),
+        (
+            "stages.core.batch_tokens=100000000000000000",
+            "it should be less than or equal to 1099511627776",
+        ),
+        (
+            "stages.core.tokens=999999999999999999",
+            "steps in all, and a run has at most 2,147,483,647; lower tokens or",
+        ),
+        (
+            "stages.core.tokens=9999999999999999999",
+            "it should be less than or equal to 1000000000000000000",
+        ),
+        (
+            "data.workers=100000",
+            "data.workers=100000 is not valid: it should be less than or equal to 1024",
+        ),
         ("data.prefetch=10000000", "it should be less than or equal to 65536"),
         ("seed=" + "9" * 5000, "--set seed has a number of thousands of digits"),
-        ("seed=" + "[" * 100_000, "--set seed has a number of thousands of digits, or lists within lists"),
+        (
+            "seed=" + "[" * 100_000,
+            "--set seed has a number of thousands of digits, or lists within lists",
+        ),
         ("checkpoint.keep_last=" + "9" * 4000, "...9999"),
     ],
 )
@@ -129,14 +161,19 @@ def test_override_changes_only_what_it_names() -> None:
     run = RUNS["afm-tiny"]
     changed = override(run, {"stages.core.learning_rate": 0.5, "model.ffn_dim": 96})
     before, after = dict(flatten(run.model_dump())), dict(flatten(changed.model_dump()))
-    assert {path for path in before if before[path] != after[path]} == {"stages.core.learning_rate", "model.ffn_dim"}
+    assert {path for path in before if before[path] != after[path]} == {
+        "stages.core.learning_rate",
+        "model.ffn_dim",
+    }
     assert run.stages["core"].learning_rate == 0.01
 
 
 def test_override_replaces_sections_and_opens_optional_ones() -> None:
     run = RUNS["afm-tiny"]
     assert override(run, {"stages.core.mixture": {"long": 1}}).stages["core"].mixture == {"long": 1}
-    assert override(run, {"model.rope_scaling.factor": 4}).model.rope_scaling == config.RopeScaling(factor=4)
+    assert override(run, {"model.rope_scaling.factor": 4}).model.rope_scaling == config.RopeScaling(
+        factor=4
+    )
     assert override(RUNS["llama3-8b"], {"model.rope_scaling": None}).model.rope_scaling is None
     wider = override(run, {"data.sources.mine": {"paths": ["x"]}, "stages.core.mixture.mine": 0.5})
     assert wider.stages["core"].mixture == {"code": 0.8, "prose": 0.2, "mine": 0.5}
@@ -168,10 +205,16 @@ def test_provenance_tells_default_recipe_and_command_line_apart() -> None:
     [
         ({"learning_rate": 1}, "did you mean 'stages.core.learning_rate'"),
         ({"stages.core.lerning_rate": 1}, "did you mean 'stages.core.learning_rate'"),
-        ({"modl.d_model": 1}, "'modl' is not a field of the run 'afm-tiny'; did you mean 'model.d_model'"),
+        (
+            {"modl.d_model": 1},
+            "'modl' is not a field of the run 'afm-tiny'; did you mean 'model.d_model'",
+        ),
         ({"name.first": 1}, "'name.first' is not a field"),
         ({"stages.core": {"tokens": 1}}, "stages.core.sequence_length is missing; give it a value"),
-        ({"stages.core.schedule": {"warmup": 1}}, "'stages.core.schedule.warmup' is not a field; did you mean 'warmup"),
+        (
+            {"stages.core.schedule": {"warmup": 1}},
+            "'stages.core.schedule.warmup' is not a field; did you mean 'warmup",
+        ),
         ({"model.d_model": 1.5}, "model.d_model=1.5 is not valid: it should be a valid integer"),
         ({"model.d_model": 0}, "model.d_model=0 is not valid: it should be greater than 0"),
         (
@@ -179,8 +222,14 @@ def test_provenance_tells_default_recipe_and_command_line_apart() -> None:
             r"num_kv_heads=3 does not divide num_heads=4; set num_kv_heads to one of \[1, 2, 4",
         ),
         ({"model.head_dim": 15}, "head_dim=15 is odd, .* use 16"),
-        ({"stages.core.batch_tokens": 1000}, "batch_tokens=1000 is not a multiple .* set batch_tokens to 1024"),
-        ({"stages.core.accumulation_steps": 3}, r"set accumulation_steps to one of \[1, 2, 4, 8, 16\]"),
+        (
+            {"stages.core.batch_tokens": 1000},
+            "batch_tokens=1000 is not a multiple .* set batch_tokens to 1024",
+        ),
+        (
+            {"stages.core.accumulation_steps": 3},
+            r"set accumulation_steps to one of \[1, 2, 4, 8, 16\]",
+        ),
         (
             {
                 "stages.core.tokens": 10**15,
@@ -190,20 +239,38 @@ def test_provenance_tells_default_recipe_and_command_line_apart() -> None:
             },
             r"set accumulation_steps to one of \[1, 2, 4, 5, 8, .*, \.\.\.\]",
         ),
-        ({"stages.core.schedule.warmup_steps": 20}, "set schedule.warmup_steps below 20 or raise tokens"),
-        ({"stages.core.mixture.cod": 1}, "stages.core.mixture.cod is not a source of the data; did you mean 'code'"),
+        (
+            {"stages.core.schedule.warmup_steps": 20},
+            "set schedule.warmup_steps below 20 or raise tokens",
+        ),
+        (
+            {"stages.core.mixture.cod": 1},
+            "stages.core.mixture.cod is not a source of the data; did you mean 'code'",
+        ),
         ({"stages.core.mixture": {"code": 0}}, "no weight above zero"),
         ({"stages.core.learning_rate": float("nan")}, "learning_rate=nan is not valid"),
-        ({"optimizer.kind": "sgd"}, "optimizer.kind='sgd' is not valid: it must be 'afm' or 'adamw'"),
+        (
+            {"optimizer.kind": "sgd"},
+            "optimizer.kind='sgd' is not valid: it must be 'afm' or 'adamw'",
+        ),
         ({"optimizer.kind": ["afm"]}, "optimizer.kind=.* must be 'afm' or 'adamw'"),
-        ({"mesh.data": 0}, "mesh: data=0 leaves no device; set data to 1, or to -1 for all devices left"),
+        (
+            {"mesh.data": 0},
+            "mesh: data=0 leaves no device; set data to 1, or to -1 for all devices left",
+        ),
         (
             {"offload.activations": ["query"]},
             "offload.activations has 'query', which is not kept for the backward pass;",
         ),
-        ({"mesh.data": -1}, "mesh: data and fsdp are both -1, but only one can be inferred; set data to a size"),
+        (
+            {"mesh.data": -1},
+            "mesh: data and fsdp are both -1, but only one can be inferred; set data to a size",
+        ),
         ({"data.sources.code.format": "text"}, "data.sources.code: paths is empty"),
-        ({"precision.compute": "float16"}, "precision.compute='float16' is not valid: it should be 'float32' or"),
+        (
+            {"precision.compute": "float16"},
+            "precision.compute='float16' is not valid: it should be 'float32' or",
+        ),
         (
             {"model.num_heads": 10**10},
             r"model.num_heads=10000000000 is not valid: it should be less than or equal to 65536",
@@ -226,12 +293,19 @@ def test_what_is_no_run_is_refused(fields: object) -> None:
 
 
 def test_did_you_mean_lists_the_nearest_or_all() -> None:
-    assert did_you_mean("lerning", ["learning", "burning", "x"]) == "did you mean 'learning' or 'burning'?"
+    assert (
+        did_you_mean("lerning", ["learning", "burning", "x"])
+        == "did you mean 'learning' or 'burning'?"
+    )
     assert did_you_mean("zzz", ["b", "a", "a"]) == "it must be one of a, b"
 
 
 def test_flatten_gives_every_leaf_once() -> None:
-    assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]})) == {"a.b": 1, "a.c": {}, "d": [1, {"e": 2}]}
+    assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]})) == {
+        "a.b": 1,
+        "a.c": {},
+        "d": [1, {"e": 2}],
+    }
 
 
 def test_stages_and_their_steps() -> None:
@@ -239,7 +313,14 @@ def test_stages_and_their_steps() -> None:
     core = run.stages["core"]
     assert (core.steps, core.batch_size, run.total_steps) == (6, 16, 26)
     found = [(run.stage_at(step)[0], run.stage_at(step)[2]) for step in (0, 5, 6, 15, 16, 25)]
-    assert found == [("core", 0), ("core", 5), ("continued", 0), ("continued", 9), ("context", 0), ("context", 9)]
+    assert found == [
+        ("core", 0),
+        ("core", 5),
+        ("continued", 0),
+        ("continued", 9),
+        ("context", 0),
+        ("context", 9),
+    ]
     with pytest.raises(IndexError):
         run.stage_at(26)
 
@@ -268,21 +349,35 @@ def test_parameters_of_afm_on_device_are_split_as_published() -> None:
 def test_afm_on_device_is_made_in_the_published_order() -> None:
     run = RUNS["afm-on-device"]
     trillion = 1_000_000_000_000
-    tokens = {"prune": 188_000_000_000, "core": 6.3 * trillion, "continued": trillion, "context": trillion // 10}
+    tokens = {
+        "prune": 188_000_000_000,
+        "core": 6.3 * trillion,
+        "continued": trillion,
+        "context": trillion // 10,
+    }
     assert list(run.stages) == ["larger", *tokens]
     assert {name: run.stages[name].tokens for name in tokens} == tokens
-    sizes = {name: spec.count(transformer.param_specs(left)) for name, (_, _, left) in run.models().items()}
+    sizes = {
+        name: spec.count(transformer.param_specs(left))
+        for name, (_, _, left) in run.models().items()
+    }
     assert round(sizes["larger"] / 1e9, 1) == 6.4
     assert {sizes[name] for name in tokens} == {2_737_739_264}
     assert run.stages["prune"].pruning == config.Pruning(keep={"ffn": 8064}, method="soft_top_k")
     # Only the core stage is distilled; after the cut it is the published model in all else.
-    core, *others = (run.stages[name] for name in ("core", "larger", "prune", "continued", "context"))
-    assert (core.teacher, core.distillation.target, core.distillation.weight) == ("larger", "label", 0.9)
+    core, *others = (
+        run.stages[name] for name in ("core", "larger", "prune", "continued", "context")
+    )
+    assert (core.teacher, core.distillation.target, core.distillation.weight) == (
+        "larger",
+        "label",
+        0.9,
+    )
     assert [stage.teacher for stage in others] == [None] * 4
     scratch = RUNS["afm-on-device-scratch"]
-    assert {name: models.left for name, models in run.models().items() if name in scratch.stages} == {
-        name: models.left for name, models in scratch.models().items()
-    }
+    assert {
+        name: models.left for name, models in run.models().items() if name in scratch.stages
+    } == {name: models.left for name, models in scratch.models().items()}
 
 
 def test_the_tiny_chain_has_the_same_stages_and_rounds_at_the_end() -> None:
@@ -292,7 +387,10 @@ def test_the_tiny_chain_has_the_same_stages_and_rounds_at_the_end() -> None:
     models = run.models()
     assert models["larger"].left.ffn_dim == 3 * models["prune"].left.ffn_dim
     for name, stage in large.stages.items():
-        assert (stage.teacher, stage.rope_base) == (run.stages[name].teacher, run.stages[name].rope_base)
+        assert (stage.teacher, stage.rope_base) == (
+            run.stages[name].teacher,
+            run.stages[name].rope_base,
+        )
         assert bool(stage.pruning) == bool(run.stages[name].pruning)
 
 
@@ -339,8 +437,16 @@ def test_recipe_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("god", "has no function 'god'; its functions are good, needs, nothing, refused, sentence, broken, wrong_type"),
-        ("needs", "cannot be called without arguments .*missing a required argument: 'argument'.*; give them defaults"),
+        (
+            "god",
+            "has no function 'god'; its functions are good, needs, nothing, refused, sentence, "
+            "broken, wrong_type",
+        ),
+        (
+            "needs",
+            "cannot be called without arguments .*missing a required argument: 'argument'.*; give "
+            "them defaults",
+        ),
         ("nothing", "returned NoneType; it must return a braeburn.config.Run"),
         ("refused", "recipe '.*mine.py:refused': model.vocab_size=-1 is not valid"),
         ("sentence", "^set this to that$"),
@@ -356,7 +462,9 @@ def test_mistakes_in_a_recipe_of_a_file(tmp_path: Path, function: str, message: 
 
 
 def test_recipe_files_that_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'.*none\.py' does not exist; check the path before the colon"):
+    with pytest.raises(
+        UserError, match=r"'.*none\.py' does not exist; check the path before the colon"
+    ):
         load(f"{tmp_path}/none.py:run")
     broken = tmp_path / "broken.py"
     broken.write_text("def run(:\n")
@@ -391,7 +499,10 @@ def test_one_value_stands_for_a_list_of_one() -> None:
 
 @pytest.mark.parametrize("value", ["123", "1e5", "true", "0.50"])
 def test_text_may_look_like_a_number(value: str) -> None:
-    run = override(RUNS["afm-tiny"], typed(f"name={value}", f"data.cache={value}", f"data.sources.code.field={value}"))
+    run = override(
+        RUNS["afm-tiny"],
+        typed(f"name={value}", f"data.cache={value}", f"data.sources.code.field={value}"),
+    )
     assert (run.name, run.data.cache, run.data.sources["code"].field) == (value, value, value)
     assert override(run, typed("data.cache=null")).data.cache is None
 
@@ -417,15 +528,19 @@ def test_a_source_and_a_stage_are_added_by_their_fields() -> None:
     [
         (
             "data.sources.cod.paths=x",
-            "data.sources.cod is a new source that no stage draws from; did you mean 'code'? Otherwise add its weight, "
-            "as --set stages.core.mixture.cod=1",
+            "data.sources.cod is a new source that no stage draws from; did you mean 'code'? "
+            "Otherwise add its weight, as --set stages.core.mixture.cod=1",
         ),
         (
             "data.sources.code.paths=['a', 'b']",
-            """data.sources.code.paths: "['a', 'b']" is no list in JSON; write it with double quotes, as ["a", "b"]""",
+            """data.sources.code.paths: "['a', 'b']" is no list in JSON; """
+            """write it with double quotes, as ["a", "b"]""",
         ),
         ("stages.coer.tokens=1", "'coer' is a new stage; did you mean the stage 'core'?"),
-        ("stages.other.tokens=1", "stages.other.sequence_length is missing; give it a value, since 'other' is a new"),
+        (
+            "stages.other.tokens=1",
+            "stages.other.sequence_length is missing; give it a value, since 'other' is a new",
+        ),
         ("stages.other.tokns=1", "is not a field"),
         ("data.sources.mine.path=x", "is not a field"),
         (f"seed={2**64}", "it should be less than 18446744073709551616"),
@@ -449,9 +564,13 @@ def test_replace_validates_and_keeps_what_was_left_at_its_default() -> None:
     assert (wide.name, wide.model.ffn_dim, wide.stages) == ("wide", 1024, run.stages)
     assert provenance(wide, {})["seed"] == provenance(run, {})["seed"] == "default"
     assert provenance(wide, {})["model.ffn_dim"] == "recipe"
-    with pytest.raises(UserError, match=r"^batch_tokens=100 is not a multiple of sequence_length=256; set "):
+    with pytest.raises(
+        UserError, match=r"^batch_tokens=100 is not a multiple of sequence_length=256; set "
+    ):
         core.replace(batch_tokens=100)
-    with pytest.raises(UserError, match=r"'batch_tokes' is not a field; did you mean 'batch_tokens'"):
+    with pytest.raises(
+        UserError, match=r"'batch_tokes' is not a field; did you mean 'batch_tokens'"
+    ):
         core.replace(batch_tokes=100)
     with pytest.raises(UserError, match=r"stages\.core\.mixture\.web is not a source"):
         run.replace(stages={"core": core.replace(mixture={"web": 1.0})})
@@ -473,7 +592,9 @@ def test_a_recipe_that_copies_without_a_check_is_checked(tmp_path: Path) -> None
         "    stage = run.stages['core'].model_copy(update={'mixture': {'web': 1.0}})\n"
         "    return run.model_copy(update={'stages': {'core': stage}})\n"
     )
-    with pytest.raises(UserError, match=r"recipe '.*mine\.py:wrong': stages\.core\.mixture\.web is not a source"):
+    with pytest.raises(
+        UserError, match=r"recipe '.*mine\.py:wrong': stages\.core\.mixture\.web is not a source"
+    ):
         load(f"{path}:wrong")
 
 
@@ -487,8 +608,8 @@ def test_a_constant_rate_has_no_floor() -> None:
     with pytest.raises(UserError) as error:
         override(RUNS["quickstart"], {"stages.core.schedule.decay": "constant"})
     assert str(error.value) == (
-        "stages.core.schedule: floor=0.05 is never reached with decay='constant'; set floor to 0, or decay to "
-        "'cosine' or 'linear'"
+        "stages.core.schedule: floor=0.05 is never reached with decay='constant'; set floor to 0, "
+        "or decay to 'cosine' or 'linear'"
     )
     advice = {"stages.core.schedule.decay": "constant", "stages.core.schedule.floor": 0}
     assert override(RUNS["quickstart"], advice).stages["core"].schedule.decay == "constant"
@@ -508,14 +629,19 @@ def test_a_constant_rate_has_no_floor() -> None:
     ],
 )
 def test_a_separator_means_what_was_typed(typed: str, separator: str | None) -> None:
-    run = override(RUNS["quickstart"], dict([parse_assignment(f"data.sources.code.separator={typed}")]))
+    run = override(
+        RUNS["quickstart"], dict([parse_assignment(f"data.sources.code.separator={typed}")])
+    )
     assert run.data.sources["code"].separator == separator
     assert validate(json.loads(run.model_dump_json())) == run
 
 
 def test_explain_warns_of_shares_that_are_rounded() -> None:
     arguments = ("explain", "quickstart", "--set", "stages.core.mixture.prose=1e-6")
-    warning = "warning: stages.core.mixture.prose=1e-06 asks for 1.2e-06 of the sequences but gets 1 of each 1024"
+    warning = (
+        "warning: stages.core.mixture.prose=1e-06 asks for 1.2e-06 of the sequences but gets "
+        "1 of each 1024"
+    )
     assert warning in braeburn(*arguments).out
     (line,) = json.loads(braeburn(*arguments, "--json").out)["warnings"]
     assert line.startswith(warning)

@@ -10,13 +10,14 @@ from support import deep_but
 
 pytestmark = pytest.mark.optimized
 
-# After an update a weight half-way between two levels goes one way or the other by its last bit, so that later losses
-# part by more than rounding errors: by up to 1.6e-4 between JAX 0.10 and 0.12 on one machine.
+# After an update a weight half-way between two levels goes one way or the other by its last bit, so
+# that later losses part by more than rounding errors: by up to 1.6e-4 between JAX 0.10 and 0.12 on
+# one machine.
 ROUNDED = ("int8", "int4", "int2")
 
 
-# Each family with each optimizer, on one of the meshes, so that each mesh is there twice, and a stage of each kind that
-# does more. The others are `deep`.
+# Each family with each optimizer, on one of the meshes, so that each mesh is there twice, and a
+# stage of each kind that does more. The others are `deep`.
 OFTEN = {
     f"{family}, {optimizer}, {list(MESHES)[(i + j) % len(MESHES)]}"
     for i, family in enumerate(FAMILIES)

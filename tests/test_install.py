@@ -1,4 +1,6 @@
-"""Installation, as far as it can be tested without a package index; `make test-install` does the rest."""
+"""Installation, as far as it can be tested without a package index; `make test-install` does the
+rest.
+"""
 
 import json
 import os
@@ -28,7 +30,9 @@ WITH_TARGET = sorted(EXTRAS.keys() - {"dev"})
 
 def make(*arguments: str) -> str:
     """What make would do."""
-    done = subprocess.run(["make", "-n", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "-n", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -36,7 +40,12 @@ def make(*arguments: str) -> str:
 def texts() -> Iterator[tuple[Path, str]]:
     """Every file that speaks to a user."""
     files = [REPOSITORY / "README.md", REPOSITORY / "Makefile", *(REPOSITORY / ".ci").iterdir()]
-    for folder, pattern in (("docs", "*.md"), ("src", "*.py"), ("benchmarks", "*.py"), ("benchmarks", "*.sh")):
+    for folder, pattern in (
+        ("docs", "*.md"),
+        ("src", "*.py"),
+        ("benchmarks", "*.py"),
+        ("benchmarks", "*.sh"),
+    ):
         files += (REPOSITORY / folder).rglob(pattern)
     for file in files:
         yield file, file.read_text()
@@ -52,9 +61,15 @@ def test_nobody_is_sent_to_an_index_for_braeburn() -> None:
 def test_make_targets_that_are_named_exist() -> None:
     # The log tells what was run at its time.
     written = {file: text for file, text in texts() if file.name != "log.md"}
-    named = {target for text in written.values() for target in re.findall(r"`make ([a-z][a-z-]*)[ `]", text)}
+    named = {
+        target
+        for text in written.values()
+        for target in re.findall(r"`make ([a-z][a-z-]*)[ `]", text)
+    }
     assert {"test", "demo", "test-hf", "extra-gguf"} <= named
-    database = subprocess.run(["make", "-pRrq"], cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
+    database = subprocess.run(
+        ["make", "-pRrq"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    ).stdout
     targets = set(re.findall(r"^([a-z][a-z-]*):", database, re.MULTILINE))
     assert named <= targets, named - targets
 
@@ -66,7 +81,9 @@ def test_advice_installs_what_it_says(extra: str) -> None:
     environment = REPOSITORY / "none"
     arguments = [part for part in command.split() if not part.startswith("VENV=")]
     install = make(*arguments, f"VENV={environment}")
-    assert re.search(rf"--constraint constraints[a-z-]*\.txt --editable '\.\[(dev,)?{extra}\]'", install), install
+    assert re.search(
+        rf"--constraint constraints[a-z-]*\.txt --editable '\.\[(dev,)?{extra}\]'", install
+    ), install
 
 
 def test_advice_names_the_environment_that_runs() -> None:
@@ -81,7 +98,7 @@ def test_every_extra_that_a_chip_needs_can_be_installed() -> None:
 
 
 def pins(file: str) -> dict[str, str]:
-    """The versions that a constraints file, and the one that it begins with, pin for this Python."""
+    """The versions that a constraints file, and the one it begins with, pin for this Python."""
     found: dict[str, str] = {}
     for line in (REPOSITORY / file).read_text().splitlines():
         if line.startswith("-c "):
@@ -102,20 +119,29 @@ def test_pins_name_no_host() -> None:
 
 
 def test_pins_are_complete_and_agree() -> None:
-    """What `make test` installs: each package it brings is pinned, at a version that all others accept."""
+    """What `make test` installs: each package it brings is pinned, at a version that all others
+    accept.
+    """
     pinned = pins("constraints.txt")
-    waiting = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["data"], *EXTRAS["dev"])]
+    waiting = [
+        Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["data"], *EXTRAS["dev"])
+    ]
     seen = set()
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"constraints.txt lacks {requirement}"
-        assert requirement.specifier.contains(pinned[name], prereleases=True), (requirement, pinned[name])
+        assert requirement.specifier.contains(pinned[name], prereleases=True), (
+            requirement,
+            pinned[name],
+        )
         for extra in ("", *requirement.extras):
             if (name, extra) not in seen:
                 seen.add((name, extra))
                 inner = [Requirement(line) for line in metadata.requires(requirement.name) or ()]
-                waiting += [r for r in inner if r.marker is None or r.marker.evaluate({"extra": extra})]
+                waiting += [
+                    r for r in inner if r.marker is None or r.marker.evaluate({"extra": extra})
+                ]
     heavy = [name for name, _ in seen if name.startswith(("torch", "nvidia", "jax-cuda", "triton"))]
     assert not heavy, f"make test would install {heavy}"
 
@@ -128,14 +154,20 @@ def test_the_version_is_that_of_the_package() -> None:
 
 def test_the_module_is_the_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "braeburn", "recipes", "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "braeburn", "recipes", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout) == json.loads(braeburn("recipes", "--json").out)
 
 
 def test_shells_complete_commands_and_options() -> None:
     # As the script that --install-completion writes asks for it.
-    for words, expected in (("braeburn ex", {"explain", "export"}), ("braeburn train --stop", {"--stop-after-steps"})):
+    for words, expected in (
+        ("braeburn ex", {"explain", "export"}),
+        ("braeburn train --stop", {"--stop-after-steps"}),
+    ):
         environment = {"_BRAEBURN_COMPLETE": "complete_bash", "COMP_WORDS": words}
         environment["COMP_CWORD"] = str(len(words.split()) - 1)
         answer = process(env=os.environ | environment)

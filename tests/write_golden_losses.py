@@ -1,7 +1,9 @@
-"""Writes `golden/losses.json` anew, and says by how much losses changed: `python tests/write_golden_losses.py`.
+"""Writes `golden/losses.json` anew, and says by how much losses changed: `python
+tests/write_golden_losses.py`.
 
-To be run on purpose alone, when numbers are meant to change, or where exact equality is to hold from then on: the file
-guards refactors, which keep the numbers. Everything is compiled at XLA's default optimisation level, as users compile.
+To be run on purpose alone, when numbers are meant to change, or where exact equality is to hold
+from then on: the file guards refactors, which keep the numbers. Everything is compiled at XLA's
+default optimisation level, as users compile.
 """
 
 import json
@@ -22,7 +24,10 @@ def main() -> None:
         after[name] = losses(run)
         old = before.get(name, after[name])
         change = max(abs(a - b) / b for a, b in zip(after[name], old, strict=True))
-        print(f"{name}: {after[name][0]:.4f} to {after[name][-1]:.4f}, largest change {change:.1e}", flush=True)
+        print(
+            f"{name}: {after[name][0]:.4f} to {after[name][-1]:.4f}, largest change {change:.1e}",
+            flush=True,
+        )
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(json.dumps({"machine": machine(), "losses": after}, indent=1) + "\n")
 

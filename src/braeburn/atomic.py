@@ -9,7 +9,8 @@ from pathlib import Path
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file at once: a reader sees the old text or the new, never a part; UTF-8.
 
-    The text is on the disk itself before the file has its name, so that not even a power cut leaves an empty one.
+    The text is on the disk itself before the file has its name, so that not even a power cut leaves
+    an empty one.
 
     Raises:
         OSError: naming the file, which is as it was.

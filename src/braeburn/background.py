@@ -1,7 +1,8 @@
 """Work in threads of its own, so that what waits for it can still heed a request to stop.
 
-A compiler, a barrier or a read of a file system that hangs cannot be interrupted, and Python runs the handlers of
-signals in the main thread alone. So the main thread only ever waits for such work in short pieces.
+A compiler, a barrier or a read of a file system that hangs cannot be interrupted, and Python runs
+the handlers of signals in the main thread alone. So the main thread only ever waits for such work
+in short pieces.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ from typing import Any, Generic, NoReturn, TypeVar
 from braeburn.errors import Interrupted
 
 POLL_SECONDS = 0.05
-# What work that can end by itself may take for it; a process must be gone five seconds after it was asked to stop.
+# What work that can end by itself may take for it; a process must be gone five seconds after it was
+# asked to stop.
 GRACE_SECONDS = 2.0
 
 Result = TypeVar("Result")
@@ -33,8 +35,8 @@ def nothing_to_ask() -> None:
 class Background(Generic[Result]):
     """A function at work in a thread.
 
-    The thread is not a daemon: a process that ends by itself waits for it, since compilers crash where the libraries
-    below them are taken down. `ending_process` does not wait.
+    The thread is not a daemon: a process that ends by itself waits for it, since compilers crash
+    where the libraries below them are taken down. `ending_process` does not wait.
     """
 
     def __init__(self, function: Callable[[], Result], name: str):
@@ -56,15 +58,18 @@ class Background(Generic[Result]):
             self._done.set()
 
     def ended(self, seconds: float | None = None) -> bool:
-        """Whether the work has ended, well or not, after waiting for it as long as that; by default, to its end."""
+        """Whether the work has ended, well or not, after waiting for it as long as that; by
+        default, to its end.
+        """
         return self._done.wait(seconds)
 
     def result(self, proceed: Callable[[], None] = nothing_to_ask) -> Result:
         """What the function returned, once it has.
 
         Args:
-            proceed: called again and again while waiting. Where it raises `Interrupted`, so does this, after a moment
-                for the work to end by itself; what it has returned by then is dropped.
+            proceed: called again and again while waiting. Where it raises `Interrupted`, so does
+                this, after a moment for the work to end by itself; what it has returned by then is
+                dropped.
 
         Raises:
             Interrupted: the work may still go on.
@@ -77,13 +82,16 @@ class Background(Generic[Result]):
             self._done.wait(GRACE_SECONDS)
             raise
         if self._error is not None:
-            proceed()  # a stop that was asked for elsewhere explains the error of one who waited for that
+            # a stop that was asked for elsewhere explains the error of one who waited for that
+            proceed()
             raise self._error
         return self._result
 
 
 def run(function: Callable[[], Result], name: str, proceed: Callable[[], None]) -> Result:
-    """`function()` in a thread, waited for as `Background.result` does; not begun where `proceed` raises at once."""
+    """`function()` in a thread, waited for as `Background.result` does; not begun where `proceed`
+    raises at once.
+    """
     proceed()
     return Background(function, name).result(proceed)
 
@@ -97,8 +105,9 @@ def still_running() -> bool:
 def ending_process(before: Callable[[], None]) -> Iterator[None]:
     """Ends the process with the exit code of its block, whatever threads go on.
 
-    Where work goes on that nothing waits for any more, that is at once. Threads that others began get a moment to end:
-    orbax has some that wait for ten minutes for what comes no more once a write has failed.
+    Where work goes on that nothing waits for any more, that is at once. Threads that others began
+    get a moment to end: orbax has some that wait for ten minutes for what comes no more once a
+    write has failed.
 
     Args:
         before: called before an end at once.
@@ -124,7 +133,7 @@ def ending_process(before: Callable[[], None]) -> Iterator[None]:
 
 
 def _end_in_time(code: int) -> None:
-    """Has the process end soon, where Python would wait at its exit for a thread that does not end."""
+    """Has the process end soon, though Python would wait at exit for a thread that goes on."""
     waited_for = [thread for thread in threading.enumerate() if not thread.daemon]
     if len(waited_for) > 1:  # the main thread is one
         timer = threading.Timer(GRACE_SECONDS, _end, (code,))
@@ -140,7 +149,10 @@ def _end(code: int) -> NoReturn:
 
 
 class Feed(Generic[Result]):
-    """The items of an iterator, read by a thread, so that waiting for one can be interrupted. Close it after use."""
+    """The items of an iterator, read by a thread, so that waiting for one can be interrupted.
+
+    Close it after use.
+    """
 
     def __init__(self, items: Iterator[Result], name: str, count: int | None = None):
         """Begins to read the first item; two at most wait to be taken.
@@ -192,7 +204,9 @@ class Feed(Generic[Result]):
             return item
 
     def close(self, seconds: float) -> bool:
-        """Ends the thread; returns whether it has ended within so many seconds, as one that is stuck does not."""
+        """Ends the thread; returns whether it has ended within so many seconds, as one that is
+        stuck does not.
+        """
         self._closed = True
         self._room.release()
         return self._worker.ended(seconds)

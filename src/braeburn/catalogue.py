@@ -1,4 +1,6 @@
-"""The catalogue of accelerators: `plan/chips.toml`, and what a file of the user's own adds to it or overrides."""
+"""The catalogue of accelerators: `plan/chips.toml`, and what a file of the user's own adds to it or
+overrides.
+"""
 
 import tomllib
 from collections.abc import Mapping
@@ -17,7 +19,10 @@ from braeburn.jsonfile import Unreadable, read_bytes
 MOST_BYTES = 2**20
 
 Confidence = Literal["M", "D", "S", "U", "V"]  # weakest first
-LEGEND = "V vendor's documentation, U the user's own file, S secondary source, D derived or measured, M from memory"
+LEGEND = (
+    "V vendor's documentation, U the user's own file, S secondary source, D derived or "
+    "measured, M from memory"
+)
 _NEEDED = ("bf16_tflops", "memory_gb", "memory_gb_per_s")
 _NEEDED_OF_TPUS = (*_NEEDED, "link_gb_per_s", "dimensions", "max_slice")
 
@@ -43,7 +48,10 @@ class Flag:
 
 
 # A bare number is a figure too.
-Known = Annotated[Figure | None, BeforeValidator(lambda given: given if isinstance(given, dict) else {"value": given})]
+Known = Annotated[
+    Figure | None,
+    BeforeValidator(lambda given: given if isinstance(given, dict) else {"value": given}),
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,9 @@ class Chip:
     __pydantic_config__ = ConfigDict(extra="forbid")
     name: str  # as targets have it, "v5p"
     title: str  # as people call it, "TPU v5p"
-    maker: str = "other"  # "google", "nvidia", "amd", ..., or "cpu" for processes without an accelerator
+    maker: str = (
+        "other"  # "google", "nvidia", "amd", ..., or "cpu" for processes without an accelerator
+    )
     family: Literal["tpu", "nvidia", "amd", "other"] = "other"  # of chips with one compiler
     bf16_tflops: Known = None  # dense peak, or of fp16 where there is no bf16
     int8_tops: Known = None  # dense peak, or of fp8 where the note says so
@@ -70,7 +80,9 @@ class Chip:
     refused: str = ""  # why training on it cannot be planned, if so
     per_node: Size = 1
     devices_per_chip: Size = 1  # as JAX counts devices
-    extra: Literal["", "tpu", "cuda", "rocm"] = ""  # the extra of the package that installs its back end
+    extra: Literal["", "tpu", "cuda", "rocm"] = (
+        ""  # the extra of the package that installs its back end
+    )
     gke_accelerator: str = ""  # value of GKE's node label
     dimensions: Literal[0, 2, 3] = 0  # of a TPU slice's torus
     max_slice: Count = 0  # chips in the largest slice of TPUs
@@ -85,10 +97,14 @@ class Chip:
 
     @property
     def device_memory_gib(self) -> Figure | None:
-        """What a compiled program may take of one device; of a chip of the user's own its capacity, unless it says."""
+        """What a compiled program may take of one device; of a chip of the user's own its capacity,
+        unless it says.
+        """
         figure = self.usable_memory_gib
         if figure is None and self.memory_gb:
-            figure = Figure(self.memory_gb.value * 1e9 / 2**30, weakest("D", self.memory_gb), "its capacity")
+            figure = Figure(
+                self.memory_gb.value * 1e9 / 2**30, weakest("D", self.memory_gb), "its capacity"
+            )
         return figure and replace(figure, value=figure.value / self.devices_per_chip)
 
 
@@ -97,19 +113,24 @@ _adapter = cache(TypeAdapter)
 
 
 def weakest(*figures: Figure | str) -> Confidence:
-    """The confidence of what is computed from figures (or from their confidences): that of the weakest."""
-    letters: Any = (figure.confidence if isinstance(figure, Figure) else figure for figure in figures)
+    """The confidence of what is computed from figures (or from their confidences): that of the
+    weakest.
+    """
+    letters: Any = (
+        figure.confidence if isinstance(figure, Figure) else figure for figure in figures
+    )
     return min(letters, key=get_args(Confidence).index)
 
 
 def catalogue(extra: Path | None = None) -> Mapping[str, Chip]:
     """Every chip by its name.
 
-    `extra` is laid out as `plan/chips.toml`: it adds chips or replaces figures of one, and its bare numbers are of
-    confidence U.
+    `extra` is laid out as `plan/chips.toml`: it adds chips or replaces figures of one, and its bare
+    numbers are of confidence U.
 
     Raises:
-        UserError: `extra` cannot be read, has an unknown field or a bad value, or lacks what a plan needs of a chip.
+        UserError: `extra` cannot be read, has an unknown field or a bad value, or lacks what a plan
+            needs of a chip.
     """
     tables = _tables(extra)
     del tables["facts"]
@@ -117,17 +138,26 @@ def catalogue(extra: Path | None = None) -> Mapping[str, Chip]:
 
 
 def facts(extra: Path | None = None) -> Mapping[str, Figure]:
-    """Figures that are not of one chip, by name, from the table `facts` of the same files; raises as `catalogue`."""
-    return {name: _validate(Known, given, f"facts.{name}") for name, given in _tables(extra)["facts"].items()}
+    """Figures that are not of one chip, by name, from the table `facts` of the same files; raises
+    as `catalogue`.
+    """
+    return {
+        name: _validate(Known, given, f"facts.{name}")
+        for name, given in _tables(extra)["facts"].items()
+    }
 
 
 @cache
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls by that name; None where it is not in the catalogue, as CPUs are not."""
-    # GPUs append their memory and form, as in "NVIDIA H100 80GB HBM3" and "NVIDIA A100-SXM4-40GB"; TPUs do not.
+    """The chip that JAX calls by that name; None where the catalogue lacks it, as CPUs."""
+    # GPUs append their memory and form, as in "NVIDIA H100 80GB HBM3" and "NVIDIA A100-SXM4-40GB";
+    # TPUs do not.
     tpu, model = device_kind.startswith("TPU"), device_kind.replace("-", " ") + " "
     for chip in catalogue().values():
-        if any(device_kind == kind or (not tpu and model.startswith(kind + " ")) for kind in chip.device_kinds):
+        if any(
+            device_kind == kind or (not tpu and model.startswith(kind + " "))
+            for kind in chip.device_kinds
+        ):
             return chip
     return None
 
@@ -139,25 +169,37 @@ def _tables(extra: Path | None) -> dict[str, dict[str, Any]]:
     try:
         added = tomllib.loads(read_bytes(extra, MOST_BYTES).decode("utf-8")) if extra else {}
     except OSError as error:
-        raise UserError(f"--chips {str(extra)!r} cannot be read ({error.strerror}); name a TOML file") from None
+        raise UserError(
+            f"--chips {str(extra)!r} cannot be read ({error.strerror}); name a TOML file"
+        ) from None
     except Unreadable as error:
-        raise UserError(f"--chips {str(extra)!r} cannot be read (it {error}); name a TOML file") from None
+        raise UserError(
+            f"--chips {str(extra)!r} cannot be read (it {error}); name a TOML file"
+        ) from None
     except (ValueError, RecursionError) as error:
         # Python's advice on numbers of thousands of digits is for programmers.
         reason = str(error).partition("; use sys.")[0]
-        raise UserError(f"--chips {str(extra)!r} is not TOML ({reason}); write it as plan/chips.toml is") from None
+        raise UserError(
+            f"--chips {str(extra)!r} is not TOML ({reason}); write it as plan/chips.toml is"
+        ) from None
     for name, table in added.items():
         if not isinstance(table, dict):
-            raise UserError(f"{name}={table!r} is of no chip; write the chip's name above it, as in [h100]")
+            raise UserError(
+                f"{name}={table!r} is of no chip; write the chip's name above it, as in [h100]"
+            )
         tables[name.lower()] = {**tables.get(name.lower(), {}), **table}
     return tables
 
 
 def _chip(name: str, table: dict[str, Any]) -> Chip:
     """A chip from its table."""
-    needed = () if "refused" in table else _NEEDED_OF_TPUS if table.get("family") == "tpu" else _NEEDED
+    needed = (
+        () if "refused" in table else _NEEDED_OF_TPUS if table.get("family") == "tpu" else _NEEDED
+    )
     if missing := [field for field in needed if field not in table]:
-        raise UserError(f"[{name}] is not in the catalogue, and a new chip needs {', '.join(missing)}; add them")
+        raise UserError(
+            f"[{name}] is not in the catalogue, and a new chip needs {', '.join(missing)}; add them"
+        )
     return _validate(Chip, {"title": name, **table, "name": name}, name)
 
 
@@ -169,5 +211,7 @@ def _validate(kind: Any, value: Any, where: str) -> Any:
         if error.errors()[0]["type"] == "unexpected_keyword_argument":
             *path, last = (where, *map(str, error.errors()[0]["loc"]))
             known = [field.name for parent in (Chip, Figure, Flag) for field in fields(parent)]
-            raise UserError(f"'{'.'.join(path)}.{last}' is not a field; {did_you_mean(last, known)}") from None
+            raise UserError(
+                f"'{'.'.join(path)}.{last}' is not a field; {did_you_mean(last, known)}"
+            ) from None
         raise UserError(f"{where}.{explain_validation_error(error)}") from None

@@ -19,24 +19,41 @@ from braeburn.errors import UserError
 from braeburn.parallel import processes
 from braeburn.train.quiet import quieten_orbax
 
-app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or file.py:function.")]
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or file.py:function.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field; may be given repeatedly.")
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a field; may be given repeatedly."),
 ]
 Out = Annotated[Path, typer.Option(help="The run directory; a run begun there goes on.")]
 On = Annotated[
-    str, typer.Option("--on", metavar="TARGET", help="chip:count or chip:slicesxchips, as in h100:16 or v4:8x1024.")
+    str,
+    typer.Option(
+        "--on",
+        metavar="TARGET",
+        help="chip:count or chip:slicesxchips, as in h100:16 or v4:8x1024.",
+    ),
 ]
 MaxRestarts = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Restarts from the last checkpoint after failures, at most.")
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Restarts from the last checkpoint after failures, at most."
+    ),
 ]
-Submit = Annotated[bool, typer.Option("--submit", help="Hand it to the cluster instead of printing it.")]
+Submit = Annotated[
+    bool, typer.Option("--submit", help="Hand it to the cluster instead of printing it.")
+]
 ChipsFile = Annotated[
     Path | None,
-    typer.Option("--chips", metavar="FILE", help="TOML that adds chips to the catalogue or changes figures."),
+    typer.Option(
+        "--chips", metavar="FILE", help="TOML that adds chips to the catalogue or changes figures."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 
@@ -48,9 +65,14 @@ UsageError: Any = typer.BadParameter.__base__
 def console() -> None:
     """The installed command: `main`, for training in a process that takes its memory in huge pages.
 
-    They save a sixth of the time of a step on CPUs, and glibc reads its settings only as a process starts.
+    They save a sixth of the time of a step on CPUs, and glibc reads its settings only as a process
+    starts.
     """
-    if sys.argv[1:2] == ["train"] and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    if (
+        sys.argv[1:2] == ["train"]
+        and sys.platform == "linux"
+        and "GLIBC_TUNABLES" not in os.environ
+    ):
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
     with ending_process(processes.wait_for_others):
@@ -58,7 +80,9 @@ def console() -> None:
 
 
 def main() -> None:
-    """Runs the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
+    """Runs the command line; a mistake of the user's is one sentence on standard error and exit
+    code 2.
+    """
     quieten_orbax()
     try:
         _check_encoding(sys.argv[1:])
@@ -66,7 +90,10 @@ def main() -> None:
     except UserError as error:
         message = str(error)
     except UsageError as error:
-        message = f"{error.format_message().rstrip('.')}; `{error.ctx.command_path} --help` lists what there is"
+        message = (
+            f"{error.format_message().rstrip('.')}; `{error.ctx.command_path} --help` lists "
+            f"what there is"
+        )
     except typer.Abort:
         print("interrupted", file=sys.stderr)
         processes.leave(130)
@@ -87,7 +114,8 @@ def main() -> None:
 
 
 def _check_encoding(arguments: Sequence[str]) -> None:
-    """Refuses arguments that are not UTF-8: prompts become tokens, names and paths JSON, and neither can hold them.
+    """Refuses arguments that are not UTF-8: prompts become tokens, names and paths JSON, and
+    neither can hold them.
 
     Raises:
         UserError: naming the argument.
@@ -97,7 +125,8 @@ def _check_encoding(arguments: Sequence[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"the argument {argument!r} is not UTF-8; write it in UTF-8, or rename the file or folder that it names"
+                f"the argument {argument!r} is not UTF-8; write it in UTF-8, or rename the file "
+                f"or folder that it names"
             ) from None
 
 
@@ -110,7 +139,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Pretrain language models in pure JAX, from one recipe."""
@@ -130,7 +162,9 @@ def recipes(as_json: AsJson = False) -> None:
 
 @app.command()
 def chips(
-    claims: Annotated[bool, typer.Option("--claims", help="Check an article's claims against the catalogue.")] = False,
+    claims: Annotated[
+        bool, typer.Option("--claims", help="Check an article's claims against the catalogue.")
+    ] = False,
     extra: ChipsFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -146,13 +180,25 @@ def chips(
         return
     for c in checked:
         figures = ", ".join(map(str, c.checks))
-        print(f"{c.claim}\n  figure   {figures} ({c.confidence or 'no figure'})\n  verdict  {c.verdict}\n")
+        print(
+            f"{c.claim}\n  figure   {figures} ({c.confidence or 'no figure'})\n  verdict  "
+            f"{c.verdict}\n"
+        )
     if not claims:
         rows = [("chip", *(name.replace("_", " ") for name in FIGURES), "JAX")]
         for name, chip in table.items():
             known = [getattr(chip, field) for field in FIGURES]
-            cells = (f"{figure.value:,.10g} {figure.confidence}" if figure else "unknown" for figure in known)
-            rows.append((name, *cells, f"refused: {chip.refused}" if chip.refused else chip.back_end or "unknown"))
+            cells = (
+                f"{figure.value:,.10g} {figure.confidence}" if figure else "unknown"
+                for figure in known
+            )
+            rows.append(
+                (
+                    name,
+                    *cells,
+                    f"refused: {chip.refused}" if chip.refused else chip.back_end or "unknown",
+                )
+            )
         _print_rows(rows, "l" + "r" * len(FIGURES) + "l")
     print(f"confidence: {LEGEND}")
 
@@ -161,17 +207,32 @@ def chips(
 def plan(
     recipe: Recipe,
     on: Annotated[
-        list[str], typer.Option("--on", metavar="TARGET ...", help="One or more of chip:count or chip:slicesxchips.")
+        list[str],
+        typer.Option(
+            "--on", metavar="TARGET ...", help="One or more of chip:count or chip:slicesxchips."
+        ),
     ],
-    more: Annotated[list[str] | None, typer.Argument(metavar="TARGET", hidden=True)] = None,  # --on takes several
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="TARGET", hidden=True)
+    ] = None,  # --on takes several
     assignments: Set = None,
-    stage: Annotated[str | None, typer.Option(metavar="S", help="One stage of the recipe; all by default.")] = None,
-    layouts: Annotated[int, typer.Option(min=1, metavar="N", help="Layouts to show of each stage.")] = 5,
+    stage: Annotated[
+        str | None, typer.Option(metavar="S", help="One stage of the recipe; all by default.")
+    ] = None,
+    layouts: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Layouts to show of each stage.")
+    ] = 5,
     verify: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Compile the best N of each stage and rank them anew.")
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Compile the best N of each stage and rank them anew."
+        ),
     ] = 0,
     failures_per_chip_hour: Annotated[
-        float | None, typer.Option(metavar="RATE", help="Of chips and all that belongs to them; Llama 3's by default.")
+        float | None,
+        typer.Option(
+            metavar="RATE", help="Of chips and all that belongs to them; Llama 3's by default."
+        ),
     ] = None,
     checkpoint_seconds: Annotated[
         float | None, typer.Option(metavar="S", help="That training stands still for a checkpoint.")
@@ -179,11 +240,15 @@ def plan(
     restart_seconds: Annotated[
         float | None, typer.Option(metavar="S", help="From a failure until training goes on.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts, too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with charts, too.")
+    ] = None,
     extra: ChipsFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rank the layouts of a recipe on hardware: memory, step time, MFU, days, cost, energy and goodput."""
+    """Rank the layouts of a recipe on hardware: memory, step time, MFU, days, cost, energy and
+    goodput.
+    """
     runs = [_on_target(recipe, text, assignments, extra)[:2] for text in [*on, *(more or [])]]
     stages = [_stage(recipe, runs[0][0], stage)] if stage else list(runs[0][0].stages)
     from braeburn.catalogue import catalogue
@@ -200,7 +265,11 @@ def plan(
     failures = {name: value for name, value in given.items() if value is not None}
     ranking = {"ranked": ranked_by_compiling(verify, extra)} if verify else {}
     plan = compare(recipe, runs, catalogue(extra), stages, failures, **ranking)
-    refused = [f"{target['target']}: {target['refused']}" for target in plan["targets"] if target["refused"]]
+    refused = [
+        f"{target['target']}: {target['refused']}"
+        for target in plan["targets"]
+        if target["refused"]
+    ]
     if len(refused) == len(runs):
         raise UserError("; ".join(refused))
     if html:
@@ -247,9 +316,18 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
         facts = {"run": resolved, "provenance": origins, "parameters": parameters, "stages": stages}
         _print_json({**facts, "warnings": warnings})
         return
-    _print_rows([(path, json.dumps(value), origins.get(path, "default")) for path, value in flatten(resolved)], "lll")
+    _print_rows(
+        [
+            (path, json.dumps(value), origins.get(path, "default"))
+            for path, value in flatten(resolved)
+        ],
+        "lll",
+    )
     total, embedding = parameters["total"], parameters["embedding"]
-    print(f"\nparameters: {total:,} ({parameters['non_embedding']:,} without the {embedding:,} of embeddings)\n")
+    print(
+        f"\nparameters: {total:,} ({parameters['non_embedding']:,} without the {embedding:,} of "
+        f"embeddings)\n"
+    )
     header = ("stage", *(field.replace("_", " ") for field in next(iter(stages.values()), {})))
     rows = [
         (name, *(f"{value:,.0f}" for value in facts.values()), _besides_training(run.stages[name]))
@@ -270,9 +348,14 @@ def _besides_training(stage: Any) -> str:
     if stage.teacher:
         how = stage.distillation
         target = f"top {how.top_k}" if how.target == "top_k" else how.target
-        said.append(f"taught by {stage.teacher}: {target}{', cached' if how.cached else ''}, weight {how.weight:g}")
+        said.append(
+            f"taught by {stage.teacher}: {target}{', cached' if how.cached else ''}, weight "
+            f"{how.weight:g}"
+        )
     if stage.quantization:
-        said.append(f"rounds to {stage.quantization.kind} in groups of {stage.quantization.group_size}")
+        said.append(
+            f"rounds to {stage.quantization.kind} in groups of {stage.quantization.group_size}"
+        )
     return "; ".join(said)
 
 
@@ -282,16 +365,22 @@ def train(
     out: Out,
     assignments: Set = None,
     stop_after_steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Save and stop after N steps of this call.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Save and stop after N steps of this call."),
     ] = None,
     coordinator: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="Of several processes by hand: where process 0 listens, on all its interfaces."
+            metavar="HOST:PORT",
+            help="Of several processes by hand: where process 0 listens, on all its interfaces.",
         ),
     ] = None,
-    num_processes: Annotated[int | None, typer.Option(max=2**20, metavar="N", help="Of several: how many.")] = None,
-    process_id: Annotated[int | None, typer.Option(metavar="I", help="Of several: which one, from 0.")] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(max=2**20, metavar="N", help="Of several: how many.")
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option(metavar="I", help="Of several: which one, from 0.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train all stages of a recipe; run again on the same folder, it resumes."""
@@ -299,19 +388,25 @@ def train(
     from braeburn.train.environment import gpu_environment
 
     os.environ |= gpu_environment()
-    processes.find(coordinator, num_processes, process_id)  # before JAX, for whose import a mistake need not wait
+    processes.find(
+        coordinator, num_processes, process_id
+    )  # before JAX, for whose import a mistake need not wait
     processes.connect(coordinator, num_processes, process_id)
     _begin_computing()
     from braeburn.interop.exchange import find_teacher
     from braeburn.train.loop import train
 
-    outcome = train(run, out, origins=origins, stop_after_steps=stop_after_steps, find_teacher=find_teacher)
+    outcome = train(
+        run, out, origins=origins, stop_after_steps=stop_after_steps, find_teacher=find_teacher
+    )
     if processes.is_main() and as_json:
         _print_json({"step": outcome.step, "finished": outcome.finished, "stages": outcome.stages})
     elif processes.is_main():
         _print_stages(outcome.stages)
     if processes.joined() and not outcome.finished:
-        processes.leave(0)  # where one was stopped at work that goes on, JAX would wait at exit for all to end well
+        processes.leave(
+            0
+        )  # where one was stopped at work that goes on, JAX would wait at exit for all to end well
 
 
 def _print_stages(stages: list[dict[str, Any]]) -> None:
@@ -319,7 +414,11 @@ def _print_stages(stages: list[dict[str, Any]]) -> None:
     rows = [("stage", "tokens", "loss", "held-out", "loss", "bits per byte")]
     for stage in stages:
         for source, held_out in stage["held_out"].items() or [("-", None)]:
-            figures = (f"{held_out['loss']:.4f}", f"{held_out['bits_per_byte']:.4f}") if held_out else ("-", "-")
+            figures = (
+                (f"{held_out['loss']:.4f}", f"{held_out['bits_per_byte']:.4f}")
+                if held_out
+                else ("-", "-")
+            )
             loss = "-" if stage["loss"] is None else f"{stage['loss']:.4f}"  # its rows were lost
             rows.append((stage["stage"], f"{stage['tokens']:,}", loss, source, *figures))
     if stages:
@@ -331,19 +430,31 @@ def evaluate(
     directory: RunFolder,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="Text, JSONL or Parquet; without it, the run's held-out text."),
+        typer.Option(
+            metavar="FILE", help="Text, JSONL or Parquet; without it, the run's held-out text."
+        ),
     ] = None,
     more: Annotated[
         list[str] | None, typer.Argument(metavar="FILE", hidden=True)
     ] = None,  # --data FILE ... takes several
-    field: Annotated[str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")] = "text",
+    field: Annotated[
+        str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")
+    ] = "text",
     sequence_length: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tokens that the model sees at once; as many as in training without it."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens that the model sees at once; as many as in training without it.",
+        ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tokens from window to window; with fewer than in one, windows overlap."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens from window to window; with fewer than in one, windows overlap.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -356,12 +467,25 @@ def evaluate(
     _warn_of_unused_accelerator()
     texts = [*(data or []), *(more or [])]
     windows = Windows(sequence_length, stride)
-    results = evaluate_files(trained, texts, field, windows) if texts else evaluate_held_out(trained, windows)
+    results = (
+        evaluate_files(trained, texts, field, windows)
+        if texts
+        else evaluate_held_out(trained, windows)
+    )
     if as_json:
         _print_json({"step": trained.step, "results": results})
         return
-    formats = {"tokens": ",", "loss": ".4f", "perplexity": ".3f", "accuracy": ".2%", "bits_per_byte": ".4f"}
-    rows = [(name, *(format(v[key], how) for key, how in formats.items())) for name, v in results.items()]
+    formats = {
+        "tokens": ",",
+        "loss": ".4f",
+        "perplexity": ".3f",
+        "accuracy": ".2%",
+        "bits_per_byte": ".4f",
+    }
+    rows = [
+        (name, *(format(v[key], how) for key, how in formats.items()))
+        for name, v in results.items()
+    ]
     _print_rows([("text", *(key.replace("_", " ") for key in formats)), *rows])
 
 
@@ -369,20 +493,29 @@ def evaluate(
 def generate(
     directory: RunFolder,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given repeatedly.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**20, help="Tokens to write at most.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Tokens to write at most.")
+    ] = 128,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy; the model's own default without it, or 0.8.")
+        float | None,
+        typer.Option(min=0.0, help="0 is greedy; the model's own default without it, or 0.8."),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=0, help="Sample among the k likeliest tokens only; 0 is all, unless the model says."),
+        typer.Option(
+            min=0, help="Sample among the k likeliest tokens only; 0 is all, unless the model says."
+        ),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass."),
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Lay prompts out by the model's chat template, as a user's messages.")
+        bool,
+        typer.Option(
+            "--chat", help="Lay prompts out by the model's chat template, as a user's messages."
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
     as_json: AsJson = False,
@@ -402,15 +535,27 @@ def generate(
         prompts = [tokenizer.encode_prompt(text) for text in prompt]
     longest, context = max(map(len, prompts)), trained.sequence_length
     if context and longest + max_new_tokens > context:
-        what = "the prompt alone has" if longest >= context else f"with --max-new-tokens {max_new_tokens} there are"
+        what = (
+            "the prompt alone has"
+            if longest >= context
+            else f"with --max-new-tokens {max_new_tokens} there are"
+        )
         _say(
-            f"warning: {what} up to {longest if longest >= context else longest + max_new_tokens} tokens, and the "
-            f"model was trained on sequences of at most {context}: expect poor text beyond; shorten the prompt"
-            f"{'' if longest >= context else f', or set --max-new-tokens to at most {context - longest}'}"
+            f"warning: {what} up to {longest if longest >= context else longest + max_new_tokens} "
+            f"tokens, and the model was trained on sequences of at most {context}: expect poor "
+            f"text beyond; shorten the prompt"
+            + (
+                ""
+                if longest >= context
+                else f", or set --max-new-tokens to at most {context - longest}"
+            )
         )
     default, not_applied = sampling_defaults(tokenizer.sampling)
     if not_applied:
-        print(f"the model asks for {', '.join(not_applied)}, which is not applied here", file=sys.stderr)
+        print(
+            f"the model asks for {', '.join(not_applied)}, which is not applied here",
+            file=sys.stderr,
+        )
     if greedy:
         temperature = 0.0
     continuations = generate(
@@ -441,18 +586,30 @@ def generate(
 @app.command()
 def prune(
     directory: RunFolder,
-    ffn: Annotated[int, typer.Option(min=1, metavar="N", help="Hidden units of the FFN that stay in each layer.")],
+    ffn: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Hidden units of the FFN that stay in each layer."),
+    ],
     out: Annotated[Path, typer.Option(help="The run directory to make.")],
     tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="T", help="To learn masks on; 3% of the run's without it.")
+        int | None,
+        typer.Option(min=1, metavar="T", help="To learn masks on; 3% of the run's without it."),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="Text to learn from; without it, that which the run was trained on."),
+        typer.Option(
+            metavar="FILE",
+            help="Text to learn from; without it, that which the run was trained on.",
+        ),
     ] = None,
-    field: Annotated[str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")] = "text",
+    field: Annotated[
+        str, typer.Option(help="The field of JSONL or Parquet rows that holds the text.")
+    ] = "text",
     method: Annotated[
-        str, typer.Option(help="soft_top_k learns what stays; activation, magnitude and random only cut.")
+        str,
+        typer.Option(
+            help="soft_top_k learns what stays; activation, magnitude and random only cut."
+        ),
     ] = "soft_top_k",
     assignments: Set = None,
     as_json: AsJson = False,
@@ -473,12 +630,17 @@ def prune(
     text = Source(paths=tuple(data), field=field) if data else None
     model = prune(directory, out, pruning, tokens, changes, text)
     result = {"out": str(out), "model": model.model_dump(mode="json")}
-    _print_json(result) if as_json else print(f"pruned {str(directory)!r} to ffn_dim={ffn} into {str(out)!r}")
+    _print_json(result) if as_json else print(
+        f"pruned {str(directory)!r} to ffn_dim={ffn} into {str(out)!r}"
+    )
 
 
 @app.command("import")
 def import_(
-    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face directory: Llama or Qwen3, dense.")],
+    hf_dir: Annotated[
+        Path,
+        typer.Argument(metavar="HF_DIR", help="A Hugging Face directory: Llama or Qwen3, dense."),
+    ],
     out: Annotated[Path, typer.Option(help="The run directory to make.")],
     as_json: AsJson = False,
 ) -> None:
@@ -491,7 +653,10 @@ def import_(
         _print_json(result)
         return
     print(f"imported {str(hf_dir)!r} into {str(out)!r}")
-    print(f"a recipe trains on with model=Model.from_directory({str(out)!r}) and initial_weights={str(out)!r}")
+    print(
+        f"a recipe trains on with model=Model.from_directory({str(out)!r}) and "
+        f"initial_weights={str(out)!r}"
+    )
 
 
 @app.command()
@@ -499,10 +664,15 @@ def export(
     directory: RunFolder,
     out: Annotated[Path, typer.Option(help="The folder to make, or a file that ends in .gguf.")],
     format: Annotated[  # noqa: A002
-        str, typer.Option(help="hf: safetensors, config and tokenizer for transformers; gguf: one file for llama.cpp.")
+        str,
+        typer.Option(
+            help="hf: safetensors, config and tokenizer for transformers; gguf: one file for "
+            "llama.cpp."
+        ),
     ] = "hf",
     type_: Annotated[
-        str | None, typer.Option("--type", help="Of a gguf's matrices: f16, q8_0 or q4_0; f16 without it.")
+        str | None,
+        typer.Option("--type", help="Of a gguf's matrices: f16, q8_0 or q4_0; f16 without it."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -510,9 +680,14 @@ def export(
     if format not in ("hf", "gguf"):
         raise UserError(f"--format {format!r} is not known; use --format hf or --format gguf")
     if format == "hf" and type_ is not None:
-        raise UserError(f"--type {type_} is one of --format gguf; a Hugging Face directory holds float32, leave it out")
+        raise UserError(
+            f"--type {type_} is one of --format gguf; a Hugging Face directory holds float32, "
+            f"leave it out"
+        )
     if format == "hf" and out.suffix == ".gguf":
-        raise UserError(f"--out {str(out)!r} names a GGUF file, but a folder will be made; add --format gguf")
+        raise UserError(
+            f"--out {str(out)!r} names a GGUF file, but a folder will be made; add --format gguf"
+        )
     if type_ not in (None, "f16", "q8_0", "q4_0"):
         raise UserError(f"--type {type_!r} is not known; use --type f16, q8_0 or q4_0")
     from braeburn.interop.exchange import export_gguf, export_huggingface
@@ -521,7 +696,8 @@ def export(
     if format == "hf":
         result["step"] = export_huggingface(directory, out)
     else:
-        result["step"], path, uneven = export_gguf(directory, out, type_ or "f16")  # type: ignore[arg-type]
+        written = export_gguf(directory, out, type_ or "f16")  # type: ignore[arg-type]
+        result["step"], path, uneven = written
         result |= {"out": str(path), "type": type_ or "f16", "float16": uneven}
     if as_json:
         _print_json(result)
@@ -532,8 +708,12 @@ def export(
 
 
 @app.command()
-def verify(recipe: Recipe, on: On = "cpu:8", assignments: Set = None, as_json: AsJson = False) -> None:
-    """Train a recipe, shrunk, on simulated devices: any layout, kill, resume or reshard must give the same losses."""
+def verify(
+    recipe: Recipe, on: On = "cpu:8", assignments: Set = None, as_json: AsJson = False
+) -> None:
+    """Train a recipe, shrunk, on simulated devices: any layout, kill, resume or reshard must give
+    the same losses.
+    """
     from braeburn.launch.shrink import ENVIRONMENT
     from braeburn.parallel.target import parse_target
 
@@ -546,15 +726,26 @@ def verify(recipe: Recipe, on: On = "cpu:8", assignments: Set = None, as_json: A
     checks = verify(run, recipe, target, lambda line: print(line, file=sys.stderr, flush=True))
     wrong = sum(not check.passed for check in checks)
     if as_json:
-        _print_json({"passed": not wrong, "target": str(target), "checks": [dataclasses.asdict(c) for c in checks]})
+        _print_json(
+            {
+                "passed": not wrong,
+                "target": str(target),
+                "checks": [dataclasses.asdict(c) for c in checks],
+            }
+        )
     else:
         rows = [("check", "layout", "steps", "difference", "verdict", "")]
         for c in checks:
-            difference = "-" if c.difference is None else f"{c.difference:.1e}" if c.difference else "0"
+            difference = (
+                "-" if c.difference is None else f"{c.difference:.1e}" if c.difference else "0"
+            )
             rows.append((c.check, c.layout, str(c.steps), difference, c.verdict, c.reason))
         _print_rows(rows, "llrrll")
         skipped = sum(c.verdict == "skipped" for c in checks)
-        print(f"\n{len(checks)} checks: {len(checks) - wrong - skipped} passed, {skipped} skipped, {wrong} failed")
+        print(
+            f"\n{len(checks)} checks: {len(checks) - wrong - skipped} passed, {skipped} skipped, "
+            f"{wrong} failed"
+        )
     if wrong:
         raise typer.Exit(1)
 
@@ -563,21 +754,34 @@ def verify(recipe: Recipe, on: On = "cpu:8", assignments: Set = None, as_json: A
 def compile_(
     recipe: Recipe,
     on: On,
-    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Of the recipe's; the first without it.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the recipe's; the first without it.")
+    ] = None,
     mesh: Annotated[
-        str | None, typer.Option(metavar="AXIS=N,...", help="Sizes of the mesh, as replica=1,fsdp=2048,tensor=4.")
+        str | None,
+        typer.Option(
+            metavar="AXIS=N,...", help="Sizes of the mesh, as replica=1,fsdp=2048,tensor=4."
+        ),
     ] = None,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Where it does not fit, compile what the plan says would, best first.")
+        bool,
+        typer.Option(
+            "--fix", help="Where it does not fit, compile what the plan says would, best first."
+        ),
     ] = False,
     assignments: Set = None,
     extra: ChipsFile = None,
     memory_limit: Annotated[
-        float, typer.Option(min=0.1, metavar="GB", help="What compiling may take of this machine's memory.")
+        float,
+        typer.Option(
+            min=0.1, metavar="GB", help="What compiling may take of this machine's memory."
+        ),
     ] = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a train step for hardware that is not here: does it fit, how fast, and what crosses which link."""
+    """Compile a train step for hardware that is not here: does it fit, how fast, and what crosses
+    which link.
+    """
     base, _ = _resolve(recipe, assignments)
     stage = _stage(recipe, base, stage or next(iter(base.stages)))
     path = f"stages.{stage}.mesh" if base.stages[stage].mesh else "mesh"
@@ -593,7 +797,9 @@ def compile_(
     compiled = compile_step(run, stage, target, extra, memory_limit)
     facts = compiled.summary()
     if not compiled.fits:
-        facts["changes"] = changes_that_fit(compiled, verify=fix, chips=extra, memory_gb=memory_limit)
+        facts["changes"] = changes_that_fit(
+            compiled, verify=fix, chips=extra, memory_gb=memory_limit
+        )
     if as_json:
         _print_json(facts)
     else:
@@ -611,12 +817,16 @@ app.add_typer(launch, name="launch")
 def local(
     recipe: Recipe,
     out: Out,
-    num_processes: Annotated[int, typer.Option("--processes", min=1, max=1024, metavar="N", help="How many.")],
+    num_processes: Annotated[
+        int, typer.Option("--processes", min=1, max=1024, metavar="N", help="How many.")
+    ],
     assignments: Set = None,
     max_restarts: MaxRestarts = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Train with several processes on this machine; when one dies or hangs, all go on from the last checkpoint."""
+    """Train with several processes on this machine; when one dies or hangs, all go on from the last
+    checkpoint.
+    """
     _resolve(recipe, assignments)
     from braeburn.launch.local import launch
     from braeburn.launch.supervisor import GaveUp
@@ -643,7 +853,9 @@ def slurm(
     time: Annotated[
         str, typer.Option(metavar="LIMIT", help="Time limit of the job, as SLURM writes it.")
     ] = "1-00:00:00",
-    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Partition of the cluster.")] = None,
+    partition: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Partition of the cluster.")
+    ] = None,
     account: Annotated[str | None, typer.Option(metavar="NAME", help="Account to charge.")] = None,
     max_restarts: MaxRestarts = 3,
     submit: Submit = False,
@@ -661,15 +873,23 @@ def slurm(
 def kubernetes(
     recipe: Recipe,
     on: On,
-    out: Annotated[Path, typer.Option(help="The run directory inside the containers, below the volume's folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="The run directory inside the containers, below the volume's folder."),
+    ],
     image: Annotated[str, typer.Option(help="Container image with Braeburn and the target's JAX.")],
-    claim: Annotated[str, typer.Option(metavar="NAME", help="PersistentVolumeClaim for the parent folder of --out.")],
+    claim: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="PersistentVolumeClaim for the parent folder of --out."),
+    ],
     assignments: Set = None,
     max_restarts: MaxRestarts = 3,
     submit: Submit = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the JobSet that trains on TPU slices, GPU nodes or CPUs of a Kubernetes cluster, or apply it."""
+    """Print the JobSet that trains on TPU slices, GPU nodes or CPUs of a Kubernetes cluster, or
+    apply it.
+    """
     from braeburn.launch.kubernetes import manifest
 
     run, target, arguments = _job(recipe, on, out, assignments)
@@ -690,12 +910,18 @@ def _job(recipe: str, on: str, out: Path, assignments: list[str] | None) -> Any:
 def _stage(recipe: str, run: Any, stage: str) -> str:
     """The name of a stage, once the run is known to have it."""
     if stage not in run.stages:
-        raise UserError(f"--stage {stage!r} is no stage of {recipe}; it must be one of {', '.join(run.stages)}")
+        raise UserError(
+            f"--stage {stage!r} is no stage of {recipe}; it must be one of {', '.join(run.stages)}"
+        )
     return stage
 
 
-def _on_target(recipe: str, on: str, assignments: list[str] | None, chips: Path | None = None) -> Any:
-    """The run on a target, the target, and the overrides, completed with one replica for each slice."""
+def _on_target(
+    recipe: str, on: str, assignments: list[str] | None, chips: Path | None = None
+) -> Any:
+    """The run on a target, the target, and the overrides, completed with one replica for each
+    slice.
+    """
     from braeburn.catalogue import catalogue
     from braeburn.parallel.target import parse_target
 
@@ -703,7 +929,10 @@ def _on_target(recipe: str, on: str, assignments: list[str] | None, chips: Path 
     target = parse_target(on, catalogue(chips))
     if target.slices > 1:
         # Only the sum of gradients is to cross slices.
-        meshes = ["mesh", *(f"stages.{name}.mesh" for name, stage in run.stages.items() if stage.mesh)]
+        meshes = [
+            "mesh",
+            *(f"stages.{name}.mesh" for name, stage in run.stages.items() if stage.mesh),
+        ]
         unset = [mesh for mesh in meshes if origins.get(f"{mesh}.replica", "default") == "default"]
         assignments = [*(assignments or []), *(f"{mesh}.replica={target.slices}" for mesh in unset)]
         run, _ = _resolve(recipe, assignments)
@@ -712,7 +941,12 @@ def _on_target(recipe: str, on: str, assignments: list[str] | None, chips: Path 
 
 def _train_arguments(recipe: str, out: Path, assignments: list[str] | None) -> list[str]:
     """The arguments of `train` that a launcher passes on."""
-    return [recipe, "--out", str(out), *(part for text in assignments or [] for part in ("--set", text))]
+    return [
+        recipe,
+        "--out",
+        str(out),
+        *(part for text in assignments or [] for part in ("--set", text)),
+    ]
 
 
 def _print_job(kind: str, text: str, command: list[str] | None, as_json: bool) -> None:
@@ -737,7 +971,10 @@ def _resolve(recipe: str, assignments: list[str] | None) -> Any:
 
 
 def _begin_computing() -> None:
-    """Logs go to standard error, from the main process only, and compiled programs to the cache. Imports JAX."""
+    """Logs go to standard error, from the main process only, and compiled programs to the cache.
+
+    Imports JAX.
+    """
     from braeburn.train.compilation import cache_compilations
 
     cache_compilations()
@@ -746,7 +983,7 @@ def _begin_computing() -> None:
 
 
 def _warn_of_unused_accelerator() -> None:
-    """Says so where JAX, which has begun, computes on the CPU of a machine that has a GPU or a TPU."""
+    """Warns where JAX computes on the CPU of a machine that has a GPU or a TPU."""
     import jax
 
     from braeburn.train.environment import unused_accelerator
@@ -765,9 +1002,20 @@ def _print_json(value: Any) -> None:
 
 
 def _print_rows(rows: Sequence[tuple[str, ...]], align: str = "l") -> None:
-    """Columns as wide as their widest cell: to the left where `align` has an l, the others, figures, to the right."""
+    """Columns as wide as their widest cell: to the left where `align` has an l, the others,
+    figures, to the right.
+    """
     columns = max(map(len, rows))
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
+    widths = [
+        max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)
+    ]
     for row in rows:
-        sides = (str.ljust if align[column : column + 1] == "l" else str.rjust for column in range(columns))
-        print("  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=False)).rstrip())
+        sides = (
+            str.ljust if align[column : column + 1] == "l" else str.rjust
+            for column in range(columns)
+        )
+        print(
+            "  ".join(
+                side(cell, width) for side, cell, width in zip(sides, row, widths, strict=False)
+            ).rstrip()
+        )

@@ -1,7 +1,8 @@
 """The typed run: every choice that determines a training run, as one frozen value.
 
-A recipe is a function that returns a `Run`; `override` makes another `Run` from it by dotted paths, and `provenance`
-tells where each value came from. Nothing here imports JAX, so a bad value is refused before an accelerator is touched.
+A recipe is a function that returns a `Run`; `override` makes another `Run` from it by dotted paths,
+and `provenance` tells where each value came from. Nothing here imports JAX, so a bad value is
+refused before an accelerator is touched.
 """
 
 import difflib
@@ -12,13 +13,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from braeburn.disk import explained
 from braeburn.errors import UserError, did_you_mean
 from braeburn.jsonfile import Unreadable, read_json
 
-# What a number of steps, tokens or bytes can be at all; with more, sums leave what tables and files can hold.
+# What a number of steps, tokens or bytes can be at all; with more, sums leave what tables and files
+# can hold.
 MOST = 10**18
 Size = Annotated[int, Field(gt=0, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -32,18 +42,20 @@ def check_name(name: str) -> str:
     """A name that can be a part of a file's name, and of a line.
 
     Raises:
-        ValueError: it is empty or too long, or has characters that mean something in paths or scripts.
+        ValueError: it is empty or too long, or has characters that mean something in paths or
+            scripts.
     """
     if not re.fullmatch(r"\w[\w .,'+=@()\[\]-]{0,99}", name) or name.endswith(" "):
         shown = ascii(name) if len(name) <= 100 else f"{name[:60]!a}..."
         raise ValueError(
-            f"{shown} cannot be a name; use up to 100 letters, digits, spaces and any of . , ' + = @ ( ) [ ] _ -, "
-            f"beginning with a letter or digit"
+            f"{shown} cannot be a name; use up to 100 letters, digits, spaces and any of . , ' + = "
+            f"@ ( ) [ ] _ -, beginning with a letter or digit"
         )
     return name
 
 
-# Of a run, a stage or a source: each becomes a part of names of files, of a script's lines, of a job's name.
+# Of a run, a stage or a source: each becomes a part of names of files, of a script's lines, of a
+# job's name.
 Name = Annotated[str, AfterValidator(check_name)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -77,10 +89,13 @@ LARGEST_SIZES = {
 
 class _Frozen(BaseModel):
     # What a value is made of is checked again with it, since `model_copy` checks nothing.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, revalidate_instances="always")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, revalidate_instances="always"
+    )
 
     def replace(self, **changes: Any) -> Self:
-        """The same with some fields replaced, validated as a whole; what was left at its default stays so.
+        """The same with some fields replaced, validated as a whole; what was left at its default
+        stays so.
 
         Raises:
             UserError: there is no such field, or a value is refused.
@@ -93,7 +108,9 @@ class _Frozen(BaseModel):
 
 
 class RopeScaling(_Frozen):
-    """How rotary frequencies are stretched to reach beyond the trained length; names as in transformers."""
+    """How rotary frequencies are stretched to reach beyond the trained length; names as in
+    transformers.
+    """
 
     kind: Literal["linear", "llama3"] = "llama3"
     factor: Positive = 8.0
@@ -103,9 +120,11 @@ class RopeScaling(_Frozen):
 
 
 class Model(_Frozen):
-    """A decoder-only transformer: grouped-query attention, rotary positions, RMSNorm before each block, SwiGLU.
+    """A decoder-only transformer: grouped-query attention, rotary positions, RMSNorm before each
+    block, SwiGLU.
 
-    `max_position_embeddings` is the longest sequence that weights from elsewhere were made for; 0 where none were.
+    `max_position_embeddings` is the longest sequence that weights from elsewhere were made for; 0
+    where none were.
     """
 
     vocab_size: Annotated[int, Field(gt=0, le=LARGEST_SIZES["vocab_size"])]
@@ -126,7 +145,8 @@ class Model(_Frozen):
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Model":
-        """The model of a run directory's newest checkpoint or of one of its checkpoints, as `braeburn import` makes it.
+        """The model of a run directory's newest checkpoint or of one of its checkpoints, as
+        `braeburn import` makes it.
 
         A recipe that trains on from it names the directory as `initial_weights`, too.
 
@@ -142,14 +162,16 @@ class Model(_Frozen):
             run = read_run(path)
         except UserError as error:
             raise UserError(
-                f"Model.from_directory({str(directory)!r}): {error}; a Hugging Face directory is made one by "
-                f"`braeburn import`"
+                f"Model.from_directory({str(directory)!r}): {error}; a Hugging Face directory is "
+                f"made one by `braeburn import`"
             ) from None
-        found = sorted(int(each.name) for each in (path / "checkpoints").glob("*") if each.name.isdigit())
+        found = sorted(
+            int(each.name) for each in (path / "checkpoints").glob("*") if each.name.isdigit()
+        )
         if not found or (step is not None and step not in found):
             raise UserError(
-                f"Model.from_directory({str(directory)!r}): there is no such checkpoint; train for at least one, or "
-                f"name one of {found}"
+                f"Model.from_directory({str(directory)!r}): there is no such checkpoint; train for "
+                f"at least one, or name one of {found}"
             )
         model, length = run.model_at(found[-1] if step is None else step)
         return model.model_copy(update={"max_position_embeddings": length})
@@ -163,7 +185,8 @@ class Model(_Frozen):
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim={self.head_dim} is odd, but rotary positions need pairs; use {self.head_dim + 1}"
+                f"head_dim={self.head_dim} is odd, but rotary positions need pairs; use "
+                f"{self.head_dim + 1}"
             )
         return self
 
@@ -174,15 +197,18 @@ AxisSize = Annotated[int, Field(ge=-1, le=2**24)]
 
 
 class Mesh(_Frozen):
-    """Devices along each axis of the mesh, the slowest link first; one size may be -1, to take what devices are left.
+    """Devices along each axis of the mesh, the slowest link first; one size may be -1, to take what
+    devices are left.
 
-    `replica` crosses slices or nodes and carries one sum of gradients a step; `data` does the same inside one. `fsdp`
-    splits the batch, and with it parameters, gradients and optimizer state; `context` splits sequences; `tensor`
-    splits heads, FFN and vocabulary, and the tokens between them.
+    `replica` crosses slices or nodes and carries one sum of gradients a step; `data` does the same
+    inside one. `fsdp` splits the batch, and with it parameters, gradients and optimizer state;
+    `context` splits sequences; `tensor` splits heads, FFN and vocabulary, and the tokens between
+    them.
 
-    `context_attention` tells how queries reach the keys of other context shards: passed around a ring, or gathered.
-    `torus` lays axes over the physical dimensions of a slice: for each axis its size along each of them, as in
-    {"fsdp": [8, 8, 4], "tensor": [1, 1, 4]} on 8 x 8 x 16 chips; without it the innermost axes get the best links.
+    `context_attention` tells how queries reach the keys of other context shards: passed around a
+    ring, or gathered. `torus` lays axes over the physical dimensions of a slice: for each axis its
+    size along each of them, as in {"fsdp": [8, 8, 4], "tensor": [1, 1, 4]} on 8 x 8 x 16 chips;
+    without it the innermost axes get the best links.
     """
 
     replica: AxisSize = 1
@@ -202,14 +228,20 @@ class Mesh(_Frozen):
     def _check(self) -> "Mesh":
         for axis, size in self.sizes.items():
             if size == 0:
-                raise ValueError(f"{axis}=0 leaves no device; set {axis} to 1, or to -1 for all devices left")
+                raise ValueError(
+                    f"{axis}=0 leaves no device; set {axis} to 1, or to -1 for all devices left"
+                )
         inferred = [axis for axis, size in self.sizes.items() if size == -1]
         if len(inferred) > 1:
             raise ValueError(
-                f"{' and '.join(inferred)} are both -1, but only one can be inferred; set {inferred[0]} to a size, as 1"
+                f"{' and '.join(inferred)} are both -1, but only one can be inferred; set "
+                f"{inferred[0]} to a size, as 1"
             )
         if self.torus and len({len(factors) for factors in self.torus.values()}) > 1:
-            raise ValueError("torus names different numbers of dimensions; give each axis one size for each of them")
+            raise ValueError(
+                "torus names different numbers of dimensions; give each axis one size for each of "
+                "them"
+            )
         return self
 
 
@@ -217,11 +249,15 @@ class Mesh(_Frozen):
 ONE_DEVICE = Mesh(fsdp=1)
 
 
-NamedActivation = Literal["query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up", "ffn_output"]
+NamedActivation = Literal[
+    "query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up", "ffn_output"
+]
 
 
 class Remat(_Frozen):
-    """What the forward pass keeps for the backward pass: all, only each layer's input, or that and `names`."""
+    """What the forward pass keeps for the backward pass: all, only each layer's input, or that and
+    `names`.
+    """
 
     policy: Literal["none", "full", "save_named"] = "none"
     names: Annotated[tuple[NamedActivation, ...], OneOrMore] = (
@@ -235,7 +271,8 @@ class Remat(_Frozen):
 
 
 class Schedule(_Frozen):
-    """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to `floor`.
+    """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to
+    `floor`.
 
     A constant one decays not at all, and so has no floor.
     """
@@ -248,8 +285,8 @@ class Schedule(_Frozen):
     def _check(self) -> "Schedule":
         if self.decay == "constant" and self.floor:
             raise ValueError(
-                f"floor={self.floor} is never reached with decay='constant'; set floor to 0, or decay to 'cosine' or "
-                f"'linear'"
+                f"floor={self.floor} is never reached with decay='constant'; set floor to 0, or "
+                f"decay to 'cosine' or 'linear'"
             )
         return self
 
@@ -260,12 +297,14 @@ PrunedAxis = Literal["ffn", "heads", "embed"]
 
 
 class Pruning(_Frozen):
-    """A stage that makes the model narrower: `keep` tells how many units of an axis stay, in each layer alike.
+    """A stage that makes the model narrower: `keep` tells how many units of an axis stay, in each
+    layer alike.
 
-    `soft_top_k` learns which, jointly with the weights: masks that sum to `keep`, whose temperature falls until, for
-    the last `exact` of the steps, they are zeros and ones; the rest is cut off as the stage ends. The other methods cut
-    as the stage begins, by the importance of units, and train what is left. `learning_rate` is that of the masks'
-    scores. Activations are measured on the stage's first `calibration_tokens`.
+    `soft_top_k` learns which, jointly with the weights: masks that sum to `keep`, whose temperature
+    falls until, for the last `exact` of the steps, they are zeros and ones; the rest is cut off as
+    the stage ends. The other methods cut as the stage begins, by the importance of units, and train
+    what is left. `learning_rate` is that of the masks' scores. Activations are measured on the
+    stage's first `calibration_tokens`.
     """
 
     keep: dict[PrunedAxis, Size] = Field(min_length=1)
@@ -280,7 +319,8 @@ class Pruning(_Frozen):
     def _check(self) -> "Pruning":
         if self.final_temperature > self.temperature:
             raise ValueError(
-                f"final_temperature={self.final_temperature} is above temperature={self.temperature}; "
+                f"final_temperature={self.final_temperature} is above "
+                f"temperature={self.temperature}; "
                 f"set final_temperature to at most {self.temperature}"
             )
         return self
@@ -296,11 +336,13 @@ class Pruning(_Frozen):
 
 
 class Distillation(_Frozen):
-    """What a stage's teacher teaches, with a share of `weight` in the targets; the rest is the text itself.
+    """What a stage's teacher teaches, with a share of `weight` in the targets; the rest is the text
+    itself.
 
-    `label` is the teacher's likeliest token (arXiv 2407.21075), `top_k` its likeliest `top_k` with their probabilities,
-    renormalised, `distribution` all of them. Probabilities are at `temperature`. With `cached`, labels and top-k come
-    from one pass over the text, stored beside it for all students of this teacher.
+    `label` is the teacher's likeliest token (arXiv 2407.21075), `top_k` its likeliest `top_k` with
+    their probabilities, renormalised, `distribution` all of them. Probabilities are at
+    `temperature`. With `cached`, labels and top-k come from one pass over the text, stored beside
+    it for all students of this teacher.
     """
 
     target: Literal["label", "top_k", "distribution"] = "label"
@@ -317,15 +359,20 @@ class Distillation(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> "Distillation":
         if self.cached and self.target == "distribution":
-            raise ValueError("cached=true cannot hold whole distributions; set target to 'top_k', or cached to false")
+            raise ValueError(
+                "cached=true cannot hold whole distributions; set target to 'top_k', or cached to "
+                "false"
+            )
         return self
 
 
 class Quantization(_Frozen):
-    """Training with weights rounded as they will be shipped: gradients pass the rounding by (arXiv 1308.3432).
+    """Training with weights rounded as they will be shipped: gradients pass the rounding by (arXiv
+    1308.3432).
 
-    Along what a matrix is multiplied over, each `group_size` weights share a scale: `int8` and `int4` as llama.cpp's
-    Q8_0 and Q4_0, which have groups of 32; `int2` has four levels and learns a factor of the scale for each matrix.
+    Along what a matrix is multiplied over, each `group_size` weights share a scale: `int8` and
+    `int4` as llama.cpp's Q8_0 and Q4_0, which have groups of 32; `int2` has four levels and learns
+    a factor of the scale for each matrix.
     """
 
     kind: Literal["int8", "int4", "int2"] = "int4"
@@ -333,11 +380,12 @@ class Quantization(_Frozen):
 
 
 class Stage(_Frozen):
-    """One stage of training. Sizes are in tokens; `mixture` maps the names of sources to weights of any scale.
+    """One stage of training. Sizes are in tokens; `mixture` maps the names of sources to weights of
+    any scale.
 
-    `mesh` and `remat` take the place of the run's, as where longer sequences are fewer in a batch and want splitting
-    themselves. `teacher` is a run directory, one of its checkpoints, a Hugging Face directory, or the name of an
-    earlier stage, whose last weights then teach.
+    `mesh` and `remat` take the place of the run's, as where longer sequences are fewer in a batch
+    and want splitting themselves. `teacher` is a run directory, one of its checkpoints, a Hugging
+    Face directory, or the name of an earlier stage, whose last weights then teach.
     """
 
     tokens: Size
@@ -371,31 +419,39 @@ class Stage(_Frozen):
         if self.batch_tokens % self.sequence_length:
             nearest = max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length
             raise ValueError(
-                f"batch_tokens={self.batch_tokens} is not a multiple of sequence_length={self.sequence_length}; "
-                f"set batch_tokens to {nearest}"
+                f"batch_tokens={self.batch_tokens} is not a multiple of "
+                f"sequence_length={self.sequence_length}; set batch_tokens to {nearest}"
             )
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
-                f"accumulation_steps={self.accumulation_steps} does not divide the {self.batch_size} sequences of a "
+                f"accumulation_steps={self.accumulation_steps} does not divide the "
+                f"{self.batch_size} sequences of a "
                 f"batch; set accumulation_steps to one of {some(divisors(self.batch_size))}"
             )
         if not sum(self.mixture.values()) > 0:
-            raise ValueError("mixture has no weight above zero; give at least one source a positive weight")
+            raise ValueError(
+                "mixture has no weight above zero; give at least one source a positive weight"
+            )
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} leaves none of the stage's {self.steps} steps to "
+                f"schedule.warmup_steps={self.schedule.warmup_steps} leaves none of the stage's "
+                f"{self.steps} steps to "
                 f"decay; set schedule.warmup_steps below {self.steps} or raise tokens"
             )
         if self.pruning and self.quantization:
-            raise ValueError("pruning and quantization cannot be in one stage; make another stage of quantization")
+            raise ValueError(
+                "pruning and quantization cannot be in one stage; make another stage of "
+                "quantization"
+            )
         return self
 
 
 class AfmOptimizer(_Frozen):
-    """The optimizer of the Apple Foundation Models (AXLearn's `adastar_optimizer`) with muP-simple update scales.
+    """The optimizer of the Apple Foundation Models (AXLearn's `adastar_optimizer`) with muP-simple
+    update scales.
 
-    A step whose gradient is not finite, or of a norm not below `skip_norm`, is skipped; a stage of which more than
-    `max_skipped` of the steps were does not count as finished.
+    A step whose gradient is not finite, or of a norm not below `skip_norm`, is skipped; a stage of
+    which more than `max_skipped` of the steps were does not count as finished.
     """
 
     kind: Literal["afm"] = "afm"
@@ -410,7 +466,8 @@ class AfmOptimizer(_Frozen):
 
 
 class AdamW(_Frozen):
-    """AdamW with decoupled weight decay, multiplied by the learning rate, on every parameter but the norms.
+    """AdamW with decoupled weight decay, multiplied by the learning rate, on every parameter but
+    the norms.
 
     `skip_norm` and `max_skipped` are those of the other optimizer.
     """
@@ -430,32 +487,38 @@ Optimizer = Annotated[AfmOptimizer | AdamW, Field(discriminator="kind")]
 class Source(_Frozen):
     """Documents from files: globs, local or of any fsspec file system, compressed or not.
 
-    `text` takes a file as one document, or splits it at `separator`; `jsonl` and `parquet` take `field` of each row;
-    `auto` decides by the file's name, and refuses what its first bytes do not agree with. `python-code`,
-    `python-prose` (docstrings) and `python-long` read Python files, those of the running Python's standard library
-    unless `paths` names others.
+    `text` takes a file as one document, or splits it at `separator`; `jsonl` and `parquet` take
+    `field` of each row; `auto` decides by the file's name, and refuses what its first bytes do not
+    agree with. `python-code`, `python-prose` (docstrings) and `python-long` read Python files,
+    those of the running Python's standard library unless `paths` names others.
     """
 
     paths: Annotated[tuple[str, ...], OneOrMore] = ()
-    format: Literal["auto", "text", "jsonl", "parquet", "python-code", "python-prose", "python-long"] = "auto"
+    format: Literal[
+        "auto", "text", "jsonl", "parquet", "python-code", "python-prose", "python-long"
+    ] = "auto"
     field: str = "text"
     separator: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Source":
         if not self.paths and not self.format.startswith("python-"):
-            raise ValueError(f"paths is empty with format={self.format!r}; name at least one file or glob in paths")
+            raise ValueError(
+                f"paths is empty with format={self.format!r}; name at least one file or glob in "
+                f"paths"
+            )
         return self
 
 
 class Data(_Frozen):
     """Where text comes from and how it is turned into batches.
 
-    `tokenizer` is the path of a `tokenizer.json`; with none, a byte-level BPE of `model.vocab_size` entries is trained
-    on the sources. `held_out` is the fraction of documents, chosen by hash, that training never sees; with 0 none is
-    held out, and nothing is evaluated. `cache` holds the tokenised shards; with none, they are kept below the user's
-    cache folder. `accept` is the fingerprint of text that has changed since the run's last checkpoint, to go on with
-    it all the same.
+    `tokenizer` is the path of a `tokenizer.json`; with none, a byte-level BPE of `model.vocab_size`
+    entries is trained on the sources. `held_out` is the fraction of documents, chosen by hash, that
+    training never sees; with 0 none is held out, and nothing is evaluated. `cache` holds the
+    tokenised shards; with none, they are kept below the user's cache folder. `accept` is the
+    fingerprint of text that has changed since the run's last checkpoint, to go on with it all the
+    same.
     """
 
     sources: dict[Name, Source] = Field(default_factory=dict)
@@ -468,7 +531,9 @@ class Data(_Frozen):
 
 
 class Checkpoint(_Frozen):
-    """When checkpoints are written and which are kept: the newest `keep_last` and every `keep_every_steps`-th."""
+    """When checkpoints are written and which are kept: the newest `keep_last` and every
+    `keep_every_steps`-th.
+    """
 
     every_steps: Size = 1000
     keep_last: Size = 2
@@ -476,7 +541,8 @@ class Checkpoint(_Frozen):
 
 
 class Precision(_Frozen):
-    """The type of activations and of the weights as they are multiplied; parameters and optimizer are float32.
+    """The type of activations and of the weights as they are multiplied; parameters and optimizer
+    are float32.
 
     `reduce` is the type in which fully sharded gradients are summed over devices.
     """
@@ -486,7 +552,9 @@ class Precision(_Frozen):
 
 
 class Offload(_Frozen):
-    """What waits in the host's memory while it is not needed: the optimizer's state, and activations by name."""
+    """What waits in the host's memory while it is not needed: the optimizer's state, and
+    activations by name.
+    """
 
     optimizer: bool = False
     activations: Annotated[tuple[NamedActivation, ...], OneOrMore] = ()
@@ -497,7 +565,9 @@ NO_OFFLOAD = Offload()
 
 
 class Evaluation(_Frozen):
-    """Held-out evaluation at the end of each stage and every `every_steps`, over at most `tokens` of each source."""
+    """Held-out evaluation at the end of each stage and every `every_steps`, over at most `tokens`
+    of each source.
+    """
 
     every_steps: Size | None = None
     tokens: Size = 262_144
@@ -539,7 +609,9 @@ class Run(_Frozen):
         return sum(stage.steps for stage in self.stages.values())
 
     def stage_at(self, step: int) -> tuple[str, Stage, int]:
-        """The stage that runs the 0-based global `step`: its name, the stage and the step's index within it."""
+        """The stage that runs the 0-based global `step`: its name, the stage and the step's index
+        within it.
+        """
         first = 0
         for name, stage in self.stages.items():
             if step < first + stage.steps:
@@ -548,7 +620,9 @@ class Run(_Frozen):
         raise IndexError(f"step {step} lies beyond the run's {first} steps")
 
     def model_at(self, step: int) -> tuple[Model, int]:
-        """The model as left after `step` steps, and the longest sequence that it was trained on by then, in tokens."""
+        """The model as left after `step` steps, and the longest sequence that it was trained on by
+        then, in tokens.
+        """
         model = self.model
         length = model.max_position_embeddings
         first = 0
@@ -560,14 +634,18 @@ class Run(_Frozen):
         return model, length
 
     def models(self) -> dict[str, StageModels]:
-        """The model of each stage: pruning makes it narrower for all that follow, a RoPE base holds for its stage."""
+        """The model of each stage: pruning makes it narrower for all that follow, a RoPE base holds
+        for its stage.
+        """
         found, model = {}, self.model
         for name, stage in self.stages.items():
             wide, model = model, stage.pruning.pruned(model) if stage.pruning else model
             # Soft-Top-K trains the units that it will cut at the end; the other methods cut first.
             trained = wide if stage.pruning and stage.pruning.learned else model
             base = {"rope_base": stage.rope_base} if stage.rope_base else {}
-            found[name] = StageModels(*(each.model_copy(update=base) for each in (wide, trained, model)))
+            found[name] = StageModels(
+                *(each.model_copy(update=base) for each in (wide, trained, model))
+            )
         return found
 
     @model_validator(mode="after")
@@ -576,14 +654,17 @@ class Run(_Frozen):
         for index, (name, stage) in enumerate(self.stages.items()):
             if stage.teacher in names[index:]:
                 remedy = f"one of {names[:index]}" if index else "a directory"
-                raise ValueError(f"stages.{name}.teacher={stage.teacher!r} is not an earlier stage; set it to {remedy}")
+                raise ValueError(
+                    f"stages.{name}.teacher={stage.teacher!r} is not an earlier stage; set it to "
+                    f"{remedy}"
+                )
             if stage.pruning:
                 check_pruning(f"stages.{name}.pruning.keep.", stage.pruning, model)
                 model = stage.pruning.pruned(model)
         if self.total_steps > MOST_STEPS:
             raise ValueError(
-                f"stages have {self.total_steps:,} steps in all, and a run has at most {MOST_STEPS:,}; lower tokens or "
-                f"raise batch_tokens"
+                f"stages have {self.total_steps:,} steps in all, and a run has at most "
+                f"{MOST_STEPS:,}; lower tokens or raise batch_tokens"
             )
         for name, stage in self.stages.items():
             for source in stage.mixture:
@@ -592,21 +673,26 @@ class Run(_Frozen):
                         f"stages.{name}.mixture.{source} is not a source of the data; "
                         + did_you_mean(source, self.data.sources)
                     )
-        remats = {f"stages.{name}.remat": stage.remat for name, stage in self.stages.items() if stage.remat}
+        remats = {
+            f"stages.{name}.remat": stage.remat
+            for name, stage in self.stages.items()
+            if stage.remat
+        }
         if len(remats) < len(self.stages):
             remats["remat"] = self.remat
         for path, remat in remats.items():
             for name in self.offload.activations:
                 if remat.policy != "save_named" or name not in remat.names:
                     raise ValueError(
-                        f"offload.activations has {name!r}, which is not kept for the backward pass; set {path}.policy "
-                        f"to 'save_named' with {name!r} among {path}.names"
+                        f"offload.activations has {name!r}, which is not kept for the backward "
+                        f"pass; set {path}.policy to 'save_named' with {name!r} among {path}.names"
                     )
         return self
 
 
 def check_pruning(prefix: str, pruning: Pruning, model: Model) -> None:
-    """Refuses to keep as many units as there are, or query heads that key heads cannot share evenly.
+    """Refuses to keep as many units as there are, or query heads that key heads cannot share
+    evenly.
 
     Raises:
         ValueError: naming the axis after `prefix`.
@@ -650,7 +736,8 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`path=value` as (path, value), the value read as JSON where it is JSON and as a string otherwise.
+    """`path=value` as (path, value), the value read as JSON where it is JSON and as a string
+    otherwise.
 
     A field that holds text takes a number or a truth value as it was typed.
 
@@ -660,15 +747,17 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     path, equals, raw = text.partition("=")
     path = path.strip()
     if not equals or not path:
-        raise UserError(f"--set {text!r} is not an assignment; write --set path=value, as in --set seed=1")
+        raise UserError(
+            f"--set {text!r} is not an assignment; write --set path=value, as in --set seed=1"
+        )
     try:
         value = json.loads(raw)
     except json.JSONDecodeError:
         value = {"None": None, "True": True, "False": False}.get(raw, raw)
     except (ValueError, RecursionError):
         raise UserError(
-            f"--set {path} has a number of thousands of digits, or lists within lists beyond reason; give it a value "
-            f"that the field can have"
+            f"--set {path} has a number of thousands of digits, or lists within lists beyond "
+            f"reason; give it a value that the field can have"
         ) from None
     if isinstance(value, int | float) and _holds_text(path):
         value = raw.strip()
@@ -676,7 +765,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _holds_text(path: str) -> bool:
-    """Whether the field at a path is declared as text, by its last name; those of a mixture are sources."""
+    """Whether the field at a path is declared as text, by its last name; those of a mixture are
+    sources.
+    """
     *parents, last = path.split(".")
     declared = {
         name
@@ -713,19 +804,23 @@ def override(run: Run, assignments: Mapping[str, Any]) -> Run:
             near = difflib.get_close_matches(name, run.data.sources, n=1)
             meant = f"did you mean {near[0]!r}? Otherwise " if near else ""
             raise UserError(
-                f"data.sources.{name} is a new source that no stage draws from; {meant}add its weight, as --set "
-                f"stages.{first}.mixture.{name}=1"
+                f"data.sources.{name} is a new source that no stage draws from; {meant}add its "
+                f"weight, as --set stages.{first}.mixture.{name}=1"
             )
     return changed
 
 
 def _new_stage(run: Run, fields: Mapping[str, Any], error: str) -> str:
-    """What to add to the error that a stage lacks a field, where the stage is new: its name may be a slip."""
+    """What to add to the error that a stage lacks a field, where the stage is new: its name may be
+    a slip.
+    """
     missing = re.match(r"stages\.([^.]+)\.\S+ is missing", error)
     if not missing or missing[1] not in _added(run, fields, "stages"):
         return ""
     near = difflib.get_close_matches(missing[1], run.stages, n=1)
-    return f", since {missing[1]!r} is a new stage" + (f"; did you mean the stage {near[0]!r}?" if near else "")
+    return f", since {missing[1]!r} is a new stage" + (
+        f"; did you mean the stage {near[0]!r}?" if near else ""
+    )
 
 
 def _added(run: Run, fields: Any, kind: Literal["stages", "sources"]) -> list[str]:
@@ -736,12 +831,16 @@ def _added(run: Run, fields: Any, kind: Literal["stages", "sources"]) -> list[st
 
 
 # What a stage or a source has that is begun by assigning to one of its fields.
-_NEW_STAGE = Stage(tokens=1, sequence_length=1, batch_tokens=1, mixture={"any": 1.0}, learning_rate=1.0)
+_NEW_STAGE = Stage(
+    tokens=1, sequence_length=1, batch_tokens=1, mixture={"any": 1.0}, learning_rate=1.0
+)
 _NEW = {"stages": _NEW_STAGE.model_dump(), "sources": Source.model_construct().model_dump()}
 
 
 def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
-    """Sets the leaf at `path` of `fields`, which hold what is set already, if the run has such a field."""
+    """Sets the leaf at `path` of `fields`, which hold what is set already, if the run has such a
+    field.
+    """
     *parents, last = path.split(".")
     known: Any = run.model_dump()
     for depth, name in enumerate(parents):
@@ -813,7 +912,9 @@ def explain_validation_error(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{path} is missing; give it a value"
     if problem["type"].startswith("union_tag"):
-        kind = problem["input"].get("kind") if isinstance(problem["input"], dict) else problem["input"]
+        kind = (
+            problem["input"].get("kind") if isinstance(problem["input"], dict) else problem["input"]
+        )
         return f"{path}.kind={_short(kind)} is not valid: it must be 'afm' or 'adamw'"
     reason = problem["msg"].removeprefix("Input ")
     return f"{path or 'the run'}={_short(problem['input'])} is not valid: it {reason}"
@@ -851,15 +952,20 @@ def read_run(directory: Path) -> Run:
     path = directory / "config.json"
     fields = _read_config(directory).get("run")
     if not isinstance(fields, dict):
-        raise UserError(f"{str(path)!r} does not hold a run; restore it or start in another folder with --out")
+        raise UserError(
+            f"{str(path)!r} does not hold a run; restore it or start in another folder with --out"
+        )
     try:
         return validate(fields)
     except UserError as error:
-        raise UserError(f"{str(path)!r} does not hold a run of this version of Braeburn: {error}") from None
+        raise UserError(
+            f"{str(path)!r} does not hold a run of this version of Braeburn: {error}"
+        ) from None
 
 
 def read_identity(directory: Path) -> str | None:
-    """What tells the run of a run directory from all others; None where its `config.json` does not say.
+    """What tells the run of a run directory from all others; None where its `config.json` does not
+    say.
 
     Raises:
         UserError: there is no such file, or it is damaged.
@@ -880,11 +986,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from None
     except Unreadable as error:
         raise UserError(
-            f"{str(path)!r} does not hold a run: it {error}; restore it or start in another folder with --out"
+            f"{str(path)!r} does not hold a run: it {error}; restore it or start in another "
+            f"folder with --out"
         ) from None
     except OSError as error:
         reason = explained(error) or f"{str(path)!r} cannot be read ({error.strerror}); see to it"
         raise UserError(reason) from None
     if not isinstance(fields, dict):
-        raise UserError(f"{str(path)!r} does not hold a run; restore it or start in another folder with --out")
+        raise UserError(
+            f"{str(path)!r} does not hold a run; restore it or start in another folder with --out"
+        )
     return fields

@@ -1,4 +1,6 @@
-"""What processes that write the same disk owe one another and their user: locks, room, and words for failures."""
+"""What processes that write the same disk owe one another and their user: locks, room, and words
+for failures.
+"""
 
 import errno
 import fcntl
@@ -22,7 +24,8 @@ STALE_SECONDS = 3600.0
 
 @contextmanager
 def locked(path: Path, in_use: str) -> Iterator[None]:
-    """Holds the lock that a file is, until the end of this process at the latest; on file systems without, nothing.
+    """Holds the lock that a file is, until the end of this process at the latest; on file systems
+    without, nothing.
 
     Raises:
         UserError: another process holds it; `in_use` is the sentence.
@@ -51,15 +54,20 @@ def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"no space left: {what} {needed:,} bytes and {str(folder)!r} has {free:,} free; {remedy}")
+        raise UserError(
+            f"no space left: {what} {needed:,} bytes and {str(folder)!r} has {free:,} free; "
+            f"{remedy}"
+        )
 
 
 @contextmanager
 def scratch(parent: Path, name: str) -> Iterator[Path]:
-    """A hidden folder in which something is made before it gets its name; gone afterwards, with what is left in it.
+    """A hidden folder in which something is made before it gets its name; gone afterwards, with
+    what is left in it.
 
-    What processes that were killed have left of the same name is removed, too. That these folders are of this program,
-    and of no process that still runs, is known by a lock that each holds; others are left alone.
+    What processes that were killed have left of the same name is removed, too. That these folders
+    are of this program, and of no process that still runs, is known by a lock that each holds;
+    others are left alone.
 
     Args:
         parent: an existing folder.
@@ -73,14 +81,17 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
         _remove_abandoned(abandoned)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        with locked(folder / _LOCK, f"{str(folder)!r} is in use by another process; run the same command again"):
+        with locked(
+            folder / _LOCK,
+            f"{str(folder)!r} is in use by another process; run the same command again",
+        ):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what `scratch` made in a process that is gone; on file systems without locks nothing."""
+    """Removes what `scratch` made in a process that is gone; nothing without file locks."""
     with suppress(OSError), (folder / _LOCK).open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +100,8 @@ def _remove_abandoned(folder: Path) -> None:
 def remove_stale(parent: Path, name: str) -> None:
     """Removes what killed processes left beside a file or folder that they were making.
 
-    Theirs is named `.NAME.partial-` and a number, and nothing was written to it for an hour; all else is left alone.
+    Theirs is named `.NAME.partial-` and a number, and nothing was written to it for an hour; all
+    else is left alone.
     """
     for path in parent.glob(glob.escape(f".{name}.partial-") + "*"):
         if not re.fullmatch("[0-9]+|[0-9a-f]{32}", path.name.rpartition("-")[2]):
@@ -106,7 +118,9 @@ def remove_stale(parent: Path, name: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Has failures to read or write an open file tell of which file they are; the system tells only when one opens."""
+    """Has failures to read or write an open file tell of which file they are; the system tells only
+    when one opens.
+    """
     try:
         yield
     except OSError as error:
@@ -135,7 +149,8 @@ def explaining(directory: Path | None = None) -> Iterator[None]:
 
 
 def explained(error: OSError, directory: Path | None = None) -> str | None:
-    """One sentence about a failure of the file system; None where it names no file, or is of another kind.
+    """One sentence about a failure of the file system; None where it names no file, or is of
+    another kind.
 
     Args:
         error: as the system raised it; only its number and its file count, not its words.
@@ -144,8 +159,8 @@ def explained(error: OSError, directory: Path | None = None) -> str | None:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return (
-            f"too many open files (limit {limit}); raise the limit, as with `ulimit -n 65536`, then run the same "
-            f"command again"
+            f"too many open files (limit {limit}); raise the limit, as with `ulimit -n 65536`, "
+            f"then run the same command again"
         )
     if error.filename is None or error.errno is None:
         return None
@@ -162,20 +177,40 @@ def explained(error: OSError, directory: Path | None = None) -> str | None:
         return f"no space left {place} ({room}); {remedy}, {again}"
     if error.errno == errno.EFBIG:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        why = "the file system holds no larger files" if limit < 0 else f"files are limited to {limit:,} bytes"
-        return f"{name!r} cannot grow ({why}); raise the limit, as with `ulimit -f unlimited`, {again}"
+        why = (
+            "the file system holds no larger files"
+            if limit < 0
+            else f"files are limited to {limit:,} bytes"
+        )
+        return (
+            f"{name!r} cannot grow ({why}); raise the limit, as with `ulimit -f unlimited`, {again}"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         reason = os.strerror(error.errno).lower()
-        remedy = "change its permissions" if error.errno != errno.EROFS else "make the file system writable"
+        remedy = (
+            "change its permissions"
+            if error.errno != errno.EROFS
+            else "make the file system writable"
+        )
         other = ", or choose another folder with --out" if of_run else ""
         return f"{name!r} cannot be used ({reason}); {remedy}{other}, {again}"
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and of_run:
         return (
-            f"{name!r} is gone: the run directory was moved, or a part of it deleted, while it was in use; "
-            f"put it back, {again}"
+            f"{name!r} is gone: the run directory was moved, or a part of it deleted, while it was "
+            f"in use; put it back, {again}"
         )
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST):
-        return f"{name!r} cannot be used ({os.strerror(error.errno).lower()}); put right what is there, {again}"
+    if error.errno in (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EEXIST,
+    ):
+        return (
+            f"{name!r} cannot be used ({os.strerror(error.errno).lower()}); put right what is "
+            f"there, {again}"
+        )
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO):
         reason = os.strerror(error.errno).lower()
         return f"the storage of {name!r} failed ({reason}); see to the disk or the network, {again}"

@@ -1,6 +1,7 @@
 """Reading JSON files that may have been damaged or made by others.
 
-Whatever is wrong with a file is told in one clause. Callers know what the file is for, and make a sentence of it.
+Whatever is wrong with a file is told in one clause. Callers know what the file is for, and make a
+sentence of it.
 """
 
 import json
@@ -17,7 +18,9 @@ DEEPEST = 100
 
 
 class Unreadable(ValueError):
-    """A file does not hold what it should; the message is a clause without its subject, as "is not UTF-8"."""
+    """A file does not hold what it should; the message is a clause without its subject, as "is not
+    UTF-8".
+    """
 
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
@@ -49,7 +52,9 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
     _require_ordinary(status)
     if status.st_size > most_bytes:
-        raise Unreadable(f"has {status.st_size:,} bytes, more than the {most_bytes:,} that such a file can have")
+        raise Unreadable(
+            f"has {status.st_size:,} bytes, more than the {most_bytes:,} that such a file can have"
+        )
     return path.read_bytes()
 
 
@@ -65,7 +70,8 @@ def parse_json(content: bytes | str) -> Any:
     """The value that JSON text stands for.
 
     Raises:
-        Unreadable: it is not UTF-8, no JSON, nested too deeply, or has half a character or a number that is too long.
+        Unreadable: it is not UTF-8, no JSON, nested too deeply, or has half a character or a number
+            that is too long.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
@@ -107,12 +113,15 @@ def _is_deep(value: Any) -> bool:
         inner = [part for part in level if isinstance(part, dict | list)]
         if not inner:
             return False
-        level = [child for part in inner for child in (part.values() if isinstance(part, dict) else part)]
+        level = [
+            child for part in inner for child in (part.values() if isinstance(part, dict) else part)
+        ]
     return True
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, but for lines that are none, as one cut short by a full disk or a kill.
+    """The objects of a file of JSON lines, but for lines that are none, as one cut short by a full
+    disk or a kill.
 
     Raises:
         FileNotFoundError: there is no such file.

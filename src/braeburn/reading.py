@@ -1,4 +1,5 @@
-"""Files that others wrote, read with care: whatever they hold, the answer is their contents or one sentence.
+"""Files that others wrote, read with care: whatever they hold, the answer is their contents or one
+sentence.
 
 A file may be missing, a folder, a pipe that never ends, too large, not text, not JSON, nested too
 deeply, or hold a number of thousands of digits. None of this may hang, fill the memory or end in a
@@ -20,7 +21,9 @@ LARGEST_TEXT_BYTES = 512 * 2**20
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a path, once links are followed, is an ordinary file: no folder, pipe, socket or device."""
+    """Whether a path, once links are followed, is an ordinary file: no folder, pipe, socket or
+    device.
+    """
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):  # a ValueError for a name with a null character
@@ -65,7 +68,10 @@ def shown(value: Any, width: int = 60) -> str:
     """A value as a sentence can show it: its `repr`, cut short where it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists in lists in lists
+    except (
+        ValueError,
+        RecursionError,
+    ):  # an integer of thousands of digits, or lists in lists in lists
         return f"a very long {type(value).__name__}"
     return text if len(text) <= width else f"{text[:width]}..."
 
@@ -97,4 +103,6 @@ def validated(kind: type[Foreign], contents: Mapping[str, Any], path: str, fix: 
         return kind.model_validate(contents)
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
-        raise UserError(f"{path!r}: {field} cannot be {shown(contents.get(field))}; {fix}") from None
+        raise UserError(
+            f"{path!r}: {field} cannot be {shown(contents.get(field))}; {fix}"
+        ) from None

@@ -24,15 +24,21 @@ def pruned(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder, before = tmp_path_factory.mktemp("pruned"), contents(finished)
     for method in METHODS:
         extra = ("--tokens", 4096) if method == "soft_top_k" else ()
-        answer = braeburn("prune", finished, "--ffn", KEEP, "--method", method, "--out", folder / method, *extra)
+        answer = braeburn(
+            "prune", finished, "--ffn", KEEP, "--method", method, "--out", folder / method, *extra
+        )
         assert answer.code == 0, answer.err
     assert contents(finished) == before
-    assert sorted(path.name for path in folder.iterdir()) == sorted(METHODS)  # no folder is left beside them
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        METHODS
+    )  # no folder is left beside them
     return {method: folder / method for method in METHODS}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_pruned_run_is_an_ordinary_smaller_one(pruned: dict[str, Path], method: str, finished: Path) -> None:
+def test_a_pruned_run_is_an_ordinary_smaller_one(
+    pruned: dict[str, Path], method: str, finished: Path
+) -> None:
     small, large = load(pruned[method]), load(finished)
     assert small.model.ffn_dim == KEEP
     changed = {"ffn_dim": KEEP, "max_position_embeddings": 256}
@@ -49,20 +55,30 @@ def test_what_is_cut_without_training_is_a_part_of_what_was(
     small, large = load(pruned[method]).params["layers"], load(finished).params["layers"]
     for layer in range(2):
         units = [
-            np.flatnonzero((large["up"][layer] == column[:, None]).all(0)).item() for column in small["up"][layer].T
+            np.flatnonzero((large["up"][layer] == column[:, None]).all(0)).item()
+            for column in small["up"][layer].T
         ]
         assert units == sorted(set(units))
         np.testing.assert_array_equal(small["down"][layer], large["down"][layer][np.array(units)])
-        np.testing.assert_array_equal(small["gate"][layer], large["gate"][layer][:, np.array(units)])
+        np.testing.assert_array_equal(
+            small["gate"][layer], large["gate"][layer][:, np.array(units)]
+        )
     np.testing.assert_array_equal(small["query"], large["query"])
 
 
 def test_the_optimizer_is_cut_alike(pruned: dict[str, Path], finished: Path) -> None:
     small, large = (_checkpoint(path) for path in (pruned["magnitude"], finished))
     large_up, small_up = large["params"]["layers"]["up"][0], small["params"]["layers"]["up"][0]
-    units = np.array([np.flatnonzero((large_up == column[:, None]).all(0)).item() for column in small_up.T])
-    moments = [(dict(walk(small["optimizer"]["direction"][name])), dict(walk(large["optimizer"]["direction"][name])))
-               for name in ("second_moment", "momentum")]  # fmt: skip
+    units = np.array(
+        [np.flatnonzero((large_up == column[:, None]).all(0)).item() for column in small_up.T]
+    )
+    moments = [
+        (
+            dict(walk(small["optimizer"]["direction"][name])),
+            dict(walk(large["optimizer"]["direction"][name])),
+        )
+        for name in ("second_moment", "momentum")
+    ]
     for after, before in moments:
         np.testing.assert_array_equal(after["layers/up"][0], before["layers/up"][0][:, units])
         np.testing.assert_array_equal(after["layers/down"][0], before["layers/down"][0][units])
@@ -70,7 +86,9 @@ def test_the_optimizer_is_cut_alike(pruned: dict[str, Path], finished: Path) -> 
 
 
 def _checkpoint(directory: Path) -> dict:
-    """Parameters and optimizer of the newest checkpoint as orbax has them, told nothing of their structure."""
+    """Parameters and optimizer of the newest checkpoint as orbax has them, told nothing of their
+    structure.
+    """
     import orbax.checkpoint as ocp
 
     folder = directory / "checkpoints" / str(Checkpoints(directory).newest())
@@ -79,11 +97,15 @@ def _checkpoint(directory: Path) -> dict:
     return jax.tree.map(np.asarray, items)
 
 
-def test_a_recipe_of_the_smaller_model_trains_on(pruned: dict[str, Path], tiny_fields: dict, tmp_path: Path) -> None:
+def test_a_recipe_of_the_smaller_model_trains_on(
+    pruned: dict[str, Path], tiny_fields: dict, tmp_path: Path
+) -> None:
     import shutil
 
     shutil.copytree(pruned["activation"], tmp_path / "run")
-    run = override(recipe("afm-tiny"), tiny_fields | {"model.ffn_dim": KEEP, "model.rope_base": 6_315_089.0})
+    run = override(
+        recipe("afm-tiny"), tiny_fields | {"model.ffn_dim": KEEP, "model.rope_base": 6_315_089.0}
+    )
     outcome = train(run, tmp_path / "run", stop_after_steps=2)
     assert outcome.step == 2
     first = next(json_lines(tmp_path / "run" / "metrics.jsonl"))
@@ -92,7 +114,9 @@ def test_a_recipe_of_the_smaller_model_trains_on(pruned: dict[str, Path], tiny_f
     assert first["loss"] < next(json_lines(tmp_path / "scratch" / "metrics.jsonl"))["loss"] - 0.1
 
 
-def test_an_interrupted_pruning_goes_on(finished: Path, pruned: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_pruning_goes_on(
+    finished: Path, pruned: dict[str, Path], tmp_path: Path, monkeypatch
+) -> None:
     from braeburn.compress import prune as module
 
     def stopped(run, out):
@@ -109,12 +133,23 @@ def test_an_interrupted_pruning_goes_on(finished: Path, pruned: dict[str, Path],
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("method", [pytest.param("soft_top_k", marks=pytest.mark.deep), "activation"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("soft_top_k", marks=pytest.mark.deep), "activation"]
+)
 def test_what_has_no_text_of_its_own_learns_from_files(
     pruned: dict[str, Path], method: str, corpus: Path, tmp_path: Path
 ) -> None:
     """As an import has none, and a run that was pruned."""
-    arguments = ("prune", pruned["magnitude"], "--ffn", 32, "--method", method, "--data", f"{corpus}/*.py")
+    arguments = (
+        "prune",
+        pruned["magnitude"],
+        "--ffn",
+        32,
+        "--method",
+        method,
+        "--data",
+        f"{corpus}/*.py",
+    )
     extra = ("--tokens", 8192) if method == "soft_top_k" else ()
     mesh = ("--set", "mesh.fsdp=1")
     answer = braeburn(*arguments, "--out", tmp_path / "out", *mesh, *extra)
@@ -123,8 +158,19 @@ def test_what_has_no_text_of_its_own_learns_from_files(
     assert read_run(tmp_path / "out").data.sources.keys() == {"text"}
 
 
-def test_files_take_the_place_of_the_runs_own_text(finished: Path, corpus: Path, tmp_path: Path) -> None:
-    arguments = ("prune", finished, "--ffn", 32, "--method", "activation", "--data", corpus / "abc.py")
+def test_files_take_the_place_of_the_runs_own_text(
+    finished: Path, corpus: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "prune",
+        finished,
+        "--ffn",
+        32,
+        "--method",
+        "activation",
+        "--data",
+        corpus / "abc.py",
+    )
     answer = braeburn(*arguments, "--out", tmp_path / "out", "--set", "data.held_out=0.0001")
     assert answer.code == 0, answer.err
     (source,) = read_run(tmp_path / "out").data.sources.values()
@@ -133,7 +179,15 @@ def test_files_take_the_place_of_the_runs_own_text(finished: Path, corpus: Path,
 
 def test_a_pruned_run_can_be_pruned_again(pruned: dict[str, Path], tmp_path: Path) -> None:
     answer = braeburn(
-        "prune", pruned["magnitude"], "--ffn", 32, "--method", "magnitude", "--out", tmp_path / "out", "--json"
+        "prune",
+        pruned["magnitude"],
+        "--ffn",
+        32,
+        "--method",
+        "magnitude",
+        "--out",
+        tmp_path / "out",
+        "--json",
     )
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["model"]["ffn_dim"] == 32
@@ -145,8 +199,14 @@ def test_a_pruned_run_can_be_pruned_again(pruned: dict[str, Path], tmp_path: Pat
     [
         (("--ffn", 160), "--ffn=160 is not less than the model's ffn_dim=160; set --ffn below 160"),
         (("--ffn", 80, "--method", "best"), "--method='best' is not valid"),
-        (("--ffn", 80, "--method", "magnitude", "--tokens", 10), "--tokens 10 is for learned masks"),
-        (("--ffn", 80, "--set", "stages.prune.pruning.keep.width=3"), "stages.prune.pruning.keep.width"),
+        (
+            ("--ffn", 80, "--method", "magnitude", "--tokens", 10),
+            "--tokens 10 is for learned masks",
+        ),
+        (
+            ("--ffn", 80, "--set", "stages.prune.pruning.keep.width=3"),
+            "stages.prune.pruning.keep.width",
+        ),
         (("--ffn", 80, "--set", "stages.prune.learning_rat=3"), "did you mean"),
     ],
 )
@@ -156,13 +216,30 @@ def test_mistakes(finished: Path, tmp_path: Path, arguments: tuple, words: str) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_measured_or_written(pruned: dict[str, Path], finished: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_or_written(
+    pruned: dict[str, Path], finished: Path, tmp_path: Path
+) -> None:
     answer = braeburn("prune", pruned["magnitude"], "--ffn", 32, "--out", tmp_path / "out")
-    assert "names no text to measure activations on; name some with --data FILE, or use --method" in answer.error
-    missing = ("prune", pruned["magnitude"], "--ffn", 32, "--out", tmp_path / "out", "--data", "/nowhere/a.txt")
+    assert (
+        "names no text to measure activations on; name some with --data FILE, or use --method"
+        in answer.error
+    )
+    missing = (
+        "prune",
+        pruned["magnitude"],
+        "--ffn",
+        32,
+        "--out",
+        tmp_path / "out",
+        "--data",
+        "/nowhere/a.txt",
+    )
     assert "--data" in braeburn(*missing).error and "data.sources" not in braeburn(*missing).error
     answer = braeburn(*missing, "--method", "random")
-    assert "--data is for --method soft_top_k and activation, and --method random reads no text" in answer.error
+    assert (
+        "--data is for --method soft_top_k and activation, and --method random reads no text"
+        in answer.error
+    )
     answer = braeburn("prune", finished, "--ffn", 32, "--out", finished)
     assert "is in use" in answer.error
     answer = braeburn("prune", tmp_path, "--ffn", 32, "--out", tmp_path / "out")

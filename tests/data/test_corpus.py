@@ -21,7 +21,10 @@ def read(source: Source, **split: object) -> list[str]:
 
 
 def jsonl(field: str = "text") -> bytes:
-    return b"\n".join(json.dumps({"id": i, field: text}).encode() for i, text in enumerate(TEXTS)) + b"\n"
+    return (
+        b"\n".join(json.dumps({"id": i, field: text}).encode() for i, text in enumerate(TEXTS))
+        + b"\n"
+    )
 
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
@@ -60,7 +63,9 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS * 200, "n": range(800)}), path)
     assert read(Source(paths=(str(path),), field="body")) == TEXTS * 200
-    with pytest.raises(UserError, match=r"no column 'text' \(it has: body, n\); set data\.sources\.books\.field"):
+    with pytest.raises(
+        UserError, match=r"no column 'text' \(it has: body, n\); set data\.sources\.books\.field"
+    ):
         read(Source(paths=(str(path),)))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="not a sound parquet file"):
@@ -70,7 +75,11 @@ def test_parquet(tmp_path: Path) -> None:
 def test_separator_cuts_a_file_into_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n---\ntwo\n---\n\n---\nthree")
     found = list(documents("books", Source(paths=(str(tmp_path),), separator="\n---\n")))
-    assert [(d.name, d.text) for d in found] == [("a.txt#0", "one"), ("a.txt#1", "two"), ("a.txt#3", "three")]
+    assert [(d.name, d.text) for d in found] == [
+        ("a.txt#0", "one"),
+        ("a.txt#1", "two"),
+        ("a.txt#3", "three"),
+    ]
 
 
 def test_fsspec_url() -> None:
@@ -94,7 +103,9 @@ def test_globs_folders_and_duplicates(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_source_and_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^data\.sources\.books\.paths: no file matches '.*nothing\*'; name "):
+    with pytest.raises(
+        UserError, match=r"^data\.sources\.books\.paths: no file matches '.*nothing\*'; name "
+    ):
         read(Source(paths=(f"{tmp_path}/nothing*",)))
     with pytest.raises(UserError, match=r"^data\.sources\.books\.paths: "):
         read(Source(paths=("nosuchprotocol://x",)))
@@ -133,7 +144,9 @@ def test_lone_surrogates_become_encodable(tmp_path: Path) -> None:
 
 
 def test_python_formats_name_the_same_files(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text('"""Module.\n\n  Indented."""\ndef f():\n    "Does \\ud800 f."\n    return "\\d"\n')
+    (tmp_path / "a.py").write_text(
+        '"""Module.\n\n  Indented."""\ndef f():\n    "Does \\ud800 f."\n    return "\\d"\n'
+    )
     (tmp_path / "b.py").write_text("x = 1\n" * 6000)
     (tmp_path / "c.py").write_bytes(b"# \xff\n")
     (tmp_path / "d.txt").write_text("not Python")
@@ -141,8 +154,14 @@ def test_python_formats_name_the_same_files(tmp_path: Path) -> None:
     paths = (str(tmp_path),)
     prose = list(documents("code", Source(paths=paths, format="python-prose")))
     assert [(d.name, d.text) for d in prose] == [("a.py", "Module.\n\nIndented.\n\nDoes ? f.")]
-    assert [d.name for d in documents("code", Source(paths=paths, format="python-code"))] == ["a.py", "b.py", "e.py"]
-    assert [d.name for d in documents("code", Source(paths=paths, format="python-long"))] == ["b.py"]
+    assert [d.name for d in documents("code", Source(paths=paths, format="python-code"))] == [
+        "a.py",
+        "b.py",
+        "e.py",
+    ]
+    assert [d.name for d in documents("code", Source(paths=paths, format="python-long"))] == [
+        "b.py"
+    ]
 
 
 def test_standard_library_holds_out_the_same_files() -> None:
@@ -152,5 +171,8 @@ def test_standard_library_holds_out_the_same_files() -> None:
     assert not [name for name in names if {"test", "site-packages"} & set(name.split("/"))]
     held_out = {d.name for d in documents("code", source, held_out=True, fraction=0.02)}
     assert held_out == {name for name in names if is_held_out(name, 0.02)} & held_out
-    long = {d.name for d in documents("long", Source(format="python-long"), held_out=True, fraction=0.02)}
+    long = {
+        d.name
+        for d in documents("long", Source(format="python-long"), held_out=True, fraction=0.02)
+    }
     assert long <= held_out

@@ -22,13 +22,18 @@ CORPUS = [
     "四五六。七八\n" * 9,
 ]
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 
 
 def made(
-    model: object, trainer: object, normalizer: object = None, splitter: object = None, added: tuple[str, ...] = ()
+    model: object,
+    trainer: object,
+    normalizer: object = None,
+    splitter: object = None,
+    added: tuple[str, ...] = (),
 ) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     if normalizer is not None:
@@ -40,7 +45,9 @@ def made(
     return Tokenizer(tokenizer)
 
 
-def bpe(normalizer: object = None, splitter: object = None, added: tuple[str, ...] = ()) -> Tokenizer:
+def bpe(
+    normalizer: object = None, splitter: object = None, added: tuple[str, ...] = ()
+) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=500,
         special_tokens=[END_OF_TEXT],
@@ -61,15 +68,23 @@ def split_by(pattern: str) -> object:
 
 
 def word_piece() -> Tokenizer:
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]", END_OF_TEXT], show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=["[UNK]", END_OF_TEXT], show_progress=False
+    )
     return made(
-        models.WordPiece(unk_token="[UNK]"), trainer, normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        models.WordPiece(unk_token="[UNK]"),
+        trainer,
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
     )
 
 
 def unigram() -> Tokenizer:
     trainer = trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=["<unk>", END_OF_TEXT], unk_token="<unk>", show_progress=False
+        vocab_size=400,
+        special_tokens=["<unk>", END_OF_TEXT],
+        unk_token="<unk>",
+        show_progress=False,
     )
     return made(models.Unigram(), trainer, normalizers.NFKC(), pre_tokenizers.Metaspace())
 
@@ -82,14 +97,26 @@ def llama2() -> Tokenizer:
 CAN_BE_CUT = {
     "our own": lambda: train(CORPUS, 600),
     "of three digits": lambda: bpe(None, split_by(LLAMA3)),
-    "with a space before documents": lambda: bpe(None, pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "of GPT-2, with NFC": lambda: bpe(normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)),
-    "of marks for spaces, before all words": lambda: bpe(None, pre_tokenizers.Metaspace(prepend_scheme="always")),
-    "of marks for spaces, before the first": lambda: bpe(None, pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "with a space before documents": lambda: bpe(
+        None, pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ),
+    "of GPT-2, with NFC": lambda: bpe(
+        normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
+    "of marks for spaces, before all words": lambda: bpe(
+        None, pre_tokenizers.Metaspace(prepend_scheme="always")
+    ),
+    "of marks for spaces, before the first": lambda: bpe(
+        None, pre_tokenizers.Metaspace(prepend_scheme="first")
+    ),
     "of words with marks for the rest": word_piece,
     "by likelihood": unigram,
-    "with tokens across words": lambda: bpe(None, split_by(LLAMA3), ("fox; l'", "\n\nThe", "quick brown")),
-    "that strips": lambda: bpe(normalizers.Strip(), pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "with tokens across words": lambda: bpe(
+        None, split_by(LLAMA3), ("fox; l'", "\n\nThe", "quick brown")
+    ),
+    "that strips": lambda: bpe(
+        normalizers.Strip(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
 }
 # Those that make tokens of the whole document at once.
 CANNOT = {"of Llama 2": llama2, "without words": lambda: bpe(None, None)}
@@ -119,18 +146,56 @@ def require_the_same_tokens(tokenizer: Tokenizer, text: str, part: int) -> list[
     return found
 
 
-# What a text is made of: words, numbers, white space, marks that combine, scripts without spaces, long rows.
+# What a text is made of: words, numbers, white space, marks that combine, scripts without spaces,
+# long rows.
 ATOMS = [
-    *("the quick", " brown", "fox;", " l'été", "Don't", "1", "23", "4567", " ", "  ", "\n", "\n\n", "\r\n", "\t", "."),
-    *("...", "!?", "é", "e\u0301", "\u0301", "四五", "。", "🍏", "\u00a0", "x_y", "'s", "<|endoftext|>", "▁", "  a"),
+    *(
+        "the quick",
+        " brown",
+        "fox;",
+        " l'été",
+        "Don't",
+        "1",
+        "23",
+        "4567",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        ".",
+    ),
+    *(
+        "...",
+        "!?",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "四五",
+        "。",
+        "🍏",
+        "\u00a0",
+        "x_y",
+        "'s",
+        "<|endoftext|>",
+        "▁",
+        "  a",
+    ),
     *("0" * 40, "z" * 40, " " * 40, "-" * 40, "四" * 40),
 ]
 
 
 @pytest.mark.parametrize("name", [*CAN_BE_CUT, *CANNOT])
-@given(atoms=st.lists(st.sampled_from(ATOMS), max_size=120), part=st.integers(1, 400), piece=st.integers(1, 60))
+@given(
+    atoms=st.lists(st.sampled_from(ATOMS), max_size=120),
+    part=st.integers(1, 400),
+    piece=st.integers(1, 60),
+)
 @settings(max_examples=25, deadline=None)
-def test_pieces_have_the_tokens_of_the_whole(name: str, atoms: list[str], part: int, piece: int) -> None:
+def test_pieces_have_the_tokens_of_the_whole(
+    name: str, atoms: list[str], part: int, piece: int
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutting, "PIECE_CHARACTERS", piece)
         patch.setattr(cutting, "CONTEXT_CHARACTERS", 48)  # longer than any row
@@ -139,7 +204,9 @@ def test_pieces_have_the_tokens_of_the_whole(name: str, atoms: list[str], part: 
 
 @pytest.mark.parametrize("name", [*CAN_BE_CUT, *CANNOT])
 @pytest.mark.parametrize("alphabet", ["prose", "digits", "no spaces", "code"])
-def test_long_texts_are_cut_where_words_are(name: str, alphabet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_are_cut_where_words_are(
+    name: str, alphabet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cutting, "PIECE_CHARACTERS", 4096)
     chance = random.Random(0)
     atoms = {
@@ -156,10 +223,14 @@ def test_long_texts_are_cut_where_words_are(name: str, alphabet: str, monkeypatc
         assert max(map(len, found)) < 2 * 4096
 
 
-def test_a_document_without_a_place_to_cut_is_refused_when_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_without_a_place_to_cut_is_refused_when_it_is_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cutting, "LONGEST_PIECE_CHARACTERS", 2**18)
     text = "the quick brown fox " * 2**14
-    with pytest.raises(UserError, match=r"books: the tokenizer finds no place to cut .* set the source's separator"):
+    with pytest.raises(
+        UserError, match=r"books: the tokenizer finds no place to cut .* set the source's separator"
+    ):
         cut(tokenizer_of("of Llama 2"), text, 2**16)
     assert len(cut(tokenizer_of("our own"), text, 2**16)) > 1
     assert len(cut(tokenizer_of("of Llama 2"), text[: 2**17], 2**16)) == 1

@@ -95,7 +95,9 @@ def test_a_pipe_is_refused_by_name_and_never_opened(tmp_path: Path) -> None:
     write(tmp_path, "a.txt")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", f"{tmp_path}/*"):
-        with pytest.raises(UserError, match=r"pipe' is no file but a pipe, socket or device; remove it"):
+        with pytest.raises(
+            UserError, match=r"pipe' is no file but a pipe, socket or device; remove it"
+        ):
             found(path)
     with pytest.raises(UserError, match=r"/dev/zero' is no file"):
         found("/dev/zero")

@@ -1,4 +1,6 @@
-"""Rows and pieces of text: what is refused, what is passed over and counted, and where texts are cut."""
+"""Rows and pieces of text: what is refused, what is passed over and counted, and where texts are
+cut.
+"""
 
 import json
 from pathlib import Path
@@ -20,7 +22,9 @@ def read(path: Path, report: Report | None = None, **fields: object) -> list[str
 
 
 def lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
@@ -54,7 +58,10 @@ def test_rows_that_are_null_or_empty_are_counted_and_passed_over(tmp_path: Path)
         ("3", "is a number, not an object"),
         ("null", "is null, not an object"),
         ('{"text": ', "is not JSON"),
-        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "is JSON of too many levels, one within the other"),
+        (
+            '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "is JSON of too many levels, one within the other",
+        ),
         ({str(i): i for i in range(1000)}, "(it has: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)"),
     ],
     ids=range(12),
@@ -73,12 +80,17 @@ def test_a_long_integer_in_another_field_does_not_matter(tmp_path: Path) -> None
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl' line 2 is not UTF-8 \(invalid start byte at byte 10\)"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl' line 2 is not UTF-8 \(invalid start byte at byte 10\)"
+    ):
         read(tmp_path / "a.jsonl")
 
 
 def test_a_parquet_column_of_bytes_is_read_as_utf_8(tmp_path: Path) -> None:
-    assert read(table(tmp_path / "a.parquet", ["eins", "zwölf".encode()], pyarrow.binary())) == ["eins", "zwölf"]
+    assert read(table(tmp_path / "a.parquet", ["eins", "zwölf".encode()], pyarrow.binary())) == [
+        "eins",
+        "zwölf",
+    ]
     with pytest.raises(UserError, match=r"b\.parquet' row 1 is not UTF-8"):
         read(table(tmp_path / "b.parquet", [b"one", b"\xff"], pyarrow.binary()))
 
@@ -92,20 +104,34 @@ def test_a_damaged_name_in_a_parquet_file_is_refused(tmp_path: Path) -> None:
     assert len(places) >= 2  # in the schema and in the column's description
     for at in places:
         path.write_bytes(sound[:at] + b"t\xe5xt" + sound[at + 4 :])
-        with pytest.raises(UserError, match=r"a\.parquet' (is not a sound parquet file|has no column)"):
+        with pytest.raises(
+            UserError, match=r"a\.parquet' (is not a sound parquet file|has no column)"
+        ):
             read(path)
 
 
 def test_other_kinds_of_parquet_columns(tmp_path: Path) -> None:
-    assert read(table(tmp_path / "a.parquet", ["a", "b", "a"], pyarrow.dictionary(pyarrow.int32(), pyarrow.string())))
+    assert read(
+        table(
+            tmp_path / "a.parquet",
+            ["a", "b", "a"],
+            pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        )
+    )
     assert read(table(tmp_path / "b.parquet", ["a"], pyarrow.large_string())) == ["a"]
-    with pytest.raises(UserError, match=r"c\.parquet' holds int64 in the column 'text', not text; set "):
+    with pytest.raises(
+        UserError, match=r"c\.parquet' holds int64 in the column 'text', not text; set "
+    ):
         read(table(tmp_path / "c.parquet", [1, 2]))
-    with pytest.raises(UserError, match=r"d\.parquet' holds list<.*> in the column 'text', not text"):
+    with pytest.raises(
+        UserError, match=r"d\.parquet' holds list<.*> in the column 'text', not text"
+    ):
         read(table(tmp_path / "d.parquet", [["a"], ["b"]]))
 
 
-def test_a_text_stored_once_for_many_rows_does_not_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_stored_once_for_many_rows_does_not_fill_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("braeburn.data.formats.PARQUET_BATCH_BYTES", 2**20)
     path = table(tmp_path / "a.parquet", ["x" * 100_000] * 300)
     assert path.stat().st_size < 20_000
@@ -121,7 +147,9 @@ NEWLINES = {"unix": "\n", "dos": "\r\n", "mac": "\r"}
 
 @pytest.mark.parametrize("written", NEWLINES)
 @pytest.mark.parametrize("asked", NEWLINES)
-def test_a_separator_is_found_whatever_the_newlines(tmp_path: Path, written: str, asked: str) -> None:
+def test_a_separator_is_found_whatever_the_newlines(
+    tmp_path: Path, written: str, asked: str
+) -> None:
     newline = NEWLINES[written]
     (tmp_path / "a.txt").write_bytes(f"one{newline}more{newline}{newline}two{newline}".encode())
     report = Report()
@@ -157,7 +185,11 @@ TEXT = st.text(st.sampled_from(list("ab-\r\n é🍏")), max_size=60)
 )
 @settings(max_examples=400, deadline=None)
 def test_a_text_in_parts_is_the_text_as_a_whole(
-    text: str, separator: str | None, chunk: int, part: int, tmp_path_factory: pytest.TempPathFactory
+    text: str,
+    separator: str | None,
+    chunk: int,
+    part: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
     (folder / "parts.txt").write_bytes(text.encode())

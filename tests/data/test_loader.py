@@ -23,7 +23,13 @@ from braeburn.data.tokenizer import train
 from braeburn.errors import UserError
 
 TOKENIZER = train(["x"], 257)
-STAGE = Stage(tokens=12 * 6 * 16, sequence_length=16, batch_tokens=96, mixture={"a": 3, "b": 1}, learning_rate=1)
+STAGE = Stage(
+    tokens=12 * 6 * 16,
+    sequence_length=16,
+    batch_tokens=96,
+    mixture={"a": 3, "b": 1},
+    learning_rate=1,
+)
 FIELDS = {
     "inputs": np.int32,
     "targets": np.int32,
@@ -37,7 +43,9 @@ FIELDS = {
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStore]:
     folder = tmp_path_factory.mktemp("stores")
     for name, count in (("a", 40), ("b", 15)):
-        build_store(folder / name, [Document("", f"{name}{i} " * (i + 1)) for i in range(count)], TOKENIZER)
+        build_store(
+            folder / name, [Document("", f"{name}{i} " * (i + 1)) for i in range(count)], TOKENIZER
+        )
     return {name: TokenStore.open(folder / name, TOKENIZER.hash) for name in "ab"}
 
 
@@ -75,7 +83,10 @@ def test_a_teacher_meets_the_same_windows_in_every_epoch(stores: dict[str, Token
         return {row.tobytes() for step in range(100) for row in batches[step]["inputs"]}
 
     stage = STAGE.model_copy(update={"tokens": 100 * 96, "mixture": {"a": 1.0}})
-    cut = {stores["a"].read(start, start + 16).tobytes() for start in range(0, stores["a"].tokens - 15, 16)}
+    cut = {
+        stores["a"].read(start, start + 16).tobytes()
+        for start in range(0, stores["a"].tokens - 15, 16)
+    }
     assert seen(stage.model_copy(update={"teacher": "larger"})) == cut
     assert len(seen(stage)) > 2 * len(cut)
 
@@ -104,7 +115,9 @@ class Broken(Batches):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_of_workers_surface_as_they_are(stores: dict[str, TokenStore], workers: int) -> None:
-    iterator: Iterator[Batch] = prefetch(Broken(STAGE, "core", 0, stores), 0, workers=workers, prefetch=2)
+    iterator: Iterator[Batch] = prefetch(
+        Broken(STAGE, "core", 0, stores), 0, workers=workers, prefetch=2
+    )
     next(iterator)
     with pytest.raises(UserError) as error:
         next(iterator)
@@ -120,12 +133,17 @@ def test_stopping_early_ends_the_reader(stores: dict[str, TokenStore]) -> None:
 
 def test_rows_of_processes_make_up_the_batch(stores: dict[str, TokenStore]) -> None:
     whole = Batches(STAGE, "core", 0, stores)[4]
-    parts = [Batches(STAGE, "core", 0, stores, rows=rows)[4] for rows in (range(2), range(2, 3), range(3, 6))]
+    parts = [
+        Batches(STAGE, "core", 0, stores, rows=rows)[4]
+        for rows in (range(2), range(2, 3), range(3, 6))
+    ]
     assert same(whole, {field: np.concatenate([part[field] for part in parts]) for field in whole})
 
 
 def test_a_sequence_longer_than_the_data_is_refused(stores: dict[str, TokenStore]) -> None:
-    stage = Stage(tokens=10**6, sequence_length=10**5, batch_tokens=10**5, mixture={"a": 1}, learning_rate=1)
+    stage = Stage(
+        tokens=10**6, sequence_length=10**5, batch_tokens=10**5, mixture={"a": 1}, learning_rate=1
+    )
     with pytest.raises(UserError, match="sequence longer than the data: source 'a'"):
         Batches(stage, "core", 0, stores)
 
@@ -141,11 +159,16 @@ def test_held_out_batches_have_one_shape(stores: dict[str, TokenStore]) -> None:
     assert TOKENIZER.token_bytes[targets].sum() == store.text_bytes
     few = list(held_out_batches(store, 16, 4, max_tokens=100))
     assert sum(batch["weights"].sum() for batch in few) == 96
-    assert sum(batch["weights"].sum() for batch in held_out_batches(store, 16, 4, max_tokens=1)) == 16
+    assert (
+        sum(batch["weights"].sum() for batch in held_out_batches(store, 16, 4, max_tokens=1)) == 16
+    )
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, braeburn.data.loader, braeburn.data.prepare; print([m for m in sys.modules if m in HEAVY])"
+    code = (
+        "import sys, braeburn.data.loader, braeburn.data.prepare; print([m for m in "
+        "sys.modules if m in HEAVY])"
+    )
     code = code.replace("HEAVY", "('jax', 'grain', 'pyarrow', 'fsspec', 'tokenizers', 'zstandard')")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
@@ -153,7 +176,10 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("refused_at", [0, 3])
 def test_a_thread_takes_over_where_processes_cannot_share_things(
-    stores: dict[str, TokenStore], refused_at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    stores: dict[str, TokenStore],
+    refused_at: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     read_ahead = loader._read_ahead
 
@@ -170,7 +196,10 @@ def test_a_thread_takes_over_where_processes_cannot_share_things(
     assert len(read) == 10
     assert all(same(batch, batches[2 + i]) for i, batch in enumerate(read))
     (record,) = caplog.records
-    assert "data.workers=2 cannot read ahead (/dev/shm has no room for what they share)" in record.getMessage()
+    assert (
+        "data.workers=2 cannot read ahead (/dev/shm has no room for what they share)"
+        in record.getMessage()
+    )
 
 
 @pytest.mark.parametrize("limit", [0, 3])

@@ -23,7 +23,9 @@ def test_permute_stays_within_any_size(size_index: tuple[int, int], key: int) ->
 
 
 def test_permute_depends_on_the_key_and_mixes() -> None:
-    images = np.array([[permute(index, 1000, derive_key(i)) for index in range(1000)] for i in range(200)])
+    images = np.array(
+        [[permute(index, 1000, derive_key(i)) for index in range(1000)] for i in range(200)]
+    )
     assert len({image.tobytes() for image in images}) == 200
     # Each place's mean over keys is that of a uniform draw: 499.5 with a standard error of 20.4.
     assert abs(images.mean(axis=0) - 499.5).max() < 5 * 20.4
@@ -36,7 +38,9 @@ WEIGHTS = st.dictionaries(st.text(max_size=5), st.floats(0, 1e300), min_size=1, 
 
 @given(WEIGHTS, st.integers(0, 2**64 - 1), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
-def test_each_index_is_used_once_in_proportion(weights: dict[str, float], seed: int, first: int) -> None:
+def test_each_index_is_used_once_in_proportion(
+    weights: dict[str, float], seed: int, first: int
+) -> None:
     mixture = Mixture(weights, seed)
     drawn = [mixture.at(first * BLOCK + position) for position in range(BLOCK)]
     positive = {name: weight for name, weight in weights.items() if weight > 0}
@@ -64,7 +68,11 @@ def test_values_are_pinned() -> None:
 
 
 def staged(**mixture: float) -> dict[str, Stage]:
-    return {"core": Stage(tokens=64, sequence_length=8, batch_tokens=64, mixture=mixture, learning_rate=1)}
+    return {
+        "core": Stage(
+            tokens=64, sequence_length=8, batch_tokens=64, mixture=mixture, learning_rate=1
+        )
+    }
 
 
 def test_shares_that_are_rounded_are_told() -> None:
@@ -72,12 +80,14 @@ def test_shares_that_are_rounded_are_told() -> None:
     assert rounded_shares(staged(web=3, code=0, maths=1e9)) != []
     (line,) = rounded_shares(staged(web=1.0, code=1e-6))
     assert line == (
-        "warning: stages.core.mixture.code=1e-06 asks for 1e-06 of the sequences but gets 1 of each 1024, "
-        "which is 0.00098; raise it, or set it to 0"
+        "warning: stages.core.mixture.code=1e-06 asks for 1e-06 of the sequences but gets 1 of "
+        "each 1024, which is 0.00098; raise it, or set it to 0"
     )
     assert len(rounded_shares(staged(web=1e308, code=1e-308))) == 1
     assert rounded_shares(staged(**{f"s{i}": 1.0 for i in range(3000)})) == []
 
 
 def test_no_built_in_recipe_is_rounded_unawares() -> None:
-    assert {name: rounded_shares(load(name).stages) for name in BUILT_IN} == {name: [] for name in BUILT_IN}
+    assert {name: rounded_shares(load(name).stages) for name in BUILT_IN} == {
+        name: [] for name in BUILT_IN
+    }

@@ -21,7 +21,8 @@ from braeburn.data.corpus import documents
 from braeburn.errors import UserError
 
 LINES = b"".join(
-    json.dumps({"id": i, "text": f"text {i} é " * 5, "more": [{"a": None}]}).encode() + b"\n" for i in range(30)
+    json.dumps({"id": i, "text": f"text {i} é " * 5, "more": [{"a": None}]}).encode() + b"\n"
+    for i in range(30)
 )
 
 
@@ -79,7 +80,9 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
         elif kind == 2:
             changed[at:at] = changed[max(0, at - 40) : at]
         elif kind == 3:
-            changed[at : at + 4] = chance.choice([b"\xff" * 4, b"\0" * 4, b'{"[', b"\x7f\xff\xff\xff", b"1" * 5000])
+            changed[at : at + 4] = chance.choice(
+                [b"\xff" * 4, b"\0" * 4, b'{"[', b"\x7f\xff\xff\xff", b"1" * 5000]
+            )
         else:
             del changed[at:]
     return bytes(changed)

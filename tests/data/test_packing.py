@@ -18,8 +18,12 @@ def make(tmp_path_factory: pytest.TempPathFactory):
         """A store whose documents have these numbers of tokens, the begin token included."""
         directory = tmp_path_factory.getbasetemp() / f"packing-{hash(lengths)}"
         if not directory.exists():
-            texts = ["".join(chr(97 + (i + j) % 26) for j in range(n - 1)) for i, n in enumerate(lengths)]
-            build_store(directory, [Document("", text) for text in texts], TOKENIZER, shard_tokens=11)
+            texts = [
+                "".join(chr(97 + (i + j) % 26) for j in range(n - 1)) for i, n in enumerate(lengths)
+            ]
+            build_store(
+                directory, [Document("", text) for text in texts], TOKENIZER, shard_tokens=11
+            )
         return TokenStore.open(directory, TOKENIZER.hash)
 
     return make
@@ -62,7 +66,9 @@ def test_windows_cover_the_store_exactly(make, lengths: tuple[int, ...], length:
         assert_equal(row, naive(store, index * length, length))
     for first in (1, len(rows)):
         rest = windows(store, length, first)
-        assert [row["inputs"].tolist() for row in rest] == [row["inputs"].tolist() for row in rows[first:]]
+        assert [row["inputs"].tolist() for row in rest] == [
+            row["inputs"].tolist() for row in rows[first:]
+        ]
     assert sum(int(row["weights"].sum()) for row in rows) == store.tokens
     inputs = np.concatenate([row["inputs"] for row in rows])[: store.tokens]
     assert np.array_equal(inputs, store.read(0, store.tokens))
@@ -70,11 +76,14 @@ def test_windows_cover_the_store_exactly(make, lengths: tuple[int, ...], length:
 
 @given(lengths=LENGTHS, length=st.integers(1, 40), seed=st.integers(0, 2**64 - 1))
 @settings(max_examples=40, deadline=None)
-def test_sequences_are_windows_of_one_shift_an_epoch(make, lengths: tuple[int, ...], length: int, seed: int) -> None:
+def test_sequences_are_windows_of_one_shift_an_epoch(
+    make, lengths: tuple[int, ...], length: int, seed: int
+) -> None:
     store = make(lengths)
     if store.tokens < length:
         with pytest.raises(
-            UserError, match=rf"'books' has {store.tokens} .*sequence_length={length}; set it to at most"
+            UserError,
+            match=rf"'books' has {store.tokens} .*sequence_length={length}; set it to at most",
         ):
             Sequences(store, length, seed, "books")
         return
@@ -94,14 +103,18 @@ def test_sequences_are_windows_of_one_shift_an_epoch(make, lengths: tuple[int, .
         for row in rows:
             assert any(row["targets"].tolist() == p["targets"] for p in possible)
             match = next(
-                p for p in possible if all(row[field].tolist() == p[field] for field in ("inputs", "segment_ids"))
+                p
+                for p in possible
+                if all(row[field].tolist() == p[field] for field in ("inputs", "segment_ids"))
             )
             assert row["positions"].tolist() == match["positions"]
 
 
 @given(lengths=LENGTHS, length=st.integers(1, 40), seed=st.integers(0, 2**64 - 1))
 @settings(max_examples=20, deadline=None)
-def test_aligned_sequences_are_the_whole_windows(make, lengths: tuple[int, ...], length: int, seed: int) -> None:
+def test_aligned_sequences_are_the_whole_windows(
+    make, lengths: tuple[int, ...], length: int, seed: int
+) -> None:
     store = make(lengths)
     if store.tokens < length:
         with pytest.raises(UserError, match="sequence longer than the data"):
@@ -109,14 +122,21 @@ def test_aligned_sequences_are_the_whole_windows(make, lengths: tuple[int, ...],
         return
     sequences = Sequences(store, length, seed, "books", aligned=True)
     assert sequences.windows == store.tokens // length
-    whole = sorted(str(naive(store, window * length, length)) for window in range(sequences.windows))
+    whole = sorted(
+        str(naive(store, window * length, length)) for window in range(sequences.windows)
+    )
     for epoch in range(2):
         rows = [sequences[epoch * sequences.windows + i] for i in range(sequences.windows)]
-        assert sorted(str({field: values.tolist() for field, values in row.items()}) for row in rows) == whole
+        assert (
+            sorted(str({field: values.tolist() for field, values in row.items()}) for row in rows)
+            == whole
+        )
 
 
 def test_batches_are_filled_up() -> None:
-    rows = [{"inputs": np.full(3, i + 1, np.int32), "weights": np.ones(3, np.float32)} for i in range(5)]
+    rows = [
+        {"inputs": np.full(3, i + 1, np.int32), "weights": np.ones(3, np.float32)} for i in range(5)
+    ]
     first, second, third = batched(rows, 2)
     assert first["inputs"].tolist() == [[1] * 3, [2] * 3]
     assert second["inputs"].tolist() == [[3] * 3, [4] * 3]
@@ -129,7 +149,10 @@ def test_epochs_differ(make) -> None:
     store = make((30,) * 20)
     sequences = Sequences(store, 8, 0, "books")
     epochs = [
-        b"".join(sequences[e * sequences.windows + i]["inputs"].tobytes() for i in range(sequences.windows))
+        b"".join(
+            sequences[e * sequences.windows + i]["inputs"].tobytes()
+            for i in range(sequences.windows)
+        )
         for e in range(4)
     ]
     assert len(set(epochs)) == 4

@@ -22,21 +22,30 @@ def run(tmp_path: Path) -> Run:
         {
             "name": "tiny",
             "model": {
-                "vocab_size": 300, "d_model": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8,
+                "vocab_size": 300,
+                "d_model": 8,
+                "num_layers": 1,
+                "num_heads": 1,
+                "num_kv_heads": 1,
+                "head_dim": 8,
                 "ffn_dim": 8,
             },
             "stages": {
                 "core": {
-                    "tokens": 640, "sequence_length": 16, "batch_tokens": 64, "learning_rate": 1,
+                    "tokens": 640,
+                    "sequence_length": 16,
+                    "batch_tokens": 64,
+                    "learning_rate": 1,
                     "mixture": {"web": 1, "books": 1, "unused": 0},
                 }
             },
             "data": {
-                "sources": sources | {"unused": {"paths": ["/nowhere"]}}, "cache": str(tmp_path / "cache"),
+                "sources": sources | {"unused": {"paths": ["/nowhere"]}},
+                "cache": str(tmp_path / "cache"),
                 "held_out": 0.1,
             },
         }
-    )  # fmt: skip
+    )
 
 
 def test_builds_once_and_again_only_what_changed(run: Run, tmp_path: Path) -> None:
@@ -85,7 +94,10 @@ def test_nothing_held_out_is_said(run: Run) -> None:
     lines: list[str] = []
     prepared = prepare(override(run, {"data.held_out": 1e-9}), lines.append)
     assert prepared.held_out == {"web": None, "books": None}
-    assert sum("warning: data.held_out=1e-09 holds out no document of web" in line for line in lines) == 1
+    assert (
+        sum("warning: data.held_out=1e-09 holds out no document of web" in line for line in lines)
+        == 1
+    )
 
 
 def test_cache_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +141,9 @@ def test_preparing_may_be_stopped_anywhere_and_goes_on(
     assert not list((tmp_path / "stopped").rglob("*.partial-*"))
 
 
-def test_training_a_tokenizer_is_left_to_itself_when_asked_to_stop(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_a_tokenizer_is_left_to_itself_when_asked_to_stop(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun, forever = threading.Event(), threading.Event()
 
     def endless(texts: object, vocab_size: int) -> None:
@@ -152,7 +166,9 @@ def test_a_source_of_one_document_is_warned_of(run: Run, tmp_path: Path) -> None
     lines: list[str] = []
     prepare(one, lines.append)
     (line,) = [line for line in lines if "is one document" in line]
-    assert line.startswith("warning: data.sources.web is one document; set data.sources.web.separator")
+    assert line.startswith(
+        "warning: data.sources.web is one document; set data.sources.web.separator"
+    )
     lines.clear()
     prepare(one, lines.append)  # from the cache
     assert line in lines
@@ -166,7 +182,13 @@ def test_a_separator_that_is_nowhere_is_warned_of(run: Run, tmp_path: Path) -> N
     for _ in range(2):  # the second time from the cache
         lines: list[str] = []
         prepare(wrong, lines.append)
-        assert sum("warning: data.sources.web.separator='---' is in none of its files" in line for line in lines) == 1
+        assert (
+            sum(
+                "warning: data.sources.web.separator='---' is in none of its files" in line
+                for line in lines
+            )
+            == 1
+        )
 
 
 def test_rows_that_were_passed_over_are_told(run: Run, tmp_path: Path) -> None:
@@ -197,8 +219,10 @@ def test_evaluation_leaves_the_text_to_train_on_alone(run: Run, tmp_path: Path) 
     run = override(run, {"data.cache": str(tmp_path / "another")})
     prepared = prepare(run, print, tokenizer, only_held_out=True)
     assert prepared.train == {}
-    assert {name for name, store in prepared.held_out.items() if store and store.documents > 5} == {"web", "books"}
-    assert sorted(path.name.rpartition("-")[0] for path in (tmp_path / "another/stores").iterdir()) == [
-        "books-held-out",
-        "web-held-out",
-    ]
+    assert {name for name, store in prepared.held_out.items() if store and store.documents > 5} == {
+        "web",
+        "books",
+    }
+    assert sorted(
+        path.name.rpartition("-")[0] for path in (tmp_path / "another/stores").iterdir()
+    ) == ["books-held-out", "web-held-out"]

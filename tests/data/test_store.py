@@ -53,7 +53,9 @@ def test_holds_what_was_written(tmp_path: Path, shard_tokens: int) -> None:
 
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_any_range_across_shards(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_range_across_shards(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     directory = tmp_path_factory.getbasetemp() / "ranges"
     if not directory.exists():
         build_store(directory, DOCUMENTS, TOKENIZER, shard_tokens=97)
@@ -63,7 +65,9 @@ def test_any_range_across_shards(data: st.DataObject, tmp_path_factory: pytest.T
     read = store.read(start, stop)
     assert read.dtype == np.int32
     assert np.array_equal(read, [*TOKENS, TOKENIZER.begin][start:stop])
-    assert np.array_equal(store.document_starts(start, stop), [s for s in STARTS if start <= s < stop])
+    assert np.array_equal(
+        store.document_starts(start, stop), [s for s in STARTS if start <= s < stop]
+    )
 
 
 def test_ranges_outside_are_refused(directory: Path) -> None:
@@ -79,7 +83,9 @@ def test_large_vocabularies_take_uint32(tmp_path: Path) -> None:
     build_store(tmp_path / "s", DOCUMENTS, tokenizer)
     store = TokenStore.open(tmp_path / "s", tokenizer.hash)
     assert (tmp_path / "s/tokens-00000.bin").stat().st_size == 4 * store.tokens
-    assert np.array_equal(store.read(0, store.tokens), np.concatenate(tokenizer.encode_documents(TEXTS)))
+    assert np.array_equal(
+        store.read(0, store.tokens), np.concatenate(tokenizer.encode_documents(TEXTS))
+    )
 
 
 def test_empty_store(tmp_path: Path) -> None:
@@ -108,7 +114,9 @@ def test_corruption_is_found(directory: Path, name: str, harm: str) -> None:
     else:
         data[len(data) // 2] ^= 1
         path.write_bytes(data if harm == "flip" else data[:-1])
-    with pytest.raises(UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"):
+    with pytest.raises(
+        UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"
+    ):
         TokenStore.open(directory, TOKENIZER.hash)
 
 
@@ -126,7 +134,9 @@ def test_another_tokenizer(directory: Path) -> None:
 
 
 def flip(path: Path, at: int = 0) -> None:
-    """Changes a bit and leaves the size and the time of modification alone, as a disk does that loses one."""
+    """Changes a bit and leaves the size and the time of modification alone, as a disk does that
+    loses one.
+    """
     status = path.stat()
     data = bytearray(path.read_bytes())
     data[at] ^= 1
@@ -245,7 +255,9 @@ def test_a_store_that_is_open_can_be_read_when_its_folder_is_gone(directory: Pat
     shutil.rmtree(directory)
     assert np.array_equal(store.read(0, store.tokens), TOKENS)
     assert np.array_equal(store.document_starts(0, store.tokens), STARTS)
-    with pytest.raises(UserError, match=r"was deleted while it was in use; run the same command again"):
+    with pytest.raises(
+        UserError, match=r"was deleted while it was in use; run the same command again"
+    ):
         pickle.loads(data).read(0, 3)
 
 
@@ -279,7 +291,9 @@ store.build_store(Path(sys.argv[1]), documents(), Tokenizer.load(sys.argv[2]), s
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "verified.json"}
+    return {
+        path.name: path.read_bytes() for path in directory.iterdir() if path.name != "verified.json"
+    }
 
 
 class Counting:
@@ -330,7 +344,10 @@ def test_a_build_may_be_stopped_after_any_batch_and_goes_on(
         monkeypatch.setattr("braeburn.data.cutting.PIECE_CHARACTERS", 20)
         monkeypatch.setattr("braeburn.data.cutting.CONTEXT_CHARACTERS", 20)
         text = "".join(texts)
-        found = [Document("x", text[at : at + 70], is_continued=at + 70 < len(text)) for at in range(0, len(text), 70)]
+        found = [
+            Document("x", text[at : at + 70], is_continued=at + 70 < len(text))
+            for at in range(0, len(text), 70)
+        ]
     build_store(tmp_path / "undisturbed", found, TOKENIZER, shard_tokens=50)
 
     def stop_after(calls: int) -> Callable[[], None]:
@@ -346,7 +363,9 @@ def test_a_build_may_be_stopped_after_any_batch_and_goes_on(
     stops = 0
     while not (tmp_path / "stopped").exists():
         with contextlib.suppress(Stop):
-            build_store(tmp_path / "stopped", found, TOKENIZER, shard_tokens=50, proceed=stop_after(2))
+            build_store(
+                tmp_path / "stopped", found, TOKENIZER, shard_tokens=50, proceed=stop_after(2)
+            )
         stops += 1
     assert stops > 4
     assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
@@ -377,7 +396,9 @@ def test_what_a_builder_left_is_not_believed_when_it_is_damaged(tmp_path: Path, 
         if harm == "pipe":
             os.mkfifo(path)
     build_store(tmp_path / "s", DOCUMENTS, TOKENIZER)
-    assert np.array_equal(TokenStore.open(tmp_path / "s", TOKENIZER.hash).read(0, len(TOKENS)), TOKENS)
+    assert np.array_equal(
+        TokenStore.open(tmp_path / "s", TOKENIZER.hash).read(0, len(TOKENS)), TOKENS
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "s"]
 
 
@@ -404,13 +425,24 @@ def test_leftovers_are_removed_but_not_those_of_the_living_or_of_teachers(tmp_pa
         fcntl.flock(lock, fcntl.LOCK_EX)
         build_store(tmp_path / "s", DOCUMENTS, TOKENIZER)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["locked.partial-1", "my.partial-1", "new.partial-1", "old.teacher-abc.partial-1", "s"]
+    assert left == [
+        "locked.partial-1",
+        "my.partial-1",
+        "new.partial-1",
+        "old.teacher-abc.partial-1",
+        "s",
+    ]
 
 
-def test_long_documents_have_the_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_documents_have_the_tokens_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("braeburn.data.cutting.PIECE_CHARACTERS", 100)
     text = " ".join(TEXTS) * 20
-    parts = [Document("x", text[at : at + 999], is_continued=at + 999 < len(text)) for at in range(0, len(text), 999)]
+    parts = [
+        Document("x", text[at : at + 999], is_continued=at + 999 < len(text))
+        for at in range(0, len(text), 999)
+    ]
     encoded = Counting(monkeypatch)
     build_store(tmp_path / "s", [*parts, Document("y", "end")], TOKENIZER)
     assert max(map(len, encoded.texts)) < 2000
@@ -423,7 +455,11 @@ def test_long_documents_have_the_tokens_of_the_whole(tmp_path: Path, monkeypatch
 
 def test_concurrent_builders_agree(tmp_path: Path) -> None:
     threads = [
-        threading.Thread(target=build_store, args=(tmp_path / "s", DOCUMENTS, TOKENIZER), kwargs={"shard_tokens": 100})
+        threading.Thread(
+            target=build_store,
+            args=(tmp_path / "s", DOCUMENTS, TOKENIZER),
+            kwargs={"shard_tokens": 100},
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -447,7 +483,9 @@ def test_errors_of_the_documents_pass_and_leave_nothing(tmp_path: Path) -> None:
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # /dev/full answers every write as a full disk does.
-    monkeypatch.setattr("braeburn.data.building.shard_path", lambda directory, kind, index: Path("/dev/full"))
+    monkeypatch.setattr(
+        "braeburn.data.building.shard_path", lambda directory, kind, index: Path("/dev/full")
+    )
     with pytest.raises(UserError, match=r"cannot write .*No space left .*data\.cache"):
         build_store(tmp_path / "cache/s", DOCUMENTS, TOKENIZER)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -20,7 +20,12 @@ from braeburn.data import formats, streams
 from braeburn.data.corpus import Report, documents
 from braeburn.errors import UserError
 
-COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard.compress,
+}
 JSON_LINES = b'{"text": "one"}\n{"text": "two"}\n'
 
 
@@ -84,7 +89,9 @@ def test_the_split_is_by_member(tmp_path: Path) -> None:
     assert 15 < len(held_out) < 70
 
 
-@pytest.mark.parametrize("name", ["c.tar", "c.tar.gz", "c.tgz", "c.tar.bz2", "c.tbz2", "c.tar.xz", "c.tar.zst"])
+@pytest.mark.parametrize(
+    "name", ["c.tar", "c.tar.gz", "c.tgz", "c.tar.bz2", "c.tbz2", "c.tar.xz", "c.tar.zst"]
+)
 def test_all_members_of_a_tar_are_read(tmp_path: Path, name: str) -> None:
     data = tarred(MEMBERS)
     compress = {"c.tgz": gzip.compress, "c.tbz2": bz2.compress, "c.tar": bytes}.get(name)
@@ -110,12 +117,16 @@ def test_a_damaged_header_of_a_tar_is_not_taken_for_its_end(tmp_path: Path, at: 
     data = bytearray(tarred({f"{i}.txt": f"text {i}".encode() for i in range(4)}))
     data[at : at + 8] = b"\xff" * 8
     (tmp_path / "c.tar").write_bytes(data)
-    assert "truncated or corrupt" in refusal(tmp_path / "c.tar") or "rename it" in refusal(tmp_path / "c.tar")
+    assert "truncated or corrupt" in refusal(tmp_path / "c.tar") or "rename it" in refusal(
+        tmp_path / "c.tar"
+    )
 
 
 @pytest.mark.parametrize("size", [100, 512 * 3, 512 * 3 + 100, 512 * 4 + 3, 512 * 5])
 def test_a_tar_that_is_cut_short_is_refused(tmp_path: Path, size: int) -> None:
-    (tmp_path / "c.tar").write_bytes(tarred({f"{i}.txt": f"text {i}".encode() for i in range(4)})[:size])
+    (tmp_path / "c.tar").write_bytes(
+        tarred({f"{i}.txt": f"text {i}".encode() for i in range(4)})[:size]
+    )
     assert "c.tar" in refusal(tmp_path / "c.tar")
 
 
@@ -198,20 +209,34 @@ def test_zeros_behind_a_stream_are_padding(tmp_path: Path) -> None:
         ("a.jsonl", zstandard.compress(JSON_LINES), "is a zstd file, which its name does not tell"),
         ("a", tarred({"a.txt": b"one"}), "is a tar file, which its name does not tell"),
         ("a.gz", tarred({"a.txt": b"one"}), "is a tar file, though its name says gzip"),
-        ("a.gz", gzip.compress(tarred({"a.txt": b"one"})), "is a tar file, which its name does not tell"),
+        (
+            "a.gz",
+            gzip.compress(tarred({"a.txt": b"one"})),
+            "is a tar file, which its name does not tell",
+        ),
         ("a.txt.gz", b"one", "is something else, though its name says gzip"),
         ("a.txt.bz2", gzip.compress(b"one"), "is a gzip file, though its name says bzip2"),
         ("a.tar.gz", gzip.compress(b"one"), "is something else, though its name says tar"),
         ("a.parquet", JSON_LINES, "is something else, though its name says Parquet"),
         ("a.txt", b"PAR1....PAR1", "is a Parquet file, which its name does not tell"),
         ("a.txt", b"%PDF-1.7", "is a PDF file, which its name does not tell"),
-        ("a.txt", JSON_LINES, "holds JSON objects, which its name does not tell; name it .jsonl, or set"),
-        ("c4.json.txt.gz", gzip.compress(JSON_LINES), "holds JSON objects, which its name does not tell"),
+        (
+            "a.txt",
+            JSON_LINES,
+            "holds JSON objects, which its name does not tell; name it .jsonl, or set",
+        ),
+        (
+            "c4.json.txt.gz",
+            gzip.compress(JSON_LINES),
+            "holds JSON objects, which its name does not tell",
+        ),
         ("a.json", b'[\n{"text": "one"}]', "is JSON, but not an object a line"),
         ("a.json", b'{\n "text": "one"\n}', "is JSON, but not an object a line"),
         ("a.csv", b"id,text\n1,one\n", "is a table, which Braeburn does not read"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",  # not the compressed bytes, which hold the time
+    ids=lambda value: (
+        value if isinstance(value, str) else ""
+    ),  # not the compressed bytes, which hold the time
 )
 def test_where_name_and_content_disagree_both_are_said(
     tmp_path: Path, name: str, content: bytes, sentence: str

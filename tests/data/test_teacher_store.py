@@ -32,21 +32,32 @@ IDENTITY = {"teacher": "abc", "tokenizer": TOKENIZER.hash, "sequence_length": LE
 
 
 def label(batch: Batch, k: int = K, vocab_size: int = 257) -> tuple[np.ndarray, np.ndarray]:
-    """What depends on all that is before in the window, on the position in it and on the rank, as float16 holds it."""
+    """What depends on all that is before in the window, on the position in it and on the rank, as
+    float16 holds it.
+    """
     seen = np.cumsum(batch["inputs"], axis=1)
     rest = np.arange(seen.shape[1])[:, None] * 7 + np.arange(k)
     ids = (seen[..., None] * 31 + rest * 65537) % vocab_size
     return ids.astype(np.int32), (-(seen[..., None] * 17 + rest) % 1000 / 64).astype(np.float32)
 
 
-def build(directory: Path, store: TokenStore, label: Callable[..., Any] = label, **fields: Any) -> None:
-    fields = {"batch_size": BATCH_SIZE, "log": lambda line: None, "part_tokens": PART_TOKENS, **fields}
+def build(
+    directory: Path, store: TokenStore, label: Callable[..., Any] = label, **fields: Any
+) -> None:
+    fields = {
+        "batch_size": BATCH_SIZE,
+        "log": lambda line: None,
+        "part_tokens": PART_TOKENS,
+        **fields,
+    }
     build_teacher_store(directory, store, LENGTH, K, 257, IDENTITY, label=label, **fields)
 
 
 def content(directory: Path) -> dict[str, bytes]:
     """What a store tells, which is not when its files were made."""
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "verified.json"}
+    return {
+        path.name: path.read_bytes() for path in directory.iterdir() if path.name != "verified.json"
+    }
 
 
 def everything(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
@@ -72,13 +83,17 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStore]:
     folder = tmp_path_factory.mktemp("stores")
     for name, count in (("a", 19), ("b", 9)):
         texts = [f"{name}{i} " * (i + 1) for i in range(count)] + ["." * 65]
-        build_store(folder / name, [Document("", text) for text in texts], TOKENIZER, shard_tokens=101)
+        build_store(
+            folder / name, [Document("", text) for text in texts], TOKENIZER, shard_tokens=101
+        )
     return {name: TokenStore.open(folder / name, TOKENIZER.hash) for name in "ab"}
 
 
 @pytest.fixture(scope="module")
 def store(stores: dict[str, TokenStore]) -> TokenStore:
-    """790 tokens: 50 windows, the last not full; 13 batches; 10 parts of 5 windows, the last not full either."""
+    """790 tokens: 50 windows, the last not full; 13 batches; 10 parts of 5 windows, the last not
+    full either.
+    """
     assert stores["a"].tokens == 790
     return stores["a"]
 
@@ -98,20 +113,30 @@ def directory(store: TokenStore, tmp_path: Path) -> Path:
     return tmp_path / "labels"
 
 
-def test_labels_come_back_by_position_in_every_epoch(stores: dict[str, TokenStore], tmp_path: Path) -> None:
+def test_labels_come_back_by_position_in_every_epoch(
+    stores: dict[str, TokenStore], tmp_path: Path
+) -> None:
     for name, store in stores.items():
         build(tmp_path / name, store)
     teachers = {name: TeacherStore.open(tmp_path / name, IDENTITY) for name in stores}
     mixture = {"a": 3, "b": 1}
     stage = Stage(
-        tokens=96 * 40, sequence_length=LENGTH, batch_tokens=96, mixture=mixture, learning_rate=1, teacher="core"
+        tokens=96 * 40,
+        sequence_length=LENGTH,
+        batch_tokens=96,
+        mixture=mixture,
+        learning_rate=1,
+        teacher="core",
     )
     batches = Batches(stage, "taught", 0, stores, teachers=teachers)
     live = Batches(stage, "taught", 0, stores)
     for step in range(40):
         batch, ids_and_log_probs = batches[step], label(batches[step])
         assert batch["teacher_ids"].shape == batch["teacher_log_probs"].shape == (6, LENGTH, K)
-        assert (batch["teacher_ids"].dtype, batch["teacher_log_probs"].dtype) == (np.int32, np.float32)
+        assert (batch["teacher_ids"].dtype, batch["teacher_log_probs"].dtype) == (
+            np.int32,
+            np.float32,
+        )
         assert np.array_equal(batch["teacher_ids"], ids_and_log_probs[0])
         assert np.array_equal(batch["teacher_log_probs"], ids_and_log_probs[1])
         # Whether the teacher is asked now or was before changes nothing else.
@@ -161,7 +186,10 @@ def test_pickles_without_its_maps(undisturbed: Path) -> None:
     expected = teacher.read(0, 790)
     data = pickle.dumps(teacher)
     assert len(data) < 2000
-    assert all(np.array_equal(*pair) for pair in zip(pickle.loads(data).read(0, 790), expected, strict=True))
+    assert all(
+        np.array_equal(*pair)
+        for pair in zip(pickle.loads(data).read(0, 790), expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(2**16, 32), (2**16 + 1, 48)])
@@ -172,7 +200,9 @@ def test_bytes_per_token(tmp_path: Path, vocab_size: int, width: int) -> None:
     def label_all(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         return label(batch, 8, vocab_size)
 
-    build_teacher_store(tmp_path / "t", store, 64, 8, vocab_size, IDENTITY, 4, label_all, log=lambda line: None)
+    build_teacher_store(
+        tmp_path / "t", store, 64, 8, vocab_size, IDENTITY, 4, label_all, log=lambda line: None
+    )
     teacher = TeacherStore.open(tmp_path / "t", IDENTITY)
     assert teacher.bytes_per_token == width
     size = sum(path.stat().st_size for path in (tmp_path / "t").iterdir())
@@ -216,7 +246,9 @@ def test_a_killed_build_goes_on(store: TokenStore, undisturbed: Path, tmp_path: 
         assert process.stdout is not None and process.stdout.readline() == b"midway\n"
         (partial,) = tmp_path.iterdir()
         # The other builder lives.
-        with pytest.raises(UserError, match=rf"another process is writing .*{partial.name}.*; wait for it to end"):
+        with pytest.raises(
+            UserError, match=rf"another process is writing .*{partial.name}.*; wait for it to end"
+        ):
             build(directory, store, calls)
         process.send_signal(signal.SIGKILL)
     assert calls.count == 0
@@ -243,7 +275,9 @@ class Killed(BaseException):
 def test_a_kill_at_any_write_is_mended(
     store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One builder is cut short within its n-th write, the next two with other batch sizes early on, the last is not."""
+    """One builder is cut short within its n-th write, the next two with other batch sizes early on,
+    the last is not.
+    """
     left = 0
 
     def cut_short(path: Path, data: Any) -> None:
@@ -358,7 +392,9 @@ def test_a_kill_while_complete_parts_are_made_anew_is_mended(
     assert content(tmp_path / "labels") == content(undisturbed)
 
 
-def test_progress_is_told(store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_told(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = list[str]()
     monkeypatch.setattr(teacher_store, "LOG_SECONDS", 0.0)
     build(tmp_path / "labels", store, log=lines.append)
@@ -372,7 +408,9 @@ def test_progress_is_told(store: TokenStore, tmp_path: Path, monkeypatch: pytest
 def test_corruption_is_found(directory: Path, name: str, harm: str) -> None:
     TeacherStore.open(directory, IDENTITY)  # records the sound files
     damage(directory / name, harm)
-    with pytest.raises(UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"):
+    with pytest.raises(
+        UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"
+    ):
         TeacherStore.open(directory, IDENTITY)
 
 
@@ -396,11 +434,15 @@ def test_a_corrupt_part_is_not_built_upon(store: TokenStore, tmp_path: Path) -> 
         build(tmp_path / "labels", store, stopping)
     (partial,) = tmp_path.iterdir()
     damage(partial / "part-00001.bin", "flip")
-    with pytest.raises(UserError, match=rf"part-00001.*delete the folder '{partial}' and it will be built again"):
+    with pytest.raises(
+        UserError, match=rf"part-00001.*delete the folder '{partial}' and it will be built again"
+    ):
         build(tmp_path / "labels", store)
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"format_version": 0}', "fewer parts"])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "{}", '{"format_version": 0}', "fewer parts"]
+)
 def test_corrupt_manifest(directory: Path, content: str | None) -> None:
     path = directory / "manifest.json"
     if content == "fewer parts":
@@ -411,17 +453,24 @@ def test_corrupt_manifest(directory: Path, content: str | None) -> None:
         TeacherStore.open(directory, IDENTITY)
 
 
-@pytest.mark.parametrize("other", [{"teacher": "abd"}, {"k": 4}, {"sequence_length": 8}, {"temperature": 2.0}])
+@pytest.mark.parametrize(
+    "other", [{"teacher": "abd"}, {"k": 4}, {"sequence_length": 8}, {"temperature": 2.0}]
+)
 def test_the_labels_of_another_teacher(undisturbed: Path, other: dict[str, Any]) -> None:
     ((field, value),) = other.items()
-    sentence = rf"labels made with {field}={IDENTITY.get(field)!r}, not {value!r}; delete that folder"
+    sentence = (
+        rf"labels made with {field}={IDENTITY.get(field)!r}, not {value!r}; delete that folder"
+    )
     with pytest.raises(UserError, match=sentence):
         TeacherStore.open(undisturbed, IDENTITY | other)
 
 
 def test_full_disk(store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # /dev/full answers every write as a full disk does.
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*No space left .*data\.cache"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"cannot write .*No space left .*data\.cache"),
+    ):
         patch.setattr(teacher_store, "_part_path", lambda directory, index: Path("/dev/full"))
         build(tmp_path / "labels", store)
     build(tmp_path / "labels", store)
@@ -437,7 +486,10 @@ def test_a_disk_without_room_is_told_before_work_begins(
     build(tmp_path / "labels", store)
     free[0] -= 1
     calls = Calls()
-    with pytest.raises(UserError, match=r"labels take 9,480 bytes and .* has 9,479 free; free some, or set data.cache"):
+    with pytest.raises(
+        UserError,
+        match=r"labels take 9,480 bytes and .* has 9,479 free; free some, or set data.cache",
+    ):
         build(tmp_path / "others", store, calls)
     assert calls.count == 0
 
@@ -449,7 +501,7 @@ def test_cache_that_cannot_be_written(store: TokenStore, tmp_path: Path) -> None
 
 
 def test_labels_are_laid_out_with_their_tokens() -> None:
-    """On devices that split batch and sequence, entries [B, T, k] lie where the tokens [B, T] lie."""
+    """Entries [B, T, k] are split over batch and sequence as the tokens [B, T] are."""
     from braeburn.config import Mesh
     from braeburn.parallel.layout import Layout
     from braeburn.parallel.mesh import build as build_mesh
@@ -457,19 +509,27 @@ def test_labels_are_laid_out_with_their_tokens() -> None:
     mesh = Mesh(fsdp=2, context=2)
     layout = Layout(mesh, build_mesh(mesh), {})
     inputs = np.arange(4 * 16, dtype=np.int32).reshape(4, 16)
-    placed = layout.place({"teacher_ids": np.stack([inputs * 2, inputs * 2 + 1], -1), "inputs": inputs}, range(4), 4)
+    placed = layout.place(
+        {"teacher_ids": np.stack([inputs * 2, inputs * 2 + 1], -1), "inputs": inputs}, range(4), 4
+    )
     # Chunks of four tokens: the first device along `context` has 0 and 3, the second 1 and 2.
     order = [0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11]
     assert np.array_equal(np.asarray(placed["inputs"]), inputs[:, order])
-    assert np.array_equal(np.asarray(placed["teacher_ids"]) // 2, np.stack([inputs[:, order]] * 2, -1))
+    assert np.array_equal(
+        np.asarray(placed["teacher_ids"]) // 2, np.stack([inputs[:, order]] * 2, -1)
+    )
     assert {shard.data.shape for shard in placed["teacher_ids"].addressable_shards} == {(2, 8, 2)}
-    for ids, tokens in zip(*(placed[name].addressable_shards for name in ("teacher_ids", "inputs")), strict=True):
+    for ids, tokens in zip(
+        *(placed[name].addressable_shards for name in ("teacher_ids", "inputs")), strict=True
+    ):
         assert ids.device == tokens.device
         assert np.array_equal(np.asarray(ids.data)[..., 0], np.asarray(tokens.data) * 2)
 
 
 def flip(path: Path) -> None:
-    """Changes a bit and leaves the size and the time of modification alone, as a disk does that loses one."""
+    """Changes a bit and leaves the size and the time of modification alone, as a disk does that
+    loses one.
+    """
     status = path.stat()
     with path.open("r+b") as file:
         first = file.read(1)[0]

@@ -65,10 +65,14 @@ def test_sample_takes_turns_and_no_text_twice() -> None:
 def test_separate_end_byte_fallback_and_truncation(tmp_path: Path) -> None:
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁a": 3, "é": 4, "▁": 5, "a": 6}
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
-    other = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    other = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
     other.add_special_tokens(["<unk>", "<s>", "</s>"])
     other.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
-    other.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()])
+    other.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+    )
     other.enable_truncation(2)
     other.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
@@ -84,7 +88,9 @@ def test_missing_or_corrupt_file(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json'.*; name a sound tokenizer\.json$") as caught:
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json'.*; name a sound tokenizer\.json$"
+    ) as caught:
         Tokenizer.load(path)
     assert "\n" not in str(caught.value)
 
@@ -92,14 +98,23 @@ def test_missing_or_corrupt_file(tmp_path: Path, content: str | None) -> None:
 BASE = json.loads(TOKENIZER.json)
 # Files on which the tokenizers library panics or ends the process; each once did so to `braeburn
 # import`.
-CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(range(200))).decode()}
+CHARSMAP = {
+    "type": "Precompiled",
+    "precompiled_charsmap": base64.b64encode(bytes(range(200))).decode(),
+}
 UNKNOWN = {"SpecialToken": {"id": "[NOWHERE]", "type_id": 0}}
-TEMPLATE = {"type": "TemplateProcessing", "single": [UNKNOWN], "pair": [UNKNOWN], "special_tokens": {}}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [UNKNOWN],
+    "pair": [UNKNOWN],
+    "special_tokens": {},
+}
 CRASHES = {
     "panics on its version": BASE | {"version": 7},
     "aborts on its normalizer": BASE | {"normalizer": CHARSMAP},
     "panics on its template": BASE | {"post_processor": TEMPLATE},
-    "ids of 32 bits": BASE | {"model": BASE["model"] | {"vocab": BASE["model"]["vocab"] | {"far": 2**32 - 1}}},
+    "ids of 32 bits": BASE
+    | {"model": BASE["model"] | {"vocab": BASE["model"]["vocab"] | {"far": 2**32 - 1}}},
     "a list": [1],
     "a number of 5,000 digits": '{"version": ' + "9" * 5000 + "}",
     "nested deeply": "[" * 100_000,
@@ -127,11 +142,15 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 def bytes_and(*tokens: str, prefix: str | None = None) -> tokenizers.Tokenizer:
     """A byte-level tokenizer with special tokens, which it adds one of to a text where asked to."""
-    own = tokenizers.Tokenizer.from_str(json.dumps(BASE | {"added_tokens": [], "post_processor": None}))
+    own = tokenizers.Tokenizer.from_str(
+        json.dumps(BASE | {"added_tokens": [], "post_processor": None})
+    )
     own.add_special_tokens(list(tokens))
     if prefix is not None:
         own.post_processor = tokenizers.processors.TemplateProcessing(
-            single=[prefix, "$A"], pair=[prefix, "$A", "$B:1"], special_tokens=[(prefix, own.token_to_id(prefix))]
+            single=[prefix, "$A"],
+            pair=[prefix, "$A", "$B:1"],
+            special_tokens=[(prefix, own.token_to_id(prefix))],
         )
     return own
 
@@ -139,13 +158,28 @@ def bytes_and(*tokens: str, prefix: str | None = None) -> tokenizers.Tokenizer:
 @pytest.mark.parametrize(
     ("tokens", "prefix", "files", "begin", "end"),
     [
-        (("<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"), None, {}, 0, 1),
+        (
+            (
+                "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+                "<\uff5cend\u2581of\u2581sentence\uff5c>",
+            ),
+            None,
+            {},
+            0,
+            1,
+        ),
         (("<|bos|>", "<|eos|>"), None, {}, 0, 1),
         (("[BOS]", "[EOS]"), None, {}, 0, 1),
         (("[X]", "[START]"), "[START]", {}, 1, 1),
         (("[X]", "[START]", "[STOP]"), None, {"bos_token": "[START]", "eos_token": "[STOP]"}, 1, 2),
         (("[X]", "[START]"), None, {"bos_token": {"content": "[START]", "lstrip": False}}, 1, 1),
-        (("<s>", "[START]", "</s>"), None, {"bos_token": "[START]"}, 1, 1),  # the files before the names
+        (
+            ("<s>", "[START]", "</s>"),
+            None,
+            {"bos_token": "[START]"},
+            1,
+            1,
+        ),  # the files before the names
         (("[X]", "[STOP]"), None, {"eos_token": "[STOP]"}, 1, 1),
     ],
 )
@@ -162,7 +196,10 @@ def test_the_begin_token_is_the_one_that_the_files_name(
     assert tokenizer.encode_prompt("the cat") == own.encode("the cat").ids
     # From a checkpoint, and after saving, it is the same.
     tokenizer.save_all(tmp_path)
-    for again in (Tokenizer.from_json(tokenizer.to_json()), Tokenizer.load(tmp_path / "tokenizer.json")):
+    for again in (
+        Tokenizer.from_json(tokenizer.to_json()),
+        Tokenizer.load(tmp_path / "tokenizer.json"),
+    ):
         assert vars(again) | {"_tokenizer": None} == vars(tokenizer) | {"_tokenizer": None}
 
 
@@ -174,7 +211,11 @@ def test_files_beside_it_that_do_not_fit(tmp_path: Path) -> None:
             {"bos_token": "[BEGIN]"},
             r"has no token '\[BEGIN\]', which the files .* as bos_token",
         ),
-        ("tokenizer_config.json", {"bos_token": 5}, "tokenizer_config.json': bos_token cannot be 5; download"),
+        (
+            "tokenizer_config.json",
+            {"bos_token": 5},
+            "tokenizer_config.json': bos_token cannot be 5; download",
+        ),
         ("tokenizer_config.json", {"chat_template": {"a": [1]}}, "chat_template cannot be"),
         ("tokenizer_config.json", [], "holds no JSON object"),
         ("generation_config.json", {"eos_token_id": "all"}, "eos_token_id cannot be 'all'"),

@@ -1,4 +1,6 @@
-"""Generation: the cache changes nothing, rows do not see each other, and sampling follows the filtered distribution."""
+"""Generation: the cache changes nothing, rows do not see each other, and sampling follows the
+filtered distribution.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,15 @@ from hypothesis import strategies as st
 
 from braeburn.config import Model, Precision, RopeScaling
 from braeburn.errors import UserError
-from braeburn.evaluate.generate import Sampling, choose, decode, filter_logits, generate, prefill, round_up
+from braeburn.evaluate.generate import (
+    Sampling,
+    choose,
+    decode,
+    filter_logits,
+    generate,
+    prefill,
+    round_up,
+)
 from braeburn.model import transformer
 from braeburn.model.spec import ParamSpec, Tree, map_specs
 
@@ -25,14 +35,19 @@ SIZES = {
 }
 QWEN3 = Model(**SIZES)
 LLAMA = Model(
-    **SIZES, qk_norm=False, tied_embeddings=False, rope_scaling=RopeScaling(original_max_position_embeddings=32)
+    **SIZES,
+    qk_norm=False,
+    tied_embeddings=False,
+    rope_scaling=RopeScaling(original_max_position_embeddings=32),
 )
 models = pytest.mark.parametrize("model", [QWEN3, LLAMA], ids=["qwen3", "llama"])
 PROMPTS = [[5, 17, 3], [42], list(range(1, 71)), [9] * 12]
 
 
 def make_params(model: Model) -> Tree:
-    """Random weights, large enough in the layers for text that does not repeat itself; drawn without compiling."""
+    """Random weights, large enough in the layers for text that does not repeat itself; drawn
+    without compiling.
+    """
     generator = np.random.default_rng(0)
 
     def draw(_: str, spec: ParamSpec) -> np.ndarray:
@@ -52,14 +67,18 @@ def _logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
 
 
 def all_logits(params: Tree, tokens: list[int], model: Model) -> np.ndarray:
-    """Logits after every token, without a cache; padded on the right, where causality makes it harmless."""
+    """Logits after every token, without a cache; padded on the right, where causality makes it
+    harmless.
+    """
     padded = np.zeros((1, 128), np.int32)
     padded[0, : len(tokens)] = tokens
     return np.asarray(_logits(params, padded, model))[: len(tokens)]
 
 
 def greedy(params: Tree, prompts: list[list[int]], model: Model, **options) -> list[list[int]]:
-    return generate(params, prompts, model, FLOAT32, **({"max_new_tokens": 40, "temperature": 0.0} | options))
+    return generate(
+        params, prompts, model, FLOAT32, **({"max_new_tokens": 40, "temperature": 0.0} | options)
+    )
 
 
 @models
@@ -88,7 +107,9 @@ def test_prompts_together_continue_as_each_alone(model):
     params = make_params(model)
     together = greedy(params, PROMPTS, model)
     assert together[:1] == greedy(params, PROMPTS[:1], model)
-    for row, prompt in zip(together, PROMPTS, strict=True):  # in the same shape, which needs no other program
+    for row, prompt in zip(
+        together, PROMPTS, strict=True
+    ):  # in the same shape, which needs no other program
         assert row == greedy(params, [[1], prompt, [2] * 90, [3, 4]], model)[1]
 
 
@@ -120,8 +141,12 @@ def test_any_of_several_tokens_stops_a_row(more):
     params = make_params(QWEN3)
     whole = greedy(params, PROMPTS, QWEN3)
     stops = [whole[0][5], whole[1][3], whole[2][7]] + [200 + i for i in range(more)]
-    ends = [min([row.index(stop) for stop in stops if stop in row], default=len(row)) for row in whole]
-    assert greedy(params, PROMPTS, QWEN3, stop_ids=stops) == [row[:end] for row, end in zip(whole, ends, strict=True)]
+    ends = [
+        min([row.index(stop) for stop in stops if stop in row], default=len(row)) for row in whole
+    ]
+    assert greedy(params, PROMPTS, QWEN3, stop_ids=stops) == [
+        row[:end] for row, end in zip(whole, ends, strict=True)
+    ]
     assert len(set(ends)) > 2
 
 
@@ -135,13 +160,17 @@ def test_other_prompts_and_limits_reuse_the_compiled_programs():
     params = make_params(QWEN3)
     greedy(params, PROMPTS, QWEN3, max_new_tokens=8)
     compiled = prefill._cache_size(), decode._cache_size()
-    greedy(params, [[4] * 50, [5] * 128, [6], [7]], QWEN3, max_new_tokens=60, stop_ids=[3, 7], seed=5)
+    greedy(
+        params, [[4] * 50, [5] * 128, [6], [7]], QWEN3, max_new_tokens=60, stop_ids=[3, 7], seed=5
+    )
     assert (prefill._cache_size(), decode._cache_size()) == compiled
 
 
 def test_bfloat16_generates():
     params = make_params(QWEN3)
-    assert [len(row) for row in generate(params, PROMPTS, QWEN3, Precision(), max_new_tokens=5)] == [5] * 4
+    assert [
+        len(row) for row in generate(params, PROMPTS, QWEN3, Precision(), max_new_tokens=5)
+    ] == [5] * 4
 
 
 def naive_filter(logits: np.ndarray, top_k: int | None, top_p: float) -> tuple[list[int], float]:
@@ -189,7 +218,9 @@ def test_samples_follow_the_filtered_distribution():
     logits = jnp.array([0.0, 1.0, 2.0, -1.0, 1.5, 0.5])
     sampling = Sampling(temperature=0.7, top_k=4, top_p=0.95)
     count = 20_000
-    tokens = choose(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count), sampling)
+    tokens = choose(
+        jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count), sampling
+    )
     expected = jax.nn.softmax(filter_logits(logits / 0.7, 4, 0.95))
     found = np.bincount(tokens, minlength=6) / count
     np.testing.assert_allclose(found, expected, atol=0.015)
@@ -232,16 +263,26 @@ def test_a_temperature_below_what_float32_holds_is_greedy(temperature: float) ->
 
 def test_extreme_temperatures_and_masses_still_write() -> None:
     logits = jnp.asarray([[0.5, 3.0, -2.0, 2.9]])
-    for sampling in (Sampling(1e-29), Sampling(1e300), Sampling(1.0, None, 1e-40), Sampling(1.0, 2, 1e-300)):
+    for sampling in (
+        Sampling(1e-29),
+        Sampling(1e300),
+        Sampling(1.0, None, 1e-40),
+        Sampling(1.0, 2, 1e-300),
+    ):
         (token,) = choose(logits, jax.random.split(jax.random.key(1), 1), sampling).tolist()
         assert 0 <= token < 4
     for top_p in (1e-40, 1e-300):
-        assert np.isfinite(filter_logits(logits, None, top_p)).tolist() == [[False, True, False, False]]
+        assert np.isfinite(filter_logits(logits, None, top_p)).tolist() == [
+            [False, True, False, False]
+        ]
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**63, 2**64 - 1, 2**200])
 def test_any_seed_samples(seed: int) -> None:
     params = make_params(QWEN3)
     options = {"max_new_tokens": 8, "temperature": 1.0}
-    drawn = [generate(params, [[5, 17, 3]], QWEN3, FLOAT32, **options, seed=s) for s in (seed, seed, seed % 2**32)]
+    drawn = [
+        generate(params, [[5, 17, 3]], QWEN3, FLOAT32, **options, seed=s)
+        for s in (seed, seed, seed % 2**32)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]

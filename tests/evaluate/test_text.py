@@ -1,4 +1,6 @@
-"""Evaluation of files: every token is scored once, cost follows the text, and bytes are those of the text."""
+"""Evaluation of files: every token is scored once, cost follows the text, and bytes are those of
+the text.
+"""
 
 import itertools
 import json
@@ -27,9 +29,15 @@ from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
 from support import braeburn
 
-TEXTS = ["The quick brown fox – schnell! " * 9, "jumps over", "the lazy dog, and over that dog's own shadow " * 6]
+TEXTS = [
+    "The quick brown fox – schnell! " * 9,
+    "jumps over",
+    "the lazy dog, and over that dog's own shadow " * 6,
+]
 TOKENIZER = train(TEXTS * 3, 280)
-MODEL = Model(vocab_size=300, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24)
+MODEL = Model(
+    vocab_size=300, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24
+)
 FLOAT32 = Precision(compute="float32")
 
 
@@ -61,7 +69,14 @@ def test_what_is_computed_follows_the_text(length: int, tmp_path: Path) -> None:
 
 
 def test_lengths_of_windows() -> None:
-    assert [padded_length(n, 32_768) for n in (1, 64, 65, 504, 512, 32_000)] == [64, 64, 128, 512, 512, 32_768]
+    assert [padded_length(n, 32_768) for n in (1, 64, 65, 504, 512, 32_000)] == [
+        64,
+        64,
+        128,
+        512,
+        512,
+        32_768,
+    ]
     assert [padded_length(n, 100) for n in (1, 65, 100)] == [64, 100, 100]
     assert padded_length(3, 10) == 10
 
@@ -92,7 +107,9 @@ def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
     for span in spans(store.tokens, length, stride):
         inputs = tokens[span.start : span.stop][None]
         positions = np.arange(inputs.shape[1])[None]
-        hidden = transformer.forward(params, inputs, positions, np.ones_like(inputs), MODEL, FLOAT32)
+        hidden = transformer.forward(
+            params, inputs, positions, np.ones_like(inputs), MODEL, FLOAT32
+        )
         logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
         log_z = np.log(np.exp(logits).sum(-1))
         for place in range(span.scored, span.stop):
@@ -100,14 +117,18 @@ def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
     found = measured(store, evaluation_batches(store, length, stride, store.tokens, 4096))
     assert found["loss"] == pytest.approx(nll / store.tokens, rel=1e-5)
     assert found["tokens"] == store.tokens
-    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / len(TEXTS[0].encode()), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(
+        nll / math.log(2) / len(TEXTS[0].encode()), rel=1e-5
+    )
 
 
 def spaced() -> Tokenizer:
     """One that puts a space before each text, as SentencePiece does."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3}
     vocabulary |= {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
-    own = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    own = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    )
     own.add_special_tokens(["<unk>", "<s>", "</s>"])
     own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
     return Tokenizer(own)
@@ -153,5 +174,14 @@ def test_the_command(finished: Path, tmp_path: Path) -> None:
     for first, second in itertools.pairwise([(), ("--sequence-length", 64, "--stride", 16)]):
         assert results[first]["loss"] == pytest.approx(results[second]["loss"], rel=0.1)
 
-    wrong = ("evaluate", finished, "--data", tmp_path / "a.txt", "--sequence-length", 64, "--stride", 65)
+    wrong = (
+        "evaluate",
+        finished,
+        "--data",
+        tmp_path / "a.txt",
+        "--sequence-length",
+        64,
+        "--stride",
+        65,
+    )
     assert "--stride 65 is more than the 64 tokens of a window" in braeburn(*wrong).error

@@ -1,4 +1,6 @@
-"""Mutations of files: bytes flipped, cut and repeated; JSON of other types and depths; no ordinary file at all."""
+"""Mutations of files: bytes flipped, cut and repeated; JSON of other types and depths; no ordinary
+file at all.
+"""
 
 import json
 import os
@@ -10,14 +12,52 @@ from typing import Any
 Mutation = Callable[[random.Random, bytes], bytes]
 
 STRANGE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**12, 1e308, -0.5, 1e-320, "", " ", "x", "\n", "../../x",
-    "/tmp/x", "\x00", "\ud800", "é" * 1000, [], {}, [[]], [None], {"": None}, {"x": {"x": {}}}, ["a"] * 1000,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    -(2**63),
+    10**12,
+    1e308,
+    -0.5,
+    1e-320,
+    "",
+    " ",
+    "x",
+    "\n",
+    "../../x",
+    "/tmp/x",
+    "\x00",
+    "\ud800",
+    "é" * 1000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    {"x": {"x": {}}},
+    ["a"] * 1000,
+)
 # As text, since Python would not write or read them all as values.
 STRANGE_TEXTS = (
-    "9" * 5001, "-" + "9" * 5001, "1e999", "NaN", "Infinity", "-Infinity", "[" * 3000 + "]" * 3000,
-    '{"a":' * 3000 + "1" + "}" * 3000, '"\\ud800"', "0" * 100, "1.", "tru", "'x'",
-)  # fmt: skip
+    "9" * 5001,
+    "-" + "9" * 5001,
+    "1e999",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "[" * 3000 + "]" * 3000,
+    '{"a":' * 3000 + "1" + "}" * 3000,
+    '"\\ud800"',
+    "0" * 100,
+    "1.",
+    "tru",
+    "'x'",
+)
 MARK = "a mark that is replaced by strange text"
 
 
@@ -73,7 +113,9 @@ def replace_all(rng: random.Random, content: bytes) -> bytes:
 
 
 def change_json(rng: random.Random, content: bytes) -> bytes:
-    """A value of a JSON document, or of a line of JSON Lines, is another; or a key is missing, renamed or added."""
+    """A value of a JSON document, or of a line of JSON Lines, is another; or a key is missing,
+    renamed or added.
+    """
     try:
         return _changed_document(rng, content)
     except ValueError:
@@ -109,7 +151,9 @@ def _changed_document(rng: random.Random, content: bytes) -> bytes:
 
 
 def _places(value: Any) -> Any:
-    """Every (container, key) of a JSON value; of long lists and dictionaries the first and the last few."""
+    """Every (container, key) of a JSON value; of long lists and dictionaries the first and the last
+    few.
+    """
     if isinstance(value, dict):
         keys: list[Any] = list(value)
     elif isinstance(value, list):
@@ -126,7 +170,9 @@ CONTENTS: tuple[Mutation, ...] = (flip_bits, cut, remove, repeat, insert, replac
 
 def put_in_place(rng: random.Random, path: Path) -> str:
     """Puts something that is no ordinary file where a file is; returns what."""
-    kind = rng.choice(["missing", "folder", "pipe", "loop", "empty", "unreadable", "link to nothing"])
+    kind = rng.choice(
+        ["missing", "folder", "pipe", "loop", "empty", "unreadable", "link to nothing"]
+    )
     path.unlink()
     if kind == "folder":
         path.mkdir()

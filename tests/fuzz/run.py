@@ -1,9 +1,11 @@
-"""Thousands of damaged inputs for everything that Braeburn reads: `make fuzz`, or `python tests/fuzz/run.py --help`.
+"""Thousands of damaged inputs for everything that Braeburn reads: `make fuzz`, or `python
+tests/fuzz/run.py --help`.
 
-Each input is a sound sample of which one file was changed at random; it is read in a process of its own. Reading may
-succeed, or end in the one sentence of a `UserError`. Anything else is a fault: another exception, the end of the
-process, more than 20 seconds, more than 4 GB, or a file written outside the input's own folder. Faulty inputs are
-described, and kept in the folder that `--keep` names. The same `--seed` makes the same inputs.
+Each input is a sound sample of which one file was changed at random; it is read in a process of its
+own. Reading may succeed, or end in the one sentence of a `UserError`. Anything else is a fault:
+another exception, the end of the process, more than 20 seconds, more than 4 GB, or a file written
+outside the input's own folder. Faulty inputs are described, and kept in the folder that `--keep`
+names. The same `--seed` makes the same inputs.
 """
 
 import argparse
@@ -35,7 +37,9 @@ VERDICTS = {READ: "read", REFUSED: "refused"}
 
 
 def watch(folder: Path, report: Path) -> None:
-    """Ends this process when it opens a file for writing, or makes or removes one, outside of a folder."""
+    """Ends this process when it opens a file for writing, or makes or removes one, outside of a
+    folder.
+    """
     allowed = (str(folder), str(report), "/dev/", "/proc/")
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -46,9 +50,23 @@ def watch(folder: Path, report: Path) -> None:
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & writing
-        changed = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
-        # Names relative to an open folder, as shutil.rmtree has them, are below one that was checked before.
-        relative = changed and isinstance(arguments[-1], int) and arguments[-1] >= 0 and event != "os.mkdir"
+        changed = event in (
+            "os.mkdir",
+            "os.rename",
+            "os.remove",
+            "os.rmdir",
+            "os.link",
+            "os.symlink",
+            "os.truncate",
+        )
+        # Names relative to an open folder, as shutil.rmtree has them, are below one that was
+        # checked before.
+        relative = (
+            changed
+            and isinstance(arguments[-1], int)
+            and arguments[-1] >= 0
+            and event != "os.mkdir"
+        )
         if (opened or (changed and not relative)) and outside(arguments[0]):
             report.write_text(f"{event} {arguments}")
             os._exit(WROTE_OUTSIDE)
@@ -97,11 +115,19 @@ def verdict(target: Target, folder: Path, report: Path) -> str:
     if code in VERDICTS:
         return VERDICTS[code]
     told = report.read_text() if report.exists() else ""
-    return f"ends with {code}: {told.strip()[-1500:]}" if code != RAISED else f"raises: {told.strip()[-1500:]}"
+    return (
+        f"ends with {code}: {told.strip()[-1500:]}"
+        if code != RAISED
+        else f"raises: {told.strip()[-1500:]}"
+    )
 
 
-def fuzz(samples: Path, seed: int, numbers: range, until: float, keep: Path | None) -> tuple[Counter[str], int]:
-    """Makes and reads inputs; prints faults, and returns how many of each verdict and how many faults there were."""
+def fuzz(
+    samples: Path, seed: int, numbers: range, until: float, keep: Path | None
+) -> tuple[Counter[str], int]:
+    """Makes and reads inputs; prints faults, and returns how many of each verdict and how many
+    faults there were.
+    """
     counts: Counter[str] = Counter()
     faults = 0
     weights = [target.weight for target in TARGETS]
@@ -114,7 +140,9 @@ def fuzz(samples: Path, seed: int, numbers: range, until: float, keep: Path | No
             place = Path(scratch) / str(number)
             folder = place / "input"
             shutil.copytree(samples / target.name, folder, symlinks=True)
-            files = sorted({path for glob in target.files for path in folder.glob(glob) if path.is_file()})
+            files = sorted(
+                {path for glob in target.files for path in folder.glob(glob) if path.is_file()}
+            )
             done = mutate(rng, rng.choice(files))
             found = verdict(target, folder, place / "report.txt")
             counts[f"{target.name}: {found if found in VERDICTS.values() else 'fault'}"] += 1
@@ -122,17 +150,25 @@ def fuzz(samples: Path, seed: int, numbers: range, until: float, keep: Path | No
                 faults += 1
                 print(f"input {number} ({target.name}; {done}) {found}\n", flush=True)
                 if keep:
-                    shutil.copytree(folder, keep / f"{seed}-{number}", symlinks=True, dirs_exist_ok=True)
+                    shutil.copytree(
+                        folder, keep / f"{seed}-{number}", symlinks=True, dirs_exist_ok=True
+                    )
             shutil.rmtree(place, ignore_errors=True)
     return counts, faults
 
 
 def main() -> int:
-    """Runs several processes like this one, each with its share of the inputs; returns the exit code."""
+    """Runs several processes like this one, each with its share of the inputs; returns the exit
+    code.
+    """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--inputs", type=int, default=6000, help="how many")
-    parser.add_argument("--seconds", type=float, default=270, help="to stop after, whatever is left")
-    parser.add_argument("--at-least", type=int, default=2000, help="inputs that must have been read by then")
+    parser.add_argument(
+        "--seconds", type=float, default=270, help="to stop after, whatever is left"
+    )
+    parser.add_argument(
+        "--at-least", type=int, default=2000, help="inputs that must have been read by then"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="a folder for the inputs that were faulty")
@@ -149,7 +185,11 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="fuzz-samples-") as folder:
         # In a process of its own, since one in which JAX has run cannot be forked.
-        making = [sys.executable, "-c", "import sys; from pathlib import Path; from fuzz.targets import build; "]
+        making = [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from fuzz.targets import build; ",
+        ]
         making[-1] += "build(Path(sys.argv[1]))"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         subprocess.run([*making, folder], check=True, env=environment, stderr=subprocess.DEVNULL)
@@ -174,7 +214,10 @@ def main() -> int:
                     print(line)
     for name, count in sorted(total.items()):
         print(f"{count:6} {name}")
-    inputs, faults = total.total(), sum(count for name, count in total.items() if name.endswith("fault"))
+    inputs, faults = (
+        total.total(),
+        sum(count for name, count in total.items() if name.endswith("fault")),
+    )
     print(f"{inputs - faults} passed, {faults} failed")
     if inputs < arguments.at_least:
         print(f"error: only {inputs} inputs were read in time; {arguments.at_least} are wanted")

@@ -1,6 +1,7 @@
 """What is fuzzed: samples of every kind of file that Braeburn reads, and how it reads each.
 
-What reading needs is imported here, once: imported in each input's process it would take most of the time.
+What reading needs is imported here, once: imported in each input's process it would take most of
+the time.
 """
 
 import bz2
@@ -29,7 +30,10 @@ from braeburn.train.directory import RunDirectory
 from braeburn.train.trained import load
 
 TEXT = "def answer():\n    return 42\n\n\n" * 40
-ROWS = [{"text": f"{TEXT[:200]} {number}", "id": number, "more": [None, {"x": 1.5}]} for number in range(30)]
+ROWS = [
+    {"text": f"{TEXT[:200]} {number}", "id": number, "more": [None, {"x": 1.5}]}
+    for number in range(30)
+]
 # As people type them; every one is changed in the file, and the file is read line by line.
 ASSIGNMENTS = """\
 stages.core.tokens=20480
@@ -119,15 +123,24 @@ TARGETS = (
     Target("run files", 16, ("config.json", "*.jsonl"), _read_run_files),
     Target("sources", 22, ("*",), _read_sources),
     Target("token cache", 6, ("cache/**/*",), _read_token_cache),
-    Target("tokenizer", 8, ("tokenizer.json",), lambda folder: Tokenizer.load(folder / "tokenizer.json")),
+    Target(
+        "tokenizer",
+        8,
+        ("tokenizer.json",),
+        lambda folder: Tokenizer.load(folder / "tokenizer.json"),
+    ),
 )
 
 
 def _cached_run(folder: Path) -> Run:
-    sources = {"data.sources.code.paths": [str(folder / "text")], "data.sources.prose.paths": [str(folder / "text")]}
+    sources = {
+        "data.sources.code.paths": [str(folder / "text")],
+        "data.sources.prose.paths": [str(folder / "text")],
+    }
     stages = {f"stages.{name}.mixture": {"code": 1.0} for name in ("core", "continued", "context")}
     return override(
-        recipe("afm-tiny"), {**sources, **stages, "data.cache": str(folder / "cache"), "data.held_out": 0.2}
+        recipe("afm-tiny"),
+        {**sources, **stages, "data.cache": str(folder / "cache"), "data.held_out": 0.2},
     )
 
 
@@ -164,11 +177,19 @@ def _train(out: Path) -> None:
     text.mkdir(parents=True)
     for number in range(12):
         (text / f"{number}.py").write_text(f"# {number}\n{TEXT}")
-    fields: dict[str, Any] = {f"data.sources.{name}.paths": [str(text)] for name in ("code", "prose", "long")}
+    fields: dict[str, Any] = {
+        f"data.sources.{name}.paths": [str(text)] for name in ("code", "prose", "long")
+    }
     fields |= {f"stages.{name}.mixture": {"code": 1.0} for name in ("core", "continued", "context")}
     fields |= {f"stages.{name}.tokens": 2048 for name in ("core", "continued", "context")}
-    fields |= {f"stages.{name}.schedule.warmup_steps": 0 for name in ("core", "continued", "context")}
-    fields |= {"data.held_out": 0.2, "data.cache": str(out.parent / "cache for the run"), "evaluation.tokens": 1024}
+    fields |= {
+        f"stages.{name}.schedule.warmup_steps": 0 for name in ("core", "continued", "context")
+    }
+    fields |= {
+        "data.held_out": 0.2,
+        "data.cache": str(out.parent / "cache for the run"),
+        "evaluation.tokens": 1024,
+    }
     train(override(recipe("afm-tiny"), {**fields, "mesh.fsdp": 1, "checkpoint.keep_last": 1}), out)
 
 
@@ -179,7 +200,8 @@ def _export(run: Path, out: Path) -> None:
 def _write_chips(folder: Path) -> None:
     folder.mkdir()
     (folder / "chips.toml").write_text(
-        '[mine]\ntitle = "Mine"\nfamily = "nvidia"\nbf16_tflops = 100\nmemory_gb = {value = 24, confidence = "S"}\n'
+        '[mine]\ntitle = "Mine"\nfamily = "nvidia"\nbf16_tflops = 100\nmemory_gb = {value = 24, '
+        'confidence = "S"}\n'
         'memory_gb_per_s = 900.5\nper_node = 4\ndevice_kinds = ["NVIDIA Mine"]\nprice = 0.5\n'
         "[h100]\nprice = 2.0\n[facts]\n"
     )
@@ -196,7 +218,9 @@ def _write_sources(folder: Path) -> None:
     (folder / "rows.jsonl.xz").write_bytes(lzma.compress(lines))
     (folder / "plain.txt").write_text(TEXT)
     (folder / "plain.txt.bz2").write_bytes(bz2.compress(TEXT.encode()))
-    pyarrow.parquet.write_table(pyarrow.table({"text": [row["text"] for row in ROWS]}), folder / "rows.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [row["text"] for row in ROWS]}), folder / "rows.parquet"
+    )
     with zipfile.ZipFile(folder / "both.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/one.txt", TEXT)
         archive.writestr("a/two.jsonl", lines)

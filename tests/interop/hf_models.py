@@ -1,4 +1,6 @@
-"""Models whose logits are compared with those of transformers, and weights for them; needs neither it nor torch."""
+"""Models whose logits are compared with those of transformers, and weights for them; needs neither
+it nor torch.
+"""
 
 import hashlib
 import json
@@ -44,18 +46,39 @@ def make(**fields) -> Model:
 # name -> (model, length of the compared sequence)
 MODELS = {
     "qwen3": (make(), 40),
-    "qwen3-7-heads-1-kv": (make(d_model=48, num_heads=7, num_kv_heads=1, head_dim=10, num_layers=3), 33),
-    "qwen3-untied-wide-heads": (make(num_heads=3, num_kv_heads=3, head_dim=32, tied_embeddings=False), 40),
-    "qwen3-odd-sizes": (make(vocab_size=301, d_model=51, ffn_dim=77, num_heads=5, num_kv_heads=5, head_dim=6), 17),
+    "qwen3-7-heads-1-kv": (
+        make(d_model=48, num_heads=7, num_kv_heads=1, head_dim=10, num_layers=3),
+        33,
+    ),
+    "qwen3-untied-wide-heads": (
+        make(num_heads=3, num_kv_heads=3, head_dim=32, tied_embeddings=False),
+        40,
+    ),
+    "qwen3-odd-sizes": (
+        make(vocab_size=301, d_model=51, ffn_dim=77, num_heads=5, num_kv_heads=5, head_dim=6),
+        17,
+    ),
     "qwen3-long": (make(rope_base=1e6, num_layers=1, ffn_dim=32), 1500),
     "qwen3-linear": (make(rope_scaling=LINEAR, norm_epsilon=1e-5), 200),
     "qwen3-llama3": (make(rope_scaling=LLAMA3, num_kv_heads=1), 300),
     # As the recipe afm-3b: tied, eight query heads for each key head, wide heads.
-    "afm": (make(d_model=96, num_layers=3, num_heads=16, num_kv_heads=2, head_dim=32, ffn_dim=252), 128),
+    "afm": (
+        make(d_model=96, num_layers=3, num_heads=16, num_kv_heads=2, head_dim=32, ffn_dim=252),
+        128,
+    ),
     "llama": (make(qk_norm=False, rope_base=10_000.0), 40),
-    "llama-9-heads-3-kv": (make(qk_norm=False, d_model=72, num_heads=9, num_kv_heads=3, head_dim=8), 40),
-    "llama-one-kv-wide-heads": (make(qk_norm=False, d_model=60, num_heads=5, num_kv_heads=1, head_dim=20), 40),
-    "llama-untied": (make(qk_norm=False, num_kv_heads=4, tied_embeddings=False, scan_layers=False), 40),
+    "llama-9-heads-3-kv": (
+        make(qk_norm=False, d_model=72, num_heads=9, num_kv_heads=3, head_dim=8),
+        40,
+    ),
+    "llama-one-kv-wide-heads": (
+        make(qk_norm=False, d_model=60, num_heads=5, num_kv_heads=1, head_dim=20),
+        40,
+    ),
+    "llama-untied": (
+        make(qk_norm=False, num_kv_heads=4, tied_embeddings=False, scan_layers=False),
+        40,
+    ),
     "llama-llama3-long": (make(qk_norm=False, rope_scaling=LLAMA3, num_layers=1, ffn_dim=32), 1500),
     "llama-linear": (make(qk_norm=False, rope_scaling=LINEAR, tied_embeddings=False), 300),
 }
@@ -71,7 +94,12 @@ ROPES = [
         {
             "rope_theta": 5e5,
             "max_position_embeddings": 64,
-            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
         },
         LLAMA3,
     ),
@@ -80,7 +108,12 @@ ROPES = [
             "rope_theta": 5e5,
             "max_position_embeddings": 8192,
             "original_max_position_embeddings": 64,
-            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
         },
         LLAMA3,
     ),
@@ -114,7 +147,11 @@ SAME_MODEL = [
     {"use_sliding_window": True, "sliding_window": 64},  # from the 29th layer on, of two
     {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
     {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
-    {"use_sliding_window": True, "sliding_window": 2048, "max_window_layers": 0},  # as long as any text
+    {
+        "use_sliding_window": True,
+        "sliding_window": 2048,
+        "max_window_layers": 0,
+    },  # as long as any text
     {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 0},
 ]
 LLAMA_AS_MISTRAL = [
@@ -126,7 +163,9 @@ cases = pytest.mark.parametrize(("model", "length"), MODELS.values(), ids=MODELS
 
 
 def random_params(model: Model, seed: int = 0) -> Tree:
-    """Weights scaled as `initialize` scales them, and norms that are not all one; drawn without compiling."""
+    """Weights scaled as `initialize` scales them, and norms that are not all one; drawn without
+    compiling.
+    """
     generator = np.random.default_rng(seed)
 
     def draw(_: str, spec: ParamSpec) -> np.ndarray:
@@ -139,10 +178,12 @@ def random_params(model: Model, seed: int = 0) -> Tree:
 
 
 def golden_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """Weights in float32 for the tensors of a Hugging Face model, the same on every machine and in every NumPy.
+    """Weights in float32 for the tensors of a Hugging Face model, the same on every machine and in
+    every NumPy.
 
-    NumPy keeps the numbers of `RandomState` unchanged for good, and those of `random_sample` need no function of the
-    C library. Norms are from 0.5 to 1.5, and matrices scaled so that logits have about unit deviation.
+    NumPy keeps the numbers of `RandomState` unchanged for good, and those of `random_sample` need
+    no function of the C library. Norms are from 0.5 to 1.5, and matrices scaled so that logits have
+    about unit deviation.
     """
     generator = np.random.RandomState(0)
     weights = {}
@@ -183,7 +224,9 @@ def random_tokens(model: Model, length: int) -> np.ndarray:
     return np.random.default_rng(length).integers(0, model.vocab_size, (1, length), np.int32)
 
 
-def write(directory: Path, params: Tree, model: Model, tokenizer_file: Path | None, **options) -> Path:
+def write(
+    directory: Path, params: Tree, model: Model, tokenizer_file: Path | None, **options
+) -> Path:
     """Exports a model to a directory, and returns that."""
     tokenizer = None if tokenizer_file is None else Tokenizer.load(tokenizer_file)
     huggingface.write(directory, params, model, tokenizer, max_position_embeddings=2048, **options)
@@ -230,13 +273,15 @@ def only_head(directory: Path) -> Path:
 
 
 CHAT = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}"
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ "
+    "message.content | trim }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def chat_model(directory: Path, prefix: str | None, **settings) -> Path:
-    """A directory as an instruction-tuned model is published, with markers, a template and sampling defaults.
+    """A directory as an instruction-tuned model is published, with markers, a template and sampling
+    defaults.
 
     Args:
         directory: where to write.
@@ -250,12 +295,20 @@ def chat_model(directory: Path, prefix: str | None, **settings) -> Path:
     if prefix is not None:
         template = f"{prefix} $A"
         own.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template, pair=template + " $B", special_tokens=[(prefix, own.token_to_id(prefix))]
+            single=template,
+            pair=template + " $B",
+            special_tokens=[(prefix, own.token_to_id(prefix))],
         )
     write(directory, random_params(model), model, None)
     own.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT} | settings))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|pad|>",
+    }
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(config | {"chat_template": CHAT} | settings)
+    )
     generation = {
         "bos_token_id": own.token_to_id("<|endoftext|>"),
         "eos_token_id": [own.token_to_id("<|im_end|>"), own.token_to_id("<|endoftext|>")],

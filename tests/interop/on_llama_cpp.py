@@ -1,7 +1,7 @@
 """The real llama.cpp on GGUF files, built from the source of its Python package: `make test-gguf`.
 
-Models of both families are trained on the standard library's Python code, in minutes. Perplexities are those of files
-that training has not seen.
+Models of both families are trained on the standard library's Python code, in minutes. Perplexities
+are those of files that training has not seen.
 """
 
 import json
@@ -40,10 +40,12 @@ RECIPE = f"""
 from pathlib import Path
 
 from braeburn.config import (
-    ONE_DEVICE, AdamW, Checkpoint, Data, Evaluation, Model, Precision, Quantization, Run, Schedule, Source, Stage
+    ONE_DEVICE, AdamW, Checkpoint, Data, Evaluation, Model, Precision, Quantization, Run, Schedule,
+    Source, Stage,
 )
 
-FILES = tuple(str(path) for path in sorted(Path({str(LIBRARY)!r}).glob("*.py")) if path.name not in {UNSEEN!r})
+PATHS = sorted(Path({str(LIBRARY)!r}).glob("*.py"))
+FILES = tuple(str(path) for path in PATHS if path.name not in {UNSEEN!r})
 
 
 def stage(steps, learning_rate, **fields):
@@ -57,7 +59,8 @@ def run(qk_norm, **stages):
     return Run(
         name="on-device",
         model=Model(
-            vocab_size=512, d_model=64, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=192,
+            vocab_size=512, d_model=64, num_layers=4,
+            num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=192,
             qk_norm=qk_norm, rope_base=10_000.0, scan_layers=False,
         ),
         stages=stages,
@@ -75,19 +78,27 @@ def llama():
 
 
 def rounded():
-    return run(True, core=stage({STEPS}, 1e-2), rounded=stage(160, 2e-3, quantization=Quantization(kind="int4")))
+    rounded = stage(160, 2e-3, quantization=Quantization(kind="int4"))
+    return run(True, core=stage({STEPS}, 1e-2), rounded=rounded)
 
 
 def plain():
     return run(True, core=stage({STEPS}, 1e-2), rounded=stage(160, 2e-3))
 """
-PROMPTS = ["import os\n\n\ndef ", "class Error(Exception):\n    ", "    def __init__(self", "for name in ", "# The "]
+PROMPTS = [
+    "import os\n\n\ndef ",
+    "class Error(Exception):\n    ",
+    "    def __init__(self",
+    "for name in ",
+    "# The ",
+]
 TEXTS = [
     *PROMPTS,
     "the cat sat on the mat, didn't it? IT'S; we'll see... I'D say so",
     "in 1234 ways: 3.14159, 10000000 and 2\u00b3 \u0664\u0665 0x1F",
     "  two\n\n\n    four\t\ttabs \r\n   \n trailing   ",
-    "\u3053\u3093\u306b\u3061\u306f 你好世界 안녕하세요 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 Привет",
+    "\u3053\u3093\u306b\u3061\u306f 你好世界 안녕하세요 \u05e9\u05dc\u05d5\u05dd "
+    "\u0645\u0631\u062d\u0628\u0627 Привет",
     "नमस्ते \U0001f600\U0001f469\u200d\U0001f680 caf\u00e9 e\u0301 \ufb01 \ufffd \u00a0\u2003x",
     "a<|endoftext|>b <|im_start|> <s></s> [PAD5]",
     "lambda x: {**x, 'y': [1, 2][::-1]}  # -> dict[str, \"int\"]\n@decorator\nasync def f(): ...",
@@ -102,7 +113,14 @@ class Theirs:
         cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
         # Models are too small to share out over threads, which would wait for each other.
         threads = {"n_threads": 1, "n_threads_batch": 1}
-        settings = {"n_ctx": 512, "logits_all": True, "verbose": False, **threads, **cache, **options}
+        settings = {
+            "n_ctx": 512,
+            "logits_all": True,
+            "verbose": False,
+            **threads,
+            **cache,
+            **options,
+        }
         self.llama = llama_cpp.Llama(str(path), **settings)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
@@ -140,7 +158,9 @@ def windows(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:
-    """Of all tokens but the first of each window, from the logits [windows, length, vocabulary] of those before."""
+    """Of all tokens but the first of each window, from the logits [windows, length, vocabulary] of
+    those before.
+    """
     wide = logits[:, :-1].astype(np.float64)
     largest = wide.max(-1, keepdims=True)
     log_z = np.log(np.exp(wide - largest).sum(-1)) + largest[..., 0]
@@ -161,9 +181,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(recipe: Path, name: str, *arguments: object, folder: str | None = None) -> Path:
     directory = recipe.with_name(folder or name)
-    # Unlike other tests, these run their programs for longer than they compile them, and on one device.
-    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    answer = process("train", f"{recipe}:{name}", "--out", directory, *arguments, timeout=3600, env=environment)
+    # Unlike other tests, these run their programs for longer than they compile them, and on one
+    # device.
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    }
+    answer = process(
+        "train", f"{recipe}:{name}", "--out", directory, *arguments, timeout=3600, env=environment
+    )
     assert answer.code == 0, answer.err
     return directory
 
@@ -180,7 +207,11 @@ def core(recipe: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def files(core: dict[str, Path]) -> dict[tuple[str, str], Path]:
     """The files of both by family and type."""
-    return {(family, kind): exported(core[family], kind) for family in core for kind in ("f16", "q8_0", "q4_0")}
+    return {
+        (family, kind): exported(core[family], kind)
+        for family in core
+        for kind in ("f16", "q8_0", "q4_0")
+    }
 
 
 def exported(directory: Path, kind: str) -> Path:
@@ -194,9 +225,13 @@ FAMILIES = pytest.mark.parametrize("family", ["qwen3", "llama"])
 
 
 @FAMILIES
-def test_float16_writes_the_same_tokens(family: str, core: dict[str, Path], files: dict[Any, Path]) -> None:
+def test_float16_writes_the_same_tokens(
+    family: str, core: dict[str, Path], files: dict[Any, Path]
+) -> None:
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    answer = process("generate", core[family], "--greedy", "--max-new-tokens", 64, "--json", *prompts)
+    answer = process(
+        "generate", core[family], "--greedy", "--max-new-tokens", 64, "--json", *prompts
+    )
     theirs, tokenizer = Theirs(files[family, "f16"]), load(core[family]).tokenizer
     for sample in json.loads(answer.out)["samples"]:
         prompt = theirs.llama.tokenize(sample["prompt"].encode(), add_bos=True, special=False)
@@ -206,9 +241,13 @@ def test_float16_writes_the_same_tokens(family: str, core: dict[str, Path], file
 
 
 @FAMILIES
-def test_text_has_the_same_tokens(family: str, core: dict[str, Path], files: dict[Any, Path]) -> None:
+def test_text_has_the_same_tokens(
+    family: str, core: dict[str, Path], files: dict[Any, Path]
+) -> None:
     theirs, tokenizer = Theirs(files[family, "f16"], vocab_only=True), load(core[family]).tokenizer
-    check_tokens(theirs, tokenizer, [*TEXTS, *((LIBRARY / name).read_text()[:20_000] for name in UNSEEN)])
+    check_tokens(
+        theirs, tokenizer, [*TEXTS, *((LIBRARY / name).read_text()[:20_000] for name in UNSEEN)]
+    )
 
 
 def check_tokens(theirs: Theirs, tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -219,8 +258,12 @@ def check_tokens(theirs: Theirs, tokenizer: Tokenizer, texts: list[str]) -> None
 
 
 @pytest.mark.parametrize("prefix", [None, "<|begin|>"])
-def test_an_imported_model_keeps_its_begin_and_end_tokens(prefix: str | None, tmp_path: Path) -> None:
-    """A chat model as it is published: what stands before a prompt, the markers, and what ends an answer."""
+def test_an_imported_model_keeps_its_begin_and_end_tokens(
+    prefix: str | None, tmp_path: Path
+) -> None:
+    """A chat model as it is published: what stands before a prompt, the markers, and what ends an
+    answer.
+    """
     source = chat_model(tmp_path / "source", prefix)
     model, params, tokenizer_file = huggingface.read(source)
     tokenizer = Tokenizer.load(tokenizer_file)
@@ -228,7 +271,9 @@ def test_an_imported_model_keeps_its_begin_and_end_tokens(prefix: str | None, tm
     theirs = Theirs(tmp_path / "a.gguf", vocab_only=True)
     check_tokens(theirs, tokenizer, PROMPTS)
     chat = CHAT_TEXT.encode()
-    assert theirs.llama.tokenize(chat, add_bos=False, special=True) == tokenizer.encode_markup(CHAT_TEXT)
+    assert theirs.llama.tokenize(chat, add_bos=False, special=True) == tokenizer.encode_markup(
+        CHAT_TEXT
+    )
     vocabulary = llama_cpp.llama_model_get_vocab(theirs.llama.model)
     ends = [i for i in range(tokenizer.vocab_size) if llama_cpp.llama_vocab_is_eog(vocabulary, i)]
     assert set(ends) == set(tokenizer.stops)
@@ -253,9 +298,12 @@ TRIPLETS = PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
 
 
 @pytest.mark.parametrize(
-    ("pattern", "ignore_merges"), [(TRIPLETS, True), (TRIPLETS, False), (None, False), ("digits", False)]
+    ("pattern", "ignore_merges"),
+    [(TRIPLETS, True), (TRIPLETS, False), (None, False), ("digits", False)],
 )
-def test_each_way_to_split_text_is_theirs(pattern: str | None, ignore_merges: bool, tmp_path: Path) -> None:
+def test_each_way_to_split_text_is_theirs(
+    pattern: str | None, ignore_merges: bool, tmp_path: Path
+) -> None:
     own = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
     own.pre_tokenizer, own.decoder = split_by(pattern), tokenizers.decoders.ByteLevel()
     own.train_from_iterator(
@@ -273,7 +321,14 @@ def test_each_way_to_split_text_is_theirs(pattern: str | None, ignore_merges: bo
 
 
 def small(**fields: Any) -> Model:
-    sizes = {"vocab_size": 320, "d_model": 96, "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32}
+    sizes = {
+        "vocab_size": 320,
+        "d_model": 96,
+        "num_layers": 2,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+    }
     return Model(**{**sizes, "ffn_dim": 160, "rope_base": 10_000.0, **fields})
 
 
@@ -285,7 +340,11 @@ def draw(model: Model) -> Tree:
         if spec.role == "norm":
             return generator.uniform(0.5, 1.5, spec.shape).astype(np.float32)
         fan_in = math.prod(spec.shape[spec.axes.index(axis)] for axis in spec.fan_in)
-        return (generator.standard_normal(spec.shape) * fan_in**-0.5).astype(np.float16).astype(np.float32)
+        return (
+            (generator.standard_normal(spec.shape) * fan_in**-0.5)
+            .astype(np.float16)
+            .astype(np.float32)
+        )
 
     return map_specs(one, transformer.param_specs(model))
 
@@ -294,7 +353,12 @@ def draw(model: Model) -> Tree:
     "model",
     [
         small(),
-        small(tied_embeddings=False, num_heads=3, num_kv_heads=3, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+        small(
+            tied_embeddings=False,
+            num_heads=3,
+            num_kv_heads=3,
+            rope_scaling=RopeScaling(kind="linear", factor=4.0),
+        ),
         small(qk_norm=False),
         small(qk_norm=False, tied_embeddings=False, head_dim=64, norm_epsilon=1e-2),
         small(qk_norm=False, rope_scaling=RopeScaling(original_max_position_embeddings=64)),
@@ -304,7 +368,9 @@ def draw(model: Model) -> Tree:
 def test_logits_are_ours(model: Model, tmp_path: Path) -> None:
     """Up to llama.cpp's products, whose activations are float16 where weights are."""
     params = draw(model)
-    gguf.write(tmp_path / "a.gguf", params, model, train(["the cat sat on the mat " * 20], 300), 512)
+    gguf.write(
+        tmp_path / "a.gguf", params, model, train(["the cat sat on the mat " * 20], 300), 512
+    )
     tokens = np.random.default_rng(1).integers(0, 300, 200, np.int32)
     expected = np.asarray(our_logits(params, tokens[None], model))[0]
     difference = np.abs(Theirs(tmp_path / "a.gguf").logits(tokens) - expected)
@@ -313,20 +379,27 @@ def test_logits_are_ours(model: Model, tmp_path: Path) -> None:
 
 
 @FAMILIES
-def test_perplexity_of_float16_and_eight_bits(family: str, core: dict[str, Path], files: dict[Any, Path]) -> None:
+def test_perplexity_of_float16_and_eight_bits(
+    family: str, core: dict[str, Path], files: dict[Any, Path]
+) -> None:
     ours = load(core[family])
     tokens = windows(ours.tokenizer)
     reference = perplexity(np.asarray(our_logits(ours.params, tokens, ours.model)), tokens)
     found = {kind: perplexity_of(files[family, kind], tokens) for kind in ("f16", "q8_0", "q4_0")}
     changes = {kind: value / found["f16"] - 1 for kind, value in found.items()}
-    print(f"\n{family}: perplexity {reference:.4f} here, {found['f16']:.4f} in llama.cpp with float16; over that")
+    print(
+        f"\n{family}: perplexity {reference:.4f} here, {found['f16']:.4f} in llama.cpp with "
+        f"float16; over that"
+    )
     print(f"Q8_0 {changes['q8_0']:+.3%}, Q4_0 {changes['q4_0']:+.3%}")
     assert abs(found["f16"] / reference - 1) < 1e-3
     assert abs(changes["q8_0"]) < 0.005
 
 
 def test_four_bits_need_training_with_them(recipe: Path, core: dict[str, Path]) -> None:
-    """Both models make the same steps from the same weights, one of them with rounded weights in the last stage."""
+    """Both models make the same steps from the same weights, one of them with rounded weights in
+    the last stage.
+    """
     for name in ("plain", "rounded"):
         shutil.copytree(core["qwen3"], recipe.with_name(name))
     plain, rounded = trained(recipe, "plain"), trained(recipe, "rounded")
@@ -342,9 +415,14 @@ def test_four_bits_need_training_with_them(recipe: Path, core: dict[str, Path]) 
         value = perplexity_of(path, tokens)
         reference = reference or value
         changes[name] = value / reference - 1
-        print(f"{name:40} {path.stat().st_size:9,} bytes  perplexity {value:.4f}  {changes[name]:+.3%}")
+        print(
+            f"{name:40} {path.stat().st_size:9,} bytes  perplexity {value:.4f}  "
+            f"{changes[name]:+.3%}"
+        )
     assert abs(changes["Q8_0"]) < 0.005
     assert changes["Q4_0"] > 0.05 > changes["Q4_0 after quantisation-aware training"]
-    # The weights that are left lie on the grid already: shipping them in four bits costs nothing but llama.cpp's own
-    # rounding of activations.
-    assert abs(changes["Q4_0 after quantisation-aware training"] - changes["F16 of the same"]) < 2e-3
+    # The weights that are left lie on the grid already: shipping them in four bits costs nothing
+    # but llama.cpp's own rounding of activations.
+    assert (
+        abs(changes["Q4_0 after quantisation-aware training"] - changes["F16 of the same"]) < 2e-3
+    )

@@ -52,7 +52,9 @@ def test_their_weights_give_their_logits(model, length, tokenizer_file, tmp_path
     theirs.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     read_model, params, found_tokenizer = huggingface.read(tmp_path)
-    assert read_model == model.model_copy(update={"scan_layers": True, "max_position_embeddings": 2048})
+    assert read_model == model.model_copy(
+        update={"scan_layers": True, "max_position_embeddings": 2048}
+    )
     assert found_tokenizer == tmp_path / "tokenizer.json"
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     tokens = random_tokens(model, length)
@@ -79,9 +81,9 @@ def test_initial_values_give_the_same_logits(tmp_path):
     model, length = MODELS["qwen3-7-heads-1-kv"]
     params = jax.jit(lambda: initialize(transformer.param_specs(model), 0))()
     tokens = random_tokens(model, length)
-    difference = their_logits(load(write(tmp_path / "out", params, model, None)), tokens) - our_logits(
-        params, tokens, model
-    )
+    difference = their_logits(
+        load(write(tmp_path / "out", params, model, None)), tokens
+    ) - our_logits(params, tokens, model)
     assert np.abs(difference).max() < TOLERANCE
 
 
@@ -104,31 +106,48 @@ def test_half_precision_is_read_exactly(dtype, tokenizer_file, tmp_path):
     expected = theirs.model.layers[1].mlp.down_proj.weight.detach().float().numpy().T
     np.testing.assert_array_equal(params["layers"]["down"][1], expected)
     tokens = random_tokens(model, 40)
-    difference = our_logits(params, tokens, model) - their_logits(load(tmp_path, dtype=torch.float32), tokens)
+    difference = our_logits(params, tokens, model) - their_logits(
+        load(tmp_path, dtype=torch.float32), tokens
+    )
     assert np.abs(difference).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(("rope", "scaling"), ROPES)
 def test_rope_is_read_wherever_a_version_put_it(rope, scaling, tokenizer_file, tmp_path):
-    directory = with_rope(write(tmp_path / "out", random_params(make()), make(), tokenizer_file), rope)
+    directory = with_rope(
+        write(tmp_path / "out", random_params(make()), make(), tokenizer_file), rope
+    )
     model = load(directory)
-    theirs = model.config.rope_parameters  # as the model has it: its configuration alone is not complete yet
+    theirs = (
+        model.config.rope_parameters
+    )  # as the model has it: its configuration alone is not complete yet
     ours = huggingface.read(directory)[0]
     assert theirs["rope_theta"] == ours.rope_base
     assert theirs["rope_type"] == (scaling.kind if scaling else "default")
-    for field in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+    for field in (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ):
         if field in theirs:
             assert theirs[field] == getattr(ours.rope_scaling, field), field
     tokens = random_tokens(make(), 300)
-    difference = our_logits(huggingface.read(directory)[1], tokens, ours) - their_logits(model, tokens)
+    difference = our_logits(huggingface.read(directory)[1], tokens, ours) - their_logits(
+        model, tokens
+    )
     assert np.abs(difference).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("fields", SAME_MODEL)
 def test_fields_that_change_nothing(fields, tmp_path):
-    directory = change_config(write(tmp_path / "out", random_params(make()), make(), None), **fields)
+    directory = change_config(
+        write(tmp_path / "out", random_params(make()), make(), None), **fields
+    )
     tokens = random_tokens(make(), 300)
-    difference = our_logits(random_params(make()), tokens, make()) - their_logits(load(directory), tokens)
+    difference = our_logits(random_params(make()), tokens, make()) - their_logits(
+        load(directory), tokens
+    )
     assert np.abs(difference).max() < TOLERANCE
 
 
@@ -150,7 +169,9 @@ def test_weights_under_other_names(renamed, tokenizer_file, tmp_path):
     model, params, _ = huggingface.read(directory)
     tokens = random_tokens(model, 40)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
-    assert np.abs(our_logits(params, tokens, model) - their_logits(theirs, tokens)).max() < TOLERANCE
+    assert (
+        np.abs(our_logits(params, tokens, model) - their_logits(theirs, tokens)).max() < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("bos_token", [None, "<|begin|>"])
@@ -171,12 +192,12 @@ def test_prompts_and_chats_have_their_ids(prefix, bos_token, tmp_path):
         assert chat == encode_chat(ours, messages)
         generation = transformers.GenerationConfig.from_pretrained(directory)
         assert tuple(generation.eos_token_id) == ours.stops
-        assert (generation.temperature, generation.top_k, generation.top_p, generation.do_sample) == (
-            0.6,
-            20,
-            0.95,
-            True,
-        )
+        assert (
+            generation.temperature,
+            generation.top_k,
+            generation.top_p,
+            generation.do_sample,
+        ) == (0.6, 20, 0.95, True)
         assert (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|pad|>")
         assert generation.pad_token_id == theirs.pad_token_id == ours.padding
 
@@ -194,7 +215,8 @@ TEXTS = [
     "cafe\u0301 \u212b \ufb01 \u1100\u1161 \u00e9 " + unicodedata.normalize("NFD", "Ångström São"),
     "in 1234 ways: 3.14159, 10000000 and 2\u00b3 \u0664\u0665",
     "  two\n\n\n    four\t\ttabs \r\n   \n trailing   ",
-    "\u3053\u3093\u306b\u3061\u306f 你好 \U0001f600\U0001f469\u200d\U0001f680 \u05e9\u05dc\u05d5\u05dd \u0000 \ufffd",
+    "\u3053\u3093\u306b\u3061\u306f 你好 \U0001f600\U0001f469\u200d\U0001f680 "
+    "\u05e9\u05dc\u05d5\u05dd \u0000 \ufffd",
     "a<|endoftext|>b ' don't n't . , ?",
     "",
 ]
@@ -212,17 +234,23 @@ def test_the_tokenizer_is_ours_unchanged(qk_norm, tokenizer_file, tmp_path):
     for text in TEXTS:
         ids = ours.encode(text).ids
         assert theirs(text).input_ids == ids, text
-        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids, skip_special_tokens=True)
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(
+            ids, skip_special_tokens=True
+        )
     assert len(theirs) == ours.get_vocab_size()
     assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 0)
     assert theirs.model_max_length == 2048
     # What users write: no argument that the model would refuse.
-    output = load(directory).generate(**theirs("the cat", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    output = load(directory).generate(
+        **theirs("the cat", return_tensors="pt"), max_new_tokens=3, do_sample=False
+    )
     assert output.shape[0] == 1
 
 
 def test_without_a_tokenizer_there_are_no_special_tokens(tmp_path):
-    config = transformers.AutoConfig.from_pretrained(write(tmp_path / "out", random_params(make()), make(), None))
+    config = transformers.AutoConfig.from_pretrained(
+        write(tmp_path / "out", random_params(make()), make(), None)
+    )
     assert (config.bos_token_id, config.eos_token_id) == (None, None)
 
 
@@ -242,7 +270,11 @@ def test_our_pattern_is_that_of_qwen2(tokenizer_file):
     assert PATTERN == tokenization_qwen2.PRETOKENIZE_REGEX
     ours = Tokenizer.from_file(str(tokenizer_file)).pre_tokenizer
     theirs = tokenization_qwen2.Qwen2Tokenizer()._tokenizer.pre_tokenizer
-    for text in (*TEXTS, Path(__file__).read_text(), "I'LL  go\r\n\r\n\tnow…  12,345.67€ 四五 \u00a0 x_y\n "):
+    for text in (
+        *TEXTS,
+        Path(__file__).read_text(),
+        "I'LL  go\r\n\r\n\tnow…  12,345.67€ 四五 \u00a0 x_y\n ",
+    ):
         assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
 
 
@@ -256,12 +288,16 @@ def test_greedy_text_is_theirs(name, tmp_path):
     ours = generate(jax.tree.map(jax.numpy.asarray, params), prompts, model, FLOAT32, **options)
     for prompt, new in zip(prompts, ours, strict=True):
         tokens = torch.tensor([prompt])
-        output = theirs.generate(tokens, do_sample=False, max_new_tokens=64, attention_mask=torch.ones_like(tokens))
+        output = theirs.generate(
+            tokens, do_sample=False, max_new_tokens=64, attention_mask=torch.ones_like(tokens)
+        )
         assert output[0, len(prompt) :].tolist() == new
 
 
 def test_a_pruned_run_is_an_ordinary_smaller_model(finished, corpus, tmp_path):
-    """After pruning transformers loads what was trained, and its tokenizer, and gives the same logits."""
+    """After pruning transformers loads what was trained, and its tokenizer, and gives the same
+    logits.
+    """
     for arguments in (
         ("prune", finished, "--ffn", "32", "--out", tmp_path / "pruned"),
         ("export", tmp_path / "pruned", "--format", "hf", "--out", tmp_path / "hf"),
@@ -271,7 +307,9 @@ def test_a_pruned_run_is_an_ordinary_smaller_model(finished, corpus, tmp_path):
     pruned = trained.load(tmp_path / "pruned")
     assert pruned.model.ffn_dim == 32
     text = "def encode(self, text):\n    return text"
-    tokens = np.asarray([transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(text).input_ids])
+    tokens = np.asarray(
+        [transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(text).input_ids]
+    )
     ours = our_logits(pruned.params, tokens, pruned.model)
     theirs = their_logits(load(tmp_path / "hf", dtype=torch.float32), tokens)
     np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)

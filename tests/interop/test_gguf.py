@@ -1,4 +1,6 @@
-"""GGUF files, read back with llama.cpp's own reader; what llama.cpp makes of them is in `on_llama_cpp.py`."""
+"""GGUF files, read back with llama.cpp's own reader; what llama.cpp makes of them is in
+`on_llama_cpp.py`.
+"""
 
 import json
 import sys
@@ -30,7 +32,14 @@ LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings
 
 
 def make(**fields: Any) -> Model:
-    sizes = {"vocab_size": 310, "d_model": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    sizes = {
+        "vocab_size": 310,
+        "d_model": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+    }
     return Model(**{**sizes, "ffn_dim": 96, "norm_epsilon": 1e-6, **fields})
 
 
@@ -40,7 +49,8 @@ QWEN3, LLAMA = make(), make(qk_norm=False, tied_embeddings=False, rope_base=10_0
 def draw(model: Model) -> Tree:
     generator = np.random.default_rng(0)
     return map_specs(
-        lambda _, spec: (0.1 * generator.standard_normal(spec.shape)).astype(np.float32), transformer.param_specs(model)
+        lambda _, spec: (0.1 * generator.standard_normal(spec.shape)).astype(np.float32),
+        transformer.param_specs(model),
     )
 
 
@@ -49,7 +59,9 @@ def tokenizer() -> Tokenizer:
     return train(["the cat sat on the mat\n\n    in 1234 ways: don't " * 20], 300)
 
 
-def write(path: Path, model: Model, tokenizer: Tokenizer, type_: Any = "f16") -> tuple[Tree, gguf.GGUFReader]:
+def write(
+    path: Path, model: Model, tokenizer: Tokenizer, type_: Any = "f16"
+) -> tuple[Tree, gguf.GGUFReader]:
     params = draw(model)
     ours.write(path, params, model, tokenizer, 512, type_, "a name")
     return params, gguf.GGUFReader(path)
@@ -68,9 +80,13 @@ def expected(params: Tree, model: Model) -> dict[str, np.ndarray]:
         tensors["output"] = params["head"]
     for i in range(model.num_layers):
         layer = {name: value[i] for name, value in params["layers"].items()}
-        query, key = layer["query"].transpose(1, 2, 0), layer["key"].transpose(1, 2, 0)  # [heads, head_dim, inputs]
+        query, key = (
+            layer["query"].transpose(1, 2, 0),
+            layer["key"].transpose(1, 2, 0),
+        )  # [heads, head_dim, inputs]
         if not model.qk_norm:
-            # llama.cpp rotates neighbours in a Llama: its row 2 i is our row i, its row 2 i + 1 our row i + half.
+            # llama.cpp rotates neighbours in a Llama: its row 2 i is our row i, its row 2 i + 1 our
+            # row i + half.
             order = np.arange(model.head_dim).reshape(2, -1).T.ravel()
             query, key = query[:, order], key[:, order]
         block = {
@@ -96,7 +112,9 @@ def rounded(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 @pytest.mark.parametrize("type_", CODES)
 @pytest.mark.parametrize("model", [QWEN3, LLAMA], ids=["qwen3", "llama"])
-def test_tensors_are_the_parameters(model: Model, type_: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tensors_are_the_parameters(
+    model: Model, type_: Any, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     params, reader = write(tmp_path / "a.gguf", model, tokenizer, type_)
     code, file_type = CODES[type_]
     found, wanted = values(reader), expected(params, model)
@@ -115,11 +133,15 @@ def test_rows_that_are_no_multiple_of_32_stay_float16(tokenizer: Tokenizer, tmp_
     assert uneven == ["attention_output", "down"]
     kinds = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     half = {name for name, kind in kinds.items() if kind == GGMLQuantizationType.F16}
-    assert half == {f"blk.{i}.{name}.weight" for i in range(2) for name in ("attn_output", "ffn_down")}
+    assert half == {
+        f"blk.{i}.{name}.weight" for i in range(2) for name in ("attn_output", "ffn_down")
+    }
 
 
 @pytest.mark.parametrize(("kind", "type_"), [("int8", "q8_0"), ("int4", "q4_0")])
-def test_weights_trained_on_the_grid_lose_nothing(kind: Any, type_: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_weights_trained_on_the_grid_lose_nothing(
+    kind: Any, type_: Any, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     model = make(qk_norm=False, ffn_dim=72)
     quantization = Quantization(kind=kind)
     specs = transformer.param_specs(model)
@@ -150,7 +172,9 @@ def test_sizes_are_the_models(model: Model, tokenizer: Tokenizer, tmp_path: Path
         "rope.freq_base": model.rope_base,
         "attention.layer_norm_rms_epsilon": np.float32(1e-6),
     }
-    assert {name.removeprefix(f"{family}."): v for name, v in found.items() if name.startswith(family)} == sizes
+    assert {
+        name.removeprefix(f"{family}."): v for name, v in found.items() if name.startswith(family)
+    } == sizes
     assert (found["general.architecture"], found["general.name"]) == (family, "a name")
 
 
@@ -165,10 +189,14 @@ def test_rope_scalings(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert reader.get_field("llama.rope.scaling.type") is None
     plain = llama3.rope_base ** (-np.arange(0, 16, 2) / 16)
     divided = plain / values(reader)["rope_freqs.weight"]
-    np.testing.assert_allclose(divided, rope.inverse_frequencies(16, llama3.rope_base, LLAMA3), rtol=1e-6)
+    np.testing.assert_allclose(
+        divided, rope.inverse_frequencies(16, llama3.rope_base, LLAMA3), rtol=1e-6
+    )
     assert values(reader)["rope_freqs.weight"][[0, -1]].tolist() == [1, 8]
 
-    with pytest.raises(UserError, match=r"rope_scaling.kind='llama3' together with qk_norm=true .*--format hf"):
+    with pytest.raises(
+        UserError, match=r"rope_scaling.kind='llama3' together with qk_norm=true .*--format hf"
+    ):
         write(tmp_path / "both.gguf", make(rope_scaling=LLAMA3), tokenizer)
 
 
@@ -183,7 +211,9 @@ def test_the_tokenizer_is_shipped(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert (found["model"], found["pre"]) == ("gpt2", "qwen2")
     contents = json.loads(tokenizer.json)
     tokens = sorted(contents["model"]["vocab"].items(), key=lambda item: item[1])
-    assert found["tokens"] == [token for token, _ in tokens] + [f"[PAD{i}]" for i in range(len(tokens), 310)]
+    assert found["tokens"] == [token for token, _ in tokens] + [
+        f"[PAD{i}]" for i in range(len(tokens), 310)
+    ]
     assert len(tokens) < 310
     assert found["token_type"] == [3] + [1] * (len(tokens) - 1) + [5] * (310 - len(tokens))
     assert found["merges"] == contents["model"]["merges"]
@@ -199,7 +229,13 @@ def edited(tokenizer: Tokenizer, **parts: Any) -> Tokenizer:
 
 
 def byte_level(use_regex: bool, **fields: Any) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex, **fields}
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+        **fields,
+    }
 
 
 def split(pattern: str) -> dict[str, Any]:
@@ -207,7 +243,10 @@ def split(pattern: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [step, byte_level(False)]}
 
 
-DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level(True)]}
+DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level(True)],
+}
 TRIPLETS = split(PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|"))
 
 
@@ -230,14 +269,28 @@ def test_ways_to_split_text_that_llama_cpp_knows(
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
-        ({"pre_tokenizer": split(r"\w+")}, r"splits text by \['..w\+'\], for which llama.cpp has no name here; export"),
+        (
+            {"pre_tokenizer": split(r"\w+")},
+            r"splits text by \['..w\+'\], for which llama.cpp has no name here; export",
+        ),
         ({"model": {"ignore_merges": True}}, "for which llama.cpp has no name here"),
-        ({"pre_tokenizer": byte_level(True, add_prefix_space=True)}, "puts a space before the text, which llama.cpp"),
-        ({"normalizer": {"type": "Lowercase"}}, "normalises by Lowercase, which llama.cpp does not; export with"),
-        ({"pre_tokenizer": None}, r"is not a byte-level BPE, .*--format hf and convert .*convert_hf_to_gguf.py"),
+        (
+            {"pre_tokenizer": byte_level(True, add_prefix_space=True)},
+            "puts a space before the text, which llama.cpp",
+        ),
+        (
+            {"normalizer": {"type": "Lowercase"}},
+            "normalises by Lowercase, which llama.cpp does not; export with",
+        ),
+        (
+            {"pre_tokenizer": None},
+            r"is not a byte-level BPE, .*--format hf and convert .*convert_hf_to_gguf.py",
+        ),
     ],
 )
-def test_tokenizers_refused(parts: dict[str, Any], sentence: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizers_refused(
+    parts: dict[str, Any], sentence: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
         write(tmp_path / "folder" / "a.gguf", QWEN3, edited(tokenizer, **parts))
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
@@ -264,7 +317,9 @@ def test_boundaries_added_tokens_and_merges_as_text(tmp_path: Path) -> None:
     assert (found["bos_token_id"], found["eos_token_id"]) == (3, 4)
 
 
-def test_files_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_cannot_be_written(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "taken.gguf").write_text("years of work")
     with pytest.raises(UserError, match=r"taken.gguf' exists; remove it or name another file"):
         write(tmp_path / "taken.gguf", QWEN3, tokenizer)
@@ -289,26 +344,48 @@ def test_files_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["taken.gguf"]
 
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"needs the gguf package; run `make extra-gguf.*` in a clone of Braeburn"):
+    with pytest.raises(
+        UserError, match=r"needs the gguf package; run `make extra-gguf.*` in a clone of Braeburn"
+    ):
         ours.write(tmp_path / "a.gguf", draw(QWEN3), QWEN3, tokenizer, 512)
 
 
 def test_the_command(finished: Path, tmp_path: Path) -> None:
     answer = braeburn("export", finished, "--format", "gguf", "--out", tmp_path / "new")
     path = tmp_path / "new" / "afm-tiny-f16.gguf"
-    assert (answer.code, answer.out) == (0, f"exported step 14 of {str(finished)!r} into {str(path)!r}\n"), answer.err
+    assert (answer.code, answer.out) == (
+        0,
+        f"exported step 14 of {str(finished)!r} into {str(path)!r}\n",
+    ), answer.err
     reader = gguf.GGUFReader(path)
     assert reader.get_field("qwen3.context_length").contents() == 256
     assert reader.get_field("qwen3.rope.freq_base").contents() == 6_315_089.0
     assert reader.get_field("general.name").contents() == "afm-tiny"
 
     named = tmp_path / "new" / "mine.gguf"
-    answer = braeburn("export", finished, "--format", "gguf", "--type", "q4_0", "--out", named, "--json")
-    assert json.loads(answer.out) == {"out": str(named), "format": "gguf", "step": 14, "type": "q4_0", "float16": []}
-    assert "mine.gguf' exists" in braeburn("export", finished, "--format", "gguf", "--out", named).error
+    answer = braeburn(
+        "export", finished, "--format", "gguf", "--type", "q4_0", "--out", named, "--json"
+    )
+    assert json.loads(answer.out) == {
+        "out": str(named),
+        "format": "gguf",
+        "step": 14,
+        "type": "q4_0",
+        "float16": [],
+    }
+    assert (
+        "mine.gguf' exists"
+        in braeburn("export", finished, "--format", "gguf", "--out", named).error
+    )
     wrong = ["export", finished, "--out", tmp_path / "x"]
-    assert "--type 'q5_k' is not known; use" in braeburn(*wrong, "--format", "gguf", "--type", "q5_k").error
+    assert (
+        "--type 'q5_k' is not known; use"
+        in braeburn(*wrong, "--format", "gguf", "--type", "q5_k").error
+    )
     assert "--type q8_0 is one of --format gguf" in braeburn(*wrong, "--type", "q8_0").error
-    assert "names a GGUF file, but a folder will be made; add" in braeburn("export", finished, "--out", named).error
+    assert (
+        "names a GGUF file, but a folder will be made; add"
+        in braeburn("export", finished, "--out", named).error
+    )
     assert "use --format hf or --format gguf" in braeburn(*wrong, "--format", "onnx").error
     assert not (tmp_path / "x").exists()

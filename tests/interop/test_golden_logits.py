@@ -1,4 +1,6 @@
-"""Models as transformers writes and computes them, without it: `write_golden_logits.py` wrote down what it says."""
+"""Models as transformers writes and computes them, without it: `write_golden_logits.py` wrote down
+what it says.
+"""
 
 import json
 from pathlib import Path
@@ -7,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_models import FLOAT32, GOLDEN, MODELS, TOLERANCE, golden_tokens, golden_weights, hash_of, our_logits, write
+from hf_models import (
+    FLOAT32,
+    GOLDEN,
+    MODELS,
+    TOLERANCE,
+    golden_tokens,
+    golden_weights,
+    hash_of,
+    our_logits,
+    write,
+)
 from safetensors.numpy import load_file, save_file
 
 from braeburn.config import Model
@@ -19,7 +31,14 @@ from braeburn.model.spec import Tree
 ANSWERS = json.loads(GOLDEN.read_text())
 LOGITS = np.load(GOLDEN.with_suffix(".npz"))
 # What an export may say otherwise than transformers itself does without changing what is computed.
-FREE = {"dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
+FREE = {
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 
 
 def test_every_model_was_asked_about():
@@ -31,7 +50,9 @@ def read_theirs(name: str, tokenizer_file: Path, directory: Path) -> tuple[Model
     """Fills a directory as transformers does for one of the models, and reads it."""
     answer = ANSWERS["models"][name]
     weights = golden_weights(answer["shapes"])
-    assert hash_of(weights) == answer["weights"], "NumPy drew other weights than those that transformers had"
+    assert hash_of(weights) == answer["weights"], (
+        "NumPy drew other weights than those that transformers had"
+    )
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(answer["config"]))
     (directory / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
@@ -44,7 +65,9 @@ def test_their_weights_give_their_logits(name, tokenizer_file, tmp_path):
     model, params = read_theirs(name, tokenizer_file, tmp_path)
     stated, length = MODELS[name]
     assert model == stated.model_copy(update={"scan_layers": True, "max_position_embeddings": 2048})
-    found = our_logits(params, golden_tokens(model, length), model)[0, ANSWERS["models"][name]["positions"]]
+    found = our_logits(params, golden_tokens(model, length), model)[
+        0, ANSWERS["models"][name]["positions"]
+    ]
     np.testing.assert_allclose(found, LOGITS[name], rtol=0, atol=TOLERANCE)
 
 
@@ -54,7 +77,9 @@ def test_the_export_is_what_transformers_writes(name, tokenizer_file, tmp_path):
     (tmp_path / "theirs").mkdir()
     model, params = read_theirs(name, tokenizer_file, tmp_path / "theirs")
     exported = write(tmp_path / "out", params, model, None)
-    theirs, ours = (load_file(folder / "model.safetensors") for folder in (tmp_path / "theirs", exported))
+    theirs, ours = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "theirs", exported)
+    )
     assert ours.keys() == theirs.keys()
     for tensor in theirs:
         np.testing.assert_array_equal(ours[tensor], theirs[tensor], err_msg=tensor)
@@ -62,8 +87,16 @@ def test_the_export_is_what_transformers_writes(name, tokenizer_file, tmp_path):
     config = json.loads((exported / "config.json").read_text())
     assert config["architectures"] == [answer["class"]]
     common = (answer["config"].keys() & config.keys()) - FREE
-    assert {"model_type", "hidden_size", "num_key_value_heads", "head_dim", "rope_parameters"} <= common
-    assert {field: config[field] for field in common} == {field: answer["config"][field] for field in common}
+    assert {
+        "model_type",
+        "hidden_size",
+        "num_key_value_heads",
+        "head_dim",
+        "rope_parameters",
+    } <= common
+    assert {field: config[field] for field in common} == {
+        field: answer["config"][field] for field in common
+    }
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama-untied"])
@@ -71,7 +104,14 @@ def test_greedy_text_is_theirs(name, tokenizer_file, tmp_path):
     model, params = read_theirs(name, tokenizer_file, tmp_path)
     answer = ANSWERS["models"][name]
     prompts = [row["prompt"] for row in answer["greedy"]]
-    found = generate(jax.tree.map(jnp.asarray, params), prompts, model, FLOAT32, max_new_tokens=32, temperature=0.0)
+    found = generate(
+        jax.tree.map(jnp.asarray, params),
+        prompts,
+        model,
+        FLOAT32,
+        max_new_tokens=32,
+        temperature=0.0,
+    )
     for row, new in zip(answer["greedy"], found, strict=True):
         assert new[: len(row["continued"])] == row["continued"]
     assert sum(len(row["continued"]) for row in answer["greedy"]) > 64
@@ -81,4 +121,6 @@ def test_our_pattern_is_that_of_qwen2(tokenizer_file):
     assert ANSWERS["qwen2"]["pattern"] == PATTERN
     tokenizer = Tokenizer.load(tokenizer_file)
     for text, pieces in ANSWERS["qwen2"]["pieces"].items():
-        assert [piece for piece, _ in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
+        assert [
+            piece for piece, _ in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        ] == pieces

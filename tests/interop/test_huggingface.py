@@ -1,4 +1,6 @@
-"""Hugging Face directories, and a sentence for everything refused; `make test-hf` compares with transformers itself."""
+"""Hugging Face directories, and a sentence for everything refused; `make test-hf` compares with
+transformers itself.
+"""
 
 import json
 import os
@@ -37,7 +39,9 @@ def test_shards_hold_what_one_file_holds(tokenizer_file, tmp_path):
     files = sorted(directory.glob("*.safetensors"))
     assert len(files) > 3
     sizes = [sum(x.nbytes for x in load_file(file).values()) for file in files]
-    assert all(size <= 50_000 or len(load_file(file)) == 1 for file, size in zip(files, sizes, strict=True))
+    assert all(
+        size <= 50_000 or len(load_file(file)) == 1 for file, size in zip(files, sizes, strict=True)
+    )
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes)
     assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
@@ -50,7 +54,10 @@ def test_shards_hold_what_one_file_holds(tokenizer_file, tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_half_precision_is_read_exactly(dtype, tokenizer_file, tmp_path):
     directory = write(tmp_path / "out", random_params(make()), make(), tokenizer_file)
-    tensors = {name: tensor.astype(dtype) for name, tensor in load_file(directory / "model.safetensors").items()}
+    tensors = {
+        name: tensor.astype(dtype)
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
     save_file(tensors, directory / "model.safetensors")
     _, params, _ = huggingface.read(directory)
     assert_same(params, jax.tree.map(lambda x: x.astype(dtype), random_params(make())))
@@ -58,7 +65,9 @@ def test_half_precision_is_read_exactly(dtype, tokenizer_file, tmp_path):
 
 def test_bfloat16_parameters_are_written_exactly(tokenizer_file, tmp_path):
     params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), random_params(make()))
-    assert_same(huggingface.read(write(tmp_path / "out", params, make(), tokenizer_file))[1], params)
+    assert_same(
+        huggingface.read(write(tmp_path / "out", params, make(), tokenizer_file))[1], params
+    )
 
 
 def test_a_tied_head_that_was_saved_too_is_accepted(tokenizer_file, tmp_path):
@@ -72,7 +81,9 @@ def test_a_tied_head_that_was_saved_too_is_accepted(tokenizer_file, tmp_path):
 
 @pytest.mark.parametrize(("rope", "scaling"), ROPES)
 def test_rope_is_read_wherever_a_version_put_it(rope, scaling, tokenizer_file, tmp_path):
-    directory = with_rope(write(tmp_path / "out", random_params(make()), make(), tokenizer_file), rope)
+    directory = with_rope(
+        write(tmp_path / "out", random_params(make()), make(), tokenizer_file), rope
+    )
     model, _, _ = huggingface.read(directory)
     assert (model.rope_base, model.rope_scaling) == (5e5, scaling)
 
@@ -90,7 +101,10 @@ def test_an_absent_length_is_none(tokenizer_file, tmp_path):
 def test_an_absent_head_dim_follows_from_the_width(tokenizer_file, tmp_path):
     model = make(qk_norm=False)
     directory = write(tmp_path / "out", random_params(model), model, tokenizer_file)
-    for change in (lambda config: config.pop("head_dim"), lambda config: config.update(head_dim=None)):
+    for change in (
+        lambda config: config.pop("head_dim"),
+        lambda config: config.update(head_dim=None),
+    ):
         edit_config(directory, change)
         assert huggingface.read(directory)[0].head_dim == 16
 
@@ -141,8 +155,14 @@ def test_an_empty_target_is_used_and_a_full_one_refused(tokenizer_file, tmp_path
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"model": make(vocab_size=256)}, "holds the token 2.., which vocab_size=256 has no row for"),
-        ({"model": make(qk_norm=False, num_heads=5, num_kv_heads=1)}, "d_model=64 is not a multiple .* d_model=65 or"),
+        (
+            {"model": make(vocab_size=256)},
+            "holds the token 2.., which vocab_size=256 has no row for",
+        ),
+        (
+            {"model": make(qk_norm=False, num_heads=5, num_kv_heads=1)},
+            "d_model=64 is not a multiple .* d_model=65 or",
+        ),
     ],
 )
 def test_exports_refused(options, sentence, tokenizer_file, tmp_path):
@@ -178,7 +198,9 @@ def config_without(field):
 
 
 def tensors_with(**tensors):
-    return lambda directory: edit_tensors(directory, lambda all_tensors: all_tensors.update(tensors))
+    return lambda directory: edit_tensors(
+        directory, lambda all_tensors: all_tensors.update(tensors)
+    )
 
 
 def tensors_without(name):
@@ -227,47 +249,99 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
             config_with(layer_types=["full_attention", "sliding_attention"], sliding_window=64),
             "layer_types='sliding_attention' with sliding_window=64 cannot be imported",
         ),
-        (config_with(layer_types=["chunked_attention"]), "layer_types='chunked_attention' cannot be imported"),
+        (
+            config_with(layer_types=["chunked_attention"]),
+            "layer_types='chunked_attention' cannot be imported",
+        ),
         (
             config_with(model_type="mistral", max_position_embeddings=8192),
             "model_type='mistral' with sliding_window=4096 cannot be imported",
         ),
-        (config_with(rope_scaling=YARN), "rope_type='yarn' cannot be imported; choose a model with rope_type default"),
+        (
+            config_with(rope_scaling=YARN),
+            "rope_type='yarn' cannot be imported; choose a model with rope_type default",
+        ),
         (config_with(rope_scaling={"rope_type": "linear"}), "rope_type='linear' lacks factor"),
-        (config_with(rope_scaling={"type": "linear", "factor": -1.0}), "rope_scaling.factor=-1.0 is not valid"),
-        (config_with(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_parameters differ by kind"),
-        (config_with(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5 cannot be imported"),
-        (config_with(hidden_act="gelu"), "hidden_act='gelu' cannot be imported; choose a model with hidden_act='silu'"),
+        (
+            config_with(rope_scaling={"type": "linear", "factor": -1.0}),
+            "rope_scaling.factor=-1.0 is not valid",
+        ),
+        (
+            config_with(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
+            "rope_parameters differ by kind",
+        ),
+        (
+            config_with(rope_parameters={"partial_rotary_factor": 0.5}),
+            "partial_rotary_factor=0.5 cannot be imported",
+        ),
+        (
+            config_with(hidden_act="gelu"),
+            "hidden_act='gelu' cannot be imported; choose a model with hidden_act='silu'",
+        ),
         (config_with(quantization_config={"bits": 4}), "quantization_config=.* cannot be imported"),
         (config_without("hidden_size"), "hidden_size=None is not a size"),
         (config_with(num_hidden_layers="two"), "num_hidden_layers='two' is not a size"),
         (config_with(num_key_value_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
         (config_with(rms_norm_eps=0), "norm_epsilon=0.0 is not valid"),
-        (config_with(intermediate_size=128), "has the shape .96, 64., not .128, 64.; download the two again"),
-        (config_with(num_hidden_layers=3), "model.layers.2.input_layernorm.weight and 10 more is missing"),
-        (config_with(tie_word_embeddings=False), "unlike its config.json: lm_head.weight is missing; download"),
+        (
+            config_with(intermediate_size=128),
+            "has the shape .96, 64., not .128, 64.; download the two again",
+        ),
+        (
+            config_with(num_hidden_layers=3),
+            "model.layers.2.input_layernorm.weight and 10 more is missing",
+        ),
+        (
+            config_with(tie_word_embeddings=False),
+            "unlike its config.json: lm_head.weight is missing; download",
+        ),
         (
             config_with(num_hidden_layers=1),
-            "unlike its config.json: model.layers.1.input_layernorm.weight and 10 more has no place",
+            "unlike its config.json: model.layers.1.input_layernorm.weight and 10 more has no "
+            "place",
         ),
         (tensors_without(NORM), "model.norm.weight is missing"),
-        (tensors_with(**{"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)}), "q_proj.bias has no place"),
-        (tensors_with(**{"lm_head.weight": np.ones((307, 64), np.float32)}), "set tie_word_embeddings to false"),
-        (tensors_with(**{NORM: np.ones(63, np.float32)}), "model.norm.weight has the shape .63,.*, not .64"),
-        (tensors_with(**{NORM: np.ones(64, np.int8)}), "model.norm.weight has the type I8; choose weights in F32"),
+        (
+            tensors_with(**{"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)}),
+            "q_proj.bias has no place",
+        ),
+        (
+            tensors_with(**{"lm_head.weight": np.ones((307, 64), np.float32)}),
+            "set tie_word_embeddings to false",
+        ),
+        (
+            tensors_with(**{NORM: np.ones(63, np.float32)}),
+            "model.norm.weight has the shape .63,.*, not .64",
+        ),
+        (
+            tensors_with(**{NORM: np.ones(64, np.int8)}),
+            "model.norm.weight has the type I8; choose weights in F32",
+        ),
         (
             lambda directory: (directory / "config.json").unlink(),
             "config.json. cannot be read .*No such.*; name the folder",
         ),
-        (lambda directory: (directory / "config.json").write_text("{"), "config.json. cannot be read"),
+        (
+            lambda directory: (directory / "config.json").write_text("{"),
+            "config.json. cannot be read",
+        ),
         (
             lambda directory: (directory / "config.json").write_text("[]"),
             "config.json. cannot be read .it holds no JSON object",
         ),
-        (lambda directory: (directory / "model.safetensors").unlink(), "holds no model.safetensors; download the safe"),
-        (lambda directory: (directory / "tokenizer.json").unlink(), "holds no tokenizer.json; download it"),
+        (
+            lambda directory: (directory / "model.safetensors").unlink(),
+            "holds no model.safetensors; download the safe",
+        ),
+        (
+            lambda directory: (directory / "tokenizer.json").unlink(),
+            "holds no tokenizer.json; download it",
+        ),
         (only_bin, "holds no model.safetensors; download the safetensors weights, or convert"),
-        (a_missing_shard, "model-00002-of-00002.safetensors. cannot be read .No such.*; download it again"),
+        (
+            a_missing_shard,
+            "model-00002-of-00002.safetensors. cannot be read .No such.*; download it again",
+        ),
         (an_empty_index, "unlike its config.json: .* is missing; download the weights again"),
         (truncated, "model.safetensors. cannot be read .*; download it again"),
     ],
@@ -338,17 +412,29 @@ def no_weights(directory: Path) -> None:
             config_with(num_hidden_layers=10**9),
             "num_hidden_layers=1000000000 is more than 10000, the largest that is read",
         ),
-        (config_with(num_attention_heads=10**12), "num_attention_heads=1000000000000 is more than 65536"),
+        (
+            config_with(num_attention_heads=10**12),
+            "num_attention_heads=1000000000000 is more than 65536",
+        ),
         (config_with(vocab_size=True), "vocab_size=True is not a size"),
         (config_with(hidden_size=[64]), r"hidden_size=\[64\] is not a size"),
-        (config_with(rope_scaling=[1]), r"config.json': rope_scaling cannot be \[1\]; download config.json again"),
+        (
+            config_with(rope_scaling=[1]),
+            r"config.json': rope_scaling cannot be \[1\]; download config.json again",
+        ),
         (config_with(layer_types=7), "layer_types cannot be 7"),
         (config_with(max_position_embeddings="long"), "max_position_embeddings cannot be 'long'"),
         (config_with(model_type={}), "model_type cannot be {}"),
         (config_with(hidden_act={"a": 1}), "hidden_act={'a': 1} cannot be imported"),
-        (config_with(rope_scaling={"rope_type": ["llama3"]}), r"rope_type=\['llama3'\] cannot be imported"),
+        (
+            config_with(rope_scaling={"rope_type": ["llama3"]}),
+            r"rope_type=\['llama3'\] cannot be imported",
+        ),
         (config_with(tie_word_embeddings="x" * 10_000), "tie_word_embeddings cannot be 'xxx"),
-        (as_text("config.json", "[" * 100_000), "config.json' cannot be read .it is nested more than 100 deep"),
+        (
+            as_text("config.json", "[" * 100_000),
+            "config.json' cannot be read .it is nested more than 100 deep",
+        ),
         (
             as_text("config.json", '{"a": ' + "9" * 5000 + "}"),
             "config.json' cannot be read .it has a number of thousands of digits",
@@ -359,14 +445,26 @@ def no_weights(directory: Path) -> None:
         (as_folder("model.safetensors"), "holds no model.safetensors"),
         (as_pipe("model.safetensors"), "holds no model.safetensors"),
         (in_index("b.safetensors"), "b.safetensors' cannot be read .No such file"),
-        (both(in_index("pipe"), as_pipe("pipe")), "pipe' cannot be read .it is not an ordinary file"),
-        (both(in_index("folder"), as_folder("folder")), "folder' cannot be read .it is not an ordinary file"),
+        (
+            both(in_index("pipe"), as_pipe("pipe")),
+            "pipe' cannot be read .it is not an ordinary file",
+        ),
+        (
+            both(in_index("folder"), as_folder("folder")),
+            "folder' cannot be read .it is not an ordinary file",
+        ),
         (in_index("../b.safetensors"), "names the file '../b.safetensors', which is no file in"),
         (in_index("/dev/zero"), "names the file '/dev/zero', which is no file in"),
         (in_index("x" * 10_000), "names the file 'xxx"),
-        (both(no_weights, as_text(INDEX, "[]")), "index.json' cannot be read .it holds no JSON object"),
+        (
+            both(no_weights, as_text(INDEX, "[]")),
+            "index.json' cannot be read .it holds no JSON object",
+        ),
         (both(no_weights, as_text(INDEX, '{"weight_map": [1]}')), r"weight_map cannot be \[1\]"),
-        (both(no_weights, as_text(INDEX, '{"weight_map": {"a": 1}}')), "weight_map cannot be {'a': 1}"),
+        (
+            both(no_weights, as_text(INDEX, '{"weight_map": {"a": 1}}')),
+            "weight_map cannot be {'a': 1}",
+        ),
         (both(no_weights, as_folder(INDEX)), "index.json' cannot be read .it is a folder"),
     ],
 )
@@ -400,7 +498,9 @@ def test_weights_under_other_names(renamed, tokenizer_file, tmp_path):
 
 
 def test_an_export_may_be_read_by_all_that_read_its_folder(tokenizer_file, tmp_path):
-    directory = write(tmp_path / "out", random_params(make()), make(), tokenizer_file, max_shard_bytes=50_000)
+    directory = write(
+        tmp_path / "out", random_params(make()), make(), tokenizer_file, max_shard_bytes=50_000
+    )
     assert len({path.stat().st_mode for path in directory.iterdir()}) == 1
 
 

@@ -1,4 +1,5 @@
-"""The ids of a prompt, here, in an exported Hugging Face directory and in a GGUF file; and what a round trip keeps.
+"""The ids of a prompt, here, in an exported Hugging Face directory and in a GGUF file; and what a
+round trip keeps.
 
 `make test-hf` compares with AutoTokenizer, `make test-gguf` with llama.cpp.
 """
@@ -24,12 +25,15 @@ TEXT = "the cat sat on 12 mats\n\n    (caf\u00e9)"
 
 
 def ids_of_gguf(path: Path, text: str) -> list[int]:
-    """What llama.cpp makes of a text: its BPE gives the ids of the text, the file's keys say what is around them."""
+    """What llama.cpp makes of a text: its BPE gives the ids of the text, the file's keys say what
+    is around them.
+    """
     fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
     keys = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     own = tokenizers.Tokenizer(
         tokenizers.models.BPE(
-            {token: i for i, token in enumerate(keys["tokens"])}, [tuple(merge.split(" ")) for merge in keys["merges"]]
+            {token: i for i, token in enumerate(keys["tokens"])},
+            [tuple(merge.split(" ")) for merge in keys["merges"]],
         )
     )
     own.pre_tokenizer = split_of(keys["pre"])
@@ -89,7 +93,9 @@ def test_a_trained_model_has_one_truth_about_the_begin_token(
 
 
 @pytest.mark.parametrize("prefix", [None, "<|begin|>"])
-def test_an_imported_model_keeps_its_own(prefix: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_imported_model_keeps_its_own(
+    prefix: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = chat_model(tmp_path / "source", prefix)
     assert braeburn("import", source, "--out", tmp_path / "run").code == 0
     hf, file = exported(tmp_path / "run", tmp_path)
@@ -97,21 +103,32 @@ def test_an_imported_model_keeps_its_own(prefix: str | None, tmp_path: Path, mon
     assert prompt_ids(tmp_path / "run", monkeypatch) == expected
     assert tokenizers.Tokenizer.from_file(str(hf / "tokenizer.json")).encode(TEXT).ids == expected
     assert ids_of_gguf(file, TEXT) == expected
-    assert (len(expected) > len(load(tmp_path / "run").tokenizer.encode(TEXT))) == (prefix is not None)
+    assert (len(expected) > len(load(tmp_path / "run").tokenizer.encode(TEXT))) == (
+        prefix is not None
+    )
 
 
-def test_a_round_trip_keeps_what_the_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_trip_keeps_what_the_files_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = chat_model(tmp_path / "source", "<|begin|>", bos_token="<|begin|>")
     assert braeburn("import", source, "--out", tmp_path / "run").code == 0
     hf, file = exported(tmp_path / "run", tmp_path)
 
     ids = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id
-    before, after = (json.loads((folder / "generation_config.json").read_text()) for folder in (source, hf))
+    before, after = (
+        json.loads((folder / "generation_config.json").read_text()) for folder in (source, hf)
+    )
     assert after == before | {"bos_token_id": ids("<|begin|>")}
     config = json.loads((hf / "config.json").read_text())
     assert config["eos_token_id"] == [ids("<|im_end|>"), ids("<|endoftext|>")]
     settings = json.loads((hf / "tokenizer_config.json").read_text())
-    named = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>", "chat_template": CHAT}
+    named = {
+        "bos_token": "<|begin|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|pad|>",
+        "chat_template": CHAT,
+    }
     assert named.items() <= settings.items()
 
     fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
@@ -121,16 +138,30 @@ def test_a_round_trip_keeps_what_the_files_say(tmp_path: Path, monkeypatch: pyte
         assert fields[f"tokenizer.ggml.{name}_token_id"] == ids(token)
 
     # Pruned or trained on, a run hands it on.
-    answer = braeburn("prune", tmp_path / "run", "--ffn", 32, "--method", "magnitude", "--out", tmp_path / "pruned")
+    answer = braeburn(
+        "prune",
+        tmp_path / "run",
+        "--ffn",
+        32,
+        "--method",
+        "magnitude",
+        "--out",
+        tmp_path / "pruned",
+    )
     assert answer.code == 0, answer.err
-    assert load(tmp_path / "pruned").tokenizer.to_json() == load(tmp_path / "run").tokenizer.to_json()
+    assert (
+        load(tmp_path / "pruned").tokenizer.to_json() == load(tmp_path / "run").tokenizer.to_json()
+    )
     shutil.rmtree(hf)
     assert braeburn("export", tmp_path / "pruned", "--out", hf).code == 0
     assert json.loads((hf / "generation_config.json").read_text()) == after
 
 
 def test_several_chat_templates_by_name(tmp_path: Path) -> None:
-    templates = [{"name": "default", "template": CHAT}, {"name": "tools", "template": "{{ tools }}"}]
+    templates = [
+        {"name": "default", "template": CHAT},
+        {"name": "tools", "template": "{{ tools }}"},
+    ]
     source = chat_model(tmp_path / "source", None, chat_template=templates)
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     assert tokenizer.tokenizer_config()["chat_template"] == templates
@@ -177,7 +208,8 @@ def test_templates_that_fail(template: str | None, words: str, tmp_path: Path) -
 def test_templates_are_rendered_as_by_transformers() -> None:
     source = (
         "{%- set found = namespace(n=0) %}\n"
-        "    {% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}\n"
+        "    {% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break "
+        "%}{% endfor %}\n"
         "{% set found.n = 3 %}{{ found.n }}{{ dict(a=1)['a'] }}"
     )
     assert render(source, [{"role": "user", "content": "<\u00e9>"}], {}) == (
@@ -191,11 +223,16 @@ def test_sampling_is_the_models_where_the_user_says_nothing() -> None:
     assert sampling_defaults(said) == (Sampling(0.6, 20, 0.95), [])
     assert sampling_defaults({"do_sample": True})[0].temperature == 1.0
     assert sampling_defaults({"do_sample": False, "temperature": 0.6})[0].temperature == 0.0
-    assert sampling_defaults({"repetition_penalty": 1.1, "min_p": 0.0})[1] == ["repetition_penalty=1.1"]
+    assert sampling_defaults({"repetition_penalty": 1.1, "min_p": 0.0})[1] == [
+        "repetition_penalty=1.1"
+    ]
 
 
 def test_what_llama_cpp_cannot_put_around_a_text_is_refused(tmp_path: Path) -> None:
     source = chat_model(tmp_path / "source", "<|im_start|>", bos_token="<|begin|>")
     assert braeburn("import", source, "--out", tmp_path / "run").code == 0
     answer = braeburn("export", tmp_path / "run", "--format", "gguf", "--out", tmp_path / "a.gguf")
-    assert "the tokenizer makes '<|im_start|> TEXT' of a text, and llama.cpp adds no more than" in answer.error
+    assert (
+        "the tokenizer makes '<|im_start|> TEXT' of a text, and llama.cpp adds no more than"
+        in answer.error
+    )

@@ -23,7 +23,11 @@ def their_config(model: Model):
     if model.rope_scaling is not None:
         rope |= {"rope_type": model.rope_scaling.kind, "factor": model.rope_scaling.factor}
         if model.rope_scaling.kind == "llama3":
-            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+            rope |= {
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
     config_class = transformers.Qwen3Config if model.qk_norm else transformers.LlamaConfig
     return config_class(
         vocab_size=model.vocab_size,
@@ -55,6 +59,8 @@ def their_model(model: Model):
 
 def load(directory: Path, **options):
     """The model in a directory, which must hold just what transformers expects there."""
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, **options
+    )
     assert not any(info.values()), info
     return theirs.eval()

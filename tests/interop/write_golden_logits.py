@@ -1,9 +1,12 @@
-"""Writes what transformers says of the models of `hf_models.py`, for tests that install neither it nor torch.
+"""Writes what transformers says of the models of `hf_models.py`, for tests that install neither it
+nor torch.
 
-    make extra-hf && PYTHONPATH=tests/interop .venv-hf/bin/python tests/interop/write_golden_logits.py
+    make extra-hf && PYTHONPATH=tests/interop .venv-hf/bin/python
+    tests/interop/write_golden_logits.py
 
-`golden_logits.json` gets each model's config.json and the names and shapes of its tensors as transformers writes them,
-greedy continuations, and the pre-tokenisation of Qwen2; `golden_logits.npz` the logits. The weights are not stored, for
+`golden_logits.json` gets each model's config.json and the names and shapes of its tensors as
+transformers writes them, greedy continuations, and the pre-tokenisation of Qwen2;
+`golden_logits.npz` the logits. The weights are not stored, for
 size: they follow from names, shapes and `golden_weights`, and their hash is.
 """
 
@@ -27,14 +30,16 @@ from braeburn.config import Model
 KEPT = 12
 PROMPTS = [[5, 17, 3], [42], list(range(1, 71)), [9] * 12]
 NEW_TOKENS = 32
-# Greedy tokens are compared where the second best logit is further away than both programs could differ.
+# Greedy tokens are compared where the second best logit is further away than both programs could
+# differ.
 MARGIN = 1e-3
 TEXTS = [
     "The quick brown fox; l'été, 1234567890 times.\n",
     "I'LL  go\r\n\r\n\tnow…  12,345.67€ 四五 \u00a0 x_y\n ",
     "  two\n\n\n    four\t\ttabs \r\n   \n trailing   ",
     'def f(a_b: int) -> str:\n    return f"{a_b!r}"  # don\'t\n',
-    "cafe\u0301 \u212b \ufb01 \u1100\u1161 \u0664\u0665 2\u00b3 \U0001f469\u200d\U0001f680 \u05e9\u05dc\u05d5\u05dd",
+    "cafe\u0301 \u212b \ufb01 \u1100\u1161 \u0664\u0665 2\u00b3 \U0001f469\u200d\U0001f680 "
+    "\u05e9\u05dc\u05d5\u05dd",
     "\u0000 \ufffd",
 ]
 
@@ -92,7 +97,9 @@ def greedy(theirs: Any, prompt: list[int]) -> dict[str, list[int]]:
         return_dict_in_generate=True,
     )
     continued = []
-    for token, logits in zip(answer.sequences[0, len(prompt) :].tolist(), answer.logits, strict=True):
+    for token, logits in zip(
+        answer.sequences[0, len(prompt) :].tolist(), answer.logits, strict=True
+    ):
         best, second = logits[0].topk(2).values.tolist()
         if best - second < MARGIN:
             break

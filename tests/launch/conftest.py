@@ -12,7 +12,9 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, tiny_fields: dict[str, A
     """A run of one stage with a checkpoint every 5 steps."""
     recipe = tmp_path_factory.mktemp("recipe") / "one_stage.py"
     recipe.write_text(RECIPE)
-    fields = {path: value for path, value in tiny_fields.items() if not path.startswith("stages.con")}
+    fields = {
+        path: value for path, value in tiny_fields.items() if not path.startswith("stages.con")
+    }
     fields |= {
         "stages.core.tokens": STEPS * 1024,
         "model.num_layers": 1,
@@ -21,4 +23,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, tiny_fields: dict[str, A
         "mesh.fsdp": 1,
         "mesh.data": -1,
     }
-    return [f"{recipe}:run", *(part for path, v in fields.items() for part in ("--set", f"{path}={json.dumps(v)}"))]
+    return [
+        f"{recipe}:run",
+        *(part for path, v in fields.items() for part in ("--set", f"{path}={json.dumps(v)}")),
+    ]

@@ -1,4 +1,6 @@
-"""Five times over, a random process of four is killed at a random time, and the run loses nothing: `make test-kill`."""
+"""Five times over, a random process of four is killed at a random time, and the run loses nothing:
+`make test-kill`.
+"""
 
 import json
 import os
@@ -17,7 +19,16 @@ KILLS = 5
 
 def test_five_kills_at_random(arguments: list[str], tmp_path: Path) -> None:
     # Long enough for five lives; a checkpoint every 5 steps.
-    command = ["launch", "local", *arguments, "--set", "stages.core.tokens=204800", "--processes", "4", "--json"]
+    command = [
+        "launch",
+        "local",
+        *arguments,
+        "--set",
+        "stages.core.tokens=204800",
+        "--processes",
+        "4",
+        "--json",
+    ]
     undisturbed = process(*command, "--out", tmp_path / "undisturbed", env=ENVIRON)
     assert undisturbed.code == 0, undisturbed.err
 
@@ -51,7 +62,9 @@ def test_five_kills_at_random(arguments: list[str], tmp_path: Path) -> None:
     assert supervisor.returncode == 0
     assert members(out) == {}
     result = json.loads(printed)
-    losses, expected = ([row["loss"] for row in rows(folder)] for folder in (out, tmp_path / "undisturbed"))
+    losses, expected = (
+        [row["loss"] for row in rows(folder)] for folder in (out, tmp_path / "undisturbed")
+    )
     assert losses == expected
     assert result["stages"] == json.loads(undisturbed.out)["stages"]
     assert len(result["restarts"]) == KILLS

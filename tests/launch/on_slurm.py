@@ -1,6 +1,8 @@
-"""The printed script on a real SLURM of one controller and one node, on this machine: `make test-slurm`.
+"""The printed script on a real SLURM of one controller and one node, on this machine: `make
+test-slurm`.
 
-Needs Debian's packages slurm-wlm and munge, and root. No systemd: the daemons are started here and ended again.
+Needs Debian's packages slurm-wlm and munge, and root. No systemd: the daemons are started here and
+ended again.
 """
 
 import json
@@ -59,7 +61,13 @@ def free_ports(count: int) -> list[int]:
 
 def call(*command: object, **options: object) -> str:
     done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, check=False, timeout=300, env=os.environ, **options
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ,
+        **options,
     )
     assert done.returncode == 0, f"{command[0]}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -83,11 +91,18 @@ def cluster() -> Iterator[Path]:
     os.environ.update(JAX_NUM_CPU_DEVICES=ENVIRON["JAX_NUM_CPU_DEVICES"])
     files = {name: folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
     daemons = [
-        ["munged", "--force", f"--key-file={key}", f"--socket={files['socket']}", f"--pid-file={files['pid']}",
-         f"--log-file={files['log']}", f"--seed-file={files['seed']}"],
+        [
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={files['socket']}",
+            f"--pid-file={files['pid']}",
+            f"--log-file={files['log']}",
+            f"--seed-file={files['seed']}",
+        ],
         ["slurmctld"],
         ["slurmd"],
-    ]  # fmt: skip
+    ]
     try:
         for daemon in daemons:
             call(*daemon)
@@ -111,7 +126,9 @@ def submit(folder: Path, arguments: list[str], *more: str) -> tuple[str, Path, P
     out = folder / "run"
     printed = process("launch", "slurm", *arguments, *more, "--on", "cpu:2", "--out", out, "--json")
     assert printed.code == 0, printed.err
-    answer = call("sbatch", "--parsable", "--chdir", folder, input=json.loads(printed.out)["script"])
+    answer = call(
+        "sbatch", "--parsable", "--chdir", folder, input=json.loads(printed.out)["script"]
+    )
     number = answer.strip()
     return number, out, folder / f"braeburn-afm-tiny-{number}.log"
 
@@ -129,7 +146,10 @@ def wait_for(number: str, *states: str, seconds: float = 400) -> None:
 
 def wait_for_row(out: Path, count: int) -> None:
     deadline = time.monotonic() + 200
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < count:
+    while (
+        not (out / "metrics.jsonl").exists()
+        or len((out / "metrics.jsonl").read_text().splitlines()) < count
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -145,7 +165,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, arguments: list[str]) -> Pat
     return out
 
 
-def test_two_tasks_train_to_the_end(cluster: Path, alone: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_two_tasks_train_to_the_end(
+    cluster: Path, alone: Path, arguments: list[str], tmp_path: Path
+) -> None:
     number, out, log = submit(tmp_path / "job", arguments)
     wait_for(number, "COMPLETED", "FAILED", "CANCELLED")
     assert state(number) == "COMPLETED", log.read_text()
@@ -163,7 +185,9 @@ def test_before_the_time_limit_the_run_is_saved_and_queued_again(
     wait_for(number, "PENDING")
     [stopped] = events(out, "preemption")
     assert 3 <= stopped["step"] < STEPS
-    call("scontrol", "update", f"JobId={number}", "StartTime=now")  # a job queued again waits for two minutes
+    call(
+        "scontrol", "update", f"JobId={number}", "StartTime=now"
+    )  # a job queued again waits for two minutes
     wait_for(number, "COMPLETED", "FAILED", "CANCELLED")
     assert state(number) == "COMPLETED", log.read_text()
     assert events(out, "resume")[0]["step"] == stopped["step"]
@@ -179,22 +203,29 @@ def test_a_killed_task_is_restarted_and_a_mistake_is_not(
     [task, *_] = [
         entry.name
         for entry in Path("/proc").glob("[0-9]*")
-        if (words := (entry / "cmdline").read_bytes().split(b"\0")) and str(out).encode() in words
+        if (words := (entry / "cmdline").read_bytes().split(b"\0"))
+        and str(out).encode() in words
         and b"SLURM_PROCID=1" in (entry / "environ").read_bytes().split(b"\0")
-    ]  # fmt: skip
+    ]
     os.kill(int(task), 9)
     wait_for(number, "COMPLETED", "FAILED", "CANCELLED")
     assert state(number) == "COMPLETED", log.read_text()
     assert "restart 1 of at most 3, from the last checkpoint" in log.read_text()
     assert losses(out) == pytest.approx(losses(alone), rel=1e-5)
 
-    number, _, log = submit(tmp_path / "mistake", arguments, "--set", 'data.sources.code.paths=["/nowhere"]')
+    number, _, log = submit(
+        tmp_path / "mistake", arguments, "--set", 'data.sources.code.paths=["/nowhere"]'
+    )
     wait_for(number, "COMPLETED", "FAILED", "CANCELLED")
     assert state(number) == "FAILED"
-    assert "restart" not in log.read_text() and "no Python file matches '/nowhere'" in log.read_text()
+    assert (
+        "restart" not in log.read_text() and "no Python file matches '/nowhere'" in log.read_text()
+    )
 
 
-def test_a_cancelled_job_is_not_queued_again(cluster: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_a_cancelled_job_is_not_queued_again(
+    cluster: Path, arguments: list[str], tmp_path: Path
+) -> None:
     number, out, _ = submit(tmp_path / "job", arguments)
     wait_for_row(out, 1)
     call("scancel", number)
@@ -207,11 +238,22 @@ def test_submit_hands_the_script_over(
     cluster: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = process("launch", "slurm", *arguments, "--on", "cpu:2", "--out", tmp_path / "run", "--submit")
+    answer = process(
+        "launch", "slurm", *arguments, "--on", "cpu:2", "--out", tmp_path / "run", "--submit"
+    )
     assert answer.code == 0, answer.err
     number = re.fullmatch(r"Submitted batch job (\d+)\n", answer.out)[1]
     call("scancel", number)
     answer = process(
-        "launch", "slurm", *arguments, "--on", "cpu:2", "--out", tmp_path / "run", "--submit", "--partition", "none"
+        "launch",
+        "slurm",
+        *arguments,
+        "--on",
+        "cpu:2",
+        "--out",
+        tmp_path / "run",
+        "--submit",
+        "--partition",
+        "none",
     )
     assert "sbatch refused the job (" in answer.error and "invalid partition" in answer.error

@@ -1,4 +1,4 @@
-"""Twenty kills and ten requests to stop at random moments, and one in each phase: `make test-kill`."""
+"""Kills and requests to stop at random moments and in each phase: `make test-kill`."""
 
 import json
 import os
@@ -20,15 +20,25 @@ from support import PROGRAM, events, process, rows
 KILLS, STOPS = 20, 10
 LIMIT = 5.0
 # As a user's process has it: one device, compiled as users' programs are.
-ENVIRON = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+ENVIRON = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+}
 
 
 def curve(directory: Path) -> list[tuple]:
-    return [(row["step"], row["stage"], row["loss"], row["loss_average"], row["grad_norm"]) for row in rows(directory)]
+    return [
+        (row["step"], row["stage"], row["loss"], row["loss_average"], row["grad_norm"])
+        for row in rows(directory)
+    ]
 
 
 def stage_ends(directory: Path) -> list[tuple]:
-    return [(event["stage"], event["step"], event["loss"], event["held_out"]) for event in last_ends(directory)]
+    return [
+        (event["stage"], event["step"], event["loss"], event["held_out"])
+        for event in last_ends(directory)
+    ]
 
 
 def last_ends(directory: Path) -> list[dict[str, Any]]:
@@ -44,9 +54,13 @@ class Training:
         command = [*PROGRAM, "train", *arguments, "--out", str(out)]
         environ = {**ENVIRON, **environ, heartbeat.VARIABLE: str(beats)}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ,
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environ,
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup ignores
-        )  # fmt: skip
+        )
 
     @property
     def phase(self) -> str:
@@ -71,8 +85,15 @@ class Training:
 
 
 def test_random_kills_and_stops_leave_no_trace(tiny_arguments: list[str], tmp_path: Path) -> None:
-    fields = {"checkpoint.every_steps": 1, "evaluation.every_steps": 3, "stages.core.tokens": 40 * 1024}
-    arguments = [*tiny_arguments, *(part for path, v in fields.items() for part in ("--set", f"{path}={v}"))]
+    fields = {
+        "checkpoint.every_steps": 1,
+        "evaluation.every_steps": 3,
+        "stages.core.tokens": 40 * 1024,
+    }
+    arguments = [
+        *tiny_arguments,
+        *(part for path, v in fields.items() for part in ("--set", f"{path}={v}")),
+    ]
     whole = tmp_path / "whole"
     for out in (tmp_path / "warm", whole):  # the first compiles
         began = time.monotonic()
@@ -107,12 +128,15 @@ def test_random_kills_and_stops_leave_no_trace(tiny_arguments: list[str], tmp_pa
             continue
         waited, log = training.stop()
         # Before there is anything to save, the signal ends the process in the usual way.
-        assert training.process.returncode in ((0, -signal.SIGTERM) if phase == "starting" else (0,)), log
+        assert training.process.returncode in (
+            (0, -signal.SIGTERM) if phase == "starting" else (0,)
+        ), log
         waits.append(waited)
     assert process("train", *arguments, "--out", out, env=ENVIRON).code == 0
     compare(out, whole)
     print(
-        f"{KILLS} kills and {STOPS} stops over {number + 1} runs: {json.dumps(dict(sorted(phases.items())), indent=1)}"
+        f"{KILLS} kills and {STOPS} stops over {number + 1} runs: "
+        f"{json.dumps(dict(sorted(phases.items())), indent=1)}"
     )
     print(f"from SIGTERM to the end: {', '.join(f'{wait:.2f}' for wait in sorted(waits))} s")
     assert max(waits) < LIMIT
@@ -126,7 +150,10 @@ def compare(out: Path, whole: Path) -> None:
 def text(folder: Path, megabytes: int) -> str:
     """A file of words that no other has, one document a line."""
     choice = random.Random(0)
-    words = ["".join(choice.choices("abcdefghijklmnopqrstuvwxyz", k=choice.randint(2, 9))) for _ in range(20_000)]
+    words = [
+        "".join(choice.choices("abcdefghijklmnopqrstuvwxyz", k=choice.randint(2, 9)))
+        for _ in range(20_000)
+    ]
     line = " ".join(choice.choices(words, k=2000))
     path = folder / f"{megabytes}.txt"
     count = megabytes * 2**20 // len(line)
@@ -135,10 +162,21 @@ def text(folder: Path, megabytes: int) -> str:
 
 
 def setting(fields: dict[str, Any]) -> list[str]:
-    return [part for path, value in fields.items() for part in ("--set", f"{path}={json.dumps(value)}")]
+    return [
+        part for path, value in fields.items() for part in ("--set", f"{path}={json.dumps(value)}")
+    ]
 
 
-PHASES = ["starting", "preparing", "compiling", "training", "evaluating", "stage end", "saving", "waiting"]
+PHASES = [
+    "starting",
+    "preparing",
+    "compiling",
+    "training",
+    "evaluating",
+    "stage end",
+    "saving",
+    "waiting",
+]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
@@ -149,11 +187,18 @@ def test_a_request_to_stop_in_each_phase(
     """From the signal to the end of the process, with work that would go on for much longer."""
     out, beats = tmp_path / "run", tmp_path / "beat"
     # Compiled anew, and of layers that are compiled one by one.
-    environ = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environ = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
     slow: dict[str, dict[str, Any]] = {
         "preparing": {"data.sources.code": {"paths": [text(tmp_path, 40)], "separator": "\n\n"}},
         "compiling": {"model.num_layers": 160, "model.scan_layers": False},
-        "evaluating": {"evaluation.every_steps": 2, "evaluation.tokens": 10**9, "data.held_out": 0.5},
+        "evaluating": {
+            "evaluation.every_steps": 2,
+            "evaluation.tokens": 10**9,
+            "data.held_out": 0.5,
+        },
         "stage end": {"evaluation.tokens": 10**9, "data.held_out": 0.5},
         "waiting": {"data.workers": 1, "data.prefetch": 1, "stages.core.tokens": 10**9},
         "training": {"stages.core.tokens": 10**9},
@@ -187,8 +232,12 @@ from braeburn.recipes import load
 def chain():
     run = load("afm-tiny")
     core = run.stages["core"]
-    short = core.model_copy(update={"tokens": 3 * core.batch_tokens, "schedule": Schedule(warmup_steps=1)})
-    taught = short.model_copy(update={"teacher": "first", "distillation": Distillation(cached=True)})
+    short = core.model_copy(
+        update={"tokens": 3 * core.batch_tokens, "schedule": Schedule(warmup_steps=1)}
+    )
+    taught = short.model_copy(
+        update={"teacher": "first", "distillation": Distillation(cached=True)}
+    )
     fields = {"name": "chain", "stages": {"first": short, "taught": taught}}
     return validate(run.model_copy(update=fields).model_dump())
 """
@@ -197,24 +246,47 @@ def chain():
 def test_a_request_to_stop_while_a_teacher_labels(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.py"
     recipe.write_text(CHAIN)
-    source = {"data.sources.code": {"paths": [text(tmp_path, 20)], "separator": "\n\n"}, "data.held_out": 0.001}
+    source = {
+        "data.sources.code": {"paths": [text(tmp_path, 20)], "separator": "\n\n"},
+        "data.held_out": 0.001,
+    }
     environ = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    training = Training([f"{recipe}:chain", *setting(source)], tmp_path / "run", tmp_path / "beat", **environ)
+    training = Training(
+        [f"{recipe}:chain", *setting(source)], tmp_path / "run", tmp_path / "beat", **environ
+    )
     training.wait_for("labelling", 300)
     time.sleep(1.0)
     seconds, log = training.stop()
-    print(f"\nSIGTERM labelling ({training.phase}): {seconds:.2f} s, code {training.process.returncode}")
+    print(
+        f"\nSIGTERM labelling ({training.phase}): {seconds:.2f} s, code "
+        f"{training.process.returncode}"
+    )
     assert training.process.returncode == 0 and seconds < LIMIT, log
     assert log.splitlines()[-1] == "stopped at step 3 of 6"
 
 
 @pytest.mark.parametrize("asked", ["the launcher", "one process"])
-def test_several_processes_stop_together_while_they_compile(arguments: list[str], tmp_path: Path, asked: str) -> None:
+def test_several_processes_stop_together_while_they_compile(
+    arguments: list[str], tmp_path: Path, asked: str
+) -> None:
     out = tmp_path / "run"
     slow = setting({"model.num_layers": 160, "model.scan_layers": False})
     environ = {**ENVIRON, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
-    command = [*PROGRAM, "launch", "local", *arguments, *slow, "--processes", "2", "--json", "--out", str(out)]
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+    command = [
+        *PROGRAM,
+        "launch",
+        "local",
+        *arguments,
+        *slow,
+        "--processes",
+        "2",
+        "--json",
+        "--out",
+        str(out),
+    ]
+    launcher = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+    )
     while not (out / "config.json").exists():
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.05)
@@ -223,11 +295,15 @@ def test_several_processes_stop_together_while_they_compile(arguments: list[str]
     os.kill(launcher.pid if asked == "the launcher" else members(out)[1], signal.SIGTERM)
     printed, log = launcher.communicate(timeout=100)
     seconds = time.monotonic() - began
-    print(f"\nSIGTERM to {asked} while two processes compile: {seconds:.2f} s, code {launcher.returncode}")
+    print(
+        f"\nSIGTERM to {asked} while two processes compile: {seconds:.2f} s, code "
+        f"{launcher.returncode}"
+    )
     assert launcher.returncode == 0, log
     assert json.loads(printed)["step"] == 0
     assert members(out) == {}
-    # One process asks the other once a second, and the main one stays a second for the others to hear of its end.
+    # One process asks the other once a second, and the main one stays a second for the others to
+    # hear of its end.
     assert seconds < LIMIT + (0 if asked == "the launcher" else 2), log
 
 

@@ -20,18 +20,27 @@ def launch(on: str, *more: object, recipe: str = "llama3-8b", out: str = "/runs/
 
 
 def parts(text: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The JobSet, its one replicated job, the pods' specification and their container, once they are valid."""
+    """The JobSet, its one replicated job, the pods' specification and their container, once they
+    are valid.
+    """
     jobset = yaml.safe_load(text)
     jsonschema.validate(jobset, SCHEMA)
     [job] = jobset["spec"]["replicatedJobs"]
     template = job["template"]
-    inner = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "inner"}, "spec": template["spec"]}
+    inner = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "inner"},
+        "spec": template["spec"],
+    }
     kubernetes_validate.validate(inner, "1.33", strict=True)
     pod = template["spec"]["template"]["spec"]
     # A pod's host name is a label of DNS.
     assert len(f"{jobset['metadata']['name']}-{job['name']}-99-9999") <= 63
     [container] = pod["containers"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     return jobset, job, pod, container
 
 
@@ -42,18 +51,23 @@ def test_slices_of_tpus() -> None:
         "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
     }
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
-    assert (job["replicas"], job["template"]["spec"]["completions"], job["template"]["spec"]["parallelism"]) == (
-        8, 256, 256,
-    )  # fmt: skip
+    assert (
+        job["replicas"],
+        job["template"]["spec"]["completions"],
+        job["template"]["spec"]["parallelism"],
+    ) == (8, 256, 256)
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v4-podslice",
         "cloud.google.com/gke-tpu-topology": "8x8x16",
     }
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
-    # GKE tells each pod where it is. Each slice is a replica, in the stages with a mesh of their own too.
+    # GKE tells each pod where it is. Each slice is a replica, in the stages with a mesh of their
+    # own too.
     replicas = ["--set", "mesh.replica=8", "--set", "stages.context.mesh.replica=8"]
     assert container["args"] == ["afm-server", "--out", "/runs/first", *replicas]
-    assert answer.out.startswith("# afm-server on v4:8x1024: 8 slices of 8x8x16 chips, 256 hosts each.\n")
+    assert answer.out.startswith(
+        "# afm-server on v4:8x1024: 8 slices of 8x8x16 chips, 256 hosts each.\n"
+    )
 
 
 def test_nodes_of_gpus() -> None:
@@ -62,7 +76,12 @@ def test_nodes_of_gpus() -> None:
     assert (job["replicas"], job["template"]["spec"]["completions"]) == (1, 2)
     assert container["args"] == [
         *["llama3-8b", "--out", "/runs/first", "--set", tricky, "--set", "seed=3"],
-        *["--coordinator", "braeburn-llama3-8b-node-0-0.braeburn-llama3-8b:8476", "--num-processes", "2"],
+        *[
+            "--coordinator",
+            "braeburn-llama3-8b-node-0-0.braeburn-llama3-8b:8476",
+            "--num-processes",
+            "2",
+        ],
         *["--process-id", "$(JOB_COMPLETION_INDEX)"],
     ]
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
@@ -87,7 +106,9 @@ def test_other_targets(on: str, pods: int, limits: dict[str, int] | None) -> Non
     _, job, _, container = parts(launch(on).out)
     assert job["template"]["spec"]["completions"] == pods
     assert container.get("resources", {}).get("limits") == limits
-    assert ("--coordinator" in container["args"]) == (limits is None or "google.com/tpu" not in limits) * (pods > 1)
+    assert ("--coordinator" in container["args"]) == (
+        limits is None or "google.com/tpu" not in limits
+    ) * (pods > 1)
     environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert environment.pop("JAX_COMPILATION_CACHE_DIR") == "/runs/first/.cache/jax"
     assert environment == ({} if limits else {"JAX_PLATFORMS": "cpu"})
@@ -95,26 +116,56 @@ def test_other_targets(on: str, pods: int, limits: dict[str, int] | None) -> Non
 
 def test_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answer = json.loads(launch("v6e:16", "--json").out)
-    assert "no JAX for AWS Trainium2 can be installed: Neuron PJRT plugin is no extra" in launch("trainium2:64").error
+    assert (
+        "no JAX for AWS Trainium2 can be installed: Neuron PJRT plugin is no extra"
+        in launch("trainium2:64").error
+    )
     assert answer["submitted"] is None and answer["manifest"] == launch("v6e:16").out
     assert (
         "--out 'runs/x' must lie in the folder of the volume; give a path as /runs/llama3-8b"
         in launch("h100:8", out="runs/x").error
     )
-    assert "there is no slice of 24 v6e chips; use 16 or 32" in launch("v6e:24", "--set", "mesh.fsdp=8").error
-    assert "the 1024 sequences of a batch cannot be split into 2048 equal parts" in launch("v5p:2048").error
-    assert "'afm-tinny' is not a recipe" in braeburn(
-        "launch", "kubernetes", "afm-tinny", "--on", "cpu:2", "--out", "/r/x", "--image", "i", "--claim", "c"
-    ).error  # fmt: skip
+    assert (
+        "there is no slice of 24 v6e chips; use 16 or 32"
+        in launch("v6e:24", "--set", "mesh.fsdp=8").error
+    )
+    assert (
+        "the 1024 sequences of a batch cannot be split into 2048 equal parts"
+        in launch("v5p:2048").error
+    )
+    assert (
+        "'afm-tinny' is not a recipe"
+        in braeburn(
+            "launch",
+            "kubernetes",
+            "afm-tinny",
+            "--on",
+            "cpu:2",
+            "--out",
+            "/r/x",
+            "--image",
+            "i",
+            "--claim",
+            "c",
+        ).error
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert (
-        "--submit needs 'kubectl', which is not on the PATH; run this where it is" in launch("v6e:16", "--submit").error
+        "--submit needs 'kubectl', which is not on the PATH; run this where it is"
+        in launch("v6e:16", "--submit").error
     )
     kubectl = tmp_path / "kubectl"
-    kubectl.write_text('#!/bin/sh\n[ "$*" = "apply -f -" ] || exit 9\nread line\necho "got: $line"\n')
+    kubectl.write_text(
+        '#!/bin/sh\n[ "$*" = "apply -f -" ] || exit 9\nread line\necho "got: $line"\n'
+    )
     kubectl.chmod(0o755)
-    assert launch("v6e:16", "--submit").out == "got: # llama3-8b on v6e:16: 1 slice of 4x4 chips, 4 hosts each.\n"
-    kubectl.write_text("#!/bin/sh\necho 'error: the server\ncould not find the requested resource' >&2\nexit 1\n")
+    assert (
+        launch("v6e:16", "--submit").out
+        == "got: # llama3-8b on v6e:16: 1 slice of 4x4 chips, 4 hosts each.\n"
+    )
+    kubectl.write_text(
+        "#!/bin/sh\necho 'error: the server\ncould not find the requested resource' >&2\nexit 1\n"
+    )
     assert launch("v6e:16", "--submit").error == (
         "error: kubectl refused the job (the server could not find the requested resource)"
     )
@@ -123,11 +174,19 @@ def test_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--image", "i\nprivileged: true"], r"--image 'i\nprivileged: true' is no name of Kubernetes; write it as"),
+        (
+            ["--image", "i\nprivileged: true"],
+            r"--image 'i\nprivileged: true' is no name of Kubernetes; write it as",
+        ),
         (["--claim", "c: d"], "--claim 'c: d' is no name of Kubernetes"),
-        (["--out", "/runs/a\nb: c"], r"--out '/runs/a\nb: c' has a line break or control character; write it without"),
+        (
+            ["--out", "/runs/a\nb: c"],
+            r"--out '/runs/a\nb: c' has a line break or control character; write it without",
+        ),
         (["--set", 'name="a\\nb"'], r"name: 'a\nb' cannot be a name"),
     ],
 )
-def test_nothing_that_is_given_becomes_a_line_of_its_own(arguments: list[str], sentence: str) -> None:
+def test_nothing_that_is_given_becomes_a_line_of_its_own(
+    arguments: list[str], sentence: str
+) -> None:
     assert sentence in launch("cpu:2", *arguments, recipe="afm-tiny").error

@@ -33,30 +33,54 @@ def directives(script: str) -> list[str]:
 
 
 def test_gpus() -> None:
-    script = launch("h100:16", "--set", "name=it's", "--partition", "gpu", "--time", "08:00:00", recipe="llama3-8b").out
-    for directive in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu", "time=08:00:00"):
+    script = launch(
+        "h100:16",
+        "--set",
+        "name=it's",
+        "--partition",
+        "gpu",
+        "--time",
+        "08:00:00",
+        recipe="llama3-8b",
+    ).out
+    for directive in (
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "partition=gpu",
+        "time=08:00:00",
+    ):
         assert f"--{directive}" in directives(script)
     assert "--signal=B:TERM@120" in directives(script) and "--requeue" in directives(script)
     assert not [directive for directive in directives(script) if directive.startswith("--account")]
     assert "srun --kill-on-bad-exit=0 --wait=30 --gpu-bind=none" in script
     assert "braeburn train llama3-8b --out '/shared/runs/a b' --set 'name=it'\"'\"'s'" in script
-    assert script.startswith("#!/bin/bash\n# it's on h100:16: 2 nodes of 8 GPUs, a process for each GPU.\n")
+    assert script.startswith(
+        "#!/bin/bash\n# it's on h100:16: 2 nodes of 8 GPUs, a process for each GPU.\n"
+    )
 
 
 def test_modules_of_two_gpus_and_chips_without_jax() -> None:
     script = launch("mi250x:8", recipe="llama3-8b").out
     for directive in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8"):
         assert f"--{directive}" in directives(script)
-    assert "--on 'gaudi3:8': no JAX for Intel Gaudi 3 can be installed" in launch("gaudi3:8", recipe="llama3-8b").error
+    assert (
+        "--on 'gaudi3:8': no JAX for Intel Gaudi 3 can be installed"
+        in launch("gaudi3:8", recipe="llama3-8b").error
+    )
 
 
 def test_cpus_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = launch("cpu:2", "--account", "me").out
     assert "--ntasks=2" in directives(script) and "--account=me" in directives(script)
     assert "export JAX_PLATFORMS=cpu" in script and "gpu" not in script.lower()
-    assert json.loads(launch("cpu:2", "--account", "me", "--json").out) == {"script": script, "submitted": None}
+    assert json.loads(launch("cpu:2", "--account", "me", "--json").out) == {
+        "script": script,
+        "submitted": None,
+    }
     assert (
-        "SLURM does not schedule TPUs; use `braeburn launch kubernetes`" in launch("v5p:256", recipe="llama3-8b").error
+        "SLURM does not schedule TPUs; use `braeburn launch kubernetes`"
+        in launch("v5p:256", recipe="llama3-8b").error
     )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "--submit needs 'sbatch', which is not on the PATH" in launch("cpu:2", "--submit").error
@@ -64,7 +88,10 @@ def test_cpus_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     sbatch.write_text("#!/bin/sh\nread first\necho Submitted batch job 7\n")
     sbatch.chmod(0o755)
     assert launch("cpu:2", "--submit").out == "Submitted batch job 7\n"
-    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Invalid account' >&2\nexit 1\n")
+    sbatch.write_text(
+        "#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Invalid account' >&2\nexit "
+        "1\n"
+    )
     assert launch("cpu:2", "--submit").error == (
         "error: sbatch refused the job (Batch job submission failed: Invalid account)"
     )
@@ -88,12 +115,16 @@ def test_what_follows_the_end_of_a_step(
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*" >> calls\n')
-    (tmp_path / "scancel").write_text('#!/bin/bash\n[ "$*" = "--signal=TERM 7" ] && touch stopped\n')
+    (tmp_path / "scancel").write_text(
+        '#!/bin/bash\n[ "$*" = "--signal=TERM 7" ] && touch stopped\n'
+    )
     (tmp_path / "squeue").write_text(f"#!/bin/bash\necho {state}\n")
     for name in ("srun", "scontrol", "scancel", "squeue"):
         (tmp_path / name).chmod(0o755)
     environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    job = subprocess.Popen(["bash", "script"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        ["bash", "script"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True
+    )
     if codes == ["stop"]:
         while not (tmp_path / "waiting").exists():
             time.sleep(0.02)
@@ -112,24 +143,42 @@ def test_what_follows_the_end_of_a_step(
             ["--time", "1:00\n#SBATCH --wrap=evil"],
             r"--time '1:00\n#SBATCH --wrap=evil' is no limit that SLURM reads; write",
         ),
-        (["--time", "soon"], "--time 'soon' is no limit that SLURM reads; write HH:MM:SS or D-HH:MM:SS"),
+        (
+            ["--time", "soon"],
+            "--time 'soon' is no limit that SLURM reads; write HH:MM:SS or D-HH:MM:SS",
+        ),
         (
             ["--out", "/runs/a\necho evil"],
             r"--out '/runs/a\necho evil' has a line break or control character; write it",
         ),
-        (["--partition", "gpu\n#SBATCH --uid=0"], r"--partition 'gpu\n#SBATCH --uid=0' is no name of SLURM's"),
-        (["--account", "me too"], "--account 'me too' is no name of SLURM's; write the name that `sinfo` shows"),
-        (["--set", 'name="a\\nb"'], r"name: 'a\nb' cannot be a name; use up to 100 letters, digits"),
+        (
+            ["--partition", "gpu\n#SBATCH --uid=0"],
+            r"--partition 'gpu\n#SBATCH --uid=0' is no name of SLURM's",
+        ),
+        (
+            ["--account", "me too"],
+            "--account 'me too' is no name of SLURM's; write the name that `sinfo` shows",
+        ),
+        (
+            ["--set", 'name="a\\nb"'],
+            r"name: 'a\nb' cannot be a name; use up to 100 letters, digits",
+        ),
     ],
 )
-def test_nothing_that_is_given_becomes_a_line_of_its_own(arguments: list[str], sentence: str) -> None:
+def test_nothing_that_is_given_becomes_a_line_of_its_own(
+    arguments: list[str], sentence: str
+) -> None:
     assert sentence in launch("cpu:2", *arguments).error
 
 
-@pytest.mark.parametrize("time", ["30", "90:00", "1:30:00", "2-12", "2-12:30", "2-12:30:00", "UNLIMITED"])
+@pytest.mark.parametrize(
+    "time", ["30", "90:00", "1:30:00", "2-12", "2-12:30", "2-12:30:00", "UNLIMITED"]
+)
 def test_limits_as_sbatch_reads_them(time: str) -> None:
     assert f"--time={time}" in directives(launch("cpu:2", "--time", time).out)
 
 
 def test_a_name_with_spaces_is_one_word_of_its_directive() -> None:
-    assert "--job-name=braeburn-two-words" in directives(launch("cpu:2", "--set", "name=two words").out)
+    assert "--job-name=braeburn-two-words" in directives(
+        launch("cpu:2", "--set", "name=two words").out
+    )

@@ -19,7 +19,8 @@ from braeburn.launch import supervisor
 from braeburn.launch.supervisor import Ending, GaveUp, Patience, Supervisor, Watch
 from braeburn.train.heartbeat import Beat, Beats, Heartbeat
 
-# Steps of 10 ms in time with each other, up to a last one; process 0 saves each. Faults by attempt and process.
+# Steps of 10 ms in time with each other, up to a last one; process 0 saves each. Faults by attempt
+# and process.
 WORKER = """
 import json, os, pathlib, signal, subprocess, sys, time
 from braeburn.train.heartbeat import Heartbeat
@@ -37,7 +38,8 @@ heartbeat = Heartbeat()
 heartbeat.phase("preparing")
 step = number("saved")
 write(f"at.{attempt}.{index}", step)
-at, what = json.loads((folder / "faults").read_text()).get(attempt, {}).get(str(index), [None, None])
+faults = json.loads((folder / "faults").read_text())
+at, what = faults.get(attempt, {}).get(str(index), [None, None])
 print("log of", index, file=sys.stderr, flush=True)
 while step < last and not stopped:
     while min(number(f"at.{attempt}.{i}", -1) for i in range(processes)) < step:
@@ -50,7 +52,8 @@ while step < last and not stopped:
         if what == "crash": raise RuntimeError("a bug")
         if what == "mistake": print("error: seed=x is not valid", file=sys.stderr); sys.exit(2)
         if what == "hang": time.sleep(1000)
-        if what == "grandchild": subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        if what == "grandchild":
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
         os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
     time.sleep(0.01)
     heartbeat.step(step)
@@ -73,14 +76,24 @@ class Fake:
 
     def commands(self, processes: int) -> list[tuple[list[str], dict[str, str]]]:
         self.attempts += 1
-        worker = [sys.executable, str(self.folder / "worker.py"), str(self.folder), str(self.attempts)]
-        return [([*worker, str(index), str(processes), str(self.last)], {}) for index in range(processes)]
+        worker = [
+            sys.executable,
+            str(self.folder / "worker.py"),
+            str(self.folder),
+            str(self.attempts),
+        ]
+        return [
+            ([*worker, str(index), str(processes), str(self.last)], {})
+            for index in range(processes)
+        ]
 
     def saved(self) -> int | None:
         path = self.folder / "saved"
         return int(path.read_text()) if path.exists() else None
 
-    def run(self, processes: int = 3, max_restarts: int = 3, patience: Patience | None = None) -> Ending:
+    def run(
+        self, processes: int = 3, max_restarts: int = 3, patience: Patience | None = None
+    ) -> Ending:
         supervisor = Supervisor(
             lambda: self.commands(processes),
             max_restarts,
@@ -95,7 +108,9 @@ class Fake:
             self.assert_no_orphan()
 
     def pids(self) -> list[int]:
-        return [int(path.read_text()) for path in self.folder.glob("pid.*") if path.suffix != ".new"]
+        return [
+            int(path.read_text()) for path in self.folder.glob("pid.*") if path.suffix != ".new"
+        ]
 
     def assert_no_orphan(self) -> None:
         assert [pid for pid in self.pids() if alive(pid)] == []
@@ -121,17 +136,24 @@ def fake(tmp_path: Path) -> Fake:
     return Fake(tmp_path)
 
 
-def test_an_undisturbed_run_ends_with_what_process_0_prints(fake: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_undisturbed_run_ends_with_what_process_0_prints(
+    fake: Fake, capfd: pytest.CaptureFixture[str]
+) -> None:
     ending = fake.run()
     assert (json.loads(ending.output), ending.restarts, fake.said) == ({"step": 30}, [], [])
     assert sorted(capfd.readouterr().err.splitlines()) == [
-        "[process 1] log of 1", "[process 2] log of 2", "log of 0",
-    ]  # fmt: skip
+        "[process 1] log of 1",
+        "[process 2] log of 2",
+        "log of 0",
+    ]
 
 
 @pytest.mark.parametrize(
     ("what", "reason"),
-    [("kill", "process 1 was killed by SIGKILL after step 11"), ("crash", "process 1 ended with code 1 after step 11")],
+    [
+        ("kill", "process 1 was killed by SIGKILL after step 11"),
+        ("crash", "process 1 ended with code 1 after step 11"),
+    ],
 )
 def test_a_death_restarts_all_from_the_last_checkpoint(fake: Fake, what: str, reason: str) -> None:
     fake.faults({1: {1: [12, what]}})
@@ -142,7 +164,8 @@ def test_a_death_restarts_all_from_the_last_checkpoint(fake: Fake, what: str, re
     assert restart.resumed_step == 11 and restart.seconds < 20
     assert fake.said == [
         f"{reason}; restarting all processes from step {restart.resumed_step}",
-        f"restart 1 of at most 3: the first step was made after {restart.seconds} s, from step {restart.resumed_step}",
+        f"restart 1 of at most 3: the first step was made after {restart.seconds} s, from step "
+        f"{restart.resumed_step}",
     ]
 
 
@@ -151,7 +174,9 @@ def test_a_process_that_hangs_is_killed(fake: Fake, what: str) -> None:
     fake.faults({1: {2: [5, what]}})
     ending = fake.run()
     [restart] = ending.restarts
-    assert restart.reason.startswith("process 2 hangs: it made no step after step 4 for 1 s (limit 1 s")
+    assert restart.reason.startswith(
+        "process 2 hangs: it made no step after step 4 for 1 s (limit 1 s"
+    )
     assert json.loads(ending.output) == {"step": 30}
 
 
@@ -169,7 +194,9 @@ def sleepers() -> int:
 
 def test_restarts_are_limited(fake: Fake) -> None:
     fake.faults({attempt: {0: [5 * attempt, "kill"]} for attempt in range(1, 9)})
-    with pytest.raises(GaveUp, match="killed by SIGKILL after step 14, and --max-restarts 2 are used up"):
+    with pytest.raises(
+        GaveUp, match="killed by SIGKILL after step 14, and --max-restarts 2 are used up"
+    ):
         fake.run(processes=1, max_restarts=2)
     assert fake.attempts == 3
 
@@ -182,7 +209,9 @@ def test_a_crash_loop_ends_early(fake: Fake) -> None:
     assert fake.attempts == 3
 
 
-def test_a_mistake_of_the_users_is_passed_on_once(fake: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_of_the_users_is_passed_on_once(
+    fake: Fake, capfd: pytest.CaptureFixture[str]
+) -> None:
     fake.faults({1: {0: [3, "mistake"], 1: [3, "mistake"]}})
     with pytest.raises(UserError, match=r"^seed=x is not valid$"):
         fake.run()
@@ -200,7 +229,9 @@ class TestSignals:
             f"from test_supervisor import *\n"
             f"print(Fake(Path({str(fake.folder)!r}), last=100_000).run().output, end='')"
         )
-        supervisor = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        supervisor = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        )
         wait_until(lambda: (fake.saved() or 0) > 3)
         try:
             yield fake, supervisor
@@ -236,7 +267,9 @@ def test_patience_adapts_to_the_step_time() -> None:
     assert watch.hung(120.1) == "made no step after step 1 for 20 s (limit 20 s)"
     watch.observe(Beat("training", 2, 101.0))
     assert watch.hung(110.9) is None
-    assert watch.hung(111.1) == "made no step after step 2 for 10 s (limit 10 s, a step took 1.00 s)"
+    assert (
+        watch.hung(111.1) == "made no step after step 2 for 10 s (limit 10 s, a step took 1.00 s)"
+    )
     # Beats between two looks count as one, and other phases not at all.
     watch.observe(Beat("training", 6, 107.0))
     watch.observe(Beat("saving", 6, 107.1))
@@ -261,7 +294,11 @@ def test_a_heartbeat_is_whole_and_cheap(tmp_path: Path, monkeypatch: pytest.Monk
     try:
         heartbeat.phase("compiling")
         beat = beats.read()
-        assert beat and (beat.phase, beat.step) == ("compiling", None) and 0 <= time.monotonic() - beat.time < 1
+        assert (
+            beat
+            and (beat.phase, beat.step) == ("compiling", None)
+            and 0 <= time.monotonic() - beat.time < 1
+        )
         began = time.process_time()
         for step in range(500):
             heartbeat.step(step)
@@ -273,7 +310,9 @@ def test_a_heartbeat_is_whole_and_cheap(tmp_path: Path, monkeypatch: pytest.Monk
         beats.close()
 
 
-def test_without_a_supervisor_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_supervisor_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("BRAEBURN_HEARTBEAT", raising=False)
     monkeypatch.chdir(tmp_path)
     Heartbeat().step(1)
@@ -300,7 +339,9 @@ def test_what_killed_launchers_left_is_removed_and_nothing_else(fake: Fake, tmp_
         f"with scratch(Path({str(shared)!r}), 'braeburn-beats') as folder:\n"
         "    print(folder, flush=True)\n    os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     abandoned = Path(done.stdout.strip())
     assert abandoned.is_dir()
     try:
@@ -312,7 +353,9 @@ def test_what_killed_launchers_left_is_removed_and_nothing_else(fake: Fake, tmp_
         others.rmdir()
 
 
-def test_a_full_memory_file_system_does_not_end_a_run(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_memory_file_system_does_not_end_a_run(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where there is no room in memory at the start, beats go to the disk."""
     whole = supervisor.heartbeat.Beats
 

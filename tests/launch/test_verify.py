@@ -51,7 +51,7 @@ RULES[BATCH] = replace(RULES[BATCH], activations=("replica", "data"))
 WRONG_POSITION = """
 from braeburn.train import loop
 prefetch = loop.prefetch
-loop.prefetch = lambda batches, start, *settings: prefetch(batches, start - 1 if start else 0, *settings)
+loop.prefetch = lambda batches, start, *rest: prefetch(batches, start - 1 if start else 0, *rest)
 """
 
 
@@ -88,7 +88,9 @@ def prepared(run: Run) -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def killed(run: Run, recipe: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(
+    run: Run, recipe: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with a run that was killed; not to be changed."""
     folder = tmp_path_factory.mktemp("killed")
     verify.train_and_kill(run, recipe(""), folder)
@@ -138,7 +140,9 @@ def chained(run: Run, **stages: dict[str, Any]) -> Run:
 
 
 @pytest.mark.deep
-def test_all_stages_compare_with_one_device(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_stages_compare_with_one_device(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     short = {"tokens": 4 * run.stages["core"].batch_tokens, "schedule": Schedule(warmup_steps=1)}
     chain = chained(
         override(run, {"mesh.fsdp": 2}),
@@ -147,16 +151,27 @@ def test_all_stages_compare_with_one_device(run: Run, tmp_path: Path, monkeypatc
         rounded=short | {"quantization": Quantization(kind="int4")},
     )
     assert verify.compresses(chain) and not verify.compresses(run)
-    chain = chain.model_copy(update={"data": chain.data.model_copy(update={"cache": str(tmp_path / "data")})})
+    chain = chain.model_copy(
+        update={"data": chain.data.model_copy(update={"cache": str(tmp_path / "data")})}
+    )
     monkeypatch.setattr(verify, "all_stages_split", lambda run, num_devices: [chain])
     said: list[str] = []
     (check,) = verify.compare_stages(chain, 8, tmp_path, said.append)
-    assert (check.check, check.layout, check.verdict, check.steps) == ("stages", "fsdp 2 x tensor 2", "same", 12), check
+    assert (check.check, check.layout, check.verdict, check.steps) == (
+        "stages",
+        "fsdp 2 x tensor 2",
+        "same",
+        12,
+    ), check
     assert check.tolerance == 1e-4 and said[0].startswith("stages fsdp 2 x tensor 2: same (")
 
 
-def test_stages_that_differ_are_found(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layout is judged by every stage's figures, refused ones are skipped, and broken ones fail alone."""
+def test_stages_that_differ_are_found(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layout is judged by every stage's figures, refused ones are skipped, and broken ones fail
+    alone.
+    """
     due = [("step 1 loss", 6.0), ("step 21 loss", 5.0), ("held-out code after step 28", 5.5)]
 
     def curve(run: Run, out: Path, follow: tuple[Path, int] | None = None) -> verify.Curve:
@@ -166,15 +181,22 @@ def test_stages_that_differ_are_found(run: Run, tmp_path: Path, monkeypatch: pyt
         return [due[0], ("step 21 loss", 5.1), due[2]] if run.mesh.fsdp == 2 else due
 
     monkeypatch.setattr(verify, "_train", curve)
-    three_heads = override(run, {"model.num_heads": 6, "model.num_kv_heads": 3, "mesh.fsdp": 8, "mesh.tensor": 1})
+    three_heads = override(
+        run, {"model.num_heads": 6, "model.num_kv_heads": 3, "mesh.fsdp": 8, "mesh.tensor": 1}
+    )
     checks = verify.compare_stages(three_heads, 8, tmp_path, lambda line: None)
     assert [(check.layout, check.verdict) for check in checks] == [
         ("fsdp 4", "failed"),
         ("tensor 4", "skipped"),
         ("fsdp 2 x tensor 2", "skipped"),
     ]
-    checks = verify.compare_stages(override(run, {"mesh.fsdp": 2, "mesh.tensor": 4}), 8, tmp_path, lambda line: None)
-    assert [(check.layout, check.verdict) for check in checks][-1] == ("fsdp 2 x tensor 2", "different")
+    checks = verify.compare_stages(
+        override(run, {"mesh.fsdp": 2, "mesh.tensor": 4}), 8, tmp_path, lambda line: None
+    )
+    assert [(check.layout, check.verdict) for check in checks][-1] == (
+        "fsdp 2 x tensor 2",
+        "different",
+    )
     assert checks[-1].reason == "step 21 loss is 5.1 instead of 5"
     assert checks[-1].difference == pytest.approx(0.02)
 
@@ -184,7 +206,12 @@ def test_killed_resumed_and_resharded(run: Run, killed: Path, tmp_path: Path) ->
     folder = shutil.copytree(killed, tmp_path / "run")
     said: list[str] = []
     check = verify.resume(run, folder, Done(), said.append)  # type: ignore[arg-type]
-    assert (check.verdict, check.steps, check.difference, check.tolerance) == ("same", 20, 0.0, 0.0), check
+    assert (check.verdict, check.steps, check.difference, check.tolerance) == (
+        "same",
+        20,
+        0.0,
+        0.0,
+    ), check
     assert check.layout.startswith("fsdp 4 x tensor 2, killed, resumed from step ")
     check = verify.reshard(run, verify.on_mesh(run, Mesh(data=4, fsdp=1)), folder, said.append)
     assert (check.verdict, check.steps) == ("same", 20), check
@@ -192,12 +219,17 @@ def test_killed_resumed_and_resharded(run: Run, killed: Path, tmp_path: Path) ->
     assert len(said) == 2
 
 
-def test_a_run_that_begins_again_has_not_resumed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_begins_again_has_not_resumed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify, "_train", lambda *arguments: [("step 1 loss", 2.0)])
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "events.jsonl").write_text('{"event": "start"}\n{"event": "che')
     check = verify.resume(run, tmp_path, Done(), lambda line: None)  # type: ignore[arg-type]
-    assert (check.verdict, check.reason) == ("failed", "after the kill it began again instead of resuming")
+    assert (check.verdict, check.reason) == (
+        "failed",
+        "after the kill it began again instead of resuming",
+    )
 
 
 def test_a_shuffled_position_is_found_by_the_command(
@@ -251,22 +283,35 @@ def test_shrinking_keeps_the_structure(name: str) -> None:
         assert getattr(after, field) <= getattr(before, field)
         assert math.gcd(getattr(after, field), 8) == math.gcd(getattr(before, field), 8), field
     assert (after.num_kv_heads < after.num_heads) == (before.num_kv_heads < before.num_heads)
-    same = set(Model.model_fields) - {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads"}
+    same = set(Model.model_fields) - {
+        "vocab_size",
+        "d_model",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+    }
     for field in same - {"head_dim", "ffn_dim"}:
         assert getattr(after, field) == getattr(before, field)
-    assert (small.optimizer, small.remat, small.offload) == (large.optimizer, large.remat, large.offload)
+    assert (small.optimizer, small.remat, small.offload) == (
+        large.optimizer,
+        large.remat,
+        large.offload,
+    )
     assert small.precision.compute == "float32"
     lengths = [stage.sequence_length for stage in small.stages.values()]
     assert lengths == sorted(lengths) and lengths[0] == 64 and lengths[-1] <= 256
     for stage, other in zip(small.stages.values(), large.stages.values(), strict=True):
         assert (stage.mixture, stage.rope_base) == (other.mixture, other.rope_base)
-        assert (stage.schedule.decay, stage.schedule.floor) == (other.schedule.decay, other.schedule.floor)
+        assert (stage.schedule.decay, stage.schedule.floor) == (
+            other.schedule.decay,
+            other.schedule.floor,
+        )
         assert bool(stage.schedule.warmup_steps) == bool(other.schedule.warmup_steps)
         assert stage.batch_size // stage.accumulation_steps % 8 == 0
     paths = [path for source in small.data.sources.values() for path in source.paths]
-    assert len(set(paths)) == len(paths) and {source.format for source in small.data.sources.values()} == {
-        "python-code"
-    }
+    assert len(set(paths)) == len(paths) and {
+        source.format for source in small.data.sources.values()
+    } == {"python-code"}
 
 
 def test_shrinking_what_stages_cut_teach_and_round() -> None:
@@ -280,33 +325,57 @@ def test_shrinking_what_stages_cut_teach_and_round() -> None:
         larger={},
         pruned={"pruning": Pruning(keep={"ffn": 7168})},
         narrow={"pruning": Pruning(keep={"heads": 16, "embed": 3072}, method="activation")},
-        taught={"teacher": "larger", "distillation": Distillation(target="top_k", top_k=1000, cached=True)},
+        taught={
+            "teacher": "larger",
+            "distillation": Distillation(target="top_k", top_k=1000, cached=True),
+        },
         rounded={"quantization": Quantization(kind="int4", group_size=128)},
     )
     small = shrink(validate(large.model_copy(update={"stages": chain}).model_dump()), 8)
     assert list(small.stages) == list(chain)
-    assert small.stages["pruned"].pruning == Pruning(keep={"ffn": 112}, calibration_tokens=2048)  # of 224
+    assert small.stages["pruned"].pruning == Pruning(
+        keep={"ffn": 112}, calibration_tokens=2048
+    )  # of 224
     assert small.stages["narrow"].pruning is not None
-    assert small.stages["narrow"].pruning.keep == {"heads": 8, "embed": 48}  # of 16 and 64; key heads are 8
+    assert small.stages["narrow"].pruning.keep == {
+        "heads": 8,
+        "embed": 48,
+    }  # of 16 and 64; key heads are 8
     assert small.stages["narrow"].pruning.method == "activation"
     taught = small.stages["taught"]
-    assert (taught.teacher, taught.distillation.cached, taught.distillation.top_k) == ("larger", True, 512)
+    assert (taught.teacher, taught.distillation.cached, taught.distillation.top_k) == (
+        "larger",
+        True,
+        512,
+    )
     assert small.stages["rounded"].quantization == Quantization(kind="int4", group_size=16)
 
 
 def test_a_teacher_on_disk_is_replaced_by_a_stage() -> None:
     run = load("afm-tiny")
-    both = {"stages.core.teacher": "/models/large", "stages.context.teacher": "core", "stages.core.tokens": 65_536}
+    both = {
+        "stages.core.teacher": "/models/large",
+        "stages.context.teacher": "core",
+        "stages.core.tokens": 65_536,
+    }
     small = shrink(override(run, both), 8)
     assert list(small.stages) == [STAND_IN, *run.stages]
     stand_in, core = small.stages[STAND_IN], small.stages["core"]
-    assert stand_in.teacher is None and core.teacher == STAND_IN and small.stages["context"].teacher == "core"
+    assert (
+        stand_in.teacher is None
+        and core.teacher == STAND_IN
+        and small.stages["context"].teacher == "core"
+    )
     assert (stand_in.steps, core.steps) == (20, 8)
     assert list(shrink(run, 8).stages) == list(run.stages)
 
 
 def test_shrinking_meshes_and_accumulation() -> None:
-    fields: dict[str, Any] = {"mesh.replica": 8, "mesh.tensor": 8, "stages.core.accumulation_steps": 16}
+    fields: dict[str, Any] = {
+        "mesh.replica": 8,
+        "mesh.tensor": 8,
+        "stages.core.accumulation_steps": 16,
+    }
     fields |= {"stages.context.mesh": {"fsdp": -1, "context": 4, "context_attention": "ring"}}
     run = shrink(override(load("afm-tiny"), fields), 8)
     assert run.mesh == Mesh(replica=2, fsdp=2, tensor=2)
@@ -324,9 +393,28 @@ def test_shrinking_meshes_and_accumulation() -> None:
 @pytest.mark.parametrize(
     ("target", "some", "size"),
     [
-        ("cpu:8", {"fsdp 8", "tensor 8", "context 8 (ring)", "context 8 (all-gather)", "fsdp 8, 2 accumulated"}, 8),
+        (
+            "cpu:8",
+            {
+                "fsdp 8",
+                "tensor 8",
+                "context 8 (ring)",
+                "context 8 (all-gather)",
+                "fsdp 8, 2 accumulated",
+            },
+            8,
+        ),
         ("v5e:256", {"data 2 x fsdp 2 x tensor 2", "fsdp 2 x context 4 (ring)"}, 8),
-        ("v4:8x1024", {"replica 2 x fsdp 4", "replica 2 x context 2 x tensor 2 (ring)", "replica 8", "fsdp 8"}, 8),
+        (
+            "v4:8x1024",
+            {
+                "replica 2 x fsdp 4",
+                "replica 2 x context 2 x tensor 2 (ring)",
+                "replica 8",
+                "fsdp 8",
+            },
+            8,
+        ),
         ("h100:4", {"fsdp 2 x tensor 2", "data 4"}, 4),
         ("cpu:3", {"tensor 2"}, 2),
         ("cpu:2x1", {"replica 2"}, 2),
@@ -343,7 +431,9 @@ def test_the_target_decides_the_layouts(target: str, some: set[str], size: int) 
 def test_curves_are_compared_point_by_point() -> None:
     def judge(*found: float) -> verify.Check:
         curve = [(f"step {step} loss", value) for step, value in enumerate(found, 1)]
-        return verify._judge("layout", "", curve, [("step 1 loss", 2.0), ("step 2 loss", 4.0)], 1e-2)
+        return verify._judge(
+            "layout", "", curve, [("step 1 loss", 2.0), ("step 2 loss", 4.0)], 1e-2
+        )
 
     assert judge(2.0, 4.01).verdict == "same"
     assert (judge(2.0, 4.4).difference, judge(2.0, 4.4).reason) == (
@@ -356,7 +446,9 @@ def test_curves_are_compared_point_by_point() -> None:
 
 
 def test_batches_are_a_function_of_the_step(run: Run, prepared: Prepared) -> None:
-    """What makes equal curves mean that every sample was seen once: no two steps have the same batch."""
+    """What makes equal curves mean that every sample was seen once: no two steps have the same
+    batch.
+    """
     batches = Batches(run.stages["core"], "core", run.seed, prepared.train)
     assert len({batches[step]["inputs"].tobytes() for step in range(len(batches))}) == len(batches)
 

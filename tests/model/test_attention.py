@@ -27,14 +27,17 @@ def reference(query, key, value, segments):
     group = num_heads // key.shape[2]
     key, value = (np.repeat(x.astype(np.float64), group, axis=2) for x in (key, value))
     scores = np.einsum("bqnh,bsnh->bnqs", query.astype(np.float64), key) / head_dim**0.5
-    visible = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
+    visible = np.tril(np.ones((length, length), bool)) & (
+        segments[:, :, None] == segments[:, None, :]
+    )
     scores = np.where(visible[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bnqs,bsnh->bqnh", weights / weights.sum(-1, keepdims=True), value)
 
 
 @pytest.mark.parametrize(
-    ("length", "heads", "kv_heads", "head_dim"), [(1, 2, 1, 8), (100, 6, 2, 16), (128, 7, 7, 10), (300, 9, 3, 8)]
+    ("length", "heads", "kv_heads", "head_dim"),
+    [(1, 2, 1, 8), (100, 6, 2, 16), (128, 7, 7, 10), (300, 9, 3, 8)],
 )
 def test_blocked_attention_equals_the_reference(length, heads, kv_heads, head_dim):
     arrays = inputs(0, 2, length, heads, kv_heads, head_dim)
@@ -63,7 +66,13 @@ def test_a_long_sequence_needs_memory_in_proportion_to_its_length():
         def gradient(q, k, v, ids):
             return jax.grad(lambda q: jnp.sum(A.blocked_attention(q, k, v, ids)))(q)
 
-        return jax.jit(gradient).lower(shape, shape, shape, ids).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(gradient)
+            .lower(shape, shape, shape, ids)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     # Whole scores would grow by 16.
     assert temporary_bytes(16_384) < 8 * temporary_bytes(4096)
@@ -108,8 +117,13 @@ def test_splash_attention_lowers_for_a_tpu_that_is_absent(context):
 
     gradient = jax.grad(total, argnums=(0, 1, 2))
     if context > 1:
-        devices, split = jax.sharding.Mesh(jax.devices()[:context], ("context",)), P(None, "context")
-        gradient = jax.shard_map(gradient, mesh=devices, in_specs=split, out_specs=split, check_vma=False)
+        devices, split = (
+            jax.sharding.Mesh(jax.devices()[:context], ("context",)),
+            P(None, "context"),
+        )
+        gradient = jax.shard_map(
+            gradient, mesh=devices, in_specs=split, out_specs=split, check_vma=False
+        )
     exported = export(jax.jit(gradient), platforms=["tpu"])(wide, narrow, narrow, ids)
     assert "tpu_custom_call" in exported.mlir_module()
 
@@ -174,7 +188,9 @@ def test_gpus_of_other_makers_are_told_from_nvidias(monkeypatch, platform_versio
     assert A.traced_for() == expected
 
 
-@pytest.mark.parametrize(("chip", "capability"), [("NVIDIA A100-SXM4-80GB", (8, 0)), ("NVIDIA H100 80GB HBM3", (9, 0))])
+@pytest.mark.parametrize(
+    ("chip", "capability"), [("NVIDIA A100-SXM4-80GB", (8, 0)), ("NVIDIA H100 80GB HBM3", (9, 0))]
+)
 def test_absent_gpus_have_the_capability_of_the_catalogue(monkeypatch, chip, capability):
     device = jax.sharding.AbstractDevice(device_kind=chip, num_cores=None, platform="cuda")
     mesh = jax.sharding.AbstractMesh((1,), ("fsdp",), abstract_device=device)
@@ -186,10 +202,17 @@ def test_absent_gpus_have_the_capability_of_the_catalogue(monkeypatch, chip, cap
     ("changes", "message"),
     [
         ({"ring": True, "platform": "tpu"}, "attention over 4096 tokens: ring over 4 shards"),
-        ({"platform": "cpu"}, "attention over 4096 tokens: blocked over 4 shards (not cudnn: it needs an NVIDIA GPU; "),
+        (
+            {"platform": "cpu"},
+            "attention over 4096 tokens: blocked over 4 shards (not cudnn: it needs an NVIDIA "
+            "GPU; ",
+        ),
         ({"platform": "tpu"}, "attention over 4096 tokens: splash over 4 shards (not cudnn"),
         # 64 tokens a shard.
-        ({"platform": "tpu", "context_shards": 64}, "needs a sequence_length that is a multiple of 8192, not 4096"),
+        (
+            {"platform": "tpu", "context_shards": 64},
+            "needs a sequence_length that is a multiple of 8192, not 4096",
+        ),
     ],
 )
 def test_the_choice_for_split_sequences_names_the_shards_once(caplog, changes, message):

@@ -1,4 +1,6 @@
-"""cuDNN's attention without a GPU: what its calls are given, and all that surrounds them, against float64 NumPy."""
+"""cuDNN's attention without a GPU: what its calls are given, and all that surrounds them, against
+float64 NumPy.
+"""
 
 import re
 
@@ -15,7 +17,9 @@ from braeburn.parallel.context import zigzag
 
 
 def span_rows(array, lengths, offsets):
-    """Where cuDNN finds the tokens of each span of an array [B, T, N, H]: [spans, T], and which are its own."""
+    """Where cuDNN finds the tokens of each span of an array [B, T, N, H]: [spans, T], and which are
+    its own.
+    """
     length, heads, head_dim = array.shape[1:]
     flat = offsets.reshape(-1)[: lengths.size]
     tokens = flat[:, None] // (heads * head_dim) + jnp.arange(length)
@@ -24,7 +28,9 @@ def span_rows(array, lengths, offsets):
 
 
 def emulated(query, key, value, given, causal):
-    """What one call computes, written from the operands alone: each span's output and log-sum-exp, in float32."""
+    """What one call computes, written from the operands alone: each span's output and log-sum-exp,
+    in float32.
+    """
     group = query.shape[2] // key.shape[2]
     query_tokens, own = span_rows(query, given.query_lengths, given.query_offsets)
     key_tokens, visible = span_rows(key, given.key_lengths, given.key_offsets)
@@ -44,7 +50,9 @@ def emulated(query, key, value, given, causal):
 
 
 def scatter(shape, tokens, own, rows, dtype):
-    """Rows of spans where they belong; all else is NaN, as it may be in memory that no call has written."""
+    """Rows of spans where they belong; all else is NaN, as it may be in memory that no call has
+    written.
+    """
     flat = jnp.full((shape[0] * shape[1] + 1, *shape[2:]), jnp.nan, jnp.float32)
     index = jnp.where(own, tokens, shape[0] * shape[1])
     flat = flat.at[index].set(rows)
@@ -55,16 +63,24 @@ def forward_call(query, key, value, given, causal):
     _, _, v, scores, tokens, own, *_ = emulated(query, key, value, given, causal)
     log_z = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(log_z), log_z, 0)[..., None])
-    output = scatter(query.shape, tokens, own, jnp.einsum("snqk,sknh->sqnh", weights, v), query.dtype)
+    output = scatter(
+        query.shape, tokens, own, jnp.einsum("snqk,sknh->sqnh", weights, v), query.dtype
+    )
     return output, jnp.where(own[:, None], log_z, jnp.nan)
 
 
 def backward_call(query, key, value, given, statistics, output, output_gradient, causal):
-    q, k, v, scores, tokens, own, key_tokens, visible, group = emulated(query, key, value, given, causal)
+    q, k, v, scores, tokens, own, key_tokens, visible, group = emulated(
+        query, key, value, given, causal
+    )
     rows = jnp.clip(tokens, 0, query.shape[0] * query.shape[1] - 1)
-    o, g = (x.reshape(-1, *x.shape[2:]).astype(jnp.float32)[rows] for x in (output, output_gradient))
+    o, g = (
+        x.reshape(-1, *x.shape[2:]).astype(jnp.float32)[rows] for x in (output, output_gradient)
+    )
     weights = jnp.where(jnp.isfinite(scores), jnp.exp(scores - statistics[..., None]), 0)
-    slope = weights * (jnp.einsum("sqnh,sknh->snqk", g, v) - jnp.einsum("sqnh,sqnh->snq", g, o)[..., None])
+    slope = weights * (
+        jnp.einsum("sqnh,sknh->snqk", g, v) - jnp.einsum("sqnh,sqnh->snq", g, o)[..., None]
+    )
     slope *= q.shape[-1] ** -0.5
 
     def grouped(x):
@@ -72,8 +88,20 @@ def backward_call(query, key, value, given, statistics, output, output_gradient,
 
     return (
         scatter(query.shape, tokens, own, jnp.einsum("snqk,sknh->sqnh", slope, k), query.dtype),
-        scatter(key.shape, key_tokens, visible, grouped(jnp.einsum("snqk,sqnh->sknh", slope, q)), key.dtype),
-        scatter(value.shape, key_tokens, visible, grouped(jnp.einsum("snqk,sqnh->sknh", weights, g)), value.dtype),
+        scatter(
+            key.shape,
+            key_tokens,
+            visible,
+            grouped(jnp.einsum("snqk,sqnh->sknh", slope, q)),
+            key.dtype,
+        ),
+        scatter(
+            value.shape,
+            key_tokens,
+            visible,
+            grouped(jnp.einsum("snqk,sqnh->sknh", weights, g)),
+            value.dtype,
+        ),
     )
 
 
@@ -84,12 +112,14 @@ def emulation(monkeypatch):
 
 
 def inputs(lengths, heads=4, kv_heads=2, head_dim=8, seed=0):
-    """Sequences whose documents have these lengths; the last of each may be padding, of segment 0."""
+    """Sequences of documents of these lengths; the last of each may be padding, of segment 0."""
     rng = np.random.default_rng(seed)
     batch, length = len(lengths), sum(lengths[0])
     query = rng.normal(size=(batch, length, heads, head_dim)).astype(np.float32)
     key, value = rng.normal(size=(2, batch, length, kv_heads, head_dim)).astype(np.float32)
-    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(np.int32)
+    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(
+        np.int32
+    )
     segments[-1, segments[-1] == segments[-1, -1]] = 0
     return query, key, value, segments
 
@@ -113,7 +143,9 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_packed_attention_and_its_gradients_equal_those_of_plain_attention(emulation, monkeypatch, lengths):
+def test_packed_attention_and_its_gradients_equal_those_of_plain_attention(
+    emulation, monkeypatch, lengths
+):
     monkeypatch.setattr(cudnn, "SPANS", 4)
     arrays = inputs(lengths)
     found = results(lambda *x: cudnn.packed_attention(*x, ONE_DEVICE), *arrays)
@@ -140,7 +172,11 @@ def test_split_sequences_attend_as_whole_ones_do(emulation, monkeypatch, lengths
 
     def sharded(*arrays):
         spread = jax.shard_map(
-            lambda *x: cudnn.packed_attention(*x, mesh), mesh=devices, in_specs=split, out_specs=split, check_vma=False
+            lambda *x: cudnn.packed_attention(*x, mesh),
+            mesh=devices,
+            in_specs=split,
+            out_specs=split,
+            check_vma=False,
         )
         return spread(*(x[:, order] for x in arrays))[:, np.argsort(order)]
 
@@ -153,7 +189,9 @@ def test_batches_whose_offsets_would_overflow_are_split(emulation, monkeypatch):
     arrays = inputs([[20, 30, 14], [64], [1, 63]])
     monkeypatch.setattr(cudnn, "MAX_ELEMENTS", 64 * 4 * 8 * 2)
     calls = []
-    monkeypatch.setattr(cudnn, "forward_call", lambda *x: calls.append(x[0].shape[0]) or forward_call(*x))
+    monkeypatch.setattr(
+        cudnn, "forward_call", lambda *x: calls.append(x[0].shape[0]) or forward_call(*x)
+    )
     output = jax.jit(lambda *x: cudnn.packed_attention(*x, ONE_DEVICE))(*arrays)
     np.testing.assert_allclose(output, jax.jit(attention.blocked_attention)(*arrays), atol=2e-6)
     assert set(calls) == {2, 1}
@@ -188,9 +226,19 @@ def lowered(run, mesh, heads=(8, 2), length=512):
 
     gradient = jax.grad(total, argnums=(0, 1, 2))
     if mesh.context > 1:
-        devices, split = jax.sharding.Mesh(jax.devices()[: mesh.context], ("context",)), P(None, "context")
-        gradient = jax.shard_map(gradient, mesh=devices, in_specs=split, out_specs=split, check_vma=False)
-    names = ("fmhaSoftmax", "fmhaSoftmaxBackward", "fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward")
+        devices, split = (
+            jax.sharding.Mesh(jax.devices()[: mesh.context], ("context",)),
+            P(None, "context"),
+        )
+        gradient = jax.shard_map(
+            gradient, mesh=devices, in_specs=split, out_specs=split, check_vma=False
+        )
+    names = (
+        "fmhaSoftmax",
+        "fmhaSoftmaxBackward",
+        "fmhaScaleBiasSoftmax",
+        "fmhaScaleBiasSoftmaxBackward",
+    )
     allowed = [DisabledSafetyCheck.custom_call(f"__cudnn${name}") for name in names]
     return export(jax.jit(gradient), platforms=["cuda"], disabled_checks=allowed)(
         wide, narrow, narrow, ids
@@ -200,7 +248,10 @@ def lowered(run, mesh, heads=(8, 2), length=512):
 def calls(text):
     """The custom calls of cuDNN in a program: target, mask, and the types of operands."""
     text = text.replace(r"\22", '"')
-    pattern = r"custom_call @__cudnn\$(\w+)\(.*?mask_type\W+(\w+).*?max_seg_per_batch\W+(\d+).*? : \((.*?)\) ->"
+    pattern = (
+        r"custom_call @__cudnn\$(\w+)\(.*?mask_type\W+(\w+).*?max_seg_per_batch\W+(\d+).*? : "
+        r"\((.*?)\) ->"
+    )
     return [
         (target, mask, int(spans), re.findall(r"tensor<(.*?)>", operands))
         for target, mask, spans, operands in re.findall(pattern, text)
@@ -217,7 +268,11 @@ def test_the_calls_take_lengths_and_offsets_and_no_mask(context):
     statistics = f"{2 * spans}x8x{own}xf32"
     causal = ("PADDING_CAUSAL", spans)
     assert ("fmhaSoftmax", *causal, [query, key, key, *layout]) in found
-    assert ("fmhaSoftmaxBackward", *causal, [query, key, key, statistics, query, query, *layout]) in found
+    assert (
+        "fmhaSoftmaxBackward",
+        *causal,
+        [query, key, key, statistics, query, query, *layout],
+    ) in found
     if context > 1:
         key = f"2x{whole}x2x128xbf16"
         layout = ["2x2xi32"] * 2 + ["2x3xi32"] * 2

@@ -38,7 +38,8 @@ def inputs(seed=0, batch=3, length=37, width=24, teacher_width=40):
     targets = jnp.asarray(rng.integers(0, VOCAB, (batch, length)), jnp.int32)
     weights = rng.random((batch, length)).astype(np.float32)
     teacher = HiddenStates(
-        normal(batch, length, teacher_width), normal(VOCAB, teacher_width, scale=teacher_width**-0.5)
+        normal(batch, length, teacher_width),
+        normal(VOCAB, teacher_width, scale=teacher_width**-0.5),
     )
     return hidden, head, targets, jnp.asarray(weights / weights.sum()), teacher
 
@@ -56,10 +57,14 @@ def probabilities(teaching, distillation, vocab=VOCAB):
     """What the teacher teaches, [B, T, V] in float64."""
     if distillation.target == "distribution":
         return np.exp(log_softmax(logits_of(*teaching) / distillation.temperature))
-    k, temperature = (1, 1) if distillation.target == "label" else (distillation.top_k, distillation.temperature)
+    k, temperature = (
+        (1, 1) if distillation.target == "label" else (distillation.top_k, distillation.temperature)
+    )
     ids, log_probs = (np.asarray(array)[..., :k] for array in teaching)
     found = np.zeros((*ids.shape[:2], vocab))
-    np.put_along_axis(found, ids, np.exp(log_softmax(log_probs.astype(np.float64) / temperature)), -1)
+    np.put_along_axis(
+        found, ids, np.exp(log_softmax(log_probs.astype(np.float64) / temperature)), -1
+    )
     return found
 
 
@@ -78,7 +83,10 @@ def plain(hidden, head, targets, weights, teaching, distillation, z_loss):
     slope = (1 - share) * (np.exp(log_q) - true) + 2 * z_loss * log_z[..., None] * np.exp(log_q)
     slope += share * temperature * (np.exp(log_q_tempered) - taught)
     slope *= weights[..., None]
-    return (total, nll, distilled), (np.einsum("btv,vd->btd", slope, head), np.einsum("btv,btd->vd", slope, hidden))
+    return (total, nll, distilled), (
+        np.einsum("btv,vd->btd", slope, head),
+        np.einsum("btv,btd->vd", slope, hidden),
+    )
 
 
 def taught_by(teacher, kind, k=K):
@@ -99,7 +107,9 @@ def test_values_and_gradients_are_those_of_whole_distributions(kind, temperature
     def chunked(hidden, head):
         return distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
 
-    (total, parts), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
+    (total, parts), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(
+        hidden, head
+    )
     expected, expected_gradients = plain(hidden, head, targets, weights, teaching, settings, Z_LOSS)
     np.testing.assert_allclose([total, parts["nll"], parts["distillation"]], expected, rtol=1e-6)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -121,12 +131,18 @@ def test_the_gradient_is_the_slope_of_the_value(kind):
         return plain(np.asarray(hidden, np.float64) + sign * step * direction, head, *rest)[0][0]
 
     rest = (targets, weights, teaching, settings, Z_LOSS)
-    assert (written_out(1) - written_out(-1)) / (2 * step) == pytest.approx(np.linalg.norm(slope), rel=1e-6)
+    assert (written_out(1) - written_out(-1)) / (2 * step) == pytest.approx(
+        np.linalg.norm(slope), rel=1e-6
+    )
 
     # Ours, in steps that float32 can tell apart.
     ours = jax.jit(jax.value_and_grad(lambda h: distillation_loss(h, head, *rest)[0]))
-    (above, _), (below, _), (_, gradient) = (ours(hidden + sign * 0.2 * direction) for sign in (1, -1, 0))
-    assert float(above - below) / 0.4 == pytest.approx(float(np.sum(gradient * direction)), rel=1e-3)
+    (above, _), (below, _), (_, gradient) = (
+        ours(hidden + sign * 0.2 * direction) for sign in (1, -1, 0)
+    )
+    assert float(above - below) / 0.4 == pytest.approx(
+        float(np.sum(gradient * direction)), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("share", [0.9, 1.0])
@@ -141,9 +157,15 @@ def test_a_teacher_that_says_the_true_tokens_is_plain_training(share):
     def text_alone(hidden, head):
         return cross_entropy(hidden, head, targets, weights, Z_LOSS)
 
-    (total, parts), ours = jax.jit(jax.value_and_grad(distilled, (0, 1), has_aux=True))(hidden, head)
-    (expected, nll), theirs = jax.jit(jax.value_and_grad(text_alone, (0, 1), has_aux=True))(hidden, head)
-    np.testing.assert_allclose([total, parts["nll"], parts["distillation"]], [expected, nll, nll], rtol=5e-7)
+    (total, parts), ours = jax.jit(jax.value_and_grad(distilled, (0, 1), has_aux=True))(
+        hidden, head
+    )
+    (expected, nll), theirs = jax.jit(jax.value_and_grad(text_alone, (0, 1), has_aux=True))(
+        hidden, head
+    )
+    np.testing.assert_allclose(
+        [total, parts["nll"], parts["distillation"]], [expected, nll, nll], rtol=5e-7
+    )
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-7)
 
@@ -153,7 +175,10 @@ def test_gradients_scale_with_what_comes_from_above_and_none_reaches_the_teacher
     settings = Distillation(target="distribution", weight=0.5)
 
     def squared(hidden, teacher):
-        return 3.0 * distillation_loss(hidden, head, targets, weights, teacher, settings, Z_LOSS)[0] ** 2
+        return (
+            3.0
+            * distillation_loss(hidden, head, targets, weights, teacher, settings, Z_LOSS)[0] ** 2
+        )
 
     ours, teachers = jax.jit(jax.grad(squared, (0, 1)))(hidden, teacher)
     (total, _, _), (slope, _) = plain(hidden, head, targets, weights, teacher, settings, Z_LOSS)
@@ -164,11 +189,16 @@ def test_gradients_scale_with_what_comes_from_above_and_none_reaches_the_teacher
 @pytest.mark.parametrize("kind", ["top_k", "distribution"])
 def test_half_precision_keeps_sums_in_float32_and_large_logits_do_not_overflow(kind):
     hidden, head, targets, weights, teacher = inputs(4)
-    teacher, settings = teacher._replace(head=30 * teacher.head), Distillation(target=kind, temperature=2.0, top_k=K)
+    teacher, settings = (
+        teacher._replace(head=30 * teacher.head),
+        Distillation(target=kind, temperature=2.0, top_k=K),
+    )
     half = HiddenStates(teacher.hidden.astype(jnp.bfloat16), teacher.head)
 
     def chunked(hidden, head):
-        return distillation_loss(hidden, head, targets, weights, taught_by(half, kind), settings, 0.0)
+        return distillation_loss(
+            hidden, head, targets, weights, taught_by(half, kind), settings, 0.0
+        )
 
     (total, _), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(
         hidden.astype(jnp.bfloat16), 30 * head
@@ -196,7 +226,9 @@ def test_the_likeliest_tokens_and_their_probabilities(k):
     assert all(len(set(row)) == k for row in np.asarray(ids).reshape(-1, k))
     # Half a unit in the last place of float16, and float16 holds them.
     np.testing.assert_allclose(log_probs, chosen, rtol=2**-11 + 1e-5)
-    np.testing.assert_array_equal(log_probs, np.asarray(log_probs).astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(
+        log_probs, np.asarray(log_probs).astype(np.float16).astype(np.float32)
+    )
 
 
 def test_of_equals_the_lower_token_is_first():
@@ -206,19 +238,28 @@ def test_of_equals_the_lower_token_is_first():
 
 def test_more_tokens_than_there_are_are_refused():
     *_, teacher = inputs()
-    with pytest.raises(UserError, match=r"distillation.top_k=302 is more than .* 301 tokens; set .* to at most 301"):
+    with pytest.raises(
+        UserError, match=r"distillation.top_k=302 is more than .* 301 tokens; set .* to at most 301"
+    ):
         likeliest(*teacher, VOCAB + 1)
 
 
 def test_a_cache_of_too_few_tokens_is_refused():
     hidden, head, targets, weights, teacher = inputs()
     teaching, settings = taught_by(teacher, "top_k", 2), Distillation(target="top_k", top_k=3)
-    with pytest.raises(UserError, match=r"top_k=3, .* holds 2 tokens a position; set distillation.top_k to at most 2"):
+    with pytest.raises(
+        UserError,
+        match=r"top_k=3, .* holds 2 tokens a position; set distillation.top_k to at most 2",
+    ):
         distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
 
 
-STUDENT = Model(vocab_size=1024, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=32)
-TEACHER = STUDENT.model_copy(update={"d_model": 32, "num_layers": 2, "num_heads": 4, "tied_embeddings": False})
+STUDENT = Model(
+    vocab_size=1024, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=32
+)
+TEACHER = STUDENT.model_copy(
+    update={"d_model": 32, "num_layers": 2, "num_heads": 4, "tied_embeddings": False}
+)
 
 
 def batch_of(batch=4, length=32):
@@ -235,7 +276,9 @@ def batch_of(batch=4, length=32):
 
 @functools.cache
 def student_and_teacher():
-    return jax.jit(lambda: [initialize(transformer.param_specs(model), 1) for model in (STUDENT, TEACHER)])()
+    return jax.jit(
+        lambda: [initialize(transformer.param_specs(model), 1) for model in (STUDENT, TEACHER)]
+    )()
 
 
 def minimised(params, batch, teacher, settings):
@@ -245,19 +288,34 @@ def minimised(params, batch, teacher, settings):
 
 @pytest.mark.parametrize("kind", ["label", "top_k", "distribution"])
 def test_a_student_learns_what_its_teacher_says_live_or_from_a_cache(kind):
-    settings, batch, (params, teacher) = Distillation(target=kind, top_k=3), batch_of(), student_and_teacher()
+    settings, batch, (params, teacher) = (
+        Distillation(target=kind, top_k=3),
+        batch_of(),
+        student_and_teacher(),
+    )
 
     def by_hand(params, batch, teacher):
         inputs, precision = (
             [batch[name] for name in ("inputs", "positions", "segment_ids")],
             Precision(compute="float32"),
         )
-        teaching = HiddenStates(transformer.forward(teacher, *inputs, TEACHER, precision), teacher["head"])
+        teaching = HiddenStates(
+            transformer.forward(teacher, *inputs, TEACHER, precision), teacher["head"]
+        )
         if kind != "distribution":
             teaching = likeliest(*teaching, 3)
-        hidden, tokens = transformer.forward(params, *inputs, STUDENT, precision), (batch["targets"], batch["weights"])
-        total, _ = distillation_loss(hidden, params["embedding"], *tokens, teaching, settings, STUDENT.z_loss)
-        return total, transformer.loss(params, batch, STUDENT, precision, Remat())[1]["loss"], teaching
+        hidden, tokens = (
+            transformer.forward(params, *inputs, STUDENT, precision),
+            (batch["targets"], batch["weights"]),
+        )
+        total, _ = distillation_loss(
+            hidden, params["embedding"], *tokens, teaching, settings, STUDENT.z_loss
+        )
+        return (
+            total,
+            transformer.loss(params, batch, STUDENT, precision, Remat())[1]["loss"],
+            teaching,
+        )
 
     live, parts = jax.jit(minimised, static_argnums=3)(params, batch, teacher, settings)
     total, nll, teaching = jax.jit(by_hand)(params, batch, teacher)
@@ -270,8 +328,15 @@ def test_a_student_learns_what_its_teacher_says_live_or_from_a_cache(kind):
 
 @pytest.mark.parametrize("kind", ["top_k", "distribution"])
 def test_whole_logits_of_neither_exist(kind):
-    settings, batch, (params, teacher) = Distillation(target=kind, top_k=3), batch_of(), student_and_teacher()
+    settings, batch, (params, teacher) = (
+        Distillation(target=kind, top_k=3),
+        batch_of(),
+        student_and_teacher(),
+    )
     gradient = jax.jit(jax.grad(minimised, has_aux=True), static_argnums=3)
     text = gradient.lower(params, batch, teacher, settings).compile().as_text()
-    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\b(?:f32|bf16|s32)\[([\d,]+)\]", text)]
+    sizes = [
+        np.prod([int(n) for n in dims.split(",")])
+        for dims in re.findall(r"\b(?:f32|bf16|s32)\[([\d,]+)\]", text)
+    ]
     assert max(sizes) < batch["inputs"].size * STUDENT.vocab_size

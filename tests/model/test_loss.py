@@ -27,13 +27,23 @@ def inputs(seed, batch, length, width, vocab):
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize(("batch", "length", "tokens_per_chunk"), [(2, 64, 1024), (3, 37, 24), (1, 50, 7), (4, 16, 1)])
-def test_value_and_gradients_equal_the_plain_loss(monkeypatch, batch, length, tokens_per_chunk, z_loss):
-    monkeypatch.setattr(loss, "chunk_length", lambda batch, length, vocab: max(1, tokens_per_chunk // batch))
+@pytest.mark.parametrize(
+    ("batch", "length", "tokens_per_chunk"), [(2, 64, 1024), (3, 37, 24), (1, 50, 7), (4, 16, 1)]
+)
+def test_value_and_gradients_equal_the_plain_loss(
+    monkeypatch, batch, length, tokens_per_chunk, z_loss
+):
+    monkeypatch.setattr(
+        loss, "chunk_length", lambda batch, length, vocab: max(1, tokens_per_chunk // batch)
+    )
     hidden, head, targets, weights = inputs(0, batch, length, 48, 301)
-    chunked = jax.value_and_grad(lambda h, w: loss.cross_entropy(h, w, targets, weights, z_loss)[0], argnums=(0, 1))
+    chunked = jax.value_and_grad(
+        lambda h, w: loss.cross_entropy(h, w, targets, weights, z_loss)[0], argnums=(0, 1)
+    )
     value, gradients = jax.jit(chunked)(hidden, head)
-    expected, expected_gradients = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head, targets, weights, z_loss)
+    expected, expected_gradients = jax.value_and_grad(plain, argnums=(0, 1))(
+        hidden, head, targets, weights, z_loss
+    )
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
@@ -55,18 +65,22 @@ def test_gradient_scales_with_what_comes_from_above():
 def test_undifferentiated_value_is_that_of_the_differentiated_one():
     hidden, head, targets, weights = inputs(2, 2, 33, 16, 50)
     alone = loss.cross_entropy(hidden, head, targets, weights, 1e-3)
-    differentiated, _ = jax.value_and_grad(lambda h: loss.cross_entropy(h, head, targets, weights, 1e-3), has_aux=True)(
-        hidden
-    )
+    differentiated, _ = jax.value_and_grad(
+        lambda h: loss.cross_entropy(h, head, targets, weights, 1e-3), has_aux=True
+    )(hidden)
     np.testing.assert_allclose(alone, differentiated, rtol=1e-6)
 
 
 def test_half_precision_keeps_the_sums_in_float32():
     hidden, head, targets, weights = inputs(3, 2, 64, 32, 200)
     half = hidden.astype(jnp.bfloat16)
-    value, gradient = jax.value_and_grad(lambda w: loss.cross_entropy(half, w, targets, weights, 0.0)[0])(head)
+    value, gradient = jax.value_and_grad(
+        lambda w: loss.cross_entropy(half, w, targets, weights, 0.0)[0]
+    )(head)
     assert value.dtype == gradient.dtype == jnp.float32
-    assert float(value) == pytest.approx(float(plain(hidden, head, targets, weights, 0.0)), rel=5e-3)
+    assert float(value) == pytest.approx(
+        float(plain(hidden, head, targets, weights, 0.0)), rel=5e-3
+    )
 
 
 def test_token_losses_and_accuracy():
@@ -75,7 +89,9 @@ def test_token_losses_and_accuracy():
     logits = np.einsum("btd,vd->btv", np.asarray(hidden, np.float64), np.asarray(head, np.float64))
     expected_log_z = np.log(np.exp(logits).sum(-1))
     np.testing.assert_allclose(log_z, expected_log_z, atol=1e-5)
-    expected = expected_log_z - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    expected = (
+        expected_log_z - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    )
     np.testing.assert_allclose(nll, expected, atol=1e-5)
     np.testing.assert_array_equal(correct, logits.argmax(-1) == np.asarray(targets))
 

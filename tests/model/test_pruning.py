@@ -1,4 +1,6 @@
-"""The pruned model against the masked larger one, for each axis, form of model and optimizer; one device and many."""
+"""The pruned model against the masked larger one, for each axis, form of model and optimizer; one
+device and many.
+"""
 
 import functools
 import math
@@ -19,7 +21,14 @@ from braeburn.parallel.mesh import build
 
 # Epsilon is all that the two models differ by: see `masked`.
 MODEL = Model(
-    vocab_size=64, d_model=32, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=4, ffn_dim=48, norm_epsilon=1e-9
+    vocab_size=64,
+    d_model=32,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=4,
+    ffn_dim=48,
+    norm_epsilon=1e-9,
 )
 FLOAT32 = Precision(compute="float32")
 ALL = {"ffn": 20, "heads": 4, "embed": 24}
@@ -34,14 +43,19 @@ def weights(model):
     def drawn():
         values = initialize(transformer.param_specs(model), 0)
         noise = iter(jax.random.split(jax.random.key(1), 20))
-        return jax.tree.map(lambda x: x * jnp.exp(0.3 * jax.random.normal(next(noise), x.shape)), values)
+        return jax.tree.map(
+            lambda x: x * jnp.exp(0.3 * jax.random.normal(next(noise), x.shape)), values
+        )
 
     return drawn()
 
 
 def scores_of(model, keep, seed=2):
     rng = np.random.default_rng(seed)
-    return map_specs(lambda _, spec: jnp.asarray(rng.normal(size=spec.shape), jnp.float32), score_specs(model, keep))
+    return map_specs(
+        lambda _, spec: jnp.asarray(rng.normal(size=spec.shape), jnp.float32),
+        score_specs(model, keep),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -70,11 +84,15 @@ def test_the_pruned_models_logits_are_those_of_the_masked_one(keep, form):
     @jax.jit
     def cut(params, scores):
         others = jax.tree.map(jnp.negative, scores)
-        pruned, wrong = (sliced(params, kept(choice, keep, model), specs) for choice in (scores, others))
+        pruned, wrong = (
+            sliced(params, kept(choice, keep, model), specs) for choice in (scores, others)
+        )
         return masked(params, masks(scores, keep, model, 0.0), model), pruned, wrong
 
     wide, pruned, wrong = cut(params, scores)
-    assert jax.tree.map(jnp.shape, pruned) == map_specs(lambda _, spec: spec.shape, transformer.param_specs(small))
+    assert jax.tree.map(jnp.shape, pruned) == map_specs(
+        lambda _, spec: spec.shape, transformer.param_specs(small)
+    )
     expected = logits(wide, model)
     np.testing.assert_allclose(logits(pruned, small), expected, atol=1e-5)
     # Something was cut, and which units they were matters: the comparison can fail.
@@ -90,11 +108,15 @@ def test_epsilon_moves_a_narrower_model_by_no_more_than_is_said():
     mean_square = np.mean(x[:, :8] ** 2, axis=1, keepdims=True)
     narrow = transformer.rms_norm(x[:, :8], scale[:8], epsilon)
     wide = transformer.rms_norm(x, scale * math.sqrt(keep["embed"] / 32), epsilon)[:, :8]
-    np.testing.assert_allclose(narrow / wide, 1 + 3 * epsilon / (2 * mean_square) * np.ones((1, 8)), rtol=2e-5)
+    np.testing.assert_allclose(
+        narrow / wide, 1 + 3 * epsilon / (2 * mean_square) * np.ones((1, 8)), rtol=2e-5
+    )
 
 
 def test_every_group_keeps_as_many_heads():
-    scores = {"heads": jnp.asarray([[9, 8, 7, 6, 1, 2, 3, 4], [0, 0, 0, 0, 5, 5, 6, 5]], jnp.float32)}
+    scores = {
+        "heads": jnp.asarray([[9, 8, 7, 6, 1, 2, 3, 4], [0, 0, 0, 0, 5, 5, 6, 5]], jnp.float32)
+    }
     found = kept(scores, {"heads": 4}, MODEL)["heads"]
     np.testing.assert_array_equal(found, [[0, 1, 6, 7], [0, 1, 4, 6]])
     assert found.dtype == jnp.int32
@@ -105,7 +127,9 @@ def test_every_group_keeps_as_many_heads():
 
 def test_what_is_kept_is_what_the_masks_keep():
     scores = scores_of(MODEL, ALL)
-    hard, indices = jax.jit(lambda scores: (masks(scores, ALL, MODEL, 0.0), kept(scores, ALL, MODEL)))(scores)
+    hard, indices = jax.jit(
+        lambda scores: (masks(scores, ALL, MODEL, 0.0), kept(scores, ALL, MODEL))
+    )(scores)
     for axis, mask in hard.items():
         assert mask.dtype == jnp.float32
         assert mask.shape == score_specs(MODEL, ALL)[axis].shape
@@ -115,7 +139,8 @@ def test_what_is_kept_is_what_the_masks_keep():
 
 
 def test_masks_are_learned_through_the_weights():
-    """The gradient of a function of the masked weights for scores of each axis, against finite differences.
+    """The gradient of a function of the masked weights for scores of each axis, against finite
+    differences.
 
     At this temperature no unit is held to 1, where a mask has a kink.
     """
@@ -129,7 +154,10 @@ def test_masks_are_learned_through_the_weights():
 
     slope = jax.jit(jax.grad(function))(scores)
     for axis, direction in scores_of(MODEL, ALL, seed=6).items():
-        moved = [float(function(scores | {axis: scores[axis] + step * direction})) for step in (0.2, -0.2)]
+        moved = [
+            float(function(scores | {axis: scores[axis] + step * direction}))
+            for step in (0.2, -0.2)
+        ]
         expected = (moved[0] - moved[1]) / 0.4
         assert abs(expected) > 0.01
         assert float(jnp.vdot(slope[axis], direction)) == pytest.approx(expected, rel=1e-2)
@@ -140,31 +168,43 @@ def test_moments_are_sliced_like_parameters_and_counts_are_left_alone():
     small_specs = transformer.param_specs(small)
     params = weights(MODEL)
     indices = kept(scores_of(MODEL, ALL), ALL, MODEL)
-    stage = Stage(tokens=64, sequence_length=8, batch_tokens=16, mixture={"none": 1.0}, learning_rate=1e-2)
+    stage = Stage(
+        tokens=64, sequence_length=8, batch_tokens=16, mixture={"none": 1.0}, learning_rate=1e-2
+    )
     for kind in (AfmOptimizer(), AdamW()):
         optimizer = build_optimizer(kind, stage, specs, MODEL)
         state = optimizer.init(params)
         # Every moment a known function of the parameter, so that what was kept of it can be told.
-        state = map_params_like(lambda tree: jax.tree.map(lambda x, p: x + 2 * p, tree, params), state, specs)
+        state = map_params_like(
+            lambda tree: jax.tree.map(lambda x, p: x + 2 * p, tree, params), state, specs
+        )
         state = state._replace(stage_steps=state.stage_steps + 3)
         cut = map_params_like(lambda tree: sliced(tree, indices, specs), state, specs)
-        expected = build_optimizer(kind, stage, small_specs, small).init(sliced(params, indices, specs))
+        expected = build_optimizer(kind, stage, small_specs, small).init(
+            sliced(params, indices, specs)
+        )
         assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, expected)
         assert jax.tree.structure(cut) == jax.tree.structure(expected)
         assert int(cut.stage_steps) == 3
         pairs = [value for value in cut.direction if isinstance(value, dict)]
         assert len(pairs) == 2
         for moment in pairs:
-            for (_, ours), (_, theirs) in zip(walk(moment), walk(sliced(params, indices, specs)), strict=True):
+            for (_, ours), (_, theirs) in zip(
+                walk(moment), walk(sliced(params, indices, specs)), strict=True
+            ):
                 np.testing.assert_array_equal(ours, 2 * theirs)
 
 
 def test_scores_are_added_to_and_taken_from_a_state():
     specs = transformer.param_specs(MODEL)
     scores = scores_of(MODEL, {"ffn": 20})
-    stage = Stage(tokens=64, sequence_length=8, batch_tokens=16, mixture={"none": 1.0}, learning_rate=1e-2)
+    stage = Stage(
+        tokens=64, sequence_length=8, batch_tokens=16, mixture={"none": 1.0}, learning_rate=1e-2
+    )
     state = build_optimizer(AdamW(), stage, specs, MODEL).init(weights(MODEL))
-    wider = map_params_like(lambda tree: tree | {"masks": jax.tree.map(jnp.zeros_like, scores)}, state, specs)
+    wider = map_params_like(
+        lambda tree: tree | {"masks": jax.tree.map(jnp.zeros_like, scores)}, state, specs
+    )
     assert wider.direction.mu.keys() == wider.direction.nu.keys() == {*specs, "masks"}
 
     def without(tree):

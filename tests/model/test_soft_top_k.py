@@ -1,4 +1,6 @@
-"""Soft-Top-K against a bisection in NumPy float64, finite differences of that, and what holds of any solution."""
+"""Soft-Top-K against a bisection in NumPy float64, finite differences of that, and what holds of
+any solution.
+"""
 
 import functools
 
@@ -12,8 +14,12 @@ from hypothesis import strategies as st
 from braeburn.model.soft_top_k import soft_top_k, top_k_indices
 
 N = 12  # one length for all, so that few programs are compiled
-SCORES = st.lists(st.floats(-1000, 1000, width=32), min_size=N, max_size=N).map(lambda x: np.array(x, np.float32))
-SMALL = st.lists(st.integers(-40, 40), min_size=N, max_size=N).map(lambda x: np.array(x, np.float32) / 16)
+SCORES = st.lists(st.floats(-1000, 1000, width=32), min_size=N, max_size=N).map(
+    lambda x: np.array(x, np.float32)
+)
+SMALL = st.lists(st.integers(-40, 40), min_size=N, max_size=N).map(
+    lambda x: np.array(x, np.float32) / 16
+)
 KEPT = st.sampled_from([1, 5, 11, 12])
 TEMPERATURES = st.sampled_from([1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3, 1e6])
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -56,14 +62,20 @@ def test_masks_sum_to_k_are_ordered_as_the_scores_and_agree_with_bisection(score
 
 
 @quick
-@given(SMALL, KEPT, st.sampled_from([0.02, 0.3, 5.0]), st.integers(0, N - 1), st.integers(-512, 512))
-def test_a_higher_score_is_never_worse_and_a_shift_changes_nothing(scores, k, temperature, unit, shift):
+@given(
+    SMALL, KEPT, st.sampled_from([0.02, 0.3, 5.0]), st.integers(0, N - 1), st.integers(-512, 512)
+)
+def test_a_higher_score_is_never_worse_and_a_shift_changes_nothing(
+    scores, k, temperature, unit, shift
+):
     mask = np.asarray(compiled(scores, k, temperature))
     raised = scores.copy()
     raised[unit] += 0.25
     assert compiled(raised, k, temperature)[unit] >= mask[unit] - 1e-6
     # Sixteenths: the shift itself rounds nothing.
-    np.testing.assert_allclose(compiled(scores + np.float32(shift), k, temperature), mask, atol=1e-6)
+    np.testing.assert_allclose(
+        compiled(scores + np.float32(shift), k, temperature), mask, atol=1e-6
+    )
 
 
 @quick
@@ -98,13 +110,16 @@ def test_the_gradient_is_that_of_finite_differences(scores, k, temperature, seed
 
 
 def test_no_other_mask_is_better():
-    """The objective, scores . mask + temperature * entropy, of the mask and of ways to move weight between units."""
+    """The objective, scores . mask + temperature * entropy, of the mask and of ways to move weight
+    between units.
+    """
     rng, temperature = np.random.default_rng(0), 0.4
     scores = rng.normal(size=N)
     mask = np.asarray(compiled(scores, 5, temperature), np.float64)
 
     def objective(mask):
-        # The paper's entropy: its slope is -log(mask), up to a constant that a fixed sum makes idle.
+        # The paper's entropy: its slope is -log(mask), up to a constant that a fixed sum makes
+        # idle.
         return scores @ mask - temperature * np.sum(mask * np.log(np.maximum(mask, 1e-300)))
 
     for _ in range(500):
@@ -138,7 +153,9 @@ def test_rows_are_apart_and_types_kept():
     assert gradient(scores, 5, 0.5, np.ones((2, 3, N), np.float32)).dtype == jnp.bfloat16
     # Under vmap too, and where the scores are far apart for the temperature.
     far = 1000 * rng.normal(size=(4, N)).astype(np.float32)
-    np.testing.assert_array_equal(jax.vmap(lambda s: compiled(s, 5, 1e-3))(far), [hard(row, 5) for row in far])
+    np.testing.assert_array_equal(
+        jax.vmap(lambda s: compiled(s, 5, 1e-3))(far), [hard(row, 5) for row in far]
+    )
 
 
 @pytest.mark.parametrize("k", [0, N + 1])

@@ -1,4 +1,6 @@
-"""The decoder: its switches change how it is computed and never what; packed documents do not see one another."""
+"""The decoder: its switches change how it is computed and never what; packed documents do not see
+one another.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,16 @@ from braeburn.data.packing import stack
 from braeburn.model import spec, transformer
 from braeburn.model.loss import token_losses
 
-MODEL = Model(vocab_size=97, d_model=48, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8, ffn_dim=80, z_loss=1e-3)
+MODEL = Model(
+    vocab_size=97,
+    d_model=48,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=80,
+    z_loss=1e-3,
+)
 FLOAT32 = Precision(compute="float32")
 
 
@@ -20,8 +31,13 @@ def params():
 
 
 def batch_of(documents, length):
-    """Documents (lists of ids, each with one more token than it has predictions) packed into one row."""
-    fields = {name: np.zeros(length, np.int32) for name in ("inputs", "targets", "positions", "segment_ids")}
+    """Documents (lists of ids, each with one more token than it has predictions) packed into one
+    row.
+    """
+    fields = {
+        name: np.zeros(length, np.int32)
+        for name in ("inputs", "targets", "positions", "segment_ids")
+    }
     weights = np.zeros(length, np.float32)
     start = 0
     for segment, tokens in enumerate(documents, 1):
@@ -36,7 +52,9 @@ def batch_of(documents, length):
 
 @jax.jit
 def all_losses(params, batch):
-    hidden = transformer.forward(params, batch["inputs"], batch["positions"], batch["segment_ids"], MODEL, FLOAT32)
+    hidden = transformer.forward(
+        params, batch["inputs"], batch["positions"], batch["segment_ids"], MODEL, FLOAT32
+    )
     return token_losses(hidden, transformer.head_matrix(params), batch["targets"])[0]
 
 
@@ -68,7 +86,9 @@ def random_batch(seed=1, batch=2, length=150):
     }
 
 
-value_and_gradient = jax.jit(jax.value_and_grad(transformer.loss, has_aux=True), static_argnums=(2, 3, 4))
+value_and_gradient = jax.jit(
+    jax.value_and_grad(transformer.loss, has_aux=True), static_argnums=(2, 3, 4)
+)
 
 
 def gradient(params, model=MODEL, remat=transformer.KEEP_ALL, precision=FLOAT32):
@@ -91,7 +111,9 @@ def test_scan_and_remat_change_no_number(params, scan_layers, remat):
     model = MODEL.model_copy(update={"scan_layers": scan_layers})
     (value, _), gradients = gradient(params, model, remat)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, expected_gradients)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, expected_gradients
+    )
 
 
 def test_remat_saves_memory(params):
@@ -99,12 +121,18 @@ def test_remat_saves_memory(params):
         model = MODEL.model_copy(update={"num_layers": 12})
         shapes = spec.abstract(transformer.param_specs(model))
         batch = random_batch(batch=4, length=256)
-        function = jax.jit(lambda p: jax.grad(lambda p: transformer.loss(p, batch, model, FLOAT32, remat)[0])(p))
+        function = jax.jit(
+            lambda p: jax.grad(lambda p: transformer.loss(p, batch, model, FLOAT32, remat)[0])(p)
+        )
         return function.lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
     none, named, full = (
         temporary_bytes(r)
-        for r in (Remat(policy="none"), Remat(policy="save_named", names=("ffn_gate",)), Remat(policy="full"))
+        for r in (
+            Remat(policy="none"),
+            Remat(policy="save_named", names=("ffn_gate",)),
+            Remat(policy="full"),
+        )
     )
     assert full < named < none / 2
 
@@ -133,7 +161,9 @@ def test_a_cache_gives_the_hidden_states_of_the_whole_sequence(params):
 
 
 def test_untied_and_unnormed_models_have_their_own_parameters():
-    plain = transformer.param_specs(MODEL.model_copy(update={"tied_embeddings": False, "qk_norm": False}))
+    plain = transformer.param_specs(
+        MODEL.model_copy(update={"tied_embeddings": False, "qk_norm": False})
+    )
     paths = {path for path, _ in spec.walk(plain)}
     assert "head" in paths
     assert not any("query_norm" in path for path in paths)
@@ -144,7 +174,9 @@ def test_initial_values_follow_the_path_alone():
     specs = transformer.param_specs(MODEL)
     values = spec.initialize(specs, 0)
     deeper = spec.initialize(transformer.param_specs(MODEL.model_copy(update={"num_layers": 5})), 0)
-    wider = spec.initialize({"layers": {"query": specs["layers"]["query"]}, "new": specs["embedding"]}, 0)
+    wider = spec.initialize(
+        {"layers": {"query": specs["layers"]["query"]}, "new": specs["embedding"]}, 0
+    )
     np.testing.assert_array_equal(deeper["layers"]["query"][:3], values["layers"]["query"])
     np.testing.assert_array_equal(wider["layers"]["query"], values["layers"]["query"])
     assert not np.array_equal(wider["new"], values["embedding"])
@@ -153,7 +185,9 @@ def test_initial_values_follow_the_path_alone():
 
 
 def test_initial_values_have_the_spread_of_their_fan_in():
-    values = spec.initialize(transformer.param_specs(MODEL.model_copy(update={"d_model": 256, "ffn_dim": 512})), 1)
+    values = spec.initialize(
+        transformer.param_specs(MODEL.model_copy(update={"d_model": 256, "ffn_dim": 512})), 1
+    )
     assert values["layers"]["down"].std() == pytest.approx(512**-0.5, rel=0.02)
     assert values["layers"]["attention_output"].std() == pytest.approx(48**-0.5, rel=0.02)
     assert values["embedding"].std() == pytest.approx(256**-0.5, rel=0.02)

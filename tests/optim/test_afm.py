@@ -1,4 +1,6 @@
-"""The AFM optimizer against a float64 NumPy reference written from its specification, and AdamW against optax's own."""
+"""The AFM optimizer against a float64 NumPy reference written from its specification, and AdamW
+against optax's own.
+"""
 
 import math
 
@@ -16,13 +18,17 @@ D_MODEL = 1536
 SPECS = {
     "embedding": ParamSpec((11, 8), ("vocab", "embed"), "embedding", ("embed",)),
     "layers": {
-        "query": ParamSpec((3, 8, 2, 4), ("layers", "embed", "heads", "head_dim"), "matrix", ("embed",)),
+        "query": ParamSpec(
+            (3, 8, 2, 4), ("layers", "embed", "heads", "head_dim"), "matrix", ("embed",)
+        ),
         "norm": ParamSpec((3, 8), ("layers", "embed"), "norm"),
     },
     "single": ParamSpec((8, 6), ("embed", "ffn"), "matrix", ("embed",)),
     "final_norm": ParamSpec((8,), ("embed",), "norm"),
 }
-MODEL = Model(vocab_size=11, d_model=D_MODEL, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=4, ffn_dim=6)
+MODEL = Model(
+    vocab_size=11, d_model=D_MODEL, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=4, ffn_dim=6
+)
 STEPS = 40
 
 
@@ -58,7 +64,9 @@ class Reference:
         if t <= warmup:
             sigma = t / warmup
         else:
-            sigma = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (total - warmup)))
+            sigma = floor + (1 - floor) * 0.5 * (
+                1 + math.cos(math.pi * (t - warmup) / (total - warmup))
+            )
         for name, g in gradients.items():
             g = g * min(1.0, 1.0 / (norm + 1e-8))
             self.v[name] = 0.95 * self.v[name] + 0.05 * (g**2 + 1e-30)
@@ -66,12 +74,18 @@ class Reference:
             r = r / max(1.0, math.sqrt((r**2).mean()))
             self.m[name] = 0.95 * self.m[name] + 0.05 * r
             scale = min(768 / D_MODEL, 1.0) if name.startswith(("query", "single")) else 1.0
-            self.theta[name] = self.theta[name] - sigma * (peak * scale * self.m[name] + decay * self.theta[name])
+            self.theta[name] = self.theta[name] - sigma * (
+                peak * scale * self.m[name] + decay * self.theta[name]
+            )
 
 
 def blocks_of(tree):
     """The tree's blocks by name: every layer's slice of a stacked tensor is one."""
-    blocks = {"embedding": tree["embedding"], "single": tree["single"], "final_norm": tree["final_norm"]}
+    blocks = {
+        "embedding": tree["embedding"],
+        "single": tree["single"],
+        "final_norm": tree["final_norm"],
+    }
     for name, stacked in tree["layers"].items():
         blocks |= {f"{name}/{i}": stacked[i] for i in range(3)}
     return {name: np.asarray(value) for name, value in blocks.items()}
@@ -95,7 +109,9 @@ def gradients_of_step(rng, step):
     if step == 11:
         gradients["single"][2, 3] = np.nan
     if step == 23:
-        gradients["layers"]["query"] *= np.float32(200 / np.linalg.norm(gradients["layers"]["query"]))
+        gradients["layers"]["query"] *= np.float32(
+            200 / np.linalg.norm(gradients["layers"]["query"])
+        )
     return gradients
 
 
@@ -116,7 +132,9 @@ def test_afm_equals_the_float64_reference_over_40_steps():
         if step in (11, 23):
             jax.tree.map(np.testing.assert_array_equal, before, (params, state.direction))
         for name, block in blocks_of(params).items():
-            np.testing.assert_allclose(block, reference.theta[name], rtol=0, atol=1e-6, err_msg=f"step {step} {name}")
+            np.testing.assert_allclose(
+                block, reference.theta[name], rtol=0, atol=1e-6, err_msg=f"step {step} {name}"
+            )
     assert int(state.skipped) == 2
     assert int(state.stage_steps) == STEPS - 2 == reference.t
     moments = blocks_of(state.direction.momentum)
@@ -163,7 +181,8 @@ def test_adamw_equals_optax_chain():
     ours = build_optimizer(AdamW(clip_norm=1.0), stage, SPECS, MODEL)
     decayed = jax.tree.map(lambda spec: spec.role != "norm", SPECS)
     theirs = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decayed)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decayed),
     )
     ours_params = theirs_params = params
     ours_state, theirs_state = ours.init(params), theirs.init(params)
@@ -173,7 +192,9 @@ def test_adamw_equals_optax_chain():
         ours_params = optax.apply_updates(ours_params, updates)
         updates, theirs_state = theirs.update(gradients, theirs_state, theirs_params)
         theirs_params = optax.apply_updates(theirs_params, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours_params, theirs_params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours_params, theirs_params
+    )
 
 
 @pytest.mark.parametrize("config", [AfmOptimizer(), AdamW()])
@@ -183,7 +204,9 @@ def test_scores_move_in_proportion_to_their_gradients(config):
     stage = make_stage(pruning=pruning, weight_decay=0.1, schedule=Schedule(decay="constant"))
     specs = SPECS | {"masks": {"ffn": ParamSpec((3, 6), ("layers", "ffn"), "mask")}}
     rng = np.random.default_rng(4)
-    gradient = np.float32(rng.normal(size=(3, 6)) * [[0.1], [1.0], [0.01]] * np.geomspace(0.1, 1.0, 6))
+    gradient = np.float32(
+        rng.normal(size=(3, 6)) * [[0.1], [1.0], [0.01]] * np.geomspace(0.1, 1.0, 6)
+    )
     gradient[2, 0] = 0.0
     params = random_tree(rng, 1.0) | {"masks": {"ffn": np.float32(rng.normal(size=(3, 6)))}}
     params = jax.tree.map(jnp.asarray, params)

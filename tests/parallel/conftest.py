@@ -1,4 +1,6 @@
-"""Programs for several simulated devices are not kept between runs of the tests: see `Layout.compiling`."""
+"""Programs for several simulated devices are not kept between runs of the tests: see
+`Layout.compiling`.
+"""
 
 from collections.abc import Iterator
 

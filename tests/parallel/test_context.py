@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask, process_mask_dkv
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import (
+    process_mask,
+    process_mask_dkv,
+)
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
@@ -32,7 +35,9 @@ def device_mesh(mesh):
 
 @functools.cache
 def sequences(length=LENGTH, num_heads=8, num_kv_heads=4, head_dim=8):
-    """Query, key, value, segments and the output's cotangent; documents end anywhere, and a row ends in padding."""
+    """Query, key, value, segments and the output's cotangent; documents end anywhere, and a row
+    ends in padding.
+    """
     rng = np.random.default_rng(0)
     query, slope = rng.normal(size=(2, 2, length, num_heads, head_dim)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, length, num_kv_heads, head_dim)).astype(np.float32)
@@ -50,7 +55,11 @@ def outputs_and_gradients(run, mesh, arrays):
 
     @jax.jit
     @functools.partial(
-        jax.shard_map, mesh=shards, in_specs=(heads, heads, heads, ids, heads), out_specs=(heads,) * 4, check_vma=False
+        jax.shard_map,
+        mesh=shards,
+        in_specs=(heads, heads, heads, ids, heads),
+        out_specs=(heads,) * 4,
+        check_vma=False,
     )
     def program(query, key, value, segments, slope):
         def loss(query, key, value):
@@ -76,11 +85,17 @@ def assert_close(results, expected, tolerance):
 
 
 @pytest.mark.parametrize("context_attention", ["ring", "all_gather"])
-@pytest.mark.parametrize(("context", "tensor"), [pytest.param(2, 2, marks=pytest.mark.deep), (4, 2), (8, 1)])
-def test_split_attention_equals_attention_on_one_device(monkeypatch, context, tensor, context_attention):
+@pytest.mark.parametrize(
+    ("context", "tensor"), [pytest.param(2, 2, marks=pytest.mark.deep), (4, 2), (8, 1)]
+)
+def test_split_attention_equals_attention_on_one_device(
+    monkeypatch, context, tensor, context_attention
+):
     # Blocks of 8, 6 and 6 queries: three, two and one of them in each half.
     monkeypatch.setattr(C, "BLOCK", 8)
-    results = outputs_and_gradients(A.attention, mesh_of(context, tensor, context_attention), sequences())
+    results = outputs_and_gradients(
+        A.attention, mesh_of(context, tensor, context_attention), sequences()
+    )
     assert_close(results, on_one_device(), 1e-5)
 
 
@@ -88,7 +103,9 @@ def test_split_attention_equals_attention_on_one_device(monkeypatch, context, te
 def test_bfloat16_stays_near_float32(context_attention):
     query, key, value, segments, slope = sequences()
     narrow = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, value)]
-    results = outputs_and_gradients(A.attention, mesh_of(4, 1, context_attention), (*narrow, segments, slope))
+    results = outputs_and_gradients(
+        A.attention, mesh_of(4, 1, context_attention), (*narrow, segments, slope)
+    )
     assert_close(results, on_one_device(), 0.02)
 
 
@@ -97,7 +114,9 @@ def test_the_mask_for_older_gpus_gives_what_the_others_give(monkeypatch):
         return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
 
     monkeypatch.setattr(cudnn, "masked_attention", plain)
-    results = outputs_and_gradients(A.cudnn_masked_attention, mesh_of(4, 1, "all_gather"), sequences())
+    results = outputs_and_gradients(
+        A.cudnn_masked_attention, mesh_of(4, 1, "all_gather"), sequences()
+    )
     assert_close(results, on_one_device(), 1e-5)
 
 
@@ -115,13 +134,16 @@ def test_zigzag_gives_every_shard_the_same_number_of_visible_pairs(shards, chunk
 
 def test_zigzag_names_what_does_not_divide():
     np.testing.assert_array_equal(C.zigzag(5, 1), np.arange(5))
-    with pytest.raises(ValueError, match="10 tokens do not divide into the 8 chunks of 4 context shards"):
+    with pytest.raises(
+        ValueError, match="10 tokens do not divide into the 8 chunks of 4 context shards"
+    ):
         C.zigzag(10, 4)
 
 
 @pytest.mark.parametrize(("context", "tensor"), [(1, 2), (2, 2), (4, 1)])
 def test_splash_attention_works_on_shards_in_interpret_mode(context, tensor):
-    # Chunks of 128 tokens with two context shards; with four, 64 tokens, so that a tile has two of them.
+    # Chunks of 128 tokens with two context shards; with four, 64 tokens, so that a tile has two of
+    # them.
     arrays = sequences(512, 4, 2, 128)
     splash = functools.partial(A.splash_attention, interpret=True)
     results = outputs_and_gradients(splash, mesh_of(context, tensor, "all_gather"), arrays)
@@ -135,7 +157,9 @@ def test_the_splash_mask_of_single_entries_gives_the_kernel_of_whole_tiles(shard
     whole.q_sequence = order
     for process in (process_mask, process_mask_dkv):
         ours, theirs = (
-            process(splash_attention_mask.MultiHeadMask([mask] * 2), (256, 256), q_seq_shards=shards)[0]
+            process(
+                splash_attention_mask.MultiHeadMask([mask] * 2), (256, 256), q_seq_shards=shards
+            )[0]
             for mask in (A.splash_mask(order), whole)
         )
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -167,20 +191,29 @@ def hops(equation):
 
 @pytest.mark.parametrize("context_attention", ["ring", "all_gather"])
 @pytest.mark.parametrize("context", [2, 8])
-def test_each_shard_forms_the_visible_chunks_alone_and_passes_keys_on_once_for_each(context, context_attention):
+def test_each_shard_forms_the_visible_chunks_alone_and_passes_keys_on_once_for_each(
+    context, context_attention
+):
     mesh = mesh_of(context, 1, context_attention)
     length, heads, head_dim = 512, 4, 16
     wide = jax.ShapeDtypeStruct((1, length, heads, head_dim), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
     def program(query, key, value, ids):
-        return jax.grad(lambda *a: jnp.sum(A.attention(*a, ids, mesh)), argnums=(0, 1, 2))(query, key, value)
+        return jax.grad(lambda *a: jnp.sum(A.attention(*a, ids, mesh)), argnums=(0, 1, 2))(
+            query, key, value
+        )
 
     split = P(None, "context")
-    sharded = jax.shard_map(program, mesh=device_mesh(mesh), in_specs=split, out_specs=split, check_vma=False)
+    sharded = jax.shard_map(
+        program, mesh=device_mesh(mesh), in_specs=split, out_specs=split, check_vma=False
+    )
     jaxpr = jax.make_jaxpr(sharded)(wide, wide, wide, ids).jaxpr
     # Two products forward and five backward; of a shard's 2 x 2c pairs of chunks it sees 2c + 1.
     whole = 7 * 2 * heads * head_dim * length**2 / context
     assert total(jaxpr, products) == whole * (2 * context + 1) / (4 * context)
-    # Key, value and segments in either pass; the gradients of key and value go one hop further, home.
-    assert total(jaxpr, hops) == (2 * 3 * (context - 1) + 2 * context if context_attention == "ring" else 0)
+    # Key, value and segments in either pass; the gradients of key and value go one hop further,
+    # home.
+    assert total(jaxpr, hops) == (
+        2 * 3 * (context - 1) + 2 * context if context_attention == "ring" else 0
+    )

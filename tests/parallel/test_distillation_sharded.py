@@ -23,7 +23,11 @@ from braeburn.parallel.mesh import build
 
 BATCH, LENGTH, WIDTH, TEACHER_WIDTH, K, Z_LOSS = 8, 16, 16, 24, 4, 1e-2
 BATCH_AXES = ("replica", "data", "fsdp")
-HIDDEN, HEAD, TOKENS = P(BATCH_AXES, ("context", "tensor")), P("tensor", "fsdp"), P(BATCH_AXES, "context")
+HIDDEN, HEAD, TOKENS = (
+    P(BATCH_AXES, ("context", "tensor")),
+    P("tensor", "fsdp"),
+    P(BATCH_AXES, "context"),
+)
 TEACHER = HiddenStates(HIDDEN, HEAD)
 
 # Mesh sizes and a vocabulary that they divide; blocks and chunks need not divide it.
@@ -34,7 +38,9 @@ LAYOUTS = [
     ({"fsdp": 2, "tensor": 2}, 302),
     ({"fsdp": 2, "context": 2, "tensor": 2}, 306),
 ]
-layouts = pytest.mark.parametrize(("sizes", "vocab"), LAYOUTS, ids=lambda x: str(x).strip("{}").replace("'", ""))
+layouts = pytest.mark.parametrize(
+    ("sizes", "vocab"), LAYOUTS, ids=lambda x: str(x).strip("{}").replace("'", "")
+)
 kinds = pytest.mark.parametrize(("kind", "temperature"), [("top_k", 2.0), ("distribution", 1.5)])
 
 
@@ -65,7 +71,13 @@ def mesh_of(sizes):
 def spread(function, mesh, in_specs, out_specs):
     devices = jax.devices()[: math.prod(mesh.sizes.values())]
     return jax.jit(
-        jax.shard_map(function, mesh=build(mesh, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        jax.shard_map(
+            function,
+            mesh=build(mesh, devices),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
     )
 
 
@@ -74,15 +86,22 @@ def share(hidden, head, targets, weights, teacher, settings, mesh):
     teaching = HiddenStates(gather_tokens(teacher.hidden, mesh), teacher.head)
     if settings.target != "distribution":
         teaching = likeliest(*teaching, K, mesh)
-    return distillation_loss(gather_tokens(hidden, mesh), head, targets, weights, teaching, settings, Z_LOSS, mesh)
+    return distillation_loss(
+        gather_tokens(hidden, mesh), head, targets, weights, teaching, settings, Z_LOSS, mesh
+    )
 
 
 def differentiated(mesh, settings):
     """(sums, gradients) of whole arrays, as the train step works them out."""
 
     def local(*arguments):
-        sums, (d_hidden, d_head) = jax.value_and_grad(share, (0, 1), has_aux=True)(*arguments, settings, mesh)
-        return lax.psum(sums, tuple(mesh.sizes)), (d_hidden, lax.psum(d_head, ("replica", "data", "context")))
+        sums, (d_hidden, d_head) = jax.value_and_grad(share, (0, 1), has_aux=True)(
+            *arguments, settings, mesh
+        )
+        return lax.psum(sums, tuple(mesh.sizes)), (
+            d_hidden,
+            lax.psum(d_head, ("replica", "data", "context")),
+        )
 
     return spread(local, mesh, (HIDDEN, HEAD, TOKENS, TOKENS, TEACHER), (P(), (HIDDEN, HEAD)))
 
@@ -116,18 +135,26 @@ def test_values_and_gradients_are_those_of_one_device(sizes, vocab, kind, temper
 def test_each_device_names_the_same_tokens(sizes, vocab):
     mesh, (*_, teacher) = mesh_of(sizes), inputs(vocab)
     # Two equal rows in blocks and shards that are not the same: the lower comes first.
-    teacher = teacher._replace(head=teacher.head.at[vocab - 1].set(3 * teacher.head[1]).at[1].mul(3))
+    teacher = teacher._replace(
+        head=teacher.head.at[vocab - 1].set(3 * teacher.head[1]).at[1].mul(3)
+    )
     # Each tensor shard's answer apart, side by side along the batch.
     out = P((*BATCH_AXES, "tensor"), "context")
     k = min(K, vocab)
-    function = spread(lambda h, w: likeliest(gather_tokens(h, mesh), w, k, mesh), mesh, tuple(TEACHER), out)
+    function = spread(
+        lambda h, w: likeliest(gather_tokens(h, mesh), w, k, mesh), mesh, tuple(TEACHER), out
+    )
     ids, log_probs = function(*teacher)
     expected, expected_log_probs = likeliest(*teacher, k)
-    assert np.any(np.asarray(expected)[..., 0] == 1) and not np.any(np.asarray(expected)[..., 0] == vocab - 1)
+    assert np.any(np.asarray(expected)[..., 0] == 1) and not np.any(
+        np.asarray(expected)[..., 0] == vocab - 1
+    )
     shards = BATCH // (mesh.replica * mesh.data * mesh.fsdp)
     for i in range(mesh.tensor):
         own, own_log_probs = (
-            np.asarray(x).reshape(-1, mesh.tensor, shards, LENGTH, k)[:, i].reshape(BATCH, LENGTH, k)
+            np.asarray(x)
+            .reshape(-1, mesh.tensor, shards, LENGTH, k)[:, i]
+            .reshape(BATCH, LENGTH, k)
             for x in (ids, log_probs)
         )
         np.testing.assert_array_equal(own, expected)
@@ -140,20 +167,31 @@ def test_each_device_names_the_same_tokens(sizes, vocab):
 def test_whole_logits_of_neither_exist(sizes, kind, temperature):
     mesh, vocab = mesh_of(sizes), 2048
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs(vocab))
-    text = differentiated(mesh, settings_of(kind, temperature)).lower(*arguments).compile().as_text()
-    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16|s32)\[([\d,]+)\]", text)]
+    text = (
+        differentiated(mesh, settings_of(kind, temperature)).lower(*arguments).compile().as_text()
+    )
+    sizes = [
+        math.prod(map(int, dims.split(",")))
+        for dims in re.findall(r"\b(?:f32|bf16|s32)\[([\d,]+)\]", text)
+    ]
     assert max(sizes) < vocab // mesh.tensor * LENGTH * BATCH // mesh.fsdp
     if mesh.fsdp > 1:  # the shards, kept in blocks, are the most that there is of the heads
         assert max(sizes) < vocab // mesh.tensor * WIDTH
 
 
-STUDENT = Model(vocab_size=96, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, ffn_dim=32)
-TEACHING = STUDENT.model_copy(update={"d_model": 32, "num_layers": 2, "num_heads": 4, "tied_embeddings": False})
+STUDENT = Model(
+    vocab_size=96, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, ffn_dim=32
+)
+TEACHING = STUDENT.model_copy(
+    update={"d_model": 32, "num_layers": 2, "num_heads": 4, "tied_embeddings": False}
+)
 
 
 @functools.cache
 def both():
-    return jax.jit(lambda: [initialize(transformer.param_specs(model), 3) for model in (STUDENT, TEACHING)])()
+    return jax.jit(
+        lambda: [initialize(transformer.param_specs(model), 3) for model in (STUDENT, TEACHING)]
+    )()
 
 
 @pytest.mark.parametrize("kind", ["label", "distribution"])
@@ -171,13 +209,18 @@ def test_a_student_and_its_teacher_share_a_mesh(kind):
 
     def minimised(params, batch, teacher, mesh):
         precision, remat = Precision(compute="float32"), Remat()
-        return module.loss(params, batch, teacher, STUDENT, TEACHING, settings, precision, remat, mesh=mesh)
+        return module.loss(
+            params, batch, teacher, STUDENT, TEACHING, settings, precision, remat, mesh=mesh
+        )
 
     def shares(params, batch, teacher):
         return lax.psum(minimised(params, batch, teacher, mesh), tuple(mesh.sizes))
 
     devices = build(mesh, jax.devices()[:4])
-    places = [Layout(mesh, devices, transformer.param_specs(model)).partitions for model in (STUDENT, TEACHING)]
+    places = [
+        Layout(mesh, devices, transformer.param_specs(model)).partitions
+        for model in (STUDENT, TEACHING)
+    ]
     ours = spread(shares, mesh, (places[0], TOKENS, places[1]), P())(params, batch, teacher)
     theirs = jax.jit(functools.partial(minimised, mesh=mesh_of({})))(params, batch, teacher)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

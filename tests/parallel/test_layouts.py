@@ -1,4 +1,6 @@
-"""Every layout computes what one device computes: 20 steps on eight simulated devices, packed documents."""
+"""Every layout computes what one device computes: 20 steps on eight simulated devices, packed
+documents.
+"""
 
 from functools import cache
 from typing import Any
@@ -33,9 +35,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ring x tensor": {"mesh.context": 4, "mesh.tensor": 2, "mesh.context_attention": "ring"},
     "replica x fsdp x tensor": {"mesh.replica": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
     "fsdp x gathered context x tensor": {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2},
-    "data x fsdp, accumulated": {"mesh.data": 2, "mesh.fsdp": 4, "stages.core.accumulation_steps": 2},
-    "data, accumulated, full remat": {"mesh.data": 4, "stages.core.accumulation_steps": 4, "remat.policy": "full"},
-    "fsdp, unrolled, named remat": {"mesh.fsdp": 4, "model.scan_layers": False, "remat.policy": "save_named"},
+    "data x fsdp, accumulated": {
+        "mesh.data": 2,
+        "mesh.fsdp": 4,
+        "stages.core.accumulation_steps": 2,
+    },
+    "data, accumulated, full remat": {
+        "mesh.data": 4,
+        "stages.core.accumulation_steps": 4,
+        "remat.policy": "full",
+    },
+    "fsdp, unrolled, named remat": {
+        "mesh.fsdp": 4,
+        "model.scan_layers": False,
+        "remat.policy": "save_named",
+    },
     "fsdp, offloaded": {
         "mesh.fsdp": 4,
         "offload.optimizer": True,
@@ -46,7 +60,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 AFM = ["data", "fsdp", "fsdp x tensor", "ring x tensor", "replica x fsdp x tensor"]
 # These make up all that layouts are made of; the others combine it otherwise.
-OFTEN = ("tensor, fewer key heads than shards", "fsdp x gathered context x tensor", "fsdp, offloaded")
+OFTEN = (
+    "tensor, fewer key heads than shards",
+    "fsdp x gathered context x tensor",
+    "fsdp, offloaded",
+)
 OFTEN_AFM = ("replica x fsdp x tensor",)
 
 
@@ -86,7 +104,9 @@ def one_device(tiny: Run, prepared: Prepared) -> Any:
     return losses_of
 
 
-def assert_follows(name: str, kind: str, tolerance: float, tiny: Run, prepared: Prepared, one_device: Any) -> Any:
+def assert_follows(
+    name: str, kind: str, tolerance: float, tiny: Run, prepared: Prepared, one_device: Any
+) -> Any:
     changes = LAYOUTS[name]
     run = with_optimizer(tiny, kind, **changes)
     reference, _ = one_device(kind, changes.get("model.tied_embeddings", True))
@@ -99,26 +119,33 @@ def assert_follows(name: str, kind: str, tolerance: float, tiny: Run, prepared: 
 
 
 @pytest.mark.parametrize("name", deep_but(OFTEN, LAYOUTS))
-def test_adamw_follows_one_device(name: str, tiny: Run, prepared: Prepared, one_device: Any) -> None:
+def test_adamw_follows_one_device(
+    name: str, tiny: Run, prepared: Prepared, one_device: Any
+) -> None:
     run, state = assert_follows(name, "adamw", 1e-5, tiny, prepared, one_device)
-    # Parameters and moments are stored once over fsdp and tensor, and no device holds more than its share.
+    # Parameters and moments are stored once over fsdp and tensor, and no device holds more than its
+    # share.
     shards = run.mesh.fsdp * run.mesh.tensor
     for tree in (state.params, state.optimizer.direction.mu, state.optimizer.direction.nu):
         for path, leaf in walk(tree):
             own = leaf.addressable_shards[0].data.nbytes
-            whole_on_tensor = path in ("layers/key", "layers/value") and run.mesh.tensor > run.model.num_kv_heads
+            whole_on_tensor = (
+                path in ("layers/key", "layers/value") and run.mesh.tensor > run.model.num_kv_heads
+            )
             assert own * (run.mesh.fsdp if whole_on_tensor else shards) == leaf.nbytes, path
     if run.offload.optimizer:
         assert state.optimizer.direction.mu["embedding"].sharding.memory_kind == "pinned_host"
 
 
 @pytest.mark.parametrize("name", deep_but(OFTEN_AFM, AFM))
-def test_afm_optimizer_follows_one_device(name: str, tiny: Run, prepared: Prepared, one_device: Any) -> None:
+def test_afm_optimizer_follows_one_device(
+    name: str, tiny: Run, prepared: Prepared, one_device: Any
+) -> None:
     assert_follows(name, "afm", 1e-4, tiny, prepared, one_device)
 
 
 def test_layouts_differ_where_they_should(tiny: Run, prepared: Prepared) -> None:
-    """Rows read by each process are those its devices work on; the rows of all make up the batch."""
+    """Each process reads the rows that its devices work on; those of all make up the batch."""
     layout = layout_of(with_optimizer(tiny, "adamw", **LAYOUTS["fsdp x tensor"]), "core")
     assert layout.rows(16) == list(range(16))
     batch = {"inputs": np.arange(16 * 64, dtype=np.int32).reshape(16, 64)}

@@ -17,7 +17,11 @@ from braeburn.parallel.mesh import build
 
 BATCH, LENGTH, WIDTH = 8, 16, 16
 BATCH_AXES = ("replica", "data", "fsdp")
-HIDDEN, HEAD, TOKENS = P(BATCH_AXES, ("context", "tensor")), P("tensor", "fsdp"), P(BATCH_AXES, "context")
+HIDDEN, HEAD, TOKENS = (
+    P(BATCH_AXES, ("context", "tensor")),
+    P("tensor", "fsdp"),
+    P(BATCH_AXES, "context"),
+)
 
 # Mesh sizes and a vocabulary that they divide; blocks and chunks need not divide it.
 LAYOUTS = [
@@ -35,7 +39,9 @@ LAYOUTS = [
     ({"data": 2, "fsdp": 2, "tensor": 2}, 1006),
     ({"fsdp": 2, "context": 2, "tensor": 2}, 1006),
 ]
-layouts = pytest.mark.parametrize(("sizes", "vocab"), LAYOUTS, ids=lambda x: str(x).strip("{}").replace("'", ""))
+layouts = pytest.mark.parametrize(
+    ("sizes", "vocab"), LAYOUTS, ids=lambda x: str(x).strip("{}").replace("'", "")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +66,13 @@ def mesh_of(sizes):
 def spread(function, mesh, out_specs, in_specs=(HIDDEN, HEAD, TOKENS, TOKENS)):
     devices = jax.devices()[: math.prod(mesh.sizes.values())]
     return jax.jit(
-        jax.shard_map(function, mesh=build(mesh, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        jax.shard_map(
+            function,
+            mesh=build(mesh, devices),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
     )
 
 
@@ -72,8 +84,13 @@ def differentiated(mesh, z_loss=1e-2, reduce_dtype=jnp.float32):
             hidden = gather_tokens(hidden, mesh)
             return loss.cross_entropy(hidden, head, targets, weights, z_loss, mesh, reduce_dtype)
 
-        (total, nll), (d_hidden, d_head) = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)(hidden, head)
-        return lax.psum((total, nll), tuple(mesh.sizes)), (d_hidden, lax.psum(d_head, ("replica", "data", "context")))
+        (total, nll), (d_hidden, d_head) = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)(
+            hidden, head
+        )
+        return lax.psum((total, nll), tuple(mesh.sizes)), (
+            d_hidden,
+            lax.psum(d_head, ("replica", "data", "context")),
+        )
 
     return spread(local, mesh, (P(), (HIDDEN, HEAD)))
 
@@ -103,14 +120,19 @@ def test_token_losses_are_whole_on_each_shard_of_the_vocabulary(sizes, vocab):
     # Each tensor shard's answer apart, side by side along the batch.
     out = P((*BATCH_AXES, "tensor"), "context")
     function = spread(
-        lambda h, w, t: loss.token_losses(gather_tokens(h, mesh), w, t, mesh), mesh, (out,) * 3, (HIDDEN, HEAD, TOKENS)
+        lambda h, w, t: loss.token_losses(gather_tokens(h, mesh), w, t, mesh),
+        mesh,
+        (out,) * 3,
+        (HIDDEN, HEAD, TOKENS),
     )
     ours, theirs = function(hidden, head, targets), loss.token_losses(hidden, head, targets)
     shards = BATCH // (mesh.replica * mesh.data * mesh.fsdp)
     for one, other in zip(ours, theirs, strict=True):
         copies = one.reshape(-1, mesh.tensor, shards, LENGTH)
         for i in range(mesh.tensor):
-            np.testing.assert_allclose(copies[:, i].reshape(BATCH, LENGTH), other, rtol=0, atol=4e-6)
+            np.testing.assert_allclose(
+                copies[:, i].reshape(BATCH, LENGTH), other, rtol=0, atol=4e-6
+            )
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 4}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}])
@@ -119,7 +141,10 @@ def test_likeliest_tokens_are_found(sizes):
     best = jnp.argmax(jnp.einsum("BTD,VD->BTV", hidden, head), axis=-1).astype(jnp.int32)
     targets = best.at[::2].add(1) % 1004
     function = spread(
-        lambda h, w, t: loss.token_losses(gather_tokens(h, mesh), w, t, mesh)[2], mesh, TOKENS, (HIDDEN, HEAD, TOKENS)
+        lambda h, w, t: loss.token_losses(gather_tokens(h, mesh), w, t, mesh)[2],
+        mesh,
+        TOKENS,
+        (HIDDEN, HEAD, TOKENS),
     )
     np.testing.assert_array_equal(function(hidden, head, targets), targets == best)
 
@@ -128,7 +153,9 @@ def test_likeliest_tokens_are_found(sizes):
 def test_half_precision_is_near_and_large_logits_do_not_overflow(sizes):
     hidden, head, targets, weights = inputs(1004, jnp.bfloat16)
     for scale, tolerance in ((1.0, 6e-3), (100.0, 2e-2)):
-        (total, _), gradients = differentiated(mesh_of(sizes))(hidden, scale * head, targets, weights)
+        (total, _), gradients = differentiated(mesh_of(sizes))(
+            hidden, scale * head, targets, weights
+        )
         (expected, _), expected_gradients = alone(hidden, scale * head, targets, weights)
         assert distance(total, expected) < 1e-5
         assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32]
@@ -147,10 +174,16 @@ def test_the_heads_gradient_is_summed_in_the_type_asked_for(dtype, name):
 @pytest.mark.parametrize("sizes", [{"tensor": 4}, {"fsdp": 4}, {"fsdp": 4, "tensor": 2}])
 def test_neither_whole_logits_nor_a_whole_head_exist(sizes):
     mesh, vocab = mesh_of(sizes), 4096
-    head_size, logits_size = vocab // mesh.tensor * WIDTH, vocab // mesh.tensor * LENGTH * BATCH // mesh.fsdp
+    head_size, logits_size = (
+        vocab // mesh.tensor * WIDTH,
+        vocab // mesh.tensor * LENGTH * BATCH // mesh.fsdp,
+    )
     arguments = inputs(vocab)
     text = differentiated(mesh).lower(*arguments).compile().as_text()
-    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", text)]
+    sizes = [
+        math.prod(map(int, dims.split(",")))
+        for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", text)
+    ]
     assert max(sizes) < logits_size
     if mesh.fsdp > 1:  # the shard, kept in blocks, is the most that there is of the head
         assert max(sizes) < head_size

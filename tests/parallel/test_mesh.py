@@ -1,4 +1,6 @@
-"""How devices are laid out: sizes inferred, one slice to each replica, axes over the dimensions of a torus."""
+"""How devices are laid out: sizes inferred, one slice to each replica, axes over the dimensions of
+a torus.
+"""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -49,8 +51,17 @@ def test_one_size_is_inferred(mesh: Mesh, devices: int, sizes: tuple[int, ...]) 
 @pytest.mark.parametrize(
     ("mesh", "devices", "sentence"),
     [
-        (Mesh(tensor=3), 8, "mesh.tensor=3 does not divide the 8 devices; choose sizes whose product is one of [1, 2"),
-        (Mesh(fsdp=4, tensor=4), 8, "mesh (fsdp=4 x tensor=4) needs 16 devices but 8 are there; lower a size, or set"),
+        (
+            Mesh(tensor=3),
+            8,
+            "mesh.tensor=3 does not divide the 8 devices; choose sizes whose product is one of "
+            "[1, 2",
+        ),
+        (
+            Mesh(fsdp=4, tensor=4),
+            8,
+            "mesh (fsdp=4 x tensor=4) needs 16 devices but 8 are there; lower a size, or set",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(mesh: Mesh, devices: int, sentence: str) -> None:
@@ -76,7 +87,9 @@ def test_an_axis_larger_than_a_slice_crosses_slices_by_its_slowest_part() -> Non
 
 
 def test_slices_that_no_axis_can_cross_are_refused() -> None:
-    with pytest.raises(UserError, match=r"mesh.replica=1 does not fit the 3 slices .* set mesh.replica to 3"):
+    with pytest.raises(
+        UserError, match=r"mesh.replica=1 does not fit the 3 slices .* set mesh.replica to 3"
+    ):
         arrange(Mesh(fsdp=16, tensor=1), slices(3, (2, 2, 4)))
     with pytest.raises(UserError, match="lie unevenly"):
         arrange(Mesh(fsdp=20), slices(2, (2, 2, 4))[:20])
@@ -102,8 +115,14 @@ def test_axes_lie_over_the_dimensions_of_the_torus_as_told() -> None:
 @pytest.mark.parametrize(
     ("torus", "sentence"),
     [
-        ({"fsdp": (2, 2, 1), "tensor": (1, 1, 2)}, "mesh.torus.fsdp=[2, 2, 1] has 4 chips, but mesh.fsdp has 8"),
-        ({"fsdp": (2, 4, 1), "tensor": (1, 1, 2)}, "mesh.torus multiplies to [2, 4, 2] along the dimensions of the"),
+        (
+            {"fsdp": (2, 2, 1), "tensor": (1, 1, 2)},
+            "mesh.torus.fsdp=[2, 2, 1] has 4 chips, but mesh.fsdp has 8",
+        ),
+        (
+            {"fsdp": (2, 4, 1), "tensor": (1, 1, 2)},
+            "mesh.torus multiplies to [2, 4, 2] along the dimensions of the",
+        ),
     ],
 )
 def test_a_torus_that_is_not_the_devices_is_refused(torus: Any, sentence: str) -> None:
@@ -125,7 +144,10 @@ def test_devices_alike_are_taken_in_order() -> None:
 
 def test_no_process_may_be_left_without_a_device() -> None:
     chips = [replace(chip, process_index=chip.id // 4) for chip in slices(1, (2, 2, 4))]
-    with pytest.raises(UserError, match=r"mesh has 2 devices but the 4 processes have 16; set one of its sizes to -1"):
+    with pytest.raises(
+        UserError,
+        match=r"mesh has 2 devices but the 4 processes have 16; set one of its sizes to -1",
+    ):
         build(Mesh(fsdp=2), chips)
 
 

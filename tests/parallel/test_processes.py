@@ -14,10 +14,17 @@ from braeburn.parallel.processes import Membership, ProcessLost, find
 from support import process
 
 SLURM = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "16", "SLURM_PROCID": "9",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
     "SLURM_LOCALID": "1",
-}  # fmt: skip
-OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+}
 GKE = {"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "1"}
 
 
@@ -28,23 +35,32 @@ GKE = {"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "1"}
         ((None, 1, None), {}, None),
         (("h:1", 1, 0), {}, None),
         (("h:1", 4, 3), {}, Membership(3, 4, "h:1", "flags")),
-        ((None, None, None), {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
-         Membership(1, 2, "h:1", "flags")),
+        (
+            (None, None, None),
+            {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            Membership(1, 2, "h:1", "flags"),
+        ),
         ((None, None, None), SLURM, Membership(9, 16, None, "SLURM")),
         # The batch script itself, and a step of one task, are on their own.
         ((None, None, None), {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),
         ((None, None, None), {**SLURM, "SLURM_NTASKS": "1"}, None),
         # Flags count for more: `launch local` within a SLURM job.
         (("127.0.0.1:5", 2, 1), SLURM, Membership(1, 2, "127.0.0.1:5", "flags")),
-        ((None, None, None), {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:5"},
-         Membership(3, 4, None, "Open MPI")),
+        (
+            (None, None, None),
+            {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:5"},
+            Membership(3, 4, None, "Open MPI"),
+        ),
         (("h:1", None, None), OPEN_MPI, Membership(3, 4, "h:1", "Open MPI")),
         ((None, None, None), GKE, Membership(1, 4, None, "GKE")),
-        ((None, None, None), {**GKE, "MEGASCALE_NUM_SLICES": "8", "MEGASCALE_SLICE_ID": "2"},
-         Membership(9, 32, None, "GKE")),
+        (
+            (None, None, None),
+            {**GKE, "MEGASCALE_NUM_SLICES": "8", "MEGASCALE_SLICE_ID": "2"},
+            Membership(9, 32, None, "GKE"),
+        ),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
     ],
-)  # fmt: skip
+)
 def test_who_is_there(flags: tuple, environ: dict[str, str], expected: Membership | None) -> None:
     assert find(*flags, environ=environ) == expected
 
@@ -56,12 +72,24 @@ def test_who_is_there(flags: tuple, environ: dict[str, str], expected: Membershi
         (("h:1", 4, None), {}, "--process-id is missing; give each process its own, from 0 to 3"),
         ((None, 4, 0), {}, "--coordinator is missing; give HOST:PORT"),
         ((None, None, 0), {}, "--num-processes is missing"),
-        (("h:1", 4, 4), {}, "--process-id 4 is not one of the 4 processes; give each its own, from 0 to 3"),
+        (
+            ("h:1", 4, 4),
+            {},
+            "--process-id 4 is not one of the 4 processes; give each its own, from 0 to 3",
+        ),
         (("h:1", 4, -1), {}, "--process-id -1 is not one"),
         (("h:1", 0, 0), {}, "--num-processes 0 is less than 1"),
         (("h", 4, 0), {}, "--coordinator 'h' has no port; write HOST:PORT"),
-        ((None, None, None), OPEN_MPI, "Open MPI 5 does not tell where process 0 runs; --coordinator is missing"),
-        ((None, None, None), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' is not a number"),
+        (
+            (None, None, None),
+            OPEN_MPI,
+            "Open MPI 5 does not tell where process 0 runs; --coordinator is missing",
+        ),
+        (
+            (None, None, None),
+            {"JAX_NUM_PROCESSES": "two"},
+            "JAX_NUM_PROCESSES='two' is not a number",
+        ),
     ],
 )
 def test_mistakes(flags: tuple, environ: dict[str, str], sentence: str) -> None:
@@ -75,8 +103,19 @@ def test_a_mistake_in_the_flags_is_told_before_jax_is_imported(tmp_path: object)
         "import sys\nfrom braeburn.cli import main\ntry:\n    main()\n"
         "finally:\n    assert 'jax' not in sys.modules, 'JAX was imported'"
     )
-    arguments = ["train", "afm-tiny", "--out", f"{tmp_path}/out", "--coordinator", "h:1", "--num-processes", "2"]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    arguments = [
+        "train",
+        "afm-tiny",
+        "--out",
+        f"{tmp_path}/out",
+        "--coordinator",
+        "h:1",
+        "--num-processes",
+        "2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr == "error: --process-id is missing; give each process its own, from 0 to 1\n"
 
@@ -101,10 +140,12 @@ def meet(numbers: list[int], seconds: float) -> list[tuple[int, str, str]]:
     started = [
         subprocess.Popen(
             [sys.executable, "-c", MEET, address, str(number), str(seconds)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number in numbers
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate(timeout=60) for process in started]
     return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
@@ -129,19 +170,30 @@ def test_who_waits_in_vain_says_so(number: int) -> None:
 
 def test_an_error_names_its_process(tmp_path: object) -> None:
     """Of a process that has not met the others the number is not known yet, so it is plain."""
-    answer = process("train", "afm-tiny", "--out", f"{tmp_path}/out", "--set", "seed=x", "--num-processes", 2)
+    answer = process(
+        "train", "afm-tiny", "--out", f"{tmp_path}/out", "--set", "seed=x", "--num-processes", 2
+    )
     assert answer.error.startswith("error: seed='x'")
 
 
-def test_what_follows_the_end_of_another_process_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collectives fail where a peer was killed; their trace of a hundred lines says nothing that its own does not."""
-    closed = jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1")
+def test_what_follows_the_end_of_another_process_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Collectives fail where a peer was killed; their trace of a hundred lines says nothing that
+    its own does not.
+    """
+    closed = jax.errors.JaxRuntimeError(
+        "INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1"
+    )
     for number, expected in ((2, ProcessLost), (1, jax.errors.JaxRuntimeError)):
         monkeypatch.setattr(jax, "process_count", lambda number=number: number)
         with pytest.raises(expected), noticing_loss():
             raise closed
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for error in (ValueError("Gloo"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+    for error in (
+        ValueError("Gloo"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ):
         with pytest.raises(type(error)) as raised, noticing_loss():
             raise error
         assert raised.value is error

@@ -18,9 +18,15 @@ from support import braeburn
 def test_each_kind_of_array_has_its_own_mapping() -> None:
     mesh = Mesh(replica=2, data=2, fsdp=4, context=2, tensor=2)
     axes, shape = ("layers", "embed", "ffn"), (2, 64, 160)
-    assert partition(axes, shape, "parameters", mesh, "matrix") == PartitionSpec(None, "fsdp", "tensor")
-    assert partition(axes, shape, "optimizer", mesh, "matrix") == PartitionSpec(None, "fsdp", "tensor")
-    assert partition(axes, shape, "activations", mesh, "matrix") == PartitionSpec(None, None, "tensor")
+    assert partition(axes, shape, "parameters", mesh, "matrix") == PartitionSpec(
+        None, "fsdp", "tensor"
+    )
+    assert partition(axes, shape, "optimizer", mesh, "matrix") == PartitionSpec(
+        None, "fsdp", "tensor"
+    )
+    assert partition(axes, shape, "activations", mesh, "matrix") == PartitionSpec(
+        None, None, "tensor"
+    )
     batch = partition(("batch", "length"), (16, 64), "activations", mesh)
     assert batch == PartitionSpec(("replica", "data", "fsdp"), "context")
 
@@ -32,14 +38,18 @@ def test_what_does_not_divide_stays_whole_only_where_the_rule_says_so() -> None:
     )
     assert partition(("head_dim",), (48,), "parameters", mesh, "norm") == PartitionSpec(None)
     assert partition(("kv_heads",), (2,), "parameters", mesh, "matrix") == PartitionSpec(None)
-    with pytest.raises(UserError, match=r"the 6 of 'heads' cannot be split into 4 .*set mesh.tensor to one of \[1, 2"):
+    with pytest.raises(
+        UserError,
+        match=r"the 6 of 'heads' cannot be split into 4 .*set mesh.tensor to one of \[1, 2",
+    ):
         partition(("heads",), (6,), "parameters", mesh, "matrix")
 
 
 def test_two_dimensions_along_one_axis_clash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rules.RULES, "ffn", Placement(("fsdp",), ("fsdp",)))
     with pytest.raises(
-        UserError, match="'embed' and 'ffn' of one array of parameters along the mesh axis 'fsdp'; give"
+        UserError,
+        match="'embed' and 'ffn' of one array of parameters along the mesh axis 'fsdp'; give",
     ):
         partition(("embed", "ffn"), (64, 160), "parameters", Mesh(fsdp=4), "matrix")
 
@@ -49,24 +59,42 @@ def test_two_dimensions_along_one_axis_clash(monkeypatch: pytest.MonkeyPatch) ->
     [
         (
             {"mesh.fsdp": 3},
-            "'embedding': the 64 of 'embed' cannot be split into 3 equal parts (mesh.fsdp=3); set mesh.f",
+            "'embedding': the 64 of 'embed' cannot be split into 3 equal parts (mesh.fsdp=3); set "
+            "mesh.f",
         ),
-        ({"mesh.tensor": 3}, "model parameter 'embedding': the 512 of 'vocab' cannot be split into 3 equal parts"),
+        (
+            {"mesh.tensor": 3},
+            "model parameter 'embedding': the 512 of 'vocab' cannot be split into 3 equal parts",
+        ),
         (
             {"mesh.tensor": 8},
-            "'layers/query': the 4 of 'heads' cannot be split into 8 equal parts (mesh.tensor=8); set",
+            "'layers/query': the 4 of 'heads' cannot be split into 8 equal parts (mesh.tensor=8); "
+            "set",
         ),
-        ({"model.num_heads": 12, "model.num_kv_heads": 6, "mesh.tensor": 4}, "neither divides nor is a multiple of"),
-        ({"mesh.fsdp": 32}, "the 16 sequences of a batch cannot be split into 32 equal parts (mesh.fsdp=32); set mesh"),
+        (
+            {"model.num_heads": 12, "model.num_kv_heads": 6, "mesh.tensor": 4},
+            "neither divides nor is a multiple of",
+        ),
+        (
+            {"mesh.fsdp": 32},
+            "the 16 sequences of a batch cannot be split into 32 equal parts (mesh.fsdp=32); set "
+            "mesh",
+        ),
         (
             {"mesh.data": 2, "mesh.fsdp": 4, "stages.core.accumulation_steps": 4},
-            "the 4 sequences of a batch over accumulation_steps=4 cannot be split into 8 equal parts (mesh.data=2 x "
+            "the 4 sequences of a batch over accumulation_steps=4 cannot be split into 8 equal "
+            "parts (mesh.data=2 x "
             "mesh.fsdp=4); set mesh.fsdp to one of [1, 2] or mesh.data to one of [1]",
         ),
-        ({"mesh.context": 64}, "mesh.context=64 splits sequences of 64 tokens into 128 pieces, which do not come out"),
+        (
+            {"mesh.context": 64},
+            "mesh.context=64 splits sequences of 64 tokens into 128 pieces, which do not come out",
+        ),
     ],
 )
-def test_a_mesh_that_does_not_divide_is_one_sentence(changes: dict[str, Any], sentence: str, tiny: Run) -> None:
+def test_a_mesh_that_does_not_divide_is_one_sentence(
+    changes: dict[str, Any], sentence: str, tiny: Run
+) -> None:
     with pytest.raises(UserError) as refusal:
         layout_of(override(tiny, {"mesh.fsdp": 1, **changes}), "core")
     assert sentence in str(refusal.value)
@@ -81,10 +109,14 @@ def test_the_sizes_that_it_names_work(tiny: Run) -> None:
 
 
 def test_a_stage_may_have_a_mesh_of_its_own(tiny: Run) -> None:
-    run = override(tiny, {"mesh.fsdp": 8, "stages.context.mesh.context": 2, "stages.context.mesh.fsdp": 4})
+    run = override(
+        tiny, {"mesh.fsdp": 8, "stages.context.mesh.context": 2, "stages.context.mesh.fsdp": 4}
+    )
     assert layout_of(run, "core").sizes.fsdp == 8
     assert layout_of(run, "context").sizes.context == 2
-    with pytest.raises(UserError, match=r"stages.context: the 4 sequences of a batch cannot be split into 8"):
+    with pytest.raises(
+        UserError, match=r"stages.context: the 4 sequences of a batch cannot be split into 8"
+    ):
         layout_of(override(tiny, {"mesh.fsdp": 8}), "context")
 
 
@@ -95,4 +127,6 @@ def test_the_command_line_tells_it_before_anything_is_written(tmp_path: Any) -> 
 
 
 def test_the_recipes_have_meshes_that_their_targets_take() -> None:
-    assert load("quickstart").mesh.sizes == dict.fromkeys(("replica", "data", "fsdp", "context", "tensor"), 1)
+    assert load("quickstart").mesh.sizes == dict.fromkeys(
+        ("replica", "data", "fsdp", "context", "tensor"), 1
+    )

@@ -25,7 +25,9 @@ from braeburn.parallel.target import Target, parse_target
         ("groq-lpu:7", ("groq-lpu", 1, 7), 7, 1),
     ],
 )
-def test_targets(text: str, target: tuple[str, int, int], nodes_per_slice: int, chips_per_node: int) -> None:
+def test_targets(
+    text: str, target: tuple[str, int, int], nodes_per_slice: int, chips_per_node: int
+) -> None:
     parsed = parse_target(text)
     assert parsed == Target(*target, catalogue()[target[0]])
     assert parse_target(str(parsed)) == parsed
@@ -57,7 +59,10 @@ def test_topologies(text: str, topology: str | None) -> None:
     if topology:
         assert target.topology == topology
     else:
-        with pytest.raises(UserError, match=rf"--on '{text}': there is no slice of {target.chips_per_slice} .*; use "):
+        with pytest.raises(
+            UserError,
+            match=rf"--on '{text}': there is no slice of {target.chips_per_slice} .*; use ",
+        ):
             _ = target.topology
 
 
@@ -89,8 +94,13 @@ def test_chips_of_another_catalogue() -> None:
 def test_chips_for_which_no_jax_can_be_installed() -> None:
     for text in ("cpu:8", "mi250x:4", "v5p:8", "h100:8"):
         parse_target(text).check_installable()
-    for text, why in (("gaudi3:8", "none is known"), ("trainium2:16", "Neuron PJRT plugin is no extra of Braeburn")):
+    for text, why in (
+        ("gaudi3:8", "none is known"),
+        ("trainium2:16", "Neuron PJRT plugin is no extra of Braeburn"),
+    ):
         with pytest.raises(UserError) as error:
             parse_target(text).check_installable()
-        assert str(error.value).startswith(f"--on '{text}': no JAX for {catalogue()[text.split(':')[0]].title} can be")
+        assert str(error.value).startswith(
+            f"--on '{text}': no JAX for {catalogue()[text.split(':')[0]].title} can be"
+        )
         assert why in str(error.value)

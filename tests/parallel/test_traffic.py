@@ -1,4 +1,6 @@
-"""What the compiled train step exchanges, against formulas: bytes on one device by kind and axes, to the byte."""
+"""What the compiled train step exchanges, against formulas: bytes on one device by kind and axes,
+to the byte.
+"""
 
 import math
 import re
@@ -14,7 +16,8 @@ from braeburn.plan.collectives import Collective, collectives, traffic
 from braeburn.train.stages import compile_stage, layout_of
 from support import deep_but
 
-# Sizes whose products differ, so that an array tells by its size what it is. Floats that are exchanged are float32.
+# Sizes whose products differ, so that an array tells by its size what it is. Floats that are
+# exchanged are float32.
 L, D, N, K, H, F, V = 5, 56, 8, 4, 8, 176, 520
 B, T = 16, 48
 SIZES = {
@@ -42,10 +45,12 @@ KEYS_AND_VALUES = FLOAT * 2 * L * B * T * K * H
 def fully_sharded(fsdp: int, batch_shards: int) -> dict[tuple[str, str], int]:
     """Along fsdp, which has `fsdp` devices, of a batch that is split over `batch_shards`."""
     return {
-        # Weights before each layer and before its backward pass, norms once, the head for log Z and for its gradient.
+        # Weights before each layer and before its backward pass, norms once, the head for log Z and
+        # for its gradient.
         ("all-gather", "fsdp"): 2 * MATRICES + NORMS + 2 * HEAD,
         ("reduce-scatter", "fsdp"): GRADIENT,
-        # Each device's tokens, a slice of whose embeddings each device looks up; and their gradients.
+        # Each device's tokens, a slice of whose embeddings each device looks up; and their
+        # gradients.
         ("all-to-all", "fsdp"): 2 * HIDDEN // batch_shards,
     }
 
@@ -53,8 +58,8 @@ def fully_sharded(fsdp: int, batch_shards: int) -> dict[tuple[str, str], int]:
 def tensor_parallel(gradients: int) -> dict[tuple[str, str], int]:
     """Along tensor, of which `gradients` are for copies of weights.
 
-    Each layer gathers the tokens before attention and FFN and scatters them after, as do loss and embedding once; the
-    backward pass does it the other way round.
+    Each layer gathers the tokens before attention and FFN and scatters them after, as do loss and
+    embedding once; the backward pass does it the other way round.
     """
     return {
         ("all-gather", "tensor"): (4 * L + 2) * HIDDEN + NORMS,
@@ -68,11 +73,17 @@ def tensor_parallel(gradients: int) -> dict[tuple[str, str], int]:
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
     "data": ({"data": 8}, {("all-reduce", "data"): GRADIENT}),
     "fsdp": ({"fsdp": 8}, fully_sharded(8, 8)),
-    "replica x fsdp": ({"replica": 2, "fsdp": 4}, fully_sharded(4, 8) | {("all-reduce", "replica"): GRADIENT // 4}),
+    "replica x fsdp": (
+        {"replica": 2, "fsdp": 4},
+        fully_sharded(4, 8) | {("all-reduce", "replica"): GRADIENT // 4},
+    ),
     "ring": (
         {"context": 8, "context_attention": "ring"},
         # Forward and backward 7 hops, and 8 of the gradients.
-        {("all-reduce", "context"): GRADIENT, ("collective-permute", "context"): (7 + 7 + 8) * KEYS_AND_VALUES // 8},
+        {
+            ("all-reduce", "context"): GRADIENT,
+            ("collective-permute", "context"): (7 + 7 + 8) * KEYS_AND_VALUES // 8,
+        },
     ),
     "gathered context": (
         {"context": 8},
@@ -83,11 +94,16 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
         },
     ),
     "tensor": ({"tensor": 4}, tensor_parallel(0)),
-    "tensor, fewer key heads than shards": ({"tensor": 8}, tensor_parallel(FLOAT * 2 * L * D * K * H)),
+    "tensor, fewer key heads than shards": (
+        {"tensor": 8},
+        tensor_parallel(FLOAT * 2 * L * D * K * H),
+    ),
 }
 
 
-def compiled(tiny: Run, mesh: dict[str, Any], accumulation_steps: int = 1) -> tuple[str, list[Collective]]:
+def compiled(
+    tiny: Run, mesh: dict[str, Any], accumulation_steps: int = 1
+) -> tuple[str, list[Collective]]:
     """The text of the train step on a mesh, and its collectives."""
     changes = {"mesh.fsdp": 1, "stages.core.accumulation_steps": accumulation_steps}
     changes |= {f"mesh.{axis}": size for axis, size in mesh.items()}
@@ -118,7 +134,8 @@ def test_bytes_are_those_of_the_formula(name: str, compiled_once: Any) -> None:
     mesh, expected = LAYOUTS[name]
     _, found = compiled_once(mesh)
     assert not [c for c in found if c.conditional]
-    # Metrics and the gradient's norm; tokens and segments, which the compiler may exchange once for all layers.
+    # Metrics and the gradient's norm; tokens and segments, which the compiler may exchange once for
+    # all layers.
     scalars = [c for c in found if c.shape == ()]
     integers = [c for c in found if c.dtype == "s32"]
     assert sum(c.bytes * c.times for c in scalars) <= 128
@@ -130,14 +147,17 @@ def test_bytes_are_those_of_the_formula(name: str, compiled_once: Any) -> None:
 def test_accumulated_gradients_cross_replicas_once_a_step(tiny: Run) -> None:
     _, found = compiled(tiny, {"replica": 2, "fsdp": 4}, accumulation_steps=2)
     rest = [c for c in found if c.shape and c.dtype != "s32"]
-    # Within the replica gradients are never whole, so their sum is formed part by part; norms do not change between.
+    # Within the replica gradients are never whole, so their sum is formed part by part; norms do
+    # not change between.
     expected = {(kind, (axis,)): 2 * size for (kind, axis), size in fully_sharded(4, 16).items()}
     expected["all-gather", ("fsdp",)] -= NORMS
     assert traffic(rest) == expected | {("all-reduce", ("replica",)): GRADIENT // 4}
 
 
 def whole_arrays(text: str, mesh: dict[str, int]) -> list[tuple[int, ...]]:
-    """Arrays as large as a parameter of all layers, the head or the logits, where fsdp does not split them."""
+    """Arrays as large as a parameter of all layers, the head or the logits, where fsdp does not
+    split them.
+    """
     tensor, batch_shards = mesh.get("tensor", 1), mesh.get("replica", 1) * mesh["fsdp"]
     matrices = [L * D * N * H // tensor, L * D * K * H // tensor, L * D * F // tensor]
     sizes = {*matrices, V // tensor * D, V // tensor * B * T // batch_shards}
@@ -159,9 +179,13 @@ def test_nothing_whole_is_ever_held(mesh: dict[str, int], compiled_once: Any) ->
 # Deliberately wrong programs, for the checks to notice.
 
 
-def test_weights_gathered_before_the_layers_are_noticed(monkeypatch: pytest.MonkeyPatch, tiny: Run) -> None:
+def test_weights_gathered_before_the_layers_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, tiny: Run
+) -> None:
     def all_at_once(weights: Any, specs: Any, roles: tuple[str, ...], *rest: Any) -> Any:
-        return gathered(weights, specs, ("norm", "matrix"), *rest) if roles == ("norm",) else weights
+        return (
+            gathered(weights, specs, ("norm", "matrix"), *rest) if roles == ("norm",) else weights
+        )
 
     monkeypatch.setattr(transformer, "gathered", all_at_once)
     text, found = compiled(tiny, {"fsdp": 8})

@@ -1,4 +1,6 @@
-"""The real compilers of hardware that is not here, on the recipes of the project: `make test-compile`."""
+"""The real compilers of hardware that is not here, on the recipes of the project: `make
+test-compile`.
+"""
 
 import json
 
@@ -24,7 +26,16 @@ def compiled(recipe, on, *arguments, code=0):
     answer = process("compile", recipe, "--on", on, "--json", *arguments, timeout=1800)
     assert answer.code == code, answer.err
     facts = json.loads(answer.out)
-    shown = ("fits", "memory_gib", "compute_seconds", "flop_bound_seconds", "overlapped", "serial", "bytes", "compiler")
+    shown = (
+        "fits",
+        "memory_gib",
+        "compute_seconds",
+        "flop_bound_seconds",
+        "overlapped",
+        "serial",
+        "bytes",
+        "compiler",
+    )
     print(recipe, on, *arguments, json.dumps({key: facts.get(key) for key in shown}))
     return facts
 
@@ -48,7 +59,9 @@ def test_server_fits_and_only_gradients_leave_a_slice():
     facts = compiled(*SERVER)
     check(facts)
     check_bytes(facts)
-    assert facts["slices"]["holds"] and {t["kind"] for t in facts["slices"]["transfers"]} == {"all-reduce"}
+    assert facts["slices"]["holds"] and {t["kind"] for t in facts["slices"]["transfers"]} == {
+        "all-reduce"
+    }
     again = compiled(*SERVER)
     assert again["compiler"]["cached"] and again["slices"] == facts["slices"]
 
@@ -62,20 +75,30 @@ def test_weights_sharded_across_slices_are_named():
 
 @pytest.mark.parametrize(
     ("recipe", "on"),
-    [("llama2-7b", "v5p:256"), ("llama2-70b", "v5p:512"), DEVICE, ("llama3-8b", "v6e:256"), ("llama2-7b", "h100:256")],
+    [
+        ("llama2-7b", "v5p:256"),
+        ("llama2-70b", "v5p:512"),
+        DEVICE,
+        ("llama3-8b", "v6e:256"),
+        ("llama2-7b", "h100:256"),
+    ],
 )
 def test_steps_that_fit(recipe, on):
     facts = compiled(recipe, on)
     check(facts)
     check_bytes(facts)
     kernel = "cudnn" if on.startswith("h100") else "splash"
-    assert facts["kernels"] and all(k["name"].startswith(kernel) and k["seconds"] for k in facts["kernels"])
+    assert facts["kernels"] and all(
+        k["name"].startswith(kernel) and k["seconds"] for k in facts["kernels"]
+    )
 
 
 def test_what_cannot_fit_is_told_with_what_would():
     facts = compiled("llama2-70b", "v5e:16", code=1)
     assert facts["memory_gib"]["required"] > facts["memory_gib"]["usable"] == 15.75
-    assert facts["changes"] and all(parse_target(c["target"], catalogue()).chips > 16 for c in facts["changes"])
+    assert facts["changes"] and all(
+        parse_target(c["target"], catalogue()).chips > 16 for c in facts["changes"]
+    )
 
 
 def test_a_layout_that_would_fit_is_compiled():
@@ -92,7 +115,9 @@ def test_other_stages(where, stage):
     assert facts["slices"] is None or facts["slices"]["holds"]
 
 
-@pytest.mark.parametrize("arguments", [["prune"], ["core", "--set", "stages.core.distillation.cached=false"]])
+@pytest.mark.parametrize(
+    "arguments", [["prune"], ["core", "--set", "stages.core.distillation.cached=false"]]
+)
 def test_masks_and_a_teacher_take_what_is_planned(arguments):
     facts = compiled("afm-on-device", DEVICE[1], "--stage", *arguments)
     check(facts)

@@ -1,4 +1,6 @@
-"""The collectives read out of HLO text: of programs compiled here, counted by hand, and of forms that others write."""
+"""The collectives read out of HLO text: of programs compiled here, counted by hand, and of forms
+that others write.
+"""
 
 import math
 
@@ -14,7 +16,9 @@ MESH = {"data": 2, "model": 4}
 
 
 def compiled(function, *arguments):
-    mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), devices=jax.devices()[: math.prod(MESH.values())])
+    mesh = jax.make_mesh(
+        tuple(MESH.values()), tuple(MESH), devices=jax.devices()[: math.prod(MESH.values())]
+    )
     spread = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     return jax.jit(spread).lower(*arguments).compile().as_text()
 
@@ -39,7 +43,9 @@ def test_bytes_are_those_of_the_loops_around_them():
         x = times(layers, gather_and_scatter("model"))(x)
         return lax.ppermute(x, "data", [(0, 1), (1, 0)])
 
-    text = compiled(lambda x: lax.psum(times(steps, step)(x), ("data", "model")), jnp.ones((16, 24)))
+    text = compiled(
+        lambda x: lax.psum(times(steps, step)(x), ("data", "model")), jnp.ones((16, 24))
+    )
     assert traffic(collectives(text, MESH)) == {
         ("all-gather", ("model",)): layers * steps * 4 * size,
         ("reduce-scatter", ("model",)): layers * steps * 4 * size,
@@ -54,7 +60,11 @@ def test_bytes_are_those_of_the_loops_around_them():
 def test_combined_arrays_count_each():
     def function(x):
         small = x[:2].astype(jnp.int32)
-        return lax.psum((x, small), "data"), lax.pmax(x, "model"), lax.all_to_all(x, "model", 0, 1, tiled=True)
+        return (
+            lax.psum((x, small), "data"),
+            lax.pmax(x, "model"),
+            lax.all_to_all(x, "model", 0, 1, tiled=True),
+        )
 
     found = collectives(compiled(function, jnp.ones((8, 6))), MESH)
     size = 8 * 6 * 4
@@ -68,7 +78,12 @@ def test_combined_arrays_count_each():
 
 def test_branches_count_and_are_told_apart():
     def function(x):
-        x = lax.cond(jnp.sum(x) > 0, lambda x: lax.psum(x, "data"), times(7, lambda x: lax.psum(x, "model")), x)
+        x = lax.cond(
+            jnp.sum(x) > 0,
+            lambda x: lax.psum(x, "data"),
+            times(7, lambda x: lax.psum(x, "model")),
+            x,
+        )
         return lax.pmax(x, "data")
 
     found = collectives(compiled(function, jnp.ones((4, 4))), MESH)
@@ -91,9 +106,13 @@ def test_a_loop_of_unknown_length_is_refused_if_it_exchanges():
 
 def module(instruction, *more):
     return "\n\n".join(
-        ["HloModule test, entry_computation_layout={(f32[4]{0})->f32[4]{0}}", *more,
-         f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %p = f32[4]{{0}} parameter(0)\n  {instruction}\n}}\n"]
-    )  # fmt: skip
+        [
+            "HloModule test, entry_computation_layout={(f32[4]{0})->f32[4]{0}}",
+            *more,
+            f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %p = f32[4]{{0}} parameter(0)\n  "
+            f"{instruction}\n}}\n",
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,14 +137,20 @@ def module(instruction, *more):
     ],
 )
 def test_axes_of_each_form_of_groups(groups, axes):
-    text = module(f"ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add")
+    text = module(
+        f"ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, "
+        f"to_apply=%add"
+    )
     (found,) = collectives(text, MESH)
     assert (found.axes, found.shape, found.bytes) == (axes, (4,), 16)
 
 
 def test_groups_of_an_unknown_form_are_refused():
     with pytest.raises(ValueError, match="unknown form"):
-        collectives(module("ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=star{1}, to_apply=%add"), MESH)
+        collectives(
+            module("ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=star{1}, to_apply=%add"),
+            MESH,
+        )
 
 
 GROUPS = "replica_groups=[2,4]<=[8]"
@@ -134,17 +159,33 @@ GROUPS = "replica_groups=[2,4]<=[8]"
 @pytest.mark.parametrize(
     ("instruction", "kind", "shape"),
     [
-        (f"%s = (f32[4]{{0}}, f32[16]{{0}}) all-gather-start(f32[4]{{0}} %p), {GROUPS}, dimensions={{0}}",
-         "all-gather", (16,)),
-        (f"%s = ((f32[16,2]{{1,0}}), f32[4,2]{{1,0}}) reduce-scatter-start(%p), {GROUPS}, dimensions={{0}}",
-         "reduce-scatter", (16, 2)),
-        (f"%s = f32[3,4,2]{{2,1,0:T(8,128)S(1)}} reduce-scatter(%p), {GROUPS}, dimensions={{1}}",
-         "reduce-scatter", (3, 16, 2)),
+        (
+            f"%s = (f32[4]{{0}}, f32[16]{{0}}) all-gather-start(f32[4]{{0}} %p), {GROUPS}, "
+            f"dimensions={{0}}",
+            "all-gather",
+            (16,),
+        ),
+        (
+            f"%s = ((f32[16,2]{{1,0}}), f32[4,2]{{1,0}}) reduce-scatter-start(%p), {GROUPS}, "
+            f"dimensions={{0}}",
+            "reduce-scatter",
+            (16, 2),
+        ),
+        (
+            f"%s = f32[3,4,2]{{2,1,0:T(8,128)S(1)}} reduce-scatter(%p), {GROUPS}, dimensions={{1}}",
+            "reduce-scatter",
+            (3, 16, 2),
+        ),
         (f"%s = f32[4]{{0}} all-reduce-start(%p), {GROUPS}, to_apply=%add", "all-reduce", (4,)),
-        ("%s = (f32[4]{0:T(128)}, f32[4]{0:T(128)}, u32[]{:S(2)}, u32[]) collective-permute-start(%p), "
-         "source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}", "collective-permute", (4,)),
+        (
+            "%s = (f32[4]{0:T(128)}, f32[4]{0:T(128)}, u32[]{:S(2)}, u32[]) "
+            "collective-permute-start(%p), "
+            "source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}",
+            "collective-permute",
+            (4,),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_starts_and_ends_apart_counts_once(instruction, kind, shape):
     opcode = instruction.partition("-start")[0].split()[-1]
     done = f"\n  ROOT %done = f32[4]{{0}} {opcode}-done(%s)" if "-start" in instruction else ""
@@ -153,8 +194,15 @@ def test_what_starts_and_ends_apart_counts_once(instruction, kind, shape):
 
 
 def test_what_is_hidden_in_other_computations_is_found():
-    fusion = f"%all-reduce-scatter.2 (q: f32[16]) -> f32[4] {{\n  %q = f32[16]{{0}} parameter(0)\n  %sum = f32[16]{{0}} all-reduce(%q), {GROUPS}, to_apply=%add\n  ROOT %part = f32[4]{{0}} dynamic-slice(%sum, %i), dynamic_slice_sizes={{4}}\n}}"  # noqa: E501
-    wrapped = f'%wrapped (q: f32[4]) -> f32[16] {{\n  ROOT %g = f32[16]{{0}} all-gather(%q), {GROUPS}, dimensions={{0}}\n}}, execution_thread="other"'  # noqa: E501
+    fusion = (
+        f"%all-reduce-scatter.2 (q: f32[16]) -> f32[4] {{\n  %q = f32[16]{{0}} parameter(0)\n "
+        f" %sum = f32[16]{{0}} all-reduce(%q), {GROUPS}, to_apply=%add\n  ROOT %part = "
+        f"f32[4]{{0}} dynamic-slice(%sum, %i), dynamic_slice_sizes={{4}}\n}}"
+    )
+    wrapped = (
+        f"%wrapped (q: f32[4]) -> f32[16] {{\n  ROOT %g = f32[16]{{0}} all-gather(%q), "
+        f'{GROUPS}, dimensions={{0}}\n}}, execution_thread="other"'
+    )
     text = module(
         "%s = ((f32[4]{0}), f32[16]{0}, u32[]) async-start(%p), calls=%wrapped\n"
         "  %d = f32[16]{0} async-done(%s), calls=%wrapped\n"
@@ -162,13 +210,18 @@ def test_what_is_hidden_in_other_computations_is_found():
         fusion,
         wrapped,
     )
-    assert [(c.kind, c.bytes) for c in collectives(text, MESH)] == [("all-gather", 64), ("reduce-scatter", 64)]
+    assert [(c.kind, c.bytes) for c in collectives(text, MESH)] == [
+        ("all-gather", 64),
+        ("reduce-scatter", 64),
+    ]
 
 
 def test_what_kernels_write_into_the_text_does_not_end_it():
     kernel = (
-        '%k = f32[4]{0} custom-call(%p), custom_call_target="tpu", frontend_attributes={kernel_metadata={\n}\n},'
-        ' backend_config={"body":"} \\" {\n}\n%fake = f32[9] all-reduce(%p), replica_groups={}\n"}\n  '
+        '%k = f32[4]{0} custom-call(%p), custom_call_target="tpu", '
+        "frontend_attributes={kernel_metadata={\n}\n},"
+        ' backend_config={"body":"} \\" {\n}\n%fake = f32[9] all-reduce(%p), '
+        'replica_groups={}\n"}\n  '
     )
     text = module(f"{kernel}ROOT %r = f32[4]{{0}} all-reduce(%k), {GROUPS}, to_apply=%add")
     assert [c.name for c in collectives(text, MESH)] == ["r"]

@@ -1,4 +1,6 @@
-"""`braeburn compile` without a compiler: what it refuses, how it watches its child, and what it makes of an answer."""
+"""`braeburn compile` without a compiler: what it refuses, how it watches its child, and what it
+makes of an answer.
+"""
 
 import json
 import sys
@@ -19,19 +21,30 @@ MIB = 2**20
 def ask(tmp_path, program, memory_gb=5.0):
     """What a child answers that runs a few lines of Python with the request as `request`."""
     lines = f"import json, sys, time\nrequest = json.load(sys.stdin)\n{program}"
-    return compilation._ask([sys.executable, "-c", lines], {"stage": "core"}, tmp_path / "child.log", memory_gb)
+    return compilation._ask(
+        [sys.executable, "-c", lines], {"stage": "core"}, tmp_path / "child.log", memory_gb
+    )
 
 
 def test_the_last_line_is_the_answer(tmp_path):
-    program = "print('libtpu says something')\nprint(json.dumps({'stage': request['stage'], 'cached': True}))"
+    program = (
+        "print('libtpu says something')\nprint(json.dumps({'stage': request['stage'], "
+        "'cached': True}))"
+    )
     assert ask(tmp_path, program) == {"stage": "core", "cached": True}
 
 
 @pytest.mark.parametrize(
     ("program", "sentence"),
     [
-        ("print(json.dumps({'error': 'mesh.fsdp=3 does not divide'}))", "^mesh.fsdp=3 does not divide$"),
-        ("raise RuntimeError('no such topology')", r"ended with code 1 \(RuntimeError: no such topology\).*child.log"),
+        (
+            "print(json.dumps({'error': 'mesh.fsdp=3 does not divide'}))",
+            "^mesh.fsdp=3 does not divide$",
+        ),
+        (
+            "raise RuntimeError('no such topology')",
+            r"ended with code 1 \(RuntimeError: no such topology\).*child.log",
+        ),
         ("import os\nos.abort()", "ended with code -6"),
         ("sys.stdin.close()", r"ended with code 0 \(it said nothing\)"),
         (
@@ -47,7 +60,10 @@ def test_a_child_that_fails_is_one_sentence(tmp_path, program, sentence):
 
 
 def test_a_child_that_takes_too_much_memory_is_ended(tmp_path):
-    program = "block = bytearray(400_000_000)\nfor i in range(0, len(block), 4096): block[i] = 1\ntime.sleep(600)"
+    program = (
+        "block = bytearray(400_000_000)\nfor i in range(0, len(block), 4096): block[i] = "
+        "1\ntime.sleep(600)"
+    )
     with pytest.raises(UserError, match=r"more than 0\.2 GB .* --memory-limit 0\.4"):
         ask(tmp_path, program, memory_gb=0.2)
 
@@ -55,18 +71,28 @@ def test_a_child_that_takes_too_much_memory_is_ended(tmp_path):
 def test_what_cannot_be_compiled_for_is_refused(monkeypatch):
     monkeypatch.setattr(compilation, "find_spec", lambda name: None)
     answer = braeburn("compile", "llama2-7b", "--on", "v5p:256")
-    assert "the compiler for TPU v5p is not installed; run `make extra-compile` in a clone" in answer.error
+    assert (
+        "the compiler for TPU v5p is not installed; run `make extra-compile` in a clone"
+        in answer.error
+    )
     gpu = ("compile", "llama2-7b", "--on", "h100:256")
     monkeypatch.setattr(compilation.sys, "version_info", (3, 12, 1))
     assert "the compiler for NVIDIA H100 SXM is not installed" in braeburn(*gpu).error
     monkeypatch.setattr(compilation.sys, "version_info", (3, 11, 9))
     assert "compiling for NVIDIA H100 SXM needs Python 3.12 or later" in braeburn(*gpu).error
     answer = braeburn("compile", "llama2-7b", "--on", "mi300x:64")
-    assert "no compiler for AMD Instinct MI300X works without one; see what `braeburn plan` says" in answer.error
-    assert "each TPU7x is 2 devices to its compiler" in braeburn("compile", "llama2-7b", "--on", "tpu7x:64").error
+    assert (
+        "no compiler for AMD Instinct MI300X works without one; see what `braeburn plan` says"
+        in answer.error
+    )
+    assert (
+        "each TPU7x is 2 devices to its compiler"
+        in braeburn("compile", "llama2-7b", "--on", "tpu7x:64").error
+    )
     assert "--on 'groq-lpu:8'" in braeburn("compile", "llama2-7b", "--on", "groq-lpu:8").error
     assert (
-        "--stage 'middle' is no stage" in braeburn("compile", "llama2-7b", "--on", "v5p:256", "--stage", "middle").error
+        "--stage 'middle' is no stage"
+        in braeburn("compile", "llama2-7b", "--on", "v5p:256", "--stage", "middle").error
     )
     assert "fdsp" in braeburn("compile", "llama2-7b", "--on", "v5p:256", "--mesh", "fdsp=256").error
     monkeypatch.setattr(compilation.platform, "machine", lambda: "arm64")
@@ -78,13 +104,26 @@ def answered(tmp_path, text, mesh, **more):
     program = tmp_path / "program.hlo"
     program.write_text(text)
     memory = {"peak": 20.0, "arguments": 1.0, "temporaries": 19.0, "program": 0.1, "host": 0.0}
-    effort = {"seconds": 3.0, "cpu_seconds": 2.0, "resident_gib": 1.0, "cached": False, "fingerprint": "0" * 32}
+    effort = {
+        "seconds": 3.0,
+        "cpu_seconds": 2.0,
+        "resident_gib": 1.0,
+        "cached": False,
+        "fingerprint": "0" * 32,
+    }
     sizes = {"replica": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 1} | mesh
     counted = text.count("\n  ") - text.count("\n  }")
     return effort | {
-        "program": str(program), "instructions": counted, "memory": memory, "mesh": sizes, "flags": {}, "versions": {},
-        "gradient_bytes": 40 * MIB, "padded_gradient_bytes": 41 * MIB, **more,
-    }  # fmt: skip
+        "program": str(program),
+        "instructions": counted,
+        "memory": memory,
+        "mesh": sizes,
+        "flags": {},
+        "versions": {},
+        "gradient_bytes": 40 * MIB,
+        "padded_gradient_bytes": 41 * MIB,
+        **more,
+    }
 
 
 SLICED = override(load("llama2-7b"), {"mesh.replica": 2})
@@ -101,9 +140,13 @@ UNTOLD = megascale(5, "ALL_REDUCE", SUM, SUM)
     [
         (GRADIENT + SCALARS, []),
         (GRADIENT + GATHER, ["send.3"]),
-        # A gather written as a sum with zeros, told by its bytes; which it is, by its operation where that is known.
+        # A gather written as a sum with zeros, told by its bytes; which it is, by its operation
+        # where that is known.
         (GRADIENT + PADDED, ["send.4"]),
-        (SCALARS + megascale(4, "ALL_REDUCE", "f32[64]{0}", "f32[64]{0}", "jvp()/all_gather"), ["send.4"]),
+        (
+            SCALARS + megascale(4, "ALL_REDUCE", "f32[64]{0}", "f32[64]{0}", "jvp()/all_gather"),
+            ["send.4"],
+        ),
         (GRADIENT + UNTOLD, ["send.5"]),
         (UNTOLD + megascale(6, "ALL_REDUCE", SUM, SUM), ["send.5", "send.6"]),
         ([], []),
@@ -142,7 +185,8 @@ def test_a_teacher_computes_a_third_of_training(tmp_path):
     stages = {"first": stage, "taught": stage.model_copy(update={"teacher": "first"})}
     run = run.model_copy(update={"stages": stages})
     alone, taught = (
-        compiled.Compilation(run, name, parse_target("v4:128"), answer).flop_bound for name in ("first", "taught")
+        compiled.Compilation(run, name, parse_target("v4:128"), answer).flop_bound
+        for name in ("first", "taught")
     )
     assert taught == pytest.approx(alone * 4 / 3)
 
@@ -193,7 +237,9 @@ def test_what_would_fit_is_named_and_compiled(child, tmp_path):
     sets = ["--set", "stages.pretrain.batch_tokens=67108864"]
     answer = braeburn("compile", "llama2-70b", "--on", "v5p:256", *sets)
     assert answer.code == 1 and "does not fit: 108.40 GiB of 95.73 on each chip" in answer.out
-    assert "would fit on v5p:256" in answer.out and "(not compiled)" in answer.out and len(asked) == 1
+    assert (
+        "would fit on v5p:256" in answer.out and "(not compiled)" in answer.out and len(asked) == 1
+    )
     answers += [lacking, lacking, fitting]
     answer = braeburn("compile", "llama2-70b", "--on", "v5p:256", "--fix", "--json", *sets)
     changes = json.loads(answer.out)["changes"]

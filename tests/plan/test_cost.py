@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from braeburn.catalogue import catalogue
-from braeburn.config import Distillation, Mesh, Pruning, Quantization, Run, Stage, override, validate
+from braeburn.config import (
+    Distillation,
+    Mesh,
+    Pruning,
+    Quantization,
+    Run,
+    Stage,
+    override,
+    validate,
+)
 from braeburn.errors import UserError
 from braeburn.model.spec import count
 from braeburn.model.transformer import param_specs
@@ -24,7 +33,8 @@ from braeburn.train.stages import compile_stage, layout_of
 ROOT = Path(__file__).parents[2]
 NAMES = ["query", "key", "value", "attention", "ffn_gate", "ffn_up"]
 
-# Peak GiB on a chip that libtpu 0.0.52 gives for the compiled step, or says is lacking (docs/log.md).
+# Peak GiB on a chip that libtpu 0.0.52 gives for the compiled step, or says is lacking
+# (docs/log.md).
 FIVE = ["value", "attention", "attention_output", "ffn_gate", "ffn_up"]
 FULL = {"remat.policy": "full", "precision.reduce": "float32"}
 DEVICE = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 2, "remat.names": NAMES}
@@ -36,11 +46,21 @@ COMPILED: list[tuple[str, str, str, dict[str, Any], float]] = [
         "afm-server",
         "context",
         "v4:8x1024",
-        {"stages.context.mesh.replica": 8, "stages.context.remat.policy": "full", "precision.reduce": "float32"},
+        {
+            "stages.context.mesh.replica": 8,
+            "stages.context.remat.policy": "full",
+            "precision.reduce": "float32",
+        },
         8.63,
     ),
     ("afm-on-device-scratch", "core", "v5p:2048", DEVICE, 6.19),
-    ("afm-on-device-scratch", "core", "v5p:2048", {"mesh.data": 16, "mesh.fsdp": 128, "remat.policy": "none"}, 26.71),
+    (
+        "afm-on-device-scratch",
+        "core",
+        "v5p:2048",
+        {"mesh.data": 16, "mesh.fsdp": 128, "remat.policy": "none"},
+        26.71,
+    ),
     ("afm-on-device-scratch", "context", "v5p:2048", {"remat.names": NAMES}, 6.30),
     ("llama2-7b", "pretrain", "v5p:256", {}, 45.0),
     ("llama2-7b", "pretrain", "v5p:256", {"mesh.data": 4, "mesh.fsdp": 64}, 46.25),
@@ -80,7 +100,9 @@ SIZES = {"model.d_model": 128, "model.ffn_dim": 320, "model.head_dim": 32, "mode
 
 
 @pytest.mark.parametrize(("mesh", "policy"), EXCHANGES, ids=str)
-def test_exchanges_are_those_of_the_compiled_step(mesh: dict[str, Any], policy: str, tiny: Run) -> None:
+def test_exchanges_are_those_of_the_compiled_step(
+    mesh: dict[str, Any], policy: str, tiny: Run
+) -> None:
     changes: dict[str, Any] = {"mesh.fsdp": 1, "remat.policy": policy, "remat.names": NAMES}
     changes |= {"stages.core.batch_tokens": 4096, "stages.core.tokens": 40_960}
     run = override(tiny, SIZES | changes | {f"mesh.{axis}": size for axis, size in mesh.items()})
@@ -121,8 +143,18 @@ TAUGHT: list[tuple[dict[str, Any], Distillation]] = [
 def test_a_teacher_exchanges_and_takes_what_it_does_in_the_compiled_step(
     mesh: dict[str, Any], distillation: Distillation, tiny: Run
 ) -> None:
-    changes: dict[str, Any] = {"mesh.fsdp": 1, "remat.policy": "full", "stages.core.batch_tokens": 4096}
-    run = override(tiny, SIZES | changes | {"stages.core.tokens": 40_960} | {f"mesh.{a}": n for a, n in mesh.items()})
+    changes: dict[str, Any] = {
+        "mesh.fsdp": 1,
+        "remat.policy": "full",
+        "stages.core.batch_tokens": 4096,
+    }
+    run = override(
+        tiny,
+        SIZES
+        | changes
+        | {"stages.core.tokens": 40_960}
+        | {f"mesh.{a}": n for a, n in mesh.items()},
+    )
     live = {"teacher": "larger", "distillation": distillation}
     run = staged(run, run.stages["core"], larger={}, cut={"pruning": NARROWER}, taught=live)
     layout = layout_of(run, "taught")
@@ -139,7 +171,12 @@ def test_a_teacher_exchanges_and_takes_what_it_does_in_the_compiled_step(
 
 def test_masked_and_rounded_weights_are_as_large_as_compiled(tiny: Run) -> None:
     # On small models other moments of a step may be the fullest.
-    sizes = {"model.d_model": 256, "model.ffn_dim": 2048, "model.head_dim": 32, "model.num_layers": 4}
+    sizes = {
+        "model.d_model": 256,
+        "model.ffn_dim": 2048,
+        "model.head_dim": 32,
+        "model.num_layers": 4,
+    }
     run = override(tiny, sizes | {"mesh.fsdp": 4, "remat.policy": "full"})
     stages: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -172,12 +209,17 @@ def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None
     )
     found = {name: estimate(chain, name, target) for name in chain.stages}
     assert found["core"] == found["kept"] == estimate(scratch, "core", target)
-    assert found["prune"].seconds["matrix"] == found["larger"].seconds["matrix"] > found["core"].seconds["matrix"]
+    assert (
+        found["prune"].seconds["matrix"]
+        == found["larger"].seconds["matrix"]
+        > found["core"].seconds["matrix"]
+    )
     # The mask is on the matrices that read the hidden units, one of the FFN's three.
     down = 26 * 23_296 * 3072 * 4 / 64 / 2**30
     assert found["prune"].memory["weights_in_use"] == pytest.approx(down)
     assert "weights_in_use" not in found["larger"].memory
-    # Forward alone, with what is read of logits beside it, is a third of training but for attention's backward pass.
+    # Forward alone, with what is read of logits beside it, is a third of training but for
+    # attention's backward pass.
     live, mesh = work_of(chain, "live", Mesh(data=32, fsdp=64)), Mesh(data=32, fsdp=64)
     multiplied = count(param_specs(wide), ("matrix", "embedding"))
     assert live.teaching and live.teaching.matrix_flops == 2 * multiplied * core.batch_tokens / 2048
@@ -185,8 +227,14 @@ def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None
     assert live.mesh == mesh and live.matrix_flops == work_of(chain, "core", mesh).matrix_flops
     assert found["live"].step > found["core"].step
     added = found["live"].step - found["core"].step
-    assert labelling_seconds(chain, "kept", mesh, target) == pytest.approx(added * chain.stages["kept"].steps)
-    assert labelling_seconds(chain, "live", mesh, target) == labelling_seconds(chain, "core", mesh, target) == 0
+    assert labelling_seconds(chain, "kept", mesh, target) == pytest.approx(
+        added * chain.stages["kept"].steps
+    )
+    assert (
+        labelling_seconds(chain, "live", mesh, target)
+        == labelling_seconds(chain, "core", mesh, target)
+        == 0
+    )
     # Its weights and, for each of 4,096 tokens, an id with its logarithm.
     shard = count(param_specs(wide)) / 64
     assert found["live"].memory["teacher"] == pytest.approx((4 * shard + 4096 * 8) / 2**30)
@@ -202,7 +250,13 @@ def test_meshes_divide_what_is_cut_and_who_teaches() -> None:
     assert tensors(run, "pretrain") == {1, 2, 4, 8}
     cut = staged(run, stage, cut={"pruning": Pruning(keep={"ffn": 1026})}, after={})
     assert tensors(cut, "cut") == tensors(cut, "after") == {1, 2}
-    odd = staged(run, stage, first={}, cut={"pruning": Pruning(keep={"ffn": 1026})}, taught={"teacher": "cut"})
+    odd = staged(
+        run,
+        stage,
+        first={},
+        cut={"pruning": Pruning(keep={"ffn": 1026})},
+        taught={"teacher": "cut"},
+    )
     assert tensors(odd, "first") == {1, 2, 4, 8}
     with pytest.raises(UserError, match="cannot be split"):
         estimate(override(odd, {"mesh.tensor": 4}), "taught", target)
@@ -211,7 +265,9 @@ def test_meshes_divide_what_is_cut_and_who_teaches() -> None:
 def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
     run, target = load("llama2-7b"), parse_target("h100:16")
     alone = staged(run, run.stages["pretrain"], pretrain={"teacher": str(tmp_path)})
-    with pytest.raises(UserError, match=r"stages\.pretrain\.teacher='.*' cannot teach: .* is not a run directory"):
+    with pytest.raises(
+        UserError, match=r"stages\.pretrain\.teacher='.*' cannot teach: .* is not a run directory"
+    ):
         candidates(alone, "pretrain", target)
 
 
@@ -227,17 +283,25 @@ def test_products_are_those_of_the_weights() -> None:
     multiplied = count(param_specs(model), ("matrix",)) + model.vocab_size * model.d_model
     assert work.matrix_flops == 6 * multiplied * stage.batch_tokens // 4
     # Keeping nothing costs the forward pass once more, but for the last product.
-    full = replace(work, run=run.model_copy(update={"remat": run.remat.model_copy(update={"policy": "full"})}))
-    layer = count(param_specs(model), ("matrix",)) - model.num_layers * model.ffn_dim * model.d_model
+    full = replace(
+        work, run=run.model_copy(update={"remat": run.remat.model_copy(update={"policy": "full"})})
+    )
+    layer = (
+        count(param_specs(model), ("matrix",)) - model.num_layers * model.ffn_dim * model.d_model
+    )
     assert full.matrix_flops - work.matrix_flops == 2 * layer * stage.batch_tokens // 4
     # 7 of the 12 L d S of an attention that is not causal, halved, and the tiles on the diagonal.
-    whole = 12 * model.num_layers * model.num_heads * model.head_dim * 4096 * stage.batch_tokens // 4
+    whole = (
+        12 * model.num_layers * model.num_heads * model.head_dim * 4096 * stage.batch_tokens // 4
+    )
     assert work.attention_flops(0, 5) == whole * 7 // 12
 
 
 def test_shards_of_a_step_share_its_work() -> None:
     run, target = load("llama2-7b"), parse_target("v5p:256")
-    slow = estimate(override(run, {"mesh.data": 256, "mesh.fsdp": 1}), "pretrain", parse_target("v5p:256"))
+    slow = estimate(
+        override(run, {"mesh.data": 256, "mesh.fsdp": 1}), "pretrain", parse_target("v5p:256")
+    )
     sharded = estimate(run, "pretrain", target)
     assert sharded.memory["parameters"] == pytest.approx(slow.memory["parameters"] / 256)
     split = estimate(override(run, {"mesh.tensor": 4}), "pretrain", target)
@@ -249,7 +313,9 @@ def test_shards_of_a_step_share_its_work() -> None:
 def test_offloading_moves_memory_to_the_host_and_takes_time() -> None:
     run, target = load("llama2-70b"), parse_target("v5p:512")
     here = estimate(override(run, {"remat.policy": "full"}), "pretrain", target)
-    there = estimate(override(run, {"remat.policy": "full", "offload.optimizer": True}), "pretrain", target)
+    there = estimate(
+        override(run, {"remat.policy": "full", "offload.optimizer": True}), "pretrain", target
+    )
     assert there.memory["optimizer"] == 0
     assert there.total_gib == pytest.approx(here.total_gib - here.memory["optimizer"])
     assert there.step > here.step
@@ -257,7 +323,9 @@ def test_offloading_moves_memory_to_the_host_and_takes_time() -> None:
 
 def test_published_step_times_are_predicted() -> None:
     program = ROOT / "benchmarks" / "published.py"
-    done = subprocess.run([sys.executable, str(program), "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(program), "--json"], capture_output=True, text=True, check=False
+    )
     rows = json.loads(done.stdout)
     held = [row for row in rows if row["limit"]]
     assert len(held) == 7
@@ -269,6 +337,8 @@ def test_estimates_follow_the_catalogue(tmp_path: Path) -> None:
     own = tmp_path / "chips.toml"
     own.write_text("[v5p]\nbf16_tflops = 918\n")
     run = load("llama2-7b")
-    once, twice = (estimate(run, "pretrain", parse_target("v5p:256", catalogue(x))) for x in (None, own))
+    once, twice = (
+        estimate(run, "pretrain", parse_target("v5p:256", catalogue(x))) for x in (None, own)
+    )
     assert twice.seconds["matrix"] == pytest.approx(once.seconds["matrix"] / 2)
     assert (once.confidence, twice.confidence) == ("V", "U")

@@ -1,4 +1,6 @@
-"""Goodput: the formula against simulated runs and Daly's published examples, its limits, and the best interval."""
+"""Goodput: the formula against simulated runs and Daly's published examples, its limits, and the
+best interval.
+"""
 
 import dataclasses
 import math
@@ -33,7 +35,8 @@ def test_the_simulation_agrees_with_the_formula(mean, checkpoint, restart, seed)
 
 
 def test_the_interval_is_that_of_dalys_examples():
-    # Figures 3 to 5 of the paper: checkpoints of 5 minutes, failures every 24 h, 6 h and 15 min; the third in tenths.
+    # Figures 3 to 5 of the paper: checkpoints of 5 minutes, failures every 24 h, 6 h and 15 min;
+    # the third in tenths.
     assert round(daly_interval(5, 24 * 60)) == 117
     assert round(daly_interval(5, 6 * 60)) == 57
     assert round(daly_interval(5, 15), 1) == 9.1
@@ -62,7 +65,9 @@ def test_a_run_is_cut_into_equal_parts():
     # The number of parts above the best interval's, or below it, whichever is better.
     interval = daly_interval(60, 3600)
     for length, parts in ((1.1, 1), (1.9, 2), (2.1, 2), (2.9, 3)):
-        assert goodput(1, length * interval, 0, 1.0, 60).interval_seconds == pytest.approx(length * interval / parts)
+        assert goodput(1, length * interval, 0, 1.0, 60).interval_seconds == pytest.approx(
+            length * interval / parts
+        )
     # No interval is longer than the run.
     assert goodput(1, 60.0, 2e9).interval_seconds == 60
 
@@ -79,7 +84,9 @@ def test_without_failures_only_the_checkpoint_is_lost():
 def test_more_failures_and_longer_restarts_cost_more():
     usual = goodput(8192, 30 * DAY, 2e9)
     assert 0.9 < usual.expected < 1
-    assert usual.failures_per_chip_hour == FAILURES_PER_CHIP_HOUR == pytest.approx(1.973e-5, rel=1e-3)
+    assert (
+        usual.failures_per_chip_hour == FAILURES_PER_CHIP_HOUR == pytest.approx(1.973e-5, rel=1e-3)
+    )
     for worse in (
         goodput(16_384, 30 * DAY, 2e9),
         goodput(8192, 30 * DAY, 2e10),
@@ -92,7 +99,8 @@ def test_more_failures_and_longer_restarts_cost_more():
 
 
 def test_llama_3s_training_time_is_within_reach():
-    # Its report: failures about every three hours, and over 90% of the time effective, in spite of them.
+    # Its report: failures about every three hours, and over 90% of the time effective, in spite of
+    # them.
     result = goodput(16_384, 54 * DAY, 5e9)
     assert 16_384 * result.failures_per_chip_hour == pytest.approx(419 / (54 * 24))
     assert 0.85 < result.expected < 0.95
@@ -123,7 +131,9 @@ def test_the_seed_decides():
     ],
 )
 def test_what_is_out_of_range_is_refused(field, value):
-    arguments = {"chips": 8, "productive_seconds": DAY, "state_bytes_per_chip": 1e9} | {field: value}
+    arguments = {"chips": 8, "productive_seconds": DAY, "state_bytes_per_chip": 1e9} | {
+        field: value
+    }
     with pytest.raises(UserError, match=f"^{field}: {value} must be a number "):
         goodput(**arguments)
 

@@ -1,4 +1,6 @@
-"""How often each instruction of a compiled program runs and how long, in every form that compilers write."""
+"""How often each instruction of a compiled program runs and how long, in every form that compilers
+write.
+"""
 
 import dataclasses
 import re
@@ -27,7 +29,14 @@ def module(main, *computations):
     return "HloModule jit_train_step, is_scheduled=true, num_partitions=4\n\n" + "\n".join(bodies)
 
 
-def loop(condition, *, begin="%constant.1, %x, %constant.5", after="%add.2, %y, %gte.4", name="while.7", trips=""):
+def loop(
+    condition,
+    *,
+    begin="%constant.1, %x, %constant.5",
+    after="%add.2, %y, %gte.4",
+    name="while.7",
+    trips="",
+):
     """A program whose loop holds 1,000 cycles."""
     state = "(s32[]{:T(128)}, f32[8]{0:T(128)}, s32[]{:T(128)})"
     body = (
@@ -38,7 +47,8 @@ def loop(condition, *, begin="%constant.1, %x, %constant.5", after="%add.2, %y, 
         "%gte.4 = s32[]{:T(128)} get-tuple-element(%param.1), index=2",
         "%one = s32[]{:T(128)} constant(1)",
         "%add.2 = s32[]{:T(128)} add(%gte.2, %one)",
-        '%y = f32[8]{0:T(128)} fusion(%gte.3), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"1000"}',
+        "%y = f32[8]{0:T(128)} fusion(%gte.3), kind=kLoop, calls=%fused, "
+        'backend_config={"estimated_cycles":"1000"}',
         f"ROOT %tuple.2 = {state} tuple({after})",
     )
     entry = (
@@ -60,17 +70,27 @@ def loop(condition, *, begin="%constant.1, %x, %constant.5", after="%add.2, %y, 
     )
     head = "%cond (param.2: (s32[], f32[8], s32[])) -> pred[]"
     return module(
-        entry, fused, compared, body,
-        (head, f"%param.2 = {state} parameter(0)",
-         "%gte.5 = s32[]{:T(128)} get-tuple-element(%param.2), index=0",
-         "%gte.6 = s32[]{:T(128)} get-tuple-element(%param.2), index=2",
-         "%limit = s32[]{:T(128)} constant(32)", *condition),
-    )  # fmt: skip
+        entry,
+        fused,
+        compared,
+        body,
+        (
+            head,
+            f"%param.2 = {state} parameter(0)",
+            "%gte.5 = s32[]{:T(128)} get-tuple-element(%param.2), index=0",
+            "%gte.6 = s32[]{:T(128)} get-tuple-element(%param.2), index=2",
+            "%limit = s32[]{:T(128)} constant(32)",
+            *condition,
+        ),
+    )
 
 
 HERE = ["ROOT %lt = pred[]{:T(512)} compare(%gte.5, %limit), direction=LT"]
 CARRIED = ["ROOT %lt = pred[]{:T(512)} compare(%gte.5, %gte.6), direction=LT"]
-FUSED = ["%copy = s32[]{:T(128)} copy(%gte.5)", "ROOT %f = pred[] fusion(%limit, %copy), calls=%fused_compare"]
+FUSED = [
+    "%copy = s32[]{:T(128)} copy(%gte.5)",
+    "ROOT %f = pred[] fusion(%limit, %copy), calls=%fused_compare",
+]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +101,23 @@ FUSED = ["%copy = s32[]{:T(128)} copy(%gte.5)", "ROOT %f = pred[] fusion(%limit,
         (loop(FUSED), 32),
         (loop(HERE, begin="%constant.3, %x, %constant.5"), 29),
         (loop(CARRIED, begin="%constant.5, %x, %constant.3"), 0),
-        (loop(CARRIED, trips=', backend_config={"known_trip_count":{"n":"31"},"known_init_step":{"init":"0"}}'), 31),
+        (
+            loop(
+                CARRIED,
+                trips=", "
+                'backend_config={"known_trip_count":{"n":"31"},"known_init_step":{"init":"0"}}',
+            ),
+            31,
+        ),
     ],
-    ids=["constant", "carried through the tuple", "in a fusion", "not from 0", "never", "known_trip_count"],
+    ids=[
+        "constant",
+        "carried through the tuple",
+        "in a fusion",
+        "not from 0",
+        "never",
+        "known_trip_count",
+    ],
 )
 def test_length_of_a_loop(text, trips):
     times = [run.times for run in parse(text).walk() if run.instruction.cycles]
@@ -96,7 +130,12 @@ def test_length_of_a_loop(text, trips):
     [
         loop(CARRIED, after="%add.2, %y, %add.2"),
         loop(["ROOT %ge = pred[]{:T(512)} compare(%gte.5, %limit), direction=GE"]),
-        loop(["%sum = s32[] multiply(%gte.5, %gte.6)", "ROOT %lt = pred[] compare(%sum, %limit), direction=LT"]),
+        loop(
+            [
+                "%sum = s32[] multiply(%gte.5, %gte.6)",
+                "ROOT %lt = pred[] compare(%sum, %limit), direction=LT",
+            ]
+        ),
     ],
     ids=["limit changes", "other comparison", "computed"],
 )
@@ -106,14 +145,20 @@ def test_a_loop_of_unknown_length_is_named(text):
 
 
 def called(text):
-    """The same program with its loop in a computation that a call runs, as XLA's CPU compiler has it from JAX 0.12."""
+    """The same program with its loop in a computation that a call runs, as XLA's CPU compiler has
+    it from JAX 0.12.
+    """
     state = "(s32[]{:T(128)}, f32[8]{0:T(128)}, s32[]{:T(128)})"
     before, entry = text.split("ENTRY ")
     (line,) = (line for line in entry.splitlines() if " while(" in line)
     moved = line.replace("%tuple.1)", "%arg)").replace("  %while.7", "  ROOT %while.7")
-    wrapped = f"%wrapped (arg: {state}) -> {state} {{\n  %arg = {state} parameter(0)\n{moved}\n}}\n\n"
+    wrapped = (
+        f"%wrapped (arg: {state}) -> {state} {{\n  %arg = {state} parameter(0)\n{moved}\n}}\n\n"
+    )
     call = f"  %while.8 = {state} call(%tuple.1), to_apply=%wrapped"
-    return before + wrapped + "ENTRY " + entry.replace(line, call).replace("(%while.7)", "(%while.8)")
+    return (
+        before + wrapped + "ENTRY " + entry.replace(line, call).replace("(%while.7)", "(%while.8)")
+    )
 
 
 @pytest.mark.parametrize("condition", [HERE, CARRIED, FUSED], ids=["constant", "carried", "fused"])
@@ -126,7 +171,8 @@ def test_a_called_loop_that_is_called_twice_has_two_lengths():
     text = called(loop(CARRIED))
     twice = text.replace(
         "  ROOT %result",
-        "  %constant.9 = s32[] constant(9)\n  %tuple.9 = (s32[], f32[8], s32[]) tuple(%constant.1, %x, %constant.9)\n"
+        "  %constant.9 = s32[] constant(9)\n  %tuple.9 = (s32[], f32[8], s32[]) "
+        "tuple(%constant.1, %x, %constant.9)\n"
         "  %while.9 = (s32[], f32[8], s32[]) call(%tuple.9), to_apply=%wrapped\n  ROOT %result",
     )
     assert [run.times for run in parse(twice).walk() if run.instruction.cycles] == [5, 9]
@@ -136,7 +182,12 @@ def test_loops_compiled_here():
     def step(x, _):
         return lax.fori_loop(2, 9, lambda i, x: jnp.sin(x) * i, x), None
 
-    text = jax.jit(lambda x: lax.scan(step, x, None, length=3)[0]).lower(jnp.ones((512, 512))).compile().as_text()
+    text = (
+        jax.jit(lambda x: lax.scan(step, x, None, length=3)[0])
+        .lower(jnp.ones((512, 512)))
+        .compile()
+        .as_text()
+    )
     for written in (text, text.replace('"known_trip_count"', '"unknown"')):
         sines = [run for run in parse(written).walk() if run.instruction.opcode == "sine"]
         assert [run.times for run in sines] == [21] and not sines[0].endless
@@ -157,7 +208,10 @@ def straight(*lines):
 def test_kernels_of_tpus_by_their_flops():
     found = computing(parse(straight(SPLASH, DQ)), V5P)
     once = 2 * 32 * 4096 * 4096 * 128 / (PEAK * 0.55)  # causality leaves half of 2 FLOPs each
-    assert [(k.name, k.calls) for k in found.kernels] == [("splash_mha_fwd", 1), ("splash_mha_dq", 1)]
+    assert [(k.name, k.calls) for k in found.kernels] == [
+        ("splash_mha_fwd", 1),
+        ("splash_mha_dq", 1),
+    ]
     assert [k.seconds for k in found.kernels] == pytest.approx([2 * once, 3 * once])
     assert found.seconds == pytest.approx(5 * once) and not found.untimed
     # One sequence a chip: no batch dimension. Keys of other context shards as well.
@@ -180,7 +234,9 @@ def test_what_has_no_time_is_told():
 
 def test_a_lost_instruction_is_noticed(monkeypatch):
     text = loop(HERE)
-    assert sum(len(body) for body in parse(text).computations.values()) == len(re.findall(r"^  .* = ", text, re.M))
+    assert sum(len(body) for body in parse(text).computations.values()) == len(
+        re.findall(r"^  .* = ", text, re.M)
+    )
     for lost, what in (("gte.3", "instructions"), ("y", "instructions|cycles")):
         real = hlo._instruction
 
@@ -193,7 +249,11 @@ def test_a_lost_instruction_is_noticed(monkeypatch):
             parse(text)
         monkeypatch.undo()
     # A parser that takes the kernel's braces for the end of a computation loses what follows them.
-    broken = straight(SPLASH).replace('"xprof_metadata":"{', '"xprof_metadata":{"').replace('1}"\n}}', '1"}\n}}')
+    broken = (
+        straight(SPLASH)
+        .replace('"xprof_metadata":"{', '"xprof_metadata":{"')
+        .replace('1}"\n}}', '1"}\n}}')
+    )
     parse(broken)
     with pytest.raises(ValueError, match="instructions"):
         hlo.check(broken, dataclasses.replace(parse(broken), computations={"main": {}}))
@@ -202,25 +262,31 @@ def test_a_lost_instruction_is_noticed(monkeypatch):
 # The runtime that joins slices: what is sent and received meets by name, with a type.
 def megascale(number, kind, sent, received, source=""):
     attributes = (
-        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        "is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
         f'_xla_host_transfer_rendezvous="psum.{number}_0",_xla_megascale_target="{{1,2}}x{{0:3}}",'
         f'_xla_megascale_transfer_type="{kind}"}}'
     )
     return [
         f'%grad.{number} = {sent} copy(%p), metadata={{op_name="{source}"}}',
         f"%after-all.{number} = token[] after-all()",
-        f"%recv.{number} = ({received}, u32[]{{:S(2)}}, token[]) recv(%after-all.{number}), {attributes}",
-        f"%send.{number} = ({sent}, u32[]{{:S(2)}}, token[]) send(%grad.{number}, %after-all.{number}), {attributes}",
-        f'%recv-done.{number} = ({received}, token[]) recv-done(%recv.{number}), is_host_transfer=true, '
+        f"%recv.{number} = ({received}, u32[]{{:S(2)}}, token[]) recv(%after-all.{number}), "
+        f"{attributes}",
+        f"%send.{number} = ({sent}, u32[]{{:S(2)}}, token[]) send(%grad.{number}, "
+        f"%after-all.{number}), {attributes}",
+        f"%recv-done.{number} = ({received}, token[]) recv-done(%recv.{number}), "
+        f"is_host_transfer=true, "
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}',
-        f'%send-done.{number} = token[] send-done(%send.{number}), is_host_transfer=true, '
+        f"%send-done.{number} = token[] send-done(%send.{number}), is_host_transfer=true, "
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}',
-    ]  # fmt: skip
+    ]
 
 
 def test_transfers_between_slices_count_once():
     lines = [
-        *megascale(1, "ALL_REDUCE", "f32[16,8,128]{2,1,0}", "f32[16,8,128]{2,1,0}", "transpose(jvp())/psum"),
+        *megascale(
+            1, "ALL_REDUCE", "f32[16,8,128]{2,1,0}", "f32[16,8,128]{2,1,0}", "transpose(jvp())/psum"
+        ),
         *megascale(2, "ALL_GATHER", "bf16[4,128]{1,0}", "bf16[8,128]{1,0}", "jvp()/all_gather"),
         *megascale(3, "REDUCE_SCATTER", "f32[8,128]{1,0}", "f32[4,128]{1,0}"),
     ]
@@ -239,11 +305,22 @@ def test_what_goes_on_beside_several_fusions_counts_once():
     groups = "replica_groups=mesh['fsdp'=2,'tensor'=2] {'fsdp'}, dimensions={0}"
 
     def piece(name, chain):
-        gather = f'%g.{name} = bf16[8]{{0}} all-gather(%q), {groups}, frontend_attributes={{chain_id="{chain}"}}'
+        gather = (
+            f"%g.{name} = bf16[8]{{0}} all-gather(%q), {groups}, "
+            f'frontend_attributes={{chain_id="{chain}"}}'
+        )
         return f"%{name} (q: bf16[4]) -> bf16[8]", "%q = bf16[4]{0} parameter(0)", f"ROOT {gather}"
 
-    names = [("start.1", 0), ("async_collective_fusion.2", 0), ("done.3", 0), ("start.4", 1), ("done.5", 1)]
-    calls = [f"%f.{i} = bf16[8]{{0}} fusion(%p), calls=%{name}" for i, (name, _) in enumerate(names)]
+    names = [
+        ("start.1", 0),
+        ("async_collective_fusion.2", 0),
+        ("done.3", 0),
+        ("start.4", 1),
+        ("done.5", 1),
+    ]
+    calls = [
+        f"%f.{i} = bf16[8]{{0}} fusion(%p), calls=%{name}" for i, (name, _) in enumerate(names)
+    ]
     main = (
         "ENTRY %main (p: bf16[4]) -> bf16[4]",
         "%p = bf16[4]{0} parameter(0)",
@@ -263,13 +340,15 @@ def test_exchange_of_gpus_counts_once():
     lines = [
         f"%ar = ((f32[6]{{0}}), f32[6]{{0}}) all-reduce-start(%p), {groups}, to_apply=%add",
         "%ar.done = f32[6]{0} all-reduce-done(%ar)",
-        f"%ag = ((bf16[4]{{0}}, s32[2]{{0}}), (bf16[8]{{0}}, s32[4]{{0}})) all-gather-start(%p), {along}",
+        f"%ag = ((bf16[4]{{0}}, s32[2]{{0}}), (bf16[8]{{0}}, s32[4]{{0}})) all-gather-start(%p), "
+        f"{along}",
         "%ag.done = (bf16[8]{0}, s32[4]{0}) all-gather-done(%ag)",
-        f"%rs = ((f32[8]{{0}}, f32[4]{{0}}), (f32[4]{{0}}, f32[2]{{0}})) reduce-scatter-start(%p), {along}",
+        f"%rs = ((f32[8]{{0}}, f32[4]{{0}}), (f32[4]{{0}}, f32[2]{{0}})) "
+        f"reduce-scatter-start(%p), {along}",
         "%rs.done = (f32[4]{0}, f32[2]{0}) reduce-scatter-done(%rs)",
         f"%aa = ((bf16[2,4]{{1,0}}), bf16[2,4]{{1,0}}) all-to-all-start(%p), {along}",
         "%aa.done = bf16[2,4]{1,0} all-to-all-done(%aa)",
-    ]  # fmt: skip
+    ]
     found = collectives(straight(*lines), SIZES)
     assert [(c.kind, c.dtype, c.shape) for c in found] == [
         ("all-reduce", "f32", (6,)),
@@ -286,16 +365,27 @@ def test_permutes_of_a_windowed_einsum():
     text = loop(HERE)
     permute = (
         f"%cp = (f32[8]{{0:T(128)}}, f32[8]{{0:T(128)}}, u32[]{{:S(2)}}, u32[]{{:S(2)}}) "
-        f"collective-permute-start(%gte.3), {pairs}\n  %cp.done = f32[8]{{0:T(128)}} collective-permute-done(%cp)\n  "
+        f"collective-permute-start(%gte.3), {pairs}\n  %cp.done = f32[8]{{0:T(128)}} "
+        f"collective-permute-done(%cp)\n  "
     )
     (found,) = collectives(text.replace("%y = ", permute + "%y = "), SIZES)
-    assert (found.kind, found.axes, found.times, found.bytes) == ("collective-permute", ("tensor",), 32, 32)
+    assert (found.kind, found.axes, found.times, found.bytes) == (
+        "collective-permute",
+        ("tensor",),
+        32,
+        32,
+    )
 
 
 def cost(sol):
     other = '{"end_to_end_cycles":153682.1,"exec_time_us":7e7,"compute_time_us":3.5,"name":""}'
-    one = f'{{"end_to_end_cycles":0,"exec_time_us":{sol},"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}}'
-    return f'backend_config={{"reification_cost":[{other},{one}],"device_type":"DEVICE_TYPE_INVALID"}}'
+    one = (
+        f'{{"end_to_end_cycles":0,"exec_time_us":{sol},"compute_time_us":0,'
+        f'"memory_access_time_us":0,"name":"sol"}}'
+    )
+    return (
+        f'backend_config={{"reification_cost":[{other},{one}],"device_type":"DEVICE_TYPE_INVALID"}}'
+    )
 
 
 def test_time_on_gpus():
@@ -303,11 +393,14 @@ def test_time_on_gpus():
         "%fused_dot (a: bf16[64,32], b: bf16[32,16]) -> f32[64,16]",
         "%a = bf16[64,32]{1,0} parameter(0)",
         "%b = bf16[32,16]{1,0} parameter(1)",
-        "ROOT %dot.1 = f32[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        "ROOT %dot.1 = f32[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, "
+        "rhs_contracting_dims={0}",
     )
     fmha = (
-        'custom_call_target="__cudnn$fmhaScaleBiasSoftmax", operand_layout_constraints={bf16[4,4096,32,128]{3,2,1,0}}, '
-        'backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", '
+        'custom_call_target="__cudnn$fmhaScaleBiasSoftmax", '
+        "operand_layout_constraints={bf16[4,4096,32,128]{3,2,1,0}}, "
+        'backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": '
+        '{"element_type": "BF16", '
         '"dimensions": ["4", "32", "4096", "4096"], "tuple_shapes": []}, "mask_type": "CAUSAL"}}'
     )
     backward = fmha.replace("Softmax", "SoftmaxBackward")
@@ -316,17 +409,23 @@ def test_time_on_gpus():
         "%p = bf16[64,32]{1,0} parameter(0)",
         "%w = bf16[32,16]{1,0} parameter(1)",
         f"%e = bf16[64,32]{{1,0}} fusion(%p), kind=kLoop, calls=%other, {cost(77.5)}",
-        # The model takes a bf16 product with a float32 result for one of float32: 64 times too long.
+        # The model takes a bf16 product with a float32 result for one of float32: 64 times too
+        # long.
         f"%d = f32[64,16]{{1,0}} fusion(%e, %w), kind=kCustom, calls=%fused_dot, {cost(121198.08)}",
-        '%c = (f32[64,16]{1,0}, s8[64]{0}) custom-call(%e, %w), custom_call_target="__cublas$lt$matmul", '
-        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
+        "%c = (f32[64,16]{1,0}, s8[64]{0}) custom-call(%e, %w), "
+        'custom_call_target="__cublas$lt$matmul", '
+        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+        '{"lhs_contracting_dimensions":["1"]}}}',
         f"%fmha.1 = (bf16[4,32,4096,128]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%e), {fmha}",
         f"%fmha.2 = (bf16[4,32,4096,128]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%e), {backward}",
         'ROOT %s = f32[64,16]{1,0} copy(%d), backend_config={"reification_cost":[]}',
-    )  # fmt: skip
+    )
     other = ("%other (q: bf16[64,32]) -> bf16[64,32]", "ROOT %q = bf16[64,32]{1,0} parameter(0)")
     found = computing(parse(module(main, fused, other)), H100)
     peak, pairs = 989e12, 4 * 32 * 4096 * 4096 * 128
-    products, attention = 2 * 2 * 64 * 16 * 32 / (peak * 0.72), [2 * pairs / (peak * 0.5), 5 * pairs / (peak * 0.5)]
+    products, attention = (
+        2 * 2 * 64 * 16 * 32 / (peak * 0.72),
+        [2 * pairs / (peak * 0.5), 5 * pairs / (peak * 0.5)],
+    )
     assert [k.seconds for k in found.kernels] == pytest.approx(attention)
     assert found.seconds == pytest.approx(77.5e-6 + products + sum(attention))

@@ -18,15 +18,22 @@ SERVER = Mesh(replica=8, fsdp=256, tensor=4, torus=TORUS)
 def test_axes_of_a_torus_have_the_links_of_its_dimensions() -> None:
     links = Links(SLICES, SERVER)
     # A line of four has one link in each direction, of which 0.9 can be had.
-    assert links.seconds("all-gather", GB, ("tensor",)) == pytest.approx(0.75 / 45 + 3 * HOP_SECONDS)
-    # Two whole rings, and a quarter of a third, whose links the four chips between neighbours share.
+    assert links.seconds("all-gather", GB, ("tensor",)) == pytest.approx(
+        0.75 / 45 + 3 * HOP_SECONDS
+    )
+    # Two whole rings, and a quarter of a third, whose links the four chips between neighbours
+    # share.
     hops = 4 + 4 + 2
     gathered = links.seconds("all-gather", GB, ("fsdp",))
     assert gathered == pytest.approx(255 / 256 / (45 * 4.5) + hops * HOP_SECONDS)
     assert links.seconds("reduce-scatter", GB, ("fsdp",)) == gathered
     assert links.seconds("all-reduce", GB, ("fsdp",)) == pytest.approx(2 * gathered)
     assert links.seconds("collective-permute", GB, ("tensor",)) == pytest.approx(1 / 45, rel=1e-3)
-    assert (links.name(("fsdp",)), links.name(("tensor",)), links.name(("replica",))) == ("ICI", "ICI", "DCN")
+    assert (links.name(("fsdp",)), links.name(("tensor",)), links.name(("replica",))) == (
+        "ICI",
+        "ICI",
+        "DCN",
+    )
     assert links.name(("fsdp", "replica")) == "DCN"
 
 
@@ -37,13 +44,17 @@ def test_what_crosses_slices_is_shared_out_by_the_chips_of_each() -> None:
     assert reduced == pytest.approx(2 * (7 / 8 / speed + DCN_HOP_SECONDS * 3))
     wide = Links(SLICES, Mesh(fsdp=2048, tensor=4, torus=TORUS))
     across = wide.seconds("all-gather", 1000 * GB, ("fsdp",))
-    assert across == pytest.approx(max(1000 / 256 * 7 / 8 / speed, 1000 * 255 / 256 / (45 * 4.5)), rel=0.01)
+    assert across == pytest.approx(
+        max(1000 / 256 * 7 / 8 / speed, 1000 * 255 / 256 / (45 * 4.5)), rel=0.01
+    )
     assert wide.name(("fsdp",)) == "DCN"
 
 
 def test_axes_of_gpus_stay_within_a_node_as_far_as_it_goes() -> None:
     links = Links(parse_target("h100:64"), Mesh(fsdp=16, tensor=4))
-    assert links.seconds("all-gather", GB, ("tensor",)) == pytest.approx(0.75 / (450 * 0.8) + OTHER_HOP_SECONDS)
+    assert links.seconds("all-gather", GB, ("tensor",)) == pytest.approx(
+        0.75 / (450 * 0.8) + OTHER_HOP_SECONDS
+    )
     # Of 16 shards two are in a node; what the network brings each node is shared by them.
     slow, latency = GB / 2 * 7 / 8 / (50 * 0.8 * GB), OTHER_HOP_SECONDS * (1 + math.log2(8))
     assert links.seconds("all-gather", GB, ("fsdp",)) == pytest.approx(slow + latency)
@@ -64,9 +75,13 @@ def test_confidence_is_that_of_the_weakest_link() -> None:
 
 
 def test_a_mesh_without_a_torus_gets_the_best_one() -> None:
-    ways = placements((("replica", 1), ("data", 1), ("fsdp", 256), ("context", 1), ("tensor", 4)), (8, 8, 16))
+    ways = placements(
+        (("replica", 1), ("data", 1), ("fsdp", 256), ("context", 1), ("tensor", 4)), (8, 8, 16)
+    )
     assert all(math.prod(map(math.prod, way.values())) == 1024 for way in ways)
-    assert all([math.prod(side) for side in zip(*way.values(), strict=True)] == [8, 8, 16] for way in ways)
+    assert all(
+        [math.prod(side) for side in zip(*way.values(), strict=True)] == [8, 8, 16] for way in ways
+    )
     assert len({str(way) for way in ways}) == len(ways)
     # Two dimensions give four chips twice the links of one.
     assert sorted(ways[0]["tensor"]) == [1, 2, 2]

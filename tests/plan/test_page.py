@@ -11,7 +11,9 @@ import pytest
 from braeburn.plan.page import write
 
 CHROMIUM = shutil.which("chromium")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="opens pages in Chromium: Debian's package chromium")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="opens pages in Chromium: Debian's package chromium"
+)
 
 
 def figure(value, confidence="D"):
@@ -19,11 +21,19 @@ def figure(value, confidence="D"):
 
 
 def layout(step, mesh, memory, links=("ICI", "DCN"), usable=29.5, remat="full", **changes):
-    """A plausible layout around its seconds; where the outer link is None, the time upon it is unknown."""
+    """A plausible layout around its seconds; where the outer link is None, the time upon it is
+    unknown.
+    """
     seconds = {"matrix": 0.7 * step, "attention": 0.09 * step, "memory_bound": 0.05 * step}
     inner, outer = links
     collectives = [
-        {"axis": axis, "kind": kind, "link": link, "bytes": int(1e9), "seconds": part and part * step}
+        {
+            "axis": axis,
+            "kind": kind,
+            "link": link,
+            "bytes": int(1e9),
+            "seconds": part and part * step,
+        }
         for axis, kind, link, part in (
             ("fsdp", "all-gather", inner, 0.12),
             ("fsdp", "reduce-scatter", inner, 0.05),
@@ -41,7 +51,8 @@ def layout(step, mesh, memory, links=("ICI", "DCN"), usable=29.5, remat="full", 
         "remat": remat,
         "accumulation_steps": 1,
         "offload": [],
-        "assignments": {f"mesh.{axis}": size for axis, size in mesh.items()} | {"remat.policy": remat},
+        "assignments": {f"mesh.{axis}": size for axis, size in mesh.items()}
+        | {"remat.policy": remat},
         "fits": usable is None or total <= usable,
         "memory_gib": memory,
         "total_gib": figure(total),
@@ -78,13 +89,22 @@ def target(name, chip, step, links, usable, price, confidence):
     remats = ["full", "query+key+value+attention_output", "full", "none", "query+key", "full"]
     core = [
         layout(
-            step * (1 + 0.07 * i), mesh, memory(2.1 + i / 8, 6.3 + (22 if remat == "none" else i)), links, usable, remat
+            step * (1 + 0.07 * i),
+            mesh,
+            memory(2.1 + i / 8, 6.3 + (22 if remat == "none" else i)),
+            links,
+            usable,
+            remat,
         )
         for i, (mesh, remat) in enumerate(zip(meshes, remats, strict=True))
     ]
     core[4]["accumulation_steps"] = 2
     core[5]["offload"] = ["optimizer"]
-    longer = [layout(2.4 * step, {"replica": 8, "context": 8, "fsdp": 128}, memory(2.1, 11.8), links, usable)]
+    longer = [
+        layout(
+            2.4 * step, {"replica": 8, "context": 8, "fsdp": 128}, memory(2.1, 11.8), links, usable
+        )
+    ]
     productive = step * 375_000 / 86_400
     days = productive / 0.9437
     goodput = {
@@ -129,15 +149,38 @@ def example():
         "recipe": "afm-server",
         "targets": [
             target("v4:8x1024", "TPU v4", 6.12, ("ICI", "DCN"), 29.5, 3.22, "S"),
-            target("mi300x:8192", "AMD Instinct MI300X", 1.87, ("Infinity Fabric", None), 176.0, None, "M"),
-            {"target": "groq-lpu:64", "chip": "Groq LPU", "refused": "it is made for inference only", "stages": {},
-             "total": {}},
+            target(
+                "mi300x:8192",
+                "AMD Instinct MI300X",
+                1.87,
+                ("Infinity Fabric", None),
+                176.0,
+                None,
+                "M",
+            ),
+            {
+                "target": "groq-lpu:64",
+                "chip": "Groq LPU",
+                "refused": "it is made for inference only",
+                "stages": {},
+                "total": {},
+            },
         ],
         "claims": [
-            {"claim": "v5p is 2x v4 in FLOP/s", "claimed": 2.0, "planned": 1.67, "verdict": "no: 459 / 275"},
-            {"claim": "Chana is 1.5x as fast as A100", "claimed": 1.5, "planned": None, "verdict": "cannot be checked"},
+            {
+                "claim": "v5p is 2x v4 in FLOP/s",
+                "claimed": 2.0,
+                "planned": 1.67,
+                "verdict": "no: 459 / 275",
+            },
+            {
+                "claim": "Chana is 1.5x as fast as A100",
+                "claimed": 1.5,
+                "planned": None,
+                "verdict": "cannot be checked",
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 class Elements(HTMLParser):
@@ -167,7 +210,9 @@ class Elements(HTMLParser):
 
     def texts(self, selector):
         """Of the elements with that tag, or class if it begins with a dot."""
-        return [text for tag, classes, text in self.all if tag == selector or selector[1:] in classes]
+        return [
+            text for tag, classes, text in self.all if tag == selector or selector[1:] in classes
+        ]
 
 
 @pytest.fixture
@@ -179,15 +224,28 @@ def opened(tmp_path):
             file.write(f"<script>{script}</script>")
         # The browser's own window cannot be as narrow as a phone.
         (tmp_path / "frame.html").write_text(
-            f"<iframe src=plan.html style='border:0;width:{width}px;height:900px'></iframe><script>onload = () => "
-            "document.write(document.querySelector('iframe').contentDocument.documentElement.outerHTML)</script>"
+            f"<iframe src=plan.html "
+            f"style='border:0;width:{width}px;height:900px'></iframe><script>onload = () => "
+            "document.write(document.querySelector('iframe')"
+            ".contentDocument.documentElement.outerHTML)</script>"
         )
         done = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-             "--allow-file-access-from-files", "--window-size=1400,1000", "--dump-dom",
-             (tmp_path / ("frame.html" if width < 500 else "plan.html")).as_uri()],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                "--allow-file-access-from-files",
+                "--window-size=1400,1000",
+                "--dump-dom",
+                (tmp_path / ("frame.html" if width < 500 else "plan.html")).as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
         return Elements(done.stdout)
 
     return open_
@@ -206,7 +264,9 @@ def test_charts_draw_what_the_plan_says(opened):
     for mark in (".bar", ".interval", ".point"):
         assert len(page.texts(mark)) == len(layouts) + len(stages)
     assert len(page.texts(".limit")) == len(layouts) + len(stages)
-    known = [one for layout in layouts for one in layout["collectives"] if one["seconds"] is not None]
+    known = [
+        one for layout in layouts for one in layout["collectives"] if one["seconds"] is not None
+    ]
     parts = sum(len(layout["memory_gib"]) + len(layout["seconds"]) for layout in layouts)
     assert len(page.texts(".segment")) == parts + len(known)
     assert len(page.texts("table")) == 3 + len(stages)
@@ -233,12 +293,18 @@ def test_charts_draw_what_the_plan_says(opened):
 
 @needs_browser
 def test_text_is_never_markup(opened):
-    hostile = "</script><script>document.body.className='owned'</script><!-- <img src=x> \\u003c \"'`${1}\u2028"
+    hostile = (
+        "</script><script>document.body.className='owned'</script><!-- <img src=x> \\u003c "
+        "\"'`${1}\u2028"
+    )
     plan = example()
 
     def spoil(value):
         if isinstance(value, dict):
-            return {key: item if key in ("value", "seconds") else spoil(item) for key, item in value.items()}
+            return {
+                key: item if key in ("value", "seconds") else spoil(item)
+                for key, item in value.items()
+            }
         if isinstance(value, list):
             return [spoil(item) for item in value]
         return hostile if isinstance(value, str) else value
@@ -275,7 +341,11 @@ def test_what_is_unknown_is_said_to_be(opened):
     assert rows[1].endswith("replica 8 · fsdp 256 · tensor 4" + "unknown" * 4)
     assert not page.texts(".limit")[3:]
     assert "No layout was found." in page.texts("p")
-    assert not [text for text in page.texts("body") if "NaN" in text or "undefined" in text or "null" in text]
+    assert not [
+        text
+        for text in page.texts("body")
+        if "NaN" in text or "undefined" in text or "null" in text
+    ]
 
 
 @needs_browser
@@ -286,7 +356,10 @@ def test_layouts_sort_and_what_is_unknown_stands_last(opened):
     plan["targets"][0]["stages"]["core"]["layouts"][1]["mfu"] = None
     for i, layout in enumerate(plan["targets"][0]["stages"]["core"]["layouts"]):
         layout["mfu"] = None if i == 1 else figure((0.4, 0, 0.5, 0.1, 0.3, 0.2)[i])
-    press = "for (const b of document.querySelectorAll('button')) if (b.textContent === 'MFU') { CLICKS }"
+    press = (
+        "for (const b of document.querySelectorAll('button')) if (b.textContent === 'MFU') { "
+        "CLICKS }"
+    )
     for clicks, order in ((1, "465132"), (2, "315642")):
         page = opened(plan, press.replace("CLICKS", "b.click();" * clicks))
         rows = [text for text in page.texts("tr") if "torus: " in text]
@@ -306,7 +379,9 @@ def test_nothing_overlaps_or_sticks_out(opened, width):
         const inside = document.documentElement.scrollWidth <= innerWidth;
         document.body.append(make("output", {}, `${overlapping.length} ${inside} ${innerWidth}`));
     """
-    (output,) = opened(plan, f"addEventListener('load', () => {{ {measure} }})", width).texts("output")
+    (output,) = opened(plan, f"addEventListener('load', () => {{ {measure} }})", width).texts(
+        "output"
+    )
     overlapping, inside, inner = output.split()
     assert (overlapping, inside) == ("0", "true")
     assert int(inner) == width if width < 500 else int(inner) > 1000
@@ -320,7 +395,9 @@ def test_the_page_is_whole(tmp_path):
     write(plan, path)
     text = path.read_text("utf-8")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
-    assert not re.search(r"https?:|//[a-z]+\.|\bsrc=|@import|url\(|<link|\bfetch\(|innerHTML|insertAdjacent", text)
+    assert not re.search(
+        r"https?:|//[a-z]+\.|\bsrc=|@import|url\(|<link|\bfetch\(|innerHTML|insertAdjacent", text
+    )
     assert "default-src 'none'" in text
     start = text.index('id="plan">') + len('id="plan">')
     data = text[start : text.index("</script", start)]

@@ -15,8 +15,21 @@ from braeburn.plan.cost import estimate
 from braeburn.recipes import load
 from support import braeburn
 
-MANY = ["s4000:1000", "gaudi3:64", "mi250x:128", "mi300x:64", "trainium2:64", "ascend-910b3:64", "h100:64", "v5p:64"]
-REFUSED = {"chana:64": "no specification", "groq-lpu:64": "inference only", "sohu:64": "inference only"}
+MANY = [
+    "s4000:1000",
+    "gaudi3:64",
+    "mi250x:128",
+    "mi300x:64",
+    "trainium2:64",
+    "ascend-910b3:64",
+    "h100:64",
+    "v5p:64",
+]
+REFUSED = {
+    "chana:64": "no specification",
+    "groq-lpu:64": "inference only",
+    "sohu:64": "inference only",
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +39,9 @@ def many() -> dict[str, Any]:
     return json.loads(answer.out)
 
 
-def test_chips_are_set_side_by_side_with_the_confidence_of_each_figure(many: dict[str, Any]) -> None:
+def test_chips_are_set_side_by_side_with_the_confidence_of_each_figure(
+    many: dict[str, Any],
+) -> None:
     plans = {target["target"]: target for target in many["targets"]}
     assert list(plans) == [*MANY, *REFUSED]
     for name, reason in REFUSED.items():
@@ -48,7 +63,9 @@ def test_chips_are_set_side_by_side_with_the_confidence_of_each_figure(many: dic
         assert stage["tokens"] >= 2_000_000_000_000
     assert plans["v5p:64"]["total"]["days"]["confidence"] == "V"
     assert plans["v5p:64"]["total"]["cost_usd"]["confidence"] == "S"
-    assert plans["s4000:1000"]["stages"]["pretrain"]["idle_chips"] == 488  # 1,024 sequences on multiples of 8 chips
+    assert (
+        plans["s4000:1000"]["stages"]["pretrain"]["idle_chips"] == 488
+    )  # 1,024 sequences on multiples of 8 chips
     assert plans["s4000:1000"]["stages"]["pretrain"]["layouts"][0]["serial"] is None
 
 
@@ -57,7 +74,9 @@ def test_totals_follow_from_steps_and_goodput(many: dict[str, Any]) -> None:
     total, stage = target["total"], target["stages"]["pretrain"]
     productive = stage["layouts"][0]["step_seconds"]["value"] * stage["steps"] / 86_400
     assert stage["days"]["value"] == pytest.approx(productive)
-    assert total["days"]["value"] == pytest.approx(productive / total["goodput"]["expected"], rel=1e-3)
+    assert total["days"]["value"] == pytest.approx(
+        productive / total["goodput"]["expected"], rel=1e-3
+    )
     assert total["chip_hours"]["value"] == pytest.approx(total["days"]["value"] * 24 * 64)
     assert total["cost_usd"]["value"] == pytest.approx(total["chip_hours"]["value"] * 6.88)
     assert total["energy_mwh"]["value"] == pytest.approx(total["chip_hours"]["value"] * 700e-6)
@@ -79,12 +98,29 @@ def test_claims_of_vendors_stand_beside_the_plans_own_ratio(many: dict[str, Any]
 def test_a_plan_in_rows(tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
     answer = braeburn(
-        "plan", "afm-85m", "--on", "h100:8", "v5e:8", "s4000:64", "sohu:8", "--layouts", "2", "--html", page
+        "plan",
+        "afm-85m",
+        "--on",
+        "h100:8",
+        "v5e:8",
+        "s4000:64",
+        "sohu:8",
+        "--layouts",
+        "2",
+        "--html",
+        page,
     )
     assert answer.code == 0, answer.err
-    for text in ("afm-85m on h100:8, stage context", "all stages", "unknown", "refused: sohu:8", "own  fsdp=8"):
+    for text in (
+        "afm-85m on h100:8, stage context",
+        "all stages",
+        "unknown",
+        "refused: sohu:8",
+        "own  fsdp=8",
+    ):
         assert text in answer.out
-    # What a network of unknown speed adds is not in days, hours or energy; the price is not known at all.
+    # What a network of unknown speed adds is not in days, hours or energy; the price is not known
+    # at all.
     (unknown,) = (line for line in answer.out.splitlines() if line.startswith("s4000:64"))
     assert unknown.count(">= ") == 4
     assert "afm-85m" in page.read_text()
@@ -93,9 +129,13 @@ def test_a_plan_in_rows(tmp_path: Path) -> None:
 def test_the_recipes_own_layout_is_estimated_as_it_is_set() -> None:
     changes = {"mesh.data": 512, "mesh.fsdp": 1, "mesh.tensor": 1, "remat.policy": "full"}
     sets = [part for path, value in changes.items() for part in ("--set", f"{path}={value}")]
-    answer = braeburn("plan", "afm-on-device-scratch", "--on", "v5p:512", "--stage", "core", *sets, "--json")
+    answer = braeburn(
+        "plan", "afm-on-device-scratch", "--on", "v5p:512", "--stage", "core", *sets, "--json"
+    )
     own = json.loads(answer.out)["targets"][0]["stages"]["core"]["own"]
-    expected = estimate(override(load("afm-on-device-scratch"), changes), "core", parse_target("v5p:512"))
+    expected = estimate(
+        override(load("afm-on-device-scratch"), changes), "core", parse_target("v5p:512")
+    )
     assert own["step_seconds"]["value"] == pytest.approx(expected.step)
     assert own["remat"] == "full"
 
@@ -107,10 +147,16 @@ def test_the_days_in_which_a_teacher_labels_are_counted() -> None:
     labelling = {name: stage["labelling_days"] for name, stage in stages.items()}
     assert [name for name, days in labelling.items() if days] == ["core"]
     # Forward alone, a third of the training of the larger model on as many tokens.
-    taught = stages["larger"]["days"]["value"] * stages["core"]["tokens"] / stages["larger"]["tokens"]
+    taught = (
+        stages["larger"]["days"]["value"] * stages["core"]["tokens"] / stages["larger"]["tokens"]
+    )
     assert labelling["core"]["value"] == pytest.approx(taught / 3, rel=0.2)
-    productive = sum(stage["days"]["value"] for stage in stages.values()) + labelling["core"]["value"]
-    assert total["days"]["value"] == pytest.approx(productive / total["goodput"]["expected"], rel=1e-3)
+    productive = (
+        sum(stage["days"]["value"] for stage in stages.values()) + labelling["core"]["value"]
+    )
+    assert total["days"]["value"] == pytest.approx(
+        productive / total["goodput"]["expected"], rel=1e-3
+    )
     rows = braeburn("plan", "afm-on-device", "--on", "v5p:64", "--stage", "core").out
     assert f"{labelling['core']['value']:.3g} V days in which the teacher labels the text" in rows
 
@@ -120,7 +166,9 @@ def test_prices_and_failures_can_be_given(tmp_path: Path) -> None:
     own.write_text("[mi300x]\nprice = 2.0\n")
     arguments = ("plan", "llama2-7b", "--on", "mi300x:64", "--json", "--chips", own)
     few, many = (
-        json.loads(braeburn(*arguments, "--failures-per-chip-hour", rate).out)["targets"][0]["total"]
+        json.loads(braeburn(*arguments, "--failures-per-chip-hour", rate).out)["targets"][0][
+            "total"
+        ]
         for rate in ("1e-7", "1e-3")
     )
     assert few["cost_usd"]["value"] == pytest.approx(2 * few["chip_hours"]["value"])
@@ -131,7 +179,8 @@ def test_prices_and_failures_can_be_given(tmp_path: Path) -> None:
 def test_a_chip_of_ones_own_is_planned(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text(
-        "[mychip]\nbf16_tflops = 400\nmemory_gb = 64\nmemory_gb_per_s = 2000\nlink_gb_per_s = 200\ndomain = 8\n"
+        "[mychip]\nbf16_tflops = 400\nmemory_gb = 64\nmemory_gb_per_s = 2000\nlink_gb_per_s = "
+        "200\ndomain = 8\n"
     )
     answer = braeburn("plan", "llama2-7b", "--on", "mychip:64", "--chips", own, "--json")
     best = json.loads(answer.out)["targets"][0]["stages"]["pretrain"]["layouts"][0]
@@ -141,7 +190,13 @@ def test_a_chip_of_ones_own_is_planned(tmp_path: Path) -> None:
 
 def test_a_claim_against_a_chip_without_such_slices_is_left_open() -> None:
     answer = braeburn(
-        "plan", "llama3-8b", "--on", "v5p:6144", "--set", "stages.pretrain.batch_tokens=50331648", "--json"
+        "plan",
+        "llama3-8b",
+        "--on",
+        "v5p:6144",
+        "--set",
+        "stages.pretrain.batch_tokens=50331648",
+        "--json",
     )
     assert {claim["verdict"] for claim in json.loads(answer.out)["claims"]} == {"cannot be planned"}
 
@@ -150,7 +205,10 @@ def test_mistakes() -> None:
     for arguments, words in (
         (("--on", "chana:64"), "chana:64: no specification"),
         (("--on", "llama2-70b"), "is not a chip"),
-        (("--on", "h100:64", "--stage", "core"), "--stage 'core' is no stage of llama2-7b; it must be one of pretrain"),
+        (
+            ("--on", "h100:64", "--stage", "core"),
+            "--stage 'core' is no stage of llama2-7b; it must be one of pretrain",
+        ),
         (("--on", "h100:64", "--failures-per-chip-hour", "-1"), "failures_per_chip_hour"),
         (("--on", "h100:64", "--chips", "none.toml"), "none.toml"),
         (("--on", "v5e:2048"), "there is no slice of 2048 v5e chips"),
@@ -160,11 +218,17 @@ def test_mistakes() -> None:
 
 
 def test_compiled_layouts_are_ranked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what a compiler says: here one that finds no room for the first, and the third faster than the second."""
+    """By what a compiler says: here one that finds no room for the first, and the third faster than
+    the second.
+    """
 
     class Said:
         def __init__(self, number: int):
-            self.fits, self.required_gib, self.interval = number != 0, 10.0 + number, (1.0, 5.0 - number)
+            self.fits, self.required_gib, self.interval = (
+                number != 0,
+                10.0 + number,
+                (1.0, 5.0 - number),
+            )
             self.computing = type("Computing", (), {"seconds": 1.0})
 
     asked: list[str] = []
@@ -176,7 +240,9 @@ def test_compiled_layouts_are_ranked_anew(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("braeburn.plan.compiled.compile_step", compile_step)
     run, target = load("llama2-7b"), parse_target("h100:64")
     plain = compare("llama2-7b", [(run, target)], catalogue(), ["pretrain"], {})
-    plan = compare("llama2-7b", [(run, target)], catalogue(), ["pretrain"], {}, ranked_by_compiling(3))
+    plan = compare(
+        "llama2-7b", [(run, target)], catalogue(), ["pretrain"], {}, ranked_by_compiling(3)
+    )
     before, after = (p["targets"][0]["stages"]["pretrain"]["layouts"] for p in (plain, plan))
     assert len(asked) == 3
     assert [layout["mesh"] for layout in after[:3]] == [before[i]["mesh"] for i in (2, 1, 3)]

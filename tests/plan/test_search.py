@@ -1,4 +1,6 @@
-"""The layouts that are found: they divide the model, reproduce when set, and cross slices with replicas alone."""
+"""The layouts that are found: they divide the model, reproduce when set, and cross slices with
+replicas alone.
+"""
 
 import math
 from itertools import pairwise
@@ -26,7 +28,11 @@ def test_only_replicas_cross_slices(stage: str) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "stage", "target"),
-    [("afm-server", "core", "v4:2x128"), ("llama2-7b", "pretrain", "h100:64"), ("qwen3-8b", "context", "v6e:64")],
+    [
+        ("afm-server", "core", "v4:2x128"),
+        ("llama2-7b", "pretrain", "h100:64"),
+        ("qwen3-8b", "context", "v6e:64"),
+    ],
 )
 def test_layouts_are_what_they_say(recipe: str, stage: str, target: str) -> None:
     run, on = load(recipe), parse_target(target)
@@ -47,9 +53,16 @@ def test_layouts_are_what_they_say(recipe: str, stage: str, target: str) -> None
 def test_no_layout_of_the_search_is_better_than_the_first() -> None:
     run, target = load("llama2-7b"), parse_target("v5p:64")
     best = candidates(run, "pretrain", target)[0].estimate
-    for mesh in ({"fsdp": 64}, {"data": 8, "fsdp": 8}, {"fsdp": 16, "tensor": 4}, {"fsdp": 32, "context": 2}):
+    for mesh in (
+        {"fsdp": 64},
+        {"data": 8, "fsdp": 8},
+        {"fsdp": 16, "tensor": 4},
+        {"fsdp": 32, "context": 2},
+    ):
         for policy in ("full", "save_named"):
-            changes = {f"mesh.{axis}": mesh.get(axis, 1) for axis in run.mesh.sizes} | {"remat.policy": policy}
+            changes = {f"mesh.{axis}": mesh.get(axis, 1) for axis in run.mesh.sizes} | {
+                "remat.policy": policy
+            }
             for steps in (1, 4):
                 changes["stages.pretrain.accumulation_steps"] = steps
                 other = estimate(override(run, changes), "pretrain", target)
@@ -76,11 +89,17 @@ def test_what_cannot_fit_is_told_with_what_would() -> None:
     assert "15.8 are there" in sentence
     assert f"{more} has room" in sentence
     half = parse_target(f"v5e:{more.chips // 2}")
-    assert all(c.estimate.total_gib > 0.9 * c.estimate.usable_gib for c in candidates(run, "pretrain", half))
+    assert all(
+        c.estimate.total_gib > 0.9 * c.estimate.usable_gib
+        for c in candidates(run, "pretrain", half)
+    )
 
 
 def test_a_number_of_chips_that_divides_nothing_is_told() -> None:
-    run = override(load("llama2-7b"), {"stages.pretrain.batch_tokens": 4096 * 3, "stages.pretrain.tokens": 10**9})
+    run = override(
+        load("llama2-7b"),
+        {"stages.pretrain.batch_tokens": 4096 * 3, "stages.pretrain.tokens": 10**9},
+    )
     target = parse_target("h100:40")
     assert "no mesh of 40 chips divides" in why_nothing_fits(run, "pretrain", target, [])
 

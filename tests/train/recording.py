@@ -1,4 +1,6 @@
-"""The command line with a record, in the file of BRAEBURN_TEST_RECORD, of each batch that the training loop takes."""
+"""The command line with a record, in the file of BRAEBURN_TEST_RECORD, of each batch that the
+training loop takes.
+"""
 
 import hashlib
 import json
@@ -17,7 +19,10 @@ def prefetch(batches: Any, start: int, workers: int, ahead: int) -> Iterator[Any
         hashes = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in batch["inputs"]]
         with Path(os.environ["BRAEBURN_TEST_RECORD"]).open("a") as file:
             file.write(
-                json.dumps({"index": index, "rows": dict(zip(map(str, batches.rows), hashes, strict=True))}) + "\n"
+                json.dumps(
+                    {"index": index, "rows": dict(zip(map(str, batches.rows), hashes, strict=True))}
+                )
+                + "\n"
             )
         yield batch
 

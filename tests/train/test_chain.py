@@ -1,4 +1,6 @@
-"""A larger model is trained, pruned, taught what it was, and rounded: as one run, whatever interrupts or splits it."""
+"""A larger model is trained, pruned, taught what it was, and rounded: as one run, whatever
+interrupts or splits it.
+"""
 
 import contextlib
 import json
@@ -13,7 +15,17 @@ import numpy as np
 import pytest
 from test_resume import begin, curve, stage_ends
 
-from braeburn.config import Distillation, Mesh, Pruning, Quantization, Run, Schedule, Stage, override, validate
+from braeburn.config import (
+    Distillation,
+    Mesh,
+    Pruning,
+    Quantization,
+    Run,
+    Schedule,
+    Stage,
+    override,
+    validate,
+)
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import train as train_tokenizer
@@ -48,11 +60,19 @@ def chain(tiny: Run) -> Run:
     """The chain, in float32, with a checkpoint of every step."""
     stages = {
         "larger": stage(tiny, LARGER),
-        "pruned": stage(tiny, PRUNED - LARGER, pruning=Pruning(keep={"ffn": KEEP}, calibration_tokens=2048)),
-        "taught": stage(tiny, TAUGHT - PRUNED, teacher="larger", distillation=Distillation(cached=True)),
+        "pruned": stage(
+            tiny, PRUNED - LARGER, pruning=Pruning(keep={"ffn": KEEP}, calibration_tokens=2048)
+        ),
+        "taught": stage(
+            tiny, TAUGHT - PRUNED, teacher="larger", distillation=Distillation(cached=True)
+        ),
         "rounded": stage(tiny, ROUNDED - TAUGHT, quantization=Quantization(kind="int4")),
     }
-    fields = {"precision.compute": "float32", "checkpoint.every_steps": 1, "checkpoint.keep_last": ROUNDED}
+    fields = {
+        "precision.compute": "float32",
+        "checkpoint.every_steps": 1,
+        "checkpoint.keep_last": ROUNDED,
+    }
     return with_stages(tiny, stages, fields)
 
 
@@ -66,7 +86,9 @@ def whole(chain: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def as_of(whole: Path, tmp_path: Path) -> Callable[[int], Path]:
-    """Makes a copy of the chain's directory as it was when its newest checkpoint was that of a step."""
+    """Makes a copy of the chain's directory as it was when its newest checkpoint was that of a
+    step.
+    """
 
     def copy(step: int) -> Path:
         directory = shutil.copytree(whole, tmp_path / f"as of {step}")
@@ -95,7 +117,12 @@ def same(one: Any, other: Any) -> None:
 
 def test_what_each_stage_leaves(whole: Path, chain: Run) -> None:
     assert [row["step"] for row in rows(whole)] == list(range(1, ROUNDED + 1))
-    assert [event["step"] for event in events(whole, "stage_end")] == [LARGER, PRUNED, TAUGHT, ROUNDED]
+    assert [event["step"] for event in events(whole, "stage_end")] == [
+        LARGER,
+        PRUNED,
+        TAUGHT,
+        ROUNDED,
+    ]
     read = Checkpoints(whole).restore_params
     for step, width in ((LARGER, 160), (PRUNED, KEEP), (ROUNDED, KEEP)):
         model, _ = model_at(chain, step)
@@ -108,9 +135,20 @@ def test_what_each_stage_leaves(whole: Path, chain: Run) -> None:
 
 
 @pytest.mark.deep
-def test_stops_within_stages_and_between_leave_no_trace(whole: Path, chain: Run, tmp_path: Path) -> None:
+def test_stops_within_stages_and_between_leave_no_trace(
+    whole: Path, chain: Run, tmp_path: Path
+) -> None:
     run = override(chain, {"checkpoint.every_steps": 1000, "checkpoint.keep_last": 1})
-    for stop in (LARGER - 1, LARGER, LARGER + 2, PRUNED - 1, PRUNED, PRUNED + 1, TAUGHT, TAUGHT + 2):
+    for stop in (
+        LARGER - 1,
+        LARGER,
+        LARGER + 2,
+        PRUNED - 1,
+        PRUNED,
+        PRUNED + 1,
+        TAUGHT,
+        TAUGHT + 2,
+    ):
         done = rows(tmp_path)[-1]["step"] if (tmp_path / "metrics.jsonl").exists() else 0
         assert train(run, tmp_path, stop_after_steps=stop - done).step == stop
         assert curve(tmp_path) == curve(whole)[:stop]
@@ -129,11 +167,15 @@ def test_stops_within_stages_and_between_leave_no_trace(whole: Path, chain: Run,
 def test_a_kill_while_pruning_loses_nothing(whole: Path, chain: Run, tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.py", tmp_path / "out"
     recipe.write_text(
-        f"from braeburn.config import validate\n\ndef run():\n    return validate({chain.model_dump()!r})\n"
+        f"from braeburn.config import validate\n\ndef run():\n    return "
+        f"validate({chain.model_dump()!r})\n"
     )
     process = begin([f"{recipe}:run"], out)
     deadline = time.monotonic() + 200
-    while process.poll() is None and len((out / "metrics.jsonl").read_text().splitlines()) < PRUNED - 1:
+    while (
+        process.poll() is None
+        and len((out / "metrics.jsonl").read_text().splitlines()) < PRUNED - 1
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.kill()
@@ -151,7 +193,10 @@ def test_cached_and_live_teachers_give_the_same_losses(
     curves = []
     on_disk = str(whole / "checkpoints" / str(LARGER))
     for cached, teacher in ((True, "larger"), (False, "larger"), (False, on_disk)):
-        fields = {"stages.taught.distillation.target": target, "stages.taught.distillation.cached": cached}
+        fields = {
+            "stages.taught.distillation.target": target,
+            "stages.taught.distillation.cached": cached,
+        }
         fields["stages.taught.teacher"] = teacher
         directory = as_of(PRUNED)
         train(override(chain, fields), directory, stop_after_steps=TAUGHT - PRUNED)
@@ -187,7 +232,9 @@ def test_after_pruning_it_is_an_ordinary_smaller_model(
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_in_the_middle_of_pruning_the_masked_model_is_loaded(as_of: Callable[[int], Path], chain: Run) -> None:
+def test_in_the_middle_of_pruning_the_masked_model_is_loaded(
+    as_of: Callable[[int], Path], chain: Run
+) -> None:
     step = LARGER + 2
     directory = as_of(step)
     raw = Checkpoints(directory).restore_params(step, abstract(trained_specs(chain, "pruned")))
@@ -206,7 +253,9 @@ def test_in_the_middle_of_pruning_the_masked_model_is_loaded(as_of: Callable[[in
     [{}, {"mesh.fsdp": 2, "mesh.tensor": 2}, {"mesh.fsdp": 2, "offload.optimizer": True}],
     ids=["one device", "fsdp 2 x tensor 2", "fsdp 2, offloaded"],
 )
-def test_what_is_cut_is_cut_from_the_optimizer_too(whole: Path, chain: Run, changes: dict[str, Any]) -> None:
+def test_what_is_cut_is_cut_from_the_optimizer_too(
+    whole: Path, chain: Run, changes: dict[str, Any]
+) -> None:
     run = override(chain, {"mesh.fsdp": 1} | changes)
     state = restored(whole, run, "pruned", PRUNED - 1)
     scores = np.asarray(state.params[MASKS]["ffn"])
@@ -250,7 +299,8 @@ def compilations() -> Iterator[list[float]]:
 
 def paths(tree: Any) -> dict[str, Any]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
@@ -259,11 +309,15 @@ ALL_AXES = {"ffn": KEEP, "heads": 2, "embed": 48}
 
 def entered(whole: Path, chain: Run, pruning: Pruning, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """The state that the pruning stage finds, and the one that it trains, on a mesh."""
-    run = chain.model_copy(update={"mesh": mesh, "stages": chain.stages | {"pruned": stage(chain, 5, pruning=pruning)}})
+    run = chain.model_copy(
+        update={"mesh": mesh, "stages": chain.stages | {"pruned": stage(chain, 5, pruning=pruning)}}
+    )
     layout = layout_of(run, "pruned")
     found = of_model(layout, chain.model)
     shape = abstract_state(run, "pruned", found)
-    state = Checkpoints(whole).restore(LARGER, shape, stage_optimizer(run, "pruned", found.specs).init)
+    state = Checkpoints(whole).restore(
+        LARGER, shape, stage_optimizer(run, "pruned", found.specs).init
+    )
     part, stores = run.stages["pruned"], prepare(run, lambda line: None).train
     batches = Batches(part, "pruned", run.seed, stores, layout.rows(part.batch_size))
     return state, enter(run, "pruned", state, layout, calibration(part, batches, layout))
@@ -276,24 +330,37 @@ def test_other_methods_cut_at_the_start(whole: Path, chain: Run, method: Any) ->
     _, split = entered(whole, chain, pruning, Mesh(fsdp=2, tensor=2))
     same(one, split)
     shapes = {path: leaf.shape for path, leaf in walk(one.params)}
-    assert shapes["layers/down"] == (2, KEEP, 48) and shapes["embedding"] == (chain.model.vocab_size, 48)
+    assert shapes["layers/down"] == (2, KEEP, 48) and shapes["embedding"] == (
+        chain.model.vocab_size,
+        48,
+    )
     assert shapes["layers/query"] == (2, 48, 2, 16) and shapes["layers/key"] == (2, 48, 2, 16)
-    moments = [leaf.shape for path, leaf in paths(one.optimizer).items() if path.endswith("layers/down")]
+    moments = [
+        leaf.shape for path, leaf in paths(one.optimizer).items() if path.endswith("layers/down")
+    ]
     assert moments == [(2, KEEP, 48)] * 2
 
 
 def test_magnitude_keeps_the_largest(whole: Path, chain: Run) -> None:
     pruning = Pruning(keep={"ffn": KEEP}, method="magnitude")
     before, after = entered(whole, chain, pruning, Mesh(fsdp=1))
-    gate, up, down = (np.asarray(before.params["layers"][name], np.float64) for name in ("gate", "up", "down"))
+    gate, up, down = (
+        np.asarray(before.params["layers"][name], np.float64) for name in ("gate", "up", "down")
+    )
     norms = (gate**2).sum(axis=1) + (up**2).sum(axis=1) + (down**2).sum(axis=2)
     units = np.sort(np.argsort(-norms, axis=-1)[:, :KEEP], axis=-1)
-    expected = np.take_along_axis(np.asarray(before.params["layers"]["down"]), units[..., None], axis=1)
+    expected = np.take_along_axis(
+        np.asarray(before.params["layers"]["down"]), units[..., None], axis=1
+    )
     np.testing.assert_array_equal(np.asarray(after.params["layers"]["down"]), expected)
 
 
-@pytest.mark.parametrize("method", [pytest.param("soft_top_k", marks=pytest.mark.deep), "activation"])
-def test_heads_and_width_are_pruned_in_a_run(as_of: Callable[[int], Path], chain: Run, method: str) -> None:
+@pytest.mark.parametrize(
+    "method", [pytest.param("soft_top_k", marks=pytest.mark.deep), "activation"]
+)
+def test_heads_and_width_are_pruned_in_a_run(
+    as_of: Callable[[int], Path], chain: Run, method: str
+) -> None:
     directory = as_of(LARGER)
     pruning = {"keep": ALL_AXES, "method": method, "calibration_tokens": 2048}
     run = override(chain, {"stages.pruned.pruning": pruning})
@@ -304,7 +371,9 @@ def test_heads_and_width_are_pruned_in_a_run(as_of: Callable[[int], Path], chain
     trained = load(directory)
     assert (trained.model.ffn_dim, trained.model.num_heads, trained.model.d_model) == (KEEP, 2, 48)
     losses = [row["loss"] for row in rows(directory)]
-    assert losses[-1] < losses[LARGER - 1] + 1  # what is left has not forgotten all: without training it knows nothing
+    assert (
+        losses[-1] < losses[LARGER - 1] + 1
+    )  # what is left has not forgotten all: without training it knows nothing
     measured = [result["loss"] for result in end["held_out"].values()]
     assert len(measured) == 2 and np.isfinite(measured).all()
 
@@ -315,15 +384,22 @@ def test_the_chain_on_a_mesh_is_that_of_one_device(chain: Run, tmp_path: Path) -
     fields |= {f"stages.{name}.learning_rate": 1e-3 for name in chain.stages}
     one = override(chain, fields)
     train(one, tmp_path / "one")
-    # Another mesh for the smaller model: by way of the checkpoint just made. Being equal but for rounding errors, the
-    # runs would part where a label of two that are as likely, or a weight half-way between two levels, goes by them.
+    # Another mesh for the smaller model: by way of the checkpoint just made. Being equal but for
+    # rounding errors, the runs would part where a label of two that are as likely, or a weight
+    # half-way between two levels, goes by them.
     split = override(one, {"mesh": {"fsdp": 2, "tensor": 2}, "stages.taught.mesh": {"fsdp": 4}})
     train(split, tmp_path / "split", follow=(tmp_path / "one", PRUNED))
     expected, found = (rows(tmp_path / name) for name in ("one", "split"))
     for figure in ("loss", "grad_norm"):
-        np.testing.assert_allclose([row[figure] for row in found], [row[figure] for row in expected], rtol=1e-5)
+        np.testing.assert_allclose(
+            [row[figure] for row in found], [row[figure] for row in expected], rtol=1e-5
+        )
     ends = [
-        [values["loss"] for end in stage_ends(tmp_path / name) for values in end["held_out"].values()]
+        [
+            values["loss"]
+            for end in stage_ends(tmp_path / name)
+            for values in end["held_out"].values()
+        ]
         for name in ("one", "split")
     ]
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-5)
@@ -337,7 +413,9 @@ def test_teachers_that_cannot_teach(
     def refused(teacher: Path, *more: str) -> str:
         out = tmp_path / "refused"
         sets = (f"stages.continued.teacher={teacher}", *more)
-        answer = braeburn("train", *tiny_arguments, *(part for s in sets for part in ("--set", s)), "--out", out)
+        answer = braeburn(
+            "train", *tiny_arguments, *(part for s in sets for part in ("--set", s)), "--out", out
+        )
         assert not list(out.glob("[!.]*"))
         return answer.error
 
@@ -346,9 +424,16 @@ def test_teachers_that_cannot_teach(
     assert "is not a run directory" in refused(nowhere)
     assert "holds no complete checkpoint" in refused(whole / "checkpoints" / "99")
     middle = as_of(LARGER + 2)
-    assert f"checkpoint {LARGER + 2} of {str(middle)!r} is from the middle of the stage 'pruned'" in refused(middle)
+    assert (
+        f"checkpoint {LARGER + 2} of {str(middle)!r} is from the middle of the stage 'pruned'"
+        in refused(middle)
+    )
     sentence = refused(whole, "model.vocab_size=384")
-    assert "has a vocabulary of 512, not model.vocab_size=384; set model.vocab_size to 512" in sentence
+    assert (
+        "has a vocabulary of 512, not model.vocab_size=384; set model.vocab_size to 512" in sentence
+    )
     other = tmp_path / "other.json"
     train_tokenizer(["some words and other words, some of them again"], 280).save(other)
-    assert "has another tokenizer than the run; set data.tokenizer to" in refused(whole, f"data.tokenizer={other}")
+    assert "has another tokenizer than the run; set data.tokenizer to" in refused(
+        whole, f"data.tokenizer={other}"
+    )

@@ -1,4 +1,4 @@
-"""What is saved is what is restored, or the checkpoint is refused; whatever happens to its files."""
+"""What is restored is what was saved, or the checkpoint is refused."""
 
 import hashlib
 import json
@@ -25,7 +25,10 @@ from braeburn.train.record import Damaged
 from braeburn.train.state import TrainState, new_state
 from support import contents
 
-PARAMS = {"layers": {"up": jnp.arange(64 * 48, dtype=jnp.float32).reshape(64, 48) / 7}, "norm": jnp.ones(48)}
+PARAMS = {
+    "layers": {"up": jnp.arange(64 * 48, dtype=jnp.float32).reshape(64, 48) / 7},
+    "norm": jnp.ones(48),
+}
 OPTIMIZER = optax.adamw(1e-3)
 
 
@@ -47,7 +50,10 @@ def restored(directory: Path, step: int) -> TrainState:
 
 
 def same(one: Any, other: Any) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    return all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
 
 
 def begin(directory: Path, identity: str = "one") -> Path:
@@ -85,7 +91,8 @@ def test_what_is_saved_is_restored_with_its_record(pristine: Path) -> None:
     assert record is not None and record.step == 8 and record.run == "one"
     assert set(record.parts) == {"params", "optimizer", "run"}
     kept = {
-        path.relative_to(pristine / "checkpoints" / "8").as_posix() for path in files_of(pristine / "checkpoints" / "8")
+        path.relative_to(pristine / "checkpoints" / "8").as_posix()
+        for path in files_of(pristine / "checkpoints" / "8")
     }
     assert kept - set(record.files) == {"record.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
     assert all(name.split("/")[0] in record.parts for name in record.files)
@@ -188,7 +195,10 @@ def test_damage_falls_back_to_the_newest_sound_one(directory: Path, damage: Any)
     with pytest.raises(UserError) as refusal:
         restored(directory, 8)
     sound = "checkpoint 3 is sound" if damage is swap_steps else "checkpoints 3, 5 are sound"
-    assert f"{str(directory / 'checkpoints' / '8')!r} is damaged: {faults[0].reason}; {sound}" in str(refusal.value)
+    assert (
+        f"{str(directory / 'checkpoints' / '8')!r} is damaged: {faults[0].reason}; {sound}"
+        in str(refusal.value)
+    )
     assert contents(directory) == before
 
     kept = Checkpoints(directory).set_aside(faults[0])
@@ -203,7 +213,9 @@ def test_the_checkpoint_of_another_run_is_refused(pristine: Path, tmp_path: Path
     assert step is None and "it is of another run than" in faults[0].reason
 
 
-def test_one_that_is_set_aside_is_no_checkpoint_and_is_not_deleted(directory: Path, tiny: Run) -> None:
+def test_one_that_is_set_aside_is_no_checkpoint_and_is_not_deleted(
+    directory: Path, tiny: Run
+) -> None:
     for number in (1, 2):
         lose_a_file(directory / "checkpoints" / "8")
         _, faults = Checkpoints(directory).newest_sound()
@@ -212,16 +224,27 @@ def test_one_that_is_set_aside_is_no_checkpoint_and_is_not_deleted(directory: Pa
         assert checkpoints.save(8, state_at(8 + number), tiny, "{}")
         checkpoints.close()
         assert Checkpoints(directory).steps() == [8]
-    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["8", "8.damaged", "8.damaged-2"]
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
+        "8",
+        "8.damaged",
+        "8.damaged-2",
+    ]
 
 
 def test_a_model_or_an_optimizer_of_another_shape_is_told_from_damage(directory: Path) -> None:
     shape = shape_of(state_at(8))
-    wider = shape._replace(params={**shape.params, "norm": jax.ShapeDtypeStruct((49,), jnp.float32)})
-    with pytest.raises(UserError, match=r"8' is of another model than the run; put the fields of model back"):
+    wider = shape._replace(
+        params={**shape.params, "norm": jax.ShapeDtypeStruct((49,), jnp.float32)}
+    )
+    with pytest.raises(
+        UserError, match=r"8' is of another model than the run; put the fields of model back"
+    ):
         Checkpoints(directory).restore(8, wider, OPTIMIZER.init)
     other = optax.sgd(1e-3, momentum=0.9)
-    with pytest.raises(UserError, match=r"8' is of another optimizer than the run; put the fields of optimizer back"):
+    with pytest.raises(
+        UserError,
+        match=r"8' is of another optimizer than the run; put the fields of optimizer back",
+    ):
         Checkpoints(directory).restore(8, shape_of(new_state(PARAMS, other)), other.init)
 
 
@@ -253,9 +276,14 @@ def test_checkpoints_of_the_first_version_are_read_with_a_warning(
     lose_optimizer(directory / "checkpoints" / "8")
     step, (fault,) = Checkpoints(directory).newest_sound()
     assert (step, fault.reason) == (5, "its part 'optimizer' is missing")
-    # It might be damage here, and the sentence says so; but nothing is certain, so nothing is to be thrown away.
-    next(iter(sorted((directory / "checkpoints" / "5" / "params").rglob("d/*")))).write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"5' could not be read \(.*it has no checksums to tell damage by") as refusal:
+    # It might be damage here, and the sentence says so; but nothing is certain, so nothing is to be
+    # thrown away.
+    next(iter(sorted((directory / "checkpoints" / "5" / "params").rglob("d/*")))).write_bytes(
+        b"nonsense"
+    )
+    with pytest.raises(
+        UserError, match=r"5' could not be read \(.*it has no checksums to tell damage by"
+    ) as refusal:
         restored(directory, 5)
     assert "move" not in str(refusal.value)
 
@@ -266,13 +294,18 @@ def test_a_record_of_a_later_version_is_no_damage(directory: Path) -> None:
     del content["checksum"]
     content["checksum"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"record\.json' is of format 2, and this version of Braeburn reads 1; use the"):
+    with pytest.raises(
+        UserError,
+        match=r"record\.json' is of format 2, and this version of Braeburn reads 1; use the",
+    ):
         Checkpoints(directory).newest_sound()
     assert Checkpoints(directory).steps() == [3, 5, 8]
 
 
 def test_a_failure_to_read_is_not_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of memory, or a network file system that is away, is told as what it is: the checkpoint stays where it is."""
+    """Out of memory, or a network file system that is away, is told as what it is: the checkpoint
+    stays where it is.
+    """
 
     def fail(error: Exception) -> Any:
         def restore(*_: Any, **__: Any) -> Any:
@@ -281,16 +314,22 @@ def test_a_failure_to_read_is_not_damage(directory: Path, monkeypatch: pytest.Mo
         return restore
 
     checkpoints = Checkpoints(directory)
-    monkeypatch.setattr(checkpoints._reader, "restore", fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory")))
+    monkeypatch.setattr(
+        checkpoints._reader, "restore", fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    )
     with pytest.raises(
-        UserError, match=r"could not be read \(RESOURCE_EXHAUSTED: Out of memory\); its files have the right"
+        UserError,
+        match=r"could not be read \(RESOURCE_EXHAUSTED: Out of memory\); its files have the right",
     ):
         checkpoints.restore_params(8, shape_of(state_at(8)).params)
     monkeypatch.setattr(
-        checkpoints._reader, "restore", fail(ValueError("INTERNAL: Input/output error [os_error_code='5']"))
+        checkpoints._reader,
+        "restore",
+        fail(ValueError("INTERNAL: Input/output error [os_error_code='5']")),
     )
     with pytest.raises(
-        UserError, match=r"the storage of '.*checkpoints' failed \(input/output error\); see to the disk"
+        UserError,
+        match=r"the storage of '.*checkpoints' failed \(input/output error\); see to the disk",
     ):
         checkpoints.restore_params(8, shape_of(state_at(8)).params)
 
@@ -298,7 +337,9 @@ def test_a_failure_to_read_is_not_damage(directory: Path, monkeypatch: pytest.Mo
         raise OSError(116, "Stale file handle", str(directory / "checkpoints" / "8" / "params"))
 
     monkeypatch.setattr(records, "check_content", away)
-    with pytest.raises(UserError, match=r"the storage of '.*8/params' failed \(stale file handle\)"):
+    with pytest.raises(
+        UserError, match=r"the storage of '.*8/params' failed \(stale file handle\)"
+    ):
         checkpoints.newest_sound()
 
 
@@ -317,7 +358,9 @@ def test_a_record_is_checked_without_a_file_that_it_names(tmp_path: Path) -> Non
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "a").write_bytes(b"abc")
     files = records.hash_files(tmp_path, ["params/a"])
-    assert files == {"params/a": (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")}
+    assert files == {
+        "params/a": (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    }
     record = records.Record(1, None, {"params": "", "run": ""}, {}, files)
     records.write(tmp_path, record)
     assert records.read(tmp_path) == record
@@ -336,5 +379,7 @@ import braeburn.train.checkpoint
 assert before == (threading.excepthook, sys.unraisablehook, logging.getLogger("asyncio").level)
 assert logging.getLogger("absl").level < logging.CRITICAL
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -20,12 +20,16 @@ def test_flags_of_devices() -> None:
 
 def test_flags_reach_the_compiler(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered, options=None: given.append(options))
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda lowered, options=None: given.append(options)
+    )
     layout = layout_of(tiny, "core", jax.devices()[:1])
     compile_stage(tiny, "core", layout)
     assert given == [None]  # on CPUs
     asked: list[str] = []
-    monkeypatch.setattr(compilation, "chip_of", lambda kind: (asked.append(kind), catalogue()["v5p"])[1])
+    monkeypatch.setattr(
+        compilation, "chip_of", lambda kind: (asked.append(kind), catalogue()["v5p"])[1]
+    )
     compile_stage(tiny, "core", layout)
     assert given[1:] == [compiler_flags("TPU v5p")] and given[1]
     assert asked[0] == jax.devices()[0].device_kind

@@ -78,14 +78,26 @@ def test_rows_that_are_none_are_passed_over(tmp_path: Path) -> None:
     assert rows(tmp_path) == [{"step": 1, "stage": "core", "loss": 3.0}]
     assert directory.recent_loss("core") == 3.0
     (tmp_path / "events.jsonl").write_text(
-        DAMAGED + '\n{"event": "stage_end"}\n{"event": "stage_end", "stage": [], "step": {}}\n{"event": 7}\n'
+        DAMAGED + '\n{"event": "stage_end"}\n{"event": "stage_end", "stage": [], "step": '
+        '{}}\n{"event": 7}\n'
     )
     assert directory.stage_results(9) == []
     directory.event(
-        "stage_end", stage="core", step=6, tokens=7, loss=None, held_out={"code": {"loss": 1.5, "tokens": 3}}
+        "stage_end",
+        stage="core",
+        step=6,
+        tokens=7,
+        loss=None,
+        held_out={"code": {"loss": 1.5, "tokens": 3}},
     )
     assert directory.stage_results(9) == [
-        {"stage": "core", "step": 6, "tokens": 7, "loss": None, "held_out": {"code": {"loss": 1.5, "tokens": 3}}}
+        {
+            "stage": "core",
+            "step": 6,
+            "tokens": 7,
+            "loss": None,
+            "held_out": {"code": {"loss": 1.5, "tokens": 3}},
+        }
         | {"skipped": 0}
     ]
 
@@ -112,7 +124,9 @@ def test_json_that_nobody_meant(content: bytes, clause: str, tmp_path: Path) -> 
 def test_files_of_another_kind(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.mkdir()
-    with pytest.raises(UserError, match=r"does not hold a run: it is a folder where a file belongs; restore it"):
+    with pytest.raises(
+        UserError, match=r"does not hold a run: it is a folder where a file belongs; restore it"
+    ):
         read_run(tmp_path)
     path.rmdir()
     os.mkfifo(path)
@@ -122,14 +136,17 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(
-        UserError, match="it has 1,099,511,627,776 bytes, more than the 67,108,864 that such a file can"
+        UserError,
+        match="it has 1,099,511,627,776 bytes, more than the 67,108,864 that such a file can",
     ):
         read_run(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_json(path / "below")
     path.unlink()
     path.symlink_to(path)
-    with pytest.raises(UserError, match=r"config\.json' cannot be used \(too many levels of symbolic links\)"):
+    with pytest.raises(
+        UserError, match=r"config\.json' cannot be used \(too many levels of symbolic links\)"
+    ):
         read_run(tmp_path)
     for name in ("metrics.jsonl", "events.jsonl"):
         (tmp_path / name).symlink_to(tmp_path / name)
@@ -142,27 +159,70 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "within", "sentence"),
     [
-        (errno.ENOSPC, True, r"no space left in '{run}' \([\d,]+ bytes free\); earlier checkpoints are whole"),
-        (errno.ENOSPC, False, r"no space left for '/dev/shm/x' \([\d,]+ bytes free\); free some space there"),
-        (errno.EACCES, True, r"'{run}/x' cannot be used \(permission denied\); change its permissions, or"),
-        (errno.EACCES, False, r"'/dev/shm/x' cannot be used \(permission denied\); change its permissions, then"),
-        (errno.EROFS, True, r"'{run}/x' cannot be used \(read-only file system\); make the file system writable, or"),
-        (errno.ENOENT, True, r"'{run}/x' is gone: the run directory was moved, or a part of it deleted"),
-        (errno.EMFILE, False, r"too many open files \(limit \d+\); raise the limit, as with `ulimit -n 65536`"),
-        (errno.EFBIG, True, r"'{run}/x' cannot grow \(.*\); raise the limit, as with `ulimit -f unlimited`"),
-        (errno.EIO, False, r"the storage of '/dev/shm/x' failed \(input/output error\); see to the disk"),
+        (
+            errno.ENOSPC,
+            True,
+            r"no space left in '{run}' \([\d,]+ bytes free\); earlier checkpoints are whole",
+        ),
+        (
+            errno.ENOSPC,
+            False,
+            r"no space left for '/dev/shm/x' \([\d,]+ bytes free\); free some space there",
+        ),
+        (
+            errno.EACCES,
+            True,
+            r"'{run}/x' cannot be used \(permission denied\); change its permissions, or",
+        ),
+        (
+            errno.EACCES,
+            False,
+            r"'/dev/shm/x' cannot be used \(permission denied\); change its permissions, then",
+        ),
+        (
+            errno.EROFS,
+            True,
+            r"'{run}/x' cannot be used \(read-only file system\); make the file system writable, "
+            r"or",
+        ),
+        (
+            errno.ENOENT,
+            True,
+            r"'{run}/x' is gone: the run directory was moved, or a part of it deleted",
+        ),
+        (
+            errno.EMFILE,
+            False,
+            r"too many open files \(limit \d+\); raise the limit, as with `ulimit -n 65536`",
+        ),
+        (
+            errno.EFBIG,
+            True,
+            r"'{run}/x' cannot grow \(.*\); raise the limit, as with `ulimit -f unlimited`",
+        ),
+        (
+            errno.EIO,
+            False,
+            r"the storage of '/dev/shm/x' failed \(input/output error\); see to the disk",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_failure_is_blamed_on_the_file_that_it_is_of(
     number: int, within: bool, sentence: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "x" if within else Path("/dev/shm/x")
-    with pytest.raises(UserError, match=sentence.format(run=tmp_path)), explaining(tmp_path), naming(path):
+    with (
+        pytest.raises(UserError, match=sentence.format(run=tmp_path)),
+        explaining(tmp_path),
+        naming(path),
+    ):
         raise OSError(number, os.strerror(number))
 
 
 def test_words_of_a_message_blame_nobody(tmp_path: Path) -> None:
-    """A bucket that may not be read says "Permission denied" too, and is no reason to choose another folder."""
+    """A bucket that may not be read says "Permission denied" too, and is no reason to choose
+    another folder.
+    """
     for error in (
         RuntimeError("Permission denied: gs://bucket"),
         OSError("Permission denied"),
@@ -214,7 +274,9 @@ def test_a_run_directory_that_goes_while_a_run_trains(
     at_batch(3, act, monkeypatch)
     with pytest.raises(UserError) as refusal:
         loop.train(tiny, out, stop_after_steps=5)
-    assert f"the run directory {str(out)!r} was moved or deleted while it was trained in" in str(refusal.value)
+    assert f"the run directory {str(out)!r} was moved or deleted while it was trained in" in str(
+        refusal.value
+    )
     # Nothing is begun in its place that would look like a run.
     assert not out.exists() or list(out.iterdir()) == []
     if what == "moved":
@@ -223,12 +285,16 @@ def test_a_run_directory_that_goes_while_a_run_trains(
         assert loop.train(tiny, out, stop_after_steps=1).step == 1
 
 
-def test_a_text_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A power cut between the two would leave an empty file of the right name."""
     done: list[str] = []
     sync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda number: (done.append("sync"), sync(number))[1])
-    monkeypatch.setattr(Path, "replace", lambda path, to: (done.append("name"), replace(path, to))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda path, to: (done.append("name"), replace(path, to))[1]
+    )
     write_atomically(tmp_path / "file", "text")
     assert done[:2] == ["sync", "name"] and (tmp_path / "file").read_text() == "text"
     (tmp_path / "folder").mkdir()
@@ -248,7 +314,12 @@ def test_what_others_put_beside_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_what_killed_exports_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    names = (".model.partial-123", ".model.partial-" + "0a" * 16, ".model.partial-notes", ".other.partial-123")
+    names = (
+        ".model.partial-123",
+        ".model.partial-" + "0a" * 16,
+        ".model.partial-notes",
+        ".other.partial-123",
+    )
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").touch()
@@ -275,13 +346,19 @@ def test_a_run_keeps_its_identity(finished: Path, tmp_path: Path, tiny: Run) -> 
     other = RunDirectory(tmp_path / "other")
     other.write_config(tiny, {})
     assert read_identity(other.path) not in (None, identity)
-    assert json.loads((other.path / "config.json").read_text())["run"] == tiny.model_dump(mode="json")
+    assert json.loads((other.path / "config.json").read_text())["run"] == tiny.model_dump(
+        mode="json"
+    )
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
-def test_a_pipe_in_place_of_a_record_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+def test_a_pipe_in_place_of_a_record_is_refused_and_not_waited_for(
+    tmp_path: Path, name: str
+) -> None:
     # Found by `make fuzz`: it was opened, and no one ever wrote to it.
     os.mkfifo(tmp_path / name)
     directory = RunDirectory(tmp_path, writes=False)
-    with pytest.raises(UserError, match=rf"{name}' is not an ordinary file; move it away and run again"):
+    with pytest.raises(
+        UserError, match=rf"{name}' is not an ordinary file; move it away and run again"
+    ):
         directory.stage_results(1) if name == "events.jsonl" else directory.recent_loss("core")

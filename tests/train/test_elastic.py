@@ -22,7 +22,9 @@ RECORDING = Path(__file__).with_name("recording.py")
 
 
 def free_port() -> int:
-    """A port below those that the system gives to connections, which might take it before process 0 does."""
+    """A port below those that the system gives to connections, which might take it before process 0
+    does.
+    """
     for port in random.Random(os.getpid()).sample(range(20_000, 30_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -31,16 +33,31 @@ def free_port() -> int:
 
 
 def run_processes(number: int, out: Path, records: Path, *arguments: str) -> None:
-    """Trains in `number` processes of one device each; each appends what it reads to a file of its own."""
+    """Trains in `number` processes of one device each; each appends what it reads to a file of its
+    own.
+    """
     port = free_port()
     children = []
     for index in range(number):
-        environ = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "BRAEBURN_TEST_RECORD": f"{records}.{index}"}
-        place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(number), "--process-id", str(index)]
+        environ = os.environ | {
+            "JAX_NUM_CPU_DEVICES": "1",
+            "BRAEBURN_TEST_RECORD": f"{records}.{index}",
+        }
+        place = [
+            "--coordinator",
+            f"127.0.0.1:{port}",
+            "--num-processes",
+            str(number),
+            "--process-id",
+            str(index),
+        ]
         command = [sys.executable, str(RECORDING), "train", *arguments, "--out", str(out)]
         children.append(
             subprocess.Popen(
-                command + (place if number > 1 else []), env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                command + (place if number > 1 else []),
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
         )
     for child in children:
@@ -55,14 +72,19 @@ def recorded(records: Path, number: int) -> list[list[dict[str, str]]]:
 
 
 @pytest.mark.deep
-def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_processes_then_two_then_one(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, records = tmp_path / "out", tmp_path / "record"
     # One stage of 12 steps: every program more is compiled in every process.
     stage = tiny.stages["core"].model_copy(update={"tokens": 12 * 1024})
-    run = tiny.model_copy(update={"stages": {"core": stage}, "checkpoint": Checkpoint(every_steps=2)})
+    run = tiny.model_copy(
+        update={"stages": {"core": stage}, "checkpoint": Checkpoint(every_steps=2)}
+    )
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        f"from braeburn.config import validate\n\ndef run():\n    return validate({run.model_dump()!r})\n"
+        f"from braeburn.config import validate\n\ndef run():\n    return "
+        f"validate({run.model_dump()!r})\n"
     )
 
     def go(number: int, mesh: dict[str, int], *arguments: str) -> list[list[dict[str, str]]]:
@@ -80,12 +102,17 @@ def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch
     saved = out / "checkpoints" / "4"
     record = read_record(saved)
     assert record is not None
-    assert {f"params/ocdbt.process_{index}/manifest.ocdbt" for index in range(4)} <= set(record.files)
+    assert {f"params/ocdbt.process_{index}/manifest.ocdbt" for index in range(4)} <= set(
+        record.files
+    )
     assert sorted(path.name for path in saved.glob("record*")) == ["record.json"]
     check_names(saved, record)
     check_content(saved, record, record.files)
-    # A bit of what process 3 wrote: of two processes one finds it, both go on from the checkpoint before.
-    path = max((saved / "params" / "ocdbt.process_3").rglob("d/*"), key=lambda path: path.stat().st_size)
+    # A bit of what process 3 wrote: of two processes one finds it, both go on from the checkpoint
+    # before.
+    path = max(
+        (saved / "params" / "ocdbt.process_3").rglob("d/*"), key=lambda path: path.stat().st_size
+    )
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
@@ -96,7 +123,10 @@ def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch
     # Tensor shards work on the same sequences.
     assert all(one == other for one, other in second)
     third = go(1, {"fsdp": 1})
-    seen = [{row: name for rows in step for row, name in rows.items()} for step in first[:2] + second + third]
+    seen = [
+        {row: name for rows in step for row, name in rows.items()}
+        for step in first[:2] + second + third
+    ]
 
     # The undisturbed run, on one device of this process.
     undisturbed = tmp_path / "undisturbed"
@@ -115,19 +145,32 @@ def test_four_processes_then_two_then_one(tiny: Run, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.deep
-def test_meshes_may_differ_between_stages_and_calls(tiny: Run, finished: Path, tmp_path: Path) -> None:
-    """On eight devices: fully sharded, then offloaded and tensor-parallel, then split along long sequences."""
+def test_meshes_may_differ_between_stages_and_calls(
+    tiny: Run, finished: Path, tmp_path: Path
+) -> None:
+    """On eight devices: fully sharded, then offloaded and tensor-parallel, then split along long
+    sequences.
+    """
     context = {"stages.context.mesh.context": 4, "stages.context.mesh.fsdp": 2}
     loop.train(override(tiny, {"mesh.fsdp": 8, **context}), tmp_path, stop_after_steps=3)
-    tensor = {"mesh.fsdp": 4, "mesh.tensor": 2, "offload.optimizer": True, "stages.core.accumulation_steps": 2}
+    tensor = {
+        "mesh.fsdp": 4,
+        "mesh.tensor": 2,
+        "offload.optimizer": True,
+        "stages.core.accumulation_steps": 2,
+    }
     outcome = loop.train(override(tiny, {**tensor, **context}), tmp_path)
     assert outcome.finished
     pairs = list(zip(rows(tmp_path), rows(finished), strict=True))
-    assert [(a["step"], a["stage"]) for a, _ in pairs] == [(b["step"], b["stage"]) for _, b in pairs]
+    assert [(a["step"], a["stage"]) for a, _ in pairs] == [
+        (b["step"], b["stage"]) for _, b in pairs
+    ]
     assert max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs) < 1e-5
     (resumed,) = events(tmp_path, "resume")
     assert resumed["step"] == 3 and resumed["mesh"]["tensor"] == 2
-    held_out = [[end["held_out"] for end in events(folder, "stage_end")] for folder in (tmp_path, finished)]
+    held_out = [
+        [end["held_out"] for end in events(folder, "stage_end")] for folder in (tmp_path, finished)
+    ]
     for ours, theirs in zip(*held_out, strict=True):
         for source, values in ours.items():
             assert values["loss"] == pytest.approx(theirs[source]["loss"], rel=1e-5)

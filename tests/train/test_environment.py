@@ -38,10 +38,16 @@ def test_earlier_versions_do_not_know_the_option(monkeypatch: pytest.MonkeyPatch
         assert "XLA_FLAGS" not in environment.gpu_environment()
 
 
-def test_a_gpu_that_jax_does_not_use_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_jax_does_not_use_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     assert environment.unused_accelerator("cpu", tmp_path) is None
-    for driver, what in {"nvidia0": "an NVIDIA GPU", "kfd": "an AMD GPU", "accel3": "a TPU"}.items():
+    for driver, what in {
+        "nvidia0": "an NVIDIA GPU",
+        "kfd": "an AMD GPU",
+        "accel3": "a TPU",
+    }.items():
         (tmp_path / driver).touch()
         warning = environment.unused_accelerator("cpu", tmp_path)
         assert warning and f"this machine has {what}, but JAX computes on the CPU" in warning

@@ -17,15 +17,30 @@ from braeburn.model.transformer import param_specs
 from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
 
-TEXTS = ["The quick brown fox – schnell!", "jumps over", "the lazy dog, and over that dog's own shadow"]
+TEXTS = [
+    "The quick brown fox – schnell!",
+    "jumps over",
+    "the lazy dog, and over that dog's own shadow",
+]
 
 
 def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
     tokenizer = train(TEXTS * 3, 280)
-    build_store(tmp_path / "store", [Document(str(i), text) for i, text in enumerate(TEXTS)], tokenizer)
+    build_store(
+        tmp_path / "store", [Document(str(i), text) for i, text in enumerate(TEXTS)], tokenizer
+    )
     store = TokenStore.open(tmp_path / "store", tokenizer.hash)
-    # More rows in the model than entries in the tokenizer, and windows that do not divide the tokens.
-    model = Model(vocab_size=300, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24)
+    # More rows in the model than entries in the tokenizer, and windows that do not divide the
+    # tokens.
+    model = Model(
+        vocab_size=300,
+        d_model=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        ffn_dim=24,
+    )
     length = 10
     assert store.tokens % length and -(-store.tokens // length) % 4
     precision = Precision(compute="float32")
@@ -37,13 +52,16 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
     forward = jax.jit(transformer.forward, static_argnames=("model", "precision"))
     nll, correct = 0.0, 0
     for start in range(0, len(stream), length):
-        # Each document within the window is seen on its own, from position 0; what follows it has no influence.
+        # Each document within the window is seen on its own, from position 0; what follows it has
+        # no influence.
         inputs = stream[start : start + length]
         cuts = sorted({0, *(i - start for i in starts if start <= i < start + length), len(inputs)})
         for begin, end in itertools.pairwise(cuts):
             tokens = np.zeros((1, length), np.int32)
             tokens[0, : end - begin] = inputs[begin:end]
-            hidden = forward(params, tokens, np.arange(length)[None], np.ones_like(tokens), model, precision)
+            hidden = forward(
+                params, tokens, np.arange(length)[None], np.ones_like(tokens), model, precision
+            )
             embedding = np.asarray(params["embedding"], np.float64)
             logits = np.asarray(hidden[0, : end - begin], np.float64) @ embedding.T
             targets = [*stream, tokenizer.begin][start + begin + 1 : start + end + 1]
@@ -53,11 +71,18 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
             correct += int((logits.argmax(-1) == targets).sum())
 
     evaluate = evaluator(model, precision, tokenizer.token_bytes, one_device(param_specs(model)))
-    summary = measure(evaluate, params, held_out_batches(store, length, 4, store.tokens + length), store.byte_ratio)
+    summary = measure(
+        evaluate,
+        params,
+        held_out_batches(store, length, 4, store.tokens + length),
+        store.byte_ratio,
+    )
     assert summary["accuracy"] == pytest.approx(correct / len(stream))
     assert summary["loss"] == pytest.approx(nll / len(stream), rel=1e-5)
     assert summary["bits_per_byte"] == pytest.approx(nll / math.log(2) / store.text_bytes, rel=1e-5)
     assert (summary["tokens"], summary["bytes"]) == (len(stream), store.text_bytes)
 
-    fewer = measure(evaluate, params, held_out_batches(store, length, 4, 2 * length), store.byte_ratio)
+    fewer = measure(
+        evaluate, params, held_out_batches(store, length, 4, 2 * length), store.byte_ratio
+    )
     assert fewer["tokens"] == 2 * length

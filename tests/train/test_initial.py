@@ -1,4 +1,4 @@
-"""Runs that start from the weights of a directory: an import, a checkpoint, a Hugging Face model."""
+"""Runs that start from weights: of an import, a checkpoint, a Hugging Face model."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,8 @@ from braeburn.recipes import load
 
 def more():
     run = load("afm-tiny")
-    return run.model_copy(update={{"model": Model.from_directory({path!r}), "initial_weights": {path!r}}})
+    model = Model.from_directory({path!r})
+    return run.model_copy(update={{"model": model, "initial_weights": {path!r}}})
 """
 
 
@@ -39,7 +40,9 @@ def imported(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("imported") / "run"
     answer = braeburn("import", exported, "--out", out)
     assert answer.code == 0, answer.err
-    assert f"model=Model.from_directory({str(out)!r}) and initial_weights={str(out)!r}" in answer.out
+    assert (
+        f"model=Model.from_directory({str(out)!r}) and initial_weights={str(out)!r}" in answer.out
+    )
     return out
 
 
@@ -61,7 +64,11 @@ def test_a_recipe_trains_on_from_an_import(
 
 
 def started(tiny: Run, path: Path, **fields: Any) -> Run:
-    model = Model.from_directory(path) if (path / "checkpoints").exists() or path.name.isdigit() else None
+    model = (
+        Model.from_directory(path)
+        if (path / "checkpoints").exists() or path.name.isdigit()
+        else None
+    )
     values = {"initial_weights": str(path), **fields}
     run = override(tiny, values)
     return run.model_copy(update={"model": model}) if model else run
@@ -84,7 +91,9 @@ def test_all_kinds_of_directory_give_the_same_first_step(
     assert len(set(losses.values())) == 1
 
 
-def test_a_started_run_goes_on_without_the_directory(tiny: Run, imported: Path, tmp_path: Path) -> None:
+def test_a_started_run_goes_on_without_the_directory(
+    tiny: Run, imported: Path, tmp_path: Path
+) -> None:
     """Bit for bit as without an interruption; on a mesh that splits the weights."""
     copy = shutil.copytree(imported, tmp_path / "imported")
     run = started(tiny, copy, **{"mesh.fsdp": 2, "mesh.tensor": 2})
@@ -98,13 +107,17 @@ def test_a_started_run_goes_on_without_the_directory(tiny: Run, imported: Path, 
 
 
 def test_models_of_directories(tiny: Run, finished: Path, imported: Path, exported: Path) -> None:
-    """The last stage of the run has another RoPE base and longer sequences than the run's own model."""
+    """The last stage of the run has another RoPE base and longer sequences than the run's own
+    model.
+    """
     model = Model.from_directory(finished)
     assert (model.rope_base, model.max_position_embeddings) == (6_315_089.0, 256)
     assert Model.from_directory(finished / "checkpoints" / "14") == model
     assert Model.from_directory(finished / "checkpoints" / "10").rope_base == tiny.model.rope_base
     assert Model.from_directory(imported).model_copy(update={"z_loss": model.z_loss}) == model
-    with pytest.raises(UserError, match=r"a Hugging Face directory is made one by `braeburn import`"):
+    with pytest.raises(
+        UserError, match=r"a Hugging Face directory is made one by `braeburn import`"
+    ):
         Model.from_directory(exported)
     with pytest.raises(UserError, match="there is no such checkpoint"):
         Model.from_directory(finished / "checkpoints" / "13")
@@ -120,8 +133,14 @@ def test_what_does_not_fit(tiny: Run, imported: Path, finished: Path, tmp_path: 
     run = started(tiny, imported)
     narrow = run.model_copy(update={"model": run.model.model_copy(update={"ffn_dim": 96})})
     refused(narrow, r"has ffn_dim=160, not model.ffn_dim=96; set model to Model.from_directory\(")
-    refused(override(run, {"model.rope_base": 1e4}), "has rope_base=6315089.0, not model.rope_base=10000.0")
-    refused(override(run, {"initial_weights": "/nowhere"}), "initial_weights='/nowhere': '/nowhere' is not a run")
+    refused(
+        override(run, {"model.rope_base": 1e4}),
+        "has rope_base=6315089.0, not model.rope_base=10000.0",
+    )
+    refused(
+        override(run, {"initial_weights": "/nowhere"}),
+        "initial_weights='/nowhere': '/nowhere' is not a run",
+    )
     train_tokenizer(["other words"], 300).save(tmp_path / "tokenizer.json")
     other = override(run, {"data.tokenizer": str(tmp_path / "tokenizer.json")})
     refused(other, "is not the tokenizer of initial_weights=")
@@ -129,7 +148,11 @@ def test_what_does_not_fit(tiny: Run, imported: Path, finished: Path, tmp_path: 
 
     # Weights that lie in the folder already would win in silence.
     shutil.copytree(imported, tmp_path / "begun")
-    refused(override(run, {"initial_weights": str(finished)}), "holds weights of its own already", "begun")
+    refused(
+        override(run, {"initial_weights": str(finished)}),
+        "holds weights of its own already",
+        "begun",
+    )
     own = override(run, {"initial_weights": str(tmp_path / "begun")})
     assert train(own, tmp_path / "begun", stop_after_steps=1, find_teacher=find_teacher).step == 1
 
@@ -137,7 +160,14 @@ def test_what_does_not_fit(tiny: Run, imported: Path, finished: Path, tmp_path: 
 def test_the_command_line_alone(finished: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
     """Where the model is the recipe's own, naming the weights is all."""
     answer = braeburn(
-        *("train", *tiny_arguments, "--set", f"initial_weights={finished}", "--set", "model.rope_base=6315089.0"),
+        *(
+            "train",
+            *tiny_arguments,
+            "--set",
+            f"initial_weights={finished}",
+            "--set",
+            "model.rope_base=6315089.0",
+        ),
         *("--out", tmp_path / "out", "--stop-after-steps", 1),
     )
     assert answer.code == 0, answer.err
@@ -146,7 +176,18 @@ def test_the_command_line_alone(finished: Path, tiny_arguments: list[str], tmp_p
 
 def test_an_import_is_pruned_on_files(imported: Path, corpus: Path, tmp_path: Path) -> None:
     """It has neither text nor an optimizer's state of its own."""
-    arguments = ("prune", imported, "--ffn", 96, "--data", f"{corpus}/*.py", "--tokens", 8192, "--set", "mesh.fsdp=1")
+    arguments = (
+        "prune",
+        imported,
+        "--ffn",
+        96,
+        "--data",
+        f"{corpus}/*.py",
+        "--tokens",
+        8192,
+        "--set",
+        "mesh.fsdp=1",
+    )
     answer = braeburn(*arguments, "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
     assert load(tmp_path / "out").params["layers"]["down"].shape == (2, 96, 64)

@@ -56,10 +56,17 @@ def test_peak_of_a_device(kind: str, teraflops: float | None) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0 s"), (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (61, "1 min 1 s"), (3600, "1 h 0 min"),
-        (12_000, "3 h 20 min"), (86_399.9, "1 d 0 h"), (100 * 86_400 + 3 * 3600, "100 d 3 h"),
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (61, "1 min 1 s"),
+        (3600, "1 h 0 min"),
+        (12_000, "3 h 20 min"),
+        (86_399.9, "1 d 0 h"),
+        (100 * 86_400 + 3 * 3600, "100 d 3 h"),
     ],
-)  # fmt: skip
+)
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -103,7 +110,9 @@ def test_display_on_a_terminal_is_a_live_bar() -> None:
         display.begin_stage("context", 5, 2)
         display.step(row(8, stage="context", mfu=0.5), 3)
     text = out.getvalue()
-    assert "3/5" in text and "MFU 50.0%" in text and "loss 2.5000" in text and "2 min 0 s left" in text
+    assert (
+        "3/5" in text and "MFU 50.0%" in text and "loss 2.5000" in text and "2 min 0 s left" in text
+    )
     assert "\x1b[" in text and "stage context: 3 steps left of 5" in text
 
 
@@ -127,7 +136,8 @@ def test_space_for_one_checkpoint_is_required(tmp_path: Path) -> None:
     words = "a checkpoint takes", "free some or choose another --out"
     check_space(tmp_path, 1000, *words)
     with pytest.raises(
-        UserError, match=r"a checkpoint takes 1,000,000,000,000,000,000 bytes .* free some or choose another"
+        UserError,
+        match=r"a checkpoint takes 1,000,000,000,000,000,000 bytes .* free some or choose another",
     ):
         check_space(tmp_path, 10**18, *words)
 
@@ -135,12 +145,23 @@ def test_space_for_one_checkpoint_is_required(tmp_path: Path) -> None:
 def test_rows_of_a_run(finished: Path, tiny: Run) -> None:
     made = rows(finished)
     assert all(
-        set(row) == {
-            "step", "stage", "tokens", "loss", "loss_average", "grad_norm", "learning_rate", "tokens_per_second",
-            "mfu", "step_seconds", "data_seconds", "skipped",
+        set(row)
+        == {
+            "step",
+            "stage",
+            "tokens",
+            "loss",
+            "loss_average",
+            "grad_norm",
+            "learning_rate",
+            "tokens_per_second",
+            "mfu",
+            "step_seconds",
+            "data_seconds",
+            "skipped",
         }
         for row in made
-    )  # fmt: skip
+    )
     assert [row["tokens"] for row in made] == [1024 * step for step in range(1, 15)]
     assert [row["stage"] for row in made] == ["core"] * 6 + ["continued"] * 4 + ["context"] * 4
     for row in made:
@@ -148,7 +169,8 @@ def test_rows_of_a_run(finished: Path, tiny: Run) -> None:
         assert row["data_seconds"] >= 0 and row["step_seconds"] > 0
         assert row["skipped"] == 0 and row["mfu"] is None
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
-    # Warm-up is linear from 0 to the peak, then the decay ends at the floor; each stage begins anew.
+    # Warm-up is linear from 0 to the peak, then the decay ends at the floor; each stage begins
+    # anew.
     rates = [row["learning_rate"] for row in made]
     core, continued = tiny.stages["core"], tiny.stages["continued"]
     assert rates[:2] == pytest.approx([core.learning_rate / 2, core.learning_rate])
@@ -163,9 +185,16 @@ def test_progress_of_other_work_is_lines_in_a_log(monkeypatch: pytest.MonkeyPatc
     out = io.StringIO()
     for item in tracked(range(10), "reading weights", console=Console(file=out, width=40)):
         now[0] += 4 if item else 0
-    assert out.getvalue().splitlines() == ["reading weights: 4 of 10  18 s left", "reading weights: 7 of 10  10 s left"]
+    assert out.getvalue().splitlines() == [
+        "reading weights: 4 of 10  18 s left",
+        "reading weights: 7 of 10  10 s left",
+    ]
     out = io.StringIO()
-    assert list(tracked((n for n in range(3)), "tokenising x", console=Console(file=out))) == [0, 1, 2]
+    assert list(tracked((n for n in range(3)), "tokenising x", console=Console(file=out))) == [
+        0,
+        1,
+        2,
+    ]
     assert out.getvalue() == ""  # it was over soon
 
 
@@ -192,4 +221,8 @@ def test_a_warning_of_a_long_run_is_repeated_at_its_end(monkeypatch: pytest.Monk
     with Display(10, Console(file=out, width=100)) as display:
         display.warn("warning: using 1 of 8 devices")
         display.say("finished")
-    assert out.getvalue().splitlines() == ["warning: using 1 of 8 devices", "finished", "warning: using 1 of 8 devices"]
+    assert out.getvalue().splitlines() == [
+        "warning: using 1 of 8 devices",
+        "finished",
+        "warning: using 1 of 8 devices",
+    ]

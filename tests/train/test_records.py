@@ -138,7 +138,11 @@ def test_event_files_show_one_history(tmp_path: Path) -> None:
     second.scalars(4, {"loss": 40})
     second.close()
     assert scalars(tmp_path) == [
-        *(entry for step in (1, 2, 3) for entry in (("loss", step, float(step)), ("rate", step, 0.5))),
+        *(
+            entry
+            for step in (1, 2, 3)
+            for entry in (("loss", step, float(step)), ("rate", step, 0.5))
+        ),
         ("loss", 4, 40.0),
     ]
     assert len(list(tmp_path.iterdir())) == 2
@@ -172,14 +176,21 @@ def failing_at(disk: Disk, steps: range, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_training_goes_on_while_the_disk_is_full(
-    tiny: Run, finished: Path, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    tiny: Run,
+    finished: Path,
+    tmp_path: Path,
+    disk: Disk,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
 ) -> None:
     failing_at(disk, range(2, 5), monkeypatch)
     run = override(tiny, {"evaluation.every_steps": 2})
     assert train(run, tmp_path, stop_after_steps=5).step == 5
     assert train(run, tmp_path, stop_after_steps=3).step == 8
     log = capfd.readouterr().err
-    warnings = [line for line in log.splitlines() if "cannot be written (No space left on device)" in line]
+    warnings = [
+        line for line in log.splitlines() if "cannot be written (No space left on device)" in line
+    ]
     assert sorted(line.split("'")[1].rpartition("/")[2][:8] for line in warnings) == [
         "events.j",
         "events.o",

@@ -21,7 +21,8 @@ from support import PROGRAM, braeburn, events, rows
 # Bit for bit as users have it, whose programs are optimised.
 pytestmark = pytest.mark.optimized
 
-# Both stage boundaries, the step after the first, and two within stages, of which one is tested less often.
+# Both stage boundaries, the step after the first, and two within stages, of which one is tested
+# less often.
 OFTEN, SELDOM = random.Random(7).sample([1, 2, 3, 4, 5, 8, 9, 11, 12, 13], 2)
 STOPS = [6, 7, 10, OFTEN, pytest.param(SELDOM, marks=pytest.mark.deep)]
 
@@ -29,14 +30,22 @@ STOPS = [6, 7, 10, OFTEN, pytest.param(SELDOM, marks=pytest.mark.deep)]
 def curve(directory: Path) -> list[tuple]:
     """What the steps computed, bit for bit; wall-clock figures aside."""
     return [
-        (row["step"], row["stage"], row["tokens"], row["loss"], row["grad_norm"], row["learning_rate"])
+        (
+            row["step"],
+            row["stage"],
+            row["tokens"],
+            row["loss"],
+            row["grad_norm"],
+            row["learning_rate"],
+        )
         for row in rows(directory)
     ]
 
 
 def stage_ends(directory: Path) -> list[dict[str, Any]]:
     return [
-        {name: value for name, value in event.items() if name != "time"} for event in events(directory, "stage_end")
+        {name: value for name, value in event.items() if name != "time"}
+        for event in events(directory, "stage_end")
     ]
 
 
@@ -49,12 +58,16 @@ def test_an_uninterrupted_run_makes_every_step_once(finished: Path, tiny: Run) -
     assert [row["step"] for row in rows(finished)] == list(range(1, 15))
     assert [event["step"] for event in events(finished, "checkpoint")] == [6, 10, 14]
     assert [event["total_steps"] for event in events(finished, "start")] == [14]
-    assert [(event["step"], event["finished"]) for event in events(finished, "stop")] == [(14, True)]
+    assert [(event["step"], event["finished"]) for event in events(finished, "stop")] == [
+        (14, True)
+    ]
     assert [event["stage"] for event in events(finished, "compile")] == list(tiny.stages)
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_a_stop_leaves_no_trace_in_the_curve(finished: Path, tiny: Run, tmp_path: Path, stop: int) -> None:
+def test_a_stop_leaves_no_trace_in_the_curve(
+    finished: Path, tiny: Run, tmp_path: Path, stop: int
+) -> None:
     first = train(tiny, tmp_path, stop_after_steps=stop)
     assert (first.step, first.finished) == (stop, False)
     assert curve(tmp_path) == curve(finished)[:stop]
@@ -65,8 +78,12 @@ def test_a_stop_leaves_no_trace_in_the_curve(finished: Path, tiny: Run, tmp_path
     assert [event["step"] for event in events(tmp_path, "resume")] == [stop]
 
 
-def test_several_stops_with_checkpoints_between_and_steps_lost(finished: Path, tiny: Run, tmp_path: Path) -> None:
-    run = override(tiny, {"checkpoint.every_steps": 2, "checkpoint.keep_last": 20, "evaluation.every_steps": 5})
+def test_several_stops_with_checkpoints_between_and_steps_lost(
+    finished: Path, tiny: Run, tmp_path: Path
+) -> None:
+    run = override(
+        tiny, {"checkpoint.every_steps": 2, "checkpoint.keep_last": 20, "evaluation.every_steps": 5}
+    )
     reached = [train(run, tmp_path, stop_after_steps=count).step for count in (1, 2, 4)]
     assert reached == [1, 3, 7]
     # A process killed after the checkpoint of step 2: what came later is lost, and made again.
@@ -84,11 +101,16 @@ def test_several_stops_with_checkpoints_between_and_steps_lost(finished: Path, t
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [1, 2, 4, 6, 8, 10, 11, 12, 14]
     for step in (10, 14):  # begun in the background; training went on from 10
-        jax.tree.map(np.testing.assert_array_equal, weights(tmp_path, step), weights(finished, step))
+        jax.tree.map(
+            np.testing.assert_array_equal, weights(tmp_path, step), weights(finished, step)
+        )
 
 
 def test_which_checkpoints_are_kept(tiny: Run, tmp_path: Path) -> None:
-    run = override(tiny, {"checkpoint.every_steps": 1, "checkpoint.keep_last": 2, "checkpoint.keep_every_steps": 4})
+    run = override(
+        tiny,
+        {"checkpoint.every_steps": 1, "checkpoint.keep_last": 2, "checkpoint.keep_every_steps": 4},
+    )
     assert train(run, tmp_path, stop_after_steps=6).step == 6
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5", "6"]
 
@@ -102,13 +124,23 @@ def test_accumulation_resumes_too(tiny: Run, tmp_path: Path) -> None:
     assert curve(parts) == curve(whole)
 
 
-def test_how_a_run_is_carried_out_may_change_and_so_may_later_stages(copied: Path, tiny: Run, finished: Path) -> None:
+def test_how_a_run_is_carried_out_may_change_and_so_may_later_stages(
+    copied: Path, tiny: Run, finished: Path
+) -> None:
     shutil.rmtree(copied / "checkpoints" / "14")
     changed = override(
-        tiny, {"checkpoint.every_steps": 3, "remat.policy": "full", "name": "renamed", "data.prefetch": 1}
+        tiny,
+        {
+            "checkpoint.every_steps": 3,
+            "remat.policy": "full",
+            "name": "renamed",
+            "data.prefetch": 1,
+        },
     )
     longer = {"stages.context.tokens": 5 * 1024, "stages.context.learning_rate": 1e-4}
-    with pytest.raises(UserError, match=r"stages\.continued\.tokens is 5120 but .* begun with 4096"):
+    with pytest.raises(
+        UserError, match=r"stages\.continued\.tokens is 5120 but .* begun with 4096"
+    ):
         train(override(changed, {"stages.continued.tokens": 5 * 1024}), copied)
     outcome = train(override(changed, longer), copied, stop_after_steps=1)
     assert outcome == Outcome(11, False, outcome.stages)
@@ -121,7 +153,10 @@ def test_how_a_run_is_carried_out_may_change_and_so_may_later_stages(copied: Pat
 def begin(arguments: list[str], out: Path) -> subprocess.Popen:
     """A process that trains, once it has made its first step."""
     process = subprocess.Popen(
-        [*PROGRAM, "train", *arguments, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*PROGRAM, "train", *arguments, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     metrics, deadline = out / "metrics.jsonl", time.monotonic() + 200
     done = metrics.stat().st_size if metrics.exists() else 0
@@ -131,7 +166,9 @@ def begin(arguments: list[str], out: Path) -> subprocess.Popen:
     return process
 
 
-def test_kill_at_a_random_moment_loses_nothing(finished: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
+def test_kill_at_a_random_moment_loses_nothing(
+    finished: Path, tiny_arguments: list[str], tmp_path: Path
+) -> None:
     arguments = [*tiny_arguments, "--set", "checkpoint.every_steps=1"]
     generator = random.Random()
     for latest in (0.3, 2.0):

@@ -17,8 +17,14 @@ from braeburn.train.same_text import check_text, require_same_text, saved_text
 from support import braeburn, events
 
 MODEL = {
-    "vocab_size": 300, "d_model": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "ffn_dim": 8,
-}  # fmt: skip
+    "vocab_size": 300,
+    "d_model": 8,
+    "num_layers": 1,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "ffn_dim": 8,
+}
 
 
 @pytest.fixture
@@ -53,7 +59,9 @@ def run(tmp_path: Path, text: Path) -> Run:
 
 
 class Saved:
-    """Stands for the checkpoints of a directory, of which only what is told of the text matters here."""
+    """Stands for the checkpoints of a directory, of which only what is told of the text matters
+    here.
+    """
 
     def __init__(self, facts: dict) -> None:
         self._facts = facts
@@ -65,11 +73,20 @@ class Saved:
         return self._facts
 
 
-def check(run: Run, tmp_path: Path, saved: dict, step: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def check(
+    run: Run, tmp_path: Path, saved: dict, step: int, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     monkeypatch.setattr("braeburn.train.same_text.Checkpoints", Saved(saved))
     lines: list[str] = []
     directory = RunDirectory(tmp_path / "run")
-    check_text(run, directory, step, saved_text(directory, step), prepare(run, lambda line: None), lines.append)
+    check_text(
+        run,
+        directory,
+        step,
+        saved_text(directory, step),
+        prepare(run, lambda line: None),
+        lines.append,
+    )
     return lines
 
 
@@ -130,7 +147,9 @@ class Coordinator:
         return self._values[key]
 
 
-def test_processes_with_other_text_than_the_main_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_with_other_text_than_the_main_one_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     coordinator = Coordinator()
     monkeypatch.setattr("braeburn.parallel.agreement._coordinator", lambda: coordinator)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -141,7 +160,10 @@ def test_processes_with_other_text_than_the_main_one_are_refused(monkeypatch: py
 
     come(0, web="a", books="b")
     come(1, web="a", books="b")
-    with pytest.raises(UserError, match=r"^process 1 reads other text than process 0 in data\.sources\.books; give "):
+    with pytest.raises(
+        UserError,
+        match=r"^process 1 reads other text than process 0 in data\.sources\.books; give ",
+    ):
         come(1, web="a", books="c")
 
 

@@ -1,4 +1,6 @@
-"""Steps that are skipped are told of, and a run that learned from too few does not count as finished."""
+"""Steps that are skipped are told of, and a run that learned from too few does not count as
+finished.
+"""
 
 import io
 import math
@@ -22,7 +24,9 @@ from support import Answer, braeburn, events, rows
 
 def advised(sentence: str) -> list[list[str]]:
     """What a sentence advises to add to the command, each as a list of arguments."""
-    return [["--set", assignment] for assignment in re.findall(r"--set (\S+?)(?=[;,.]? |$)", sentence)]
+    return [
+        ["--set", assignment] for assignment in re.findall(r"--set (\S+?)(?=[;,.]? |$)", sentence)
+    ]
 
 
 def test_skips_in_a_row_are_counted_over_calls_and_stages() -> None:
@@ -53,12 +57,16 @@ def test_too_many_in_a_row(tiny: Run) -> None:
     with pytest.raises(UserError) as refused:
         check_skips_in_a_row(tiny, "core", 200, guard.MAX_SKIPPED_IN_A_ROW, math.nan)
     assert str(refused.value) == (
-        "the last 100 steps up to step 200 were skipped: their gradients are not finite; begin again in another folder "
+        "the last 100 steps up to step 200 were skipped: their gradients are not finite; begin "
+        "again in another folder "
         "with a lower learning rate, as --set stages.core.learning_rate=0.001"
     )
     with pytest.raises(UserError) as refused:
         check_skips_in_a_row(tiny, "core", 200, guard.MAX_SKIPPED_IN_A_ROW, 321.0)
-    assert "the norm of the last gradient, 321, is not below optimizer.skip_norm=100; add --set " in str(refused.value)
+    assert (
+        "the norm of the last gradient, 321, is not below optimizer.skip_norm=100; add --set "
+        in str(refused.value)
+    )
     assert advised(str(refused.value))[0] == ["--set", "optimizer.skip_norm=6.4e+02"]
 
 
@@ -73,7 +81,9 @@ def test_the_share_that_is_allowed(tiny: Run) -> None:
     check_share_of_skips(override(tiny, {"optimizer.max_skipped": 1}), "core", 6)
 
 
-def test_a_run_that_diverges_does_not_end_well_and_its_advice_works(tiny_arguments: list[str], tmp_path: Path) -> None:
+def test_a_run_that_diverges_does_not_end_well_and_its_advice_works(
+    tiny_arguments: list[str], tmp_path: Path
+) -> None:
     def call(out: str, *more: str) -> Answer:
         return braeburn("train", *tiny_arguments, "--out", tmp_path / out, *more)
 
@@ -128,7 +138,10 @@ def test_the_time_of_a_step_is_that_of_steps_alone(tiny: Run) -> None:
         recorder.observe(step, figures, 0.0)
         if step == 2:
             with recorder.apart():
-                assert [row["step"] for row in written] == [1, 2]  # before anything else that takes time
+                assert [row["step"] for row in written] == [
+                    1,
+                    2,
+                ]  # before anything else that takes time
                 time.sleep(0.3)
     recorder.flush()
     assert [row["step"] for row in written] == [1, 2, 3, 4]
@@ -140,9 +153,15 @@ def test_the_time_of_a_step_is_that_of_steps_alone(tiny: Run) -> None:
 def test_skipped_steps_are_in_the_progress_line() -> None:
     out = io.StringIO()
     row = {
-        "step": 1, "stage": "core", "loss": 2.5, "loss_average": 2.25, "step_seconds": 1.0, "tokens_per_second": 10.0,
-        "mfu": None, "skipped": 3,
-    }  # fmt: skip
+        "step": 1,
+        "stage": "core",
+        "loss": 2.5,
+        "loss_average": 2.25,
+        "step_seconds": 1.0,
+        "tokens_per_second": 10.0,
+        "mfu": None,
+        "skipped": 3,
+    }
     with Display(1, Console(file=out, width=200)) as display:
         display.step(row, 1)
     assert "loss 2.5000 (average 2.2500)  10 tokens/s  3 skipped" in out.getvalue()

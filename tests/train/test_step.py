@@ -17,7 +17,9 @@ from braeburn.train.state import new_state
 from braeburn.train.step import train_step
 
 SOURCE = Path(braeburn.__file__).parent
-MODEL = Model(vocab_size=64, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24)
+MODEL = Model(
+    vocab_size=64, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24
+)
 STAGE = Stage(
     tokens=1280,
     sequence_length=16,
@@ -31,9 +33,12 @@ STAGE = Stage(
 def batch(weights: np.ndarray) -> dict[str, np.ndarray]:
     tokens = np.random.default_rng(0).integers(64, size=(8, 17), dtype=np.int32)
     return {
-        "inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights,
-        "positions": np.tile(np.arange(16, dtype=np.int32), (8, 1)), "segment_ids": np.ones((8, 16), np.int32),
-    }  # fmt: skip
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": weights,
+        "positions": np.tile(np.arange(16, dtype=np.int32), (8, 1)),
+        "segment_ids": np.ones((8, 16), np.int32),
+    }
 
 
 OPTIMIZER = build_optimizer(AdamW(), STAGE, transformer.param_specs(MODEL), MODEL)
@@ -47,7 +52,9 @@ def compiled_step(accumulation_steps: int) -> Any:
 
     @jax.jit
     def step(state: Any, whole: Any) -> Any:
-        return train_step(state, whole, loss=loss, optimizer=OPTIMIZER, accumulation_steps=accumulation_steps)
+        return train_step(
+            state, whole, loss=loss, optimizer=OPTIMIZER, accumulation_steps=accumulation_steps
+        )
 
     return step
 
@@ -78,7 +85,9 @@ def test_step_knows_no_model() -> None:
     target = jnp.array([1.0, -2.0, 3.0])
 
     def loss(params: Any, part: Any) -> Any:
-        value = jnp.sum(part["weights"] * jnp.sum(jnp.square(params["w"] * part["x"] - target * part["x"]), -1))
+        value = jnp.sum(
+            part["weights"] * jnp.sum(jnp.square(params["w"] * part["x"] - target * part["x"]), -1)
+        )
         return value, {"loss": value}
 
     def update(gradients: Any, state: OptimizerState, params: Any) -> Any:
@@ -86,7 +95,9 @@ def test_step_knows_no_model() -> None:
         return jax.tree.map(lambda g: -0.1 * g, gradients), state._replace(grad_norm=norm)
 
     zero = jnp.zeros(())
-    optimizer = optax.GradientTransformation(lambda _: OptimizerState(zero, zero, zero, zero + 0.1, ()), update)
+    optimizer = optax.GradientTransformation(
+        lambda _: OptimizerState(zero, zero, zero, zero + 0.1, ()), update
+    )
     state = new_state({"w": jnp.zeros(3)}, optimizer)
     data = {"x": jnp.ones((4, 3)), "weights": jnp.array([1.0, 1.0, 1.0, 5.0])}
     state, metrics = train_step(state, data, loss=loss, optimizer=optimizer, accumulation_steps=2)
@@ -94,7 +105,9 @@ def test_step_knows_no_model() -> None:
     assert float(metrics["loss"]) == pytest.approx(14.0)
     assert float(metrics["grad_norm"]) == pytest.approx(2 * 14**0.5)
     for _ in range(60):
-        state, metrics = train_step(state, data, loss=loss, optimizer=optimizer, accumulation_steps=1)
+        state, metrics = train_step(
+            state, data, loss=loss, optimizer=optimizer, accumulation_steps=1
+        )
     np.testing.assert_allclose(state.params["w"], target, atol=1e-4)
     assert int(state.step) == 61
 
@@ -106,5 +119,8 @@ def lines(path: Path) -> list[str]:
 def test_the_step_stays_short() -> None:
     step = lines(SOURCE / "train" / "step.py")
     first = next(i for i, line in enumerate(step) if line.startswith("def train_step"))
-    last = next((i for i, line in enumerate(step[first + 1 :], first + 1) if line.startswith("def ")), len(step))
+    last = next(
+        (i for i, line in enumerate(step[first + 1 :], first + 1) if line.startswith("def ")),
+        len(step),
+    )
     assert last - first < 80

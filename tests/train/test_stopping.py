@@ -28,7 +28,9 @@ LIMIT = 5.0
 
 
 class Stuck:
-    """Work that goes on until the test is over, as a compiler would; SIGTERM comes once it has begun."""
+    """Work that goes on until the test is over, as a compiler would; SIGTERM comes once it has
+    begun.
+    """
 
     def __init__(self) -> None:
         self.over = threading.Event()
@@ -70,19 +72,29 @@ def interrupted(run: Run, out: Path, stuck: Stuck, **options: Any) -> Outcome:
 
 @pytest.mark.parametrize("work", ["prepare", "compile_stage", "initial_state"])
 def test_before_the_first_step(
-    tiny: Run, finished: Path, tmp_path: Path, stuck: Stuck, monkeypatch: pytest.MonkeyPatch, work: str
+    tiny: Run,
+    finished: Path,
+    tmp_path: Path,
+    stuck: Stuck,
+    monkeypatch: pytest.MonkeyPatch,
+    work: str,
 ) -> None:
     if work != "prepare":
-        # Compiling begins while text is prepared; what is meant here is the time when it alone is left.
+        # Compiling begins while text is prepared; what is meant here is the time when it alone is
+        # left.
         stuck.once.clear()
         written = RunDirectory.event
-        monkeypatch.setattr(RunDirectory, "event", lambda *a, **k: (written(*a, **k), stuck.once.set()))
+        monkeypatch.setattr(
+            RunDirectory, "event", lambda *a, **k: (written(*a, **k), stuck.once.set())
+        )
     with monkeypatch.context() as patched:
         patched.setattr(loop, work, stuck)
         assert interrupted(tiny, tmp_path, stuck).step == 0
     assert (tmp_path / "config.json").exists() == (work != "prepare")
     if work != "prepare":
-        assert [(event["step"], event["signal"]) for event in events(tmp_path, "preemption")] == [(0, "SIGTERM")]
+        assert [(event["step"], event["signal"]) for event in events(tmp_path, "preemption")] == [
+            (0, "SIGTERM")
+        ]
     # The same folder is gone on with.
     assert train(tiny, tmp_path, stop_after_steps=2).step == 2
     assert curve(tmp_path) == curve(finished)[:2]
@@ -90,7 +102,12 @@ def test_before_the_first_step(
 
 @pytest.mark.parametrize("work", ["compile_stage", "enter"])
 def test_between_stages(
-    tiny: Run, finished: Path, tmp_path: Path, stuck: Stuck, monkeypatch: pytest.MonkeyPatch, work: str
+    tiny: Run,
+    finished: Path,
+    tmp_path: Path,
+    stuck: Stuck,
+    monkeypatch: pytest.MonkeyPatch,
+    work: str,
 ) -> None:
     original = getattr(loop, work)
 
@@ -155,7 +172,11 @@ def test_while_a_batch_does_not_come(
 
 
 def test_a_batch_that_does_not_come_is_told_of(
-    tiny: Run, tmp_path: Path, stuck: Stuck, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny: Run,
+    tmp_path: Path,
+    stuck: Stuck,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     def slow(*arguments: Any) -> Iterator[Any]:
         time.sleep(1.0)
@@ -236,8 +257,18 @@ cli.console()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_process_ends_though_its_compiler_goes_on(tiny_arguments: list[str], tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-c", PROGRAM.format(signal=name), *tiny_arguments, "--out", str(tmp_path), "--json"]
+def test_a_process_ends_though_its_compiler_goes_on(
+    tiny_arguments: list[str], tmp_path: Path, name: str
+) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM.format(signal=name),
+        *tiny_arguments,
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     assert '"step": 0' in done.stdout and '"finished": false' in done.stdout
@@ -258,7 +289,9 @@ STUCK = "threading.Thread(target=threading.Event().wait).start()"
 IDLE = "ThreadPoolExecutor(1).submit(print, 'worked').result()"
 
 
-@pytest.mark.parametrize(("end", "code"), [("sys.exit(2)", 2), ("raise ValueError('why')", 1), ("pass", 0)])
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(2)", 2), ("raise ValueError('why')", 1), ("pass", 0)]
+)
 def test_a_process_ends_though_a_thread_of_others_goes_on(end: str, code: int) -> None:
     command = [sys.executable, "-c", LEAVING.format(thread=STUCK, end=end)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -276,7 +309,9 @@ def test_a_process_whose_threads_end_does_so_in_full(end: str, code: int) -> Non
 def test_the_second_signal_acts_but_a_second_hangup_does_not() -> None:
     caught: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    before = {
+        number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers
+    }
     try:
         with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)

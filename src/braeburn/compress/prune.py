@@ -46,11 +46,14 @@ LEARN_FROM_TEXT = ("soft_top_k", "activation")
 LONGEST_SEQUENCE = 1024
 BATCH_TOKENS = 8192
 LEARNING_RATES = {"adamw": 1e-4, "afm": 1e-3}  # those of fine-tuning
-# Of the tokens that a run has seen, those that masks are learned on: 188B of 6.3T (arXiv 2407.21075).
+# Of the tokens that a run has seen, those that masks are learned on: 188B of 6.3T (arXiv
+# 2407.21075).
 SHARE_OF_TOKENS = 0.03
 FEWEST_STEPS = 100
 # An optimizer's state does not depend on the stage, but is described by one.
-ANY_STAGE = Stage(tokens=1, sequence_length=1, batch_tokens=1, mixture={"any": 1.0}, learning_rate=1.0)
+ANY_STAGE = Stage(
+    tokens=1, sequence_length=1, batch_tokens=1, mixture={"any": 1.0}, learning_rate=1.0
+)
 
 
 def prune(
@@ -61,7 +64,8 @@ def prune(
     assignments: Mapping[str, Any] | None = None,
     text: Source | None = None,
 ) -> Model:
-    """Makes a run directory whose checkpoint 0 is a run's newest, pruned: weights, optimizer and configuration.
+    """Makes a run directory whose checkpoint 0 is a run's newest, pruned: weights, optimizer and
+    configuration.
 
     Soft-Top-K trains in a hidden folder beside `out`, where a call that was cut short is gone on
     with; the other methods only measure and cut. A recipe of the smaller model trains on from the
@@ -89,12 +93,13 @@ def prune(
         raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
     if tokens and not pruning.learned:
         raise UserError(
-            f"--tokens {tokens} is for learned masks, and --method {pruning.method} cuts at once; leave one out"
+            f"--tokens {tokens} is for learned masks, and --method {pruning.method} cuts at once; "
+            f"leave one out"
         )
     if text and pruning.method not in LEARN_FROM_TEXT:
         raise UserError(
-            f"--data is for --method {' and '.join(LEARN_FROM_TEXT)}, and --method {pruning.method} reads no text; "
-            f"leave one out"
+            f"--data is for --method {' and '.join(LEARN_FROM_TEXT)}, and --method "
+            f"{pruning.method} reads no text; leave one out"
         )
     run = received_run(directory)
     step, tokenizer = ordinary_step(run, directory), read_tokenizer(directory)
@@ -108,13 +113,15 @@ def prune(
         if text:
             has_optimizer = (directory / "checkpoints" / str(step) / "optimizer").is_dir()
             # Weights of other software have met no optimizer of ours: the usual one will do.
-            run = _on_text(run if has_optimizer else run.model_copy(update={"optimizer": AdamW()}), model, text)
+            run = _on_text(
+                run if has_optimizer else run.model_copy(update={"optimizer": AdamW()}), model, text
+            )
         run = _pruning_run(run, model, step, pruning, tokens, assignments or {})
         pruning = run.stages[STAGE].pruning or pruning
     elif pruning.method in LEARN_FROM_TEXT or assignments:
         raise UserError(
-            f"{str(directory)!r} was not trained here and names no text to measure activations on; name some with "
-            f"--data FILE, or use --method magnitude without --set"
+            f"{str(directory)!r} was not trained here and names no text to measure activations on; "
+            f"name some with --data FILE, or use --method magnitude without --set"
         )
     smaller = pruning.pruned(model)
     work = out.absolute().with_name(f".{out.absolute().name}.prune")
@@ -124,14 +131,23 @@ def prune(
         else:
             layout = _layout(run, model)
             state = _state(directory, step, run, layout)
-            batches = _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
-            scores = scores_of(pruning, model, state.params, layout, run.precision, run.seed, batches)
+            batches = (
+                _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
+            )
+            scores = scores_of(
+                pruning, model, state.params, layout, run.precision, run.seed, batches
+            )
             state = cut(state, scores, pruning, model, of_model(layout, smaller))
     except UserError as error:
         raise UserError(_as_options(str(error)) if text else str(error)) from None
     left = validate(
         run.model_copy(
-            update={"name": f"{run.name[:90]}-pruned", "model": smaller, "stages": {}, "initial_weights": None}
+            update={
+                "name": f"{run.name[:90]}-pruned",
+                "model": smaller,
+                "stages": {},
+                "initial_weights": None,
+            }
         ).model_dump()
     )
     found_run(out, left, state, tokenizer, "prune", directory)
@@ -140,15 +156,24 @@ def prune(
 
 
 def _as_options(message: str) -> str:
-    """A message about the fields of the source `TEXT`, with the options of the command line in their stead."""
+    """A message about the fields of the source `TEXT`, with the options of the command line in
+    their stead.
+    """
     field = f"data.sources.{TEXT}"
-    return message.replace(f"{field}.paths", "--data").replace(f"{field}.field", "--field").replace(field, "--data")
+    return (
+        message.replace(f"{field}.paths", "--data")
+        .replace(f"{field}.field", "--field")
+        .replace(field, "--data")
+    )
 
 
 def _on_text(run: Run, model: Model, text: Source) -> Run:
     """The run with `text` as its one source, and a stage that draws from it where there is none."""
     if run.stages:
-        stages = {name: stage.model_copy(update={"mixture": {TEXT: 1.0}}) for name, stage in run.stages.items()}
+        stages = {
+            name: stage.model_copy(update={"mixture": {TEXT: 1.0}})
+            for name, stage in run.stages.items()
+        }
         changes: dict[str, Any] = {"stages": stages}
     else:
         length = min(model.max_position_embeddings or LONGEST_SEQUENCE, LONGEST_SEQUENCE)
@@ -165,9 +190,16 @@ def _on_text(run: Run, model: Model, text: Source) -> Run:
 
 
 def _pruning_run(
-    run: Run, model: Model, step: int, pruning: Pruning, tokens: int | None, assignments: Mapping[str, Any]
+    run: Run,
+    model: Model,
+    step: int,
+    pruning: Pruning,
+    tokens: int | None,
+    assignments: Mapping[str, Any],
 ) -> Run:
-    """The run that prunes a model of `run` at `step`: of its first stage, with other tokens and the pruning."""
+    """The run that prunes a model of `run` at `step`: of its first stage, with other tokens and the
+    pruning.
+    """
     seen, first = 0, next(iter(run.stages.values()))
     for stage in run.stages.values():
         seen += min(step, stage.steps) * stage.batch_tokens
@@ -181,7 +213,12 @@ def _pruning_run(
         **dict.fromkeys(("quantization", "teacher", "rope_base")),
     }
     stages = {STAGE: first.model_copy(update=changes)}
-    update = {"model": model, "stages": stages, "checkpoint": Checkpoint(every_steps=200), "initial_weights": None}
+    update = {
+        "model": model,
+        "stages": stages,
+        "checkpoint": Checkpoint(every_steps=200),
+        "initial_weights": None,
+    }
     return override(validate(run.model_copy(update=update).model_dump()), assignments)
 
 
@@ -190,7 +227,14 @@ def _learned(directory: Path, step: int, run: Run, tokenizer: Tokenizer, work: P
     layout = layout_of(run, STAGE)
     if not RunDirectory(work).begun():
         work.rmdir()
-        found_run(work, run, _state(directory, step, run, of_model(layout, run.model)), tokenizer, "prune", directory)
+        found_run(
+            work,
+            run,
+            _state(directory, step, run, of_model(layout, run.model)),
+            tokenizer,
+            "prune",
+            directory,
+        )
     if not train(run, work).finished:
         raise KeyboardInterrupt  # it has saved, and the same command goes on
     return _state(work, run.total_steps, run, of_model(layout, run.models()[STAGE].left))
@@ -210,7 +254,9 @@ def _state(directory: Path, step: int, run: Run, layout: Layout) -> TrainState:
     optimizer = build_optimizer(run.optimizer, ANY_STAGE, layout.specs, run.model)
     shape = jax.eval_shape(optimizer.init, params)
     places = layout.optimizer_state(shape)
-    shape = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shape, places)
+    shape = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shape, places
+    )
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.everywhere())
     state = checkpoints.restore(step, TrainState(count, params, shape), optimizer.init)
     return state._replace(step=jnp.zeros_like(state.step))

@@ -1,1 +1,4 @@
-"""From files to batches: corpus, tokenizer, store, mixture, packing, loader. A batch is a function of (seed, step)."""
+"""From files to batches: corpus, tokenizer, store, mixture, packing, loader.
+
+A batch is a function of (seed, step).
+"""

@@ -1,7 +1,9 @@
-"""A token store while it is written: appended to, so that a builder that is killed leaves what the next goes on from.
+"""A token store while it is written: appended to, so that a builder that is killed leaves what the
+next goes on from.
 
-The folder is `NAME.partial-*` beside the store's place. Its owner holds a lock in it. `progress.json` tells which text
-has been tokenised and how much of the files belongs to it; what was written later is cut off.
+The folder is `NAME.partial-*` beside the store's place. Its owner holds a lock in it.
+`progress.json` tells which text has been tokenised and how much of the files belongs to it; what
+was written later is cut off.
 """
 
 import contextlib
@@ -58,7 +60,9 @@ class Progress(BaseModel):
 
 
 def shard_path(directory: Path, kind: str, index: int) -> Path:
-    """The file of a shard's tokens ("tokens") or the positions where its documents start ("documents")."""
+    """The file of a shard's tokens ("tokens") or the positions where its documents start
+    ("documents").
+    """
     return directory / f"{kind}-{index:05d}.bin"
 
 
@@ -84,7 +88,9 @@ class _Growing:
 class Building:
     """A store's folder that this process writes. Make one by `claim`."""
 
-    def __init__(self, folder: Path, progress: Progress, dtype: np.dtype, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress, dtype: np.dtype, shard_tokens: int
+    ) -> None:
         """Takes the folder, whose lock is held, and opens the last shard that it holds."""
         self.folder = folder
         self.progress = progress
@@ -102,7 +108,7 @@ class Building:
         return self._in_full_shards + (self._open[0].count if self._open else 0)
 
     def append(self, tokens: np.ndarray, starts_document: bool) -> None:
-        """Writes tokens, of which the first may start a document, into as many shards as they need."""
+        """Writes tokens into as many shards as they need; the first may start a document."""
         tokens = np.ascontiguousarray(tokens, self._dtype)
         while len(tokens):
             if self._open is None:
@@ -170,10 +176,15 @@ class Building:
     def _reopen(self, last: TokenShard) -> None:
         """Goes on with the files of a shard after what is known of them."""
         found = []
-        for kind, count, width in (("tokens", last.tokens, self._dtype.itemsize), ("documents", last.documents, 8)):
+        for kind, count, width in (
+            ("tokens", last.tokens, self._dtype.itemsize),
+            ("documents", last.documents, 8),
+        ):
             growing = self._opened(kind, "r+b")
             for _ in range(0, count * width, 2**24):
-                growing.digest.update(growing.file.read(min(2**24, count * width - growing.file.tell())))
+                growing.digest.update(
+                    growing.file.read(min(2**24, count * width - growing.file.tell()))
+                )
             growing.file.truncate(count * width)
             growing.file.seek(0, os.SEEK_END)
             growing.count = count
@@ -184,7 +195,8 @@ class Building:
 
 @contextlib.contextmanager
 def claim(directory: Path, key: str, dtype: np.dtype, shard_tokens: int) -> Iterator[Building]:
-    """The folder in which the store at `directory` is to be built, with what an earlier builder left in it.
+    """The folder in which the store at `directory` is to be built, with what an earlier builder
+    left in it.
 
     It is removed where its builder fails, and stays where that is stopped.
 
@@ -223,7 +235,9 @@ def claim(directory: Path, key: str, dtype: np.dtype, shard_tokens: int) -> Iter
 
 
 def _lock(folder: Path) -> IO[bytes] | None:
-    """The lock of a folder, held until it is closed; None where another process holds it or removed the folder."""
+    """The lock of a folder, held until it is closed; None where another process holds it or removed
+    the folder.
+    """
     with contextlib.suppress(FileNotFoundError):
         file = (folder / ".lock").open("ab")
         try:
@@ -273,7 +287,9 @@ def _age(folder: Path) -> float:
 
 
 def _sweep(parent: Path) -> None:
-    """Removes what killed builders of other stores left long ago; a teacher's labels are not touched."""
+    """Removes what killed builders of other stores left long ago; a teacher's labels are not
+    touched.
+    """
     for folder in parent.glob("*.partial-*"):
         if _LABELS not in folder.name and _is_builders(folder) and _age(folder) > ABANDONED_SECONDS:
             with contextlib.suppress(OSError):
@@ -290,14 +306,18 @@ def _progress(folder: Path, key: str, dtype: np.dtype) -> Progress | None:
         if not is_file(path):
             return None
         progress = Progress.model_validate(json.loads(path.read_bytes()))
-        for index, shard in enumerate([*progress.shards, *([progress.last] if progress.last else [])]):
+        for index, shard in enumerate(
+            [*progress.shards, *([progress.last] if progress.last else [])]
+        ):
             sizes = {"tokens": shard.tokens * dtype.itemsize, "documents": shard.documents * 8}
             for kind, size in sizes.items():
                 found = shard_path(folder, kind, index)
                 if not is_file(found) or found.stat().st_size < size:
                     return None
                 # Full shards are read when the store is complete.
-                if shard is progress.last and sha256_of(found, size) != getattr(shard, f"{kind}_sha256"):
+                if shard is progress.last and sha256_of(found, size) != getattr(
+                    shard, f"{kind}_sha256"
+                ):
                     return None
     except (OSError, ValueError, ValidationError, RecursionError):
         return None

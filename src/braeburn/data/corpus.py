@@ -1,4 +1,6 @@
-"""Documents from files of any fsspec file system, streamed, and split into training and held-out text by hash."""
+"""Documents from files of any fsspec file system, streamed, and split into training and held-out
+text by hash.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,7 +17,8 @@ from braeburn.extras import how_to_install
 __all__ = ["READING_VERSION", "Document", "File", "Report", "documents", "files", "is_held_out"]
 
 LONG_FILE_BYTES = 32 * 1024
-# Goes up when the same files give other documents, so that what was tokenised before is not taken for the same.
+# Goes up when the same files give other documents, so that what was tokenised before is not taken
+# for the same.
 READING_VERSION = 2
 
 
@@ -33,12 +36,18 @@ class Report:
 
 
 def documents(
-    name: str, source: Source, held_out: bool | None = None, fraction: float = 0.0, report: Report | None = None
+    name: str,
+    source: Source,
+    held_out: bool | None = None,
+    fraction: float = 0.0,
+    report: Report | None = None,
 ) -> Iterator[Document]:
-    """The documents of a source in a fixed order, at most one row or a part of a text in memory at a time.
+    """The documents of a source in a fixed order, at most one row or a part of a text in memory at
+    a time.
 
-    Files are named by their path below the source's root, so the split survives a move of the folder; rows by the
-    hash of their text, so duplicates land on one side. Documents of white space alone are left out.
+    Files are named by their path below the source's root, so the split survives a move of the
+    folder; rows by the hash of their text, so duplicates land on one side. Documents of white space
+    alone are left out.
 
     Args:
         name: the source's name in `data.sources`, for errors.
@@ -71,7 +80,10 @@ def documents(
 
 def is_held_out(name: str, fraction: float) -> bool:
     """Whether the document of that name belongs to the held-out `fraction`."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big") / 2**64 < fraction
+    return (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
+        < fraction
+    )
 
 
 class _Side:
@@ -84,7 +96,10 @@ class _Side:
         self.left_out = 0
 
     def holds(self, name: str) -> bool:
-        """Whether the document is on this side. Asked of one document several times in a row, it counts it once."""
+        """Whether the document is on this side.
+
+        Asked of one document several times in a row, it counts it once.
+        """
         if self._held_out is None or self._held_out == is_held_out(name, self._fraction):
             return True
         if name != self._last_left_out:
@@ -100,7 +115,9 @@ def _is_one_document(source: Source, file: File) -> bool:
         return False
     if source.format == "auto":
         return source.separator is None and kind.suffix not in ROWS and kind.suffix != ".json"
-    return source.format.startswith("python-") or (source.format == "text" and source.separator is None)
+    return source.format.startswith("python-") or (
+        source.format == "text" and source.separator is None
+    )
 
 
 def _nothing_found(name: str, source: Source, left_out: int, reading: Reading) -> str:
@@ -112,7 +129,8 @@ def _nothing_found(name: str, source: Source, left_out: int, reading: Reading) -
     met = ", ".join(f"{count:,} {kind}" for kind, count in sorted(reading.passed_over.items()))
     return (
         f"data.sources.{name}: empty corpus, its files hold no text{f' ({met})' if met else ''}; "
-        f"name files that do in data.sources.{name}.paths, or mend data.sources.{name}.format={source.format!r}"
+        f"name files that do in data.sources.{name}.paths, or mend "
+        f"data.sources.{name}.format={source.format!r}"
     )
 
 
@@ -133,5 +151,6 @@ def _read(name: str, source: Source, file: File, reading: Reading) -> Iterator[D
         raise UserError(f"{where} needs a package ({error}); {how_to_install('data')}") from None
     except DAMAGE as error:
         raise UserError(
-            f"{where} is unreadable, truncated or corrupt ({shortened(error)}); fetch it again or leave it out"
+            f"{where} is unreadable, truncated or corrupt ({shortened(error)}); fetch it again or "
+            f"leave it out"
         ) from None

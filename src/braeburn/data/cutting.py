@@ -1,11 +1,14 @@
-"""Long documents cut where a tokenizer splits them in any case, so that they need not be encoded as a whole.
+"""Long documents cut where a tokenizer splits them in any case, so that they need not be encoded as
+a whole.
 
-Encoding takes some 200 bytes of memory for each byte of text. A tokenizer first normalises a text and splits it into
-words, and then makes tokens of each word alone. So a text may be cut between two words, if the pieces are normalised
-and split as the whole is. That is tried on the text around the cut, with the tokenizer's own normaliser and splitter.
+Encoding takes some 200 bytes of memory for each byte of text. A tokenizer first normalises a text
+and splits it into words, and then makes tokens of each word alone. So a text may be cut between two
+words, if the pieces are normalised and split as the whole is. That is tried on the text around the
+cut, with the tokenizer's own normaliser and splitter.
 
-Only places are tried at which one kind of character ends and another begins. Elsewhere, as in a row of digits that are
-split in threes, how a text is split may depend on what stands arbitrarily far before.
+Only places are tried at which one kind of character ends and another begins. Elsewhere, as in a row
+of digits that are split in threes, how a text is split may depend on what stands arbitrarily far
+before.
 """
 
 import re
@@ -28,12 +31,15 @@ _PLACES = (
 )
 
 
-def pieces(parts: Iterable[str], encodes_alike: Callable[[str, str], bool], where: str) -> Iterator[str]:
+def pieces(
+    parts: Iterable[str], encodes_alike: Callable[[str, str], bool], where: str
+) -> Iterator[str]:
     """The text of a document in pieces whose tokens, one behind the other, are those of the whole.
 
     Args:
         parts: the text, in parts of any size.
-        encodes_alike: whether a text is normalised and split in two pieces, given, as it is as a whole.
+        encodes_alike: whether a text is normalised and split in two pieces, given, as it is as a
+            whole.
         where: what to call the document in errors.
 
     Raises:
@@ -54,8 +60,10 @@ def pieces(parts: Iterable[str], encodes_alike: Callable[[str, str], bool], wher
                 tried = 0
         if len(buffer) > LONGEST_PIECE_CHARACTERS:
             raise UserError(
-                f"{where}: the tokenizer finds no place to cut {len(buffer):,} characters of one document, which are "
-                f"more than can be encoded at once; set the source's separator, as \\n, to cut it into documents"
+                f"{where}: the tokenizer finds no place to cut {len(buffer):,} characters of one "
+                f"document, which are "
+                f"more than can be encoded at once; set the source's separator, as \\n, to cut it "
+                f"into documents"
             )
     if buffer:
         yield buffer

@@ -1,4 +1,6 @@
-"""The files that a source names: found by path, folder, glob or URL, through links, none left out in silence."""
+"""The files that a source names: found by path, folder, glob or URL, through links, none left out
+in silence.
+"""
 
 import os
 import re
@@ -43,7 +45,8 @@ def files(name: str, source: Source) -> list[File]:
         source: where the files are.
 
     Raises:
-        UserError: an entry of `paths` matches no file, cannot be listed, or matches something that is no file.
+        UserError: an entry of `paths` matches no file, cannot be listed, or matches something that
+            is no file.
     """
     if not source.paths:
         found = list(_standard_library())
@@ -56,7 +59,7 @@ def files(name: str, source: Source) -> list[File]:
 
 
 def _identity(file: File) -> str:
-    """What two names of one file have in common: the path without links, where the file is local."""
+    """What two names of one file have in common: of a local file, the path without links."""
     return os.path.realpath(file.path) if _is_local(file.filesystem) else file.path
 
 
@@ -75,26 +78,38 @@ def _match(name: str, source: Source, pattern: str) -> Iterator[File]:
         filesystem, path = fsspec.core.url_to_fs(pattern)
         matches = _local(path) if _is_local(filesystem) else _remote(filesystem, path)
     except ImportError as error:
-        raise UserError(f"{where}{pattern!r} needs a package that is not installed: {error}") from None
+        raise UserError(
+            f"{where}{pattern!r} needs a package that is not installed: {error}"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}cannot list {pattern!r}: {error}; check the path and its permissions") from None
+        raise UserError(
+            f"{where}cannot list {pattern!r}: {error}; check the path and its permissions"
+        ) from None
     is_python = source.format.startswith("python-")
     found = []
     for match in matches:
         if is_python and not match.path.endswith(".py"):
             continue
         if match.problem:
-            raise UserError(f"{where}{match.path!r} {match.problem}; remove it, or name the files beside it one by one")
+            raise UserError(
+                f"{where}{match.path!r} {match.problem}; remove it, or name the files beside it "
+                f"one by one"
+            )
         found.append(_file(match, filesystem))
     if not found:
         kind = "Python file" if is_python else "file"
-        raise UserError(f"{where}no {kind} matches {pattern!r}; name an existing file, folder, glob or fsspec URL")
+        raise UserError(
+            f"{where}no {kind} matches {pattern!r}; name an existing file, folder, glob or fsspec "
+            f"URL"
+        )
     yield from found
 
 
 @dataclass(frozen=True)
 class _Match:
-    """A path that is no folder, the source's root, what the file system tells of it, and why it cannot be read."""
+    """A path that is no folder, the source's root, what the file system tells of it, and why it
+    cannot be read.
+    """
 
     path: str
     root: str
@@ -104,21 +119,33 @@ class _Match:
 
 def _file(match: _Match, filesystem: Any) -> File:
     # What changes when a file is written again, under the names that file systems give it.
-    keys = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "created")
+    keys = (
+        "mtime",
+        "ETag",
+        "etag",
+        "md5Hash",
+        "LastModified",
+        "last_modified",
+        "updated",
+        "created",
+    )
     version = next((str(match.info[key]) for key in keys if match.info.get(key)), "")
     relative = match.path[len(match.root) :].lstrip("/")
     return File(match.path, relative, int(match.info.get("size") or 0), version, filesystem)
 
 
 def _glob_root(path: str) -> str:
-    """The folder above the first part of a path that holds `*`, `?` or `[`; the path itself where none does."""
+    """The folder above the first part of a path that holds `*`, `?` or `[`; the path itself where
+    none does.
+    """
     return re.split(r"/[^/]*[*?[]", path, maxsplit=1)[0]
 
 
 def _local(path: str) -> list[_Match]:
     """What a local path, folder or glob names.
 
-    fsspec calls a link neither file nor folder when it lists a folder, and passes over folders that it may not read.
+    fsspec calls a link neither file nor folder when it lists a folder, and passes over folders that
+    it may not read.
     """
     if os.path.lexists(path):
         if Path(path).is_dir():
@@ -132,7 +159,9 @@ def _local(path: str) -> list[_Match]:
 
 
 def _globbed(root: str, pattern: str) -> Iterator[str]:
-    """What a glob matches below `root`; a folder that it matches stands for all that is in it, as a path does."""
+    """What a glob matches below `root`; a folder that it matches stands for all that is in it, as a
+    path does.
+    """
     from fsspec.utils import glob_translate
 
     matches = re.compile(glob_translate(pattern)).match
@@ -166,7 +195,8 @@ def _below(
         depth: folders to go down, this one counted; None for all.
         skip: tells which names of files and folders are left out, with all that is in them.
         folders: whether folders are told of, too.
-        above: the real paths of the folders that led here. A link to one of them would lead round for ever.
+        above: the real paths of the folders that led here. A link to one of them would lead round
+            for ever.
     """
     above |= {os.path.realpath(folder)}
     with os.scandir(folder) as entries:
@@ -195,7 +225,9 @@ def _local_match(path: str, root: str) -> _Match:
         if not Path(path).is_symlink():
             raise
         target = str(Path(path).readlink())
-        return _Match(path, root, {}, f"is a link to {target!r}, which cannot be read ({error.strerror})")
+        return _Match(
+            path, root, {}, f"is a link to {target!r}, which cannot be read ({error.strerror})"
+        )
     if not stat.S_ISREG(status.st_mode):
         return _Match(path, root, {}, "is no file but a pipe, socket or device")
     return _Match(path, root, {"size": status.st_size, "mtime": status.st_mtime_ns})
@@ -221,7 +253,11 @@ def _remote(filesystem: Any, path: str) -> list[_Match]:
         else:
             root = path.rpartition("/")[0]
             matches = {path: info}
-    return [_remote_match(filesystem, found, root, info) for found, info in matches.items() if not _is_folder(info)]
+    return [
+        _remote_match(filesystem, found, root, info)
+        for found, info in matches.items()
+        if not _is_folder(info)
+    ]
 
 
 def _folder(filesystem: Any, folder: str) -> dict[str, Any]:
@@ -238,7 +274,9 @@ def _remote_match(filesystem: Any, path: str, root: str, info: Mapping[str, Any]
     if info["type"] != "file":
         # A listing tells of a link itself; asked for by its path, it is what it leads to.
         info = filesystem.info(path)
-    return _Match(path, root, info, "" if info["type"] == "file" else f"is no file but a {info['type']}")
+    return _Match(
+        path, root, info, "" if info["type"] == "file" else f"is no file but a {info['type']}"
+    )
 
 
 def _standard_library() -> Iterator[File]:

@@ -1,4 +1,6 @@
-"""Documents in the bytes of a file: texts or pieces of them, rows of JSON lines or Parquet, Python's docstrings."""
+"""Documents in the bytes of a file: texts or pieces of them, rows of JSON lines or Parquet,
+Python's docstrings.
+"""
 
 import ast
 import codecs
@@ -65,7 +67,8 @@ class Reading:
 
 
 def format_of(source: Source, member: Member) -> str:
-    """How to read a part of a file: the source's format, or where that is "auto" the one that the name tells.
+    """How to read a part of a file: the source's format, or where that is "auto" the one that the
+    name tells.
 
     Raises:
         UserError: the content is of another kind than the name tells.
@@ -81,25 +84,28 @@ def format_of(source: Source, member: Member) -> str:
     if member.suffix == ".json":
         if not is_json_lines and head.strip():
             raise UserError(
-                f"{member.where} is JSON, but not an object a line, which is what Braeburn reads; write its objects a "
+                f"{member.where} is JSON, but not an object a line, which is what Braeburn reads; "
+                f"write its objects a "
                 f"line each into a file that ends in .jsonl, as with jq -c '.[]'"
             )
         return "jsonl"
     if is_json_lines:
         raise UserError(
-            f"{member.where} holds JSON objects, which its name does not tell; name it .jsonl, or set the source's "
-            f"format to 'jsonl', or to 'text' to take the JSON as it stands"
+            f"{member.where} holds JSON objects, which its name does not tell; name it .jsonl, or "
+            f"set the source's format to 'jsonl', or to 'text' to take the JSON as it stands"
         )
     if member.suffix in _TABLES:
         raise UserError(
-            f"{member.where} is a table, which Braeburn does not read; write its rows as JSON lines or Parquet, or set "
-            f"the source's format to 'text' to take it as it stands"
+            f"{member.where} is a table, which Braeburn does not read; write its rows as JSON "
+            f"lines or Parquet, or set the source's format to 'text' to take it as it stands"
         )
     return form
 
 
 def _begins_with_a_json_object(head: bytes) -> bool:
-    """Whether the first line is a JSON object; of a line longer than what is seen, whether it begins as one."""
+    """Whether the first line is a JSON object; of a line longer than what is seen, whether it
+    begins as one.
+    """
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
     line, newline, _ = head.partition(b"\n")
     if not line.startswith(b"{"):
@@ -112,7 +118,9 @@ def _begins_with_a_json_object(head: bytes) -> bool:
         return False
 
 
-def rows(member: Member, form: str, source: Source, reading: Reading, fix: str) -> Iterator[Document]:
+def rows(
+    member: Member, form: str, source: Source, reading: Reading, fix: str
+) -> Iterator[Document]:
     """The documents of JSON lines or Parquet, named by the hash of their text.
 
     Args:
@@ -125,7 +133,11 @@ def rows(member: Member, form: str, source: Source, reading: Reading, fix: str) 
     Raises:
         UserError: a row cannot be read, or has no such field.
     """
-    texts = _jsonl(member, source.field, fix) if form == "jsonl" else _parquet(member, source.field, fix)
+    texts = (
+        _jsonl(member, source.field, fix)
+        if form == "jsonl"
+        else _parquet(member, source.field, fix)
+    )
     for text in texts:
         if text is None:
             reading.pass_over(_NULL_ROWS)
@@ -145,17 +157,25 @@ def _jsonl(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
         number += 1
         where = f"{member.where} line {number}"
         if len(line) > LONGEST_LINE_BYTES:
-            raise UserError(f"{where} is longer than {LONGEST_LINE_BYTES:,} bytes; cut it, or leave the file out")
+            raise UserError(
+                f"{where} is longer than {LONGEST_LINE_BYTES:,} bytes; cut it, or leave the file "
+                f"out"
+            )
         if line.isspace():
             continue
         row = _parsed(line, where, field_name)
         if not isinstance(row, dict):
-            raise UserError(f"{where} is {_called(row)}, not an object with a field {field_name!r}; mend or drop it")
+            raise UserError(
+                f"{where} is {_called(row)}, not an object with a field {field_name!r}; mend or "
+                f"drop it"
+            )
         if field_name not in row:
             raise UserError(f"{where} has no field {field_name!r} (it has: {_some(row)}); {fix}")
         text = row[field_name]
         if text is not None and not isinstance(text, str):
-            raise UserError(f"{where} holds {_called(text)} in the field {field_name!r}, not text; {fix}")
+            raise UserError(
+                f"{where} holds {_called(text)} in the field {field_name!r}, not text; {fix}"
+            )
         yield text
 
 
@@ -166,21 +186,34 @@ def _parsed(line: bytes, where: str, field_name: str) -> Any:
             return json.loads(text)
         except json.JSONDecodeError:
             raise
-        except ValueError:  # an integer of more digits than Python converts; it is not what is wanted of the row
+        except (
+            ValueError
+        ):  # an integer of more digits than Python converts; it is not what is wanted of the row
             return json.loads(text, parse_int=float)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the file or drop the line"
+            f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the file or "
+            f"drop the line"
         ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}) with a field {field_name!r}; mend or drop it") from None
+        raise UserError(
+            f"{where} is not JSON ({error.msg}) with a field {field_name!r}; mend or drop it"
+        ) from None
     except RecursionError:
-        raise UserError(f"{where} is JSON of too many levels, one within the other; mend or drop it") from None
+        raise UserError(
+            f"{where} is JSON of too many levels, one within the other; mend or drop it"
+        ) from None
 
 
 def _called(value: Any) -> str:
     """What a JSON value is called."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a truth value",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")
 
 
@@ -196,30 +229,51 @@ def _parquet(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
     import pyarrow.parquet
 
     if not member.stream.seekable():
-        raise UserError(f"{member.where} is Parquet within another file; unpack it, and name it or its folder")
+        raise UserError(
+            f"{member.where} is Parquet within another file; unpack it, and name it or its folder"
+        )
     try:
         table = pyarrow.parquet.ParquetFile(member.stream)
         schema = table.schema_arrow
         if field_name not in schema.names:
-            raise UserError(f"{member.where} has no column {field_name!r} (it has: {_some(schema.names)}); {fix}")
+            raise UserError(
+                f"{member.where} has no column {field_name!r} (it has: {_some(schema.names)}); "
+                f"{fix}"
+            )
         held = schema.field(field_name).type
         held = held.value_type if pyarrow.types.is_dictionary(held) else held
-        if str(held) not in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"):
-            raise UserError(f"{member.where} holds {held} in the column {field_name!r}, not text; {fix}")
+        if str(held) not in (
+            "string",
+            "large_string",
+            "string_view",
+            "binary",
+            "large_binary",
+            "binary_view",
+            "null",
+        ):
+            raise UserError(
+                f"{member.where} holds {held} in the column {field_name!r}, not text; {fix}"
+            )
         number = 0
         rows_at_once = _rows_at_once(table.metadata, field_name)
         for batch in table.iter_batches(rows_at_once, columns=[field_name]):
             for value in batch.column(0):
                 yield _cell(value, f"{member.where} row {number}")
                 number += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second of names, as they are asked for
+    except (
+        pyarrow.ArrowException,
+        UnicodeDecodeError,
+    ) as error:  # the second of names, as they are asked for
         raise UserError(
-            f"{member.where} is not a sound parquet file ({shortened(error)}); fetch it again or leave it out"
+            f"{member.where} is not a sound parquet file ({shortened(error)}); fetch it again or "
+            f"leave it out"
         ) from None
 
 
 def _rows_at_once(metadata: Any, column: str) -> int:
-    """Rows to read at once: a text that is stored once may stand in many rows, each as long as all that is stored."""
+    """Rows to read at once: a text that is stored once may stand in many rows, each as long as all
+    that is stored.
+    """
     longest = 1
     for group in range(metadata.num_row_groups):
         chunks = metadata.row_group(group)
@@ -236,7 +290,8 @@ def _cell(value: Any, where: str) -> str | None:
         return held.decode() if isinstance(held, bytes) else held
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the column or drop the row"
+            f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the column or "
+            f"drop the row"
         ) from None
 
 
@@ -246,9 +301,13 @@ def python(member: Member, form: str, reading: Reading) -> Iterator[Document]:
         return
     data = member.stream.read(LARGEST_PYTHON_BYTES + 1)
     if len(data) > LARGEST_PYTHON_BYTES:
-        raise UserError(f"{member.where} is larger than {LARGEST_PYTHON_BYTES:,} bytes; leave it out")
+        raise UserError(
+            f"{member.where} is larger than {LARGEST_PYTHON_BYTES:,} bytes; leave it out"
+        )
     try:
-        code = io.IncrementalNewlineDecoder(None, translate=True).decode(data.decode("utf-8-sig"), final=True)
+        code = io.IncrementalNewlineDecoder(None, translate=True).decode(
+            data.decode("utf-8-sig"), final=True
+        )
     except UnicodeDecodeError:
         reading.pass_over("Python files that are not UTF-8")
         return
@@ -257,9 +316,13 @@ def python(member: Member, form: str, reading: Reading) -> Iterator[Document]:
         yield Document(member.name, text)
 
 
-@functools.lru_cache(maxsize=1024)  # the tokenizer, training and held-out text each ask for the same files
+@functools.lru_cache(
+    maxsize=1024
+)  # the tokenizer, training and held-out text each ask for the same files
 def _prose(code: str) -> str:
-    """The docstrings of a Python file in their order, blank lines between; empty if it does not parse."""
+    """The docstrings of a Python file in their order, blank lines between; empty if it does not
+    parse.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -278,12 +341,15 @@ def _docstrings(node: ast.AST) -> Iterator[str | None]:
 
 
 def _encodable(text: str) -> str:
-    r"""The text with lone surrogates, which JSON's and Python's \u escapes can make, as question marks."""
+    r"""The text with lone surrogates, which JSON's and Python's \u escapes can make, as question
+    marks.
+    """
     return text.encode("utf-8", "replace").decode()
 
 
 def text(member: Member, separator: str | None, reading: Reading) -> Iterator[Document]:
-    """A text as one document, or the pieces of it between separators; of long ones a part at a time.
+    """A text as one document, or the pieces of it between separators; of long ones a part at a
+    time.
 
     Newlines are as Python reads them: "\\r\\n" and "\\r" become "\\n", in the separator too.
 
@@ -297,7 +363,10 @@ def text(member: Member, separator: str | None, reading: Reading) -> Iterator[Do
         return
     separator = _newlines(separator)
     yield from _documents(
-        _separated(_decoded(member), separator, reading), lambda index: f"{member.name}#{index}", member, reading
+        _separated(_decoded(member), separator, reading),
+        lambda index: f"{member.name}#{index}",
+        member,
+        reading,
     )
 
 
@@ -318,7 +387,8 @@ def _decoded(member: Member) -> Iterator[str]:
         except UnicodeDecodeError as error:
             at = position - pending + error.start
             raise UserError(
-                f"{member.where} is not UTF-8 ({error.reason} at byte {at}); convert it or leave it out"
+                f"{member.where} is not UTF-8 ({error.reason} at byte {at}); convert it or leave "
+                f"it out"
             ) from None
         position += len(data)
         yield newlines.decode(chunk, final=not data)
@@ -326,8 +396,10 @@ def _decoded(member: Member) -> Iterator[str]:
             return
 
 
-def _separated(chunks: Iterator[str], separator: str, reading: Reading) -> Iterator[tuple[str, bool]]:
-    """The text between separators in parts, each with whether a separator, or the end, follows it."""
+def _separated(
+    chunks: Iterator[str], separator: str, reading: Reading
+) -> Iterator[tuple[str, bool]]:
+    """The text between separators in parts, each with whether a separator or the end follows."""
     rest = ""
     # What the next chunk may complete to a separator.
     keep = len(separator) - 1
@@ -344,9 +416,14 @@ def _separated(chunks: Iterator[str], separator: str, reading: Reading) -> Itera
 
 
 def _documents(
-    pieces: Iterator[tuple[str, bool]], name_of: Callable[[int], str], member: Member, reading: Reading
+    pieces: Iterator[tuple[str, bool]],
+    name_of: Callable[[int], str],
+    member: Member,
+    reading: Reading,
 ) -> Iterator[Document]:
-    """Documents of pieces of text, each with whether it ends one; a long document is handed on in parts."""
+    """Documents of pieces of text, each with whether it ends one; a long document is handed on in
+    parts.
+    """
     index = 0
     held: list[str] = []
     size = 0
@@ -375,6 +452,9 @@ def _documents(
                     begun = True
                 held, size = [], 0
             elif size > LONGEST_SPACE_CHARACTERS:
-                raise UserError(f"{member.where} holds {size:,} characters of white space in a row; leave it out")
+                raise UserError(
+                    f"{member.where} holds {size:,} characters of white space in a row; leave it "
+                    f"out"
+                )
     if held or begun:
         yield from finished()

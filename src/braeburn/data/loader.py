@@ -1,4 +1,7 @@
-"""Batches by step. A batch is a pure function of (seed, stage, step): resuming needs the step and nothing else."""
+"""Batches by step.
+
+A batch is a pure function of (seed, stage, step): resuming needs the step and nothing else.
+"""
 
 import errno
 import logging
@@ -29,7 +32,8 @@ class Batches:
         rows: Sequence[int] | None = None,
         teachers: Mapping[str, TeacherStore] | None = None,
     ) -> None:
-        """Takes a stage's sources. With a teacher their text is cut at the same places in every epoch.
+        """Takes a stage's sources. With a teacher their text is cut at the same places in every
+        epoch.
 
         Args:
             stage: the stage.
@@ -71,17 +75,20 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Parcel:
-    """Hides a batch's arrays from grain, which would pass them through /dev/shm, small in containers, and leak them."""
+    """Hides a batch's arrays from grain, which would pass them through /dev/shm, small in
+    containers, and leak them.
+    """
 
     batch: Batch
 
 
 def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Iterator[Batch]:
-    """The batches from step `start` to the last in order, read ahead by a thread or by `workers` processes.
+    """The batches from step `start` to the last in order, read ahead by a thread or by `workers`
+    processes.
 
-    What a worker raises is raised here. Close the iterator to stop early; a worker imports the caller's main module.
-    Where processes cannot be had, as with a full /dev/shm, or find that the store was deleted, which this process still
-    has open, a thread goes on in their place.
+    What a worker raises is raised here. Close the iterator to stop early; a worker imports the
+    caller's main module. Where processes cannot be had, as with a full /dev/shm, or find that the
+    store was deleted, which this process still has open, a thread goes on in their place.
 
     Args:
         batches: the stage's.
@@ -96,10 +103,14 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
                 start += 1
             return
         except (OSError, Deleted) as error:
-            what = "/dev/shm has no room for what they share" if getattr(error, "errno", 0) == errno.ENOSPC else error
+            what = (
+                "/dev/shm has no room for what they share"
+                if getattr(error, "errno", 0) == errno.ENOSPC
+                else error
+            )
             logging.getLogger(__name__).warning(
-                "warning: the processes of data.workers=%d cannot read ahead (%s); a thread of the training process "
-                "reads in their place, which changes nothing but speed",
+                "warning: the processes of data.workers=%d cannot read ahead (%s); a thread of the "
+                "training process reads in their place, which changes nothing but speed",
                 workers,
                 what,
             )
@@ -111,7 +122,8 @@ def _read_ahead(batches: Batches, start: int, workers: int, prefetch: int) -> It
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's processes ask for flags that only absl's own main would parse
+        # grain's processes ask for flags that only absl's own main would parse
+        flags.FLAGS.mark_as_parsed()
     dataset = (
         grain.MapDataset.source(batches)[start:]
         .map(_Parcel)
@@ -129,10 +141,11 @@ def _read_ahead(batches: Batches, start: int, workers: int, prefetch: int) -> It
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker when the process that started it is gone, even killed; grain leaves it waiting for ever.
+    """Ends this worker when the process that started it is gone, even killed; grain leaves it
+    waiting for ever.
 
-    Signals that a terminal or a service manager sends to all processes alike are for that process to heed: it still
-    needs batches, or ends the workers itself.
+    Signals that a terminal or a service manager sends to all processes alike are for that process
+    to heed: it still needs batches, or ends the workers itself.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -146,9 +159,14 @@ def _end_with_parent(worker: int, workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def held_out_batches(store: TokenStore, sequence_length: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
-    """Batches [B, T] of the first windows of a held-out store, at most `max_tokens` but one window at least.
+def held_out_batches(
+    store: TokenStore, sequence_length: int, batch_size: int, max_tokens: int
+) -> Iterator[Batch]:
+    """Batches [B, T] of the first windows of a held-out store, at most `max_tokens` but one window
+    at least.
 
     The last batch is filled up with rows of zero weight, so that all have one shape.
     """
-    return batched(islice(windows(store, sequence_length), max(1, max_tokens // sequence_length)), batch_size)
+    return batched(
+        islice(windows(store, sequence_length), max(1, max_tokens // sequence_length)), batch_size
+    )

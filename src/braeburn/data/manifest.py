@@ -1,4 +1,6 @@
-"""Manifests of token and teacher stores: JSON that is checked against its own hash and types before it is believed."""
+"""Manifests of token and teacher stores: JSON that is checked against its own hash and types before
+it is believed.
+"""
 
 import contextlib
 import hashlib
@@ -89,8 +91,14 @@ class TeacherManifest(_Checked):
 
 
 def _check_sizes(sizes: list[int], each: int, total: int) -> None:
-    """Refuses files of which one but the last is not full, or that do not hold as much as they should."""
-    if any(size != each for size in sizes[:-1]) or sum(sizes) != total or any(size > each for size in sizes):
+    """Refuses files of which one but the last is not full, or that do not hold as much as they
+    should.
+    """
+    if (
+        any(size != each for size in sizes[:-1])
+        or sum(sizes) != total
+        or any(size > each for size in sizes)
+    ):
         raise ValueError("the sizes of the files do not fit the whole")
 
 
@@ -128,7 +136,8 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         raise corrupt(path, "is not a sound manifest") from None
     except OSError as error:
         raise UserError(
-            f"cannot read {str(path.parent)!r} ({error}); check its permissions, or set data.cache to another folder"
+            f"cannot read {str(path.parent)!r} ({error}); check its permissions, or set "
+            f"data.cache to another folder"
         ) from None
 
 
@@ -153,16 +162,20 @@ def write(path: Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def verify(directory: Path, files: Iterable[tuple[Path, int, str]], verified_for: str | None) -> None:
+def verify(
+    directory: Path, files: Iterable[tuple[Path, int, str]], verified_for: str | None
+) -> None:
     """Checks the size of every file, and its content once on each machine for each run.
 
-    A time of modification says little: disks lose bits, and copies keep times. So a content is believed only while
-    this machine has read it for this run before, and the file is the same one since.
+    A time of modification says little: disks lose bits, and copies keep times. So a content is
+    believed only while this machine has read it for this run before, and the file is the same one
+    since.
 
     Args:
         directory: holds the files, and the record of what was read.
         files: path, size in bytes and SHA-256 of each.
-        verified_for: the run that the files are read for; None reads them all, and writes no record.
+        verified_for: the run that the files are read for; None reads them all, and writes no
+            record.
 
     Raises:
         UserError: a file is missing, truncated or corrupt, or is no file.
@@ -202,7 +215,9 @@ def _machine() -> str:
     """What tells this machine from others that share its disks."""
     for path in ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"):
         with contextlib.suppress(OSError):
-            return hashlib.sha256((Path(path).read_text() + os.uname().nodename).encode()).hexdigest()[:16]
+            return hashlib.sha256(
+                (Path(path).read_text() + os.uname().nodename).encode()
+            ).hexdigest()[:16]
     return os.uname().nodename
 
 
@@ -234,7 +249,10 @@ def _chunks(path: Path, size: int | None) -> Iterator[bytes]:
 
 def corrupt(path: Path, problem: str) -> UserError:
     """The error about a file of a store."""
-    return UserError(f"{str(path)!r} {problem}; delete the folder {str(path.parent)!r} and it will be built again")
+    return UserError(
+        f"{str(path)!r} {problem}; delete the folder {str(path.parent)!r} and it will be built "
+        f"again"
+    )
 
 
 @contextlib.contextmanager
@@ -248,5 +266,6 @@ def reading(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot read {str(directory)!r} ({error}); check its permissions, or set data.cache to another folder"
+            f"cannot read {str(directory)!r} ({error}); check its permissions, or set data.cache "
+            f"to another folder"
         ) from None

@@ -1,4 +1,6 @@
-"""Which source a training position draws from, as a pure function: no state, so resuming needs one integer."""
+"""Which source a training position draws from, as a pure function: no state, so resuming needs one
+integer.
+"""
 
 import hashlib
 import json
@@ -20,16 +22,21 @@ def derive_key(*parts: int | str) -> int:
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """The image of `index` under a bijection of range(size) that the 64-bit `key` chooses, in constant memory.
+    """The image of `index` under a bijection of range(size) that the 64-bit `key` chooses, in
+    constant memory.
 
-    A Feistel network permutes the next power of four; values beyond `size` are sent round again until they fall inside.
+    A Feistel network permutes the next power of four; values beyond `size` are sent round again
+    until they fall inside.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
         for turn in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right, (key + turn * 0x9E3779B97F4A7C15) & _WORD) & mask)
+            left, right = (
+                right,
+                left ^ (_mix(right, (key + turn * 0x9E3779B97F4A7C15) & _WORD) & mask),
+            )
         index = left << half | right
         if index < size:
             return index
@@ -43,7 +50,9 @@ def _mix(x: int, key: int) -> int:
 
 
 def rounded_shares(stages: Mapping[str, Stage]) -> list[str]:
-    """A warning for each source whose share of a stage, rounded, is a tenth or more off what its weight asks for."""
+    """A warning for each source whose share of a stage, rounded, is a tenth or more off what its
+    weight asks for.
+    """
     lines = []
     for name, stage in stages.items():
         mixture = Mixture(stage.mixture, 0)
@@ -53,17 +62,19 @@ def rounded_shares(stages: Mapping[str, Stage]) -> list[str]:
             got = count / mixture.block
             if abs(got - asked) >= 0.1 * asked:
                 lines.append(
-                    f"warning: stages.{name}.mixture.{source}={stage.mixture[source]:g} asks for {asked:.2g} of the "
-                    f"sequences but gets {count} of each {mixture.block}, which is {got:.2g}; raise it, or set it to 0"
+                    f"warning: stages.{name}.mixture.{source}={stage.mixture[source]:g} asks for "
+                    f"{asked:.2g} of the sequences but gets {count} of each {mixture.block}, which "
+                    f"is {got:.2g}; raise it, or set it to 0"
                 )
     return lines
 
 
 class Mixture:
-    """Positions 0, 1, 2, ... shared among sources in proportion to their weights, in a seeded order.
+    """Positions 0, 1, 2, ... shared among sources in proportion to their weights, in a seeded
+    order.
 
-    In each block of 1024 positions a source has its share, rounded but at least one; within a source the indices
-    0, 1, 2, ... are used once each.
+    In each block of 1024 positions a source has its share, rounded but at least one; within a
+    source the indices 0, 1, 2, ... are used once each.
     """
 
     def __init__(self, weights: Mapping[str, float], seed: int) -> None:

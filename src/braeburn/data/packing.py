@@ -1,4 +1,6 @@
-"""Fixed-length sequences cut from a token store: shuffled windows to train on, consecutive ones to evaluate on."""
+"""Fixed-length sequences cut from a token store: shuffled windows to train on, consecutive ones to
+evaluate on.
+"""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -13,8 +15,9 @@ from braeburn.errors import UserError
 if TYPE_CHECKING:
     from braeburn.data.teacher_store import TeacherStore
 
-# inputs, targets, positions, segment_ids: int32; weights: float32. [T] in a row, [B, T] in a batch. Where a teacher's
-# words are read too, teacher_ids: int32 and teacher_log_probs: float32, [T, k] in a row, [B, T, k] in a batch.
+# inputs, targets, positions, segment_ids: int32; weights: float32. [T] in a row, [B, T] in a batch.
+# Where a teacher's words are read too, teacher_ids: int32 and teacher_log_probs: float32, [T, k] in
+# a row, [B, T, k] in a batch.
 Row = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 
@@ -22,11 +25,12 @@ Batch = dict[str, np.ndarray]
 class Sequences:
     """Training sequences 0, 1, 2, ... of one source, without end.
 
-    An epoch cuts the store into windows that start at a random shift and visits each once in a random order, so that
-    texts meet other window borders in every epoch. All epochs have the same number of windows.
+    An epoch cuts the store into windows that start at a random shift and visits each once in a
+    random order, so that texts meet other window borders in every epoch. All epochs have the same
+    number of windows.
 
-    Aligned windows start at multiples of T in every epoch, and only their order differs: what a teacher says of a
-    position depends on the window that it sees.
+    Aligned windows start at multiples of T in every epoch, and only their order differs: what a
+    teacher says of a position depends on the window that it sees.
     """
 
     def __init__(
@@ -54,11 +58,13 @@ class Sequences:
         """
         if store.tokens < sequence_length:
             raise UserError(
-                f"sequence longer than the data: source {name!r} has {store.tokens} training tokens and "
-                f"sequence_length={sequence_length}; set it to at most {max(1, store.tokens)}, or add files"
+                f"sequence longer than the data: source {name!r} has {store.tokens} training "
+                f"tokens and sequence_length={sequence_length}; set it to at most "
+                f"{max(1, store.tokens)}, or add files"
             )
         self._store, self._length, self._seed, self._teacher = store, sequence_length, seed, teacher
-        # All but one of the positions in a window are kept free to shift; a store of less than two has less room.
+        # All but one of the positions in a window are kept free to shift; a store of less than two
+        # has less room.
         room = 0 if aligned else sequence_length - 1
         self.windows = max(1, (store.tokens - room) // sequence_length)
         self._shifts = min(room, store.tokens - self.windows * sequence_length) + 1
@@ -71,12 +77,15 @@ class Sequences:
         start = shift + place * self._length
         row = window(self._store, start, self._length)
         if self._teacher is not None:
-            row["teacher_ids"], row["teacher_log_probs"] = self._teacher.read(start, start + self._length)
+            row["teacher_ids"], row["teacher_log_probs"] = self._teacher.read(
+                start, start + self._length
+            )
         return row
 
 
 def windows(store: TokenStore, sequence_length: int, first: int = 0) -> Iterator[Row]:
-    """Consecutive windows from the one numbered `first` on; from 0 they make every token an input once.
+    """Consecutive windows from the one numbered `first` on; from 0 they make every token an input
+    once.
 
     The last is padded with zero weight and segment 0.
     """
@@ -100,7 +109,9 @@ def window(store: TokenStore, start: int, length: int) -> Row:
     return {
         "inputs": tokens[:-1],
         "targets": tokens[1:],
-        "positions": np.where(real, place - np.maximum.accumulate(np.where(is_start, place, 0)), 0).astype(np.int32),
+        "positions": np.where(
+            real, place - np.maximum.accumulate(np.where(is_start, place, 0)), 0
+        ).astype(np.int32),
         "segment_ids": np.where(real, np.cumsum(is_start), 0).astype(np.int32),
         "weights": real.astype(np.float32),
     }

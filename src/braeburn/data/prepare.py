@@ -18,7 +18,9 @@ from braeburn.data.store import FORMAT_VERSION, TokenStore, build_store, writing
 from braeburn.data.tokenizer import PATTERN, Tokenizer, sample, train
 from braeburn.errors import UserError
 
-TRAINING_BYTES_PER_ENTRY = 1024  # text that a tokenizer is trained on, for each entry of its vocabulary
+TRAINING_BYTES_PER_ENTRY = (
+    1024  # text that a tokenizer is trained on, for each entry of its vocabulary
+)
 
 Result = TypeVar("Result")
 
@@ -31,8 +33,10 @@ class Prepared:
         tokenizer: the tokenizer.
         train: the text of each source to train on.
         held_out: the text of each source to evaluate on.
-        fingerprints: of each source, a hash of the tokens of both sides and of where documents start.
-        verified_for: the run directory that all this is for, where contents are not to be checked every time.
+        fingerprints: of each source, a hash of the tokens of both sides and of where documents
+            start.
+        verified_for: the run directory that all this is for, where contents are not to be checked
+            every time.
     """
 
     tokenizer: Tokenizer
@@ -51,16 +55,19 @@ def prepare(
     verified_for: str | None = None,
     only_held_out: bool = False,
 ) -> Prepared:
-    """Trains or loads the tokenizer, then builds or opens the stores of every source that a stage draws from.
+    """Trains or loads the tokenizer, then builds or opens the stores of every source that a stage
+    draws from.
 
     Args:
         run: names the sources, the tokenizer and the cache.
         log: takes one line for each thing that is built, and warnings.
         tokenizer: used as it is where given, as on resuming.
-        proceed: called about once a second, from any thread. What it raises ends the work; what was tokenised stays.
-        verified_for: the run directory that the text is for; contents of stores are checked once for each, and with
-            None every time.
-        only_held_out: leaves the text to train on alone, as evaluation does; `train` and `fingerprints` are empty.
+        proceed: called about once a second, from any thread. What it raises ends the work; what was
+            tokenised stays.
+        verified_for: the run directory that the text is for; contents of stores are checked once
+            for each, and with None every time.
+        only_held_out: leaves the text to train on alone, as evaluation does; `train` and
+            `fingerprints` are empty.
 
     Raises:
         UserError: a source, the tokenizer, the cache or their sizes do not fit.
@@ -75,15 +82,18 @@ def prepare(
         tokenizer = _tokenizer(run, sources, listed, log, proceed)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise UserError(
-            f"model.vocab_size={run.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries; "
-            f"set model.vocab_size to at least {tokenizer.vocab_size}, or data.tokenizer to a smaller one"
+            f"model.vocab_size={run.model.vocab_size} is less than the tokenizer's "
+            f"{tokenizer.vocab_size} entries; set model.vocab_size to at least "
+            f"{tokenizer.vocab_size}, or data.tokenizer to a smaller one"
         )
     own = tokenizer
 
     def stores(name: str) -> list[TokenStore]:
         opened = []
         for side in (True,) if only_held_out else (False, True):
-            fingerprint = _fingerprint(listed[name], own.hash, run.data.held_out, side, FORMAT_VERSION)
+            fingerprint = _fingerprint(
+                listed[name], own.hash, run.data.held_out, side, FORMAT_VERSION
+            )
             directory = cache / "stores" / f"{name}-{'held-out' if side else 'train'}-{fingerprint}"
             if not directory.exists():
                 began = time.perf_counter()
@@ -111,7 +121,9 @@ def prepare(
     )
 
 
-def _account(name: str, source: Source, fraction: float, train: TokenStore, held_out: TokenStore) -> Iterator[str]:
+def _account(
+    name: str, source: Source, fraction: float, train: TokenStore, held_out: TokenStore
+) -> Iterator[str]:
     """What a source turned out to be, with warnings about what was hardly meant."""
     yield (
         f"data.sources.{name}: {train.documents} documents, {train.tokens} tokens for training; "
@@ -122,13 +134,13 @@ def _account(name: str, source: Source, fraction: float, train: TokenStore, held
         yield f"data.sources.{name}: passed over {met}"
     if train.separator_missing:
         yield (
-            f"warning: data.sources.{name}.separator={source.separator!r} is in none of its files, so each of them is "
-            f"one document; mend the separator, or leave it out"
+            f"warning: data.sources.{name}.separator={source.separator!r} is in none of its files, "
+            f"so each of them is one document; mend the separator, or leave it out"
         )
     elif train.documents + held_out.documents == 1:
         yield (
-            f"warning: data.sources.{name} is one document; set data.sources.{name}.separator to cut it into more, as "
-            f"--set 'data.sources.{name}.separator=\\n\\n' at blank lines"
+            f"warning: data.sources.{name} is one document; set data.sources.{name}.separator to "
+            f"cut it into more, as --set 'data.sources.{name}.separator=\\n\\n' at blank lines"
         )
     if not held_out.documents and fraction > 0:
         yield (
@@ -139,7 +151,12 @@ def _account(name: str, source: Source, fraction: float, train: TokenStore, held
 
 def used_sources(run: Run) -> dict[str, Source]:
     """The sources that some stage draws from."""
-    used = {name for stage in run.stages.values() for name, weight in stage.mixture.items() if weight > 0}
+    used = {
+        name
+        for stage in run.stages.values()
+        for name, weight in stage.mixture.items()
+        if weight > 0
+    }
     return {name: run.data.sources[name] for name in sorted(used)}
 
 
@@ -147,7 +164,11 @@ def cache_folder(data: Data) -> Path:
     """Where tokenizers and stores are kept."""
     if data.cache is not None:
         return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "braeburn" / "data"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        / "braeburn"
+        / "data"
+    )
 
 
 def _tokenizer(
@@ -162,8 +183,12 @@ def _tokenizer(
             # A model that is trained from scratch sees no text without a begin token before it.
             return Tokenizer.load(run.data.tokenizer).beginning_prompts()
         except UserError as error:
-            raise UserError(f"data.tokenizer: {error}, or leave data.tokenizer unset to train one") from None
-    fingerprint = _fingerprint(fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES_PER_ENTRY)
+            raise UserError(
+                f"data.tokenizer: {error}, or leave data.tokenizer unset to train one"
+            ) from None
+    fingerprint = _fingerprint(
+        fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES_PER_ENTRY
+    )
     path = cache_folder(run.data) / "tokenizers" / f"{fingerprint}.json"
     if path.exists():
         try:
@@ -180,7 +205,10 @@ def _tokenizer(
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
-    log(f"trained a tokenizer of {tokenizer.vocab_size} entries in {time.perf_counter() - began:.1f} s")
+    log(
+        f"trained a tokenizer of {tokenizer.vocab_size} entries in "
+        f"{time.perf_counter() - began:.1f} s"
+    )
     return tokenizer
 
 

@@ -1,6 +1,8 @@
-"""Tokenised text on disk: shards of tokens to be mapped into memory, where documents start, and a manifest.
+"""Tokenised text on disk: shards of tokens to be mapped into memory, where documents start, and a
+manifest.
 
-A store appears under its name complete or not at all, and what it holds is checked before it is used.
+A store appears under its name complete or not at all, and what it holds is checked before it is
+used.
 """
 
 import contextlib
@@ -20,7 +22,14 @@ import numpy as np
 from braeburn.data.building import Building, Progress, claim, shard_path
 from braeburn.data.corpus import Document, Report
 from braeburn.data.cutting import pieces
-from braeburn.data.manifest import TokenManifest, manifest_bytes, read_manifest, reading, verify, write
+from braeburn.data.manifest import (
+    TokenManifest,
+    manifest_bytes,
+    read_manifest,
+    reading,
+    verify,
+    write,
+)
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 
@@ -38,23 +47,28 @@ def build_store(
     proceed: Callable[[], None] = lambda: None,
     report: Report | None = None,
 ) -> None:
-    """Tokenises the documents into a store at `directory`, unless another process has finished the same meanwhile.
+    """Tokenises the documents into a store at `directory`, unless another process has finished the
+    same meanwhile.
 
-    A builder that was stopped or killed has left what it tokenised, and the next goes on from there.
+    A builder that was stopped or killed has left what it tokenised, and the next goes on from
+    there.
 
     Args:
         directory: where the store appears once it is complete.
         documents: read once. The same `directory` must mean the same documents.
         tokenizer: turns each document into [begin] + tokens, and [end] where it has a separate one.
         shard_tokens: tokens in each shard but the last.
-        proceed: called about once a second. What it raises stops the building; what is done by then stays.
+        proceed: called about once a second. What it raises stops the building; what is done by then
+            stays.
         report: of reading the documents, filled in by the time of the last; kept in the manifest.
 
     Raises:
         UserError: the disk is full or must not be written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.hash, dtype.name, shard_tokens]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([FORMAT_VERSION, tokenizer.hash, dtype.name, shard_tokens]).encode()
+    ).hexdigest()
     with writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with claim(directory, key, dtype, shard_tokens) as building:
@@ -101,9 +115,14 @@ def _put_in_place(folder: Path, directory: Path) -> None:
 
 
 def _tokenise(
-    building: Building, documents: Iterable[Document], tokenizer: Tokenizer, proceed: Callable[[], None]
+    building: Building,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    proceed: Callable[[], None],
 ) -> None:
-    """Appends the tokens of all documents but those that are there already, and records how far it is."""
+    """Appends the tokens of all documents but those that are there already, and records how far it
+    is.
+    """
     progress = building.progress
     for batch in _batches(_pieces_of(documents, progress, tokenizer)):
         try:
@@ -111,7 +130,9 @@ def _tokenise(
         except Exception as reason:
             building.record(now=True)
             raise _Stopped(reason) from None
-        for piece, ids in zip(batch, tokenizer.encode_pieces([piece.text for piece in batch]), strict=True):
+        for piece, ids in zip(
+            batch, tokenizer.encode_pieces([piece.text for piece in batch]), strict=True
+        ):
             if piece.begins:
                 ids = np.concatenate([[tokenizer.begin], ids])
             if piece.ends:
@@ -126,14 +147,16 @@ def _tokenise(
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Text that is encoded at once: a document or a piece of one, which may begin and may end it."""
+    """Text that is encoded at once: a document, or a piece that may begin or end one."""
 
     text: str
     begins: bool
     ends: bool
 
 
-def _pieces_of(documents: Iterable[Document], progress: Progress, tokenizer: Tokenizer) -> Iterator[_Piece]:
+def _pieces_of(
+    documents: Iterable[Document], progress: Progress, tokenizer: Tokenizer
+) -> Iterator[_Piece]:
     """What is to be encoded after all that `progress` tells of, in order."""
     done = progress.documents
     skipped = progress.characters
@@ -147,7 +170,9 @@ def _pieces_of(documents: Iterable[Document], progress: Progress, tokenizer: Tok
             continue
         begins = not skipped
         previous: str | None = None
-        for text in pieces(_without_start(parts, skipped), tokenizer.encodes_alike, f"document {document.name!r}"):
+        for text in pieces(
+            _without_start(parts, skipped), tokenizer.encodes_alike, f"document {document.name!r}"
+        ):
             if previous is not None:
                 yield _Piece(previous, begins, ends=False)
                 begins = False
@@ -192,15 +217,17 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write to {str(folder)!r} ({error.strerror or error}); free space there, or set data.cache to "
-            f"another folder that you may write"
+            f"cannot write to {str(folder)!r} ({error.strerror or error}); free space there, or "
+            f"set data.cache to another folder that you may write"
         ) from None
 
 
 def in_shards(
     documents: Iterable[np.ndarray], dtype: np.dtype, shard_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens of `shard_tokens` at a time, and the positions where documents start; one may go on in the next shard."""
+    """Tokens of `shard_tokens` at a time, and the positions where documents start; one may go on in
+    the next shard.
+    """
     pieces, starts, size, first = [np.empty(0, dtype)], list[int](), 0, 0
     for tokens in documents:
         starts.append(first + size)
@@ -209,13 +236,19 @@ def in_shards(
         while size >= shard_tokens:
             joined = np.concatenate(pieces)
             yield joined[:shard_tokens], np.array(starts, "<i8")
-            pieces, starts, size, first = [joined[shard_tokens:]], [], size - shard_tokens, first + shard_tokens
+            pieces, starts, size, first = (
+                [joined[shard_tokens:]],
+                [],
+                size - shard_tokens,
+                first + shard_tokens,
+            )
     if size:
         yield np.concatenate(pieces), np.array(starts, "<i8")
 
 
 class TokenStore:
-    """All tokens of one side of one source, read from files mapped into memory. It can be pickled for workers.
+    """All tokens of one side of one source, read from files mapped into memory. It can be pickled
+    for workers.
 
     Attributes:
         tokens: how many there are.
@@ -245,7 +278,9 @@ class TokenStore:
         self._count = len(manifest.shards)
 
     @classmethod
-    def open(cls, directory: Path, tokenizer_hash: str, verified_for: str | None = None) -> "TokenStore":
+    def open(
+        cls, directory: Path, tokenizer_hash: str, verified_for: str | None = None
+    ) -> "TokenStore":
         """Opens a store after checking its manifest, sizes, and contents.
 
         Args:
@@ -254,14 +289,16 @@ class TokenStore:
             verified_for: the run that it is opened for; see `verify`.
 
         Raises:
-            UserError: a file is missing, truncated or corrupt, or the store belongs to another tokenizer.
+            UserError: a file is missing, truncated or corrupt, or the store belongs to another
+                tokenizer.
         """
         with reading(directory):
             manifest = read_manifest(directory / "manifest.json", TokenManifest)
             if manifest.tokenizer != tokenizer_hash:
                 raise UserError(
-                    f"{str(directory)!r} was made by another tokenizer ({manifest.tokenizer[:12]}, not "
-                    f"{tokenizer_hash[:12]}); delete that folder, or set data.tokenizer to the one that made it"
+                    f"{str(directory)!r} was made by another tokenizer ({manifest.tokenizer[:12]}, "
+                    f"not {tokenizer_hash[:12]}); delete that folder, or set data.tokenizer to the "
+                    f"one that made it"
                 )
             verify(directory, _files(directory, manifest), verified_for)
             store = cls(directory, manifest)
@@ -272,7 +309,8 @@ class TokenStore:
     def byte_ratio(self) -> float:
         """Bytes of the text for each byte that its tokens stand for.
 
-        They differ where a tokenizer puts a space before a document, or changes text before it splits it, as into NFC.
+        They differ where a tokenizer puts a space before a document, or changes text before it
+        splits it, as into NFC.
         """
         return self.text_bytes / self.token_bytes if self.token_bytes else 0.0
 
@@ -282,7 +320,8 @@ class TokenStore:
         _ = self._tokens, self._starts
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens in [start, stop), int32. Position `tokens` holds a begin token, the target of the last token.
+        """The tokens in [start, stop), int32. Position `tokens` holds a begin token, the target of
+        the last token.
 
         Raises:
             IndexError: the range is not within [0, tokens + 1).
@@ -309,10 +348,14 @@ class TokenStore:
         return self._mapped("documents", np.dtype("<i8"))
 
     def _mapped(self, kind: str, dtype: np.dtype) -> list[np.ndarray]:
-        return [map_file(shard_path(self.directory, kind, index), dtype) for index in range(self._count)]
+        return [
+            map_file(shard_path(self.directory, kind, index), dtype) for index in range(self._count)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the maps, which are opened again on the other side; pickling one would copy the shard."""
+        """The state without the maps, which are opened again on the other side; pickling one would
+        copy the shard.
+        """
         return {k: v for k, v in self.__dict__.items() if k not in ("_tokens", "_starts")}
 
 
@@ -325,7 +368,9 @@ def _files(directory: Path, manifest: TokenManifest) -> Iterator[tuple[Path, int
 
 
 def allow_open_files(count: int) -> None:
-    """Lets this process open as many files more than usual as the system permits; each file mapped counts as one."""
+    """Lets this process open as many files more than usual as the system permits; each file mapped
+    counts as one.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -335,7 +380,9 @@ def allow_open_files(count: int) -> None:
 
 
 def cut(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[np.ndarray]:
-    """What shards of `size` values each, the last of fewer, hold of the positions [start, stop), in pieces."""
+    """What shards of `size` values each, the last of fewer, hold of the positions [start, stop), in
+    pieces.
+    """
     first = start // size
     return [
         shard[max(0, start - index * size) : stop - index * size]
@@ -358,12 +405,13 @@ def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
         return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
     except FileNotFoundError:
         raise Deleted(
-            f"{str(path)!r} was deleted while it was in use; run the same command again, which builds it anew"
+            f"{str(path)!r} was deleted while it was in use; run the same command again, which "
+            f"builds it anew"
         ) from None
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         raise UserError(
-            f"{str(path)!r} cannot be opened beside all other files of the store ({error.strerror}); raise the "
-            f"limit of open files, as with ulimit -n 65536"
+            f"{str(path)!r} cannot be opened beside all other files of the store "
+            f"({error.strerror}); raise the limit of open files, as with ulimit -n 65536"
         ) from None

@@ -1,6 +1,8 @@
-"""The bytes of a file as its name tells to read them: decompressed, and of an archive each member by itself.
+"""The bytes of a file as its name tells to read them: decompressed, and of an archive each member
+by itself.
 
-Name and content must agree. Where they do not, the file is refused by name instead of being read as something else.
+Name and content must agree. Where they do not, the file is refused by name instead of being read as
+something else.
 """
 
 import bz2
@@ -52,7 +54,9 @@ DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfi
 
 @dataclass(frozen=True)
 class Kind:
-    """What a name tells of a file: how it is compressed ("" for not at all), which archive it is, and its suffix."""
+    """What a name tells of a file: how it is compressed ("" for not at all), which archive it is,
+    and its suffix.
+    """
 
     compression: str
     archive: str
@@ -99,7 +103,8 @@ def kind_of(name: str) -> Kind:
 def members(file: File, where: str, passed_over: Callable[[str], None]) -> Iterator[Member]:
     """The readable parts of a file, each of which is to be read before the next is asked for.
 
-    Of an archive they are its members that are files. Names that begin with a dot are left out, as in folders.
+    Of an archive they are its members that are files. Names that begin with a dot are left out, as
+    in folders.
 
     Args:
         file: the file.
@@ -107,7 +112,8 @@ def members(file: File, where: str, passed_over: Callable[[str], None]) -> Itera
         passed_over: told of each member that is a link, whose target is a member too.
 
     Raises:
-        UserError: the content is not what the name tells, or an archive holds no file or one that cannot be read.
+        UserError: the content is not what the name tells, or an archive holds no file or one that
+            cannot be read.
     """
     kind = kind_of(file.path)
     with contextlib.closing(file.filesystem.open(file.path, "rb")) as raw:
@@ -118,7 +124,9 @@ def members(file: File, where: str, passed_over: Callable[[str], None]) -> Itera
             return
         stream = _decompressed(_peekable(raw), kind.compression, where)
         if kind.archive == "zip":
-            raise UserError(f"{where} is a compressed zip archive; decompress it, so that its name ends in .zip")
+            raise UserError(
+                f"{where} is a compressed zip archive; decompress it, so that its name ends in .zip"
+            )
         if kind.archive == "tar":
             require(stream.peek(PEEK_BYTES), "tar", where)
             yield from _tarred(stream, file, where, passed_over)
@@ -127,7 +135,9 @@ def members(file: File, where: str, passed_over: Callable[[str], None]) -> Itera
 
 
 def content_kind(head: bytes) -> str:
-    """The kind of file that begins with these bytes, such as "gzip"; "" for text and all that is not known."""
+    """The kind of file that begins with these bytes, such as "gzip"; "" for text and all that is
+    not known.
+    """
     if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
         return "tar"
     if head.startswith(_ZSTD_SKIPPED):
@@ -148,10 +158,14 @@ def require(head: bytes, expected: str, where: str) -> None:
         return
     if not expected:
         raise UserError(
-            f"{where} is a {found} file, which its name does not tell; rename it, convert it or leave it out"
+            f"{where} is a {found} file, which its name does not tell; rename it, convert it or "
+            f"leave it out"
         )
     what = f"a {found} file" if found else "something else" if head else "empty"
-    raise UserError(f"{where} is {what}, though its name says {expected}; rename it, fetch it again or leave it out")
+    raise UserError(
+        f"{where} is {what}, though its name says {expected}; rename it, fetch it again or leave "
+        f"it out"
+    )
 
 
 def _decompressed(stream: io.BufferedReader, compression: str, where: str) -> io.BufferedReader:
@@ -174,24 +188,36 @@ def _decompressed(stream: io.BufferedReader, compression: str, where: str) -> io
 def _zipped(raw: IO[bytes], file: File, where: str) -> Iterator[Member]:
     try:
         archive = zipfile.ZipFile(raw)
-        found = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
+        found = [
+            info
+            for info in archive.infolist()
+            if not info.is_dir() and not _is_hidden(info.filename)
+        ]
         for info in found:
             inside = f"{where} member {shortened(repr(info.filename))}"
-            if info.file_size > EXPANSION_FREE_BYTES and info.file_size > MOST_EXPANSION * info.compress_size:
+            if (
+                info.file_size > EXPANSION_FREE_BYTES
+                and info.file_size > MOST_EXPANSION * info.compress_size
+            ):
                 raise _bomb(inside)
             with archive.open(info) as opened:
                 yield _member(opened, file, info.filename, inside)
     except (RuntimeError, NotImplementedError) as error:  # a password, a way of compressing
-        raise UserError(f"{where} cannot be read ({shortened(error)}); unpack it, and name the folder") from None
+        raise UserError(
+            f"{where} cannot be read ({shortened(error)}); unpack it, and name the folder"
+        ) from None
     if not found:
         raise UserError(f"{where} holds no file; fetch it again or leave it out")
 
 
-def _tarred(stream: IO[bytes], file: File, where: str, passed_over: Callable[[str], None]) -> Iterator[Member]:
+def _tarred(
+    stream: IO[bytes], file: File, where: str, passed_over: Callable[[str], None]
+) -> Iterator[Member]:
     empty = True
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_WholeTarInfo) as archive:
         while (info := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # which it would otherwise gather to the end
+            # It would otherwise gather them to the end.
+            archive.members = []  # type: ignore[attr-defined]
             if _is_hidden(info.name) or info.isdir():
                 continue
             if info.issym() or info.islnk():
@@ -209,7 +235,9 @@ def _tarred(stream: IO[bytes], file: File, where: str, passed_over: Callable[[st
 
 
 class _WholeTarInfo(tarfile.TarInfo):
-    """A header of a tar archive. tarfile takes a damaged one, or none where the end should be, for the end."""
+    """A header of a tar archive. tarfile takes a damaged one, or none where the end should be, for
+    the end.
+    """
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_WholeTarInfo":
@@ -225,19 +253,28 @@ def _member(opened: Any, file: File, name: str, where: str) -> Member:
     """A member of an archive, decompressed."""
     kind = kind_of(name)
     if kind.archive:
-        raise UserError(f"{where} is an archive within an archive; unpack the outer one, and name the folder")
-    return Member(f"{file.name}/{name}", kind.suffix, _decompressed(_peekable(opened), kind.compression, where), where)
+        raise UserError(
+            f"{where} is an archive within an archive; unpack the outer one, and name the folder"
+        )
+    return Member(
+        f"{file.name}/{name}",
+        kind.suffix,
+        _decompressed(_peekable(opened), kind.compression, where),
+        where,
+    )
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a part of a member's name begins with a dot, as .DS_Store does; . and .. tell of folders."""
+    """Whether a part of a member's name begins with a dot, as .DS_Store does; . and .. tell of
+    folders.
+    """
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _bomb(where: str) -> UserError:
     return UserError(
-        f"{where} decompresses to more than {MOST_EXPANSION} times its size, as no text does; decompress it, if it is "
-        f"meant, or leave it out"
+        f"{where} decompresses to more than {MOST_EXPANSION} times its size, as no text does; "
+        f"decompress it, if it is meant, or leave it out"
     )
 
 
@@ -246,7 +283,9 @@ def _peekable(stream: Any) -> io.BufferedReader:
 
 
 class _Raw(io.RawIOBase):
-    """The bytes of anything with `read`, in pieces as long as asked for, so that a buffer on it fills at once."""
+    """The bytes of anything with `read`, in pieces as long as asked for, so that a buffer on it
+    fills at once.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -312,7 +351,8 @@ class _Bounded:
 class _Inflated:
     """Decompressed bytes of all the streams in a gzip, bzip2 or xz file, one after the other.
 
-    Python's readers of bzip2 and xz take what they do not understand behind a stream for the end of the file.
+    Python's readers of bzip2 and xz take what they do not understand behind a stream for the end of
+    the file.
     """
 
     _CHUNK = 2**16

@@ -1,7 +1,9 @@
-"""What a teacher says of every position of a token store: its k likeliest tokens there, and their log-probabilities.
+"""What a teacher says of every position of a token store: its k likeliest tokens there, and their
+log-probabilities.
 
-It is computed once, kept beside the tokens, and read by position like them, so that many students share one pass.
-The teacher sees windows that start at multiples of the sequence length, and so must those who learn from it.
+It is computed once, kept beside the tokens, and read by position like them, so that many students
+share one pass. The teacher sees windows that start at multiples of the sequence length, and so must
+those who learn from it.
 """
 
 import contextlib
@@ -51,35 +53,40 @@ def build_teacher_store(
     first_part: Callable[[Callable[[], int]], int] = lambda begin: begin(),
     part_tokens: int = PART_TOKENS,
 ) -> None:
-    """Lets a teacher label a token store, in order, into a teacher store that then appears at `directory`.
+    """Lets a teacher label a token store, in order, into a teacher store that then appears at
+    `directory`.
 
-    It is written in parts. A killed builder leaves the complete ones in a folder beside `directory`, and the next
-    builder goes on after them, whatever its batch size.
+    It is written in parts. A killed builder leaves the complete ones in a folder beside
+    `directory`, and the next builder goes on after them, whatever its batch size.
 
-    The text is read as `windows` cuts it, and every real token's labels are kept; those of padding are dropped.
+    The text is read as `windows` cuts it, and every real token's labels are kept; those of padding
+    are dropped.
 
-    Several processes that run `label` together all call this. All but the one that writes label the same batches and
-    write nothing; they may return before the store is complete.
+    Several processes that run `label` together all call this. All but the one that writes label the
+    same batches and write nothing; they may return before the store is complete.
 
     Args:
-        directory: where the store appears once it is complete. Nothing is done if something is there.
+        directory: where the store appears once it is complete. Nothing is done if something is
+            there.
         store: the tokens.
         sequence_length: T.
         k: tokens for each position.
         vocab_size: of the teacher; up to 65,536 its ids take two bytes.
-        identity: all that decides what the teacher says, as JSON: the teacher, tokenizer, sequence length, k.
+        identity: all that decides what the teacher says, as JSON: the teacher, tokenizer, sequence
+            length, k.
         batch_size: B, windows that are labelled at once.
-        label: of a batch [B, T], the ids [B, T, k] and log-probabilities [B, T, k] of the k likeliest tokens. The
-            latter are kept as float16.
+        label: of a batch [B, T], the ids [B, T, k] and log-probabilities [B, T, k] of the k
+            likeliest tokens. The latter are kept as float16.
         log: takes a line now and then that tells how far this is.
         writes: whether this process writes.
-        first_part: given what claims the folder and counts the complete parts in it, calls it and returns the part to
-            go on from, the same in all processes; the claim may raise. `main_first` of `parallel.agreement` is one.
+        first_part: given what claims the folder and counts the complete parts in it, calls it and
+            returns the part to go on from, the same in all processes; the claim may raise.
+            `main_first` of `parallel.agreement` is one.
         part_tokens: tokens in a part, but whole windows and at least one.
 
     Raises:
-        UserError: another process is building the same, a part is corrupt, the disk has no room for all labels or must
-            not be written.
+        UserError: another process is building the same, a part is corrupt, the disk has no room for
+            all labels or must not be written.
     """
     windows_per_part = max(1, part_tokens // sequence_length)
     size = windows_per_part * sequence_length
@@ -137,8 +144,8 @@ def _claim(partial: Path, directory: Path) -> Iterator[None]:
         with writing(directory.parent):
             partial.mkdir(parents=True, exist_ok=True)
             in_use = (
-                f"another process is writing the teacher's labels to {str(partial)!r}; wait for it to end, or stop "
-                f"it, and start again: what is complete is kept"
+                f"another process is writing the teacher's labels to {str(partial)!r}; wait for it "
+                f"to end, or stop it, and start again: what is complete is kept"
             )
             held.enter_context(locked(partial / ".lock", in_use))
             if directory.exists():
@@ -169,9 +176,15 @@ def _entries(batches: Iterable[Batch], label: Label, dtype: np.dtype) -> Iterato
 
 
 def _tell_progress(
-    entries: Iterable[np.ndarray], done: int, total: int, directory: Path, log: Callable[[str], None]
+    entries: Iterable[np.ndarray],
+    done: int,
+    total: int,
+    directory: Path,
+    log: Callable[[str], None],
 ) -> Iterator[np.ndarray]:
-    """The entries as they are, with a line to `log` once a minute; `done` of `total` tokens are there already."""
+    """The entries as they are, with a line to `log` once a minute; `done` of `total` tokens are
+    there already.
+    """
     if done:
         log(f"{directory.name}: going on after {done} of {total} tokens")
     before, began = done, time.monotonic()
@@ -182,15 +195,27 @@ def _tell_progress(
         if now - told >= LOG_SECONDS:
             told, speed = now, (done - before) / (now - began)
             minutes = (total - done) / speed / 60
-            log(f"{directory.name}: {done} of {total} tokens, {speed:.0f} tokens/s, {minutes:.0f} min left")
+            log(
+                f"{directory.name}: {done} of {total} tokens, {speed:.0f} tokens/s, {minutes:.0f} "
+                f"min left"
+            )
         yield batch
-    log(f"{directory.name}: the teacher labelled {done - before} tokens in {time.monotonic() - began:.1f} s")
+    log(
+        f"{directory.name}: the teacher labelled {done - before} tokens in "
+        f"{time.monotonic() - began:.1f} s"
+    )
 
 
 def _write_parts(
-    partial: Path, header: TeacherManifest, complete: Sequence[TeacherPart], entries: Iterable[np.ndarray]
+    partial: Path,
+    header: TeacherManifest,
+    complete: Sequence[TeacherPart],
+    entries: Iterable[np.ndarray],
 ) -> None:
-    """Writes the parts after those that are complete. One counts as such from when the manifest tells of it."""
+    """Writes the parts after those that are complete.
+
+    One counts as such from when the manifest tells of it.
+    """
     parts = list(complete)
 
     def write_manifest() -> None:
@@ -227,7 +252,8 @@ def _files(directory: Path, manifest: TeacherManifest) -> Iterator[tuple[Path, i
 
 
 class TeacherStore:
-    """A teacher's words on every token of one source, read from files mapped into memory. It can be pickled.
+    """A teacher's words on every token of one source, read from files mapped into memory. It can be
+    pickled.
 
     Attributes:
         tokens: how many positions there are.
@@ -246,7 +272,9 @@ class TeacherStore:
         self._count = len(manifest.parts)
 
     @classmethod
-    def open(cls, directory: Path, identity: Mapping[str, Any], verified_for: str | None = None) -> "TeacherStore":
+    def open(
+        cls, directory: Path, identity: Mapping[str, Any], verified_for: str | None = None
+    ) -> "TeacherStore":
         """Opens a store after checking its manifest, sizes, and contents.
 
         Args:
@@ -255,7 +283,8 @@ class TeacherStore:
             verified_for: the run that it is opened for; see `verify`.
 
         Raises:
-            UserError: a file is missing, truncated or corrupt, or the store was built for another `identity`.
+            UserError: a file is missing, truncated or corrupt, or the store was built for another
+                `identity`.
         """
         with reading(directory):
             manifest = read_manifest(directory / "manifest.json", TeacherManifest)
@@ -264,8 +293,8 @@ class TeacherStore:
             for field in sorted(kept | expected):
                 if (found := kept.get(field)) != (wanted := expected.get(field)):
                     raise UserError(
-                        f"{str(directory)!r} holds labels made with {field}={found!r}, not {wanted!r}; delete that "
-                        f"folder and they will be made again"
+                        f"{str(directory)!r} holds labels made with {field}={found!r}, not "
+                        f"{wanted!r}; delete that folder and they will be made again"
                     )
             if not manifest.is_complete:
                 raise corrupt(directory / "manifest.json", "does not tell of all parts")
@@ -277,7 +306,8 @@ class TeacherStore:
         return store
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids, int32 [n, k], and log-probabilities, float32 [n, k], at the positions [start, stop).
+        """The ids, int32 [n, k], and log-probabilities, float32 [n, k], at the positions [start,
+        stop).
 
         Raises:
             IndexError: the range is not within [0, tokens).
@@ -290,7 +320,9 @@ class TeacherStore:
 
     @cached_property
     def _parts(self) -> list[np.ndarray]:
-        return [map_file(_part_path(self.directory, index), self._dtype) for index in range(self._count)]
+        return [
+            map_file(_part_path(self.directory, index), self._dtype) for index in range(self._count)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the maps, which are opened again on the other side."""

@@ -1,4 +1,6 @@
-"""The tokenizer: byte-level BPE trained on the corpus, or any `tokenizer.json`, and how documents are laid out."""
+"""The tokenizer: byte-level BPE trained on the corpus, or any `tokenizer.json`, and how documents
+are laid out.
+"""
 
 import functools
 import hashlib
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 # Qwen2's: words, single digits, punctuation and white space apart.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SMALLEST_VOCABULARY = 257  # every byte and the document boundary
 # Begin tokens in order of preference where no file names one, each with the end tokens that go with
@@ -42,14 +45,17 @@ _BOUNDARIES = {
     "<s>": ("</s>",),
     "<|begin_of_text|>": ("<|end_of_text|>", "<|eot_id|>"),
     "<bos>": ("<eos>",),
-    "<\uff5cbegin\u2581of\u2581sentence\uff5c>": ("<\uff5cend\u2581of\u2581sentence\uff5c>",),  # DeepSeek's
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>": (
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),  # DeepSeek's
     "<|bos|>": ("<|eos|>",),
     "[BOS]": ("[EOS]",),
 }
 
 
 class Tokenizer:
-    """Text to token ids and back. A document is [begin] + tokens, and [end] where the tokenizer has a separate one.
+    """Text to token ids and back. A document is [begin] + tokens, and [end] where the tokenizer has
+    a separate one.
 
     Documents are concatenated, so with one boundary token the next document's begin is the target
     of the last token.
@@ -98,7 +104,8 @@ class Tokenizer:
         # A saved tokenizer may truncate or pad, which would lose text without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # A document that contains the characters of a special token is text about it, not a boundary.
+        # A document that contains the characters of a special token is text about it, not a
+        # boundary.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -122,11 +129,16 @@ class Tokenizer:
         contents = _canonical(json.loads(tokenizer.to_str()))
         self.json = json.dumps(contents, sort_keys=True, ensure_ascii=False, indent=1)
         # What is put around prompts changes no document.
-        of_documents = contents | {"post_processor": None, "boundaries": [self.begin, self.document_end]}
+        of_documents = contents | {
+            "post_processor": None,
+            "boundaries": [self.begin, self.document_end],
+        }
         self.hash = hashlib.sha256(json.dumps(of_documents, sort_keys=True).encode()).hexdigest()
 
     def _set_boundaries(self, settings: Settings, origin: str) -> None:
-        """Finds `begin`, `end` and `stops` as the tokenizer's own files name them, or by well-known names."""
+        """Finds `begin`, `end` and `stops` as the tokenizer's own files name them, or by well-known
+        names.
+        """
         named_ends = [i for i in settings.stop_ids if i in self._added]
         end = self._named("eos_token", settings.end, origin)
         begin = self._named("bos_token", settings.begin, origin)
@@ -137,19 +149,26 @@ class Tokenizer:
             candidates = [*self.prefix, *named, *known, *last_resort]
             if not candidates:
                 raise UserError(
-                    f"{origin} has no token to begin a document: none of {', '.join(_BOUNDARIES)} is among its special "
-                    f"tokens ({shown_list(self._special)}); name one as bos_token in a {TOKENIZER_CONFIG} beside it"
+                    f"{origin} has no token to begin a document: none of {', '.join(_BOUNDARIES)} "
+                    f"is among its special tokens ({shown_list(self._special)}); name one as "
+                    f"bos_token in a {TOKENIZER_CONFIG} beside it"
                 )
             begin = candidates[0]
         if end is None:
             partners = _BOUNDARIES.get(self.token(begin), ())
-            ends = [*named_ends, *(self._special[name] for name in partners if name in self._special), begin]
+            ends = [
+                *named_ends,
+                *(self._special[name] for name in partners if name in self._special),
+                begin,
+            ]
             end = ends[0]
         self.begin = begin
         self.end = end
         self.stops = tuple(dict.fromkeys([end, *named_ends]))
 
-    def _named(self, field: str, name: str | None, origin: str, required: bool = True) -> int | None:
+    def _named(
+        self, field: str, name: str | None, origin: str, required: bool = True
+    ) -> int | None:
         """The id of a token that the tokenizer's files name; None where they name none.
 
         Args:
@@ -177,7 +196,9 @@ class Tokenizer:
 
     @property
     def document_end(self) -> int | None:
-        """The token that closes each document that is trained on; None where the next one's begin does so."""
+        """The token that closes each document that is trained on; None where the next one's begin
+        does so.
+        """
         return None if self.begin in self.stops else self.end
 
     @classmethod
@@ -210,7 +231,9 @@ class Tokenizer:
         try:
             files = parse_object(text)
         except Unreadable as error:
-            raise UserError(f"the tokenizer of the checkpoint cannot be read (it {error}); {fix}") from None
+            raise UserError(
+                f"the tokenizer of the checkpoint cannot be read (it {error}); {fix}"
+            ) from None
         # Earlier versions saved the tokenizer alone, and began all prompts with its begin token.
         is_alone = "tokenizer.json" not in files
         own = text if is_alone else json.dumps(files["tokenizer.json"])
@@ -219,26 +242,36 @@ class Tokenizer:
         return cls(tokenizer, "the tokenizer of the checkpoint", settings, begins_prompts=is_alone)
 
     def to_json(self) -> str:
-        """All that is known of the tokenizer as JSON, for a checkpoint: the contents of its files by their names."""
+        """All that is known of the tokenizer as JSON, for a checkpoint: the contents of its files
+        by their names.
+        """
         return json.dumps(self._files(), ensure_ascii=False)
 
     def beginning_prompts(self) -> "Tokenizer":
-        """The same tokenizer for a model that is trained from scratch, whose texts all begin with the begin token."""
+        """The same tokenizer for a model that is trained from scratch, whose texts all begin with
+        the begin token.
+        """
         import tokenizers
 
         files = self._files()
         own = tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
-        return Tokenizer(own, "the tokenizer", parse_settings(files, "tokenizer"), begins_prompts=True)
+        return Tokenizer(
+            own, "the tokenizer", parse_settings(files, "tokenizer"), begins_prompts=True
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes `tokenizer.json` alone, canonical; the file appears complete or not at all."""
         write_atomically(Path(path), self.json)
 
     def save_all(self, folder: Path) -> None:
-        """Writes `tokenizer.json` and the files beside it that tell of boundary tokens, chats and sampling."""
+        """Writes `tokenizer.json` and the files beside it that tell of boundary tokens, chats and
+        sampling.
+        """
         for name, contents in self._files().items():
             if name != "tokenizer.json":
-                write_atomically(folder / name, json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
+                write_atomically(
+                    folder / name, json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+                )
         self.save(folder / "tokenizer.json")
 
     def _files(self) -> dict[str, Any]:
@@ -264,7 +297,8 @@ class Tokenizer:
         }
         if isinstance(self.chat_template, dict):
             settings["chat_template"] = [
-                {"name": name, "template": template} for name, template in self.chat_template.items()
+                {"name": name, "template": template}
+                for name, template in self.chat_template.items()
             ]
         elif self.chat_template is not None:
             settings["chat_template"] = self.chat_template
@@ -275,7 +309,9 @@ class Tokenizer:
         return {**self.special_ids(), **self.sampling}
 
     def named_tokens(self) -> dict[str, str]:
-        """The tokens that have a part, by their names in `tokenizer_config.json` and in chat templates."""
+        """The tokens that have a part, by their names in `tokenizer_config.json` and in chat
+        templates.
+        """
         tokens = {"eos_token": self.token(self.end)}
         if self._names_begin:
             tokens["bos_token"] = self.token(self.begin)
@@ -284,7 +320,9 @@ class Tokenizer:
         return tokens
 
     def special_ids(self) -> dict[str, Any]:
-        """The ids of boundary and padding tokens, as `config.json` and `generation_config.json` hold them."""
+        """The ids of boundary and padding tokens, as `config.json` and `generation_config.json`
+        hold them.
+        """
         ids: dict[str, Any] = {
             "bos_token_id": self.begin,
             "eos_token_id": self.end if len(self.stops) == 1 else list(self.stops),
@@ -294,15 +332,21 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text alone, without boundary tokens; the characters of a special token are text."""
+        """The ids of the text alone, without boundary tokens; the characters of a special token are
+        text.
+        """
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a prompt, with what the tokenizer puts around one; the characters of a special token are text."""
+        """The ids of a prompt, with what the tokenizer puts around one; the characters of a special
+        token are text.
+        """
         return [*self.prefix, *self.encode(text), *self.suffix]
 
     def encode_markup(self, text: str) -> list[int]:
-        """The ids of text in which the characters of a special token stand for that token, as in a rendered chat."""
+        """The ids of text in which the characters of a special token stand for that token, as in a
+        rendered chat.
+        """
         self._tokenizer.encode_special_tokens = False
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -357,12 +401,20 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text that each token stands for, int32 [vocab_size]; 0 for special tokens and unused ids."""
+        """UTF-8 bytes of text that each token stands for, int32 [vocab_size]; 0 for special tokens
+        and unused ids.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
-        is_byte_level = '"ByteLevel"' in json.dumps([json.loads(self.json)[k] for k in ("pre_tokenizer", "decoder")])
+        is_byte_level = '"ByteLevel"' in json.dumps(
+            [json.loads(self.json)[k] for k in ("pre_tokenizer", "decoder")]
+        )
         for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
             # SentencePiece writes a space as U+2581, and a byte that is no character as <0xFF>.
-            text = token if is_byte_level else re.sub("^<0x[0-9A-Fa-f]{2}>$", "?", token).replace("\u2581", " ")
+            text = (
+                token
+                if is_byte_level
+                else re.sub("^<0x[0-9A-Fa-f]{2}>$", "?", token).replace("\u2581", " ")
+            )
             lengths[i] = len(text) if is_byte_level else len(text.encode())
         for i, added in self._tokenizer.get_added_tokens_decoder().items():
             lengths[i] = 0 if added.special else len(added.content.encode())
@@ -408,10 +460,14 @@ def _begin_template(token: str, i: int) -> Any:
 
 
 def _canonical(contents: dict[str, Any]) -> dict[str, Any]:
-    """A `tokenizer.json` whose merges are text, the one form that all versions of the tokenizers library read."""
+    """A `tokenizer.json` whose merges are text, the one form that all versions of the tokenizers
+    library read.
+    """
     merges = contents["model"].get("merges")
     if merges and not any(" " in part for merge in merges for part in merge):
-        contents["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        contents["model"]["merges"] = [
+            merge if isinstance(merge, str) else " ".join(merge) for merge in merges
+        ]
     return contents
 
 
@@ -456,7 +512,9 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def sample(streams: Iterable[Iterator[str]], limit_bytes: int) -> Iterator[str]:
-    """The first texts of each stream in turn, each text once, until their UTF-8 bytes reach the limit."""
+    """The first texts of each stream in turn, each text once, until their UTF-8 bytes reach the
+    limit.
+    """
     seen, total = set[bytes](), 0
     for text in itertools.chain.from_iterable(itertools.zip_longest(*streams)):
         data = (text or "").encode()  # None where a stream has ended

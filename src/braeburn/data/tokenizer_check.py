@@ -41,7 +41,8 @@ _sound: set[bytes] = set()
 
 
 def check_tokenizer(text: str) -> None:
-    """Refuses a `tokenizer.json` that the tokenizers library cannot work with; each text is tried once in a process.
+    """Refuses a `tokenizer.json` that the tokenizers library cannot work with; each text is tried
+    once in a process.
 
     Raises:
         ValueError: saying what the library says, or that it crashes, hangs or needs too much
@@ -53,10 +54,16 @@ def check_tokenizer(text: str) -> None:
         return
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM], input=data, capture_output=True, timeout=SECONDS, check=False
+            [sys.executable, "-c", _PROGRAM],
+            input=data,
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"the tokenizers library does not finish reading it within {SECONDS:.0f} s") from None
+        raise ValueError(
+            f"the tokenizers library does not finish reading it within {SECONDS:.0f} s"
+        ) from None
     if done.returncode:
         raise ValueError(_reason(done.returncode, done.stderr.decode("utf-8", "replace")))
     _sound.add(digest)

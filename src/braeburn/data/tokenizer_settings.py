@@ -1,4 +1,5 @@
-"""What the files beside a `tokenizer.json` say of it: boundary tokens, chat template, sampling defaults.
+"""What the files beside a `tokenizer.json` say of it: boundary tokens, chat template, sampling
+defaults.
 
 They are the files of the Hugging Face hub: `tokenizer_config.json`, `special_tokens_map.json`,
 `chat_template.jinja`, `generation_config.json` and `config.json`. Run directories hold the first
@@ -128,7 +129,9 @@ def read_settings(folder: Path) -> Settings:
         if (folder / name).exists():
             contents[name] = read_object(folder / name, "download it again or move it away")
     if is_regular(folder / CHAT_TEMPLATE):
-        contents[CHAT_TEMPLATE] = read_text(folder / CHAT_TEMPLATE, "download it again or move it away")
+        contents[CHAT_TEMPLATE] = read_text(
+            folder / CHAT_TEMPLATE, "download it again or move it away"
+        )
     return parse_settings(contents, str(folder))
 
 

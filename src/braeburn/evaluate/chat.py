@@ -18,7 +18,8 @@ Message = Mapping[str, str]  # role and content
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The ids of a conversation up to where the model's answer begins, those of AutoTokenizer's apply_chat_template.
+    """The ids of a conversation up to where the model's answer begins, those of AutoTokenizer's
+    apply_chat_template.
 
     Special tokens that the template writes become those tokens. In what a user says they are
     refused: the user would end a turn, or speak for someone else.
@@ -36,15 +37,15 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         source = source.get("default")
     if source is None:
         raise UserError(
-            "--chat needs a chat template, and this model came with none; leave --chat out, or import a model "
-            "whose tokenizer_config.json or chat_template.jinja has one"
+            "--chat needs a chat template, and this model came with none; leave --chat out, or "
+            "import a model whose tokenizer_config.json or chat_template.jinja has one"
         )
     for message in messages:
         for token in tokenizer.special_tokens:
             if token and token in message["content"]:
                 raise UserError(
-                    f"the prompt contains {token!r}, which in a conversation is a marker and not text; take it out of "
-                    f"the prompt, or leave --chat out, where it is text"
+                    f"the prompt contains {token!r}, which in a conversation is a marker and not "
+                    f"text; take it out of the prompt, or leave --chat out, where it is text"
                 )
     return tokenizer.encode_markup(render(source, messages, tokenizer.named_tokens()))
 
@@ -68,7 +69,9 @@ def render(source: str, messages: Sequence[Message], tokens: Mapping[str, str]) 
         raise UserError(f"--chat needs Jinja; {how_to_install('chat')}") from None
 
     class GenerationBlock(Extension):
-        """`{% generation %}`, which marks the assistant's words for training; here it is what stands inside."""
+        """`{% generation %}`, which marks the assistant's words for training; here it is what
+        stands inside.
+        """
 
         tags = {"generation"}  # noqa: RUF012 - Jinja's own way to say it
 

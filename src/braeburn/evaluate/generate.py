@@ -1,4 +1,6 @@
-"""Text generation: one pass over the prompts, then one token at a time over a cache, in two compiled programs."""
+"""Text generation: one pass over the prompts, then one token at a time over a cache, in two
+compiled programs.
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,8 @@ from braeburn.errors import UserError
 from braeburn.model import transformer
 from braeburn.model.spec import Tree, random_key
 
-# Divided by less, logits leave float32's range. Any difference between two is then far beyond what chance could turn.
+# Divided by less, logits leave float32's range. Any difference between two is then far beyond what
+# chance could turn.
 GREEDY_BELOW = 1e-30
 
 DEFAULT_TEMPERATURE = 0.8
@@ -23,7 +26,9 @@ DEFAULT_TEMPERATURE = 0.8
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: greedily at temperature 0, otherwise from what top-k and then top-p leave."""
+    """How the next token is drawn: greedily at temperature 0, otherwise from what top-k and then
+    top-p leave.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -43,7 +48,8 @@ _NOT_APPLIED = {
 
 
 def sampling_defaults(said: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
-    """How tokens are drawn where the user says nothing: as the model's `generation_config.json` has it.
+    """How tokens are drawn where the user says nothing: as the model's `generation_config.json` has
+    it.
 
     Args:
         said: its fields; empty for a model that was trained here.
@@ -56,7 +62,9 @@ def sampling_defaults(said: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
     if said.get("do_sample") is False:
         temperature = 0.0
     not_applied = [
-        f"{name}={said[name]}" for name, neutral in _NOT_APPLIED.items() if said.get(name, neutral) != neutral
+        f"{name}={said[name]}"
+        for name, neutral in _NOT_APPLIED.items()
+        if said.get(name, neutral) != neutral
     ]
     return Sampling(temperature, said.get("top_k") or None, said.get("top_p", 1.0)), not_applied
 
@@ -76,8 +84,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt, all at once.
 
-    What a row samples depends on `seed`, its index and its prompt, not on the rows beside it. Lengths are rounded up,
-    so other prompts of about the same length reuse the compiled programs.
+    What a row samples depends on `seed`, its index and its prompt, not on the rows beside it.
+    Lengths are rounded up, so other prompts of about the same length reuse the compiled programs.
 
     Args:
         params: parameters of any float type, as `transformer.param_specs(model)` describes them.
@@ -99,10 +107,19 @@ def generate(
     """
     sampling = Sampling(float(temperature), top_k, float(top_p))
     for allowed, sentence in (
-        (0 <= temperature < float("inf"), f"temperature={temperature} is not 0 or more; set it to 0 for greedy text"),
-        (top_k is None or top_k >= 1, f"top_k={top_k} leaves no token; set top_k to 1 or more, or to None for all"),
+        (
+            0 <= temperature < float("inf"),
+            f"temperature={temperature} is not 0 or more; set it to 0 for greedy text",
+        ),
+        (
+            top_k is None or top_k >= 1,
+            f"top_k={top_k} leaves no token; set top_k to 1 or more, or to None for all",
+        ),
         (0 < top_p <= 1, f"top_p={top_p} is not in (0, 1]; set top_p to 1 to keep all tokens"),
-        (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} adds nothing; set max_new_tokens to 1 or more"),
+        (
+            max_new_tokens >= 1,
+            f"max_new_tokens={max_new_tokens} adds nothing; set max_new_tokens to 1 or more",
+        ),
     ):
         if not allowed:
             raise UserError(sentence)
@@ -111,8 +128,8 @@ def generate(
             raise UserError(f"prompts[{index}] is empty; start it with the tokenizer's begin token")
         if strange := [token for token in prompt if not 0 <= token < model.vocab_size]:
             raise UserError(
-                f"prompts[{index}] has the token {strange[0]}, but vocab_size={model.vocab_size}; encode it with the "
-                f"model's own tokenizer"
+                f"prompts[{index}] has the token {strange[0]}, but vocab_size={model.vocab_size}; "
+                f"encode it with the model's own tokenizer"
             )
     if not prompts:
         return []
@@ -128,9 +145,22 @@ def generate(
     stops = np.full(8 if len(stop_ids) <= 8 else round_up(len(stop_ids)), -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
     generated, counts = decode(
-        params, logits, cache, lengths, key, max_new_tokens, stops, model, precision, sampling, capacity
+        params,
+        logits,
+        cache,
+        lengths,
+        key,
+        max_new_tokens,
+        stops,
+        model,
+        precision,
+        sampling,
+        capacity,
     )
-    return [row[:count].tolist() for row, count in zip(np.asarray(generated), np.asarray(counts), strict=True)]
+    return [
+        row[:count].tolist()
+        for row, count in zip(np.asarray(generated), np.asarray(counts), strict=True)
+    ]
 
 
 def round_up(length: int) -> int:
@@ -153,10 +183,12 @@ def prefill(
     precision: Precision,
     capacity: int,
 ) -> tuple[Float[Array, "B V"], tuple[Array, Array]]:
-    """Logits after each row's last token, and a cache of the prompts with room for `capacity` more positions.
+    """Logits after each row's last token, and a cache of the prompts with room for `capacity` more
+    positions.
 
-    Rows are padded on the right. The slots of the padding hold its keys and values, but a query sees only the slots up
-    to its own position, and a row overwrites each of them before it gets there.
+    Rows are padded on the right. The slots of the padding hold its keys and values, but a query
+    sees only the slots up to its own position, and a row overwrites each of them before it gets
+    there.
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -181,9 +213,12 @@ def decode(
     sampling: Sampling,
     capacity: int,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """Up to `limit` <= `capacity` new tokens of each row, and how many come before the first of `stop_ids`."""
+    """Up to `limit` <= `capacity` new tokens of each row, and how many come before the first of
+    `stop_ids`.
+    """
     batch = logits.shape[0]
-    # Matrices in the type that they are multiplied in, so that it is done once and not for each token.
+    # Matrices in the type that they are multiplied in, so that it is done once and not for each
+    # token.
     params = jax.tree.map(
         lambda spec, leaf: leaf if spec.role == "norm" else leaf.astype(precision.compute),
         transformer.param_specs(model),
@@ -207,7 +242,9 @@ def decode(
         step, generated, counts, cache = state
         newest = jax.lax.dynamic_slice_in_dim(generated, step - 1, 1, axis=1)
         positions = (lengths + step - 1)[:, None]
-        hidden, cache = transformer.forward_cached(params, newest, positions, cache, model, precision)
+        hidden, cache = transformer.forward_cached(
+            params, newest, positions, cache, model, precision
+        )
         return step + 1, *append(generated, counts, last_logits(params, hidden[:, 0]), step), cache
 
     empty = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros(batch, jnp.int32)
@@ -216,7 +253,9 @@ def decode(
     return generated, counts
 
 
-def choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
+def choose(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
+) -> Int[Array, " B"]:
     """The next token of each row."""
     if sampling.temperature < GREEDY_BELOW:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -224,16 +263,19 @@ def choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampli
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def filter_logits(logits: Float[Array, "*B V"], top_k: int | None, top_p: float) -> Float[Array, "*B V"]:
+def filter_logits(
+    logits: Float[Array, "*B V"], top_k: int | None, top_p: float
+) -> Float[Array, "*B V"]:
     """The logits with -inf for every token but those to sample from.
 
-    Top-k keeps the `top_k` likeliest, the lower id first among equals. Top-p then keeps the fewest of these, likeliest
-    first, whose probabilities among them sum to at least `top_p`.
+    Top-k keeps the `top_k` likeliest, the lower id first among equals. Top-p then keeps the fewest
+    of these, likeliest first, whose probabilities among them sum to at least `top_p`.
     """
     vocab_size = logits.shape[-1]
     if (top_k is None or top_k >= vocab_size) and top_p >= 1:
         return logits
-    # `top_k` is in descending order with the lower id first among equals, so what is kept is a prefix of it.
+    # `top_k` is in descending order with the lower id first among equals, so what is kept is a
+    # prefix of it.
     ranked, ids = jax.lax.top_k(logits, min(top_k or vocab_size, vocab_size))
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities

@@ -46,7 +46,8 @@ class Windows:
         stride = self.stride or length
         if stride > length:
             raise UserError(
-                f"--stride {stride} is more than the {length} tokens of a window, so that some would be left out; "
+                f"--stride {stride} is more than the {length} tokens of a window, so that some "
+                f"would be left out; "
                 f"set --stride to at most {length}, or --sequence-length to {stride}"
             )
         return length, stride
@@ -93,12 +94,18 @@ def _told_documents(path: str, source: Source) -> Iterator[Document]:
 
 
 def _as_options(message: str, source: str) -> str:
-    """A message about the fields of a source, with the options of the command line in their stead."""
+    """A message about the fields of a source, naming options of the command line instead."""
     field = f"data.sources.{source}"
-    return message.replace(f"{field}.paths", "--data").replace(f"{field}.field", "--field").replace(field, "--data")
+    return (
+        message.replace(f"{field}.paths", "--data")
+        .replace(f"{field}.field", "--field")
+        .replace(field, "--data")
+    )
 
 
-def evaluate_held_out(trained: Trained, windows: Windows | None = None) -> dict[str, dict[str, float]]:
+def evaluate_held_out(
+    trained: Trained, windows: Windows | None = None
+) -> dict[str, dict[str, float]]:
     """Results for the held-out text of each source that the run trained on.
 
     Args:
@@ -115,11 +122,18 @@ def evaluate_held_out(trained: Trained, windows: Windows | None = None) -> dict[
         raise UserError("the run holds out no text; name files with --data")
     # As many whole windows as training looks at.
     most = max(1, trained.run.evaluation.tokens // length) * length
-    return {name: _evaluate(trained, store, length, stride, min(store.tokens, most)) for name, store in stores.items()}
+    return {
+        name: _evaluate(trained, store, length, stride, min(store.tokens, most))
+        for name, store in stores.items()
+    }
 
 
-def _evaluate(trained: Trained, store: TokenStore, length: int, stride: int, tokens: int) -> dict[str, float]:
+def _evaluate(
+    trained: Trained, store: TokenStore, length: int, stride: int, tokens: int
+) -> dict[str, float]:
     layout = one_device(param_specs(trained.model))
-    evaluate = evaluator(trained.model, trained.run.precision, trained.tokenizer.token_bytes, layout)
+    evaluate = evaluator(
+        trained.model, trained.run.precision, trained.tokenizer.token_bytes, layout
+    )
     batches = evaluation_batches(store, length, stride, tokens, BATCH_TOKENS)
     return measure(evaluate, trained.params, tracked(batches, "evaluating"), store.byte_ratio)

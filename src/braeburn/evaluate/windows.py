@@ -1,4 +1,6 @@
-"""Windows of a token store to evaluate on: each token is scored once, and little is computed beside the text."""
+"""Windows of a token store to evaluate on: each token is scored once, and little is computed beside
+the text.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ SHORTEST = 64  # a program for shorter windows would not pay for its compilation
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, stop) of a store, as the model sees them at once; those before `scored` are only seen."""
+    """Tokens [start, stop) of a store, as the model sees them at once; those before `scored` are
+    only seen.
+    """
 
     start: int
     scored: int
@@ -35,7 +39,9 @@ def spans(tokens: int, length: int, stride: int) -> Iterator[Span]:
         start += stride
 
 
-def evaluation_batches(store: TokenStore, length: int, stride: int, tokens: int, batch_tokens: int) -> Iterator[Batch]:
+def evaluation_batches(
+    store: TokenStore, length: int, stride: int, tokens: int, batch_tokens: int
+) -> Iterator[Batch]:
     """Batches [B, T] that score the first `tokens` tokens of a store; of at most three shapes.
 
     All batches but the last have T = `length`. A text shorter than a span, and the end of a longer
@@ -59,7 +65,10 @@ def evaluation_batches(store: TokenStore, length: int, stride: int, tokens: int,
                 row["weights"][span.stop - span.start :] = 0
                 yield row
 
-    whole = sum(padded_length(span.stop - span.start, length) == length for span in spans(tokens, length, stride))
+    whole = sum(
+        padded_length(span.stop - span.start, length) == length
+        for span in spans(tokens, length, stride)
+    )
     yield from batched(rows(True), min(max(1, batch_tokens // length), power_of_two(whole)))
     yield from batched(rows(False), 1)
 

@@ -17,12 +17,14 @@ from braeburn.train.state import TrainState
 from braeburn.train.teaching import Teacher, files_identity, find_in_run
 from braeburn.train.trained import found_run, load
 
-# What other software is told of an import that tells of no length: no model of these families was made for less.
+# What other software is told of an import that tells of no length: no model of these families was
+# made for less.
 DEFAULT_POSITIONS = 4096
 
 
 def export_huggingface(directory: Path, out: Path) -> int:
-    """Writes the newest checkpoint of a run directory as a Hugging Face directory; returns its step.
+    """Writes the newest checkpoint of a run directory as a Hugging Face directory; returns its
+    step.
 
     Raises:
         UserError: there is no whole checkpoint, or `out` is in use.
@@ -50,8 +52,8 @@ def export_gguf(directory: Path, out: Path, type_: gguf.Type) -> tuple[int, Path
         The checkpoint's step; the file; the parameters that are float16 though `type_` is another.
 
     Raises:
-        UserError: there is no whole checkpoint, the file exists or cannot be written, or llama.cpp has no such model
-            or tokenizer.
+        UserError: there is no whole checkpoint, the file exists or cannot be written, or llama.cpp
+            has no such model or tokenizer.
     """
     trained = load(directory)
     path = out if out.suffix == ".gguf" else out / f"{trained.run.name}-{type_}.gguf"
@@ -70,7 +72,8 @@ def export_gguf(directory: Path, out: Path, type_: gguf.Type) -> tuple[int, Path
 def import_huggingface(source: Path, out: Path) -> Run:
     """Makes a run directory whose checkpoint 0 holds the weights of a Hugging Face directory.
 
-    It has no stages: it can be evaluated, sampled and exported, and a recipe of the same model trains on from it.
+    It has no stages: it can be evaluated, sampled and exported, and a recipe of the same model
+        trains on from it.
 
     Raises:
         UserError: the directory holds no dense Llama or Qwen3 model, or `out` is in use.
@@ -91,7 +94,8 @@ def _name_of(folder: Path) -> str:
 
 
 def find_teacher(path: Path) -> Teacher:
-    """The teacher that a Hugging Face directory holds, or a run directory or one of its checkpoints.
+    """The teacher that a Hugging Face directory holds, or a run directory or one of its
+    checkpoints.
 
     Raises:
         UserError: it is none of these, or no dense Llama or Qwen3 model, or it cannot be read.
@@ -116,7 +120,9 @@ def _is_huggingface(path: Path) -> bool:
 
 
 def _placed(values: np.ndarray, wanted: Any) -> jax.Array:
-    """An array in the type and place of an abstract one; each process fills in what its devices hold."""
+    """An array in the type and place of an abstract one; each process fills in what its devices
+    hold.
+    """
     if wanted.sharding is None:
         return jnp.asarray(values, wanted.dtype)
     return jax.make_array_from_callback(
@@ -125,11 +131,14 @@ def _placed(values: np.ndarray, wanted: Any) -> jax.Array:
 
 
 def _tokenizer_of(model: Model, path: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, once it is sure that the model has a row for each token."""
+    """The tokenizer of a Hugging Face directory, once it is sure that the model has a row for each
+    token.
+    """
     tokenizer = Tokenizer.load(path, "restore the tokenizer files that belong to the model")
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{str(path)!r} has {tokenizer.vocab_size} entries but the model only {model.vocab_size} rows; "
+            f"{str(path)!r} has {tokenizer.vocab_size} entries but the model only "
+            f"{model.vocab_size} rows; "
             f"restore the tokenizer.json that belongs to {str(path.parent)!r}"
         )
     return tokenizer

@@ -1,4 +1,5 @@
-"""GGUF, the one file that llama.cpp reads: weights, sizes and tokenizer of the Llama and Qwen3 families.
+"""GGUF, the one file that llama.cpp reads: weights, sizes and tokenizer of the Llama and Qwen3
+families.
 
 Keys, names of tensors and the order of rows are those of llama.cpp's own `convert_hf_to_gguf.py`.
 """
@@ -47,8 +48,8 @@ _NAMES = {
 }
 _ROTATED = ("layers/query", "layers/key")
 _BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
-# How text is split before merging, and whether a token is taken whole where the merges do not lead to it -> the name
-# under which llama.cpp has the same. "ByteLevel" stands for GPT-2's own pattern.
+# How text is split before merging, and whether a token is taken whole where the merges do not lead
+# to it -> the name under which llama.cpp has the same. "ByteLevel" stands for GPT-2's own pattern.
 _SPLITS = {
     ((PATTERN,), False): "qwen2",
     ((PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),), True): "llama-bpe",
@@ -56,7 +57,9 @@ _SPLITS = {
     (("ByteLevel",), False): "gpt-2",
     (("Digits", "ByteLevel"), False): "smollm",
 }
-_ELSEWHERE = "export with --format hf and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+_ELSEWHERE = (
+    "export with --format hf and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+)
 
 
 def write(
@@ -70,9 +73,10 @@ def write(
 ) -> list[str]:
     """Writes a file that llama.cpp loads.
 
-    Norms are float32. Matrices and embeddings have the type asked for, but those whose rows are no multiple of 32 are
-    float16, as llama.cpp's types of fewer bits have groups of 32. The file is written beside its destination and
-    renamed when complete. One tensor at a time is copied from the parameters.
+    Norms are float32. Matrices and embeddings have the type asked for, but those whose rows are no
+    multiple of 32 are float16, as llama.cpp's types of fewer bits have groups of 32. The file is
+    written beside its destination and renamed when complete. One tensor at a time is copied from
+    the parameters.
 
     Args:
         path: the file to write; it must not exist.
@@ -84,11 +88,12 @@ def write(
         name: what the model calls itself.
 
     Returns:
-        The parameters that are float16 though `type_` is another, since their rows are no multiple of 32.
+        The parameters that are float16 though `type_` is another, since their rows are no multiple
+        of 32.
 
     Raises:
-        UserError: the `gguf` package is missing, the file exists or cannot be written, or llama.cpp would not run the
-            model, or not read text as the tokenizer does.
+        UserError: the `gguf` package is missing, the file exists or cannot be written, or llama.cpp
+            would not run the model, or not read text as the tokenizer does.
         ValueError: `params` are not those of `model`.
     """
     try:
@@ -123,13 +128,19 @@ def write(
         _write_tensors(writer, tensors, parameters, model, type_)
         partial.rename(path)
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written ({error}); free space or name another folder") from None
+        raise UserError(
+            f"{str(path)!r} cannot be written ({error}); free space or name another folder"
+        ) from None
     finally:
         writer.close()
         with suppress(OSError):  # renamed, or never made
             partial.unlink()
     return sorted(
-        {tensor.path.rpartition("/")[2] for tensor in tensors if _type_of(tensor, type_) not in ("f32", type_)}
+        {
+            tensor.path.rpartition("/")[2]
+            for tensor in tensors
+            if _type_of(tensor, type_) not in ("f32", type_)
+        }
     )
 
 
@@ -166,7 +177,11 @@ def _add_sizes(writer: "gguf.GGUFWriter", model: Model, max_position_embeddings:
 
 
 def _write_tensors(
-    writer: "gguf.GGUFWriter", tensors: Sequence[Tensor], parameters: Mapping[str, Any], model: Model, type_: Type
+    writer: "gguf.GGUFWriter",
+    tensors: Sequence[Tensor],
+    parameters: Mapping[str, Any],
+    model: Model,
+    type_: Type,
 ) -> None:
     import gguf
 
@@ -177,7 +192,9 @@ def _write_tensors(
     for tensor, kind in zip(tensors, types, strict=True):
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         size = math.prod(tensor.shape) // block_size * block_bytes
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -197,7 +214,9 @@ def _type_of(tensor: Tensor, type_: Type) -> Literal["f32"] | Type:
 
 
 def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Query or key rows [heads * head_dim, inputs] for a rotation of neighbours, where ours rotates halves."""
+    """Query or key rows [heads * head_dim, inputs] for a rotation of neighbours, where ours rotates
+    halves.
+    """
     heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
     return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(rows.shape))
 
@@ -211,20 +230,24 @@ def _rope_factors(model: Model) -> np.ndarray | None:
 
 
 def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """The keys below `tokenizer.ggml`: those of a byte-level BPE, one token for each row of the model.
+    """The keys below `tokenizer.ggml`: those of a byte-level BPE, one token for each row of the
+    model.
 
     Raises:
         UserError: llama.cpp would not read text as the tokenizer does.
     """
     import gguf
 
-    if tokenizer.prefix not in ((), (tokenizer.begin,)) or tokenizer.suffix not in ((), (tokenizer.end,)):
+    if tokenizer.prefix not in ((), (tokenizer.begin,)) or tokenizer.suffix not in (
+        (),
+        (tokenizer.end,),
+    ):
         before = [tokenizer.token(i) for i in tokenizer.prefix]
         after = [tokenizer.token(i) for i in tokenizer.suffix]
         around = " ".join([*before, "TEXT", *after])
         raise UserError(
-            f"the tokenizer makes {around!r} of a text, and llama.cpp adds no more than one begin and one end token; "
-            f"{_ELSEWHERE}"
+            f"the tokenizer makes {around!r} of a text, and llama.cpp adds no more than one begin "
+            f"and one end token; {_ELSEWHERE}"
         )
     contents = json.loads(tokenizer.json)
     split, bpe = _split(contents), contents["model"]
@@ -236,7 +259,9 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
     # llama.cpp stops at these three, and at well-known end tokens, which it finds by their names.
-    ends = dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), tokenizer.stops, strict=False))
+    ends = dict(
+        zip(("eos_token_id", "eot_token_id", "eom_token_id"), tokenizer.stops, strict=False)
+    )
     padding = {} if tokenizer.padding is None else {"padding_token_id": tokenizer.padding}
     return {
         "model": "gpt2",
@@ -259,16 +284,24 @@ def _split(contents: Mapping[str, Any]) -> str:
     whole = contents["pre_tokenizer"] or {}
     *firsts, bytes_ = whole.get("pretokenizers") or [whole]
     if contents["model"]["type"] != "BPE" or bytes_.get("type") != "ByteLevel":
-        raise UserError(f"the tokenizer is not a byte-level BPE, which is all that GGUF is written for; {_ELSEWHERE}")
+        raise UserError(
+            f"the tokenizer is not a byte-level BPE, which is all that GGUF is written for; "
+            f"{_ELSEWHERE}"
+        )
     # llama.cpp leaves text as it is; NFC is what nearly all text is in already.
     normalizer = contents["normalizer"]
     if bytes_["add_prefix_space"] or (normalizer and normalizer["type"] != "NFC"):
-        changed = f"normalises by {normalizer['type']}" if normalizer else "puts a space before the text"
+        changed = (
+            f"normalises by {normalizer['type']}" if normalizer else "puts a space before the text"
+        )
         raise UserError(f"the tokenizer {changed}, which llama.cpp does not; {_ELSEWHERE}")
     splits = [_pattern(step) for step in firsts] + ["ByteLevel"] * bytes_.get("use_regex", True)
     found = _SPLITS.get((tuple(splits), contents["model"].get("ignore_merges", False)))
     if found is None:
-        raise UserError(f"the tokenizer splits text by {splits}, for which llama.cpp has no name here; {_ELSEWHERE}")
+        raise UserError(
+            f"the tokenizer splits text by {splits}, for which llama.cpp has no name here; "
+            f"{_ELSEWHERE}"
+        )
     return found
 
 

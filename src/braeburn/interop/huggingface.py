@@ -1,7 +1,8 @@
 """Hugging Face model directories of the Llama and Qwen3 families, without transformers or torch.
 
-A table names the tensor that each of our parameters becomes; shapes and transpositions follow from the `ParamSpec`. A
-model that normalises its queries and keys is a Qwen3, one that does not is a Llama.
+A table names the tensor that each of our parameters becomes; shapes and transpositions follow from
+the `ParamSpec`. A model that normalises its queries and keys is a Qwen3, one that does not is a
+Llama.
 """
 
 import json
@@ -58,10 +59,11 @@ def write(
     max_position_embeddings: int,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a directory in float32 that `AutoModelForCausalLM` and `AutoTokenizer` of transformers 4 and 5 load.
+    """Writes a directory in float32 that `AutoModelForCausalLM` and `AutoTokenizer` of transformers
+    4 and 5 load.
 
-    It is written beside its destination and renamed when complete: an interrupted export leaves no directory that
-    looks like a model. One file's tensors at a time are copied from the parameters.
+    It is written beside its destination and renamed when complete: an interrupted export leaves no
+    directory that looks like a model. One file's tensors at a time are copied from the parameters.
 
     Args:
         directory: where to write; it must not exist or be empty.
@@ -72,8 +74,8 @@ def write(
         max_shard_bytes: tensors beyond this size go to further files.
 
     Raises:
-        UserError: the directory is in use or cannot be written, or the model or tokenizer is one that transformers
-            would not load.
+        UserError: the directory is in use or cannot be written, or the model or tokenizer is one
+            that transformers would not load.
         ValueError: `params` are not those of `model`.
     """
     directory = Path(directory).expanduser().resolve()
@@ -82,8 +84,9 @@ def write(
         raise UserError(f"{str(directory)!r} {problem}; name a new folder")
     if not model.qk_norm and model.d_model % model.num_heads:
         raise UserError(
-            f"d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which transformers refuses in "
-            f"a Llama; train with d_model={-(-model.d_model // model.num_heads) * model.num_heads} or with qk_norm=true"
+            f"d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
+            f"transformers refuses in a Llama; train with "
+            f"d_model={-(-model.d_model // model.num_heads) * model.num_heads} or with qk_norm=true"
         )
     remove_stale(directory.parent, directory.name)
     parameters = checked(params, model, tokenizer)
@@ -94,7 +97,9 @@ def write(
         partial.mkdir(parents=True)
         made = True
         _write_json(partial / "config.json", write_config(model, max_position_embeddings) | ids)
-        _write_json(partial / "generation_config.json", tokenizer.generation_config() if tokenizer else ids)
+        _write_json(
+            partial / "generation_config.json", tokenizer.generation_config() if tokenizer else ids
+        )
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
             settings = tokenizer.tokenizer_config() | {"model_max_length": max_position_embeddings}
@@ -102,7 +107,9 @@ def write(
         _write_weights(partial, tensors_of(param_specs(model), _NAMES), parameters, max_shard_bytes)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{str(directory)!r} cannot be written ({error}); free space or name another folder") from None
+        raise UserError(
+            f"{str(directory)!r} cannot be written ({error}); free space or name another folder"
+        ) from None
     finally:
         if made:  # what this call did not make is not its to remove
             shutil.rmtree(partial, ignore_errors=True)
@@ -119,8 +126,16 @@ def _write_weights(
         shards[-1].append(tensor)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(tracked(shards, "writing weights"), start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({tensor.name: tensor.exported(parameters) for tensor in shard}, directory / name, {"format": "pt"})
+        name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        save_file(
+            {tensor.name: tensor.exported(parameters) for tensor in shard},
+            directory / name,
+            {"format": "pt"},
+        )
         # safetensors makes files that only their owner may read.
         (directory / name).chmod((directory / "config.json").stat().st_mode)
         weight_map |= {tensor.name: name for tensor in shard}
@@ -136,8 +151,8 @@ def read(directory: str | Path) -> tuple[Model, Tree, Path]:
         Its sizes; its parameters as NumPy float32 arrays; the path of its `tokenizer.json`.
 
     Raises:
-        UserError: a file is missing or unreadable, the architecture is one that Braeburn has not, or the tensors are
-            not those that config.json describes.
+        UserError: a file is missing or unreadable, the architecture is one that Braeburn has not,
+            or the tensors are not those that config.json describes.
     """
     directory = Path(directory).expanduser()
     model, tokenizer_file = describe(directory)
@@ -145,14 +160,18 @@ def read(directory: str | Path) -> tuple[Model, Tree, Path]:
 
 
 def describe(directory: str | Path) -> tuple[Model, Path]:
-    """The sizes of the model in a Hugging Face directory, and the path of its `tokenizer.json`; weights are not read.
+    """The sizes of the model in a Hugging Face directory, and the path of its `tokenizer.json`;
+    weights are not read.
 
     Raises:
-        UserError: a file is missing or unreadable, or the architecture is one that Braeburn has not.
+        UserError: a file is missing or unreadable, or the architecture is one that Braeburn has
+            not.
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
-        raise UserError(f"there is no folder {str(directory)!r}; name a downloaded Hugging Face model")
+        raise UserError(
+            f"there is no folder {str(directory)!r}; name a downloaded Hugging Face model"
+        )
     path = directory / "config.json"
     config = read_object(path, "name the folder of a downloaded Hugging Face model")
     model = parse_config(config, str(path))
@@ -177,8 +196,8 @@ def _weight_files(directory: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise UserError(
-            f"{str(directory)!r} holds no model.safetensors; download the safetensors weights, or convert with "
-            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            f"{str(directory)!r} holds no model.safetensors; download the safetensors weights, or "
+            f"convert with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     fix = "download it again"
     weight_map = validated(_Index, read_object(index, fix), str(index), fix).weight_map
@@ -186,7 +205,8 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts or not 0 < len(name) < 256:
             raise UserError(
-                f"{str(index)!r} names the file {shown(name)}, which is no file in {str(directory)!r}; {fix}"
+                f"{str(index)!r} names the file {shown(name)}, which is no file in "
+                f"{str(directory)!r}; {fix}"
             )
     return [directory / name for name in names]
 
@@ -206,10 +226,14 @@ def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
             try:
                 if not is_regular(file):
                     missing = not file.exists()
-                    raise OSError("No such file or directory" if missing else "it is not an ordinary file")
+                    raise OSError(
+                        "No such file or directory" if missing else "it is not an ordinary file"
+                    )
                 holder = stack.enter_context(safe_open(file, framework="np"))
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{str(file)!r} cannot be read ({error}); download it again") from None
+                raise UserError(
+                    f"{str(file)!r} cannot be read ({error}); download it again"
+                ) from None
             holders |= dict.fromkeys(holder.keys(), holder)
         wanted = {tensor.name: tensor.shape for tensor in tensors}
         stored = _stored_names(wanted, holders, model.tied_embeddings)
@@ -218,7 +242,9 @@ def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
         parameters = dict(walk(params))
         for tensor in tracked(tensors, "reading weights"):
             name = stored[tensor.name]
-            tensor.of(parameters[tensor.path])[...] = tensor.imported(holders[name].get_tensor(name))
+            tensor.of(parameters[tensor.path])[...] = tensor.imported(
+                holders[name].get_tensor(name)
+            )
     return params
 
 
@@ -259,14 +285,22 @@ def _check(
     def refuse(names: list[str], problem: str) -> None:
         if names:
             others = f" and {len(names) - 1} more" if names[1:] else ""
-            raise UserError(f"{str(directory)!r} holds weights unlike its config.json: {names[0]}{others} {problem}")
+            raise UserError(
+                f"{str(directory)!r} holds weights unlike its config.json: {names[0]}{others} "
+                f"{problem}"
+            )
 
     refuse(sorted(wanted.keys() - stored.keys()), "is missing; download the weights again")
     head, embedding = _NAMES["head"], stored[_NAMES["embedding"]]
     ignored = {head} if tied else set()
     if tied and head in holders and head != embedding:
-        same = np.array_equal(holders[head].get_tensor(head), holders[embedding].get_tensor(embedding))
-        refuse([] if same else [head], f"differs from {embedding}; set tie_word_embeddings to false in config.json")
+        same = np.array_equal(
+            holders[head].get_tensor(head), holders[embedding].get_tensor(embedding)
+        )
+        refuse(
+            [] if same else [head],
+            f"differs from {embedding}; set tie_word_embeddings to false in config.json",
+        )
     # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
     others = holders.keys() - set(stored.values()) - ignored
     extra = [name for name in others if not name.endswith(".rotary_emb.inv_freq")]
@@ -275,8 +309,13 @@ def _check(
         name = stored[wanted_name]
         contents = holders[name].get_slice(name)
         found, code = tuple(contents.get_shape()), contents.get_dtype()
-        refuse([name] * (found != shape), f"has the shape {found}, not {shape}; download the two again")
-        refuse([name] * (code not in _READABLE), f"has the type {code}; choose weights in {', '.join(_READABLE)}")
+        refuse(
+            [name] * (found != shape), f"has the shape {found}, not {shape}; download the two again"
+        )
+        refuse(
+            [name] * (code not in _READABLE),
+            f"has the type {code}; choose weights in {', '.join(_READABLE)}",
+        )
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:

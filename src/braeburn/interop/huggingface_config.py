@@ -1,4 +1,5 @@
-"""The `config.json` of a Hugging Face model as our `Model`, and back; the rules are those of transformers 5.
+"""The `config.json` of a Hugging Face model as our `Model`, and back; the rules are those of
+transformers 5.
 
 Every field that changes the computation is read under each name that transformers reads it by, with
 the same value winning, and the same default where it is left out. What we have not is refused by
@@ -108,7 +109,8 @@ def _parse(config: _Config, contents: Mapping[str, Any]) -> Model:
     for field, only in _ONLY.items():
         if stated.get(field) is not None and stated[field] not in only:
             raise UserError(
-                f"{field}={shown(stated[field])} cannot be imported; choose a model with {field}={only[0]!r}"
+                f"{field}={shown(stated[field])} cannot be imported; choose a model with "
+                f"{field}={only[0]!r}"
             )
     _check_windows(config, contents, family)
     sizes = _sizes(contents, family)
@@ -118,7 +120,9 @@ def _parse(config: _Config, contents: Mapping[str, Any]) -> Model:
             "qk_norm": family.qk_norm,
             "tied_embeddings": bool(config.tie_word_embeddings),
             "norm_epsilon": config.rms_norm_eps,
-            "rope_base": rope.get("rope_theta", 10_000.0 if config.rope_theta is None else config.rope_theta),
+            "rope_base": rope.get(
+                "rope_theta", 10_000.0 if config.rope_theta is None else config.rope_theta
+            ),
             "rope_scaling": _parse_scaling(rope, config, family),
             "max_position_embeddings": config.max_position_embeddings or 0,
         }
@@ -137,32 +141,43 @@ def _sizes(contents: Mapping[str, Any], family: _Family) -> dict[str, int]:
             left_out = family.head_dim if field not in contents else None
             value = left_out or sizes["d_model"] // sizes["num_heads"]
         if type(value) is not int or value < 1:
-            raise UserError(f"{field}={shown(value)} is not a size; give it the positive integer that the weights have")
+            raise UserError(
+                f"{field}={shown(value)} is not a size; give it the positive integer that the "
+                f"weights have"
+            )
         if value > LARGEST_SIZES[ours]:
             raise UserError(
-                f"{field}={shown(value)} is more than {LARGEST_SIZES[ours]}, the largest that is read; "
-                f"give it the size that the weights have"
+                f"{field}={shown(value)} is more than {LARGEST_SIZES[ours]}, the largest that is "
+                f"read; give it the size that the weights have"
             )
         sizes[ours] = value
     return sizes
 
 
 def _check_windows(config: _Config, contents: Mapping[str, Any], family: _Family) -> None:
-    """Refuses a model whose attention sees less than all earlier tokens of a text that it was made for."""
+    """Refuses a model whose attention sees less than all earlier tokens of a text that it was made
+    for.
+    """
     other = next(
-        (kind for kind in config.layer_types or () if kind not in ("full_attention", "sliding_attention")), None
+        (
+            kind
+            for kind in config.layer_types or ()
+            if kind not in ("full_attention", "sliding_attention")
+        ),
+        None,
     )
     if other is not None:
         raise UserError(
-            f"layer_types={shown(other)} cannot be imported; choose a model with layer_types='full_attention'"
+            f"layer_types={shown(other)} cannot be imported; choose a model with "
+            f"layer_types='full_attention'"
         )
     window = config.sliding_window if "sliding_window" in contents else family.sliding_window
     longest = config.max_position_embeddings or family.max_position_embeddings
     sliding = _has_windows(config, window)
     if sliding and (window is None or window < longest):
         raise UserError(
-            f"{sliding} with sliding_window={window} cannot be imported, since max_position_embeddings={longest} is "
-            f"more; choose a model with full attention"
+            f"{sliding} with sliding_window={window} cannot be imported, since "
+            f"max_position_embeddings={longest} is more; choose a model with full attention"
         )
 
 
@@ -171,7 +186,9 @@ def _has_windows(config: _Config, window: int | None) -> str | None:
     if config.model_type == "mistral":
         return "model_type='mistral'" if window is not None else None
     if config.layer_types is not None:
-        return "layer_types='sliding_attention'" if "sliding_attention" in config.layer_types else None
+        return (
+            "layer_types='sliding_attention'" if "sliding_attention" in config.layer_types else None
+        )
     if config.model_type != "qwen3" or not config.use_sliding_window or window is None:
         return None
     first = _MAX_WINDOW_LAYERS if config.max_window_layers is None else config.max_window_layers
@@ -180,10 +197,14 @@ def _has_windows(config: _Config, window: int | None) -> str | None:
     return "use_sliding_window=True" if is_used else None
 
 
-def _parse_scaling(rope: Mapping[str, Any], config: _Config, family: _Family) -> dict[str, Any] | None:
+def _parse_scaling(
+    rope: Mapping[str, Any], config: _Config, family: _Family
+) -> dict[str, Any] | None:
     """The fields of a `RopeScaling`, as any version of transformers writes them."""
     if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError("rope_parameters differ by kind of layer; choose a model with one set of them for all")
+        raise UserError(
+            "rope_parameters differ by kind of layer; choose a model with one set of them for all"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -200,7 +221,9 @@ def _parse_scaling(rope: Mapping[str, Any], config: _Config, family: _Family) ->
     found.setdefault(original, config.max_position_embeddings or family.max_position_embeddings)
     missing = [field for field in _SCALINGS[kind] if field not in found]
     if missing:
-        raise UserError(f"rope_type={kind!r} lacks {', '.join(missing)}; download config.json again")
+        raise UserError(
+            f"rope_type={kind!r} lacks {', '.join(missing)}; download config.json again"
+        )
     return {"kind": kind} | {field: found[field] for field in _SCALINGS[kind]}
 
 
@@ -229,7 +252,8 @@ def write_config(model: Model, max_position_embeddings: int) -> dict[str, Any]:
         "max_position_embeddings": max_position_embeddings,
         # transformers 5 reads the first of these, transformers 4 and what was built on it the other
         # two.
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base} | (stretched or {}),
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base}
+        | (stretched or {}),
         "rope_theta": model.rope_base,
         "rope_scaling": stretched,
         "dtype": "float32",

@@ -1,4 +1,5 @@
-"""Our parameters as the tensors of other software, which keeps layers apart and writes outputs before inputs.
+"""Our parameters as the tensors of other software, which keeps layers apart and writes outputs
+before inputs.
 
 Names come from a table of the format; shapes and transpositions follow from the `ParamSpec`.
 """
@@ -21,7 +22,8 @@ from braeburn.model.transformer import param_specs
 class Tensor:
     """A tensor of the other software: one of our parameters, or one layer of a stacked one.
 
-    The weight of a `torch.nn.Linear` is [outputs, inputs]; our matrices hold the inputs (`fan_in`) first.
+    The weight of a `torch.nn.Linear` is [outputs, inputs]; our matrices hold the inputs (`fan_in`)
+    first.
     """
 
     name: str
@@ -38,7 +40,9 @@ class Tensor:
     def exported(self, parameters: Mapping[str, Any]) -> np.ndarray:
         """Our values in the other layout, contiguous float32."""
         block = np.asarray(self.of(parameters[self.path]))
-        return np.ascontiguousarray(block.reshape(self.shape[::-1]).T if self.transposed else block, np.float32)
+        return np.ascontiguousarray(
+            block.reshape(self.shape[::-1]).T if self.transposed else block, np.float32
+        )
 
     def imported(self, tensor: np.ndarray) -> np.ndarray:
         """Values of the other layout in ours."""
@@ -59,7 +63,9 @@ def tensors_of(specs: Tree, names: Mapping[str, str]) -> list[Tensor]:
             inputs = math.prod(spec.shape[spec.axes.index(axis)] for axis in spec.fan_in)
             shape = math.prod(block) // inputs, inputs
         for layer in range(spec.shape[0]) if spec.stacked else [None]:
-            found.append(Tensor(names[path].format(layer), path, layer, block, shape, spec.role == "matrix"))
+            found.append(
+                Tensor(names[path].format(layer), path, layer, block, shape, spec.role == "matrix")
+            )
     return sorted(found, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
 
 
@@ -72,7 +78,8 @@ def checked(params: Tree, model: Model, tokenizer: Tokenizer | None) -> dict[str
     """
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"the tokenizer holds the token {tokenizer.vocab_size - 1}, which vocab_size={model.vocab_size} has no row "
+            f"the tokenizer holds the token {tokenizer.vocab_size - 1}, which "
+            f"vocab_size={model.vocab_size} has no row "
             f"for; name the tokenizer that the model was trained with"
         )
     parameters = dict(walk(params))

@@ -1,4 +1,7 @@
-"""The JobSet that trains on a Kubernetes cluster. Its text is written out, so that it can carry comments."""
+"""The JobSet that trains on a Kubernetes cluster.
+
+Its text is written out, so that it can carry comments.
+"""
 
 import json
 import re
@@ -14,7 +17,8 @@ PORT = 8476
 
 _TEMPLATE = """\
 # {name} on {target}: {shape}.
-# Apply with `kubectl apply -f FILE`, on a cluster with JobSet (https://jobset.sigs.k8s.io, v0.7 or later).
+# Apply with `kubectl apply -f FILE`, on a cluster with JobSet 0.7 or later
+# (https://jobset.sigs.k8s.io).
 # Deleted and applied again, it goes on from the last checkpoint in {out}.
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -79,9 +83,16 @@ metadata:
 
 
 def manifest(
-    name: str, arguments: Sequence[str], out: Path, target: Target, image: str, claim: str, max_restarts: int
+    name: str,
+    arguments: Sequence[str],
+    out: Path,
+    target: Target,
+    image: str,
+    claim: str,
+    max_restarts: int,
 ) -> str:
-    """A commented JobSet: one Job for each slice of TPUs and a pod for each of its hosts, or a pod for each GPU node.
+    """A commented JobSet: one Job for each slice of TPUs and a pod for each of its hosts, or a pod
+    for each GPU node.
 
     Args:
         name: of the run.
@@ -93,27 +104,43 @@ def manifest(
         max_restarts: how often all pods are started anew, after failures.
 
     Raises:
-        UserError: `out` is no absolute path below a folder, there is no such slice of TPUs, or no JAX that could be
-            installed for the target, or a value would not stay within its line of the manifest.
+        UserError: `out` is no absolute path below a folder, there is no such slice of TPUs, or no
+            JAX that could be installed for the target, or a value would not stay within its line of
+            the manifest.
     """
     target.check_installable()
     for option, value in (("--out", str(out)), ("RECIPE", arguments[0]), ("the name", name)):
         check_line(option, value)
     for option, value in (("--image", image), ("--claim", claim)):
         if not re.fullmatch(r"[\w./:@-]+", value, re.ASCII):
-            raise UserError(f"{option} {value[:80]!a} is no name of Kubernetes; write it as `kubectl` shows it")
+            raise UserError(
+                f"{option} {value[:80]!a} is no name of Kubernetes; write it as `kubectl` shows it"
+            )
     if not out.is_absolute() or len(out.parts) < 3:
-        raise UserError(f"--out {str(out)!r} must lie in the folder of the volume; give a path as /runs/{name}")
+        raise UserError(
+            f"--out {str(out)!r} must lie in the folder of the volume; give a path as /runs/{name}"
+        )
     facts, job = target.facts, "slice" if target.facts.maker == "google" else "node"
     jobset = ("braeburn-" + re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))[:40].rstrip("-")
     pods, replicas, each = target.nodes_per_slice, target.slices, target.chips_per_node
-    extra = f"its extra {facts.extra!r}, which `{extras.target(facts.extra)}` installs" if facts.extra else "JAX"
+    extra = (
+        f"its extra {facts.extra!r}, which `{extras.target(facts.extra)}` installs"
+        if facts.extra
+        else "JAX"
+    )
     annotations, placement, environment, mounts, volumes = [], [], [], [], []
-    resources = {"google": "google.com/tpu", "nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(facts.maker)
+    resources = {"google": "google.com/tpu", "nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(
+        facts.maker
+    )
     arguments = list(arguments)
     if facts.maker == "google":
-        shape = f"{replicas} slice{'s' * (replicas > 1)} of {target.topology} chips, {pods} hosts each"
-        comments = ("A Job for each slice.", f"A pod for each host of a slice, with its {each} chips.")
+        shape = (
+            f"{replicas} slice{'s' * (replicas > 1)} of {target.topology} chips, {pods} hosts each"
+        )
+        comments = (
+            "A Job for each slice.",
+            f"A pod for each host of a slice, with its {each} chips.",
+        )
         annotations = [
             "annotations:",
             "  # Each slice is one node pool, and takes one Job.",
@@ -136,9 +163,17 @@ def manifest(
         pods, replicas, each = pods * replicas, 1, each * facts.devices_per_chip
         kind = "GPU node" if resources else "CPU process"
         shape = f"{pods} {kind}{'s' * (pods > 1)}" + (f" of {each}" if resources else "")
-        comments = ("One Job for all.", f"A pod for each {kind}; its number is that of the process.")
+        comments = (
+            "One Job for all.",
+            f"A pod for each {kind}; its number is that of the process.",
+        )
         if pods > 1:
-            arguments += ["--coordinator", f"{jobset}-{job}-0-0.{jobset}:{PORT}", "--num-processes", f"{pods}"]
+            arguments += [
+                "--coordinator",
+                f"{jobset}-{job}-0-0.{jobset}:{PORT}",
+                "--num-processes",
+                f"{pods}",
+            ]
             # Kubernetes puts the value in.
             arguments += ["--process-id", "$(JOB_COMPLETION_INDEX)"]
         if facts.gke_accelerator:

@@ -20,26 +20,43 @@ def launch(arguments: Sequence[str], out: Path, processes: int, max_restarts: in
         arguments: those of `braeburn train`.
         out: the run directory that they name.
         processes: how many.
-        max_restarts: how often all are started anew, from the last checkpoint, after one died or hung.
+        max_restarts: how often all are started anew, from the last checkpoint, after one died or
+            hung.
 
     Raises:
         UserError: the GPUs cannot be shared, or training met a mistake of the user's.
         GaveUp: too many failures.
     """
     shares = share_gpus(processes)
-    program = [sys.executable, "-P", "-c", "from braeburn.cli import console; console()", "train", *arguments]
+    program = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from braeburn.cli import console; console()",
+        "train",
+        *arguments,
+    ]
 
     def commands() -> list[tuple[list[str], dict[str, str]]]:
         if processes == 1:
             return [(program, {})]
         port = _free_port()  # that of the last attempt may be in use for a while
         own = {"JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
-        meet = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", f"{processes}", "--process-id"]
+        meet = [
+            "--coordinator",
+            f"127.0.0.1:{port}",
+            "--num-processes",
+            f"{processes}",
+            "--process-id",
+        ]
         return [([*program, *meet, f"{index}"], own | share) for index, share in enumerate(shares)]
 
     def newest_checkpoint() -> int | None:
-        # A folder whose name is a number is a whole checkpoint. Orbax would bring JAX, and with it the GPUs.
-        steps = [int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdecimal()]
+        # A folder whose name is a number is a whole checkpoint. Orbax would bring JAX, and with it
+        # the GPUs.
+        steps = [
+            int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdecimal()
+        ]
         return max(steps, default=None)
 
     def restarting(restart: Restart) -> None:
@@ -56,7 +73,8 @@ def launch(arguments: Sequence[str], out: Path, processes: int, max_restarts: in
 def share_gpus(
     processes: int, environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
 ) -> list[dict[str, str]]:
-    """What each process's environment needs so that it takes its part of the NVIDIA GPUs here, which are all visible.
+    """What each process's environment needs so that it takes its part of the NVIDIA GPUs here,
+    which are all visible.
 
     Raises:
         UserError: they cannot be shared evenly.
@@ -67,7 +85,9 @@ def share_gpus(
     elif visible is not None:
         count = len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
     else:
-        count = len([path for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+        count = len(
+            [path for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+        )
     if count % processes:
         fits = [n for n in range(1, count + 1) if count % n == 0]
         raise UserError(
@@ -77,7 +97,13 @@ def share_gpus(
     each = count // processes
     # JAX's own variable, not CUDA's: NCCL reaches GPUs directly that the process can see.
     return [
-        {"JAX_LOCAL_DEVICE_IDS": ",".join(str(gpu) for gpu in range(index * each, (index + 1) * each))} if each else {}
+        {
+            "JAX_LOCAL_DEVICE_IDS": ",".join(
+                str(gpu) for gpu in range(index * each, (index + 1) * each)
+            )
+        }
+        if each
+        else {}
         for index in range(processes)
     ]
 

@@ -22,9 +22,9 @@ from braeburn.data.corpus import files
 from braeburn.errors import UserError
 
 DEVICES = 8
-# For JAX as it starts. Programs that run for a second are worth no optimisation, which would take most of the time.
-# From the compilation cache, programs for several CPU devices come back with their ring exchanges out of order: they
-# abort or hang (jaxlib 0.10.2).
+# For JAX as it starts. Programs that run for a second are worth no optimisation, which would take
+# most of the time. From the compilation cache, programs for several CPU devices come back with
+# their ring exchanges out of order: they abort or hang (jaxlib 0.10.2).
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(DEVICES),
@@ -34,18 +34,21 @@ ENVIRONMENT = {
 FIRST_STEPS, LATER_STEPS = 20, 8
 FILES, FILE_BYTES = 12, range(8 * 1024, 48 * 1024)
 SEQUENCES = 2 * DEVICES  # in a batch
-# The stage that is put first where a teacher is on disk: that one has another vocabulary than the small run.
+# The stage that is put first where a teacher is on disk: that one has another vocabulary than the
+# small run.
 STAND_IN = "stand-in"
 
 
 def shrink(run: Run, num_devices: int) -> Run:
     """The same run with small sizes, on text that every machine has.
 
-    What a mesh of up to eight devices divides in the one it divides in the other; only batches are made to be divided
-    by any. Optimizer, stages, mixtures, accumulation, rematerialisation and offloading stay as they are, meshes are
-    scaled down to `num_devices`; activations are float32, in which equal computations can be told from others.
+    What a mesh of up to eight devices divides in the one it divides in the other; only batches are
+    made to be divided by any. Optimizer, stages, mixtures, accumulation, rematerialisation and
+    offloading stay as they are, meshes are scaled down to `num_devices`; activations are float32,
+    in which equal computations can be told from others.
 
-    Stages cut, teach and round as they do in the large run. A teacher that is no stage is replaced: `with_stand_in`.
+    Stages cut, teach and round as they do in the large run. A teacher that is no stage is replaced:
+    `with_stand_in`.
 
     Raises:
         UserError: the run has no stage.
@@ -55,12 +58,16 @@ def shrink(run: Run, num_devices: int) -> Run:
     run = with_stand_in(run)
     model = _model(run.model)
     # The narrower a model, the larger the steps that it takes; muP allows for that by itself.
-    faster = math.sqrt(run.model.d_model / model.d_model) if isinstance(run.optimizer, AdamW) else 1.0
+    faster = (
+        math.sqrt(run.model.d_model / model.d_model) if isinstance(run.optimizer, AdamW) else 1.0
+    )
     shortest = min(stage.sequence_length for stage in run.stages.values())
     stages: dict[str, Stage] = {}
     small = model
     for name, stage in run.stages.items():
-        shrunk = _stage(stage, LATER_STEPS if stages else FIRST_STEPS, shortest, faster, num_devices)
+        shrunk = _stage(
+            stage, LATER_STEPS if stages else FIRST_STEPS, shortest, faster, num_devices
+        )
         shrunk = _compression(shrunk, run.models()[name].found, small)
         stages[name], small = shrunk, shrunk.pruning.pruned(small) if shrunk.pruning else small
     changes: dict[str, Any] = {
@@ -69,7 +76,12 @@ def shrink(run: Run, num_devices: int) -> Run:
         "stages": stages,
         "mesh": scale_down(run.mesh, num_devices),
         "data": run.data.model_copy(
-            update={"sources": _sources(list(run.data.sources)), "tokenizer": None, "held_out": 0.1, "workers": 0}
+            update={
+                "sources": _sources(list(run.data.sources)),
+                "tokenizer": None,
+                "held_out": 0.1,
+                "workers": 0,
+            }
         ),
         "checkpoint": Checkpoint(every_steps=4),
         "precision": run.precision.model_copy(update={"compute": "float32", "reduce": "float32"}),
@@ -79,7 +91,9 @@ def shrink(run: Run, num_devices: int) -> Run:
 
 
 def with_stand_in(run: Run) -> Run:
-    """The run with a stage of its own in the place of teachers on disk: its first, with neither teacher nor cuts."""
+    """The run with a stage of its own in the place of teachers on disk: its first, with neither
+    teacher nor cuts.
+    """
     if not any(stage.teacher and stage.teacher not in run.stages for stage in run.stages.values()):
         return run
     plain = {"teacher": None, "distillation": Distillation(), "pruning": None, "quantization": None}
@@ -91,7 +105,9 @@ def with_stand_in(run: Run) -> Run:
 
 
 def scale_down(mesh: Mesh, num_devices: int) -> Mesh:
-    """The mesh on a power of two of devices: its axes doubled in turn until there are as many, none above its size."""
+    """The mesh on a power of two of devices: its axes doubled in turn until there are as many, none
+    above its size.
+    """
     sizes = dict.fromkeys(mesh.sizes, 1)
     for _ in range(num_devices.bit_length() - 1):
         room = [axis for axis, size in mesh.sizes.items() if size == -1 or 2 * sizes[axis] <= size]
@@ -102,9 +118,13 @@ def scale_down(mesh: Mesh, num_devices: int) -> Mesh:
 
 def _model(model: Model) -> Model:
     width = _small(model.d_model, 64)
-    heads, kv_heads = (math.gcd(number, DEVICES) for number in (model.num_heads, model.num_kv_heads))
+    heads, kv_heads = (
+        math.gcd(number, DEVICES) for number in (model.num_heads, model.num_kv_heads)
+    )
     if model.num_kv_heads < model.num_heads and kv_heads == heads:
-        heads *= 2 if heads == DEVICES else 3  # there still are fewer key heads, and no more meshes divide the others
+        heads *= (
+            2 if heads == DEVICES else 3
+        )  # there still are fewer key heads, and no more meshes divide the others
     sizes = {
         "vocab_size": _small(model.vocab_size, 512),
         "d_model": width,
@@ -119,7 +139,9 @@ def _model(model: Model) -> Model:
 
 def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: int) -> Stage:
     # Twice as many pieces as devices, where each holds an early and a late one.
-    length = _small(stage.sequence_length, min(256, 64 * stage.sequence_length // shortest), 2 * DEVICES)
+    length = _small(
+        stage.sequence_length, min(256, 64 * stage.sequence_length // shortest), 2 * DEVICES
+    )
     parts = min(stage.accumulation_steps, 4)
     batch_tokens = SEQUENCES // 2 * max(parts, 2) * length
     changes = {
@@ -127,7 +149,9 @@ def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: 
         "sequence_length": length,
         "batch_tokens": batch_tokens,
         "learning_rate": stage.learning_rate * faster,
-        "schedule": stage.schedule.model_copy(update={"warmup_steps": min(stage.schedule.warmup_steps, steps // 4)}),
+        "schedule": stage.schedule.model_copy(
+            update={"warmup_steps": min(stage.schedule.warmup_steps, steps // 4)}
+        ),
         "accumulation_steps": parts,
         "mesh": stage.mesh and scale_down(stage.mesh, num_devices),
     }
@@ -146,14 +170,20 @@ def _compression(stage: Stage, large: Model, small: Model) -> Stage:
 
 
 def _pruning(pruning: Pruning, large: Model, small: Model, batch_tokens: int) -> Pruning:
-    """The share of each axis that stays, as far as the same powers of two up to eight divide what that is."""
+    """The share of each axis that stays, as far as the same powers of two up to eight divide what
+    that is.
+    """
 
     def kept(axis: str, size: int) -> int:
         before, now = (getattr(model, PRUNABLE[axis]) for model in (large, small))
         step = small.num_kv_heads if axis == "heads" else 1
         divisor = math.gcd(size, DEVICES)
         fits = range(step, now, step)
-        return min(fits, key=lambda n: (math.gcd(n, DEVICES) != divisor, abs(n / now - size / before)), default=now)
+        return min(
+            fits,
+            key=lambda n: (math.gcd(n, DEVICES) != divisor, abs(n / now - size / before)),
+            default=now,
+        )
 
     return pruning.model_copy(
         update={
@@ -164,18 +194,29 @@ def _pruning(pruning: Pruning, large: Model, small: Model, batch_tokens: int) ->
 
 
 def _quantization(quantization: Quantization, small: Model) -> Quantization:
-    """Groups of the same size, or of the largest that comes out even in rows of the small model's width."""
-    return quantization.model_copy(update={"group_size": math.gcd(quantization.group_size, small.d_model)})
+    """Groups of the same size, or of the largest that comes out even in rows of the small model's
+    width.
+    """
+    return quantization.model_copy(
+        update={"group_size": math.gcd(quantization.group_size, small.d_model)}
+    )
 
 
 def _sources(names: list[str]) -> dict[str, Source]:
     """Some files of Python's standard library under each name, others under every one."""
-    paths = [file.path for file in files("python", Source(format="python-code")) if file.size in FILE_BYTES]
+    paths = [
+        file.path
+        for file in files("python", Source(format="python-code"))
+        if file.size in FILE_BYTES
+    ]
     shares = [paths[number :: len(names)][:FILES] for number in range(len(names))]
-    return {name: Source(paths=tuple(share), format="python-code") for name, share in zip(names, shares, strict=True)}
+    return {
+        name: Source(paths=tuple(share), format="python-code")
+        for name, share in zip(names, shares, strict=True)
+    }
 
 
 def _small(size: int, most: int, devices: int = DEVICES) -> int:
-    """The largest size up to `most` that is divisible by the same powers of two, up to `devices`."""
+    """The largest size up to `most` divisible by the same powers of two, up to `devices`."""
     divisor = math.gcd(size, devices)
     return next((n for n in range(min(size, most), 0, -1) if math.gcd(n, devices) == divisor), size)

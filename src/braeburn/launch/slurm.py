@@ -10,7 +10,9 @@ from braeburn.launch.submit import check_line
 from braeburn.parallel.target import Target
 
 # Minutes, hours and days as sbatch reads them.
-TIME_LIMIT = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,9}-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.ASCII)
+TIME_LIMIT = re.compile(
+    r"\d{1,9}(:\d{1,2}){0,2}|\d{1,9}-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.ASCII
+)
 
 # srun runs in the background: bash takes a signal only once a command in the foreground has ended.
 _TEMPLATE = """\
@@ -26,26 +28,27 @@ _TEMPLATE = """\
 # The log of process 0, and of the others what goes wrong; a requeued job goes on writing to it.
 #SBATCH --output={job_name}-%j.log
 #SBATCH --open-mode=append
-# Two minutes before the time limit the script is told, so that the run is saved and the job queued again.
+# Two minutes before the time limit the script is told: the run is saved, the job queued again.
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 
 # Make `braeburn` available to every node here, unless it is on the PATH already:
 # source /shared/venv/bin/activate
 
-# Compiled programs are kept on storage that all nodes share, so that a restart does not compile again.
+# Compiled programs are kept on storage that all nodes share: a restart does not compile again.
 export JAX_COMPILATION_CACHE_DIR="${{JAX_COMPILATION_CACHE_DIR:-"$(realpath -m {out})/.cache/jax"}}"
 {environment}
 MAX_RESTARTS={max_restarts}
 
 stopping=
-# SIGTERM announces the time limit or a preemption. Every process is told, saves and stops. (srun would kill them.)
+# SIGTERM announces the time limit or a preemption. Every process is told, saves and stops.
+# (srun would kill them.)
 trap 'stopping=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
 restarts=0
 while true; do
-    # JAX learns from SLURM's variables which processes there are. When one has ended, the others get half a minute to
-    # end by themselves: ended at once, their code would hide that of the first.
+    # JAX learns from SLURM's variables which processes there are. When one has ended, the others
+    # get half a minute to end by themselves: ended at once, their code would hide the first one's.
     srun --kill-on-bad-exit=0 --wait=30{srun} \\
         braeburn train {arguments} &
     tasks=$!
@@ -72,7 +75,8 @@ while true; do
         echo "ended with code $code, and all $MAX_RESTARTS restarts are used up"
         exit "$code"
     fi
-    echo "ended with code $code; restart $restarts of at most $MAX_RESTARTS, from the last checkpoint"
+    again="restart $restarts of at most $MAX_RESTARTS, from the last checkpoint"
+    echo "ended with code $code; $again"
 done
 """
 
@@ -100,23 +104,31 @@ def script(
         max_restarts: restarts within one job, after failures.
 
     Raises:
-        UserError: the target is one of TPUs, or has no JAX that could be installed, or a value would not stay within
-            its line of the script.
+        UserError: the target is one of TPUs, or has no JAX that could be installed, or a value
+            would not stay within its line of the script.
     """
     target.check_installable()
     for option, value in (("--out", str(out)), ("RECIPE", arguments[0]), ("the name", name)):
         check_line(option, value)
     if not TIME_LIMIT.fullmatch(time):
         raise UserError(
-            f"--time {time[:80]!a} is no limit that SLURM reads; write HH:MM:SS or D-HH:MM:SS, as in 1-00:00:00"
+            f"--time {time[:80]!a} is no limit that SLURM reads; write HH:MM:SS or D-HH:MM:SS, as "
+            f"in 1-00:00:00"
         )
     for option, given in (("--partition", partition), ("--account", account)):
         if given is not None and not re.fullmatch(r"[\w.,@+-]+", given):
-            raise UserError(f"{option} {given[:80]!a} is no name of SLURM's; write the name that `sinfo` shows")
-    nodes, each = target.slices * target.nodes_per_slice, target.chips_per_node * target.facts.devices_per_chip
+            raise UserError(
+                f"{option} {given[:80]!a} is no name of SLURM's; write the name that `sinfo` shows"
+            )
+    nodes, each = (
+        target.slices * target.nodes_per_slice,
+        target.chips_per_node * target.facts.devices_per_chip,
+    )
     environment, srun = "", ""
     if target.facts.maker == "google":
-        raise UserError(f"--on {str(target)!r}: SLURM does not schedule TPUs; use `braeburn launch kubernetes`")
+        raise UserError(
+            f"--on {str(target)!r}: SLURM does not schedule TPUs; use `braeburn launch kubernetes`"
+        )
     if target.facts.maker == "cpu":
         shape = f"{target.chips} processes on CPUs"
         resources = [f"#SBATCH --ntasks={target.chips}"]
@@ -127,7 +139,8 @@ def script(
             f"#SBATCH --nodes={nodes}",
             f"#SBATCH --ntasks-per-node={each}",
             f"#SBATCH --gpus-per-node={each}",
-            "# The processor cores of a task, for reading text; as many as the nodes have for each GPU:",
+            "# The processor cores of a task, for reading text; as many as the nodes have for "
+            "each GPU:",
             "##SBATCH --cpus-per-task=8",
         ]
         # JAX takes the GPU of the task's number on its node, so a task must see them all.
@@ -141,8 +154,12 @@ def script(
         out=shlex.quote(str(out)),
         resources="\n".join(resources),
         time=time,
-        partition=f"#SBATCH --partition={partition}" if partition else "##SBATCH --partition=NAME  # to fill in",
-        account=f"#SBATCH --account={account}" if account else "##SBATCH --account=NAME  # to fill in",
+        partition=f"#SBATCH --partition={partition}"
+        if partition
+        else "##SBATCH --partition=NAME  # to fill in",
+        account=f"#SBATCH --account={account}"
+        if account
+        else "##SBATCH --account=NAME  # to fill in",
         environment=environment,
         max_restarts=max_restarts,
         srun=srun,

@@ -19,7 +19,9 @@ def check_line(option: str, value: str) -> None:
     """
     if not value.isprintable():
         shown = value if len(value) <= 80 else f"{value[:80]}..."
-        raise UserError(f"{option} {shown!a} has a line break or control character; write it without")
+        raise UserError(
+            f"{option} {shown!a} has a line break or control character; write it without"
+        )
 
 
 def submit(command: Sequence[str], text: str) -> str:
@@ -31,11 +33,17 @@ def submit(command: Sequence[str], text: str) -> str:
     program = command[0]
     if shutil.which(program) is None:
         raise UserError(
-            f"--submit needs {program!r}, which is not on the PATH; run this where it is, or leave --submit out and "
-            f"pass on what is printed"
+            f"--submit needs {program!r}, which is not on the PATH; run this where it is, or leave "
+            f"--submit out and pass on what is printed"
         )
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = " ".join((done.stderr or done.stdout).split()).removeprefix(f"{program}: ").removeprefix("error: ")
-        raise UserError(f"{program} refused the job ({reason.rstrip('.') or f'code {done.returncode}'})")
+        reason = (
+            " ".join((done.stderr or done.stdout).split())
+            .removeprefix(f"{program}: ")
+            .removeprefix("error: ")
+        )
+        raise UserError(
+            f"{program} refused the job ({reason.rstrip('.') or f'code {done.returncode}'})"
+        )
     return done.stdout.strip()

@@ -80,7 +80,9 @@ class Watch:
             return
         before = self._beat
         if before.phase == beat.phase == "training" and beat.step != before.step:
-            self._gaps.append((beat.time - before.time) / max(1, (beat.step or 0) - (before.step or 0)))
+            self._gaps.append(
+                (beat.time - before.time) / max(1, (beat.step or 0) - (before.step or 0))
+            )
         if beat.phase == "compiling":
             self._gaps.clear()  # another stage, whose steps may be longer
         self._beat = beat
@@ -90,9 +92,16 @@ class Watch:
         silence, phase = now - self._beat.time, self._beat.phase
         if phase == "training":
             longest = max(self._gaps, default=None)
-            limit = max(self._patience.floor, self._patience.factor * longest) if longest else self._patience.first
+            limit = (
+                max(self._patience.floor, self._patience.factor * longest)
+                if longest
+                else self._patience.first
+            )
             usual = f", a step took {statistics.median(self._gaps):.2f} s" if self._gaps else ""
-            doing = f"made no step after step {self.step} for {silence:.0f} s (limit {limit:.0f} s{usual})"
+            doing = (
+                f"made no step after step {self.step} for {silence:.0f} s (limit {limit:.0f} "
+                f"s{usual})"
+            )
         else:
             limit = self._patience.phases.get(phase, self._patience.otherwise)
             doing = f"was {phase} for {silence:.0f} s (limit {limit:.0f} s)"
@@ -116,12 +125,16 @@ class Restart:
     @property
     def origin(self) -> str:
         """Where it goes on from, in words."""
-        return "from the beginning" if self.resumed_step is None else f"from step {self.resumed_step}"
+        return (
+            "from the beginning" if self.resumed_step is None else f"from step {self.resumed_step}"
+        )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended: a clause about it, the process's exit code (None where it hung), and its error message."""
+    """Why an attempt ended: a clause about it, the process's exit code (None where it hung), and
+    its error message.
+    """
 
     reason: str
     code: int | None
@@ -136,7 +149,12 @@ class _Child:
     """One process with its group, its output and its beats."""
 
     def __init__(
-        self, index: int, command: Sequence[str], environ: Mapping[str, str], beats: heartbeat.Beats, watch: Watch
+        self,
+        index: int,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        beats: heartbeat.Beats,
+        watch: Watch,
     ):
         self.index, self.watch = index, watch
         self.errors: list[str] = []
@@ -154,7 +172,9 @@ class _Child:
             preexec_fn=_end_with_parent(),
         )
         streams = (self._process.stdout, self._process.stderr)
-        self._pumps = [threading.Thread(target=self._pump, args=(stream,), daemon=True) for stream in streams]
+        self._pumps = [
+            threading.Thread(target=self._pump, args=(stream,), daemon=True) for stream in streams
+        ]
         for pump in self._pumps:
             pump.start()
 
@@ -171,7 +191,9 @@ class _Child:
     def stopped(self) -> bool:
         """Whether a signal has stopped it, where the system tells."""
         try:
-            state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            state = (
+                Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            )
         except (OSError, IndexError):
             return False
         return state in "Tt"
@@ -197,16 +219,20 @@ class _Child:
             elif line.startswith(("error: ", f"{label}error: ")):
                 self.errors.append(line.removeprefix(label).removeprefix("error: ").strip())
             else:
-                # One call for each line, so that those of several processes do not mix. A terminal that is gone or a
-                # log on a full disk must not end the reading: the process would wait for it.
+                # One call for each line, so that those of several processes do not mix. A terminal
+                # that is gone or a log on a full disk must not end the reading: the process would
+                # wait for it.
                 with suppress(OSError):
-                    sys.stderr.write(line if self.index == 0 or line.startswith(label) else label + line)
+                    sys.stderr.write(
+                        line if self.index == 0 or line.startswith(label) else label + line
+                    )
                     sys.stderr.flush()
 
 
 @contextmanager
 def _beats(number: int) -> Iterator[list[heartbeat.Beats]]:
-    """A file for the beats of each process: in memory, so that they do not wait for a disk, where there is room.
+    """A file for the beats of each process: in memory, so that they do not wait for a disk, where
+    there is room.
 
     Raises:
         UserError: there is no room anywhere.
@@ -220,7 +246,10 @@ def _beats(number: int) -> Iterator[list[heartbeat.Beats]]:
             kept = held.pop_all()
             break
     else:
-        raise UserError(f"no space left for the heartbeats of processes in {' or '.join(map(str, folders))}; free some")
+        raise UserError(
+            f"no space left for the heartbeats of processes in {' or '.join(map(str, folders))}; "
+            f"free some"
+        )
     with kept:
         for file in files:
             kept.callback(file.close)
@@ -228,7 +257,9 @@ def _beats(number: int) -> Iterator[list[heartbeat.Beats]]:
 
 
 def _end_with_parent() -> Callable[[], None] | None:
-    """What a new process does first, so that it does not outlive this one even where this one is killed."""
+    """What a new process does first, so that it does not outlive this one even where this one is
+    killed.
+    """
     if sys.platform != "linux":
         return None
     parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
@@ -243,7 +274,9 @@ def _end_with_parent() -> Callable[[], None] | None:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a supervised run ended: what process 0 wrote to standard output, and the restarts that it took."""
+    """How a supervised run ended: what process 0 wrote to standard output, and the restarts that it
+    took.
+    """
 
     output: str
     restarts: list[Restart]
@@ -254,7 +287,8 @@ class Supervisor:
     """Runs processes to their end, all anew from their last checkpoint when one dies or hangs.
 
     Attributes:
-        commands: the command of each process, and what its environment has besides this one's, for each attempt anew.
+        commands: the command of each process, and what its environment has besides this one's, for
+            each attempt anew.
         max_restarts: how often at most.
         say: takes lines for the user.
         newest_checkpoint: the step that the next attempt will go on from, None for the beginning.
@@ -270,7 +304,8 @@ class Supervisor:
     patience: Patience = Patience()
 
     def run(self) -> Ending:
-        """Returns once every process has ended well. SIGTERM, SIGINT and SIGHUP are passed on: they save and stop.
+        """Returns once every process has ended well. SIGTERM, SIGINT and SIGHUP are passed on: they
+        save and stop.
 
         Raises:
             UserError: a process ended with code 2, which is a mistake of the user's; its message.
@@ -296,9 +331,13 @@ class Supervisor:
                 furthest = max(furthest, attempt.furthest)
                 if in_place == FAILURES_IN_PLACE:
                     where = f"step {furthest}" if furthest >= 0 else "the first step"
-                    raise GaveUp(f"{failure.reason}, {in_place} times in a row without getting past {where}")
+                    raise GaveUp(
+                        f"{failure.reason}, {in_place} times in a row without getting past {where}"
+                    )
                 if len(restarts) == self.max_restarts:
-                    raise GaveUp(f"{failure.reason}, and --max-restarts {self.max_restarts} are used up")
+                    raise GaveUp(
+                        f"{failure.reason}, and --max-restarts {self.max_restarts} are used up"
+                    )
                 restarts.append(Restart(failure.reason, self.newest_checkpoint(), None))
                 self.say(f"{failure.reason}; restarting all processes {restarts[-1].origin}")
                 self.restarting(restarts[-1])
@@ -307,17 +346,30 @@ class Supervisor:
 class _Attempt:
     """One life of all processes, from their start to the end of the last."""
 
-    def __init__(self, supervisor: Supervisor, stop: StopRequest, restarts: list[Restart], began: float):
+    def __init__(
+        self, supervisor: Supervisor, stop: StopRequest, restarts: list[Restart], began: float
+    ):
         self.children: list[_Child] = []
-        self._supervisor, self._stop, self._restarts, self._began = supervisor, stop, restarts, began
+        self._supervisor, self._stop, self._restarts, self._began = (
+            supervisor,
+            stop,
+            restarts,
+            began,
+        )
 
     @property
     def furthest(self) -> int:
         """The last step that any process made in this life, -1 without any."""
-        return max((child.watch.step for child in self.children if child.watch.step is not None), default=-1)
+        return max(
+            (child.watch.step for child in self.children if child.watch.step is not None),
+            default=-1,
+        )
 
     def run(self) -> Failure | None:
-        """Returns what failed first, or None once all have ended well. None of the processes is left."""
+        """Returns what failed first, or None once all have ended well.
+
+        None of the processes is left.
+        """
         commands = self._supervisor.commands()
         with _beats(len(commands)) as beats:
             try:
@@ -353,7 +405,9 @@ class _Attempt:
         dead = [child for child in self.children if child.code not in (None, 0)]
         first = min(dead, key=lambda child: _rank(child.code or 0))
         code = first.code or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        )
         made = f" after step {first.watch.step}" if first.watch.step is not None else ""
         for child in self.children:
             child.end()
@@ -370,28 +424,38 @@ class _Attempt:
         stopped = [child for child in self.children if child.code is None and child.stopped]
         if stopped:
             first = min(stopped, key=lambda child: child.watch.since)
-            doing = first.watch.hung(now) or f"was stopped by a signal after step {first.watch.step}"
+            doing = (
+                first.watch.hung(now) or f"was stopped by a signal after step {first.watch.step}"
+            )
             return Failure(f"process {first.index} hangs: it {doing}", None)
-        # The one that hangs is behind those that wait for it. At the same step it cannot be told from them: which of
-        # them was the last to say so is chance.
+        # The one that hangs is behind those that wait for it. At the same step it cannot be told
+        # from them: which of them was the last to say so is chance.
         furthest_behind = min(child.watch.order for child in hung)
         alike = [child for child in hung if child.watch.order == furthest_behind]
         first = min(alike, key=lambda child: child.watch.since)
         others = [str(child.index) for child in alike if child is not first]
-        waiting = f" (so it seems; process{'es' * (len(others) > 1)} {', '.join(others)} fell silent with it)"
-        return Failure(f"process {first.index} hangs: it {first.watch.hung(now)}{waiting if others else ''}", None)
+        waiting = (
+            f" (so it seems; process{'es' * (len(others) > 1)} {', '.join(others)} fell "
+            f"silent with it)"
+        )
+        return Failure(
+            f"process {first.index} hangs: it {first.watch.hung(now)}{waiting if others else ''}",
+            None,
+        )
 
     def _tell_restarted(self) -> None:
         seconds = round(time.monotonic() - self._began, 1)
         restart = self._restarts[-1] = replace(self._restarts[-1], seconds=seconds)
         self._supervisor.say(
-            f"restart {len(self._restarts)} of at most {self._supervisor.max_restarts}: the first step was made after "
-            f"{seconds} s, {restart.origin}"
+            f"restart {len(self._restarts)} of at most {self._supervisor.max_restarts}: the first "
+            f"step was made after {seconds} s, {restart.origin}"
         )
 
 
 def _rank(code: int) -> int:
-    """Which of several deaths to take for the cause: a kill, then a mistake, then what may follow from others'."""
+    """Which of several deaths to take for the cause: a kill, then a mistake, then what may follow
+    from others'.
+    """
     if code < 0 and code != -signal.SIGABRT:  # JAX aborts where another process is gone
         return 0
     return 1 if code == 2 else 2

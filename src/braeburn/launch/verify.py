@@ -1,4 +1,5 @@
-"""Whether a recipe, shrunk, trains the same on every layout, and loses nothing when killed, resumed or resharded.
+"""Whether a recipe, shrunk, trains the same on every layout, and loses nothing when killed, resumed
+or resharded.
 
 Everything runs on simulated devices, eight at most; JAX must be started with them.
 """
@@ -51,7 +52,8 @@ def run() -> Run:
 FIGURES = ("loss", "grad_norm")
 
 Say = Callable[[str], None]
-# Values by what they are, in order: the loss and the gradient's norm of each step, held-out losses at last.
+# Values by what they are, in order: the loss and the gradient's norm of each step, held-out losses
+# at last.
 Curve = list[tuple[str, float]]
 Kind = Literal["layout", "stages", "resume", "reshard"]
 Verdict = Literal["same", "different", "failed", "skipped"]
@@ -67,7 +69,8 @@ class Check:
         steps: optimizer steps compared.
         difference: the largest relative difference of a loss; None where it is not a number.
         tolerance: what it may be.
-        verdict: "same", "different", "failed" (it could not run to its end) or "skipped" (the recipe cannot have it).
+        verdict: "same", "different", "failed" (it could not run to its end) or "skipped" (the
+            recipe cannot have it).
         reason: of any verdict but "same".
     """
 
@@ -95,13 +98,27 @@ def verify(run: Run, recipe: str, target: Target, say: Say) -> list[Check]:
         say: takes a line of progress.
     """
     num_devices = _devices(target)
-    on_disk = sorted({str(stage.teacher) for stage in run.stages.values() if stage.teacher not in (None, *run.stages)})
+    on_disk = sorted(
+        {
+            str(stage.teacher)
+            for stage in run.stages.values()
+            if stage.teacher not in (None, *run.stages)
+        }
+    )
     run = shrink(run, num_devices)
     if STAND_IN in run.stages:
-        say(f"a first stage {STAND_IN!r} trains what teaches in the place of {' and '.join(on_disk)}")
-    with tempfile.TemporaryDirectory(prefix="braeburn-verify-") as name, ThreadPoolExecutor(1) as pool:
+        say(
+            f"a first stage {STAND_IN!r} trains what teaches in the place of "
+            f"{' and '.join(on_disk)}"
+        )
+    with (
+        tempfile.TemporaryDirectory(prefix="braeburn-verify-") as name,
+        ThreadPoolExecutor(1) as pool,
+    ):
         folder = Path(name)
-        run = run.model_copy(update={"data": run.data.model_copy(update={"cache": str(folder / "data")})})
+        run = run.model_copy(
+            update={"data": run.data.model_copy(update={"cache": str(folder / "data")})}
+        )
         prepared = prepare(run, lambda line: None)
         runs = layouts(run, target)
         possible = [other for other in runs.values() if not refusal(other)]
@@ -122,17 +139,23 @@ def verify(run: Run, recipe: str, target: Target, say: Say) -> list[Check]:
 def layouts(run: Run, target: Target) -> dict[str, Run]:
     """The run on every mesh to compare with one device, by a name for it; its own meshes first.
 
-    They are those of one, two and three axes that take all devices of the target, eight at most; with replicas where
-    it has several slices. Sequences are split in both ways, and gradients accumulated in one of them.
+    They are those of one, two and three axes that take all devices of the target, eight at most;
+    with replicas where it has several slices. Sequences are split in both ways, and gradients
+    accumulated in one of them.
     """
     splits = ("replica", "data", "fsdp", "context", "tensor")[target.slices == 1 :]
     meshes = [stage.mesh or run.mesh for stage in run.stages.values()]
     for axes in (axes for count in (1, 2, 3) for axes in combinations(splits, count)):
         meshes += _meshes(axes, _devices(target))
-    runs = {describe(mesh): on_mesh(run, mesh) for mesh in meshes if math.prod(mesh.sizes.values()) > 1}
+    runs = {
+        describe(mesh): on_mesh(run, mesh) for mesh in meshes if math.prod(mesh.sizes.values()) > 1
+    }
     if runs and all(stage.accumulation_steps == 1 for stage in run.stages.values()):
         name = next(iter(runs))
-        stages = {n: stage.model_copy(update={"accumulation_steps": 2}) for n, stage in runs[name].stages.items()}
+        stages = {
+            n: stage.model_copy(update={"accumulation_steps": 2})
+            for n, stage in runs[name].stages.items()
+        }
         runs[f"{name}, 2 accumulated"] = runs[name].model_copy(update={"stages": stages})
     return runs
 
@@ -143,7 +166,9 @@ def _devices(target: Target) -> int:
 
 
 def _meshes(axes: Sequence[str], num_devices: int) -> Iterator[Mesh]:
-    """Meshes of all of `axes`, the last the largest, in both ways to split sequences; none where devices are few."""
+    """Meshes of all of `axes`, the last the largest, in both ways to split sequences; none where
+    devices are few.
+    """
     sizes = dict.fromkeys(axes, 2) | {axes[-1]: num_devices >> (len(axes) - 1)}
     if sizes[axes[-1]] > 1:
         for method in ("ring", "all_gather") if "context" in axes else ("all_gather",):
@@ -174,7 +199,9 @@ def refusal(run: Run) -> str:
 
 
 def tolerance(run: Run) -> float:
-    """What losses in float32 may differ by, relatively: the first updates of AFM's optimizer amplify rounding."""
+    """What losses in float32 may differ by, relatively: the first updates of AFM's optimizer
+    amplify rounding.
+    """
     return 1e-4 if isinstance(run.optimizer, AfmOptimizer) else 1e-5
 
 
@@ -182,7 +209,9 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
     """The curves of the first stage on each layout against that of `reference`."""
     first = next(iter(reference.stages))
     refused = {name: refusal(run) for name, run in runs.items()}
-    with ThreadPoolExecutor(2) as pool:  # compiling takes nine tenths of the time, most of it of one core
+    with ThreadPoolExecutor(
+        2
+    ) as pool:  # compiling takes nine tenths of the time, most of it of one core
         programs = {
             name: pool.submit(compile_stage, run, first, layout_of(run, first))
             for name, run in {"": reference, **runs}.items()
@@ -194,7 +223,9 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
             for name, run in runs.items():
                 if refused[name]:
                     verdict: Verdict = "skipped" if len(programs) > 1 else "failed"
-                    checks.append(Check("layout", name, 0, None, tolerance(run), verdict, refused[name]))
+                    checks.append(
+                        Check("layout", name, 0, None, tolerance(run), verdict, refused[name])
+                    )
                 else:
                     with _failing("layout", name, tolerance(run), checks):
                         curve = _first_stage(run, prepared, programs[name].result())
@@ -206,11 +237,15 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
 
 
 def _first_stage(run: Run, prepared: Prepared, program: Program) -> Curve:
-    """The curve of a run's first stage; of one that rounds, only the figures of its first step can be compared."""
+    """The curve of a run's first stage; of one that rounds, only the figures of its first step can
+    be compared.
+    """
     stage, layout = program.stage, layout_of(run, program.name)
     rows = layout.rows(stage.batch_size)
     batches = Batches(stage, program.name, run.seed, prepared.train, rows)
-    state = enter(run, program.name, initial_state(run, layout), layout, calibration(stage, batches, layout))
+    state = enter(
+        run, program.name, initial_state(run, layout), layout, calibration(stage, batches, layout)
+    )
     state = state._replace(optimizer=begin_stage(state.optimizer))
     curve = []
     for step in range(stage.steps):
@@ -221,14 +256,18 @@ def _first_stage(run: Run, prepared: Prepared, program: Program) -> Curve:
 
 def compresses(run: Run) -> bool:
     """Whether a stage of the run prunes, distils or quantises."""
-    return any(stage.pruning or stage.teacher or stage.quantization for stage in run.stages.values())
+    return any(
+        stage.pruning or stage.teacher or stage.quantization for stage in run.stages.values()
+    )
 
 
 def steps_alike(run: Run) -> int:
-    """Steps before the first stage that rounds weights, or learns the likeliest tokens of a teacher.
+    """Steps before the first stage that rounds weights, or learns the likeliest tokens of a
+    teacher.
 
-    Up to there curves on different layouts stay together. Then a weight half-way between two levels, or a label of two
-    that are as likely, goes one way or the other by its last bit: runs part that are equal but for rounding errors.
+    Up to there curves on different layouts stay together. Then a weight half-way between two
+    levels, or a label of two that are as likely, goes one way or the other by its last bit: runs
+    part that are equal but for rounding errors.
     """
     steps = 0
     for stage in run.stages.values():
@@ -241,7 +280,8 @@ def steps_alike(run: Run) -> int:
 def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[Check]:
     """The curves of all stages on several meshes against one device's.
 
-    From `steps_alike` on, each step is made from the state that the one device had before it, and with its teachers.
+    From `steps_alike` on, each step is made from the state that the one device had before it, and
+    with its teachers.
     """
     checks: list[Check] = []
     others = {_place(other): other for other in all_stages_split(run, num_devices)}
@@ -258,14 +298,18 @@ def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[C
             checks.append(Check("stages", place, 0, None, allowed, "skipped", refused))
         else:
             with _failing("stages", place, allowed, checks):
-                found = _train(other, folder / f"{place}, all stages", follow=(reference, steps_alike(run)))
+                found = _train(
+                    other, folder / f"{place}, all stages", follow=(reference, steps_alike(run))
+                )
                 checks.append(_judge("stages", place, found, expected, allowed))
         _tell(checks[-1], say)
     return checks
 
 
 def all_stages_split(run: Run, num_devices: int) -> list[Run]:
-    """The run on meshes of four devices, or of two where it cannot have four: fully sharded, tensor, and both."""
+    """The run on meshes of four devices, or of two where it cannot have four: fully sharded,
+    tensor, and both.
+    """
     runs = []
     for axes in (("fsdp",), ("tensor",), ("fsdp", "tensor")):
         sizes = [size for size in (4, 2) if size <= num_devices]
@@ -275,23 +319,34 @@ def all_stages_split(run: Run, num_devices: int) -> list[Run]:
 
 
 def train_and_kill(run: Run, recipe: str, folder: Path) -> None:
-    """Trains a run in `folder / "killed"`, in a process that is killed some steps after a checkpoint."""
+    """Trains a run in `folder / "killed"`, in a process that is killed some steps after a
+    checkpoint.
+    """
     fields, file, out = folder / "run.json", folder / "recipe.py", folder / "killed"
     fields.write_text(json.dumps(run.model_dump(mode="json")))
     file.write_text(CHILD.format(recipe=recipe, fields=str(fields)))
     program = [sys.executable, "-c", "from braeburn.cli import main; main()"]
     with (folder / "log").open("w+") as log:
         child = subprocess.Popen(
-            [*program, "train", f"{file}:run", "--out", str(out)], stdout=log, stderr=log, env=os.environ | ENVIRONMENT
+            [*program, "train", f"{file}:run", "--out", str(out)],
+            stdout=log,
+            stderr=log,
+            env=os.environ | ENVIRONMENT,
         )
         try:
             deadline = time.monotonic() + KILL_SECONDS
-            saved, metrics = out / "checkpoints" / str(run.checkpoint.every_steps), out / "metrics.jsonl"
+            saved, metrics = (
+                out / "checkpoints" / str(run.checkpoint.every_steps),
+                out / "metrics.jsonl",
+            )
             while not (saved.exists() and metrics.read_text().count("\n") >= KILL_AFTER_STEP):
                 if child.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     last = log.read().strip().rpartition("\n")[2]
-                    raise RuntimeError(f"the process to be killed ended or hung before step {KILL_AFTER_STEP}: {last}")
+                    raise RuntimeError(
+                        f"the process to be killed ended or hung before step {KILL_AFTER_STEP}: "
+                        f"{last}"
+                    )
                 time.sleep(0.005)
         finally:
             child.kill()
@@ -299,14 +354,18 @@ def train_and_kill(run: Run, recipe: str, folder: Path) -> None:
 
 
 def resume(run: Run, folder: Path, killed: Future[None], say: Say) -> Check:
-    """The curve of a run killed in `folder` and resumed against one left alone, made in `folder / "whole"`."""
+    """The curve of a run killed in `folder` and resumed against one left alone, made in `folder /
+    "whole"`.
+    """
     checks: list[Check] = []
     with _failing("resume", _place(run), 0.0, checks):
         expected = _train(run, folder / "whole")
         killed.result()
         found = _train(run, folder / "killed")
         steps = [
-            event["step"] for event in json_lines(folder / "killed" / "events.jsonl") if event["event"] == "resume"
+            event["step"]
+            for event in json_lines(folder / "killed" / "events.jsonl")
+            if event["event"] == "resume"
         ]
         if not steps:
             raise RuntimeError("after the kill it began again instead of resuming")
@@ -317,7 +376,9 @@ def resume(run: Run, folder: Path, killed: Future[None], say: Say) -> Check:
 
 
 def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
-    """The curve of a run stopped and resumed on other layouts against the one in `folder / "whole"`."""
+    """The curve of a run stopped and resumed on other layouts against the one in `folder /
+    "whole"`.
+    """
     places = [other, run, on_mesh(run, ONE_DEVICE)]
     name = " -> ".join(dict.fromkeys(_place(place) for place in places))
     checks: list[Check] = []
@@ -333,7 +394,9 @@ def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
     return checks[-1]
 
 
-def _train(run: Run, out: Path, stop_after_steps: int | None = None, follow: tuple[Path, int] | None = None) -> Curve:
+def _train(
+    run: Run, out: Path, stop_after_steps: int | None = None, follow: tuple[Path, int] | None = None
+) -> Curve:
     """Trains without a word, and returns the curve so far."""
     with contextlib.redirect_stderr(io.StringIO()):
         outcome = train(run, out, stop_after_steps=stop_after_steps, follow=follow)
@@ -343,7 +406,9 @@ def _train(run: Run, out: Path, stop_after_steps: int | None = None, follow: tup
 
 
 def _curve(directory: Path) -> Curve:
-    """The curve that a run directory tells: of each step in order, then of held-out text after each stage."""
+    """The curve that a run directory tells: of each step in order, then of held-out text after each
+    stage.
+    """
     curve = [
         (f"step {row['step']} {figure}", math.nan if row[figure] is None else row[figure])
         for row in json_lines(directory / "metrics.jsonl")
@@ -365,18 +430,34 @@ def _compared_until(curve: Curve, steps: int) -> Curve:
 
 
 def _judge(check: Kind, layout: str, found: Curve, expected: Curve, tolerance: float) -> Check:
-    """Whether two curves have the same points in the same order, and values within a relative tolerance."""
+    """Whether two curves have the same points in the same order, and values within a relative
+    tolerance.
+    """
     steps = sum(name.endswith(FIGURES[0]) for name, _ in found)
     largest, reason = 0.0, ""
-    for (name, value), (due, right) in zip_longest(found, expected, fillvalue=("nothing", math.nan)):
+    for (name, value), (due, right) in zip_longest(
+        found, expected, fillvalue=("nothing", math.nan)
+    ):
         if name != due:
-            return Check(check, layout, steps, None, tolerance, "different", f"{name} where {due} was due")
-        difference = 0.0 if value == right else abs(value - right) / abs(right) if right else math.inf
+            return Check(
+                check, layout, steps, None, tolerance, "different", f"{name} where {due} was due"
+            )
+        difference = (
+            0.0 if value == right else abs(value - right) / abs(right) if right else math.inf
+        )
         if not difference <= tolerance and not reason:  # not a number is no better than too large
             reason = f"{name} is {value:.7g} instead of {right:.7g}"
         largest = max(largest, difference) if math.isfinite(difference) else math.inf
     verdict: Verdict = "different" if reason else "same"
-    return Check(check, layout, steps, largest if math.isfinite(largest) else None, tolerance, verdict, reason)
+    return Check(
+        check,
+        layout,
+        steps,
+        largest if math.isfinite(largest) else None,
+        tolerance,
+        verdict,
+        reason,
+    )
 
 
 @contextlib.contextmanager
@@ -386,15 +467,24 @@ def _failing(check: Kind, layout: str, tolerance: float, checks: list[Check]) ->
         yield
     except Exception as error:
         sentence = str(error).strip().partition("\n")[0]
-        reason = sentence if isinstance(error, UserError | RuntimeError) else f"{type(error).__name__}: {sentence}"
+        reason = (
+            sentence
+            if isinstance(error, UserError | RuntimeError)
+            else f"{type(error).__name__}: {sentence}"
+        )
         checks.append(Check(check, layout, 0, None, tolerance, "failed", reason))
 
 
 def _place(run: Run) -> str:
     """The meshes of a run's stages in words."""
-    return " -> ".join(dict.fromkeys(describe(stage.mesh or run.mesh) for stage in run.stages.values()))
+    return " -> ".join(
+        dict.fromkeys(describe(stage.mesh or run.mesh) for stage in run.stages.values())
+    )
 
 
 def _tell(check: Check, say: Say) -> None:
     difference = "" if check.difference is None else f" ({check.difference:.1e})"
-    say(f"{check.check} {check.layout}: {check.verdict}{difference}" + (f": {check.reason}" if check.reason else ""))
+    say(
+        f"{check.check} {check.layout}: {check.verdict}{difference}"
+        + (f": {check.reason}" if check.reason else "")
+    )

@@ -1,8 +1,10 @@
 """Causal attention that stays within documents, as an ordered list of back ends.
 
-`attention` takes the first back end that supports what is asked and logs which, and why the ones before were passed
-over. All share one meaning: query t of a sequence sees the keys s <= t of the same segment. Where sequences are split
-over devices, each attends from its own tokens, in zigzag order, to the keys of all.
+`attention` takes the first back end that supports what is asked and logs which, and why the ones
+before were passed
+over. All share one meaning: query t of a sequence sees the keys s <= t of the same segment. Where
+sequences are split over devices, each attends from its own tokens, in zigzag order, to the keys of
+all.
 """
 
 import functools
@@ -83,11 +85,12 @@ def attention(
     segment_ids: Int[Array, "B T"],
     mesh: Mesh = ONE_DEVICE,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query heads.
+    """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query
+    heads.
 
-    With several context shards, T counts the tokens of this shard, and the call must be inside a `shard_map` over
-    `mesh`; the sum of all devices' losses is what it can be differentiated for. Each back end gives its result, with
-    what its backward pass needs besides, the name "attention".
+    With several context shards, T counts the tokens of this shard, and the call must be inside a
+    `shard_map` over `mesh`; the sum of all devices' losses is what it can be differentiated for.
+    Each back end gives its result, with what its backward pass needs besides, the name "attention".
     """
     platform, compute_capability = traced_for()
     request = Request(
@@ -105,10 +108,12 @@ def attention(
 
 
 def traced_for() -> tuple[str, tuple[int, int] | None]:
-    """The platform of the devices that the traced program is for, and of NVIDIA GPUs their compute capability.
+    """The platform of the devices that the traced program is for, and of NVIDIA GPUs their compute
+    capability.
 
-    The devices need not be there. JAX calls the GPUs of all makers "gpu": what is installed here tells which they are,
-    and GPUs that are not here are NVIDIA's, since no others can be compiled for without them.
+    The devices need not be there. JAX calls the GPUs of all makers "gpu": what is installed here
+    tells which they are, and GPUs that are not here are NVIDIA's, since no others can be compiled
+    for without them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = (device and device.platform) or jax.default_backend()
@@ -126,20 +131,30 @@ def traced_for() -> tuple[str, tuple[int, int] | None]:
 
 @functools.cache
 def select(request: Request) -> Backend:
-    """The first back end that supports the request; the choice is logged once for each distinct request."""
+    """The first back end that supports the request; the choice is logged once for each distinct
+    request.
+    """
     passed_over: list[str] = []
     for backend in (RING,) if request.ring else BACKENDS:
         reason = backend.why_not(request)
         if reason is None:
             over = f" over {request.context_shards} shards" if request.context_shards > 1 else ""
             because = f" ({'; '.join(passed_over)})" if passed_over else ""
-            logger.info("attention over %d tokens: %s%s%s", request.sequence_length, backend.name, over, because)
+            logger.info(
+                "attention over %d tokens: %s%s%s",
+                request.sequence_length,
+                backend.name,
+                over,
+                because,
+            )
             return backend
         passed_over.append(f"not {backend.name}: {reason}")
     raise NotImplementedError("; ".join(passed_over))
 
 
-def cudnn_attention(query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE) -> Array:
+def cudnn_attention(
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE
+) -> Array:
     """The fused kernel of cuDNN, told where documents begin and end."""
     return cudnn.packed_attention(query, key, value, segment_ids, mesh)
 
@@ -149,9 +164,15 @@ def _why_not_cudnn(request: Request) -> str | None:
         return reason
     if request.compute_capability and request.compute_capability < (9, 0):
         major, minor = request.compute_capability
-        return f"it needs a GPU of compute capability 9.0 to keep documents apart without a mask, not {major}.{minor}"
+        return (
+            f"it needs a GPU of compute capability 9.0 to keep documents apart without a "
+            f"mask, not {major}.{minor}"
+        )
     if cudnn.too_long(request.sequence_length, request.num_heads, request.head_dim):
-        return f"it counts the elements of a sequence in 31 bits, too few for {request.sequence_length} tokens"
+        return (
+            f"it counts the elements of a sequence in 31 bits, too few for "
+            f"{request.sequence_length} tokens"
+        )
     return None
 
 
@@ -173,7 +194,9 @@ MASKED_LENGTH = 8192
 def cudnn_masked_attention(
     query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE
 ) -> Array:
-    """The fused kernel of cuDNN under a mask of the sequence's length squared, for GPUs before Hopper."""
+    """The fused kernel of cuDNN under a mask of the sequence's length squared, for GPUs before
+    Hopper.
+    """
     key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
     positions = token_indices(query.shape[1], axis_index(CONTEXT, mesh), mesh.context)
     causal = positions[:, None] >= jnp.arange(key.shape[1])
@@ -185,7 +208,10 @@ def _why_not_masked(request: Request) -> str | None:
     if reason := _why_no_kernel_of_cudnn(request):
         return reason
     if request.sequence_length > MASKED_LENGTH:
-        return f"it forms a mask for each sequence, at most {MASKED_LENGTH} tokens long, not {request.sequence_length}"
+        return (
+            f"it forms a mask for each sequence, at most {MASKED_LENGTH} tokens long, not "
+            f"{request.sequence_length}"
+        )
     return None
 
 
@@ -193,7 +219,13 @@ SPLASH_TILE = 128
 
 
 def splash_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE, *, interpret: bool = False
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    mesh: Mesh = ONE_DEVICE,
+    *,
+    interpret: bool = False,
 ) -> Array:
     """The block-sparse Pallas kernel for TPU, one call for each sequence of the batch."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -225,11 +257,15 @@ def splash_attention(
 
 
 def splash_mask(positions: np.ndarray) -> Any:
-    """Splash attention's causal mask for queries at `positions`, int [T], over keys in the order of the sequence."""
+    """Splash attention's causal mask for queries at `positions`, int [T], over keys in the order of
+    the sequence.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     class BlockCausalMask(masks.CausalMask):
-        """Of a tile all of whose entries are equal it gives only one: the rest would take 20 s at 64k tokens."""
+        """Of a tile all of whose entries are equal it gives only one: the rest would take 20 s at
+        64k tokens.
+        """
 
         def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
             rows, columns = self.q_sequence[index[0]], index[1]
@@ -245,7 +281,9 @@ def splash_mask(positions: np.ndarray) -> Any:
 
 
 def _own_queries(array: Array, mesh: Mesh) -> Array:
-    """This shard's part of an array of the splash kernel: [heads, query blocks, key blocks] or [queries]."""
+    """This shard's part of an array of the splash kernel: [heads, query blocks, key blocks] or
+    [queries].
+    """
     axis = min(1, array.ndim - 1)
     size = array.shape[axis] // mesh.context
     return jax.lax.dynamic_slice_in_dim(array, axis_index(CONTEXT, mesh) * size, size, axis)
@@ -256,7 +294,10 @@ def _why_not_splash(request: Request) -> str | None:
         return "it needs a TPU"
     multiple = SPLASH_TILE * request.context_shards
     if request.sequence_length % multiple:
-        return f"it needs a sequence_length that is a multiple of {multiple}, not {request.sequence_length}"
+        return (
+            f"it needs a sequence_length that is a multiple of {multiple}, not "
+            f"{request.sequence_length}"
+        )
     if request.head_dim % 128:
         return f"it needs a head_dim that is a multiple of 128, not {request.head_dim}"
     return None
@@ -265,19 +306,25 @@ def _why_not_splash(request: Request) -> str | None:
 LONG_SEQUENCE = 2048
 
 
-def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE) -> Array:
+def blocked_attention(
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE
+) -> Array:
     """Attention in plain XLA that skips the causal upper half, span by span of queries.
 
-    A span sees only the keys up to its own end: with 8 spans or more, at most 9/16 of the products are formed. In long
-    sequences a span is worked through in blocks, one after the other, whose weights are formed again in the backward
+    A span sees only the keys up to its own end: with 8 spans or more, at most 9/16 of the products
+    are formed. In long sequences a span is worked through in blocks, one after the other, whose
+    weights are formed again in the backward
     pass: memory stays linear in the length.
     """
     if mesh.context > 1:
         return gathered_attention(query, key, value, segment_ids, mesh)
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
-    query = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    # Positions last: on CPUs the products and their gradients are up to twice as fast as with positions first.
+    query = query.reshape(
+        batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim
+    ).transpose(0, 2, 3, 1, 4)
+    # Positions last: on CPUs the products and their gradients are up to twice as fast as with
+    # positions first.
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
     if length <= LONG_SEQUENCE:
         span, attend = BLOCK, _attend_span
@@ -296,7 +343,11 @@ def blocked_attention(query: Array, key: Array, value: Array, segment_ids: Array
             segment_ids[:, :stop],
         )
         outputs.append(output)
-    output = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
+    output = (
+        jnp.concatenate(outputs, axis=3)
+        .transpose(0, 3, 1, 2, 4)
+        .reshape(batch, length, num_heads, head_dim)
+    )
     return checkpoint_name(output, ATTENTION)
 
 
@@ -322,13 +373,17 @@ def _attend_span_in_blocks(
     def blocks(array: Array, axis: int) -> Array:
         widths = [(0, -length % BLOCK if dim == axis else 0) for dim in range(array.ndim)]
         array = jnp.pad(array, widths)
-        return jnp.moveaxis(array.reshape(*array.shape[:axis], -1, BLOCK, *array.shape[axis + 1 :]), axis, 0)
+        return jnp.moveaxis(
+            array.reshape(*array.shape[:axis], -1, BLOCK, *array.shape[axis + 1 :]), axis, 0
+        )
 
     @jax.checkpoint
     def one_block(_: None, block: tuple[Array, Array, Array]) -> tuple[None, Array]:
         return None, _attend_span(*block, key, value, key_ids)
 
-    _, output = jax.lax.scan(one_block, None, (blocks(query, 3), blocks(positions, 1), blocks(query_ids, 1)))
+    _, output = jax.lax.scan(
+        one_block, None, (blocks(query, 3), blocks(positions, 1), blocks(query_ids, 1))
+    )
     output = jnp.moveaxis(output, 0, 3)
     return output.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :length]
 
@@ -351,10 +406,14 @@ def cached_attention(
     value: Float[Array, "B S K H"],
     positions: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of new tokens over a cache whose slot s holds position s: query at p sees the slots up to p."""
+    """Attention of new tokens over a cache whose slot s holds position s: query at p sees the slots
+    up to p.
+    """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = query.reshape(
+        batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim
+    ).transpose(0, 2, 3, 1, 4)
     visible = jnp.arange(key.shape[1])[None, None, :] <= positions[:, :, None]
     output = _attend(grouped, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1), visible)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)

@@ -1,17 +1,20 @@
 """The fused attention of cuDNN, with documents kept apart by their lengths and offsets.
 
-cuDNN reads a batch of B sequences as B x M spans of tokens, each of which attends to itself alone: "packed" layout. No
-mask exists, and memory is linear in the length of the sequences. M is fixed when the program is compiled, so sequences
-with more than M documents are worked through in several calls, of which each takes the next M.
+cuDNN reads a batch of B sequences as B x M spans of tokens, each of which attends to itself alone:
+"packed" layout. No mask exists, and memory is linear in the length of the sequences. M is fixed
+when the program is compiled, so sequences with more than M documents are worked through in several
+calls, of which each takes the next M.
 
-Where sequences are split over context shards, a shard holds the queries of two chunks (`braeburn.parallel.context`).
-Within a chunk documents attend as above, clipped at its borders. What is left are the earlier tokens of the one
-document that a chunk begins in the middle of: one more call for each chunk, without causality. Partial results are
-merged by their log-sum-exp, as in ring attention.
+Where sequences are split over context shards, a shard holds the queries of two chunks
+(`braeburn.parallel.context`). Within a chunk documents attend as above, clipped at its borders.
+What is left are the earlier tokens of the one document that a chunk begins in the middle of: one
+more call for each chunk, without causality. Partial results are merged by their log-sum-exp, as in
+ring attention.
 
-JAX's public functions take no spans. This module binds the primitives behind them, `_dot_product_attention_fwd_p` and
-`_dot_product_attention_bwd_p` of `jax._src.cudnn`, and works out their operands itself: the function that does so in
-JAX before 0.11.1 gives wrong offsets where several query heads share a key head.
+JAX's public functions take no spans. This module binds the primitives behind them,
+`_dot_product_attention_fwd_p` and `_dot_product_attention_bwd_p` of `jax._src.cudnn`, and works out
+their operands itself: the function that does so in JAX before 0.11.1 gives wrong offsets where
+several query heads share a key head.
 """
 
 import functools
@@ -29,8 +32,8 @@ from braeburn.config import Mesh
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.context import ATTENTION, gather_sequence
 
-# Documents of a sequence that one call takes. Each costs a call about 0.1 ms at 65,536 tokens, used or not, and each
-# further call about 0.9 ms (H200, docs/log.md).
+# Documents of a sequence that one call takes. Each costs a call about 0.1 ms at 65,536 tokens, used
+# or not, and each further call about 0.9 ms (H200, docs/log.md).
 SPANS = 8
 # cuDNN is given offsets in elements, as int32.
 MAX_ELEMENTS = 2**31 - 1
@@ -41,7 +44,8 @@ DETERMINISTIC = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterminis
 class Spans(NamedTuple):
     """M runs of neighbouring tokens in each of B sequences; runs that are absent have length 0.
 
-    Starts do not decrease along M, also those of absent runs, and are at most the sequence's length.
+    Starts do not decrease along M, also those of absent runs, and are at most the sequence's
+    length.
     """
 
     start: Int[Array, "B M"]
@@ -49,7 +53,9 @@ class Spans(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """One call's spans of queries, and those of the keys that each of them attends to, as cuDNN reads them."""
+    """One call's spans of queries, and those of the keys that each of them attends to, as cuDNN
+    reads them.
+    """
 
     query_lengths: Int[Array, "B M"]
     key_lengths: Int[Array, "B M"]
@@ -70,13 +76,17 @@ def packed_attention(
         query: this context shard's queries; N is a multiple of K.
         key: its keys.
         value: its values.
-        segment_ids: its tokens' segments, each of which is one run of neighbouring tokens in the whole sequence.
+        segment_ids: its tokens' segments, each of which is one run of neighbouring tokens in the
+            whole sequence.
         mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
     """
     gathered: tuple[Array, ...] = ()
     if mesh.context > 1:
         gathered = tuple(gather_sequence(x, mesh) for x in (key, value, segment_ids))
-    longest = max(mesh.context * key.shape[1] * key.shape[2], query.shape[1] * query.shape[2]) * query.shape[3]
+    longest = (
+        max(mesh.context * key.shape[1] * key.shape[2], query.shape[1] * query.shape[2])
+        * query.shape[3]
+    )
     rows = max(1, MAX_ELEMENTS // longest)
     outputs = []
     for first in range(0, query.shape[0], rows):
@@ -96,23 +106,37 @@ def masked_attention(
     value: Float[Array, "B T K H"],
     visible: Bool[Array, "B t T"],
 ) -> Float[Array, "B t N H"]:
-    """Attention through cuDNN under a mask, for GPUs whose cuDNN takes no packed layout: a sequence at a time.
+    """Attention through cuDNN under a mask, for GPUs whose cuDNN takes no packed layout: a sequence
+    at a time.
 
-    The mask of one sequence takes 2 t T bytes; it has no gradient, which spares the backward pass as much again.
+    The mask of one sequence takes 2 t T bytes; it has no gradient, which spares the backward pass
+    as much again.
     """
     return lax.map(lambda row: _masked(*(x[None] for x in row))[0], (query, key, value, visible))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, gathered: tuple[Array, ...], mesh: Mesh
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    gathered: tuple[Array, ...],
+    mesh: Mesh,
 ) -> Array:
-    """`packed_attention`, given the keys, values and segments of all context shards, or () where there is one."""
+    """`packed_attention`, given the keys, values and segments of all context shards, or () where
+    there is one.
+    """
     return _attention_forward(query, key, value, segment_ids, gathered, mesh)[0]
 
 
 def _attention_forward(
-    query: Array, key: Array, value: Array, segment_ids: Array, gathered: tuple[Array, ...], mesh: Mesh
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    gathered: tuple[Array, ...],
+    mesh: Mesh,
 ) -> tuple[Array, tuple[Any, ...]]:
     documents = find_documents(segment_ids, halves=mesh.context > 1)
 
@@ -122,19 +146,24 @@ def _attention_forward(
 
     def one_more(call: Array, result: tuple[Array, Array]) -> tuple[Array, Array]:
         (output, log_z), own = attend(call), documents.tokens(call)
-        return jnp.where(own[..., None, None], output, result[0]), jnp.where(own[..., None], log_z, result[1])
+        return jnp.where(own[..., None, None], output, result[0]), jnp.where(
+            own[..., None], log_z, result[1]
+        )
 
     # What a call leaves at the tokens of no span is undefined; each token is of one call's spans.
     output, log_z = lax.fori_loop(1, documents.calls, one_more, attend(0))
     for queries, keys in _earlier_spans(segment_ids, gathered, mesh):
         more = _forward(query, gathered[0], gathered[1], queries, keys, causal=False)
         output, log_z = _merge((output, log_z), more, _inside(queries, query.shape[1]))
-    # Named here, so that a backward pass that keeps the result need not attend again for what belongs to it.
+    # Named here, so that a backward pass that keeps the result need not attend again for what
+    # belongs to it.
     output, log_z = checkpoint_name(output, ATTENTION), checkpoint_name(log_z, ATTENTION)
     return output, (query, key, value, segment_ids, gathered, output, log_z)
 
 
-def _attention_backward(mesh: Mesh, residuals: tuple[Any, ...], output_gradient: Array) -> tuple[Any, ...]:
+def _attention_backward(
+    mesh: Mesh, residuals: tuple[Any, ...], output_gradient: Array
+) -> tuple[Any, ...]:
     query, key, value, segment_ids, gathered, output, log_z = residuals
     result = (output, log_z, output_gradient)
     documents = find_documents(segment_ids, halves=mesh.context > 1)
@@ -145,7 +174,9 @@ def _attention_backward(mesh: Mesh, residuals: tuple[Any, ...], output_gradient:
 
     def one_more(call: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
         new, own = differentiate(call), documents.tokens(call)
-        return tuple(jnp.where(own[..., None, None], x, y) for x, y in zip(new, gradients, strict=True))
+        return tuple(
+            jnp.where(own[..., None, None], x, y) for x, y in zip(new, gradients, strict=True)
+        )
 
     gradients = lax.fori_loop(1, documents.calls, one_more, differentiate(0))
     if not gathered:
@@ -157,7 +188,10 @@ def _attention_backward(mesh: Mesh, residuals: tuple[Any, ...], output_gradient:
         new = _backward(query, gathered[0], gathered[1], queries, keys, result, causal=False)
         own, visible = _inside(queries, query.shape[1]), _inside(keys, gathered[0].shape[1])
         query_gradient += jnp.where(own[..., None, None], new[0], 0)
-        sums = [total + jnp.where(visible[..., None, None], x, 0) for total, x in zip(sums, new[1:], strict=True)]
+        sums = [
+            total + jnp.where(visible[..., None, None], x, 0)
+            for total, x in zip(sums, new[1:], strict=True)
+        ]
     further = tuple(total.astype(key.dtype) for total in sums)
     return query_gradient.astype(query.dtype), *gradients[1:], None, (*further, None)
 
@@ -191,7 +225,9 @@ class Documents(NamedTuple):
 def find_documents(segment_ids: Int[Array, "B t"], *, halves: bool = False) -> Documents:
     """The documents of sequences; with `halves`, one that crosses the middle counts as two."""
     batch, length = segment_ids.shape
-    begins = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    begins = jnp.concatenate(
+        [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
     if halves:
         begins = begins.at[:, length // 2].set(True)
     number = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
@@ -204,10 +240,12 @@ def find_documents(segment_ids: Int[Array, "B t"], *, halves: bool = False) -> D
 def _earlier_spans(
     segment_ids: Int[Array, "B t"], gathered: tuple[Array, ...], mesh: Mesh
 ) -> list[tuple[Spans, Spans]]:
-    """For each chunk of this context shard, the queries that see keys before it, and those keys in the whole sequence.
+    """For each chunk of this context shard, the queries that see keys before it, and those keys in
+    the whole sequence.
 
-    They are of one document. A call for each chunk: the spans of keys of two chunks overlap where one document reaches
-    over both, and cuDNN writes the gradients of a span without regard to other spans.
+    They are of one document. A call for each chunk: the spans of keys of two chunks overlap where
+    one document reaches over both, and cuDNN writes the gradients of a span without regard to other
+    spans.
     """
     if not gathered:
         return []
@@ -217,9 +255,13 @@ def _earlier_spans(
     found = []
     for start, chunk in ((0, shard), (half, 2 * mesh.context - 1 - shard)):
         first = segment_ids[:, start : start + 1]
-        earlier = jnp.sum((gathered[2] == first) & (positions < chunk * half), axis=1, dtype=jnp.int32)
+        earlier = jnp.sum(
+            (gathered[2] == first) & (positions < chunk * half), axis=1, dtype=jnp.int32
+        )
         continued = jnp.sum(segment_ids[:, start : start + half] == first, axis=1, dtype=jnp.int32)
-        queries = _one_span(jnp.full(batch, start, jnp.int32), jnp.where(earlier > 0, continued, 0), length)
+        queries = _one_span(
+            jnp.full(batch, start, jnp.int32), jnp.where(earlier > 0, continued, 0), length
+        )
         found.append((queries, _one_span(chunk * half - earlier, earlier, positions.size)))
     return found
 
@@ -227,7 +269,9 @@ def _earlier_spans(
 def _one_span(start: Int[Array, " B"], length: Int[Array, " B"], end: int) -> Spans:
     """A single span of each sequence, and an absent one: packed layout needs two."""
     absent = jnp.full_like(start, end)
-    return Spans(jnp.stack([start, absent], axis=1), jnp.stack([length, jnp.zeros_like(length)], axis=1))
+    return Spans(
+        jnp.stack([start, absent], axis=1), jnp.stack([length, jnp.zeros_like(length)], axis=1)
+    )
 
 
 def _inside(spans: Spans, length: int) -> Bool[Array, "B T"]:
@@ -240,19 +284,24 @@ def _inside(spans: Spans, length: int) -> Bool[Array, "B T"]:
 def _merge(
     old: tuple[Array, Array], new: tuple[Array, Array], present: Bool[Array, "B t"]
 ) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
-    """Attention over two sets of keys from that over each: results and log-sum-exps; `new` counts where `present`."""
+    """Attention over two sets of keys from that over each: results and log-sum-exps; `new` counts
+    where `present`.
+    """
     (output, log_z), (more, more_log_z) = old, new
     more_log_z = jnp.where(present[..., None], more_log_z, -jnp.inf)
     joint = jnp.logaddexp(log_z, more_log_z)
     more = jnp.where(present[..., None, None], more, 0)
-    wide = output * jnp.exp(log_z - joint)[..., None] + more * jnp.exp(more_log_z - joint)[..., None]
+    wide = (
+        output * jnp.exp(log_z - joint)[..., None] + more * jnp.exp(more_log_z - joint)[..., None]
+    )
     return wide.astype(output.dtype), joint
 
 
 def operands(query: Array, key: Array, queries: Spans, keys: Spans) -> Operands:
     """Lengths, and offsets in elements from the first of the batch, as cuDNN reads them.
 
-    Of the [B, M + 1] offsets it reads the first B M + 1, row after row: one for each span, and the end.
+    Of the [B, M + 1] offsets it reads the first B M + 1, row after row: one for each span, and the
+    end.
     """
 
     def offsets(array: Array, spans: Spans) -> Int[Array, "B M+1"]:
@@ -267,8 +316,12 @@ def operands(query: Array, key: Array, queries: Spans, keys: Spans) -> Operands:
 def _forward(
     query: Array, key: Array, value: Array, queries: Spans, keys: Spans, *, causal: bool
 ) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
-    """Each span of queries attends to its span of keys: the result and the log-sum-exp, undefined outside spans."""
-    output, statistics = forward_call(query, key, value, operands(query, key, queries, keys), causal)
+    """Each span of queries attends to its span of keys: the result and the log-sum-exp, undefined
+    outside spans.
+    """
+    output, statistics = forward_call(
+        query, key, value, operands(query, key, queries, keys), causal
+    )
     batch, length, heads, _ = query.shape
     # [B M, N, t] for the tokens of each span, counted from its first.
     statistics = statistics.reshape(batch, -1, heads, length)
@@ -297,7 +350,8 @@ def _backward(
         value: [B, T, K, H].
         queries: their spans.
         keys: the keys that each span of queries attends to.
-        result: of the whole attention: output [B, t, N, H], log-sum-exp [B, t, N], gradient of the output.
+        result: of the whole attention: output [B, t, N, H], log-sum-exp [B, t, N], gradient of the
+            output.
         causal: whether a query sees the keys of its span up to its own place alone.
     """
     output, log_z, output_gradient = result
@@ -317,7 +371,9 @@ def forward_call(
     fused = _fused()
     mask = fused.MaskType.PADDING_CAUSAL if causal else fused.MaskType.PADDING
     settings = _settings(query, mask, bias=False, forward=True)
-    return fused._dot_product_attention_fwd_p.bind(query, key, value, unused, *given, unused, unused, **settings)
+    return fused._dot_product_attention_fwd_p.bind(
+        query, key, value, unused, *given, unused, unused, **settings
+    )
 
 
 def backward_call(
@@ -335,25 +391,43 @@ def backward_call(
     fused = _fused()
     mask = fused.MaskType.PADDING_CAUSAL if causal else fused.MaskType.PADDING
     settings = _settings(query, mask, bias=False, forward=False)
-    arrays = (query, key, value, unused, *given, unused, unused, statistics, output, output_gradient)
+    arrays = (
+        query,
+        key,
+        value,
+        unused,
+        *given,
+        unused,
+        unused,
+        statistics,
+        output,
+        output_gradient,
+    )
     return tuple(fused._dot_product_attention_bwd_p.bind(*arrays, **settings))
 
 
 @functools.cache
 def _fused() -> Any:
-    from jax._src.cudnn import fused_attention_stablehlo as fused  # seconds of imports that only GPUs need
+    from jax._src.cudnn import (
+        fused_attention_stablehlo as fused,
+    )  # seconds of imports that only GPUs need
 
     describe = fused.create_dot_product_attention_backend_config_base
 
     @functools.wraps(describe)
     def described(*arguments: Any, **settings: Any) -> dict[str, Any]:
-        """What JAX tells XLA of a call, and whether its gradients must be the same bits in every run.
+        """What JAX tells XLA of a call, and whether its gradients must be the same bits in every
+        run.
 
-        XLA itself would add that after it has filed the compiled call under what it was told, and then not find it: its
-        programs with `--xla_gpu_deterministic_ops` end in "raw_hash_map<>::at" (github.com/openxla/xla/pull/46500).
+        XLA itself would add that after it has filed the compiled call under what it was told, and
+        then not find it: its programs with `--xla_gpu_deterministic_ops` end in
+        "raw_hash_map<>::at" (github.com/openxla/xla/pull/46500).
         """
         told: dict[str, Any] = describe(*arguments, **settings)
-        if inspect.signature(describe).bind(*arguments, **settings).arguments["is_bwd"] and _deterministic():
+        if (
+            inspect.signature(describe).bind(*arguments, **settings).arguments["is_bwd"]
+            and _deterministic()
+        ):
             told["cudnn_fmha_backend_config"]["force_deterministic"] = True
         return told
 
@@ -362,7 +436,9 @@ def _fused() -> Any:
 
 
 def _deterministic() -> bool:
-    """Whether XLA_FLAGS asks for programs that give the same bits in every run; the last mention of a flag counts."""
+    """Whether XLA_FLAGS asks for programs that give the same bits in every run; the last mention of
+    a flag counts.
+    """
     asked = dict.fromkeys(DETERMINISTIC, False)
     for flag in os.environ.get("XLA_FLAGS", "").split():
         name, _, value = flag.partition("=")
@@ -397,10 +473,14 @@ def _masked(query: Array, key: Array, value: Array, visible: Array) -> Array:
 
 
 def _bias(query: Array, visible: Bool[Array, "B t T"]) -> Array:
-    return jnp.where(visible, 0, _fused().get_large_negative_number(query.dtype)).astype(query.dtype)[:, None]
+    return jnp.where(visible, 0, _fused().get_large_negative_number(query.dtype)).astype(
+        query.dtype
+    )[:, None]
 
 
-def _masked_forward(query: Array, key: Array, value: Array, visible: Array) -> tuple[Array, tuple[Array, ...]]:
+def _masked_forward(
+    query: Array, key: Array, value: Array, visible: Array
+) -> tuple[Array, tuple[Array, ...]]:
     fused, unused = _fused(), jnp.zeros(0, query.dtype)
     settings = _settings(query, fused.MaskType.NO_MASK, bias=True, forward=True)
     arrays = (query, key, value, _bias(query, visible), *[unused] * 6)
@@ -413,7 +493,16 @@ def _masked_backward(residuals: tuple[Array, ...], output_gradient: Array) -> tu
     query, key, value, visible, statistics, output = residuals
     fused, unused = _fused(), jnp.zeros(0, query.dtype)
     settings = _settings(query, fused.MaskType.NO_MASK, bias=True, forward=False)
-    arrays = (query, key, value, _bias(query, visible), *[unused] * 6, statistics, output, output_gradient)
+    arrays = (
+        query,
+        key,
+        value,
+        _bias(query, visible),
+        *[unused] * 6,
+        statistics,
+        output,
+        output_gradient,
+    )
     return *fused._dot_product_attention_bwd_p.bind(*arrays, **settings), None
 
 

@@ -1,6 +1,7 @@
 """How important each unit of a model is, told without training.
 
-Scores come by logical axis, in the shapes of `pruning.score_specs`, float32; the higher, the more important.
+Scores come by logical axis, in the shapes of `pruning.score_specs`, float32; the higher, the more
+important.
 """
 
 from collections.abc import Callable
@@ -20,13 +21,16 @@ from braeburn.parallel.collectives import CONTEXT, TENSOR, all_sum, axis_index
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.rules import mesh_axes
 
-# A unit that never does anything has no logarithm; none counts for less than this share of its layer's largest.
+# A unit that never does anything has no logarithm; none counts for less than this share of its
+# layer's largest.
 FLOOR = 1e-6
 
 
 def magnitude(params: Tree, model: Model, keep: Keep) -> Tree:
     """The L2 norm of all weights of each unit: of every parameter that has its axis."""
-    squares = {axis: jnp.zeros(spec.shape, jnp.float32) for axis, spec in score_specs(model, keep).items()}
+    squares = {
+        axis: jnp.zeros(spec.shape, jnp.float32) for axis, spec in score_specs(model, keep).items()
+    }
     specs = dict(walk(transformer.param_specs(model)))
     for path, weight in walk(params):
         for axis in keep:
@@ -49,13 +53,15 @@ def random(model: Model, keep: Keep, seed: int) -> Tree:
 def activation_importance(
     layout: Layout, model: Model, precision: Precision, keep: Keep
 ) -> Callable[[Tree, dict[str, Any]], Tree]:
-    """A compiled function from parameters and a batch to sums, to be added over batches and given to `activation`.
+    """A compiled function from parameters and a batch to sums, to be added over batches and given
+    to `activation`.
 
-    The activations of Minitron (arXiv 2407.14679, section 2.2): the FFN's hidden units, the L2 norm of what each query
-    head has attended to, and for `embed` the normalised values that both blocks of every layer read, these summed over
-    layers. A sequence's score is the mean of their absolute values over its tokens; sequences are joined by the L2 norm
-    (the best of the paper's ways to aggregate), of which these sums are the squares. A sequence is a row of the batch,
-    of which padding (segment 0 or weight 0) does not count.
+    The activations of Minitron (arXiv 2407.14679, section 2.2): the FFN's hidden units, the L2 norm
+    of what each query head has attended to, and for `embed` the normalised values that both blocks
+    of every layer read, these summed over layers. A sequence's score is the mean of their absolute
+    values over its tokens; sequences are joined by the L2 norm (the best of the paper's ways to
+    aggregate), of which these sums are the squares. A sequence is a row of the batch, of which
+    padding (segment 0 or weight 0) does not count.
 
     Args:
         layout: where parameters and batches lie.
@@ -64,7 +70,10 @@ def activation_importance(
         keep: whose keys are the axes to look at.
     """
     mesh, specs = layout.sizes, score_specs(model, keep)
-    split = {axis: TENSOR in mesh_axes(axis, spec.shape[-1], "activations", mesh) for axis, spec in specs.items()}
+    split = {
+        axis: TENSOR in mesh_axes(axis, spec.shape[-1], "activations", mesh)
+        for axis, spec in specs.items()
+    }
 
     def nothing(axis: str) -> Array:
         """Sums over no token yet of the units that this device works with."""
@@ -73,7 +82,9 @@ def activation_importance(
 
     def sums(params: Tree, batch: dict[str, Array]) -> Tree:
         real_BT = (batch["weights"] > 0) & (batch["segment_ids"] > 0)
-        tokens_B = jnp.maximum(all_sum(jnp.sum(real_BT, axis=1, dtype=jnp.float32), CONTEXT, mesh), 1.0)
+        tokens_B = jnp.maximum(
+            all_sum(jnp.sum(real_BT, axis=1, dtype=jnp.float32), CONTEXT, mesh), 1.0
+        )
 
         def attend(query: Array, key: Array, value: Array, state: Tree) -> tuple[Array, Tree]:
             return attention(query, key, value, batch["segment_ids"], mesh), state
@@ -98,8 +109,13 @@ def activation_importance(
             everything = jnp.zeros(specs[axis].shape, jnp.float32)
             return lax.dynamic_update_slice_in_dim(everything, shard / mesh.context, start, -1)
 
-        inputs, states = (batch["inputs"], batch["positions"]), {axis: nothing(axis) for axis in keep}
-        _, states = transformer.decoder(params, *inputs, attend, states, model, precision, mesh=mesh, observe=observe)
+        inputs, states = (
+            (batch["inputs"], batch["positions"]),
+            {axis: nothing(axis) for axis in keep},
+        )
+        _, states = transformer.decoder(
+            params, *inputs, attend, states, model, precision, mesh=mesh, observe=observe
+        )
         return {axis: whole(axis, shard) for axis, shard in states.items()}
 
     compiled = jax.jit(layout.total(sums))
@@ -117,10 +133,11 @@ def activation(sums: Tree) -> Tree:
 
 
 def standardised(importance: Tree) -> Tree:
-    """The logarithm of importance, brought to mean 0 and standard deviation 1: the scores that Soft-Top-K starts with.
+    """The logarithm of importance, brought to mean 0 and standard deviation 1: the scores that
+    Soft-Top-K starts with.
 
-    Each layer is standardised by itself and as a whole, so that heads of different groups stay comparable in spread.
-    Where all units are alike, their scores are 0.
+    Each layer is standardised by itself and as a whole, so that heads of different groups stay
+    comparable in spread. Where all units are alike, their scores are 0.
     """
 
     def one(values: Array) -> Array:

@@ -1,8 +1,9 @@
-"""Units cut out of a model: masks over its weights while they are chosen, then a smaller model of those that stay.
+"""Units cut out of a model: masks over its weights while they are chosen, then a smaller model of
+those that stay.
 
-Everything goes by the logical axes of the parameters' specs, so that the transformer knows nothing of it: `RULES` has
-one line for each axis that can be pruned. A mask multiplies weights, and where it is 0 the unit might as well not be
-there.
+Everything goes by the logical axes of the parameters' specs, so that the transformer knows nothing
+of it: `RULES` has one line for each axis that can be pruned. A mask multiplies weights, and where
+it is 0 the unit might as well not be there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,10 +29,12 @@ class AxisRule:
     """How the units of one logical axis are masked and chosen.
 
     Attributes:
-        masked: the matrices that carry the mask: those that read the axis, summing over it, or those that write it. A
-            table of embeddings carries it too, since it writes what the layers read, and reads what they wrote.
+        masked: the matrices that carry the mask: those that read the axis, summing over it, or
+            those that write it. A table of embeddings carries it too, since it writes what the
+            layers read, and reads what they wrote.
         per_layer: each layer has its own choice; otherwise all share one.
-        groups: the field of the model that counts the equal groups in which units come, if they do; each keeps as many.
+        groups: the field of the model that counts the equal groups in which units come, if they do;
+            each keeps as many.
     """
 
     masked: Literal["readers", "writers"]
@@ -48,7 +51,9 @@ RULES: dict[str, AxisRule] = {
 
 
 def score_specs(model: Model, keep: Iterable[str]) -> Tree:
-    """The specs of the units' scores, by axis: [layers, units], or [units] where all layers share one choice."""
+    """The specs of the units' scores, by axis: [layers, units], or [units] where all layers share
+    one choice.
+    """
     specs = {}
     for axis in keep:
         units = getattr(model, PRUNABLE[axis])
@@ -60,7 +65,9 @@ def score_specs(model: Model, keep: Iterable[str]) -> Tree:
 
 
 def masks(scores: Tree, keep: Keep, model: Model, temperature: Array | float) -> Tree:
-    """Masks of the scores' shapes, float32, each summing to what is kept of its axis: see `soft_top_k`."""
+    """Masks of the scores' shapes, float32, each summing to what is kept of its axis: see
+    `soft_top_k`.
+    """
     found = {}
     for axis, size in keep.items():
         groups = _groups(axis, model)
@@ -70,7 +77,9 @@ def masks(scores: Tree, keep: Keep, model: Model, temperature: Array | float) ->
 
 
 def kept(scores: Tree, keep: Keep, model: Model) -> dict[str, Array]:
-    """The units that stay, [layers, kept] or [kept], int32, ascending: those whose `masks` at temperature 0 are 1."""
+    """The units that stay, [layers, kept] or [kept], int32, ascending: those whose `masks` at
+    temperature 0 are 1.
+    """
     found = {}
     for axis, size in keep.items():
         groups = _groups(axis, model)
@@ -83,10 +92,11 @@ def kept(scores: Tree, keep: Keep, model: Model) -> dict[str, Array]:
 def masked(params: Tree, masks: Tree, model: Model) -> Tree:
     """The parameters with each unit's weights multiplied by its mask; differentiable in both.
 
-    The logits are those of the smaller model where masks are zeros and ones. RMSNorm then takes its mean over fewer
-    dimensions, so that over a pruned axis its scales are multiplied by sqrt(kept / all). What remains is its epsilon,
-    which stays as configured: where k of n dimensions are kept, of mean square v, the smaller model's normal values are
-    larger by a factor of about 1 + (n / k - 1) epsilon / (2 v).
+    The logits are those of the smaller model where masks are zeros and ones. RMSNorm then takes its
+    mean over fewer dimensions, so that over a pruned axis its scales are multiplied by sqrt(kept /
+    all). What remains is its epsilon,
+    which stays as configured: where k of n dimensions are kept, of mean square v, the smaller
+    model's normal values are larger by a factor of about 1 + (n / k - 1) epsilon / (2 v).
 
     Args:
         params: float32 arrays as `param_specs(model)` describes them.
@@ -102,8 +112,12 @@ def masked(params: Tree, masks: Tree, model: Model) -> Tree:
             if spec.role == "norm":
                 # The mean of a mask is a given number, not something to learn.
                 weight = weight * jnp.sqrt(jax.lax.stop_gradient(jnp.mean(mask)))
-            elif spec.role == "embedding" or (axis in spec.fan_in) == (RULES[axis].masked == "readers"):
-                others = [dim for dim, name in enumerate(spec.axes) if name not in scores[axis].axes]
+            elif spec.role == "embedding" or (axis in spec.fan_in) == (
+                RULES[axis].masked == "readers"
+            ):
+                others = [
+                    dim for dim, name in enumerate(spec.axes) if name not in scores[axis].axes
+                ]
                 weight = weight * jnp.expand_dims(mask, others)
         return weight
 
@@ -114,8 +128,9 @@ def sliced(tree: Tree, indices: Mapping[str, Array], specs: Tree) -> Tree:
     """A tree with only the kept units of each leaf, along every axis that was pruned.
 
     Args:
-        tree: arrays of the shapes that `specs` has, as parameters or moments of them. Under jit they may be global
-            arrays split over a mesh; how the results lie is then the caller's to say.
+        tree: arrays of the shapes that `specs` has, as parameters or moments of them. Under jit
+            they may be global arrays split over a mesh; how the results lie is then the caller's to
+            say.
         indices: of the units that stay, by axis, as from `kept`.
         specs: those of the larger model.
     """

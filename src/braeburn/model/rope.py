@@ -1,4 +1,6 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv 2104.09864), rotating halves as transformers does."""
+"""Rotary position embeddings (Su et al. 2021, arXiv 2104.09864), rotating halves as transformers
+does.
+"""
 
 import math
 
@@ -12,8 +14,8 @@ from braeburn.config import RopeScaling
 def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians per position of each rotated pair, float32 [head_dim / 2].
 
-    `llama3` scaling is that of Llama 3.1: wavelengths longer than the original context shrink by `factor`, short ones
-    stay, those between are interpolated.
+    `llama3` scaling is that of Llama 3.1: wavelengths longer than the original context shrink by
+    `factor`, short ones stay, those between are interpolated.
     """
     frequencies = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
@@ -37,7 +39,11 @@ def rotation(
 def rotate(
     x_BTNH: Float[Array, "B T N H"], cosine: Float[Array, "B T 1 P"], sine: Float[Array, "B T 1 P"]
 ) -> Float[Array, "B T N H"]:
-    """Rotates each pair (i, i + H/2) of every head by its position's angle; the type of `x_BTNH` is kept."""
+    """Rotates each pair (i, i + H/2) of every head by its position's angle; the type of `x_BTNH` is
+    kept.
+    """
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    rotated = jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    )
     return rotated.astype(x_BTNH.dtype)

@@ -1,7 +1,8 @@
 """`ParamSpec`: the one source of truth about a parameter.
 
-Initial values, abstract arrays, parameter counts, optimizer roles, shardings and exports all derive from a tree of
-specs. A tree is a nested dict whose leaves are `ParamSpec`s; its paths name the parameters.
+Initial values, abstract arrays, parameter counts, optimizer roles, shardings and exports all derive
+from a tree of specs. A tree is a nested dict whose leaves are `ParamSpec`s; its paths name the
+parameters.
 """
 
 import hashlib
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs. A "mask" is a score
-# that pruning learns for each unit, a "scale" a factor that quantisation learns; neither is part of the finished model.
+# muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs.
+# A "mask" is a score that pruning learns for each unit, a "scale" a factor that quantisation
+# learns; neither is part of the finished model.
 Role = Literal["matrix", "embedding", "norm", "mask", "scale"]
 WORD = 2**32
 
@@ -32,8 +34,8 @@ class ParamSpec:
         shape: sizes of the dimensions.
         axes: the logical name of each dimension.
         role: what the optimizer and pruning take it for.
-        fan_in: logical axes that the weight is summed over; values are drawn with variance 1 / (their product).
-            Empty for a parameter that starts at one.
+        fan_in: logical axes that the weight is summed over; values are drawn with variance 1 /
+            (their product). Empty for a parameter that starts at one.
     """
 
     shape: tuple[int, ...]
@@ -69,11 +71,13 @@ class ParamSpec:
         if not self.stacked:
             return scale * jax.random.normal(key, block, jnp.float32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.shape[0]))
-        return scale * jax.vmap(lambda layer_key: jax.random.normal(layer_key, block, jnp.float32))(keys)
+        return scale * jax.vmap(lambda layer_key: jax.random.normal(layer_key, block, jnp.float32))(
+            keys
+        )
 
 
 def walk(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a nested dict as (path, leaf), the path joined by `/`, in the tree's own order."""
+    """Every leaf of a nested dict as (path, leaf), the path joined by `/`, in its own order."""
     for name, child in tree.items():
         path = f"{prefix}/{name}" if prefix else name
         if isinstance(child, dict):
@@ -87,15 +91,17 @@ def map_specs(function: Callable[[str, ParamSpec], Any], specs: Tree, prefix: st
     result: Tree = {}
     for name, child in specs.items():
         path = f"{prefix}/{name}" if prefix else name
-        result[name] = map_specs(function, child, path) if isinstance(child, dict) else function(path, child)
+        result[name] = (
+            map_specs(function, child, path) if isinstance(child, dict) else function(path, child)
+        )
     return result
 
 
 def random_key(seed: int | Array) -> Array:
     """JAX's random key of a seed of any size.
 
-    JAX would take the last 32 bits alone, so that a seed and the same plus 2^32 were one; the others are folded in.
-    Below 2^32 the key is `jax.random.key(seed)`.
+    JAX would take the last 32 bits alone, so that a seed and the same plus 2^32 were one; the
+    others are folded in. Below 2^32 the key is `jax.random.key(seed)`.
     """
     if not isinstance(seed, int):
         return jax.random.key(seed)
@@ -108,7 +114,8 @@ def random_key(seed: int | Array) -> Array:
 def initialize(specs: Tree, seed: int | Array) -> Tree:
     """Float32 initial values of all parameters.
 
-    Each parameter's random key derives from its path, so that adding or removing one changes no other.
+    Each parameter's random key derives from its path, so that adding or removing one changes no
+    other.
     """
     root = random_key(seed)
 
@@ -129,13 +136,17 @@ def count(specs: Tree, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")
     return sum(spec.size for _, spec in walk(specs) if spec.role in roles)
 
 
-def map_params_like(function: Callable[[Tree], Tree], state: Any, params_keys: Iterable[str]) -> Any:
-    """A state with `function` applied to each tree in it that has the parameters' form, and all else as it is.
+def map_params_like(
+    function: Callable[[Tree], Tree], state: Any, params_keys: Iterable[str]
+) -> Any:
+    """A state with `function` applied to each tree in it that has the parameters' form, and all
+    else as it is.
 
     Args:
         function: from such a tree to another.
         state: any tree, as an optimizer's state, or the parameters themselves.
-        params_keys: the names at the top of the parameters; a dict with just these is taken for one of their form.
+        params_keys: the names at the top of the parameters; a dict with just these is taken for one
+            of their form.
     """
     names = set(params_keys)
 

@@ -1,11 +1,12 @@
 """The decoder, top to bottom: embedding, layers of attention and SwiGLU, final norm.
 
-Shapes are named by letters: B sequences, T positions, D d_model, N query heads, K key-value heads, H head_dim,
-F ffn_dim, V vocabulary, L layers.
+Shapes are named by letters: B sequences, T positions, D d_model, N query heads, K key-value heads,
+H head_dim, F ffn_dim, V vocabulary, L layers.
 
-On a mesh of several devices this is the program of each, over its part of everything (`braeburn.parallel`): its
-sequences, its piece of each, its heads, FFN units and vocabulary. Between attention and FFN, where every token is for
-itself, the tensor shards share out the tokens (sequence parallelism, arXiv 2205.05198).
+On a mesh of several devices this is the program of each, over its part of everything
+(`braeburn.parallel`): its sequences, its piece of each, its heads, FFN units and vocabulary.
+Between attention and FFN, where every token is for itself, the tensor shards share out the tokens
+(sequence parallelism, arXiv 2205.05198).
 """
 
 from collections.abc import Callable
@@ -33,7 +34,8 @@ from braeburn.parallel.collectives import (
     scatter_tokens,
 )
 
-# (query, key, value, the layer's state) -> (attended values, the layer's new state); the state is a cache or None.
+# (query, key, value, the layer's state) -> (attended values, the layer's new state); the state is a
+# cache or None.
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 # (logical axis, activations whose units it counts, the layer's state) -> the layer's new state.
@@ -61,8 +63,11 @@ def param_specs(model: Model) -> Tree:
     def norm(*axes: str) -> ParamSpec:
         return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "norm")
 
-    # Rows as long as d_model give logits of unit variance, also where the embedding doubles as the head.
-    embedding = ParamSpec((model.vocab_size, model.d_model), ("vocab", "embed"), "embedding", ("embed",))
+    # Rows as long as d_model give logits of unit variance, also where the embedding doubles as the
+    # head.
+    embedding = ParamSpec(
+        (model.vocab_size, model.d_model), ("vocab", "embed"), "embedding", ("embed",)
+    )
     layers = {
         "attention_norm": norm(LAYERS, "embed"),
         "query": matrix("embed", "heads", "head_dim", fan_in=("embed",)),
@@ -83,11 +88,15 @@ def param_specs(model: Model) -> Tree:
 
 
 def head_matrix(params: Tree) -> Float[Array, "V D"]:
-    """The matrix that turns final hidden states into logits: the embedding itself where they are tied."""
+    """The matrix that turns final hidden states into logits: the embedding itself where they are
+    tied.
+    """
     return params["head"] if "head" in params else params["embedding"]
 
 
-def rms_norm(x: Float[Array, "*S D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*S D"]:
+def rms_norm(
+    x: Float[Array, "*S D"], scale: Float[Array, " D"], epsilon: float
+) -> Float[Array, "*S D"]:
     """Root-mean-square normalisation over the last dimension in float32 (arXiv 1910.07467)."""
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
@@ -99,7 +108,8 @@ def embed(
 ) -> Float[Array, "B T D"]:
     """The rows of the embedding for this device's tokens.
 
-    The table stays split. Each device looks up, in the part that it has, the tokens of all that share the rest of the
+    The table stays split. Each device looks up, in the part that it has, the tokens of all that
+    share the rest of the
     table with it, and the rows are exchanged: far less than the table.
     """
     tokens = all_gather(tokens, FSDP, 0, mesh)
@@ -107,7 +117,11 @@ def embed(
         x_BTD = embedding[tokens].astype(precision.compute)
     else:
         own = tokens - axis_index(TENSOR, mesh) * embedding.shape[0]
-        x_BTD = embedding.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(precision.compute)
+        x_BTD = (
+            embedding.at[own]
+            .get(mode="fill", fill_value=0, wrap_negative_indices=False)
+            .astype(precision.compute)
+        )
     return all_to_all(scatter_tokens(x_BTD, mesh), FSDP, 0, 2, mesh)
 
 
@@ -128,8 +142,8 @@ def layer(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One pre-norm block: attention, then SwiGLU, each added to the residual stream.
 
-    `observe` sees what each block reads ("embed", [B, T, D], twice), each head's result ("heads", [B, T, N, H]) and the
-    FFN's hidden units ("ffn", [B, T, F]).
+    `observe` sees what each block reads ("embed", [B, T, D], twice), each head's result ("heads",
+    [B, T, N, H]) and the FFN's hidden units ("ffn", [B, T, F]).
     """
     dtype, epsilon = x_BTD.dtype, model.norm_epsilon
 
@@ -147,7 +161,9 @@ def layer(
         value_BTKH = checkpoint_name(value_BTKH, "value")
         attended_BTNH, state = attend(query_BTNH, key_BTKH, value_BTKH, state)
         state = observe("heads", attended_BTNH, state)
-        output_BTD = jnp.einsum("BTNH,NHD->BTD", attended_BTNH, weights["attention_output"].astype(dtype))
+        output_BTD = jnp.einsum(
+            "BTNH,NHD->BTD", attended_BTNH, weights["attention_output"].astype(dtype)
+        )
         output_BTD = scatter_tokens(output_BTD, mesh)
         x_BTD = x_BTD + checkpoint_name(output_BTD, "attention_output")
 
@@ -175,10 +191,12 @@ def decoder(
     mesh: Mesh = ONE_DEVICE,
     observe: Observe = unobserved,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Hidden states after the final norm, of this tensor shard's tokens, and each layer's new state, stacked."""
+    """Hidden states after the final norm, of this tensor shard's tokens, and each layer's new
+    state, stacked.
+    """
     specs = param_specs(model)
-    # The norms of all layers at once: they are small. A layer's matrices are gathered as it is reached, and again for
-    # its backward pass.
+    # The norms of all layers at once: they are small. A layer's matrices are gathered as it is
+    # reached, and again for its backward pass.
     params = gathered(params, specs, ("norm",), precision, mesh)
     frequencies = rope.inverse_frequencies(model.head_dim, model.rope_base, model.rope_scaling)
     rotation = rope.rotation(positions, frequencies)
@@ -205,14 +223,22 @@ def decoder(
 
 
 def unstack(stacked: Any, num_layers: int) -> list[Any]:
-    """The trees of single layers. Split, not indexed: the gradient is then one concatenation and not L paddings."""
+    """The trees of single layers.
+
+    Split, not indexed: the gradient is then one concatenation and not L paddings.
+    """
     leaves, structure = jax.tree.flatten(stacked)
     split = [jax.lax.split(leaf, [1] * num_layers, axis=0) for leaf in leaves]
-    return [jax.tree.unflatten(structure, [jnp.squeeze(parts[i], 0) for parts in split]) for i in range(num_layers)]
+    return [
+        jax.tree.unflatten(structure, [jnp.squeeze(parts[i], 0) for parts in split])
+        for i in range(num_layers)
+    ]
 
 
 def rematerialized(body: Callable, remat: Remat, offload: Offload, mesh: Mesh) -> Callable:
-    """A layer that keeps for the backward pass only what the policy says, and never its gathered weights."""
+    """A layer that keeps for the backward pass only what the policy says, and never its gathered
+    weights.
+    """
     policies = jax.checkpoint_policies
     if offload.activations:
         kept = [name for name in remat.names if name not in offload.activations]
@@ -247,12 +273,16 @@ def forward(
     offload: Offload = NO_OFFLOAD,
     mesh: Mesh = ONE_DEVICE,
 ) -> Float[Array, "B T D"]:
-    """Final hidden states of packed sequences; a token attends to the earlier ones of its own segment."""
+    """Final hidden states of packed sequences; a token attends to the earlier ones of its own
+    segment.
+    """
 
     def attend(query: Array, key: Array, value: Array, state: None) -> tuple[Array, None]:
         return attention(query, key, value, segment_ids, mesh), state
 
-    hidden, _ = decoder(params, tokens, positions, attend, None, model, precision, remat, offload, mesh)
+    hidden, _ = decoder(
+        params, tokens, positions, attend, None, model, precision, remat, offload, mesh
+    )
     return gather_tokens(hidden, mesh)
 
 
@@ -269,7 +299,8 @@ def loss(
 
     Args:
         params: float32 parameters.
-        batch: `inputs`, `targets`, `positions`, `segment_ids`, int32 [B, T], and `weights`, float32 [B, T].
+        batch: `inputs`, `targets`, `positions`, `segment_ids`, int32 [B, T], and `weights`, float32
+            [B, T].
         model: sizes, and the RoPE base of the stage.
         precision: the type to compute in.
         remat: what to keep for the backward pass.
@@ -277,14 +308,16 @@ def loss(
         mesh: resolved sizes; on several devices params and batch are this device's parts.
 
     Returns:
-        The weighted sum of nll and z-loss in nats, and {"loss": the weighted sum of nll alone}. On several devices,
-        this device's shares of them.
+        The weighted sum of nll and z-loss in nats, and {"loss": the weighted sum of nll alone}. On
+        several devices, this device's shares of them.
     """
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
     hidden = forward(params, *inputs, model, precision, remat, offload, mesh)
     with jax.named_scope("loss"):
         head, reduce = head_matrix(params), jnp.dtype(precision.reduce)
-        total, nll = cross_entropy(hidden, head, batch["targets"], batch["weights"], model.z_loss, mesh, reduce)
+        total, nll = cross_entropy(
+            hidden, head, batch["targets"], batch["weights"], model.z_loss, mesh, reduce
+        )
     return total, {"loss": nll}
 
 
@@ -302,10 +335,14 @@ def forward_cached(
     model: Model,
     precision: Precision,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-    """Final hidden states of new tokens and the cache with their keys and values at their positions."""
+    """Final hidden states of new tokens and the cache with their keys and values at their
+    positions.
+    """
     rows = jnp.arange(tokens.shape[0])[:, None]
 
-    def attend(query: Array, key: Array, value: Array, state: tuple[Array, Array]) -> tuple[Array, Any]:
+    def attend(
+        query: Array, key: Array, value: Array, state: tuple[Array, Array]
+    ) -> tuple[Array, Any]:
         keys, values = state
         keys, values = keys.at[rows, positions].set(key), values.at[rows, positions].set(value)
         return cached_attention(query, keys, values, positions), (keys, values)

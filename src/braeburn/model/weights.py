@@ -14,11 +14,14 @@ from braeburn.parallel.collectives import TENSOR, axis_index
 from braeburn.parallel.rules import mesh_axes
 
 
-def gathered(weights: Tree, specs: Tree, roles: tuple[Role, ...], precision: Precision, mesh: Mesh) -> Tree:
-    """The weights of `roles` joined along what the rules store split but use whole; the others as they are.
+def gathered(
+    weights: Tree, specs: Tree, roles: tuple[Role, ...], precision: Precision, mesh: Mesh
+) -> Tree:
+    """The weights of `roles` joined along what the rules store split but use whole; the others as
+    they are.
 
-    Matrices travel in the type that they are multiplied in, norms in float32; the gradient, which takes the way back,
-    is summed in `precision.reduce`.
+    Matrices travel in the type that they are multiplied in, norms in float32; the gradient, which
+    takes the way back, is summed in `precision.reduce`.
 
     Args:
         weights: a tree of this device's shards, of one layer or of all.
@@ -27,7 +30,11 @@ def gathered(weights: Tree, specs: Tree, roles: tuple[Role, ...], precision: Pre
         precision: types.
         mesh: resolved sizes.
     """
-    return jax.tree.map(lambda w, spec: _gather(w, spec, precision, mesh) if spec.role in roles else w, weights, specs)
+    return jax.tree.map(
+        lambda w, spec: _gather(w, spec, precision, mesh) if spec.role in roles else w,
+        weights,
+        specs,
+    )
 
 
 def _gather(weight: Array, spec: ParamSpec, precision: Precision, mesh: Mesh) -> Array:
@@ -41,7 +48,8 @@ def _gather(weight: Array, spec: ParamSpec, precision: Precision, mesh: Mesh) ->
         if over:
             weight = gather(weight, over, dim, dtype, jnp.dtype(precision.reduce))
         if name == "kv_heads" and not used and mesh.tensor > 1:
-            # Fewer heads than shards: each shard stores them all and works with the one that its query heads share.
+            # Fewer heads than shards: each shard stores them all and works with the one that its
+            # query heads share.
             head = axis_index(TENSOR, mesh) * size // mesh.tensor
             weight = lax.dynamic_slice_in_dim(weight, head, 1, dim)
     return weight
@@ -49,16 +57,23 @@ def _gather(weight: Array, spec: ParamSpec, precision: Precision, mesh: Mesh) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def gather(shard: Array, axes: tuple[str, ...], dim: int, dtype: Any, reduce_dtype: Any) -> Array:
-    """The shards of a float32 weight joined along `dim`, in `dtype`; its gradient is summed in `reduce_dtype`."""
+    """The shards of a float32 weight joined along `dim`, in `dtype`; its gradient is summed in
+    `reduce_dtype`.
+    """
     return lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True)
 
 
-def _gather_forward(shard: Array, axes: tuple[str, ...], dim: int, dtype: Any, reduce_dtype: Any) -> tuple[Array, None]:
-    # Spelt out, for rematerialisation to see an all-gather here: through `gather` itself it would keep the result.
+def _gather_forward(
+    shard: Array, axes: tuple[str, ...], dim: int, dtype: Any, reduce_dtype: Any
+) -> tuple[Array, None]:
+    # Spelt out, for rematerialisation to see an all-gather here: through `gather` itself it would
+    # keep the result.
     return lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True), None
 
 
-def _gather_backward(axes: tuple[str, ...], dim: int, dtype: Any, reduce_dtype: Any, _: None, slope: Array) -> Any:
+def _gather_backward(
+    axes: tuple[str, ...], dim: int, dtype: Any, reduce_dtype: Any, _: None, slope: Array
+) -> Any:
     slope = lax.psum_scatter(slope.astype(reduce_dtype), axes, scatter_dimension=dim, tiled=True)
     return (slope.astype(jnp.float32),)
 

@@ -20,12 +20,15 @@ class AfmState(NamedTuple):
     momentum: Tree
 
 
-def scale_by_afm(optimizer: AfmOptimizer, specs: Tree, d_model: int) -> optax.GradientTransformation:
+def scale_by_afm(
+    optimizer: AfmOptimizer, specs: Tree, d_model: int
+) -> optax.GradientTransformation:
     """Clipped gradients to updates before the learning rate.
 
-    The second moment is bias-corrected with its epsilon inside the average; the normalised gradient of each block (one
-    layer's tensor) is held to a root-mean-square of `update_rms`, then averaged without bias correction. Matrices are
-    scaled by min(mup_base_width / d_model, 1): muP-simple, arXiv 2309.14322, section 3.2.4.
+    The second moment is bias-corrected with its epsilon inside the average; the normalised gradient
+    of each block (one layer's tensor) is held to a root-mean-square of `update_rms`, then averaged
+    without bias correction. Matrices are scaled by min(mup_base_width / d_model, 1): muP-simple,
+    arXiv 2309.14322, section 3.2.4.
     """
     mup_scale = min(optimizer.mup_base_width / d_model, 1.0)
 
@@ -33,14 +36,18 @@ def scale_by_afm(optimizer: AfmOptimizer, specs: Tree, d_model: int) -> optax.Gr
         zeros = jax.tree.map(jnp.zeros_like, params)
         return AfmState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
 
-    def update(gradients: Tree, state: AfmState, params: Tree | None = None) -> tuple[Tree, AfmState]:
+    def update(
+        gradients: Tree, state: AfmState, params: Tree | None = None
+    ) -> tuple[Tree, AfmState]:
         count = state.updates + 1
         decay = optimizer.second_moment_decay
         # 1 - decay^count without the cancellation of a power near one; decay 0 keeps no history.
         correction = -jnp.expm1(count.astype(jnp.float32) * math.log(decay)) if decay else 1.0
 
         second_moment = jax.tree.map(
-            lambda v, g: decay * v + (1 - decay) * (jnp.square(g) + optimizer.epsilon), state.second_moment, gradients
+            lambda v, g: decay * v + (1 - decay) * (jnp.square(g) + optimizer.epsilon),
+            state.second_moment,
+            gradients,
         )
 
         def momentum(spec: ParamSpec, m: Array, g: Array, v: Array) -> Array:

@@ -1,6 +1,7 @@
 """The complete optimizer of a stage: guard, clipping, direction, schedule and weight decay.
 
-Its state has the same structure in every stage, so that it carries over; `begin_stage` restarts the schedule alone.
+Its state has the same structure in every stage, so that it carries over; `begin_stage` restarts the
+schedule alone.
 """
 
 from typing import NamedTuple
@@ -34,18 +35,24 @@ class OptimizerState(NamedTuple):
     direction: optax.OptState
 
 
-def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Model) -> optax.GradientTransformation:
+def build_optimizer(
+    optimizer: Optimizer, stage: Stage, specs: Tree, model: Model
+) -> optax.GradientTransformation:
     """The transformation from raw gradients to additive updates for one stage.
 
-    A step is valid if its gradient is finite and of norm below `skip_norm`; an invalid one changes only `skipped`.
-    Valid gradients are clipped to `clip_norm`. AFM multiplies weight decay by the schedule alone and decays every
-    parameter; AdamW multiplies it by the learning rate too and spares the norms. Scores of masks and factors of scales
-    are not weights: neither decays them, and scores have a learning rate of their own. A layer's scores move by their
-    gradients' shares of the layer's root-mean-square: element by element, those that hardly matter would move by their
+    A step is valid if its gradient is finite and of norm below `skip_norm`; an invalid one changes
+    only `skipped`. Valid gradients are clipped to `clip_norm`. AFM multiplies weight decay by the
+    schedule alone and decays every parameter; AdamW multiplies it by the learning rate too and
+    spares the norms. Scores of masks and factors of scales
+    are not weights: neither decays them, and scores have a learning rate of their own. A layer's
+    scores move by their gradients' shares of the layer's root-mean-square: element by element,
+    those that hardly matter would move by their
     noise as far as those that decide.
     """
     score_rate = stage.pruning.learning_rate if stage.pruning else stage.learning_rate
-    rates = map_specs(lambda _, spec: score_rate if spec.role == "mask" else stage.learning_rate, specs)
+    rates = map_specs(
+        lambda _, spec: score_rate if spec.role == "mask" else stage.learning_rate, specs
+    )
     if isinstance(optimizer, AfmOptimizer):
         direction = scale_by_afm(optimizer, specs, model.d_model)
         weight_decay, spared = stage.weight_decay, {"mask", "scale"}
@@ -64,12 +71,16 @@ def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Mode
         mean = jnp.mean(second_moment, axis=spec.block_dims, keepdims=True)
         return update * jnp.sqrt(second_moment / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
 
-    def update(gradients: Tree, state: OptimizerState, params: Tree | None = None) -> tuple[Tree, OptimizerState]:
+    def update(
+        gradients: Tree, state: OptimizerState, params: Tree | None = None
+    ) -> tuple[Tree, OptimizerState]:
         norm = optax.global_norm(gradients)
         # False for a norm that is not a number, too.
         valid = norm < optimizer.skip_norm
         clip = jnp.minimum(1.0, optimizer.clip_norm / (norm + 1e-8))
-        updates, moved = direction.update(jax.tree.map(lambda g: g * clip, gradients), state.direction, params)
+        updates, moved = direction.update(
+            jax.tree.map(lambda g: g * clip, gradients), state.direction, params
+        )
         updates = jax.tree.map(in_proportion, specs, updates, _second_moment(moved))
         sigma = multiplier(stage.schedule, stage.steps, state.stage_steps + 1)
 
@@ -82,7 +93,9 @@ def build_optimizer(optimizer: Optimizer, stage: Stage, specs: Tree, model: Mode
             skipped=state.skipped + 1 - advance,
             grad_norm=norm,
             learning_rate=sigma * stage.learning_rate,
-            direction=jax.tree.map(lambda new, old: jnp.where(valid, new, old), moved, state.direction),
+            direction=jax.tree.map(
+                lambda new, old: jnp.where(valid, new, old), moved, state.direction
+            ),
         )
 
     return optax.GradientTransformation(init, update)

@@ -21,4 +21,6 @@ def multiplier(schedule: Schedule, total_steps: int, step: Int[Array, ""]) -> Fl
         remaining = 1 - progress
     else:
         return warmup
-    return jnp.where(step < schedule.warmup_steps, warmup, schedule.floor + (1 - schedule.floor) * remaining)
+    return jnp.where(
+        step < schedule.warmup_steps, warmup, schedule.floor + (1 - schedule.floor) * remaining
+    )

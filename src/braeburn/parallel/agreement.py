@@ -1,4 +1,6 @@
-"""What the processes of one run tell each other outside the step, through the coordinator that JAX keeps."""
+"""What the processes of one run tell each other outside the step, through the coordinator that JAX
+keeps.
+"""
 
 import contextlib
 import logging
@@ -18,7 +20,14 @@ from braeburn.parallel.processes import ProcessLost
 log = logging.getLogger(__name__)
 
 # What the errors of JAX's coordinator and of collectives say.
-SIGNS_OF_A_LOST_PROCESS = ("coordination service", "Coordination service", "UNAVAILABLE", "Gloo", "NCCL", "heartbeat")
+SIGNS_OF_A_LOST_PROCESS = (
+    "coordination service",
+    "Coordination service",
+    "UNAVAILABLE",
+    "Gloo",
+    "NCCL",
+    "heartbeat",
+)
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 _NONE, _SAID = "none", "said: "
 POLL_MILLISECONDS = 10_000
@@ -71,9 +80,11 @@ def main_first(name: str, function: Callable[[], Result]) -> Result:
 
 
 def tell_to_stop(signal: str) -> None:
-    """Lets `told_to_stop` say in every process that one of them was asked to stop, by which signal."""
+    """Lets `told_to_stop` say in every process by which signal one of them was asked to stop."""
     if jax.process_count() > 1:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the process that keeps the messages is gone
+        with contextlib.suppress(
+            jax.errors.JaxRuntimeError
+        ):  # the process that keeps the messages is gone
             _coordinator().key_value_set(STOP, signal, allow_overwrite=True)
 
 
@@ -97,18 +108,23 @@ def wait_for_all(name: str) -> None:
         try:
             _coordinator().wait_at_barrier(f"braeburn/{name}", BARRIER_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
-            raise ProcessLost(f"another process ended before {name}; its own message tells why") from error
+            raise ProcessLost(
+                f"another process ended before {name}; its own message tells why"
+            ) from error
 
 
 def meet(name: str, seconds: float) -> None:
-    """Waits for every process to come here, but no longer than so many seconds; to be called before leaving."""
+    """Waits for every process to come here, but no longer than so many seconds; to be called before
+    leaving.
+    """
     if jax.process_count() > 1:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _coordinator().wait_at_barrier(f"braeburn/{name}", int(1000 * seconds))
 
 
 def first_objection(name: str, objection: str | None) -> str | None:
-    """What the first process that objects says, the same answer in all of them; None where none does.
+    """What the first process that objects says, the same answer in all of them; None where none
+    does.
 
     Args:
         name: what is asked, in words that no other exchange of the run has.
@@ -121,7 +137,9 @@ def first_objection(name: str, objection: str | None) -> str | None:
         return objection
     client, key = _coordinator(), f"braeburn/{name}"
     # The main process collects, so that messages are as many as processes, not their square.
-    client.key_value_set(f"{key}/{jax.process_index()}", _NONE if objection is None else f"{_SAID}{objection}")
+    client.key_value_set(
+        f"{key}/{jax.process_index()}", _NONE if objection is None else f"{_SAID}{objection}"
+    )
     if jax.process_index() == 0:
         answers = (_wait_for(f"{key}/{index}", name) for index in range(jax.process_count()))
         client.key_value_set(key, next((answer for answer in answers if answer != _NONE), _NONE))
@@ -136,11 +154,15 @@ def _wait_for(key: str, name: str) -> str:
             return _coordinator().blocking_key_value_get(key, POLL_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise ProcessLost(f"another process ended before {name}; its own message tells why") from error
+                raise ProcessLost(
+                    f"another process ended before {name}; its own message tells why"
+                ) from error
 
 
 def tells_of_a_loss(error: Exception) -> bool:
-    """Whether an error of a collective or of the coordinator is one that follows when another process is gone."""
+    """Whether an error of a collective or of the coordinator is one that follows when another
+    process is gone.
+    """
     if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
         return False
     return any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
@@ -148,7 +170,8 @@ def tells_of_a_loss(error: Exception) -> bool:
 
 @contextmanager
 def noticing_loss() -> Iterator[None]:
-    """Turns what collectives and the coordinator raise where another process is gone into one sentence.
+    """Turns what collectives and the coordinator raise where another process is gone into one
+    sentence.
 
     Raises:
         ProcessLost: another process of the run ended.
@@ -158,7 +181,9 @@ def noticing_loss() -> Iterator[None]:
     except Exception as error:
         if tells_of_a_loss(error):
             log.debug("another process ended", exc_info=error)
-            raise ProcessLost("another process of the run ended; its own message tells why") from error
+            raise ProcessLost(
+                "another process of the run ended; its own message tells why"
+            ) from error
         raise
 
 
@@ -181,11 +206,15 @@ class AnyProcess:
         self._asked: Any = None
 
     def wants(self, wanted: bool) -> bool:
-        """Whether any process wanted it at the call before; with a single process, whether it wants it now."""
+        """Whether any process wanted it at the call before; with a single process, whether it wants
+        it now.
+        """
         if jax.process_count() == 1:
             return wanted
         before = self._asked
-        flags = jax.make_array_from_callback((len(jax.devices()),), self._sharding, lambda _: np.array([wanted]))
+        flags = jax.make_array_from_callback(
+            (len(jax.devices()),), self._sharding, lambda _: np.array([wanted])
+        )
         self._asked = self._any(flags)
         return before is not None and bool(before)
 
@@ -209,4 +238,6 @@ def said_by_main(name: str, value: str) -> str:
     try:
         return _coordinator().blocking_key_value_get(key, BARRIER_MILLISECONDS)
     except jax.errors.JaxRuntimeError as error:
-        raise ProcessLost(f"the main process ended before it told {name}; its own message tells why") from error
+        raise ProcessLost(
+            f"the main process ended before it told {name}; its own message tells why"
+        ) from error

@@ -1,8 +1,9 @@
 """Exchanges between the shards of one mesh axis, for programs that run on each device's part alone.
 
-Such a program is differentiated as the sum of all devices' results: each of these functions has its exact transpose
-there (a gather's is a sum that scatters, and the other way round). Sums that leave a copy everywhere have none that is
-unambiguous, so they appear only where no gradient flows. Along an axis of one device nothing is exchanged.
+Such a program is differentiated as the sum of all devices' results: each of these functions has its
+exact transpose there (a gather's is a sum that scatters, and the other way round). Sums that leave
+a copy everywhere have none that is unambiguous, so they appear only where no gradient flows. Along
+an axis of one device nothing is exchanged.
 """
 
 from jax import lax
@@ -25,11 +26,15 @@ def all_gather(x: Array, axis: str, dim: int, mesh: Mesh) -> Array:
 
 def reduce_scatter(x: Array, axis: str, dim: int, mesh: Mesh) -> Array:
     """The sum over the devices of `axis`, of which each keeps its shard of dimension `dim`."""
-    return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if mesh.sizes[axis] > 1 else x
+    return (
+        lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if mesh.sizes[axis] > 1 else x
+    )
 
 
 def all_to_all(x: Array, axis: str, split: int, join: int, mesh: Mesh) -> Array:
-    """Dimension `split` is dealt out over the devices of `axis`, and what they deal is joined along `join`."""
+    """Dimension `split` is dealt out over the devices of `axis`, and what they deal is joined along
+    `join`.
+    """
     return lax.all_to_all(x, axis, split, join, tiled=True) if mesh.sizes[axis] > 1 else x
 
 
@@ -44,10 +49,14 @@ def all_max(x: Array, axis: str, mesh: Mesh) -> Array:
 
 
 def gather_tokens(x_BTD: Array, mesh: Mesh) -> Array:
-    """Enters a tensor-parallel region: the tokens of all tensor shards, [B, T / tensor, D] -> [B, T, D]."""
+    """Enters a tensor-parallel region: the tokens of all tensor shards, [B, T / tensor, D] -> [B,
+    T, D].
+    """
     return all_gather(x_BTD, TENSOR, 1, mesh)
 
 
 def scatter_tokens(x_BTD: Array, mesh: Mesh) -> Array:
-    """Leaves a tensor-parallel region: partial sums [B, T, D] -> the sum, of which each shard keeps its own tokens."""
+    """Leaves a tensor-parallel region: partial sums [B, T, D] -> the sum, of which each shard keeps
+    its own tokens.
+    """
     return reduce_scatter(x_BTD, TENSOR, 1, mesh)

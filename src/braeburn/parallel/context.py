@@ -1,18 +1,22 @@
 """Attention over sequences that are split over the devices of the `context` axis.
 
-A sequence of T tokens is cut into 2c chunks for c devices, and device i holds chunks i and 2c-1-i, one after the other
-("zigzag": Llama 3, arXiv 2407.21783, section 3.3.2; the balance is the aim of striped attention, arXiv 2311.09431).
-Causality then leaves every device the same work: of the keys of an earlier device (j < i) both halves of its queries
-see the first half, of those of a later one (j > i) its second half of queries sees both. In either case that is
+A sequence of T tokens is cut into 2c chunks for c devices, and device i holds chunks i and 2c-1-i,
+one after the other ("zigzag": Llama 3, arXiv 2407.21783, section 3.3.2; the balance is the aim of
+striped attention, arXiv 2311.09431). Causality then leaves every device the same work: of the keys
+of an earlier device (j < i) both halves of its queries see the first half, of those of a later one
+(j > i) its second half of queries sees both. In either case that is
 
-    second half of the queries x first half of the keys,    and    one half x the same half of the keys
+    second half of the queries x first half of the keys,    and    one half x the same half of the
+    keys
 
-where the latter is the first half if j < i and the second if j >= i. What is left is the first half of the device's
-own keys. So one program without branches does all that is visible, chunk by chunk, and no more.
+where the latter is the first half if j < i and the second if j >= i. What is left is the first half
+of the device's own keys. So one program without branches does all that is visible, chunk by chunk,
+and no more.
 
-The keys of other devices come around a ring (Liu et al. 2023, arXiv 2310.01889) or are gathered. Partial results are
-merged by their log-sum-exp, and the weights are formed again in the backward pass, as in FlashAttention-2 (arXiv
-2307.08691), for one block of queries at a time. Beyond gathered keys, memory is linear in the device's own tokens.
+The keys of other devices come around a ring (Liu et al. 2023, arXiv 2310.01889) or are gathered.
+Partial results are merged by their log-sum-exp, and the weights are formed again in the backward
+pass, as in FlashAttention-2 (arXiv 2307.08691), for one block of queries at a time. Beyond gathered
+keys, memory is linear in the device's own tokens.
 """
 
 import functools
@@ -28,13 +32,15 @@ from jaxtyping import Array, Float, Int
 from braeburn.config import Mesh
 from braeburn.parallel.collectives import CONTEXT, all_gather, axis_index, reduce_scatter
 
-# Finite, so that a query whose keys are all masked gives a mean instead of NaN; merged with others it weighs nothing.
+# Finite, so that a query whose keys are all masked gives a mean instead of NaN; merged with others
+# it weighs nothing.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 BLOCK = 128
 # The name by which a rematerialisation policy keeps the result.
 ATTENTION = "attention"
 
-# A tree of arrays with a device's tokens in parts along a leading dimension: blocks of queries, or halves of keys.
+# A tree of arrays with a device's tokens in parts along a leading dimension: blocks of queries, or
+# halves of keys.
 Parts = Any
 # Segments [B, tokens] and indices in the whole sequence [tokens].
 Places = tuple[Array, Array]
@@ -43,9 +49,11 @@ Pair = tuple[Array | int, Array | int]
 
 
 def zigzag(length: int, shards: int) -> np.ndarray:
-    """The order in which a sequence of `length` tokens is laid out over `shards` devices, int64 [length].
+    """The order in which a sequence of `length` tokens is laid out over `shards` devices, int64
+    [length].
 
-    `row[..., zigzag(T, c)]`, cut into c equal parts, gives each device its two chunks. For one device it is 0, 1, ...
+    `row[..., zigzag(T, c)]`, cut into c equal parts, gives each device its two chunks. For one
+    device it is 0, 1, ...
 
     Raises:
         ValueError: `length` does not divide into 2 * `shards` chunks.
@@ -53,14 +61,18 @@ def zigzag(length: int, shards: int) -> np.ndarray:
     if shards == 1:
         return np.arange(length)
     if length % (2 * shards):
-        raise ValueError(f"{length} tokens do not divide into the {2 * shards} chunks of {shards} context shards")
+        raise ValueError(
+            f"{length} tokens do not divide into the {2 * shards} chunks of {shards} context shards"
+        )
     chunks = np.arange(length).reshape(2 * shards, -1)
     first = np.arange(shards)
     return chunks[np.stack([first, 2 * shards - 1 - first], axis=1)].reshape(-1)
 
 
 def token_indices(length: int, shard: Array | int, shards: int) -> Int[Array, " t"]:
-    """The place in the whole sequence of each of the `length` tokens that the device `shard` of `shards` holds."""
+    """The place in the whole sequence of each of the `length` tokens that the device `shard` of
+    `shards` holds.
+    """
     if shards == 1:
         return jnp.arange(length)
     chunk = length // 2
@@ -74,7 +86,8 @@ def gather_sequence(x: Array, mesh: Mesh) -> Array:
         return x
     x = all_gather(x, CONTEXT, 1, mesh)
     chunks = x.reshape(x.shape[0], mesh.context, 2, -1, *x.shape[2:])
-    # Reversed and not indexed: the transpose of indexing is a scatter, which accelerators do slowly.
+    # Reversed and not indexed: the transpose of indexing is a scatter, which accelerators do
+    # slowly.
     return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
@@ -85,22 +98,27 @@ def ring_attention(
     segment_ids: Int[Array, "B t"],
     mesh: Mesh,
 ) -> Float[Array, "B t N H"]:
-    """Causal attention within segments, keys and values passed around a ring of two or more context shards.
+    """Causal attention within segments, keys and values passed around a ring of two or more context
+    shards.
 
-    Each of the K key heads serves N/K neighbouring query heads; scores are scaled by 1/sqrt(H) and kept in float32.
-    Keys travel c - 1 hops in either pass, each while the keys at hand are worked on; in the backward pass their
-    gradients, in float32, travel along and one hop further, home.
+    Each of the K key heads serves N/K neighbouring query heads; scores are scaled by 1/sqrt(H) and
+    kept in float32. Keys travel c - 1 hops in either pass, each while the keys at hand are worked
+    on; in the backward pass their gradients, in float32, travel along and one hop further, home.
     """
     return _attention(query, key, value, segment_ids, mesh, True)
 
 
-def gathered_attention(query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh) -> Array:
+def gathered_attention(
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh
+) -> Array:
     """`ring_attention` with the keys of all shards gathered at once, in either pass."""
     return _attention(query, key, value, segment_ids, mesh, False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh, ring: bool) -> Array:
+def _attention(
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh, ring: bool
+) -> Array:
     return _forward(query, key, value, segment_ids, mesh, ring)[0]
 
 
@@ -144,10 +162,13 @@ def _forward(
         state, keys = lax.fori_loop(0, mesh.context - 1, hop, (state, keys))
         state = visit(state, keys, (index + 1) % mesh.context)
     else:
-        state, _ = lax.scan(lambda state, x: (visit(state, *x), None), state, _everyones(keys, mesh))
+        state, _ = lax.scan(
+            lambda state, x: (visit(state, *x), None), state, _everyones(keys, mesh)
+        )
 
     output, log_z = state
-    # Named here, so that a backward pass that keeps the result need not go round the ring for what belongs to it.
+    # Named here, so that a backward pass that keeps the result need not go round the ring for what
+    # belongs to it.
     output = checkpoint_name(_joined_blocks(output).astype(query.dtype), ATTENTION)
     log_z = checkpoint_name(log_z, ATTENTION)
     return output, (query, key, value, segment_ids, output, log_z)
@@ -170,7 +191,9 @@ def _backward(
     index = axis_index(CONTEXT, mesh)
     nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
 
-    def attend(gradients: Parts, sums: Parts, keys: Parts, source: Array | int, pair: Pair) -> tuple[Parts, Parts]:
+    def attend(
+        gradients: Parts, sums: Parts, keys: Parts, source: Array | int, pair: Pair
+    ) -> tuple[Parts, Parts]:
         key, value, key_places = _half_of_keys(keys, source, pair[1], mesh)
 
         def one_block(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], None]:
@@ -214,7 +237,9 @@ def _backward(
         gradients, sums = visit_next(mesh.context - 1, carry)
         sums = _pass_on(sums, mesh)
     else:
-        gradients, sums = lax.scan(lambda gradients, x: visit(gradients, *x), gradients, _everyones(keys, mesh))
+        gradients, sums = lax.scan(
+            lambda gradients, x: visit(gradients, *x), gradients, _everyones(keys, mesh)
+        )
         sums = jax.tree.map(lambda x: reduce_scatter(x, CONTEXT, 0, mesh)[0], sums)
     # Last and apart from the sums that come home, so that it can be worked on meanwhile.
     gradients, own = attend(gradients, nothing, keys, index, (0, 0))
@@ -231,7 +256,9 @@ _attention.defvjp(_forward, _backward)
 
 
 def _pairs(source: Array | int, index: Array | int) -> tuple[Pair, Pair]:
-    """The halves of queries and keys that are visible to each other, but for the first half's own keys."""
+    """The halves of queries and keys that are visible to each other, but for the first half's own
+    keys.
+    """
     same = jnp.where(source < index, 0, 1)
     # The diagonal first: after its own key a query's result is never that of masked keys alone.
     return (same, same), (1, 0)
@@ -242,7 +269,10 @@ def _product(subscripts: str, x: Array, y: Array) -> Array:
 
 
 def _scores(
-    query: Float[Array, "B K G Q H"], places: Places, key: Float[Array, "B K H S"], key_places: Places
+    query: Float[Array, "B K G Q H"],
+    places: Places,
+    key: Float[Array, "B K H S"],
+    key_places: Places,
 ) -> Float[Array, "B K G Q S"]:
     (ids, positions), (key_ids, key_positions) = places, key_places
     visible = (positions[:, None] >= key_positions) & (ids[:, :, None] == key_ids[:, None, :])
@@ -280,15 +310,21 @@ def _block_length(length: int) -> int:
     return max(size for size in range(1, BLOCK + 1) if length // 2 % size == 0)
 
 
-def _query_blocks(x: Float[Array, "B t N H"], num_kv_heads: int) -> Float[Array, "blocks B K G Q H"]:
+def _query_blocks(
+    x: Float[Array, "B t N H"], num_kv_heads: int
+) -> Float[Array, "blocks B K G Q H"]:
     batch, length, num_heads, head_dim = x.shape
-    x = x.reshape(batch, -1, _block_length(length), num_kv_heads, num_heads // num_kv_heads, head_dim)
+    x = x.reshape(
+        batch, -1, _block_length(length), num_kv_heads, num_heads // num_kv_heads, head_dim
+    )
     return x.transpose(1, 0, 3, 4, 2, 5)
 
 
 def _joined_blocks(x: Float[Array, "blocks B K G Q H"]) -> Float[Array, "B t N H"]:
     blocks, batch, num_kv_heads, group, size, head_dim = x.shape
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, blocks * size, num_kv_heads * group, head_dim)
+    return x.transpose(1, 0, 4, 2, 3, 5).reshape(
+        batch, blocks * size, num_kv_heads * group, head_dim
+    )
 
 
 def _query_places(segment_ids: Int[Array, "B t"], mesh: Mesh) -> Places:
@@ -299,15 +335,18 @@ def _query_places(segment_ids: Int[Array, "B t"], mesh: Mesh) -> Places:
     return segment_ids.reshape(batch, -1, size).transpose(1, 0, 2), positions.reshape(-1, size)
 
 
-def _half_of_keys(keys: Parts, source: Array | int, half: Array | int, mesh: Mesh) -> tuple[Array, Array, Places]:
-    """One half of the keys of the shard `source`, of the values, and their segments and positions."""
+def _half_of_keys(
+    keys: Parts, source: Array | int, half: Array | int, mesh: Mesh
+) -> tuple[Array, Array, Places]:
+    """One half of the keys and values of the shard `source`, their segments and positions."""
     key, value, ids = _at(keys, half)
     positions = token_indices(2 * ids.shape[1], source, mesh.context)
     return key, value, (ids, _at(positions.reshape(2, -1), half))
 
 
 def _halves(x: Float[Array, "B t *KH"]) -> Float[Array, "2 B *KH S"]:
-    # Positions last: on CPUs the products and their gradients are up to twice as fast as with positions first.
+    # Positions last: on CPUs the products and their gradients are up to twice as fast as with
+    # positions first.
     return jnp.moveaxis(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), (1, 2), (0, -1))
 
 

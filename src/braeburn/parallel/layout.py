@@ -1,4 +1,6 @@
-"""A run's arrays on its mesh: where each lies, and programs that run on every device's part of them."""
+"""A run's arrays on its mesh: where each lies, and programs that run on every device's part of
+them.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax._src.config import persistent_cache_min_compile_time_secs  # of one thread; jax.config sets that of all
+from jax._src.config import (
+    persistent_cache_min_compile_time_secs,
+)  # of one thread; jax.config sets that of all
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -41,7 +45,9 @@ class Layout:
     offload: Offload = NO_OFFLOAD
 
     def _partitions(self, kind: Kind) -> Tree:
-        return jax.tree.map(lambda spec: partition(spec.axes, spec.shape, kind, self.sizes, spec.role), self.specs)
+        return jax.tree.map(
+            lambda spec: partition(spec.axes, spec.shape, kind, self.sizes, spec.role), self.specs
+        )
 
     @cached_property
     def partitions(self) -> Tree:
@@ -55,9 +61,11 @@ class Layout:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Keeps what is compiled within it out of JAX's persistent cache where it could not be used from there.
+        """Keeps what is compiled within it out of JAX's persistent cache where it could not be used
+        from there.
 
-        Programs for several simulated CPU devices of one process abort or hang in their collectives when they come from
+        Programs for several simulated CPU devices of one process abort or hang in their collectives
+        when they come from
         the cache (jaxlib 0.10.2, rendezvous.h: "Check failed: id < num_threads").
         """
         own = self.mesh.local_devices
@@ -77,13 +85,17 @@ class Layout:
         return jax.tree.map(self._place, self.partitions)
 
     def optimizer_state(self, state: Tree, *, on_device: bool = False) -> Tree:
-        """The shardings of an optimizer's state: what has a parameter's path and shape lies as its rule says.
+        """The shardings of an optimizer's state: what has a parameter's path and shape lies as its
+        rule says.
 
         Args:
             state: the state, or its shapes.
             on_device: of the state in use, also where it otherwise waits on the host.
         """
-        rules = {_names(path): rule for path, rule in jax.tree.leaves_with_path(self._partitions("optimizer"))}
+        rules = {
+            _names(path): rule
+            for path, rule in jax.tree.leaves_with_path(self._partitions("optimizer"))
+        }
         specs = {_names(path): spec for path, spec in jax.tree.leaves_with_path(self.specs)}
         memory = HOST if self.offload.optimizer and not on_device else None
 
@@ -98,7 +110,9 @@ class Layout:
 
     def batch_partition(self) -> PartitionSpec:
         """How arrays [B, T] of a batch are split."""
-        rows, columns = (partition((axis,), (0,), "activations", self.sizes) for axis in (BATCH, LENGTH))
+        rows, columns = (
+            partition((axis,), (0,), "activations", self.sizes) for axis in (BATCH, LENGTH)
+        )
         return PartitionSpec(*rows, *columns)
 
     def batch(self) -> NamedSharding:
@@ -109,12 +123,16 @@ class Layout:
         """The sequences of a batch that this process's devices work on, in order."""
         shape = (batch_size, self.sizes.context)
         places = self.batch().addressable_devices_indices_map(shape).values()
-        return sorted({row for place in places if place for row in range(*place[0].indices(batch_size))})
+        return sorted(
+            {row for place in places if place for row in range(*place[0].indices(batch_size))}
+        )
 
     def place(self, batch: Batch, rows: Sequence[int], batch_size: int) -> Batch:
-        """A batch on the devices, from the `rows` that this process has read of it, [len(rows), T, ...] each.
+        """A batch on the devices, from the `rows` that this process has read of it, [len(rows), T,
+        ...] each.
 
-        The tokens of a sequence are reordered so that each context shard gets an early piece and a late one.
+        The tokens of a sequence are reordered so that each context shard gets an early piece and a
+        late one.
         """
         sharding, own = self.batch(), np.asarray(rows)
         length, shards = next(iter(batch.values())).shape[1], self.sizes.context
@@ -132,16 +150,21 @@ class Layout:
 
         return {name: put(values) for name, values in batch.items()}
 
-    def gradient(self, function: Callable[..., tuple[Tree, Tree]], *others: "Layout") -> Callable[..., Any]:
+    def gradient(
+        self, function: Callable[..., tuple[Tree, Tree]], *others: "Layout"
+    ) -> Callable[..., Any]:
         """A program over whole arrays from one over each device's part.
 
         Args:
-            function: (parameters, batch) -> (gradients of the sum over all devices with respect to this device's
-                parts, this device's shares of some sums). It may exchange with other devices.
-            others: of further parameters that the function takes and does not change, on the same mesh.
+            function: (parameters, batch) -> (gradients of the sum over all devices with respect to
+                this device's parts, this device's shares of some sums). It may exchange with other
+                devices.
+            others: of further parameters that the function takes and does not change, on the same
+                mesh.
 
         Returns:
-            (parameters, batch, ...) -> (gradients, sums). Copies of a parameter have their gradients summed here, once.
+            (parameters, batch, ...) -> (gradients, sums). Copies of a parameter have their
+            gradients summed here, once.
         """
 
         def local(params: Tree, batch: Batch, *further: Tree) -> tuple[Tree, Tree]:
@@ -151,21 +174,32 @@ class Layout:
         return self._spread(local, (self.partitions, PartitionSpec()), *others)
 
     def total(self, function: Callable[[Tree, Batch], Tree]) -> Callable[[Tree, Batch], Tree]:
-        """A program (parameters, batch) -> sums over whole arrays from one that gives each device's shares of them."""
-        return self._spread(lambda params, batch: self._sum(function(params, batch)), PartitionSpec())
+        """A program (parameters, batch) -> sums over whole arrays from one that gives each device's
+        shares of them.
+        """
+        return self._spread(
+            lambda params, batch: self._sum(function(params, batch)), PartitionSpec()
+        )
 
     def tokenwise(self, function: Callable[[Tree, Batch], Tree]) -> Callable[[Tree, Batch], Tree]:
-        """A program (parameters, batch) -> arrays [B, T, ...] from one that gives them for each device's part."""
+        """A program (parameters, batch) -> arrays [B, T, ...] from one that gives them for each
+        device's part.
+        """
         return self._spread(function, self.batch_partition())
 
     def _spread(self, function: Callable, out_specs: Any, *others: "Layout") -> Callable:
-        # What lies where is told by the specs: the kernels for attention do not carry the types that check it.
+        # What lies where is told by the specs: the kernels for attention do not carry the types
+        # that check it.
         inputs = (self.partitions, self.batch_partition(), *(other.partitions for other in others))
-        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=out_specs, check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=inputs, out_specs=out_specs, check_vma=False
+        )
 
     def _sum_over_copies(self, gradient: Array, spec: PartitionSpec) -> Array:
         split = {axis for dim in spec for axis in (dim if isinstance(dim, tuple) else (dim,))}
-        axes = tuple(axis for axis, size in self.sizes.sizes.items() if size > 1 and axis not in split)
+        axes = tuple(
+            axis for axis, size in self.sizes.sizes.items() if size > 1 and axis not in split
+        )
         return lax.psum(gradient, axes) if axes else gradient
 
     def _sum(self, shares: Tree) -> Tree:

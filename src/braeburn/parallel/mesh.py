@@ -29,28 +29,31 @@ def resolve(mesh: Mesh, num_devices: int) -> Mesh:
     if inferred:
         if num_devices % known:
             raise UserError(
-                f"mesh.{named.replace(' x ', ' x mesh.')} does not divide the {num_devices} devices; "
-                f"choose sizes whose product is one of {some(divisors(num_devices))}"
+                f"mesh.{named.replace(' x ', ' x mesh.')} does not divide the {num_devices} "
+                f"devices; choose sizes whose product is one of {some(divisors(num_devices))}"
             )
         return mesh.model_copy(update={inferred[0]: num_devices // known})
     if known > num_devices:
         raise UserError(
-            f"mesh ({named}) needs {known} devices but {num_devices} {'is' if num_devices == 1 else 'are'} there; "
+            f"mesh ({named}) needs {known} devices but {num_devices} "
+            f"{'is' if num_devices == 1 else 'are'} there; "
             f"lower a size, or set one to -1 to have it inferred"
         )
     return mesh
 
 
 def arrange(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
-    """Devices in an array of the mesh's shape, neighbours along the last axes joined by the best links.
+    """Devices in an array of the mesh's shape, neighbours along the last axes joined by the best
+    links.
 
-    Where devices belong to several slices, the outermost axes take the slices: with as many replicas as slices, each
-    replica is exactly one slice. Within a slice of TPUs axes are laid over the torus as `mesh.torus` says, or the first
-    of `placements`.
+    Where devices belong to several slices, the outermost axes take the slices: with as many
+    replicas as slices, each replica is exactly one slice. Within a slice of TPUs axes are laid over
+    the torus as `mesh.torus` says, or the first of `placements`.
 
     Args:
         mesh: resolved sizes.
-        devices: as many as the mesh has, of JAX or alike: with `id`, and where there are any `slice_index`, `coords`.
+        devices: as many as the mesh has, of JAX or alike: with `id`, and where there are any
+            `slice_index`, `coords`.
 
     Raises:
         UserError: slices of unequal size, or a torus that is not the devices'.
@@ -61,29 +64,35 @@ def arrange(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
         slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
     if len({len(members) for members in slices.values()}) > 1:
         counts = ", ".join(f"{len(members)} in slice {index}" for index, members in slices.items())
-        raise UserError(f"the mesh's {len(devices)} devices lie unevenly ({counts}); use all devices of each slice")
+        raise UserError(
+            f"the mesh's {len(devices)} devices lie unevenly ({counts}); use all devices of each "
+            f"slice"
+        )
     across = across_slices(mesh, len(slices))
     within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
     parts = [_arrange_slice(mesh, within, members) for _, members in sorted(slices.items())]
-    # [slices along each axis..., places along each axis...] interleaved: the slice is the slower part of each axis.
+    # [slices along each axis..., places along each axis...] interleaved: the slice is the slower
+    # part of each axis.
     whole = np.array(parts, dtype=object).reshape(*across, *within)
     order = [axis + part for axis in range(len(shape)) for part in (0, len(shape))]
     return whole.transpose(order).reshape(shape)
 
 
 def build(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of JAX with the axes of `mesh`, resolved, over `devices` (the first of all, by default).
+    """The mesh of JAX with the axes of `mesh`, resolved, over `devices` (the first of all, by
+    default).
 
     Raises:
-        UserError: see `arrange`; or several processes of which some would be left without a device of the mesh.
+        UserError: see `arrange`; or several processes of which some would be left without a device
+            of the mesh.
     """
     size = math.prod(mesh.sizes.values())
     everything = jax.devices() if devices is None else devices
     num_processes = len({device.process_index for device in everything})
     if size < len(everything) and num_processes > 1:
         raise UserError(
-            f"mesh has {size} device{'s' * (size > 1)} but the {num_processes} processes have {len(everything)}; "
-            f"set one of its sizes to -1 to use them all, as --set mesh.fsdp=-1"
+            f"mesh has {size} device{'s' * (size > 1)} but the {num_processes} processes have "
+            f"{len(everything)}; set one of its sizes to -1 to use them all, as --set mesh.fsdp=-1"
         )
     return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
 
@@ -106,8 +115,12 @@ def _arrange_slice(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np
     places = np.array([getattr(device, "coords", ()) for device in devices])
     sides = tuple(int(n) for n in np.ptp(places, axis=0) + 1) if places.size else ()
     if mesh.torus:
-        flat = len(next(iter(mesh.torus.values())))  # tori of two dimensions have a third of one chip
-        places, sides = (places[:, :flat], sides[:flat]) if math.prod(sides[flat:]) == 1 else (places, sides)
+        flat = len(
+            next(iter(mesh.torus.values()))
+        )  # tori of two dimensions have a third of one chip
+        places, sides = (
+            (places[:, :flat], sides[:flat]) if math.prod(sides[flat:]) == 1 else (places, sides)
+        )
         factors = _factors(mesh.torus, mesh, sides)
         _check_torus(mesh, factors, shape, sides)
         return _lay_over_torus(factors, devices, places, sides)
@@ -125,19 +138,24 @@ def _factors(torus: Factors, mesh: Mesh, extent: tuple[int, ...]) -> list[tuple[
     return [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]
 
 
-def _check_torus(mesh: Mesh, factors: list[tuple[int, ...]], shape: tuple[int, ...], extent: tuple[int, ...]) -> None:
+def _check_torus(
+    mesh: Mesh, factors: list[tuple[int, ...]], shape: tuple[int, ...], extent: tuple[int, ...]
+) -> None:
     if not extent:
-        raise UserError("mesh.torus is set, but these devices have no place on a torus; remove mesh.torus")
+        raise UserError(
+            "mesh.torus is set, but these devices have no place on a torus; remove mesh.torus"
+        )
     for axis, own, size in zip(mesh.sizes, factors, shape, strict=True):
         if math.prod(own) != size:
             raise UserError(
-                f"mesh.torus.{axis}={list(own)} has {math.prod(own)} chips, but mesh.{axis} has {size} within a "
-                f"slice; make their product {size}"
+                f"mesh.torus.{axis}={list(own)} has {math.prod(own)} chips, but mesh.{axis} has "
+                f"{size} within a slice; make their product {size}"
             )
     if tuple(map(math.prod, zip(*factors, strict=True))) != extent:
         raise UserError(
-            f"mesh.torus multiplies to {list(map(math.prod, zip(*factors, strict=True)))} along the dimensions of the "
-            f"torus, but a slice is {' x '.join(map(str, extent))}; make the sizes along each dimension multiply to it"
+            f"mesh.torus multiplies to {list(map(math.prod, zip(*factors, strict=True)))} along "
+            f"the dimensions of the torus, but a slice is {' x '.join(map(str, extent))}; make the "
+            f"sizes along each dimension multiply to it"
         )
 
 
@@ -148,15 +166,19 @@ def _lay_over_torus(
     grid = np.empty(extent, dtype=object)
     for device, place in zip(devices, places - places.min(axis=0), strict=True):
         grid[tuple(place)] = device
-    # Each dimension of the torus is cut into its factors; those of one axis are then brought together.
+    # Each dimension of the torus is cut into its factors; those of one axis are then brought
+    # together.
     dims, axes = len(extent), len(factors)
     grid = grid.reshape([factors[axis][dim] for dim in range(dims) for axis in range(axes)])
-    return grid.transpose([dim * axes + axis for axis in range(axes) for dim in range(dims)]).reshape(shape)
+    return grid.transpose(
+        [dim * axes + axis for axis in range(axes) for dim in range(dims)]
+    ).reshape(shape)
 
 
 @cache
 def placements(sizes: tuple[tuple[str, int], ...], sides: tuple[int, ...]) -> list[Factors]:
-    """The ways to lay axes over the dimensions of a torus, those first that give the innermost axes the best links.
+    """The ways to lay axes over the dimensions of a torus, those first that give the innermost axes
+    the best links.
 
     Args:
         sizes: of each axis within a slice, the innermost last.
@@ -167,15 +189,21 @@ def placements(sizes: tuple[tuple[str, int], ...], sides: tuple[int, ...]) -> li
     """
     if math.prod(size for _, size in sizes) != math.prod(sides):
         named = " x ".join(f"{axis}={size}" for axis, size in sizes if size > 1)
-        raise UserError(f"mesh ({named or 'one device'}) does not fill a slice of {' x '.join(map(str, sides))} chips")
+        raise UserError(
+            f"mesh ({named or 'one device'}) does not fill a slice of "
+            f"{' x '.join(map(str, sides))} chips"
+        )
 
     def lay(left: tuple[tuple[str, int], ...], free: tuple[int, ...]) -> list[Factors]:
         if not left:
             return [{}] if math.prod(free) == 1 else []
         axis, size = left[-1]
         choices = [f for f in product(*map(_divisors, free)) if math.prod(f) == size]
-        # Whole sides first, as rings; then over as many dimensions as there are, each with links of its own.
-        choices.sort(key=lambda f: -sum(1 + (n == side) for n, side in zip(f, free, strict=True) if n > 1))
+        # Whole sides first, as rings; then over as many dimensions as there are, each with links of
+        # its own.
+        choices.sort(
+            key=lambda f: -sum(1 + (n == side) for n, side in zip(f, free, strict=True) if n > 1)
+        )
         found = []
         for factors in choices:
             rest = tuple(side // n for side, n in zip(free, factors, strict=True))
@@ -184,7 +212,9 @@ def placements(sizes: tuple[tuple[str, int], ...], sides: tuple[int, ...]) -> li
 
     ways = lay(tuple((axis, size) for axis, size in sizes if size > 1), sides)
     if not ways:
-        raise UserError(f"no axis of the mesh can be laid over a torus of {' x '.join(map(str, sides))} chips")
+        raise UserError(
+            f"no axis of the mesh can be laid over a torus of {' x '.join(map(str, sides))} chips"
+        )
     return ways
 
 

@@ -1,6 +1,7 @@
 """The processes of one run: whether this is one of several, and how they find each other.
 
-What JAX can find out by itself is left to JAX. Deciding needs no JAX, so that mistakes are told before it starts.
+What JAX can find out by itself is left to JAX. Deciding needs no JAX, so that mistakes are told
+before it starts.
 """
 
 import os
@@ -18,7 +19,10 @@ JOIN_SECONDS = 300.0
 
 
 class ProcessLost(Exception):
-    """Another process of the run is gone; the message says since when. Restarting helps, so it ends with code 1."""
+    """Another process of the run is gone; the message says since when.
+
+    Restarting helps, so it ends with code 1.
+    """
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ def find(
 ) -> Membership | None:
     """This process's place among several, or None where it runs alone.
 
-    Flags count before JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and these before what SLURM, Open
-    MPI or GKE tell the processes that they start.
+    Flags count before JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and these
+    before what SLURM, Open MPI or GKE tell the processes that they start.
 
     Raises:
         UserError: what is known is incomplete or contradictory.
@@ -70,30 +74,51 @@ def find(
     if num_processes is None:
         raise UserError("--num-processes is missing; give the number of all processes of the run")
     if num_processes < 1:
-        raise UserError(f"--num-processes {num_processes} is less than 1; give the number of all processes of the run")
+        raise UserError(
+            f"--num-processes {num_processes} is less than 1; give the number of all processes of "
+            f"the run"
+        )
     if process_id is None:
-        raise UserError(f"--process-id is missing; give each process its own, from 0 to {num_processes - 1}")
+        raise UserError(
+            f"--process-id is missing; give each process its own, from 0 to {num_processes - 1}"
+        )
     if not 0 <= process_id < num_processes:
         raise UserError(
-            f"--process-id {process_id} is not one of the {num_processes} processes; give each its own, from 0 to "
-            f"{num_processes - 1}"
+            f"--process-id {process_id} is not one of the {num_processes} processes; give each its "
+            f"own, from 0 to {num_processes - 1}"
         )
     if coordinator is None and not finds_coordinator:
         by_mpi = "Open MPI 5 does not tell where process 0 runs; " if known_by == "Open MPI" else ""
-        raise UserError(f"{by_mpi}--coordinator is missing; give HOST:PORT, where the host of process 0 can be reached")
+        raise UserError(
+            f"{by_mpi}--coordinator is missing; give HOST:PORT, where the host of process 0 can "
+            f"be reached"
+        )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise UserError(f"--coordinator {coordinator!r} has no port; write HOST:PORT, as in 10.0.0.1:8476")
+        raise UserError(
+            f"--coordinator {coordinator!r} has no port; write HOST:PORT, as in 10.0.0.1:8476"
+        )
     return Membership(process_id, num_processes, coordinator, known_by)
 
 
 def _started_by(environ: Mapping[str, str]) -> tuple[str, int, int, bool] | None:
-    """Who started several processes, this one's number, how many, and whether JAX can tell the coordinator."""
+    """Who started several processes, this one's number, how many, and whether JAX can tell the
+    coordinator.
+    """
     # Without a step's node list this is the batch script or a login shell, of which there is one.
     if "SLURM_STEP_NODELIST" in environ and (size := _number(environ, "SLURM_NTASKS") or 1) > 1:
         return "SLURM", _number(environ, "SLURM_PROCID") or 0, size, True
     if (size := _number(environ, "OMPI_COMM_WORLD_SIZE") or 1) > 1:
-        return "Open MPI", _number(environ, "OMPI_COMM_WORLD_RANK") or 0, size, "OMPI_MCA_orte_hnp_uri" in environ
-    hosts = len((environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or "").split(","))
+        return (
+            "Open MPI",
+            _number(environ, "OMPI_COMM_WORLD_RANK") or 0,
+            size,
+            "OMPI_MCA_orte_hnp_uri" in environ,
+        )
+    hosts = len(
+        (environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or "").split(
+            ","
+        )
+    )
     if (size := hosts * (_number(environ, "MEGASCALE_NUM_SLICES") or 1)) > 1:
         within = _number(environ, "TPU_WORKER_ID") or 0
         return "GKE", within + hosts * (_number(environ, "MEGASCALE_SLICE_ID") or 0), size, True
@@ -107,7 +132,9 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"the environment variable {name}={text!r} is not a number; correct or unset it") from None
+        raise UserError(
+            f"the environment variable {name}={text!r} is not a number; correct or unset it"
+        ) from None
 
 
 def connect(
@@ -117,10 +144,11 @@ def connect(
     *,
     join_seconds: float = JOIN_SECONDS,
 ) -> Membership | None:
-    """Joins the other processes of the run, if `find` tells that there are any. To be called before JAX has devices.
+    """Joins the other processes of the run, if `find` tells that there are any. To be called before
+    JAX has devices.
 
-    Where they do not all meet within `join_seconds`, the process ends with one sentence and code 1: no mistake of the
-    user's need be behind it, so whoever restarts processes should.
+    Where they do not all meet within `join_seconds`, the process ends with one sentence and code 1:
+    no mistake of the user's need be behind it, so whoever restarts processes should.
 
     Raises:
         UserError: see `find`.
@@ -132,7 +160,8 @@ def connect(
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM for itself until the training loop does, and with it every stop in that time.
+    # It would take SIGTERM for itself until the training loop does, and with it every stop in that
+    # time.
     jax.config.update("jax_enable_preemption_service", False)
     _joined = membership
     # JAX's own time limit aborts the process with a stack trace.
@@ -143,7 +172,8 @@ def connect(
         membership.coordinator,
         membership.num_processes,
         membership.process_id,
-        # JAX would ask the cluster for what flags have told, and take one GPU a process where they are meant to share.
+        # JAX would ask the cluster for what flags have told, and take one GPU a process where they
+        # are meant to share.
         cluster_detection_method="deactivate" if membership.known_by == "flags" else None,
         initialization_timeout=int(join_seconds) + 60,
     )
@@ -158,14 +188,17 @@ def connect(
 def _give_up(membership: Membership, seconds: float) -> None:
     where = f" at {membership.coordinator}" if membership.coordinator else ""
     report(
-        f"the {membership.num_processes} processes of the run did not all meet{where} within {seconds:.0f} s; check "
+        f"the {membership.num_processes} processes of the run did not all meet{where} within "
+        f"{seconds:.0f} s; check "
         f"that each was started and that each can reach the coordinator's host and port"
     )
     leave(1)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes logs, metrics and results: the only one, or number 0."""
+    """Whether this process is the one that writes logs, metrics and results: the only one, or
+    number 0.
+    """
     return _joined is None or _joined.process_id == 0
 
 
@@ -190,7 +223,9 @@ def wait_for_others() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process; one of several at once, as JAX would wait at exit for the others, which wait for this one."""
+    """Ends this process; one of several at once, as JAX would wait at exit for the others, which
+    wait for this one.
+    """
     if _joined is None:
         sys.exit(code)
     wait_for_others()

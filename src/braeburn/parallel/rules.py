@@ -1,7 +1,9 @@
 """The one table of what lies where: from the logical axes of arrays to the axes of the mesh.
 
-Parameters, optimizer state and activations each have their column. A parameter is stored by the first and used by the
-last: what is stored split along an axis that its use is not split along is gathered for the use, layer by layer.
+Parameters, optimizer state and activations each have their column. A parameter is stored by the
+first and used by the
+last: what is stored split along an axis that its use is not split along is gathered for the use,
+layer by layer.
 """
 
 import math
@@ -21,7 +23,8 @@ Kind = Literal["parameters", "optimizer", "activations"]
 class Placement:
     """Mesh axes that one logical axis is split along, the outermost first, for each kind of array.
 
-    `whole_if_uneven` keeps a dimension whole where the mesh does not divide it; others are then refused.
+    `whole_if_uneven` keeps a dimension whole where the mesh does not divide it; others are then
+    refused.
     """
 
     parameters: tuple[MeshAxis, ...] = ()
@@ -71,20 +74,26 @@ def mesh_axes(name: str, size: int, kind: Kind, mesh: Mesh, role: str = "") -> t
     raise UserError(_uneven(f"the {size} of {name!r}", size, axes, mesh))
 
 
-def partition(axes: tuple[str, ...], shape: tuple[int, ...], kind: Kind, mesh: Mesh, role: str = "") -> PartitionSpec:
+def partition(
+    axes: tuple[str, ...], shape: tuple[int, ...], kind: Kind, mesh: Mesh, role: str = ""
+) -> PartitionSpec:
     """How an array with these logical axes is split over the mesh.
 
     Raises:
-        UserError: the mesh does not divide a dimension, or two dimensions are split along one axis of it.
+        UserError: the mesh does not divide a dimension, or two dimensions are split along one axis
+            of it.
     """
-    split = [mesh_axes(name, size, kind, mesh, role) for name, size in zip(axes, shape, strict=True)]
+    split = [
+        mesh_axes(name, size, kind, mesh, role) for name, size in zip(axes, shape, strict=True)
+    ]
     used = [axis for dimension in split for axis in dimension]
     for axis in used:
         if used.count(axis) > 1:
             clash = [name for name, along in zip(axes, split, strict=True) if axis in along]
             raise UserError(
-                f"the rules split {' and '.join(map(repr, clash))} of one array of {kind} along the mesh axis "
-                f"{axis!r}; give one of them another axis in braeburn.parallel.rules.RULES, or set mesh.{axis} to 1"
+                f"the rules split {' and '.join(map(repr, clash))} of one array of {kind} along "
+                f"the mesh axis {axis!r}; give one of them another axis in "
+                f"braeburn.parallel.rules.RULES, or set mesh.{axis} to 1"
             )
     return PartitionSpec(*(along[0] if len(along) == 1 else along or None for along in split))
 
@@ -117,10 +126,14 @@ def check(
         except UserError as error:
             raise UserError(f"model parameter {path!r}: {error}") from None
     if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
-        fits = [n for n in divisors(model.num_heads) if model.num_kv_heads % n == 0 or n % model.num_kv_heads == 0]
+        fits = [
+            n
+            for n in divisors(model.num_heads)
+            if model.num_kv_heads % n == 0 or n % model.num_kv_heads == 0
+        ]
         raise UserError(
-            f"mesh.tensor={tensor} neither divides nor is a multiple of model.num_kv_heads={model.num_kv_heads}; "
-            f"set mesh.tensor to one of {some(fits)}"
+            f"mesh.tensor={tensor} neither divides nor is a multiple of "
+            f"model.num_kv_heads={model.num_kv_heads}; set mesh.tensor to one of {some(fits)}"
         )
     stage = run.stages[name]
     sequences = stage.batch_size // stage.accumulation_steps
@@ -130,15 +143,19 @@ def check(
         if stage.accumulation_steps > 1:
             what += f" over accumulation_steps={stage.accumulation_steps}"
         raise UserError(_uneven(what, sequences, splits, mesh))
-    # A context shard holds two pieces of each sequence, an early one and a late one, each split over tensor.
+    # A context shard holds two pieces of each sequence, an early one and a late one, each split
+    # over tensor.
     pieces = (2 if context > 1 else 1) * context * tensor
     if stage.sequence_length % pieces:
         axis = "context" if context > 1 else "tensor"
         others = pieces // sizes[axis]
-        fits = [n for n in divisors(stage.sequence_length) if stage.sequence_length % (n * others) == 0]
+        fits = [
+            n for n in divisors(stage.sequence_length) if stage.sequence_length % (n * others) == 0
+        ]
         raise UserError(
-            f"stages.{name}: mesh.{axis}={sizes[axis]} splits sequences of {stage.sequence_length} tokens into "
-            f"{pieces} pieces, which do not come out even; set mesh.{axis} to one of {some(fits or [1])}"
+            f"stages.{name}: mesh.{axis}={sizes[axis]} splits sequences of {stage.sequence_length} "
+            f"tokens into {pieces} pieces, which do not come out even; set mesh.{axis} to one of "
+            f"{some(fits or [1])}"
         )
 
 
@@ -147,10 +164,14 @@ def _uneven(what: str, size: int, axes: tuple[str, ...], mesh: Mesh) -> str:
     split = {axis: mesh.sizes[axis] for axis in axes if mesh.sizes[axis] > 1}
     shards = math.prod(split.values())
     named = " x ".join(f"mesh.{axis}={n}" for axis, n in split.items())
-    # The axis whose own size alone mends it; fully sharded before the others, since it is the one inferred.
+    # The axis whose own size alone mends it; fully sharded before the others, since it is the one
+    # inferred.
     remedies = []
     for axis in sorted(split, key=lambda axis: axis != "fsdp"):
         fits = [n for n in divisors(size) if size % (shards // split[axis] * n) == 0]
         if fits:
             remedies.append(f"mesh.{axis} to one of {some(fits)}")
-    return f"{what} cannot be split into {shards} equal parts ({named}); set {' or '.join(remedies) or 'them to 1'}"
+    return (
+        f"{what} cannot be split into {shards} equal parts ({named}); set "
+        f"{' or '.join(remedies) or 'them to 1'}"
+    )

@@ -20,7 +20,9 @@ _SMALL = {
 
 @dataclass(frozen=True)
 class Target:
-    """Accelerators that a run is meant for: `slices` of `chips_per_slice`, or one; `facts` is what is known of each."""
+    """Accelerators that a run is meant for: `slices` of `chips_per_slice`, or one; `facts` is what
+    is known of each.
+    """
 
     chip: str
     slices: int
@@ -66,14 +68,19 @@ class Target:
         if dimensions == 3 and count % 64 == 0 and count <= self.facts.max_slice:
             blocks = count // 64  # larger tori are made of cubes of 4 x 4 x 4
             sides = [n for n in range(1, blocks + 1) if blocks % n == 0]
-            shapes = ((a, b, blocks // (a * b)) for a, b in product(sides, sides) if a <= b and blocks % (a * b) == 0)
+            shapes = (
+                (a, b, blocks // (a * b))
+                for a, b in product(sides, sides)
+                if a <= b and blocks % (a * b) == 0
+            )
             best = min((shape for shape in shapes if shape[1] <= shape[2]), key=sum)
             return "x".join(str(4 * side) for side in best)
         largest = max(small) if dimensions == 2 else self.facts.max_slice // 64 * 64
         fits = [n for n in (*small, *range(64, largest + 1, 64)) if dimensions == 3 or n in small]
         near = sorted(sorted(fits, key=lambda n: abs(n - count))[:2])
         raise UserError(
-            f"--on {str(self)!r}: there is no slice of {count} {self.chip} chips; use {' or '.join(map(str, near))}"
+            f"--on {str(self)!r}: there is no slice of {count} {self.chip} chips; use "
+            f"{' or '.join(map(str, near))}"
         )
 
     @property
@@ -89,14 +96,20 @@ class Target:
     def check_installable(self) -> None:
         """Raises a UserError where the package has no extra that brings JAX for the chip."""
         if not self.facts.extra and self.chip != "cpu":
-            why = f"{self.facts.back_end} is no extra of Braeburn" if self.facts.back_end else "none is known"
+            why = (
+                f"{self.facts.back_end} is no extra of Braeburn"
+                if self.facts.back_end
+                else "none is known"
+            )
             raise UserError(
-                f"--on {str(self)!r}: no JAX for {self.facts.title} can be installed: {why}; use another chip"
+                f"--on {str(self)!r}: no JAX for {self.facts.title} can be installed: {why}; use "
+                f"another chip"
             )
 
 
 def parse_target(text: str, chips: Mapping[str, Chip] | None = None) -> Target:
-    """Reads `h100:512`, or `v4:8x1024` for 8 slices of 1024 chips of a catalogue, by default the built-in one.
+    """Reads `h100:512`, or `v4:8x1024` for 8 slices of 1024 chips of a catalogue, by default the
+    built-in one.
 
     Raises:
         UserError: it is not of that form, the chip is unknown, or chips would not fill their nodes.
@@ -107,9 +120,15 @@ def parse_target(text: str, chips: Mapping[str, Chip] | None = None) -> Target:
         raise UserError(f"--on {text!r}: {chip!r} is not a chip; {did_you_mean(chip, chips)}")
     match = re.fullmatch(r"(?:([1-9]\d*)\s*[x×]\s*)?([1-9]\d*)", count)
     if not match:
-        raise UserError(f"--on {text!r} is not a target; write {chip}:COUNT or {chip}:SLICESxCHIPS, as in {chip}:2x8")
+        raise UserError(
+            f"--on {text!r} is not a target; write {chip}:COUNT or {chip}:SLICESxCHIPS, as in "
+            f"{chip}:2x8"
+        )
     if len(count) > 20 or int(match[1] or 1) * int(match[2]) > MOST_CHIPS:
-        raise UserError(f"--on {text[:60]!r}: there are no targets of more than {MOST_CHIPS:,} chips; name fewer")
+        raise UserError(
+            f"--on {text[:60]!r}: there are no targets of more than {MOST_CHIPS:,} chips; name "
+            f"fewer"
+        )
     target = Target(chip, int(match[1] or 1), int(match[2]), chips[chip])
     per_node = target.facts.per_node
     if target.chips_per_slice > per_node and target.chips_per_slice % per_node:

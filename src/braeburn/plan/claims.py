@@ -1,4 +1,6 @@
-"""Claims about accelerators (`claims.toml`), checked against the catalogue: figures and verdicts change with it."""
+"""Claims about accelerators (`claims.toml`), checked against the catalogue: figures and verdicts
+change with it.
+"""
 
 import re
 import tomllib
@@ -15,7 +17,9 @@ TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Check:
-    """A claimed number and what was found by the catalogue, None where that is unknown; see `claims.toml`."""
+    """A claimed number and what was found by the catalogue, None where that is unknown; see
+    `claims.toml`.
+    """
 
     what: str
     claimed: float
@@ -41,12 +45,16 @@ class Check:
             return f"{self._number(self.claimed)} is {'within' if holds else 'beyond'} {self}"
         if self.kind == "instead":
             return f"true of {self}" if holds else ""
-        return f"{self.what} correct" if holds else f"wrong: {self}, not {self._number(self.claimed)}"
+        return (
+            f"{self.what} correct" if holds else f"wrong: {self}, not {self._number(self.claimed)}"
+        )
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, what it comes to by the catalogue, and the confidence of the weakest figure there, None without any."""
+    """A claim, what it comes to by the catalogue, and the confidence of the weakest figure there,
+    None without any.
+    """
 
     claim: str
     checks: tuple[Check, ...]
@@ -58,7 +66,10 @@ def claims(chips: Mapping[str, Chip], facts: Mapping[str, Figure]) -> list[Claim
     """All claims by a catalogue and its facts (see `braeburn.catalogue`)."""
     checked = []
     for row in tomllib.loads((Path(__file__).parent / "claims.toml").read_text("utf-8"))["claims"]:
-        checks = tuple(Check(found=_evaluate(check["follows"], chips, facts), **check) for check in row["checks"])
+        checks = tuple(
+            Check(found=_evaluate(check["follows"], chips, facts), **check)
+            for check in row["checks"]
+        )
         figures = [check.found for check in checks if check.found]
         verdict = "; ".join(check.verdict for check in checks if check.verdict)
         verdict += f" ({row['note']})" if "note" in row else ""
@@ -66,12 +77,20 @@ def claims(chips: Mapping[str, Chip], facts: Mapping[str, Figure]) -> list[Claim
     return checked
 
 
-def _evaluate(formula: str, chips: Mapping[str, Chip], facts: Mapping[str, Figure]) -> Figure | None:
+def _evaluate(
+    formula: str, chips: Mapping[str, Chip], facts: Mapping[str, Figure]
+) -> Figure | None:
     """What a formula of `claims.toml` amounts to; None where one of its figures is unknown."""
     value, confidence = 1.0, weakest("V")
     for operator, term in re.findall(r"([*/]?) ?([\w.-]+)", formula):
         table, _, name = term.partition(".")
-        operand: Any = facts[name] if table == "facts" else getattr(chips[table], name) if name else float(term)
+        operand: Any = (
+            facts[name]
+            if table == "facts"
+            else getattr(chips[table], name)
+            if name
+            else float(term)
+        )
         if operand is None:
             return None
         if isinstance(operand, Figure):

@@ -20,15 +20,18 @@ _ACROSS_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 @dataclass(frozen=True)
 class Collective:
-    """One array that is exchanged; an operation that combines several of them appears once for each.
+    """One array that is exchanged; an operation that combines several of them appears once for
+    each.
 
     Attributes:
         name: of the instruction.
         kind: one of `KINDS`.
         dtype: as HLO writes it, "f32".
-        shape: of what an all-gather leaves on each device, and of what each device puts into all others.
-        axes: of the mesh, those that it runs over and that have more than one device; None where its groups are not
-            those of any axes. Of what crosses slices, the axes that were said to.
+        shape: of what an all-gather leaves on each device, and of what each device puts into all
+            others.
+        axes: of the mesh, those that it runs over and that have more than one device; None where
+            its groups are not those of any axes. Of what crosses slices, the axes that were said
+            to.
         times: how often it runs: the product of the trip counts of the loops around it.
         conditional: whether it is in a branch that may not be taken.
         source: the operation of the traced program that it comes from.
@@ -61,16 +64,18 @@ def traffic(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...] | No
 def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """Every exchange of a compiled program, in the order of its text within each computation.
 
-    One that is started and awaited apart appears once. Branches appear as if each of them was taken.
+    One that is started and awaited apart appears once. Branches appear as if each of them was
+    taken.
 
     Args:
         program: the compiled module, or its text as `compiled.as_text()` writes it.
-        mesh_shape: size of each axis; the program's device i is the i-th of `mesh.devices.flatten()`. A program for
-            several slices is compiled for one of them: of each axis, the part within a slice.
+        mesh_shape: size of each axis; the program's device i is the i-th of
+            `mesh.devices.flatten()`. A program for several slices is compiled for one of them: of
+            each axis, the part within a slice.
 
     Raises:
-        ValueError: the text is not a whole module, has groups of an unknown form, or exchanges in a loop of unknown
-            length.
+        ValueError: the text is not a whole module, has groups of an unknown form, or exchanges in a
+            loop of unknown length.
     """
     module = parse(program) if isinstance(program, str) else program
     found: list[Collective] = []
@@ -78,7 +83,8 @@ def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Co
     for run in module.walk():
         opcode = run.instruction.opcode.removesuffix("-start")
         if opcode in KINDS:
-            # TPUs carry one out piece by piece beside other work, and write it into each fusion that does a piece.
+            # TPUs carry one out piece by piece beside other work, and write it into each fusion
+            # that does a piece.
             chain = re.search(r'chain_id="(\d+)"', run.instruction.rest)
             if not chain or chain[1] not in chains:
                 found += _exchanged(run.known_length(), opcode, mesh_shape)
@@ -87,7 +93,8 @@ def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Co
 
 
 def transfers(module: Module, axes: tuple[str, ...]) -> list[Collective]:
-    """Every exchange between slices of a program compiled for several: pairs of `send` and `recv`, each counted once.
+    """Every exchange between slices of a program compiled for several: pairs of `send` and `recv`,
+    each counted once.
 
     Args:
         module: the compiled module.
@@ -99,7 +106,9 @@ def transfers(module: Module, axes: tuple[str, ...]) -> list[Collective]:
     found: list[Collective] = []
     whole: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
     runs = [run for run in module.walk() if _ACROSS_SLICES in run.instruction.rest]
-    for run in sorted(runs, key=lambda run: run.instruction.opcode):  # what is received before what is sent
+    for run in sorted(
+        runs, key=lambda run: run.instruction.opcode
+    ):  # what is received before what is sent
         instruction = run.instruction
         if instruction.opcode not in ("send", "recv"):
             continue
@@ -108,17 +117,25 @@ def transfers(module: Module, axes: tuple[str, ...]) -> list[Collective]:
             for key in ("megascale_transfer_type", "host_transfer_rendezvous")
         )
         if not kind or not name:
-            raise ValueError(f"{instruction.name} leaves the slice in an unknown way: {instruction.rest[:200]}")
+            raise ValueError(
+                f"{instruction.name} leaves the slice in an unknown way: {instruction.rest[:200]}"
+            )
         # What is sent of a gather, and received of a scatter, is a part of the whole.
         (dtype, shape), *_ = arrays(instruction.type)
         pair = (run.computation, name[1])
-        _, whole[pair] = max((math.prod(array[1]), array) for array in {(dtype, shape), whole.get(pair, ("", ()))})
+        _, whole[pair] = max(
+            (math.prod(array[1]), array) for array in {(dtype, shape), whole.get(pair, ("", ()))}
+        )
         if instruction.opcode == "send":
             body = module.computations[run.computation]
             source = instruction.source or body[instruction.arguments[0]].source or name[1]
             written = kind[1].lower().replace("_", "-")
             times = run.known_length().times
-            found.append(Collective(instruction.name, written, *whole[pair], axes, times, run.conditional, source))
+            found.append(
+                Collective(
+                    instruction.name, written, *whole[pair], axes, times, run.conditional, source
+                )
+            )
     return found
 
 
@@ -128,14 +145,19 @@ def arrays(types: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _exchanged(run: Execution, opcode: str, mesh_shape: Mapping[str, int]) -> Iterator[Collective]:
-    instruction, attributes, types = run.instruction, run.instruction.attributes, run.instruction.type
+    instruction, attributes, types = (
+        run.instruction,
+        run.instruction.attributes,
+        run.instruction.type,
+    )
     pairs = attributes.get("source_target_pairs")
     written = pairs or attributes.get("replica_groups", "{}")
     if "device_ids" in attributes:  # replica_groups=mesh[...], device_ids=(...) {...}
         written += f", device_ids={attributes['device_ids']}"
     axes, size = _axes(written, tuple(mesh_shape.items()), whole=not pairs)
     parts = list(split(types[1:-1], ",")) if types.startswith("(") else []
-    # (what is put in, what comes out, ...), each perhaps of several arrays; of a sum on TPUs what comes out alone
+    # (what is put in, what comes out, ...), each perhaps of several arrays; of a sum on TPUs what
+    # comes out alone
     both = opcode != "all-reduce" or types.startswith("((")
     started = instruction.opcode.endswith("-start") and both
     if started:
@@ -147,19 +169,36 @@ def _exchanged(run: Execution, opcode: str, mesh_shape: Mapping[str, int]) -> It
         if opcode == "reduce-scatter" and not started:
             along = int(attributes["dimensions"].strip("{}"))
             shape = (*shape[:along], shape[along] * size, *shape[along + 1 :])
-        yield Collective(instruction.name, kind, dtype, shape, axes, run.times, run.conditional, instruction.source)
+        yield Collective(
+            instruction.name,
+            kind,
+            dtype,
+            shape,
+            axes,
+            run.times,
+            run.conditional,
+            instruction.source,
+        )
 
 
 def _groups(text: str, num_devices: int) -> np.ndarray:
-    """The devices of each group [groups, devices in each], from any of the forms in which they are written."""
+    """The devices of each group [groups, devices in each], from any of the forms in which they are
+    written.
+    """
     if iota := re.fullmatch(r"(\[[\d,]+\])<=(.*)", text):
         return _numbering(iota[2]).reshape(_integers(iota[1]))
-    if mesh := re.fullmatch(r"mesh\[([^\]]*)\](?:, device_ids=\((.*)\))? *\{((?:'[^']*',?)*)\}", text):
+    if mesh := re.fullmatch(
+        r"mesh\[([^\]]*)\](?:, device_ids=\((.*)\))? *\{((?:'[^']*',?)*)\}", text
+    ):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
-        devices = _numbering(mesh[2] or f"[{math.prod(sizes.values())}]").reshape(tuple(sizes.values()))
+        devices = _numbering(mesh[2] or f"[{math.prod(sizes.values())}]").reshape(
+            tuple(sizes.values())
+        )
         along = [list(sizes).index(name) for name in re.findall(r"'([^']*)'", mesh[3])]
         rest = [i for i in range(len(sizes)) if i not in along]
-        return devices.transpose(rest + along).reshape(math.prod(devices.shape[i] for i in rest), -1)
+        return devices.transpose(rest + along).reshape(
+            math.prod(devices.shape[i] for i in rest), -1
+        )
     if text == "{}":
         return np.arange(num_devices)[None]
     if re.fullmatch(r"\{(\{[\d, ]+\},? ?)+\}", text):
@@ -168,7 +207,9 @@ def _groups(text: str, num_devices: int) -> np.ndarray:
 
 
 def _numbering(text: str) -> np.ndarray:
-    """Devices in the order that `[2,4]T(1,0)` stands for: 0, 1, ... in an array of that shape, transposed."""
+    """Devices in the order that `[2,4]T(1,0)` stands for: 0, 1, ... in an array of that shape,
+    transposed.
+    """
     if not (parts := re.fullmatch(r"(\[[\d,]+\])(?:T\(([\d,]+)\))?", text)):
         raise ValueError(f"an order of devices in an unknown form: {text}")
     shape = _integers(parts[1])
@@ -180,17 +221,23 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 @cache
-def _axes(written: str, mesh: tuple[tuple[str, int], ...], *, whole: bool) -> tuple[tuple[str, ...] | None, int]:
-    """The axes along which the devices of a group differ, if they are all that there are along these, and their number.
+def _axes(
+    written: str, mesh: tuple[tuple[str, int], ...], *, whole: bool
+) -> tuple[tuple[str, ...] | None, int]:
+    """The axes along which the devices of a group differ, if they are all that there are along
+    these, and their number.
 
     Args:
         written: the groups, in any of their forms.
         mesh: axes and their sizes.
-        whole: whether groups must be whole; those of a permutation are pairs of a source and its target.
+        whole: whether groups must be whole; those of a permutation are pairs of a source and its
+            target.
     """
     sizes = dict(mesh)
     groups = _groups(written, math.prod(sizes.values()))
     places = np.unravel_index(groups, tuple(sizes.values()))
-    axes = tuple(axis for axis, place in zip(sizes, places, strict=True) if (place != place[:, :1]).any())
+    axes = tuple(
+        axis for axis, place in zip(sizes, places, strict=True) if (place != place[:, :1]).any()
+    )
     known = not whole or groups.shape[1] == math.prod(sizes[axis] for axis in axes)
     return (axes if known else None), groups.shape[1]

@@ -1,4 +1,6 @@
-"""The plan of a run: targets side by side, each with its layouts, days, cost and energy, as plain data."""
+"""The plan of a run: targets side by side, each with its layouts, days, cost and energy, as plain
+data.
+"""
 
 import dataclasses
 import math
@@ -18,20 +20,32 @@ from braeburn.plan.search import Candidate, candidates, larger_targets
 
 HOURS_PER_DAY, SECONDS_PER_HOUR = 24, 3600
 
-# What vendors say of one chip against another in training GPT-3 175B: speed, or speed for the money.
+# What vendors say of one chip against another in training GPT-3 175B: speed, or speed for the
+# money.
 CLAIMS = (
     ("Gaudi 3 trains 1.4 times as fast as H100", "gaudi3", "h100", "speed", 1.4),
     ("TPU v5p trains 2.8 times as fast as TPU v4", "v5p", "v4", "speed", 2.8),
-    ("TPU v5p trains 2.1 times as much for the money as TPU v4", "v5p", "v4", "speed per dollar", 2.1),
+    (
+        "TPU v5p trains 2.1 times as much for the money as TPU v4",
+        "v5p",
+        "v4",
+        "speed per dollar",
+        2.1,
+    ),
 )
-# (run, stage, target, layouts) -> layouts in order, each with what a compiler says of it, if it was asked.
-Ranking = Callable[[Run, str, Target, list[Candidate]], Sequence[tuple[Candidate, dict[str, Any] | None]]]
+# (run, stage, target, layouts) -> layouts in order, each with what a compiler says of it, if it was
+# asked.
+Ranking = Callable[
+    [Run, str, Target, list[Candidate]], Sequence[tuple[Candidate, dict[str, Any] | None]]
+]
 MOST_LAYOUTS = 20
 # A claim within this of the plan's own ratio is borne out.
 CLAIM_TOLERANCE = 0.15
 
 
-def _as_planned(run: Run, stage: str, target: Target, found: list[Candidate]) -> list[tuple[Candidate, None]]:
+def _as_planned(
+    run: Run, stage: str, target: Target, found: list[Candidate]
+) -> list[tuple[Candidate, None]]:
     return [(candidate, None) for candidate in found]
 
 
@@ -61,7 +75,11 @@ def _plan(
     run: Run, target: Target, failures: Mapping[str, Any], names: Sequence[str], ranked: Ranking
 ) -> dict[str, Any]:
     chip = target.facts
-    plan: dict[str, Any] = {"target": str(target), "chip": chip.title, "refused": chip.refused or None}
+    plan: dict[str, Any] = {
+        "target": str(target),
+        "chip": chip.title,
+        "refused": chip.refused or None,
+    }
     if chip.refused:
         return plan
     stages, seconds, confidences, state = {}, 0.0, [], 0.0
@@ -75,15 +93,22 @@ def _plan(
         labelling = labelling_seconds(first.run, name, first.sizes, target)
         seconds += best.step * stage.steps + labelling
         confidences.append(best.confidence)
-        state = max(state, (FLOAT + MOMENTS) * Pass(run, stage, first.sizes, run.models()[name].trained).shard)
+        state = max(
+            state,
+            (FLOAT + MOMENTS) * Pass(run, stage, first.sizes, run.models()[name].trained).shard,
+        )
         stages[name] = {
-            "layouts": [describe(candidate, name) | {"compiled": said} for candidate, said in layouts[:MOST_LAYOUTS]],
+            "layouts": [
+                describe(candidate, name) | {"compiled": said}
+                for candidate, said in layouts[:MOST_LAYOUTS]
+            ],
             "own": _own(run, name, target),
             "days": _days(best.step * stage.steps, best.confidence),
             "labelling_days": _days(labelling, best.confidence) if labelling else None,
             "tokens": stage.steps * stage.batch_tokens,
             "steps": stage.steps,
-            "idle_chips": target.chips - math.prod(first.sizes.sizes.values()) // chip.devices_per_chip,
+            "idle_chips": target.chips
+            - math.prod(first.sizes.sizes.values()) // chip.devices_per_chip,
         }
     expected = goodput(target.chips, seconds, state, **failures)
     hours = expected.wall_seconds / SECONDS_PER_HOUR
@@ -119,22 +144,33 @@ def why_nothing_fits(run: Run, name: str, target: Target, found: Sequence[Candid
     batch = run.stages[name].batch_size
     if not found:
         return (
-            f"no mesh of {target.chips} chips divides the model and the {batch} sequences of a batch of stage "
+            f"no mesh of {target.chips} chips divides the model and the {batch} sequences of a "
+            f"batch of stage "
             f"{name!r}; take another number of chips, or set stages.{name}.batch_tokens"
         )
     nearest = found[0].estimate
     enough = next(larger_targets(run, name, target), None)
-    needs = f"stage {name!r} needs {nearest.total_gib:.1f} GiB on each chip and {nearest.usable_gib:.1f} are there"
+    needs = (
+        f"stage {name!r} needs {nearest.total_gib:.1f} GiB on each chip and "
+        f"{nearest.usable_gib:.1f} are there"
+    )
     if enough is None:
         return (
-            f"{needs}; no number of {target.chip} chips that divides its batch has room: lower the batch or the model"
+            f"{needs}; no number of {target.chip} chips that divides its batch has room: "
+            f"lower the batch or the model"
         )
-    return f"{needs}; {enough[0]} has room ({describe_layout(enough[1], name)}, {enough[1].estimate.total_gib:.1f} GiB)"
+    return (
+        f"{needs}; {enough[0]} has room ({describe_layout(enough[1], name)}, "
+        f"{enough[1].estimate.total_gib:.1f} GiB)"
+    )
 
 
 def describe_layout(candidate: Candidate, name: str) -> str:
     """A layout in a few words: its mesh, and what is kept for the backward pass."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in candidate.sizes.sizes.items() if size > 1) or "one chip"
+    mesh = (
+        " x ".join(f"{axis} {size}" for axis, size in candidate.sizes.sizes.items() if size > 1)
+        or "one chip"
+    )
     return f"{mesh}, remat {_remat(candidate.run, name)}"
 
 
@@ -161,7 +197,13 @@ def describe(candidate: Candidate, name: str) -> dict[str, Any]:
 def describe_estimate(found: Estimate) -> dict[str, Any]:
     """What is predicted of a step, as plain data."""
     collectives = [
-        {"axis": exchange.axis, "kind": exchange.kind, "link": link, "bytes": round(exchange.bytes), "seconds": seconds}
+        {
+            "axis": exchange.axis,
+            "kind": exchange.kind,
+            "link": link,
+            "bytes": round(exchange.bytes),
+            "seconds": seconds,
+        }
         for exchange, link, seconds in found.exchanges
     ]
     return {
@@ -187,16 +229,24 @@ def _figure(value: float, confidence: str) -> dict[str, Any]:
     return {"value": value, "confidence": confidence}
 
 
-def _claims(runs: Sequence[tuple[Run, Target]], chips: Mapping[str, Chip], stage: str) -> list[dict[str, Any]]:
-    """What vendors claim of the chips that are compared, beside the plan's own ratio on the same number of chips."""
+def _claims(
+    runs: Sequence[tuple[Run, Target]], chips: Mapping[str, Chip], stage: str
+) -> list[dict[str, Any]]:
+    """What vendors claim of the chips that are compared, beside the plan's own ratio on the same
+    number of chips.
+    """
     first = {target.chip: (run, target) for run, target in reversed(runs)}
 
     @cache
     def speed(chip: str, like: str) -> float | None:
-        """Tokens per second of a chip, as many as there are of another; None where no layout of them fits."""
+        """Tokens per second of a chip, as many as there are of another; None where no layout of
+        them fits.
+        """
         run, target = first[like]
         try:
-            best = candidates(run, stage, dataclasses.replace(target, chip=chip, facts=chips[chip]))[:1]
+            best = candidates(
+                run, stage, dataclasses.replace(target, chip=chip, facts=chips[chip])
+            )[:1]
         except UserError:  # there is no slice of so many
             return None
         return best[0].estimate.tokens_per_second if best and best[0].estimate.fits else None

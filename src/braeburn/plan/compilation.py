@@ -1,4 +1,7 @@
-"""The process that compiles for hardware that is not there: started, watched, and its answer taken. Without JAX."""
+"""The process that compiles for hardware that is not there: started, watched, and its answer taken.
+
+Without JAX.
+"""
 
 import json
 import os
@@ -17,7 +20,8 @@ from braeburn.extras import how_to_install
 from braeburn.parallel.target import Target
 from braeburn.train.environment import gpu_environment
 
-# What libtpu needs to believe where there is no TPU, and to share the machine with others of its kind.
+# What libtpu needs to believe where there is no TPU, and to share the machine with others of its
+# kind.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -41,17 +45,19 @@ def check_compiler(target: Target) -> None:
         )
     if chip.devices_per_chip > 1:
         raise UserError(
-            f"--on {str(target)!r}: each {chip.title} is {chip.devices_per_chip} devices to its compiler, which links "
+            f"--on {str(target)!r}: each {chip.title} is {chip.devices_per_chip} devices to its "
+            f"compiler, which links "
             f"and times do not account for yet; see what `braeburn plan` says of it"
         )
     if platform.machine() != "x86_64" or sys.platform != "linux":
         raise UserError(
-            f"--on {str(target)!r}: its compiler is for Linux on x86-64 alone; run `braeburn compile` there"
+            f"--on {str(target)!r}: its compiler is for Linux on x86-64 alone; run `braeburn "
+            f"compile` there"
         )
     if chip.family == "nvidia" and sys.version_info < (3, 12):
         raise UserError(
-            f"--on {str(target)!r}: compiling for {chip.title} needs Python 3.12 or later, with JAX 0.12; "
-            f"this is Python {platform.python_version()}"
+            f"--on {str(target)!r}: compiling for {chip.title} needs Python 3.12 or later, with "
+            f"JAX 0.12; this is Python {platform.python_version()}"
         )
     try:
         found = find_spec(COMPILERS[chip.family])
@@ -59,11 +65,14 @@ def check_compiler(target: Target) -> None:
         found = None
     if not found:
         raise UserError(
-            f"--on {str(target)!r}: the compiler for {chip.title} is not installed; {how_to_install('compile')}"
+            f"--on {str(target)!r}: the compiler for {chip.title} is not installed; "
+            f"{how_to_install('compile')}"
         )
 
 
-def compile_in_child(run: Run, stage: str, target: Target, chips: Path | None, memory_gb: float) -> dict[str, Any]:
+def compile_in_child(
+    run: Run, stage: str, target: Target, chips: Path | None, memory_gb: float
+) -> dict[str, Any]:
     """The answer of `compiler.compile_request` for a stage of a run on a target.
 
     Args:
@@ -74,11 +83,13 @@ def compile_in_child(run: Run, stage: str, target: Target, chips: Path | None, m
         memory_gb: what the compiler may take of this machine's memory.
 
     Raises:
-        UserError: there is no compiler for the chip or it is not installed, the mesh does not fit, or the compiler
-            failed.
+        UserError: there is no compiler for the chip or it is not installed, the mesh does not fit,
+            or the compiler failed.
     """
     check_compiler(target)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "braeburn" / "compile"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "braeburn" / "compile"
+    )
     cache.mkdir(parents=True, exist_ok=True)
     places = {"chips": str(chips.resolve()) if chips else None, "cache": str(cache)}
     request = {"run": run.model_dump(mode="json"), "stage": stage, "target": str(target), **places}
@@ -86,7 +97,9 @@ def compile_in_child(run: Run, stage: str, target: Target, chips: Path | None, m
     return _ask([sys.executable, "-m", "braeburn.plan.compiler"], request, log, memory_gb)
 
 
-def _ask(command: list[str], request: dict[str, Any], log: Path, memory_gb: float) -> dict[str, Any]:
+def _ask(
+    command: list[str], request: dict[str, Any], log: Path, memory_gb: float
+) -> dict[str, Any]:
     """What a child process answers to a request, its other output being kept in a log."""
     with log.open("w", encoding="utf-8") as stderr:
         child = subprocess.Popen(
@@ -116,12 +129,14 @@ def _ask(command: list[str], request: dict[str, Any], log: Path, memory_gb: floa
     said = child.stdout.read().strip().splitlines()
     if child.returncode or not said:
         words = [
-            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+            line.strip()
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
         ]
         last = re.sub(r"\s+", " ", words[-1])[:300] if words else "it said nothing"
         raise UserError(
-            f"the compiler ended with code {child.returncode} ({last}); its output is in {str(log)!r}; "
-            f"for versions that are known to work, {how_to_install('compile')}"
+            f"the compiler ended with code {child.returncode} ({last}); its output is in "
+            f"{str(log)!r}; for versions that are known to work, {how_to_install('compile')}"
         )
     answer = json.loads(said[-1])
     if "error" in answer:

@@ -1,4 +1,6 @@
-"""A train step compiled by the real compiler of hardware that is not there, and what its program tells."""
+"""A train step compiled by the real compiler of hardware that is not there, and what its program
+tells.
+"""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +32,9 @@ MOST_CHANGES = 3
 
 @dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind along the same axes: bytes on each chip in a step, and seconds on their link."""
+    """All collectives of one kind along the same axes: bytes on each chip in a step, and seconds on
+    their link.
+    """
 
     kind: str
     axes: tuple[str, ...] | None
@@ -81,7 +85,9 @@ class Compilation:
         module = parse(Path(self.answer["program"]).read_text(encoding="utf-8"))
         found = sum(len(body) for body in module.computations.values())
         if found != self.answer["instructions"]:
-            raise ValueError(f"the program has {self.answer['instructions']} instructions, and its text {found}")
+            raise ValueError(
+                f"the program has {self.answer['instructions']} instructions, and its text {found}"
+            )
         return module
 
     @cached_property
@@ -91,7 +97,9 @@ class Compilation:
 
     @cached_property
     def flop_bound(self) -> float:
-        """Seconds of computing below which the peak does not allow: the models' products, attention causal."""
+        """Seconds of computing below which the peak does not allow: the models' products, attention
+        causal.
+        """
         stage = self.run.stages[self.stage]
 
         def least(model: Model) -> int:
@@ -100,7 +108,9 @@ class Compilation:
 
         teacher = live_teacher(self.run, self.stage)
         # A teacher runs forward alone, a third of training.
-        flops = least(self.run.models()[self.stage].trained) + (least(teacher) / 3 if teacher else 0)
+        flops = least(self.run.models()[self.stage].trained) + (
+            least(teacher) / 3 if teacher else 0
+        )
         peak = self.target.facts.peak_flops
         assert peak
         return flops * stage.batch_tokens / (self.target.devices * peak)
@@ -108,22 +118,33 @@ class Compilation:
     @cached_property
     def _across(self) -> tuple[Mesh, tuple[int, ...]]:
         """The mesh, resolved, and how many slices each of its axes crosses."""
-        mesh = (self.run.stages[self.stage].mesh or self.run.mesh).model_copy(update=self.answer["mesh"])
-        return mesh, across_slices(mesh, self.target.slices if self.target.facts.family == "tpu" else 1)
+        mesh = (self.run.stages[self.stage].mesh or self.run.mesh).model_copy(
+            update=self.answer["mesh"]
+        )
+        return mesh, across_slices(
+            mesh, self.target.slices if self.target.facts.family == "tpu" else 1
+        )
 
     @cached_property
     def transfers(self) -> list[Collective]:
         """What leaves a slice of TPUs."""
         mesh, across = self._across
-        return transfers(self.module, tuple(axis for axis, n in zip(mesh.sizes, across, strict=True) if n > 1))
+        return transfers(
+            self.module, tuple(axis for axis, n in zip(mesh.sizes, across, strict=True) if n > 1)
+        )
 
     @cached_property
     def offenders(self) -> list[Collective]:
         """Of what leaves a slice, all that is not the sum of gradients."""
         allowed = self.answer["padded_gradient_bytes"] + SLACK
-        sums = [t for t in self.transfers if t.kind == "all-reduce" and not t.source.endswith("all_gather")]
+        sums = [
+            t
+            for t in self.transfers
+            if t.kind == "all-reduce" and not t.source.endswith("all_gather")
+        ]
         if sum(t.bytes * t.times for t in sums) > allowed:
-            # There are not so many gradients: gathers written as sums with zeros. Only the backward pass has gradients.
+            # There are not so many gradients: gathers written as sums with zeros. Only the backward
+            # pass has gradients.
             sums = [t for t in sums if "transpose(" in t.source]
             if sum(t.bytes * t.times for t in sums) > allowed:
                 sums = []
@@ -131,14 +152,22 @@ class Compilation:
 
     @cached_property
     def traffic(self) -> list[Traffic]:
-        """Every collective, within slices and across them, by kind and axes, what moves most first."""
+        """Every collective by kind and axes, within slices and across, what moves most first."""
         mesh, across = self._across
-        within = {axis: size // part for (axis, size), part in zip(mesh.sizes.items(), across, strict=True)}
+        within = {
+            axis: size // part
+            for (axis, size), part in zip(mesh.sizes.items(), across, strict=True)
+        }
         slices, each = math.prod(across), self.target.chips_per_slice
-        inside = Links(replace(self.target, slices=self.target.slices // slices), mesh.model_copy(update=within))
+        inside = Links(
+            replace(self.target, slices=self.target.slices // slices),
+            mesh.model_copy(update=within),
+        )
         rows = _rows(collectives(self.module, within), inside, None)
         if self.transfers:
-            rows += _rows(self.transfers, Links(self.target, Mesh(replica=slices, fsdp=each)), ("replica",))
+            rows += _rows(
+                self.transfers, Links(self.target, Mesh(replica=slices, fsdp=each)), ("replica",)
+            )
         return sorted(rows, key=lambda row: -row.bytes)
 
     def summary(self) -> dict[str, Any]:
@@ -151,24 +180,40 @@ class Compilation:
             "stage": self.stage,
             "mesh": answer["mesh"],
             "fits": self.fits,
-            "memory_gib": {**answer.get("memory", {}), "required": self.required_gib, "usable": self.usable_gib},
+            "memory_gib": {
+                **answer.get("memory", {}),
+                "required": self.required_gib,
+                "usable": self.usable_gib,
+            },
             "plan": {
                 "memory_gib": plan.total_gib,
                 "compute_seconds": plan.compute,
                 "step_seconds": plan.step,
                 "overlapped": plan.overlapped,
                 "serial": plan.serial,
-                "bytes": {axis: sum(e.bytes for e, *_ in plan.exchanges if e.axis == axis) for axis in axes},
+                "bytes": {
+                    axis: sum(e.bytes for e, *_ in plan.exchanges if e.axis == axis)
+                    for axis in axes
+                },
             },
             "compiler": {key: answer[key] for key in EFFORT},
         }
         if "memory" not in answer:
             return known
         crossing = [
-            {"kind": t.kind, "bytes": t.bytes * t.times, "source": t.source, "offends": t in self.offenders}
+            {
+                "kind": t.kind,
+                "bytes": t.bytes * t.times,
+                "source": t.source,
+                "offends": t in self.offenders,
+            }
             for t in self.transfers
         ]
-        slices = {"holds": not self.offenders, "gradient_bytes": answer["gradient_bytes"], "transfers": crossing}
+        slices = {
+            "holds": not self.offenders,
+            "gradient_bytes": answer["gradient_bytes"],
+            "transfers": crossing,
+        }
         return {
             **known,
             "compute_seconds": self.computing.seconds,
@@ -176,7 +221,9 @@ class Compilation:
             "kernels": [asdict(kernel) for kernel in self.computing.kernels],
             "untimed": self.computing.untimed,
             "collectives": [asdict(row) for row in self.traffic],
-            "bytes": {axis: sum(row.bytes for row in self.traffic if row.axes == (axis,)) for axis in axes},
+            "bytes": {
+                axis: sum(row.bytes for row in self.traffic if row.axes == (axis,)) for axis in axes
+            },
             "slices": slices if crossing else None,
             "overlapped": self.interval[0],
             "serial": self.interval[1],
@@ -185,8 +232,13 @@ class Compilation:
 
     @property
     def interval(self) -> tuple[float, float | None]:
-        """Seconds of a step with all exchange beside computing, and with none: None if a link's speed is unknown."""
-        compute, exchanging = self.computing.seconds, sum(row.seconds or 0.0 for row in self.traffic)
+        """Seconds of a step with all exchange beside computing, and with none: None if a link's
+        speed is unknown.
+        """
+        compute, exchanging = (
+            self.computing.seconds,
+            sum(row.seconds or 0.0 for row in self.traffic),
+        )
         unknown = any(row.seconds is None for row in self.traffic)
         return max(compute, exchanging), None if unknown else compute + exchanging
 
@@ -200,7 +252,11 @@ def _rows(found: list[Collective], links: Links, axes: tuple[str, ...] | None) -
     for (kind, named), members in groups.items():
         on = axes or named
         each = [(c.times, links.seconds(kind, c.bytes, on) if on else None) for c in members]
-        seconds = None if any(once is None for _, once in each) else sum(n * (once or 0.0) for n, once in each)
+        seconds = (
+            None
+            if any(once is None for _, once in each)
+            else sum(n * (once or 0.0) for n, once in each)
+        )
         calls, moved = sum(c.times for c in members), sum(c.bytes * c.times for c in members)
         rows.append(Traffic(kind, named, links.name(on) if on else "?", calls, moved, seconds))
     return rows
@@ -209,11 +265,13 @@ def _rows(found: list[Collective], links: Links, axes: tuple[str, ...] | None) -
 def changes_that_fit(
     compilation: Compilation, *, verify: bool, chips: Path | None = None, memory_gb: float = 5.0
 ) -> list[dict[str, Any]]:
-    """The fastest layouts of a stage that fit by the plan, on more chips where none does on the target's, as JSON.
+    """The fastest layouts of a stage that fit by the plan, on more chips where none does on the
+    target's, as JSON.
 
     Args:
         compilation: of a step that does not fit.
-        verify: whether to compile them, the best first, until one is known to fit; "verified" is None of the others.
+        verify: whether to compile them, the best first, until one is known to fit; "verified" is
+            None of the others.
         chips: a catalogue of the user's.
         memory_gb: as of `compile_step`.
     """
@@ -224,8 +282,16 @@ def changes_that_fit(
         done = not verify or any(change["verified"] for change in changes)
         if done and changes and not fits:
             break  # one number of chips that is enough will do
-        facts = {"target": str(where), "assignments": found.assignments, "total_gib": found.estimate.total_gib}
-        changed = None if done else compile_step(override(run, found.assignments), stage, where, chips, memory_gb)
+        facts = {
+            "target": str(where),
+            "assignments": found.assignments,
+            "total_gib": found.estimate.total_gib,
+        }
+        changed = (
+            None
+            if done
+            else compile_step(override(run, found.assignments), stage, where, chips, memory_gb)
+        )
         changes.append({**facts, "verified": changed and changed.fits})
     return changes
 
@@ -233,14 +299,20 @@ def changes_that_fit(
 def compile_step(
     run: Run, stage: str, target: Target, chips: Path | None = None, memory_gb: float = 5.0
 ) -> Compilation:
-    """A stage's train step compiled for a target, now or before; arguments and errors are `compile_in_child`'s."""
+    """A stage's train step compiled for a target, now or before; arguments and errors are
+    `compile_in_child`'s.
+    """
     return Compilation(run, stage, target, compile_in_child(run, stage, target, chips, memory_gb))
 
 
 def ranked_by_compiling(most: int, chips: Path | None = None) -> Ranking:
-    """An order of layouts for `plan.compare`: the best `most` compiled, then those that fit by their serial seconds."""
+    """An order of layouts for `plan.compare`: the best `most` compiled, then those that fit by
+    their serial seconds.
+    """
 
-    def rank(run: Run, stage: str, target: Target, found: list[Candidate]) -> list[tuple[Candidate, Any]]:
+    def rank(
+        run: Run, stage: str, target: Target, found: list[Candidate]
+    ) -> list[tuple[Candidate, Any]]:
         said = []
         for candidate in found[:most]:
             try:
@@ -251,7 +323,11 @@ def ranked_by_compiling(most: int, chips: Path | None = None) -> Ranking:
             facts: dict[str, Any] = {"fits": compiled.fits, "required_gib": compiled.required_gib}
             overlapped, serial = compiled.interval if compiled.fits else (math.inf, None)
             if compiled.fits:
-                facts |= {"overlapped": overlapped, "serial": serial, "compute_seconds": compiled.computing.seconds}
+                facts |= {
+                    "overlapped": overlapped,
+                    "serial": serial,
+                    "compute_seconds": compiled.computing.seconds,
+                }
             said.append((serial or overlapped, candidate, facts))
         said.sort(key=lambda entry: entry[0])
         fit = [(candidate, facts) for _, candidate, facts in said if facts["fits"]]

@@ -1,7 +1,7 @@
 """The child process of `braeburn compile`: one train step, compiled for devices that are not there.
 
-`python -m braeburn.plan.compiler` reads a request, a JSON object, from standard input and writes the answer as the last
-line of standard output.
+`python -m braeburn.plan.compiler` reads a request, a JSON object, from standard input and writes
+the answer as the last line of standard output.
 """
 
 import hashlib
@@ -46,7 +46,9 @@ def topology(target: Target) -> TopologyDescription:
         if target.facts.dimensions == 3 or target.chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1) if target.chips == 1 else (2, 2, 1)
         if target.chip == "v4":
-            options["chip_config_name"] = "megacore"  # two cores as one device, as v5p has it by itself
+            options["chip_config_name"] = (
+                "megacore"  # two cores as one device, as v5p has it by itself
+            )
         return get_topology_desc(f"{target.chip}:{target.topology}", "tpu", **options)
     nodes = target.slices * target.nodes_per_slice
     shape = f"1x{nodes}x{target.chips_per_node}"
@@ -62,24 +64,37 @@ def _description(target: Target) -> str:
     for found in re.finditer(rb"(?<=\0)[^\0]*gpu_device_info \{[^\0]*", library.read_bytes()):
         if name := re.search(r'device_description_str: "([^"]*)"', text := found[0].decode()):
             known[name[1]] = text
-    # Of several forms the one on a board of its own and with the most memory, as the catalogue has it.
+    # Of several forms the one on a board of its own and with the most memory, as the catalogue has
+    # it.
     words = {name: {*name.upper().replace("-", " ").split()} for name in known}
-    fits = [name for name in known if target.chip.upper() in words[name] and not {"MIG", "PCIE"} & words[name]]
+    fits = [
+        name
+        for name in known
+        if target.chip.upper() in words[name] and not {"MIG", "PCIE"} & words[name]
+    ]
     if not fits:
         described = ", ".join(known) or "no GPU, as that of JAX 0.12 does"
-        raise UserError(f"--on {str(target)!r}: the CUDA plug-in describes {described}; choose one, or update JAX")
-    return max((known[name] for name in fits), key=lambda text: int(re.findall(r"device_memory_size: (\d+)", text)[0]))
+        raise UserError(
+            f"--on {str(target)!r}: the CUDA plug-in describes {described}; choose one, or update "
+            f"JAX"
+        )
+    return max(
+        (known[name] for name in fits),
+        key=lambda text: int(re.findall(r"device_memory_size: (\d+)", text)[0]),
+    )
 
 
 def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     """Compiles, or finds in the cache, the train step that a request is for.
 
     Args:
-        request: "run", "stage", "target", "chips" (a catalogue of the user's, or None) and "cache" (a folder).
+        request: "run", "stage", "target", "chips" (a catalogue of the user's, or None) and "cache"
+            (a folder).
 
     Returns:
-        "program", the path of the HLO text, with the compiler's "memory" in GiB; or "required_gib" and "available_gib"
-        where it does not fit. With both what is known of the layout, and what compiling took.
+        "program", the path of the HLO text, with the compiler's "memory" in GiB; or "required_gib"
+        and "available_gib" where it does not fit. With both what is known of the layout, and what
+        compiling took.
 
     Raises:
         UserError: the mesh does not fit the target or the stage, or there is no such topology.
@@ -106,12 +121,16 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     answer, cached = cache / f"{fingerprint}.json", True
     if not answer.exists():
         cached = False
-        write_atomically(answer, json.dumps(_compiled(lowered, flags, cache / f"{fingerprint}.hlo")))
+        write_atomically(
+            answer, json.dumps(_compiled(lowered, flags, cache / f"{fingerprint}.hlo"))
+        )
     return {**facts, **json.loads(answer.read_text()), "fingerprint": fingerprint, "cached": cached}
 
 
 def _gradient_bytes(layout: Layout, lanes: int) -> int:
-    """float32 gradients of the parameters that a device holds, those of a vector a row padded to whole tiles."""
+    """float32 gradients of the parameters that a device holds, those of a vector a row padded to
+    whole tiles.
+    """
     places = zip(jax.tree.leaves(layout.specs), jax.tree.leaves(layout.parameters()), strict=True)
     shapes = [place.shard_shape(spec.shape) for spec, place in places]
     padded = [(*s[:-1], -(-s[-1] // lanes) * lanes) if len(s) <= 2 else s for s in shapes]
@@ -126,7 +145,9 @@ def _compiled(lowered: Any, flags: dict[str, Any], program: Path) -> dict[str, A
         sizes = re.findall(r"\b([\d.]+)([KMGT])\b", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
-        required, available = (float(size) * 1024.0 ** ("KMGT".index(unit) - 2) for size, unit in sizes[:2])
+        required, available = (
+            float(size) * 1024.0 ** ("KMGT".index(unit) - 2) for size, unit in sizes[:2]
+        )
         return {"required_gib": required, "available_gib": available, **_effort(began, spent)}
     memory, text = compiled.memory_analysis(), compiled.as_text()
     parts = {
@@ -137,8 +158,11 @@ def _compiled(lowered: Any, flags: dict[str, Any], program: Path) -> dict[str, A
         "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
     }
     (module,) = compiled.runtime_executable().hlo_modules()
-    # All but those of computations that the text has in the short form of an asynchronous instruction.
-    counts = [len(part.instructions()) for part in module.computations() if f"%{part.name} (" in text]
+    # All but those of computations that the text has in the short form of an asynchronous
+    # instruction.
+    counts = [
+        len(part.instructions()) for part in module.computations() if f"%{part.name} (" in text
+    ]
     write_atomically(program, text)
     return {
         "program": str(program),
@@ -150,7 +174,11 @@ def _compiled(lowered: Any, flags: dict[str, Any], program: Path) -> dict[str, A
 
 def _effort(began: float, spent: float) -> dict[str, float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - spent, "resident_gib": peak}
+    return {
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - spent,
+        "resident_gib": peak,
+    }
 
 
 def _end_with(parent: int) -> None:

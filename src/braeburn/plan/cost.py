@@ -1,4 +1,6 @@
-"""What a step of a stage takes on a target, in memory and time, by arithmetic: nothing is compiled or measured."""
+"""What a step of a stage takes on a target, in memory and time, by arithmetic: nothing is compiled
+or measured.
+"""
 
 import math
 from collections.abc import Iterator
@@ -30,12 +32,16 @@ class Efficiency:
 
     Attributes:
         matrix: fraction of the dense peak in matrix products.
-        attention: fraction of the peak in a fused attention kernel, of the products that causality leaves.
-        memory: fraction of the memory's bandwidth in element-wise work, of the fewest bytes that it could move.
-        weights_hidden: fraction of the exchange of weights and gradients that goes on beside computing.
+        attention: fraction of the peak in a fused attention kernel, of the products that causality
+            leaves.
+        memory: fraction of the memory's bandwidth in element-wise work, of the fewest bytes that it
+            could move.
+        weights_hidden: fraction of the exchange of weights and gradients that goes on beside
+            computing.
         tokens_hidden: that of the exchange of hidden states, which computing waits for.
         tile: queries and keys that the attention kernel takes at once.
-        backward: products of queries and keys that it forms in its backward pass; forward there are two.
+        backward: products of queries and keys that it forms in its backward pass; forward there are
+            two.
     """
 
     matrix: float
@@ -47,10 +53,11 @@ class Efficiency:
     backward: int
 
 
-# TPU: by the cycles of compiled steps matrix products reach 96% of the peak, less 5-10% on hardware, Splash attention
-# 55%, and element-wise work takes twice the time of its fewest bytes. NVIDIA: dense bf16 products reach 650-750 of the
-# H100's 989 TFLOP/s at its power limit, and cuDNN's attention, forward and backward, half of the peak. AMD: a quarter
-# less. Others: as AMD, for want of anything published. docs/plan.md sets them against published step times.
+# TPU: by the cycles of compiled steps matrix products reach 96% of the peak, less 5-10% on
+# hardware, Splash attention 55%, and element-wise work takes twice the time of its fewest bytes.
+# NVIDIA: dense bf16 products reach 650-750 of the H100's 989 TFLOP/s at its power limit, and
+# cuDNN's attention, forward and backward, half of the peak. AMD: a quarter less. Others: as AMD,
+# for want of anything published. docs/plan.md sets them against published step times.
 EFFICIENCY = {
     "tpu": Efficiency(0.88, 0.55, 0.5, 0.6, 0.2, 512, 7),
     "nvidia": Efficiency(0.72, 0.5, 0.5, 0.6, 0.2, 128, 5),
@@ -62,7 +69,8 @@ HOST_GB_PER_S = 12.0
 
 # Bytes of optimizer state, and bytes that an update reads and writes, for each parameter.
 MOMENTS, UPDATE = 2 * FLOAT, 10 * FLOAT
-# And to mask or round one: it is read and written, then its gradient, for which it is read once more.
+# And to mask or round one: it is read and written, then its gradient, for which it is read once
+# more.
 REMADE = 5 * FLOAT
 
 
@@ -131,9 +139,10 @@ class Work(Pass):
     """What one device does in a step of a stage, in FLOPs and bytes.
 
     Attributes:
-        teacher: a model that runs forward on each batch; None where there is none, or what it says is stored.
-        remade: parameters that are masked or rounded before they are used, those of `int2` twice: what its factors'
-            gradient needs is kept too.
+        teacher: a model that runs forward on each batch; None where there is none, or what it says
+            is stored.
+        remade: parameters that are masked or rounded before they are used, those of `int2` twice:
+            what its factors' gradient needs is kept too.
     """
 
     teacher: Model | None = None
@@ -158,48 +167,75 @@ class Work(Pass):
     def saved(self) -> set[str]:
         """Activations kept for the backward pass, by their names."""
         remat = self.remat
-        names = ("query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up", "ffn_output")
+        names = (
+            "query",
+            "key",
+            "value",
+            "attention",
+            "attention_output",
+            "ffn_gate",
+            "ffn_up",
+            "ffn_output",
+        )
         return set({"none": names, "full": (), "save_named": remat.names}[remat.policy])
 
     @cached_property
     def matrix_flops(self) -> float:
-        """Of all matrix products but attention's: forward, twice that backward, and what is worked out again."""
+        """Of all matrix products but attention's: forward, twice that backward, and what is worked
+        out again.
+        """
         model, products, again = self.model, self.products, 0
         if self.remat.policy != "none":
-            # The norm of queries and keys needs what it normalised, which is not kept. Nothing needs the last product.
+            # The norm of queries and keys needs what it normalised, which is not kept. Nothing
+            # needs the last product.
             normalised = {"query", "key"} if model.qk_norm else set()
             needed = products.keys() - {"ffn_output"} - (self.saved - normalised)
             again = sum(products[name] for name in needed)
         layers = self.tokens * self.parts * (3 * sum(products.values()) + again)
-        # Where the head is gathered in blocks, logits are formed once for log Z and again for the gradient.
+        # Where the head is gathered in blocks, logits are formed once for log Z and again for the
+        # gradient.
         passes = 4 if self.mesh.fsdp > 1 else 3
-        head = self.tokens * self.stage.accumulation_steps * passes * 2 * model.d_model * model.vocab_size
+        head = (
+            self.tokens
+            * self.stage.accumulation_steps
+            * passes
+            * 2
+            * model.d_model
+            * model.vocab_size
+        )
         return (layers + head) / self.mesh.tensor
 
     def attention_flops(self, tile: int, backward: int) -> float:
-        """Of attention's products, two forward and so many backward, over the tiles that causality leaves."""
+        """Of attention's products, two forward and so many backward, over the tiles that causality
+        leaves.
+        """
         passes = backward + (2 if "attention" in self.saved else 4)
         once = self.model.num_heads * self.model.head_dim * (self.stage.sequence_length + tile)
         return self.tokens * self.parts * passes * once / self.mesh.tensor
 
     @cached_property
     def memory_bytes(self) -> float:
-        """Read and written by element-wise work: norms, rotations, activation, residuals, logits and the update."""
+        """Read and written by element-wise work: norms, rotations, activation, residuals, logits
+        and the update.
+        """
         again = 0 if self.remat.policy == "none" else 1
         layers = self.width * self.tokens * self.parts * self.element_wise * (3 + again)
         logits = 4 * FLOAT * self.tokens * self.stage.accumulation_steps * self.model.vocab_size
         summed = 3 * FLOAT * self.shard * self.stage.accumulation_steps
         # What is kept is copied into the arrays of all layers, and out of them.
-        copied = 4 * (self._kept_bytes(self.saved) + self._passed_on) * self.stage.accumulation_steps
+        copied = (
+            4 * (self._kept_bytes(self.saved) + self._passed_on) * self.stage.accumulation_steps
+        )
         updated = self.shard * UPDATE + self.remade_shard * REMADE
         return (layers + logits) / self.mesh.tensor + updated + summed + copied + self._repacked
 
     @cached_property
     def _repacked(self) -> float:
-        """Moved to put gathered weights in order whose shards are padded, having no multiple of 8 columns.
+        """Moved to put gathered weights in order whose shards are padded, having no multiple of 8
+        columns.
 
-        TPUs pad them to 128: for shards of 3 columns the compiler gives 22 times the cycles of a copy of the weights,
-        in the forward pass.
+        TPUs pad them to 128: for shards of 3 columns the compiler gives 22 times the cycles of a
+        copy of the weights, in the forward pass.
         """
         width = self.model.d_model // self.mesh.fsdp
         if self.mesh.fsdp == 1 or width % 8 == 0:
@@ -214,8 +250,8 @@ class Work(Pass):
     def _passed_on(self) -> float:
         """Kept besides what has a name: a layer's input.
 
-        Where nothing is worked out again, also what norms, rotations and SwiGLU leave, most of it in float32: as much
-        as two compiled steps keep.
+        Where nothing is worked out again, also what norms, rotations and SwiGLU leave, most of it
+        in float32: as much as two compiled steps keep.
         """
         model, values = self.model, self.model.d_model
         if self.remat.policy == "none":
@@ -235,11 +271,13 @@ class Work(Pass):
         model, mesh = self.model, self.mesh
         kept = self._kept_bytes(self.saved - set(self.run.offload.activations))
         kept += self._passed_on
-        # In a layer's backward pass: its weights gathered twice, their gradient, and its activations with theirs.
+        # In a layer's backward pass: its weights gathered twice, their gradient, and its
+        # activations with theirs.
         weights = self.layer_parameters / mesh.tensor * (2 * self.width + FLOAT) * (mesh.fsdp > 1)
         live = 2 * sum(self.widths.values()) + model.ffn_dim
         layer = weights + self.width * self.tokens * (live / mesh.tensor + 2 * model.d_model)
-        # In the loss: the hidden states of all tensor shards' tokens with their gradient, and logits of a block.
+        # In the loss: the hidden states of all tensor shards' tokens with their gradient, and
+        # logits of a block.
         logits = FLOAT * 2**26
         loss = self.tokens * model.d_model * (2 * self.width + 2 * FLOAT) + 3 * logits
         # While the teacher works, nothing of the student's is kept yet.
@@ -262,7 +300,11 @@ class Work(Pass):
         taught = {(e.axis, e.kind): e for e in self.teaching.exchanges()} if self.teaching else {}
         for own in self._student_exchanges():
             also = taught.get((own.axis, own.kind))
-            yield replace(own, bytes=own.bytes + also.bytes, times=own.times + also.times) if also else own
+            yield (
+                replace(own, bytes=own.bytes + also.bytes, times=own.times + also.times)
+                if also
+                else own
+            )
 
     def _student_exchanges(self) -> Iterator[Exchange]:
         """Those of the model that is trained, as `tests/parallel/test_traffic.py` checks them."""
@@ -278,18 +320,31 @@ class Work(Pass):
             yield Exchange("fsdp", "all-gather", gathered, 2 * (7 * parts + 8 * steps), "weights")
             scattered = reduce * (layers * parts + head * steps)
             yield Exchange("fsdp", "reduce-scatter", scattered, 7 * parts + 8 * steps, "weights")
-            yield Exchange("fsdp", "all-to-all", 2 * hidden / mesh.tensor * steps, 2 * steps, "tokens")
+            yield Exchange(
+                "fsdp", "all-to-all", 2 * hidden / mesh.tensor * steps, 2 * steps, "tokens"
+            )
         if mesh.tensor > 1:
-            # Before attention and FFN, and after; the other way round in the backward pass, which enters them again.
+            # Before attention and FFN, and after; the other way round in the backward pass, which
+            # enters them again.
             again = 0 if self.remat.policy == "none" else 2
             leaves = 5 if again and "attention_output" not in self.saved else 4
-            yield Exchange("tensor", "all-gather", hidden * ((4 + again) * parts + steps), 6 * parts, "tokens")
-            yield Exchange("tensor", "reduce-scatter", hidden * (leaves * parts + 2 * steps), 4 * parts, "tokens")
+            yield Exchange(
+                "tensor", "all-gather", hidden * ((4 + again) * parts + steps), 6 * parts, "tokens"
+            )
+            yield Exchange(
+                "tensor",
+                "reduce-scatter",
+                hidden * (leaves * parts + 2 * steps),
+                4 * parts,
+                "tokens",
+            )
         if mesh.context > 1:
             keys = self.width * self.tokens * 2 * self.widths["key"] / mesh.tensor
             if mesh.context_attention == "ring":
                 hops = (3 + ("attention" not in self.saved)) * (mesh.context - 1) + 2
-                yield Exchange("context", "collective-permute", keys * hops * parts, hops * parts, "tokens")
+                yield Exchange(
+                    "context", "collective-permute", keys * hops * parts, hops * parts, "tokens"
+                )
             else:
                 whole = keys * mesh.context * parts
                 yield Exchange("context", "all-gather", 2 * whole, 2 * parts, "tokens")
@@ -297,12 +352,17 @@ class Work(Pass):
         summed = FLOAT * self.shard
         for axis in ("context", "data", "replica"):
             if mesh.sizes[axis] > 1:
-                yield Exchange(axis, "all-reduce", summed, 10, "weights")  # arrays of all layers each
-                summed /= mesh.sizes[axis]  # the sum over several axes is scattered along the first for the next
+                yield Exchange(
+                    axis, "all-reduce", summed, 10, "weights"
+                )  # arrays of all layers each
+                summed /= mesh.sizes[
+                    axis
+                ]  # the sum over several axes is scattered along the first for the next
 
 
 def live_teacher(run: Run, name: str) -> Model | None:
-    """The model of the teacher whose weights a stage needs at hand; None where it has none, or what it says is kept.
+    """The model of the teacher whose weights a stage needs at hand; None where it has none, or what
+    it says is kept.
 
     Raises:
         UserError: the teacher is no stage, and no model with a checkpoint either.
@@ -328,7 +388,14 @@ def work_of(run: Run, name: str, mesh: Mesh) -> Work:
     Raises:
         UserError: the stage's teacher is not there.
     """
-    return Work(run, run.stages[name], mesh, run.models()[name].trained, live_teacher(run, name), _remade(run, name))
+    return Work(
+        run,
+        run.stages[name],
+        mesh,
+        run.models()[name].trained,
+        live_teacher(run, name),
+        _remade(run, name),
+    )
 
 
 def _remade(run: Run, name: str) -> int:
@@ -346,12 +413,19 @@ def divided_work(run: Run, name: str, target: Target) -> Work:
     """The work of a stage over its own mesh.
 
     Raises:
-        UserError: the mesh does not fit the target, or divide the stage or its teacher; or that is not there.
+        UserError: the mesh does not fit the target, or divide the stage or its teacher; or that is
+            not there.
     """
     work = work_of(run, name, sizes_of(run, name, target.devices))
     if work.teacher:
         specs = walk(specs_of(work.teacher))
-        check(run, name, work.teacher, work.mesh, {path: (spec.axes, spec.shape, spec.role) for path, spec in specs})
+        check(
+            run,
+            name,
+            work.teacher,
+            work.mesh,
+            {path: (spec.axes, spec.shape, spec.role) for path, spec in specs},
+        )
     return work
 
 
@@ -359,7 +433,8 @@ def estimate(run: Run, name: str, target: Target) -> Estimate:
     """Predicts a stage's step for the run's mesh, remat, accumulation and offload on a target.
 
     Raises:
-        UserError: the mesh does not fit the target or the stage, or the stage's teacher is not there.
+        UserError: the mesh does not fit the target or the stage, or the stage's teacher is not
+            there.
     """
     work = divided_work(run, name, target)
     return estimate_work(work, target, Links(target, work.mesh))
@@ -371,15 +446,21 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
     peak, room = chip.peak_flops, chip.device_memory_gib
     assert peak and room  # the catalogue refuses chips without them
     efficiency = EFFICIENCY[chip.family]
-    bandwidth = (chip.memory_gb_per_s.value if chip.memory_gb_per_s else math.inf) * 1e9 / chip.devices_per_chip
+    bandwidth = (
+        (chip.memory_gb_per_s.value if chip.memory_gb_per_s else math.inf)
+        * 1e9
+        / chip.devices_per_chip
+    )
     seconds = {
         "matrix": work.matrix_flops / (peak * efficiency.matrix),
-        "attention": work.attention_flops(efficiency.tile, efficiency.backward) / (peak * efficiency.attention),
+        "attention": work.attention_flops(efficiency.tile, efficiency.backward)
+        / (peak * efficiency.attention),
         "memory_bound": work.memory_bytes / (bandwidth * efficiency.memory),
     }
     if taught := work.teaching:
         products = (
-            taught.matrix_flops / efficiency.matrix + taught.attention_flops(efficiency.tile) / efficiency.attention
+            taught.matrix_flops / efficiency.matrix
+            + taught.attention_flops(efficiency.tile) / efficiency.attention
         )
         seconds["teacher"] = products / peak + taught.memory_bytes / (bandwidth * efficiency.memory)
     exchanges: list[tuple[Exchange, str, float | None]] = []
@@ -394,9 +475,14 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         once = links.seconds(exchange.kind, exchange.bytes / exchange.times, axes)
         spent = None if once is None else once * exchange.times
         exchanges.append((exchange, links.name(axes), spent))
-        # A layer's weights from another slice are sent and received in that layer, which waits for them.
-        early = exchange.what == "weights" and (links.name(axes) != "DCN" or exchange.kind == "all-reduce")
-        hidden += (spent or 0.0) * (efficiency.weights_hidden if early else efficiency.tokens_hidden)
+        # A layer's weights from another slice are sent and received in that layer, which waits for
+        # them.
+        early = exchange.what == "weights" and (
+            links.name(axes) != "DCN" or exchange.kind == "all-reduce"
+        )
+        hidden += (spent or 0.0) * (
+            efficiency.weights_hidden if early else efficiency.tokens_hidden
+        )
     compute, exchanging = sum(seconds.values()), sum(spent or 0.0 for _, _, spent in exchanges)
     step = max(compute, exchanging, compute + exchanging - hidden)
     flops = _flops_per_token(model, stage.sequence_length) * stage.batch_tokens
@@ -409,7 +495,9 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         step=step,
         mfu=flops / (step * target.devices * peak),
         tokens_per_second=stage.batch_tokens / step,
-        confidence=weakest(*figures, *(links.confidence((e.axis,)) for e, link, _ in exchanges if link != "PCIe")),
+        confidence=weakest(
+            *figures, *(links.confidence((e.axis,)) for e, link, _ in exchanges if link != "PCIe")
+        ),
         memory_confidence=room.confidence,
         torus=links.torus,
     )
@@ -418,8 +506,8 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
 def labelling_seconds(run: Run, name: str, mesh: Mesh, target: Target) -> float:
     """Seconds in which the teacher of a stage fills its cache; 0 where it has none, or no cache.
 
-    It is taken to label as many tokens as the stage reads, each once, in the time that it would add to the steps if it
-    were at hand.
+    It is taken to label as many tokens as the stage reads, each once, in the time that it would add
+    to the steps if it were at hand.
 
     Raises:
         UserError: the stage's teacher is not there.
@@ -427,15 +515,18 @@ def labelling_seconds(run: Run, name: str, mesh: Mesh, target: Target) -> float:
     if not (run.stages[name].distillation.cached and (teacher := _teacher(run, name))):
         return 0.0
     work, links = work_of(run, name, mesh), Links(target, mesh)
-    alone, taught = (estimate_work(each, target, links) for each in (work, replace(work, teacher=teacher)))
+    alone, taught = (
+        estimate_work(each, target, links) for each in (work, replace(work, teacher=teacher))
+    )
     return (taught.step - alone.step) * work.stage.steps
 
 
 def _as_compiled(exchange: Exchange, sizes: Mesh, target: Target) -> Exchange:
-    """What libtpu makes of an exchange of weights over many chips: sums of whole arrays, which move them twice.
+    """What libtpu makes of an exchange of weights over many chips: sums of whole arrays, which move
+    them twice.
 
-    So it writes most gradients' reduce-scatters over 256 chips or more, and all-gathers over the whole of a
-    three-dimensional slice as sums with zeros; over 128 chips it writes neither.
+    So it writes most gradients' reduce-scatters over 256 chips or more, and all-gathers over the
+    whole of a three-dimensional slice as sums with zeros; over 128 chips it writes neither.
     """
     if target.facts.family != "tpu" or exchange.axis != "fsdp" or sizes.fsdp < 256:
         return exchange

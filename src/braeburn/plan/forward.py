@@ -1,4 +1,6 @@
-"""What a model's pass over a batch is made of on one device, and what a live teacher's forward pass takes there."""
+"""What a model's pass over a batch is made of on one device, and what a live teacher's forward pass
+takes there.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ class Exchange:
         kind: as HLO names it, or "copy".
         bytes: on one device, as `plan.collectives.Collective.bytes` counts them.
         times: how many there are.
-        what: "weights", with gradients and what waits on the host, which can be had early; or "tokens".
+        what: "weights", with gradients and what waits on the host, which can be had early; or
+            "tokens".
     """
 
     axis: str
@@ -64,7 +67,9 @@ class Pass:
 
     @cached_property
     def parts(self) -> int:
-        """Times a step that the model runs: layers of a pass, over all parts of an accumulated batch."""
+        """Times a step that the model runs: layers of a pass, over all parts of an accumulated
+        batch.
+        """
         return self.model.num_layers * self.stage.accumulation_steps
 
     @cached_property
@@ -95,26 +100,35 @@ class Pass:
     def products(self) -> dict[str, int]:
         """FLOPs of the matrix product that each named activation comes from, for each token."""
         model, width = self.model, self.widths
-        products = {name: 2 * model.d_model * size for name, size in width.items() if name != "attention"}
+        products = {
+            name: 2 * model.d_model * size for name, size in width.items() if name != "attention"
+        }
         products["attention_output"] = 2 * model.d_model * width["query"]
         products["ffn_output"] = 2 * model.d_model * model.ffn_dim
         return products
 
     @cached_property
     def element_wise(self) -> int:
-        """Values read and written for each token of a layer by norms, rotations, activation and residuals."""
+        """Values read and written for each token of a layer by norms, rotations, activation and
+        residuals.
+        """
         model, width = self.model, self.widths
-        # Two norms and two residuals in five passes each; queries and keys, and the three sides of SwiGLU, in one.
+        # Two norms and two residuals in five passes each; queries and keys, and the three sides of
+        # SwiGLU, in one.
         return 10 * model.d_model + 2 * (width["query"] + width["key"]) + 3 * model.ffn_dim
 
 
 @dataclass(frozen=True)
 class Teaching(Pass):
-    """A teacher whose weights are at hand: it runs forward on each part of a batch, before the student does."""
+    """A teacher whose weights are at hand: it runs forward on each part of a batch, before the
+    student does.
+    """
 
     @property
     def head_passes(self) -> int:
-        """Times that its logits are formed: where all are taught and the head is gathered, again for the gradient."""
+        """Times that its logits are formed: where all are taught and the head is gathered, again
+        for the gradient.
+        """
         return 2 if self.stage.distillation.target == "distribution" and self.mesh.fsdp > 1 else 1
 
     @cached_property
@@ -133,7 +147,9 @@ class Teaching(Pass):
     def memory_bytes(self) -> float:
         """Read and written by element-wise work."""
         layers = self.width * self.parts * self.element_wise
-        logits = 2 * FLOAT * self.stage.accumulation_steps * self.model.vocab_size * self.head_passes
+        logits = (
+            2 * FLOAT * self.stage.accumulation_steps * self.model.vocab_size * self.head_passes
+        )
         return self.tokens * (layers + logits) / self.mesh.tensor
 
     @cached_property
@@ -148,7 +164,9 @@ class Teaching(Pass):
     def working_bytes(self) -> float:
         """On a device while it runs: a layer's weights gathered, and its activations."""
         weights = self.layer_parameters / self.mesh.tensor * self.width * (self.mesh.fsdp > 1)
-        live = (sum(self.widths.values()) + self.model.ffn_dim) / self.mesh.tensor + 2 * self.model.d_model
+        live = (
+            sum(self.widths.values()) + self.model.ffn_dim
+        ) / self.mesh.tensor + 2 * self.model.d_model
         return weights + self.width * self.tokens * live
 
     def exchanges(self) -> Iterator[Exchange]:
@@ -158,15 +176,27 @@ class Teaching(Pass):
         if mesh.fsdp > 1:
             head = model.vocab_size * model.d_model * steps * self.head_passes
             gathered = self.width * (self.layer_parameters * parts + head) / mesh.tensor
-            yield Exchange("fsdp", "all-gather", gathered, 7 * parts + 8 * steps * self.head_passes, "weights")
+            yield Exchange(
+                "fsdp", "all-gather", gathered, 7 * parts + 8 * steps * self.head_passes, "weights"
+            )
             yield Exchange("fsdp", "all-to-all", hidden / mesh.tensor * steps, steps, "tokens")
         if mesh.tensor > 1:
-            yield Exchange("tensor", "all-gather", hidden * (2 * parts + steps), 2 * parts + steps, "tokens")
-            yield Exchange("tensor", "reduce-scatter", hidden * (2 * parts + steps), 2 * parts + steps, "tokens")
+            yield Exchange(
+                "tensor", "all-gather", hidden * (2 * parts + steps), 2 * parts + steps, "tokens"
+            )
+            yield Exchange(
+                "tensor",
+                "reduce-scatter",
+                hidden * (2 * parts + steps),
+                2 * parts + steps,
+                "tokens",
+            )
         if mesh.context > 1:
             keys = self.width * self.tokens * 2 * self.widths["key"] / mesh.tensor
             if mesh.context_attention == "ring":
                 hops = (mesh.context - 1) * parts
                 yield Exchange("context", "collective-permute", keys * hops, hops, "tokens")
             else:
-                yield Exchange("context", "all-gather", keys * mesh.context * parts, parts, "tokens")
+                yield Exchange(
+                    "context", "all-gather", keys * mesh.context * parts, parts, "tokens"
+                )

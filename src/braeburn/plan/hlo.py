@@ -1,7 +1,8 @@
 """The text of a compiled program taken apart: its instructions, and how often each of them runs.
 
-The text is taken apart by brackets and quotes, not by lines: what kernels write into it may hold line breaks, and lines
-that begin with `}`. What is found is counted again in the raw text, so that nothing is lost in silence.
+The text is taken apart by brackets and quotes, not by lines: what kernels write into it may hold
+line breaks, and lines that begin with `}`. What is found is counted again in the raw text, so that
+nothing is lost in silence.
 """
 
 import itertools
@@ -15,13 +16,21 @@ from typing import Any
 _TOKENS = {mark: re.compile(rf'"(?:[^"\\]|\\.)*"|[\[\](){{}}{mark}]', re.DOTALL) for mark in "\n ,"}
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BEGINNING = re.compile(r"^ +(?:ROOT )?%?[\w.\-]+ = ", re.MULTILINE)
-_CALLS = ("calls", "branch_computations", "true_computation", "false_computation", "called_computations")
+_CALLS = (
+    "calls",
+    "branch_computations",
+    "true_computation",
+    "false_computation",
+    "called_computations",
+)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """`[ROOT] %name = type opcode(operands), key=value, ...`, the operands and what follows as they are written."""
+    """`[ROOT] %name = type opcode(operands), key=value, ...`, the operands and what follows as they
+    are written.
+    """
 
     name: str
     type: str
@@ -55,7 +64,9 @@ class Instruction:
 
     def called(self, *keys: str) -> list[str]:
         """The names of the computations that attributes of these names refer to."""
-        return [name for key in keys for name in re.findall(r"[\w.\-]+", self.attributes.get(key, ""))]
+        return [
+            name for key in keys for name in re.findall(r"[\w.\-]+", self.attributes.get(key, ""))
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,13 +98,18 @@ class Execution:
             ValueError: it is in a loop of unknown length.
         """
         if self.endless:
-            raise ValueError(f"{self.instruction.name} is in the loop {self.endless}, whose length cannot be told")
+            raise ValueError(
+                f"{self.instruction.name} is in the loop {self.endless}, whose length cannot be "
+                f"told"
+            )
         return self
 
 
 @dataclass(frozen=True)
 class Module:
-    """A compiled module: the instructions of each computation by its name, and the computation that it begins with."""
+    """A compiled module: the instructions of each computation by its name, and the computation that
+    it begins with.
+    """
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
@@ -101,7 +117,8 @@ class Module:
     def walk(self) -> Iterator[Execution]:
         """Every instruction that runs, in the order of the text within each computation.
 
-        Branches appear as if each of them was taken; what a fusion is made of appears as well as the fusion.
+        Branches appear as if each of them was taken; what a fusion is made of appears as well as
+        the fusion.
         """
         yield from self._walk(Execution(Instruction("", "", "", "", ""), self.entry))
 
@@ -114,19 +131,26 @@ class Module:
                 here = replace(here, caller=None)
                 if trips is None:
                     here = replace(here, endless=place.endless or instruction.name)
-                names, times = instruction.called("body", "condition"), place.times * (1 if trips is None else trips)
+                names, times = (
+                    instruction.called("body", "condition"),
+                    place.times * (1 if trips is None else trips),
+                )
             elif instruction.opcode.endswith(("-done", "-update")) or "%" not in instruction.rest:
                 continue  # what was started ran then
             else:
                 conditional = place.conditional or instruction.opcode == "conditional"
                 caller = here if instruction.opcode == "call" else None
                 here, times = replace(here, conditional=conditional, caller=caller), place.times
-                names = instruction.called(*(["to_apply"] if instruction.opcode == "call" else _CALLS))
+                names = instruction.called(
+                    *(["to_apply"] if instruction.opcode == "call" else _CALLS)
+                )
             for name in names:
                 yield from self._walk(replace(here, computation=name, times=times))
 
     def _trips(self, place: Execution) -> int | None:
-        """How often a loop runs: XLA's own account of it, or else what its counter begins with and is compared with."""
+        """How often a loop runs: XLA's own account of it, or else what its counter begins with and
+        is compared with.
+        """
         loop = place.instruction
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(known[1])
@@ -141,10 +165,14 @@ class Module:
         _, counter, bound = test
         if _is("element", bound) and self._value(end.arguments[bound[1]], body) == bound:
             # Carried through the loop unchanged.
-            bound = self._value(begin.arguments[bound[1]], origin.computation, self._parameters(origin))
+            bound = self._value(
+                begin.arguments[bound[1]], origin.computation, self._parameters(origin)
+            )
         if not (_is("element", counter) and isinstance(bound, int)):
             return None
-        first = self._value(begin.arguments[counter[1]], origin.computation, self._parameters(origin))
+        first = self._value(
+            begin.arguments[counter[1]], origin.computation, self._parameters(origin)
+        )
         step = self._value(end.arguments[counter[1]], body)
         if not (isinstance(first, int) and _is("add", step) and counter in step):
             return None
@@ -152,29 +180,39 @@ class Module:
         return max(0, -(-(bound - first) // stride)) if stride > 0 else None
 
     def _argument(self, name: str, place: Execution) -> tuple[Instruction, Execution]:
-        """The instruction that makes an argument, and where it stands: outside a called computation for its parameters.
+        """The instruction that makes an argument, and where it stands: outside a called computation
+        for its parameters.
 
         XLA's CPU compiler wraps small loops into such computations from JAX 0.12 on.
         """
         found = self.computations[place.computation][name]
         while found.opcode == "parameter" and place.caller is not None:
             place = place.caller
-            found = self.computations[place.computation][place.instruction.arguments[int(found.operands)]]
+            found = self.computations[place.computation][
+                place.instruction.arguments[int(found.operands)]
+            ]
         return found, place
 
     def _parameters(self, place: Execution) -> list[Any]:
-        """The values of the parameters of the computation that something stands in, where a call gives them."""
+        """The values of the parameters of the computation that something stands in, where a call
+        gives them.
+        """
         if place.caller is None:
             return []
         call = place.caller
         values = self._parameters(call)
-        return [self._value(argument, call.computation, values) for argument in call.instruction.arguments]
+        return [
+            self._value(argument, call.computation, values)
+            for argument in call.instruction.arguments
+        ]
 
     def _root(self, computation: str) -> Instruction:
         return next(found for found in self.computations[computation].values() if found.is_root)
 
     def _value(self, name: str, computation: str, parameters: Sequence[Any] = ()) -> Any:
-        """What a scalar is: an int, ("element", place in the computation's tuple), or (operation, of what, of what)."""
+        """What a scalar is: an int, ("element", place in the computation's tuple), or (operation,
+        of what, of what).
+        """
         found = self.computations[computation][name]
         if found.opcode == "parameter":
             return parameters[int(found.operands)] if parameters else None
@@ -182,7 +220,9 @@ class Module:
             return int(found.operands) if re.fullmatch(r"-?\d+", found.operands) else None
         if found.opcode == "get-tuple-element":
             whole = self.computations[computation][found.arguments[0]]
-            return ("element", int(found.attributes["index"])) if whole.opcode == "parameter" else None
+            return (
+                ("element", int(found.attributes["index"])) if whole.opcode == "parameter" else None
+            )
         if found.opcode not in ("copy", "bitcast", "convert", "fusion", "add", "compare"):
             return None
         inputs = [self._value(argument, computation, parameters) for argument in found.arguments]
@@ -201,7 +241,8 @@ def parse(text: str) -> Module:
     """A module from its text, as `compiled.as_text()` writes it.
 
     Raises:
-        ValueError: the text is not that of a whole module, or some of its instructions were not found.
+        ValueError: the text is not that of a whole module, or some of its instructions were not
+            found.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
@@ -266,5 +307,10 @@ def _instruction(line: str) -> Instruction:
     name, _, type_, call = head
     opcode, _, operands = call.removesuffix(",").partition("(")
     return Instruction(
-        name.lstrip("%"), type_, opcode, operands[:-1], plain[sum(map(len, head)) + 4 :], is_root=plain != line
+        name.lstrip("%"),
+        type_,
+        opcode,
+        operands[:-1],
+        plain[sum(map(len, head)) + 4 :],
+        is_root=plain != line,
     )

@@ -1,4 +1,6 @@
-"""How long the devices compute in a compiled program: by the compiler's own account, and kernels by their FLOPs."""
+"""How long the devices compute in a compiled program: by the compiler's own account, and kernels by
+their FLOPs.
+"""
 
 import math
 import re
@@ -20,7 +22,9 @@ _CUDNN_FORWARD, _CUDNN_BACKWARD = 2, 5
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that is not the compiler's own: calls in a step, and seconds of all, None if its work is not known."""
+    """A kernel that is not the compiler's own: calls in a step, and seconds of all, None if its
+    work is not known.
+    """
 
     name: str
     calls: int
@@ -29,7 +33,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Computing:
-    """Seconds in which the devices compute in a step, those of kernels included, and the names of what has no time."""
+    """Seconds in which the devices compute in a step, those of kernels included, and the names of
+    what has no time.
+    """
 
     seconds: float
     kernels: list[Kernel]
@@ -39,9 +45,11 @@ class Computing:
 def computing(module: Module, chip: Chip) -> Computing:
     """Seconds of computing in a run of a compiled program.
 
-    TPU: the compiler's `estimated_cycles`. GPU: of matrix products their FLOPs at the plan's fraction of the peak, of
-    what else there is the `sol` entry of XLA's cost model (which takes bf16 products with a float32 result for products
-    of float32). Attention kernels: their FLOPs, of which causality leaves half, at the plan's fraction of the peak.
+    TPU: the compiler's `estimated_cycles`. GPU: of matrix products their FLOPs at the plan's
+    fraction of the peak, of what else there is the `sol` entry of XLA's cost model (which takes
+    bf16 products with a float32 result for products
+    of float32). Attention kernels: their FLOPs, of which causality leaves half, at the plan's
+        fraction of the peak.
 
     Raises:
         ValueError: something runs in a loop of unknown length.
@@ -53,13 +61,17 @@ def computing(module: Module, chip: Chip) -> Computing:
     kernels: dict[str, tuple[int, float | None]] = {}
     for run in module.walk():
         instruction = run.known_length().instruction
-        if kernel := re.search(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*)"', instruction.rest):
+        if kernel := re.search(
+            r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*)"', instruction.rest
+        ):
             name = re.sub(r"(_segmented|_no_residuals|_residuals)*[.\d]*$", "", instruction.name)
             name = name if kernel[1] == "tpu_custom_call" else kernel[1].removeprefix("__")
             flops = _attention_flops(name, instruction)
             calls, before = kernels.get(name, (0, 0.0))
             known = flops is not None and before is not None
-            spent = before + run.times * flops / (peak * efficiency.attention) if known else None  # type: ignore
+            spent = None
+            if known:
+                spent = before + run.times * flops / (peak * efficiency.attention)  # type: ignore
             kernels[name] = calls + run.times, spent
         elif instruction.cycles is not None:
             if instruction.cycles == UNKNOWN_CYCLES:
@@ -74,12 +86,20 @@ def computing(module: Module, chip: Chip) -> Computing:
 
 
 def _attention_flops(name: str, instruction: Instruction) -> float | None:
-    """FLOPs of one call of a known attention kernel, forward or backward, over the half that causality leaves."""
+    """FLOPs of one call of a known attention kernel, forward or backward, over the half that
+    causality leaves.
+    """
     # Queries [..., positions, head_dim] and keys come before all other floats.
-    shapes = [shape for dtype, shape in arrays(instruction.attributes["operand_layout_constraints"]) if "f" in dtype]
+    shapes = [
+        shape
+        for dtype, shape in arrays(instruction.attributes["operand_layout_constraints"])
+        if "f" in dtype
+    ]
     if name in _SPLASH and len(shapes) > 1:
         return _SPLASH[name] * math.prod(shapes[0]) * shapes[1][-2]
-    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', instruction.rest)
+    scores = re.search(
+        r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', instruction.rest
+    )
     if not scores or not shapes:
         return None
     products = _CUDNN_BACKWARD if name.endswith("Backward") else _CUDNN_FORWARD
@@ -87,13 +107,17 @@ def _attention_flops(name: str, instruction: Instruction) -> float | None:
 
 
 def _gpu_seconds(module: Module, run: Execution, speed: float) -> float:
-    """Seconds of one instruction of a GPU program that runs by itself, its matrix products at `speed` FLOP/s."""
+    """Seconds of one instruction of a GPU program that runs by itself, its matrix products at
+    `speed` FLOP/s.
+    """
     instruction, body = run.instruction, module.computations[run.computation]
     if "__cublas" in instruction.rest:
         return _product_flops(instruction, body) / speed
     if instruction.opcode == "fusion":
         inner = module.computations[instruction.called("calls")[0]]
-        flops = sum(_product_flops(found, inner) for found in inner.values() if found.opcode == "dot")
+        flops = sum(
+            _product_flops(found, inner) for found in inner.values() if found.opcode == "dot"
+        )
         if flops:
             return flops / speed
     microseconds = _SPEED_OF_LIGHT.search(instruction.rest)
@@ -105,4 +129,8 @@ def _product_flops(product: Instruction, body: Mapping[str, Instruction]) -> flo
     (_, result), *_ = arrays(product.type)
     (_, left), *_ = arrays(body[product.arguments[0]].type)
     summed = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:] ?[{\[]([\d,"]*)', product.rest)
-    return 2 * math.prod(result) * math.prod(left[int(dim)] for dim in re.findall(r"\d+", summed[1] if summed else ""))
+    return (
+        2
+        * math.prod(result)
+        * math.prod(left[int(dim)] for dim in re.findall(r"\d+", summed[1] if summed else ""))
+    )

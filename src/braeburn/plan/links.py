@@ -1,4 +1,4 @@
-"""Which links join the chips along each axis of a mesh, and how long an exchange over them takes."""
+"""The links along each axis of a mesh, and how long a collective over them takes."""
 
 import math
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from braeburn.config import Mesh
 from braeburn.parallel.mesh import Factors, across_slices, placements
 from braeburn.parallel.target import Target
 
-# Of what the links are rated at, and seconds for each chip that data passes. TPU: about 90 of 100 GB/s of a v5p's link
-# in each direction, and 45 of 50 of a v4's, make the compiler's cycles agree with published step times; a microsecond a
-# hop is that of https://jax-ml.github.io/scaling-book. Others: what NCCL's tests reach over NVLink and InfiniBand.
+# Of what the links are rated at, and seconds for each chip that data passes. TPU: about 90 of 100
+# GB/s of a v5p's link in each direction, and 45 of 50 of a v4's, make the compiler's cycles agree
+# with published step times; a microsecond a hop is that of https://jax-ml.github.io/scaling-book.
+# Others: what NCCL's tests reach over NVLink and InfiniBand.
 ICI_EFFICIENCY, OTHER_EFFICIENCY = 0.9, 0.8
 HOP_SECONDS, OTHER_HOP_SECONDS = 1e-6, 4e-6
 # Across slices data goes through the memory of hosts.
@@ -44,7 +45,8 @@ class Links:
     """The links along the axes of a mesh on a target."""
 
     def __init__(self, target: Target, mesh: Mesh, torus: Factors | None = None):
-        """Lays a mesh of resolved sizes over a target: over the torus as `torus` or `mesh.torus` says, or the best way.
+        """Lays a mesh of resolved sizes over a target: over the torus as `torus` or `mesh.torus`
+        says, or the best way.
 
         Raises:
             UserError: the mesh does not fit the target's slices.
@@ -54,7 +56,9 @@ class Links:
             outer = across_slices(mesh, target.slices)
             within = {axis: n // k for (axis, n), k in zip(mesh.sizes.items(), outer, strict=True)}
             sides = extent(target)
-            self.torus: Factors | None = torus or mesh.torus or placements(tuple(within.items()), sides)[0]
+            self.torus: Factors | None = (
+                torus or mesh.torus or placements(tuple(within.items()), sides)[0]
+            )
             self._legs = {
                 axis: (*self._network(k), *self._along_torus(axis, within[axis], sides))
                 for axis, k in zip(mesh.sizes, outer, strict=True)
@@ -79,8 +83,8 @@ class Links:
     def seconds(self, kind: str, bytes_: float, axes: tuple[str, ...]) -> float | None:
         """How long a collective takes by the bandwidth of links; None where it is unknown.
 
-        Along legs of several kinds all work at the same time, each on what it must carry: chips that fast links join
-        share out what comes over the slow ones.
+        Along legs of several kinds all work at the same time, each on what it must carry: chips
+        that fast links join share out what comes over the slow ones.
 
         Args:
             kind: as HLO names it, "all-gather".
@@ -105,7 +109,9 @@ class Links:
 
     def _network(self, size: int) -> tuple[Leg, ...]:
         chip = self._target.facts
-        link, hop = ("DCN", DCN_HOP_SECONDS) if chip.family == "tpu" else ("network", OTHER_HOP_SECONDS)
+        link, hop = (
+            ("DCN", DCN_HOP_SECONDS) if chip.family == "tpu" else ("network", OTHER_HOP_SECONDS)
+        )
         return self._switched(link, size, chip.network_gb_per_s, hop * math.log2(size))
 
     def _within_node(self, size: int) -> tuple[Leg, ...]:
@@ -113,11 +119,17 @@ class Links:
         link = "NVLink" if chip.family == "nvidia" else "scale-up"
         return self._switched(link, size, chip.link_gb_per_s, OTHER_HOP_SECONDS)
 
-    def _switched(self, link: str, size: int, figure: Figure | None, latency: float) -> tuple[Leg, ...]:
+    def _switched(
+        self, link: str, size: int, figure: Figure | None, latency: float
+    ) -> tuple[Leg, ...]:
         """Links through switches, where any chip reaches any other at the same speed."""
         if size == 1:
             return ()
-        speed = figure.value / self._target.facts.devices_per_chip * OTHER_EFFICIENCY if figure else None
+        speed = (
+            figure.value / self._target.facts.devices_per_chip * OTHER_EFFICIENCY
+            if figure
+            else None
+        )
         return (Leg(link, size, speed, speed, latency, 1, figure.confidence if figure else "M"),)
 
     def _along_torus(self, axis: str, size: int, sides: tuple[int, ...]) -> tuple[Leg, ...]:
@@ -130,26 +142,40 @@ class Links:
         one = figure.value / (2 * chip.dimensions * chip.devices_per_chip) * ICI_EFFICIENCY
         later = self._names[self._names.index(axis) + 1 :]
         inner = [
-            math.prod(self.torus[other][dim] for other in later if other in self.torus) for dim in range(len(sides))
+            math.prod(self.torus[other][dim] for other in later if other in self.torus)
+            for dim in range(len(sides))
         ]
         links, hops, nearest = 0.0, 0.0, 0.0
         for factor, stride, side in zip(self.torus[axis], inner, sides, strict=True):
             if factor > 1:
                 ring = factor * stride == side and closes(side, chip.dimensions)
-                # Chips in between carry on what passes them: `stride` rings or lines share each link.
+                # Chips in between carry on what passes them: `stride` rings or lines share each
+                # link.
                 links += (2 if ring else 1) / stride
                 hops += factor / 2 if ring else factor - 1
                 nearest = max(nearest, 1 / stride)
-        return (Leg("ICI", size, one * links, one * nearest, hops * HOP_SECONDS, max(1, hops / 2), figure.confidence),)
+        return (
+            Leg(
+                "ICI",
+                size,
+                one * links,
+                one * nearest,
+                hops * HOP_SECONDS,
+                max(1, hops / 2),
+                figure.confidence,
+            ),
+        )
 
 
 def extent(target: Target) -> tuple[int, ...]:
-    """The sides of a slice of TPUs, in devices: chips that JAX takes for several have those as one more side."""
+    """The sides of a slice of TPUs, in devices: chips that JAX takes for several have those as one
+    more side.
+    """
     sides = tuple(map(int, target.topology.split("x")))
     devices = target.facts.devices_per_chip
     return (*sides, devices) if devices > 1 else sides
 
 
 def closes(side: int, dimensions: int) -> bool:
-    """Whether a side of a slice is a ring: multiples of 4 chips in three dimensions, all 16 in two."""
+    """Whether a side of a slice is a ring: a multiple of 4 chips in 3 dimensions, all 16 in 2."""
     return side % 4 == 0 if dimensions == 3 else side == 16

@@ -10,8 +10,13 @@ MIB, GIB = 2**20, 2**30
 
 
 def report(facts: dict[str, Any]) -> Iterator[Rows]:
-    """The tables of a compilation's summary, see `compiled.Compilation.summary`; a sentence is a row of one cell."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1) or "one device"
+    """The tables of a compilation's summary, see `compiled.Compilation.summary`; a sentence is a
+    row of one cell.
+    """
+    mesh = (
+        " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
+        or "one device"
+    )
     memory, plan, compiler = facts["memory_gib"], facts["plan"], facts["compiler"]
     verdict = "fits" if facts["fits"] else "does not fit"
     yield [
@@ -29,10 +34,20 @@ def report(facts: dict[str, Any]) -> Iterator[Rows]:
         yield from _slices(facts["slices"])
     for change in facts.get("changes", []):
         verified = change["verified"]
-        said = "not compiled" if verified is None else "compiles and fits" if verified else "compiled: does not fit"
+        said = (
+            "not compiled"
+            if verified is None
+            else "compiles and fits"
+            if verified
+            else "compiled: does not fit"
+        )
         values = (f"{path}={json.dumps(value)}" for path, value in change["assignments"].items())
         sets = " ".join(f"--set {shlex.quote(value)}" for value in values)
-        yield [("",), (f"would fit on {change['target']}, {change['total_gib']:.2f} GiB ({said}):",), (sets,)]
+        yield [
+            ("",),
+            (f"would fit on {change['target']}, {change['total_gib']:.2f} GiB ({said}):",),
+            (sets,),
+        ]
     if not facts["fits"] and not facts["changes"]:
         yield [("",), ("the plan knows no layout and no number of these chips that would do",)]
     how = "found compiled before, then in" if compiler["cached"] else "compiled in"
@@ -43,7 +58,8 @@ def report(facts: dict[str, Any]) -> Iterator[Rows]:
 
 def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
     yield [("",), ("kernel", "calls", "seconds")] + [
-        (kernel["name"], f"{kernel['calls']:,}", _seconds(kernel["seconds"])) for kernel in facts["kernels"]
+        (kernel["name"], f"{kernel['calls']:,}", _seconds(kernel["seconds"]))
+        for kernel in facts["kernels"]
     ]
     yield [("",), ("collective", "axes", "link", "calls", "GiB a step", "seconds")] + [
         (
@@ -56,7 +72,9 @@ def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
         )
         for row in facts["collectives"]
     ]
-    named = {axis: (facts["bytes"][axis] / GIB, plan["bytes"][axis] / GIB) for axis in facts["bytes"]}
+    named = {
+        axis: (facts["bytes"][axis] / GIB, plan["bytes"][axis] / GIB) for axis in facts["bytes"]
+    }
     yield [("",), ("bytes by axis", "compiler, GiB", "plan, GiB")] + [
         (axis, f"{here:,.3f}", f"{there:,.3f}") for axis, (here, there) in named.items()
     ]
@@ -70,22 +88,37 @@ def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
         ("predicted", "", _seconds(plan["step_seconds"])),
     ]
     if facts["compute_seconds"] < facts["flop_bound_seconds"]:
-        yield [("computing takes less than the peak allows: some of it has no time in the program's text",)]
+        yield [
+            (
+                "computing takes less than the peak allows: some of it has no time in the "
+                "program's text",
+            )
+        ]
     if facts["untimed"]:
         yield [(f"without a time, and so not counted: {', '.join(sorted(set(facts['untimed'])))}",)]
 
 
 def _slices(slices: dict[str, Any]) -> Iterator[Rows]:
     rows: Rows = [
-        (t["kind"], f"{t['bytes'] / MIB:,.2f}", "offends" if t["offends"] else "gradients", t["source"])
+        (
+            t["kind"],
+            f"{t['bytes'] / MIB:,.2f}",
+            "offends" if t["offends"] else "gradients",
+            t["source"],
+        )
         for t in sorted(slices["transfers"], key=lambda t: (not t["offends"], -t["bytes"]))
     ]
     yield [("",), ("leaves a slice", "MiB a step", "", "operation"), *rows]
-    total, needed = sum(t["bytes"] for t in slices["transfers"]) / MIB, slices["gradient_bytes"] / MIB
+    total, needed = (
+        sum(t["bytes"] for t in slices["transfers"]) / MIB,
+        slices["gradient_bytes"] / MIB,
+    )
     offenders = sum(t["offends"] for t in slices["transfers"])
     amounts = f"{total:,.1f} MiB, where the gradients of a chip have {needed:,.1f}"
     if offenders:
-        yield [(f"{offenders} transfers that are not the sum of gradients leave a slice: {amounts}",)]
+        yield [
+            (f"{offenders} transfers that are not the sum of gradients leave a slice: {amounts}",)
+        ]
     else:
         yield [(f"only the sum of gradients leaves a slice: {amounts}",)]
 

@@ -12,8 +12,8 @@ from braeburn.parallel.target import Target
 from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
 from braeburn.plan.links import Links, extent
 
-# What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps norms and more in
-# float32: compiled steps take twice the memory then, and longer.
+# What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps
+# norms and more in float32: compiled steps take twice the memory then, and longer.
 REMATS = (
     *(
         Remat(policy="save_named", names=names)
@@ -37,9 +37,11 @@ OFFLOADS = (
     Offload(activations=("query", "key", "value", "attention"), optimizer=True),
 )
 MOST_ACCUMULATION = 64
-# Of a network of unknown speed, to tell a layout that needs it much from one that does not; no result shows it.
+# Of a network of unknown speed, to tell a layout that needs it much from one that does not; no
+# result shows it.
 NOMINAL_BYTES_PER_S = 25e9
-# Ways to lay one mesh over a torus that are looked at, those with the best links for the innermost axes first.
+# Ways to lay one mesh over a torus that are looked at, those with the best links for the innermost
+# axes first.
 MOST_PLACEMENTS = 12
 
 
@@ -63,8 +65,8 @@ class Candidate:
 def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     """Every mesh that divides a stage on a target, each with what suits it best, the fastest first.
 
-    For each mesh: the placement on the torus with the least exchange, and of accumulation, remat and offload the
-    fastest that fits. Meshes that fit in no way come last, by what they lack.
+    For each mesh: the placement on the torus with the least exchange, and of accumulation, remat
+    and offload the fastest that fits. Meshes that fit in no way come last, by what they lack.
 
     Raises:
         UserError: the stage's teacher is not there.
@@ -76,7 +78,9 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
         for torus in _placements(sizes, target):
             links = Links(target, sizes, torus)
             # Of chips that are several devices JAX alone lays the mesh.
-            placed = sizes.model_copy(update={"torus": torus if target.facts.devices_per_chip == 1 else None})
+            placed = sizes.model_copy(
+                update={"torus": torus if target.facts.devices_per_chip == 1 else None}
+            )
             if best is None:
                 best = _fastest(work, name, placed, target, links)
                 continue
@@ -91,7 +95,8 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
 
 
 def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target, Candidate]]:
-    """Targets of twice as many chips each time, each with the fastest layout that leaves a tenth of the memory free.
+    """Targets of twice as many chips each time, each with the fastest layout that leaves a tenth of
+    the memory free.
 
     Sizes that no slice has are passed over.
     """
@@ -111,7 +116,8 @@ def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target
 def meshes(models: Sequence[Model], stage: Stage, target: Target) -> list[Mesh]:
     """The meshes that divide all models of a stage and its batch over the devices of a target.
 
-    Nodes of other chips than TPUs may stay idle where no mesh of all of them divides: the most that do are used.
+    Nodes of other chips than TPUs may stay idle where no mesh of all of them divides: the most that
+    do are used.
     """
     chip = target.facts
     if chip.family == "tpu":
@@ -122,27 +128,43 @@ def meshes(models: Sequence[Model], stage: Stage, target: Target) -> list[Mesh]:
     return []
 
 
-def _meshes(models: Sequence[Model], stage: Stage, target: Target, within: int, slices: int) -> Iterator[Mesh]:
+def _meshes(
+    models: Sequence[Model], stage: Stage, target: Target, within: int, slices: int
+) -> Iterator[Mesh]:
     """The meshes of `slices` slices of `within` devices."""
     chip = target.facts
-    domain = int(chip.domain.value) * chip.devices_per_chip if chip.domain and chip.family != "tpu" else 64
+    domain = (
+        int(chip.domain.value) * chip.devices_per_chip
+        if chip.domain and chip.family != "tpu"
+        else 64
+    )
     for replica in (slices, 1) if slices > 1 else (1,):
         total = within * slices // replica
         for tensor, context in itertools.product(_powers(min(domain, 64)), _powers(64)):
-            if total % (tensor * context) or stage.sequence_length % ((2 if context > 1 else 1) * context * tensor):
+            if total % (tensor * context) or stage.sequence_length % (
+                (2 if context > 1 else 1) * context * tensor
+            ):
                 continue
-            if any(size % tensor for m in models for size in (m.num_heads, m.ffn_dim, m.vocab_size)):
+            if any(
+                size % tensor for m in models for size in (m.num_heads, m.ffn_dim, m.vocab_size)
+            ):
                 continue
             if any(m.num_kv_heads % tensor and tensor % m.num_kv_heads for m in models):
                 continue
             rest = total // (tensor * context)
             for fsdp in _powers(rest):
                 shards = replica * rest
-                if rest % fsdp or any(m.d_model % fsdp for m in models) or stage.batch_size % shards:
+                if (
+                    rest % fsdp
+                    or any(m.d_model % fsdp for m in models)
+                    or stage.batch_size % shards
+                ):
                     continue
                 if replica < slices and (rest // fsdp) % slices == 0:
                     continue  # data that takes the slices is a replica by another name
-                yield Mesh(replica=replica, data=rest // fsdp, fsdp=fsdp, context=context, tensor=tensor)
+                yield Mesh(
+                    replica=replica, data=rest // fsdp, fsdp=fsdp, context=context, tensor=tensor
+                )
 
 
 def _changed(work: Work, name: str, changes: dict[str, Any]) -> Work:
@@ -152,8 +174,12 @@ def _changed(work: Work, name: str, changes: dict[str, Any]) -> Work:
     return replace(work, run=run, stage=stage, mesh=changes["mesh"])
 
 
-def _fastest(work: Work, name: str, sizes: Mesh, target: Target, links: Links) -> tuple[Work, Estimate] | None:
-    """The fastest of accumulation, remat and offload that fits; or where none does, what lacks least."""
+def _fastest(
+    work: Work, name: str, sizes: Mesh, target: Target, links: Links
+) -> tuple[Work, Estimate] | None:
+    """The fastest of accumulation, remat and offload that fits; or where none does, what lacks
+    least.
+    """
     room = target.facts.device_memory_gib
     assert room  # the catalogue refuses chips without it
     fits: list[tuple[Work, Estimate]] = []
@@ -163,9 +189,13 @@ def _fastest(work: Work, name: str, sizes: Mesh, target: Target, links: Links) -
         offloading = replace(work, run=work.run.model_copy(update={"offload": offload}))
         for steps in _accumulations(work.stage, sizes):
             for remat in REMATS:
-                if not set(offload.activations) <= set(remat.names if remat.policy == "save_named" else ()):
+                if not set(offload.activations) <= set(
+                    remat.names if remat.policy == "save_named" else ()
+                ):
                     continue
-                one = _changed(offloading, name, {"accumulation_steps": steps, "mesh": sizes, "remat": remat})
+                one = _changed(
+                    offloading, name, {"accumulation_steps": steps, "mesh": sizes, "remat": remat}
+                )
                 needed = sum(one.memory().values())
                 if needed <= room.value:
                     fits.append((one, estimate_work(one, target, links)))
@@ -186,7 +216,9 @@ def _accumulations(stage: Stage, sizes: Mesh) -> list[int]:
 
 
 def _rank(estimate: Estimate) -> tuple[float, float]:
-    """What orders layouts: memory that is lacking, then seconds, links of unknown speed counted at a nominal one."""
+    """What orders layouts: memory that is lacking, then seconds, links of unknown speed counted at
+    a nominal one.
+    """
     unknown = sum(exchange.bytes for exchange, _, seconds in estimate.exchanges if seconds is None)
     lacking = 0.0 if estimate.fits else estimate.total_gib - estimate.usable_gib
     return lacking, estimate.step + unknown / NOMINAL_BYTES_PER_S
@@ -211,7 +243,9 @@ def _candidate(run: Run, name: str, changed: Run, estimate: Estimate) -> Candida
     remat_path = f"stages.{name}.remat" if before.remat or len(run.stages) > 1 else "remat"
     assignments: dict[str, Any] = {f"{mesh_path}.{axis}": size for axis, size in mesh.sizes.items()}
     if mesh.torus:
-        assignments[f"{mesh_path}.torus"] = {axis: list(factors) for axis, factors in mesh.torus.items()}
+        assignments[f"{mesh_path}.torus"] = {
+            axis: list(factors) for axis, factors in mesh.torus.items()
+        }
     if stage.accumulation_steps != before.accumulation_steps:
         assignments[f"stages.{name}.accumulation_steps"] = stage.accumulation_steps
     assignments[f"{remat_path}.policy"] = remat.policy

@@ -7,7 +7,9 @@ Rows = list[tuple[str, ...]]
 
 
 def tables(plan: dict[str, Any], most_layouts: int) -> Iterator[tuple[str, Rows, str]]:
-    """Title, rows and alignment of each table of a plan as `compare` gives it, with at most so many layouts each."""
+    """Title, rows and alignment of each table of a plan as `compare` gives it, with at most so many
+    layouts each.
+    """
     planned = [target for target in plan["targets"] if not target["refused"]]
     for target in planned:
         for name, stage in target["stages"].items():
@@ -15,21 +17,48 @@ def tables(plan: dict[str, Any], most_layouts: int) -> Iterator[tuple[str, Rows,
             own = [("own", stage["own"])] if stage["own"] else []
             numbered = [*((str(rank), layout) for rank, layout in enumerate(layouts, 1)), *own]
             idle = f", {stage['idle_chips']} chips idle" if stage["idle_chips"] else ""
-            yield f"{plan['recipe']} on {target['target']}, stage {name}{idle}", _layouts(numbered), "rlll"
-            yield "the first of them", _parts(layouts[0]) + _labelling(stage["labelling_days"]), "ll"
+            yield (
+                f"{plan['recipe']} on {target['target']}, stage {name}{idle}",
+                _layouts(numbered),
+                "rlll",
+            )
+            yield (
+                "the first of them",
+                _parts(layouts[0]) + _labelling(stage["labelling_days"]),
+                "ll",
+            )
     if planned:
         yield "all stages", _totals(planned), "l"
     if plan["claims"]:
-        rows = [(c["claim"], _number(c["claimed"]), _number(c["planned"]), c["verdict"]) for c in plan["claims"]]
+        rows = [
+            (c["claim"], _number(c["claimed"]), _number(c["planned"]), c["verdict"])
+            for c in plan["claims"]
+        ]
         yield "claims", [("claim", "claimed", "planned", "verdict"), *rows], "lrrl"
 
 
 def _layouts(layouts: list[tuple[str, dict[str, Any]]]) -> Rows:
     rows: Rows = [
-        ("", "mesh", "torus", "remat", "parts", "GiB", "of", "step s", "overlapped", "serial", "MFU", "tokens/s")
+        (
+            "",
+            "mesh",
+            "torus",
+            "remat",
+            "parts",
+            "GiB",
+            "of",
+            "step s",
+            "overlapped",
+            "serial",
+            "MFU",
+            "tokens/s",
+        )
     ]
     for rank, layout in layouts:
-        mesh = " ".join(f"{axis}={size}" for axis, size in layout["mesh"].items() if size > 1) or "one device"
+        mesh = (
+            " ".join(f"{axis}={size}" for axis, size in layout["mesh"].items() if size > 1)
+            or "one device"
+        )
         offload = f", offload {'+'.join(layout['offload'])}" if layout["offload"] else ""
         memory = (_number(layout["total_gib"]["value"]), _number(layout["usable_gib"]["value"]))
         times = (
@@ -38,10 +67,24 @@ def _layouts(layouts: list[tuple[str, dict[str, Any]]]) -> Rows:
             _number(layout["serial"]),
         )
         speeds = (f"{layout['mfu']['value']:.1%}", f"{layout['tokens_per_second']['value']:,.0f}")
-        what = (mesh, _torus(layout["torus"]), layout["remat"] + offload, str(layout["accumulation_steps"]))
+        what = (
+            mesh,
+            _torus(layout["torus"]),
+            layout["remat"] + offload,
+            str(layout["accumulation_steps"]),
+        )
         said = layout.get("compiled")
         compiled = f"compiled: {_compiled(said)}" if said else ""
-        rows.append((rank if layout["fits"] else f"{rank}, no room", *what, *memory, *times, *speeds, compiled))
+        rows.append(
+            (
+                rank if layout["fits"] else f"{rank}, no room",
+                *what,
+                *memory,
+                *times,
+                *speeds,
+                compiled,
+            )
+        )
     return rows
 
 
@@ -50,7 +93,10 @@ def _compiled(said: dict[str, Any]) -> str:
         return f"failed: {said['failed']}"
     if not said["fits"]:
         return f"no room, {_number(said['required_gib'])} GiB"
-    return f"{_number(said['required_gib'])} GiB, [{_number(said['overlapped'])}, {_number(said['serial'])}] s"
+    return (
+        f"{_number(said['required_gib'])} GiB, [{_number(said['overlapped'])}, "
+        f"{_number(said['serial'])}] s"
+    )
 
 
 def _least(layout: dict[str, Any]) -> str:
@@ -59,25 +105,43 @@ def _least(layout: dict[str, Any]) -> str:
 
 
 def _torus(torus: dict[str, Any] | None) -> str:
-    return " ".join(f"{axis} {'x'.join(map(str, factors))}" for axis, factors in (torus or {}).items()) or "-"
+    return (
+        " ".join(f"{axis} {'x'.join(map(str, factors))}" for axis, factors in (torus or {}).items())
+        or "-"
+    )
 
 
 def _parts(layout: dict[str, Any]) -> Rows:
     collectives = [
-        f"{c['kind']} over {c['axis']} ({c['link']}) {_number(c['seconds'])} for {c['bytes'] / 2**30:.3g} GiB"
+        f"{c['kind']} over {c['axis']} ({c['link']}) {_number(c['seconds'])} for "
+        f"{c['bytes'] / 2**30:.3g} GiB"
         for c in layout["collectives"]
     ]
     return [
-        ("GiB", ", ".join(f"{name} {_number(value)}" for name, value in layout["memory_gib"].items())),
-        ("seconds", ", ".join(f"{name} {_number(value)}" for name, value in layout["seconds"].items())),
+        (
+            "GiB",
+            ", ".join(f"{name} {_number(value)}" for name, value in layout["memory_gib"].items()),
+        ),
+        (
+            "seconds",
+            ", ".join(f"{name} {_number(value)}" for name, value in layout["seconds"].items()),
+        ),
         *(("" if i else "exchange", row) for i, row in enumerate(collectives)),
-        ("set", " ".join(f"{path}={_plain(value)}" for path, value in layout["assignments"].items())),
+        (
+            "set",
+            " ".join(f"{path}={_plain(value)}" for path, value in layout["assignments"].items()),
+        ),
     ]
 
 
 def _labelling(days: dict[str, Any] | None) -> Rows:
     return (
-        [("before", f"{figure(days)} days in which the teacher labels the text; they are in the totals")]
+        [
+            (
+                "before",
+                f"{figure(days)} days in which the teacher labels the text; they are in the totals",
+            )
+        ]
         if days
         else []
     )
@@ -88,7 +152,19 @@ def _plain(value: Any) -> str:
 
 
 def _totals(planned: list[dict[str, Any]]) -> Rows:
-    rows: Rows = [("target", "step s", "MFU", "days", "chip-hours", "USD", "MWh", "goodput", "checkpoint every")]
+    rows: Rows = [
+        (
+            "target",
+            "step s",
+            "MFU",
+            "days",
+            "chip-hours",
+            "USD",
+            "MWh",
+            "goodput",
+            "checkpoint every",
+        )
+    ]
     for target in planned:
         first, total = next(iter(target["stages"].values()))["layouts"][0], target["total"]
         goodput = total["goodput"]
@@ -96,7 +172,11 @@ def _totals(planned: list[dict[str, Any]]) -> Rows:
         least = _least(first)
         spent = (total[name] for name in ("chip_hours", "cost_usd", "energy_mwh"))
         money = ((least if value else "") + figure(value) for value in spent)
-        speed = (least + figure(first["step_seconds"]), f"{first['mfu']['value']:.1%}", least + figure(total["days"]))
+        speed = (
+            least + figure(first["step_seconds"]),
+            f"{first['mfu']['value']:.1%}",
+            least + figure(total["days"]),
+        )
         rows.append((target["target"], *speed, *money, *kept))
     return rows
 

@@ -1,7 +1,7 @@
 """The built-in recipes, and the way to a user's own.
 
-A recipe is a function without arguments that returns a complete `Run`. What it leaves out takes the default of the
-field; what it says is its own.
+A recipe is a function without arguments that returns a complete `Run`. What it leaves out takes the
+default of the field; what it says is its own.
 """
 
 import difflib
@@ -46,20 +46,33 @@ def _function(name: str) -> Callable[[], Run]:
     if colon and file.endswith(".py"):
         return _from_file(Path(file), function)
     nearest = difflib.get_close_matches(name, BUILT_IN, n=3, cutoff=0.4)
-    hint = "did you mean " + " or ".join(map(repr, nearest)) if nearest else "`braeburn recipes` lists those there are"
-    raise UserError(f"{name!r} is not a recipe; {hint} (a recipe of your own is written file.py:function)")
+    hint = (
+        "did you mean " + " or ".join(map(repr, nearest))
+        if nearest
+        else "`braeburn recipes` lists those there are"
+    )
+    raise UserError(
+        f"{name!r} is not a recipe; {hint} (a recipe of your own is written file.py:function)"
+    )
 
 
 def _from_file(path: Path, function: str) -> Callable[[], Run]:
     if not path.is_file():
-        raise UserError(f"recipe file {str(path)!r} does not exist; check the path before the colon")
+        raise UserError(
+            f"recipe file {str(path)!r} does not exist; check the path before the colon"
+        )
     try:
         names = runpy.run_path(str(path), run_name=path.stem)
     except Exception as error:
-        raise UserError(f"recipe file {str(path)!r} fails on import: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"recipe file {str(path)!r} fails on import: {type(error).__name__}: {error}"
+        ) from error
     if not callable(names.get(function)):
         own = [n for n, v in names.items() if inspect.isfunction(v) and v.__module__ == path.stem]
-        raise UserError(f"{str(path)!r} has no function {function!r}; its functions are {', '.join(own) or 'none'}")
+        raise UserError(
+            f"{str(path)!r} has no function {function!r}; its functions are "
+            f"{', '.join(own) or 'none'}"
+        )
     return names[function]
 
 
@@ -69,7 +82,9 @@ def _call(name: str, function: Callable[[], Run]) -> Run:
     try:
         inspect.signature(function).bind()
     except TypeError as error:
-        raise UserError(f"recipe {name!r} cannot be called without arguments ({error}); give them defaults") from error
+        raise UserError(
+            f"recipe {name!r} cannot be called without arguments ({error}); give them defaults"
+        ) from error
     try:
         run = function()
         if isinstance(run, Run):
@@ -82,5 +97,7 @@ def _call(name: str, function: Callable[[], Run]) -> Run:
     except Exception as error:
         raise UserError(f"recipe {name!r} fails: {type(error).__name__}: {error}") from error
     if not isinstance(run, Run):
-        raise UserError(f"recipe {name!r} returned {type(run).__name__}; it must return a braeburn.config.Run")
+        raise UserError(
+            f"recipe {name!r} returned {type(run).__name__}; it must return a braeburn.config.Run"
+        )
     return run

@@ -1,6 +1,8 @@
-"""The Apple Foundation Models, from their reports (arXiv 2407.21075) and the public code of AXLearn.
+"""The Apple Foundation Models, from their reports (arXiv 2407.21075) and the public code of
+AXLearn.
 
-Data is not part of a recipe: the sources name folders to be filled, or to be set from the command line.
+Data is not part of a recipe: the sources name folders to be filled, or to be set from the command
+line.
 """
 
 from collections.abc import Mapping
@@ -26,18 +28,25 @@ SERVER_BATCH_TOKENS = 4096 * 4096
 WEB = ("web", "code", "maths", "long")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-# Not queries and keys: their norm needs what it normalised, so that their products are formed again in any case.
-KEEP = Remat(policy="save_named", names=("value", "attention", "attention_output", "ffn_gate", "ffn_up"))
+# Not queries and keys: their norm needs what it normalised, so that their products are formed again
+# in any case.
+KEEP = Remat(
+    policy="save_named", names=("value", "attention", "attention_output", "ffn_gate", "ffn_up")
+)
 
 
 def stages(
-    *, batch_tokens: int, meshes: Mapping[str, Mesh] = NOTHING, remats: Mapping[str, Remat] = NOTHING
+    *,
+    batch_tokens: int,
+    meshes: Mapping[str, Mesh] = NOTHING,
+    remats: Mapping[str, Remat] = NOTHING,
 ) -> dict[str, Stage]:
     """The three stages: core, continued with maths and code up-weighted, and context lengthening.
 
     `meshes` and `remats` are those of the stages that have their own.
 
-    Token counts, rates, decay and RoPE bases are the published ones; the weights of the mixtures are not published.
+    Token counts, rates, decay and RoPE bases are the published ones; the weights of the mixtures
+    are not published.
     """
     continued = Schedule(warmup_steps=1000, floor=0.001)
     return {
@@ -77,21 +86,34 @@ def stages(
 
 def data() -> Data:
     """One folder of JSON lines for each source."""
-    return Data(sources={name: Source(paths=(f"data/{name}/*.jsonl.zst",), format="jsonl") for name in WEB})
+    return Data(
+        sources={name: Source(paths=(f"data/{name}/*.jsonl.zst",), format="jsonl") for name in WEB}
+    )
 
 
 def afm_on_device_scratch() -> Run:
-    """AFM-on-device, 2.7B: the published 3B model from scratch on 7.4T tokens, neither pruned nor distilled."""
+    """AFM-on-device, 2.7B: the published 3B model from scratch on 7.4T tokens, neither pruned nor
+    distilled.
+    """
     return Run(
         name="afm-on-device-scratch",
         model=Model(
-            vocab_size=49_152, d_model=3072, num_layers=26, num_heads=24, num_kv_heads=8, head_dim=128, ffn_dim=8064
+            vocab_size=49_152,
+            d_model=3072,
+            num_layers=26,
+            num_heads=24,
+            num_kv_heads=8,
+            head_dim=128,
+            ffn_dim=8064,
         ),
-        # A slice of 2,048 chips, where shards of 48 columns are gathered faster than narrower ones. Of longer sequences
-        # there are 1,024, and of the longest 256.
+        # A slice of 2,048 chips, where shards of 48 columns are gathered faster than narrower ones.
+        # Of longer sequences there are 1,024, and of the longest 256.
         stages=stages(
             batch_tokens=2048 * 4096,
-            meshes={"continued": Mesh(data=-1, fsdp=64, context=2), "context": Mesh(context=4, tensor=2)},
+            meshes={
+                "continued": Mesh(data=-1, fsdp=64, context=2),
+                "context": Mesh(context=4, tensor=2),
+            },
         ),
         mesh=Mesh(data=-1, fsdp=64),
         data=data(),
@@ -101,14 +123,16 @@ def afm_on_device_scratch() -> Run:
 
 
 def afm_on_device() -> Run:
-    """AFM-on-device as it was made: a 6.4B model, pruned to 2.7B, pretrained on its labels, continued and lengthened.
+    """AFM-on-device as it was made: a 6.4B model, pruned to 2.7B, pretrained on its labels,
+    continued and lengthened.
 
-    Published are that the larger model has 6.4B parameters and the server's recipe, that Soft-Top-K cuts its FFN alone,
-    on 188B tokens of the core mixture, that the core stage takes all its 6.3T tokens, and its labels: 0.9 of the
-    teacher's likeliest token and 0.1 of the text. Assumed are the larger FFN, the multiple of 128 that gives 6.4B
-    parameters, the larger model's 6.3T tokens, the rates and batches of pruning, those of the core stage, and the
-    teacher, which the report does not name: the larger model. What it says is computed once and kept, so that a step of
-    the core stage is one of plain pretraining.
+    Published are that the larger model has 6.4B parameters and the server's recipe, that Soft-Top-K
+    cuts its FFN alone, on 188B tokens of the core mixture, that the core stage takes all its 6.3T
+    tokens, and its labels: 0.9 of the teacher's likeliest token and 0.1 of the text. Assumed are
+    the larger FFN, the multiple of 128 that gives 6.4B parameters, the larger model's 6.3T tokens,
+    the rates and batches of pruning, those of the core stage, and the
+    teacher, which the report does not name: the larger model. What it says is computed once and
+    kept, so that a step of the core stage is one of plain pretraining.
     """
     run = afm_on_device_scratch()
     core, ffn_dim = run.stages["core"], run.model.ffn_dim
@@ -118,23 +142,31 @@ def afm_on_device() -> Run:
     }
     taught = core.replace(teacher="larger", distillation=Distillation(weight=0.9, cached=True))
     return run.replace(
-        name="afm-on-device", model=run.model.replace(ffn_dim=23_296), stages=added | run.stages | {"core": taught}
+        name="afm-on-device",
+        model=run.model.replace(ffn_dim=23_296),
+        stages=added | run.stages | {"core": taught},
     )
 
 
 def afm_server() -> Run:
     """AFM-server as a 69B dense model: shape assumed, since unpublished; batch 4096 x 4096.
 
-    Published are the 100k vocabulary, eight KV heads, and everything that it shares with AFM-on-device. Assumed are
-    the depth, width, and FFN, those of the 70B class.
+    Published are the 100k vocabulary, eight KV heads, and everything that it shares with
+    AFM-on-device. Assumed are the depth, width, and FFN, those of the 70B class.
     """
     return Run(
         name="afm-server",
         model=Model(
-            vocab_size=100_352, d_model=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, ffn_dim=28_672
+            vocab_size=100_352,
+            d_model=8192,
+            num_layers=80,
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=128,
+            ffn_dim=28_672,
         ),
-        # Slices of 1,024 chips, each a replica once their number is given. Where sequences are split a quarter of the
-        # chips shares the state, which leaves less room for activations.
+        # Slices of 1,024 chips, each a replica once their number is given. Where sequences are
+        # split a quarter of the chips shares the state, which leaves less room for activations.
         stages=stages(
             batch_tokens=SERVER_BATCH_TOKENS,
             meshes={"context": Mesh(context=4, tensor=4)},
@@ -159,9 +191,17 @@ def afm_85m() -> Run:
     for name, stage in stages(batch_tokens=64 * 4096).items():
         tokens, sequence_length, warmup_steps = sizes[name]
         schedule = stage.schedule.replace(warmup_steps=warmup_steps)
-        shorter[name] = stage.replace(tokens=tokens, sequence_length=sequence_length, schedule=schedule)
+        shorter[name] = stage.replace(
+            tokens=tokens, sequence_length=sequence_length, schedule=schedule
+        )
     model = Model(
-        vocab_size=12_288, d_model=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64, ffn_dim=2048
+        vocab_size=12_288,
+        d_model=768,
+        num_layers=12,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        ffn_dim=2048,
     )
     # So that a batch fits a chip of 32 GB.
     remat = Remat(policy="save_named", names=("attention",))

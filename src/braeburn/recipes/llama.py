@@ -1,4 +1,6 @@
-"""Llama 2 (arXiv 2307.09288) and Llama 3.1 (arXiv 2407.21783): sizes, batches and rates as published."""
+"""Llama 2 (arXiv 2307.09288) and Llama 3.1 (arXiv 2407.21783): sizes, batches and rates as
+published.
+"""
 
 from typing import Any
 
@@ -25,11 +27,16 @@ SIZE_70B: dict[str, Any] = {
     "head_dim": 128,
     "ffn_dim": 28_672,
 }
-# What the backward pass finds kept: as much as fits, with a batch of the recipe, 512 chips of 95 GB with 70B and 256 of
-# 32 GB with 8B.
+# What the backward pass finds kept: as much as fits, with a batch of the recipe, 512 chips of 95 GB
+# with 70B and 256 of 32 GB with 8B.
 WIDE: tuple[NamedActivation, ...] = ("query", "key", "value", "attention", "attention_output")
 LEAST: tuple[NamedActivation, ...] = ("attention",)
-COMMON: dict[str, Any] = {"qk_norm": False, "tied_embeddings": False, "norm_epsilon": 1e-5, "z_loss": 0.0}
+COMMON: dict[str, Any] = {
+    "qk_norm": False,
+    "tied_embeddings": False,
+    "norm_epsilon": 1e-5,
+    "z_loss": 0.0,
+}
 LLAMA2: dict[str, Any] = COMMON | {"vocab_size": 32_000, "rope_base": 10_000.0}
 LLAMA3: dict[str, Any] = COMMON | {
     "vocab_size": 128_256,
@@ -41,25 +48,48 @@ LLAMA3: dict[str, Any] = COMMON | {
 def llama2_7b() -> Run:
     """Llama 2 7B: 2T tokens, sequences of 4096, batches of 4M."""
     model = Model(**SIZE_8B, num_kv_heads=32, ffn_dim=11_008, **LLAMA2)
-    return _run("llama2-7b", model, tokens=2_000_000_000_000, sequence_length=4096, learning_rate=3e-4)
+    return _run(
+        "llama2-7b", model, tokens=2_000_000_000_000, sequence_length=4096, learning_rate=3e-4
+    )
 
 
 def llama2_70b() -> Run:
     """Llama 2 70B: 2T tokens, sequences of 4096, batches of 4M."""
     model = Model(**SIZE_70B, **LLAMA2)
-    return _run("llama2-70b", model, tokens=2_000_000_000_000, sequence_length=4096, learning_rate=1.5e-4, keep=WIDE)
+    return _run(
+        "llama2-70b",
+        model,
+        tokens=2_000_000_000_000,
+        sequence_length=4096,
+        learning_rate=1.5e-4,
+        keep=WIDE,
+    )
 
 
 def llama3_8b() -> Run:
     """Llama 3.1 8B, RoPE scaling included: 15T tokens, sequences of 8192, batches of 8M."""
     model = Model(**SIZE_8B, num_kv_heads=8, ffn_dim=14_336, **LLAMA3)
-    return _run("llama3-8b", model, tokens=15_000_000_000_000, sequence_length=8192, learning_rate=3e-4, keep=LEAST)
+    return _run(
+        "llama3-8b",
+        model,
+        tokens=15_000_000_000_000,
+        sequence_length=8192,
+        learning_rate=3e-4,
+        keep=LEAST,
+    )
 
 
 def llama3_70b() -> Run:
     """Llama 3.1 70B, RoPE scaling included: 15T tokens, sequences of 8192, batches of 8M."""
     model = Model(**SIZE_70B, **LLAMA3)
-    return _run("llama3-70b", model, tokens=15_000_000_000_000, sequence_length=8192, learning_rate=1.5e-4, keep=WIDE)
+    return _run(
+        "llama3-70b",
+        model,
+        tokens=15_000_000_000_000,
+        sequence_length=8192,
+        learning_rate=1.5e-4,
+        keep=WIDE,
+    )
 
 
 def _run(

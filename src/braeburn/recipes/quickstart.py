@@ -1,4 +1,6 @@
-"""Small runs on the standard library of the Python that runs them: nothing to download, on any machine."""
+"""Small runs on the standard library of the Python that runs them: nothing to download, on any
+machine.
+"""
 
 from braeburn.config import (
     ONE_DEVICE,
@@ -44,8 +46,12 @@ def quickstart() -> Run:
         ),
         stages={
             "core": _stage("core", 480_000, 256, 512, 5e-3, Schedule(warmup_steps=60, floor=0.05)),
-            "continued": _stage("continued", 96_000, 512, 512, 1e-3, Schedule(warmup_steps=5, floor=0.01)),
-            "context": _stage("context", 64_000, 1024, 1024, 5e-4, Schedule(warmup_steps=5, floor=0.01)),
+            "continued": _stage(
+                "continued", 96_000, 512, 512, 1e-3, Schedule(warmup_steps=5, floor=0.01)
+            ),
+            "context": _stage(
+                "context", 64_000, 1024, 1024, 5e-4, Schedule(warmup_steps=5, floor=0.01)
+            ),
         },
         data=Data(sources=SOURCES, held_out=0.04),
         checkpoint=Checkpoint(every_steps=200),
@@ -59,11 +65,23 @@ def afm_tiny() -> Run:
     """Three stages of a few small steps each: for tests, and to see a whole run in seconds."""
     return Run(
         name="afm-tiny",
-        model=Model(vocab_size=512, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=160),
+        model=Model(
+            vocab_size=512,
+            d_model=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            ffn_dim=160,
+        ),
         stages={
             "core": _stage("core", 20_480, 64, 1024, 0.01, Schedule(warmup_steps=5, floor=0.005)),
-            "continued": _stage("continued", 10_240, 128, 1024, 3e-3, Schedule(warmup_steps=2, floor=0.001)),
-            "context": _stage("context", 10_240, 256, 1024, 3e-3, Schedule(warmup_steps=2, floor=0.001)),
+            "continued": _stage(
+                "continued", 10_240, 128, 1024, 3e-3, Schedule(warmup_steps=2, floor=0.001)
+            ),
+            "context": _stage(
+                "context", 10_240, 256, 1024, 3e-3, Schedule(warmup_steps=2, floor=0.001)
+            ),
         },
         data=Data(sources=SOURCES, held_out=0.04),
         checkpoint=Checkpoint(every_steps=10),
@@ -73,12 +91,14 @@ def afm_tiny() -> Run:
 
 
 def afm_on_device_tiny() -> Run:
-    """AFM-on-device in minutes on two CPU cores: a model of Python code pruned, distilled, lengthened and quantised.
+    """AFM-on-device in minutes on two CPU cores: a model of Python code pruned, distilled,
+    lengthened and quantised.
 
-    Published are the order of the stages and the method of pruning; sizes, rates and what is taught are of this recipe.
-    A teacher of minutes knows little more than the student that was cut from it: half of its distribution helps, 0.9 of
-    its likeliest tokens would hold the student back. It is asked as the student trains, since the core stage reads only
-    some of the text that a pass would label.
+    Published are the order of the stages and the method of pruning; sizes, rates and what is taught
+    are of this recipe. A teacher of minutes knows little more than the student that was cut from
+    it: half of its distribution helps, 0.9 of its likeliest tokens would hold the student back. It
+    is asked as the student trains, since the core stage reads only some of the text that a pass
+    would label.
     """
     falling = Schedule(warmup_steps=5, floor=0.01)
     core = _stage("core", 320_000, 256, 512, 5e-3, Schedule(warmup_steps=60, floor=0.05))
@@ -114,7 +134,12 @@ def afm_on_device_tiny() -> Run:
 
 
 def _stage(
-    name: str, tokens: int, sequence_length: int, batch_tokens: int, learning_rate: float, schedule: Schedule
+    name: str,
+    tokens: int,
+    sequence_length: int,
+    batch_tokens: int,
+    learning_rate: float,
+    schedule: Schedule,
 ) -> Stage:
     """An AFM stage of small sizes; weight decay and RoPE base are the published ones."""
     return Stage(

@@ -1,4 +1,6 @@
-"""Qwen3 dense models (arXiv 2505.09388): sizes as published; batches and rates, unpublished, of their class."""
+"""Qwen3 dense models (arXiv 2505.09388): sizes as published; batches and rates, unpublished, of
+their class.
+"""
 
 from typing import Any
 
@@ -21,7 +23,13 @@ def qwen3_0_6b() -> Run:
 
 def qwen3_8b() -> Run:
     """Qwen3 8B: untied embeddings, context lengthened from 4096 to 32,768."""
-    sizes: dict[str, Any] = {"d_model": 4096, "num_layers": 36, "num_heads": 32, "num_kv_heads": 8, "ffn_dim": 12_288}
+    sizes: dict[str, Any] = {
+        "d_model": 4096,
+        "num_layers": 36,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "ffn_dim": 12_288,
+    }
     return _run("qwen3-8b", Model(**sizes, tied_embeddings=False, **COMMON), learning_rate=3e-4)
 
 
@@ -42,7 +50,10 @@ def _run(name: str, model: Model, *, learning_rate: float) -> Run:
         "learning_rate": learning_rate / 10,
         "rope_base": 1_000_000.0,
     }
-    sources = {name: Source(paths=(f"data/{name}/*.jsonl.zst",), format="jsonl") for name in ("web", "code", "long")}
+    sources = {
+        name: Source(paths=(f"data/{name}/*.jsonl.zst",), format="jsonl")
+        for name in ("web", "code", "long")
+    }
     return Run(
         name=name,
         model=model,

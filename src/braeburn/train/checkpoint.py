@@ -1,8 +1,8 @@
 """Checkpoints through orbax: written in the background, atomically, and complete in themselves.
 
-`checkpoints/STEP/` holds the parameters, the optimizer's state, the run with its tokenizer, and the record that all of
-them are checked against before they are read; a folder of that name exists only once all of it is on disk. This is the
-only module that knows orbax.
+`checkpoints/STEP/` holds the parameters, the optimizer's state, the run with its tokenizer, and the
+record that all of them are checked against before they are read; a folder of that name exists only
+once all of it is on disk. This is the only module that knows orbax.
 """
 
 import itertools
@@ -34,7 +34,8 @@ from braeburn.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-# TensorStore puts the system's number into its messages, as "[os_error_code='28']" or "[OS error 28: ...]".
+# TensorStore puts the system's number into its messages, as "[os_error_code='28']" or "[OS error
+# 28: ...]".
 SYSTEM_ERROR = re.compile(r"\bos[ _]error(?:_code=')? ?(\d+)", re.IGNORECASE)
 _questions = itertools.count()
 
@@ -55,7 +56,9 @@ class Fault:
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: Path, options: Checkpoint | None = None, lasting: Sequence[int] = ()):
+    def __init__(
+        self, directory: Path, options: Checkpoint | None = None, lasting: Sequence[int] = ()
+    ):
         """Opens `directory`/checkpoints; with `options` for writing, without for reading only.
 
         The checkpoints of the steps in `lasting` stay whatever the options say.
@@ -66,8 +69,11 @@ class Checkpoints:
         self._record_to_write: Record | None = None
         self._records: dict[int, Record | None] = {}
         if options is None and not self._directory.is_dir():
-            raise UserError(f"{str(directory)!r} holds no checkpoint; train for at least one checkpoint first")
-        # Reading goes past the manager: what orbax notes of the time of writing is in no record, and so not read.
+            raise UserError(
+                f"{str(directory)!r} holds no checkpoint; train for at least one checkpoint first"
+            )
+        # Reading goes past the manager: what orbax notes of the time of writing is in no record,
+        # and so not read.
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(*PARTS))
         self._manager = None if options is None else self._manager_of(options, lasting)
 
@@ -76,7 +82,9 @@ class Checkpoints:
         keep = [policies.LatestN(options.keep_last), policies.CustomSteps(list(lasting))]
         if options.keep_every_steps:
             keep.append(policies.EveryNSteps(options.keep_every_steps))
-        in_background = ocp.AsyncOptions(barrier_sync_fn=self._barrier(), post_finalization_callback=self._write_record)
+        in_background = ocp.AsyncOptions(
+            barrier_sync_fn=self._barrier(), post_finalization_callback=self._write_record
+        )
         with self._explaining():
             return ocp.CheckpointManager(
                 self._directory,
@@ -101,7 +109,8 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def newest_sound(self) -> tuple[int | None, list[Fault]]:
-        """The step of the newest checkpoint that is what its record says, and what is wrong with each newer one.
+        """The step of the newest checkpoint that is what its record says, and what is wrong with
+        each newer one.
 
         Raises:
             UserError: a file cannot be read, which is no sign of damage.
@@ -122,23 +131,40 @@ class Checkpoints:
         """
         fault = self.fault(step, parts)
         if fault:
-            others = [other for other in self.steps() if other != step and not self.fault(other, parts)]
+            others = [
+                other for other in self.steps() if other != step and not self.fault(other, parts)
+            ]
             raise UserError(self.sentence(fault, others))
 
     def sentence(self, fault: Fault, sound: Sequence[int]) -> str:
-        """What to tell of a checkpoint that must not be read, where those of the steps `sound` may be."""
+        """What to tell of a checkpoint that must not be read, where those of the steps `sound` may
+        be.
+        """
         remedy = "none of the others is sound: bring back a copy of it"
         if sound:
-            named = f"checkpoint {sound[0]} is" if len(sound) == 1 else f"checkpoints {', '.join(map(str, sound))} are"
-            remedy = f"{named} sound: move {fault.step} out of the folder to use the newest of those left"
+            named = (
+                f"checkpoint {sound[0]} is"
+                if len(sound) == 1
+                else f"checkpoints {', '.join(map(str, sound))} are"
+            )
+            remedy = (
+                f"{named} sound: move {fault.step} out of the folder to use the newest of "
+                f"those left"
+            )
         elif len(self.steps()) == 1:
-            remedy = "it is the only one: bring back a copy of it, or move it out of the folder to begin again"
-        return f"the checkpoint {str(self._folder(fault.step))!r} is damaged: {fault.reason}; {remedy}"
+            remedy = (
+                "it is the only one: bring back a copy of it, or move it out of the folder to "
+                "begin again"
+            )
+        return (
+            f"the checkpoint {str(self._folder(fault.step))!r} is damaged: {fault.reason}; {remedy}"
+        )
 
     def fault(self, step: int, parts: Iterable[str] = PARTS) -> Fault | None:
         """What is wrong with some parts of a checkpoint; None where nothing is.
 
-        Every process of a run must ask, and gets the same answer; each reads its share of the files.
+        Every process of a run must ask, and gets the same answer; each reads its share of the
+        files.
 
         Raises:
             UserError: a file cannot be read, which is no sign of damage.
@@ -147,14 +173,19 @@ class Checkpoints:
         with explaining(self._run_directory):
             try:
                 share = (jax.process_index(), jax.process_count())
-                self._records[step] = records.verify(self._folder(step), step, self._run_identity(), parts, share)
+                self._records[step] = records.verify(
+                    self._folder(step), step, self._run_identity(), parts, share
+                )
             except Damaged as error:
                 reason = str(error)
-        reason = first_objection(f"checkpoint {step} was checked for the {next(_questions)}th time", reason)
+        reason = first_objection(
+            f"checkpoint {step} was checked for the {next(_questions)}th time", reason
+        )
         return None if reason is None else Fault(step, reason)
 
     def facts(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the state; nothing where a version did that wrote no records.
+        """What `save` was given beside the state; nothing where a version did that wrote no
+        records.
 
         A single process may ask, since no file but the record is read.
 
@@ -166,13 +197,15 @@ class Checkpoints:
                 saved = records.read(self._folder(step))
             except Damaged as error:
                 raise UserError(
-                    f"the checkpoint {str(self._folder(step))!r} is damaged: {error}; run the same command again, "
-                    f"which goes on from the newest sound one"
+                    f"the checkpoint {str(self._folder(step))!r} is damaged: {error}; run the same "
+                    f"command again, which goes on from the newest sound one"
                 ) from None
         return saved.facts if saved else {}
 
     def set_aside(self, fault: Fault) -> Path:
-        """Renames a damaged checkpoint, so that another of its step can be written; returns where it is kept."""
+        """Renames a damaged checkpoint, so that another of its step can be written; returns where
+        it is kept.
+        """
         folder = self._folder(fault.step)
         for number in itertools.count(1):
             kept = folder.with_name(f"{fault.step}.damaged" + (f"-{number}" if number > 1 else ""))
@@ -183,7 +216,12 @@ class Checkpoints:
         raise AssertionError
 
     def save(
-        self, step: int, state: TrainState, run: Run, tokenizer: str, facts: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        state: TrainState,
+        run: Run,
+        tokenizer: str,
+        facts: Mapping[str, Any] | None = None,
     ) -> bool:
         """Begins to write a checkpoint; it does not change when the state does.
 
@@ -204,17 +242,29 @@ class Checkpoints:
         if self._newest_saved == step or step in self._manager.all_steps():
             return False
         if state.optimizer is None and step:
-            raise ValueError(f"the state at step {step} has no optimizer; only one at step 0 can go on without")
+            raise ValueError(
+                f"the state at step {step} has no optimizer; only one at step 0 can go on without"
+            )
         self.wait()
         self._newest_saved = step
         items = {"params": ocp.args.StandardSave(state.params)}
         if state.optimizer is not None:
             items["optimizer"] = ocp.args.StandardSave(state.optimizer)
         fingerprints = {name: _fingerprint(part.item) for name, part in items.items()}
-        self._record_to_write = Record(step, self._run_identity(), {**fingerprints, "run": ""}, dict(facts or {}))
-        description = {"record": records.FORMAT, "run": run.model_dump(mode="json"), "tokenizer": json.loads(tokenizer)}
+        self._record_to_write = Record(
+            step, self._run_identity(), {**fingerprints, "run": ""}, dict(facts or {})
+        )
+        description = {
+            "record": records.FORMAT,
+            "run": run.model_dump(mode="json"),
+            "tokenizer": json.loads(tokenizer),
+        }
         with self._explaining():
-            self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(description), **items), force=True)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(run=ocp.args.JsonSave(description), **items),
+                force=True,
+            )
         return True
 
     def wait(self) -> None:
@@ -223,13 +273,17 @@ class Checkpoints:
             with self._explaining():
                 self._manager.wait_until_finished()
 
-    def restore(self, step: int, shape: TrainState, init_optimizer: Callable[[Tree], Any]) -> TrainState:
+    def restore(
+        self, step: int, shape: TrainState, init_optimizer: Callable[[Tree], Any]
+    ) -> TrainState:
         """The state saved at `step`, by whatever processes on whatever mesh.
 
         Args:
             step: of a complete checkpoint.
-            shape: the abstract state to restore into, each leaf with the sharding that it is to have.
-            init_optimizer: gives the optimizer's state for parameters; used at step 0 where the checkpoint holds none.
+            shape: the abstract state to restore into, each leaf with the sharding that it is to
+                have.
+            init_optimizer: gives the optimizer's state for parameters; used at step 0 where the
+                checkpoint holds none.
 
         Raises:
             UserError: the checkpoint is damaged, or of another model or optimizer.
@@ -239,7 +293,9 @@ class Checkpoints:
         places = jax.tree.map(lambda leaf: leaf.sharding, shape.optimizer)
         saved = self._records[step]
         if "optimizer" in saved.parts if saved else (self._folder(step) / "optimizer").is_dir():
-            optimizer = jax.device_put(self._restore_part(step, "optimizer", shape.optimizer), places)
+            optimizer = jax.device_put(
+                self._restore_part(step, "optimizer", shape.optimizer), places
+            )
         else:
             optimizer = jax.jit(init_optimizer, out_shardings=places)(values)
         count = jax.make_array_from_callback((), shape.step.sharding, lambda _: np.int32(step))
@@ -264,7 +320,9 @@ class Checkpoints:
         """
         self.require_sound(step, ("params", "run"))
         with self._reading(step):
-            restored = self._reader.restore(self._folder(step), args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+            restored = self._reader.restore(
+                self._folder(step), args=ocp.args.Composite(run=ocp.args.JsonRestore())
+            )
             description = restored["run"]
             return description["run"], json.dumps(description["tokenizer"], ensure_ascii=False)
 
@@ -289,19 +347,23 @@ class Checkpoints:
         if saved and saved.parts[part] != _fingerprint(wanted):
             what = "optimizer" if part == "optimizer" else "model"
             raise UserError(
-                f"the checkpoint {str(self._folder(step))!r} is of another {what} than the run; put the fields of "
+                f"the checkpoint {str(self._folder(step))!r} is of another {what} than the run; "
+                f"put the fields of "
                 f"{what} back, in the recipe and in {str(self._run_directory / 'config.json')!r}"
             )
         abstract = jax.tree.map(_on_device, wanted)
         with self._reading(step):
             restored = self._reader.restore(
-                self._folder(step), args=ocp.args.Composite(**{part: ocp.args.StandardRestore(abstract)})
+                self._folder(step),
+                args=ocp.args.Composite(**{part: ocp.args.StandardRestore(abstract)}),
             )
         return restored[part]
 
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Says of a failure to read a checkpoint what is known of it, which is not that it is damaged."""
+        """Says of a failure to read a checkpoint what is known of it, which is not that it is
+        damaged.
+        """
         folder = self._folder(step)
         try:
             with self._explaining():
@@ -310,14 +372,16 @@ class Checkpoints:
             raise
         except Exception as error:
             if tells_of_a_loss(error):
-                raise ProcessLost(f"another process ended while checkpoint {step} was read") from error
+                raise ProcessLost(
+                    f"another process ended while checkpoint {step} was read"
+                ) from error
             log.debug("reading %s", folder, exc_info=error)
             state = "its files have the right checksums, so leave it where it is and see to"
             if self._records.get(step) is None:
                 state = "it has no checksums to tell damage by; see to"
             raise UserError(
-                f"the checkpoint {str(folder)!r} could not be read ({_first_line(error)}); {state} what the message "
-                f"names, then run the same command again"
+                f"the checkpoint {str(folder)!r} could not be read ({_first_line(error)}); {state} "
+                f"what the message names, then run the same command again"
             ) from error
 
     @contextmanager
@@ -341,7 +405,9 @@ class Checkpoints:
                 raise OSError(code, os.strerror(code), str(self._directory)) from error
 
     def _barrier(self) -> Callable[..., None]:
-        """What processes wait for each other with, in the thread that writes: each hashes the files that it wrote."""
+        """What processes wait for each other with, in the thread that writes: each hashes the files
+        that it wrote.
+        """
         wait = multihost.get_barrier_sync_fn()
 
         def wait_for_all(*, key: str, timeout_ms: int) -> None:
@@ -352,7 +418,9 @@ class Checkpoints:
         return wait_for_all
 
     def _hash_own(self) -> None:
-        """Hashes what this process has written, so that the main one need not read it from another host's disk."""
+        """Hashes what this process has written, so that the main one need not read it from another
+        host's disk.
+        """
         folder, index = self._unfinished(), jax.process_index()
         names = [name for name in records.walk(folder) if _writer(name) == index]
         hashed = records.hash_files(folder, names, to_disk=True)
@@ -361,12 +429,17 @@ class Checkpoints:
         (folder / f"{records.RECORD}.{index}").write_text(json.dumps(final))
 
     def _write_record(self) -> None:
-        """Writes the record of the checkpoint whose parts are complete, in the main process, before it counts."""
+        """Writes the record of the checkpoint whose parts are complete, in the main process, before
+        it counts.
+        """
         folder = self._unfinished()
         hashed: dict[str, tuple[int, str]] = {}
         for index in range(1, jax.process_count()):
             path = folder / f"{records.RECORD}.{index}"
-            hashed |= {name: (size, digest) for name, (size, digest) in json.loads(path.read_text()).items()}
+            hashed |= {
+                name: (size, digest)
+                for name, (size, digest) in json.loads(path.read_text()).items()
+            }
             path.unlink()
         names = [name for name in records.list_files(folder) if name not in hashed]
         hashed |= records.hash_files(folder, names, to_disk=True)
@@ -381,7 +454,9 @@ class Checkpoints:
 
 
 def _writer(name: str) -> int | None:
-    """The process that wrote a file of arrays or of their description, from its path; None for files of all."""
+    """The process that wrote a file of arrays or of their description, from its path; None for
+    files of all.
+    """
     found = re.search(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)", name)
     return int(found[1]) if found else None
 
@@ -389,13 +464,18 @@ def _writer(name: str) -> int | None:
 def _fingerprint(tree: Any) -> str:
     """A hash of the paths, shapes and types of a tree's leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    described = {jax.tree_util.keystr(path): (tuple(np.shape(leaf)), str(leaf.dtype)) for path, leaf in leaves}
+    described = {
+        jax.tree_util.keystr(path): (tuple(np.shape(leaf)), str(leaf.dtype))
+        for path, leaf in leaves
+    }
     return records.fingerprint(described)
 
 
 def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.with_memory_kind("device"))
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding.with_memory_kind("device")
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,9 @@ from braeburn.catalogue import Flag, chip_of
 
 
 def cache_compilations() -> None:
-    """Keeps compiled programs below the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another place."""
+    """Keeps compiled programs below the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names
+    another place.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "braeburn" / "jax"))
@@ -18,10 +20,14 @@ def cache_compilations() -> None:
 
 
 def compiler_flags(device_kind: str) -> dict[str, str | bool]:
-    """The catalogue's options of XLA for a device as JAX calls it, by name; none where it is not known."""
+    """The catalogue's options of XLA for a device as JAX calls it, by name; none where it is not
+    known.
+    """
     return options(chip.flags if (chip := chip_of(device_kind)) else ())
 
 
 def options(flags: Iterable[Flag]) -> dict[str, str | bool]:
     """Options of XLA as JAX takes them, by name."""
-    return {flag.name: flag.value if isinstance(flag.value, bool) else str(flag.value) for flag in flags}
+    return {
+        flag.name: flag.value if isinstance(flag.value, bool) else str(flag.value) for flag in flags
+    }

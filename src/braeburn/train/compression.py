@@ -1,7 +1,8 @@
-"""What a stage does to a model besides training it: masks that learn what to cut, weights rounded as they will ship.
+"""What a stage does to a model besides training it: masks that learn what to cut, weights rounded
+as they will ship.
 
-Between stages the state is always that of an ordinary model. Within one it may also hold the scores of masks or the
-factors of scales, and the weights are then used otherwise than they are stored.
+Between stages the state is always that of an ordinary model. Within one it may also hold the scores
+of masks or the factors of scales, and the weights are then used otherwise than they are stored.
 """
 
 import dataclasses
@@ -34,7 +35,9 @@ def of_model(layout: Layout, model: Model) -> Layout:
 
 
 def trained_specs(run: Run, name: str) -> Tree:
-    """The specs of all that a stage trains: the model's parameters, scores of masks, factors of scales."""
+    """The specs of all that a stage trains: the model's parameters, scores of masks, factors of
+    scales.
+    """
     stage, model = run.stages[name], run.models()[name].trained
     specs = param_specs(model)
     if stage.pruning and stage.pruning.learned:
@@ -44,7 +47,9 @@ def trained_specs(run: Run, name: str) -> Tree:
 
 
 def temperature(pruning: Pruning, total_steps: int, step: Any) -> Float[Array, ""]:
-    """That of the masks at a 0-based step of the stage: falls by equal ratios, and is 0 for the last `exact` steps."""
+    """That of the masks at a 0-based step of the stage: falls by equal ratios, and is 0 for the
+    last `exact` steps.
+    """
     soft_steps = max(1, round((1 - pruning.exact) * total_steps))
     progress = jnp.asarray(step, jnp.float32) / soft_steps
     falling = pruning.temperature * (pruning.final_temperature / pruning.temperature) ** progress
@@ -52,7 +57,9 @@ def temperature(pruning: Pruning, total_steps: int, step: Any) -> Float[Array, "
 
 
 def use_of(run: Run, name: str) -> Use | None:
-    """How a stage uses what it trains: (parameters, steps of the stage) -> weights; None where as they are."""
+    """How a stage uses what it trains: (parameters, steps of the stage) -> weights; None where as
+    they are.
+    """
     stage, model = run.stages[name], run.models()[name].trained
     pruning, quantization = stage.pruning, stage.quantization
 
@@ -63,14 +70,18 @@ def use_of(run: Run, name: str) -> Use | None:
 
     def use_quantized(params: Tree, step: Any) -> Tree:
         assert quantization
-        return quantized(_weights(params), params.get(FACTORS, {}), param_specs(model), quantization)
+        return quantized(
+            _weights(params), params.get(FACTORS, {}), param_specs(model), quantization
+        )
 
     if pruning and pruning.learned:
         return use_masked
     return use_quantized if quantization else None
 
 
-def enter(run: Run, name: str, state: TrainState, layout: Layout, batches: Iterable[Batch]) -> TrainState:
+def enter(
+    run: Run, name: str, state: TrainState, layout: Layout, batches: Iterable[Batch]
+) -> TrainState:
     """The state that a stage trains, from the one that it finds.
 
     Args:
@@ -78,14 +89,17 @@ def enter(run: Run, name: str, state: TrainState, layout: Layout, batches: Itera
         name: of the stage.
         state: of an ordinary model, on the stage's mesh.
         layout: where what the stage trains lies.
-        batches: the stage's first, placed; those of `calibration_tokens` are read where activations are measured.
+        batches: the stage's first, placed; those of `calibration_tokens` are read where activations
+            are measured.
     """
     pruning, found = run.stages[name].pruning, run.models()[name].found
     if not pruning:
         factors = {key: specs for key, specs in layout.specs.items() if key == FACTORS}
         ones = map_specs(lambda _, spec: np.ones(spec.shape, np.float32), factors)
         return _with(state, ones, layout) if factors else state
-    scores = scores_of(pruning, found, state.params, of_model(layout, found), run.precision, run.seed, batches)
+    scores = scores_of(
+        pruning, found, state.params, of_model(layout, found), run.precision, run.seed, batches
+    )
     if pruning.learned:
         return _with(state, {MASKS: importance.standardised(scores)}, layout)
     return cut(state, scores, pruning, found, layout)
@@ -100,7 +114,8 @@ def scores_of(
     seed: int,
     batches: Iterable[Batch],
 ) -> Tree:
-    """The importance of the units of a model, by axis, as the pruning's method measures it without training.
+    """The importance of the units of a model, by axis, as the pruning's method measures it without
+    training.
 
     Args:
         pruning: its method, and the axes to look at.
@@ -117,15 +132,20 @@ def scores_of(
         # As NumPy has it, an array that is alike in all processes belongs to no device.
         return jax.tree.map(np.asarray, importance.random(model, pruning.keep, seed))
     measure = importance.activation_importance(layout, model, precision, pruning.keep)
-    sums = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), (measure(params, batch) for batch in batches))
+    sums = functools.reduce(
+        lambda a, b: jax.tree.map(jnp.add, a, b), (measure(params, batch) for batch in batches)
+    )
     return importance.activation(sums)
 
 
-def leaving(run: Run, name: str, state: TrainState, layout: Layout) -> Callable[[TrainState], TrainState]:
-    """The program that turns a stage's last state into that of the ordinary model that the stage leaves.
+def leaving(
+    run: Run, name: str, state: TrainState, layout: Layout
+) -> Callable[[TrainState], TrainState]:
+    """The program that turns a stage's last state into that of the ordinary model that the stage
+    leaves.
 
-    That is the model of the units kept, or of rounded weights. It is compiled here: a stop that is asked for once the
-    last step is made would otherwise wait for the compiler.
+    That is the model of the units kept, or of rounded weights. It is compiled here: a stop that is
+    asked for once the last step is made would otherwise wait for the compiler.
 
     Args:
         run: the run.
@@ -141,7 +161,9 @@ def leaving(run: Run, name: str, state: TrainState, layout: Layout) -> Callable[
     use = use_of(run, name)
     if not use:
         return lambda state: state
-    return _compiled(lambda s: _without_extras(s)._replace(params=use(s.params, stage.steps)), left, state)
+    return _compiled(
+        lambda s: _without_extras(s)._replace(params=use(s.params, stage.steps)), left, state
+    )
 
 
 def _weights(params: Tree) -> Tree:
@@ -164,7 +186,9 @@ def _with(state: TrainState, extras: Tree, layout: Layout) -> TrainState:
     return _changed(join, layout, state, extras)
 
 
-def cut(state: TrainState, scores: Tree, pruning: Pruning, model: Model, after: Layout) -> TrainState:
+def cut(
+    state: TrainState, scores: Tree, pruning: Pruning, model: Model, after: Layout
+) -> TrainState:
     """The state with only the units of the highest scores, its optimizer's moments cut alike.
 
     Args:
@@ -182,13 +206,17 @@ def _cutting(pruning: Pruning, model: Model) -> Callable[[TrainState, Tree], Tra
 
     def change(state: TrainState, scores: Tree) -> TrainState:
         state, indices = _without_extras(state), kept(scores, pruning.keep, model)
-        optimizer = map_params_like(lambda tree: sliced(tree, indices, specs), state.optimizer, specs)
+        optimizer = map_params_like(
+            lambda tree: sliced(tree, indices, specs), state.optimizer, specs
+        )
         return state._replace(params=sliced(state.params, indices, specs), optimizer=optimizer)
 
     return change
 
 
-def _changed(change: Callable[..., TrainState], after: Layout, state: TrainState, *further: Tree) -> TrainState:
+def _changed(
+    change: Callable[..., TrainState], after: Layout, state: TrainState, *further: Tree
+) -> TrainState:
     """`change(state, ...)`, laid out anew."""
     state = _on_device(state, after)
     with after.compiling():
@@ -209,15 +237,23 @@ def _compiled(
     return lambda state: program(_on_device(state, after))
 
 
-def _program(change: Callable[..., TrainState], after: Layout, state: TrainState, *further: Tree) -> Any:
+def _program(
+    change: Callable[..., TrainState], after: Layout, state: TrainState, *further: Tree
+) -> Any:
     shape = jax.eval_shape(change, state, *further)
-    places = TrainState(after.everywhere(), after.parameters(), after.optimizer_state(shape.optimizer))
+    places = TrainState(
+        after.everywhere(), after.parameters(), after.optimizer_state(shape.optimizer)
+    )
     return jax.jit(change, out_shardings=places)
 
 
 def _on_device(state: TrainState, layout: Layout) -> TrainState:
-    """The state, its optimizer's part brought to the device where the layout keeps it on the host."""
-    return jax.device_put(state, _places_on_device(state, layout)) if layout.offload.optimizer else state
+    """The state, with an optimizer's state that is kept on the host brought to the device."""
+    return (
+        jax.device_put(state, _places_on_device(state, layout))
+        if layout.offload.optimizer
+        else state
+    )
 
 
 def _places_on_device(state: TrainState, layout: Layout) -> TrainState:

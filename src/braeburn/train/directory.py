@@ -31,7 +31,16 @@ log = logging.getLogger(__name__)
 
 # What may differ when a run goes on: how it is carried out, not what it computes.
 FREE_TO_CHANGE = (
-    *("name", "mesh", "checkpoint", "remat", "offload", "evaluation", "model.scan_layers", "precision.reduce"),
+    *(
+        "name",
+        "mesh",
+        "checkpoint",
+        "remat",
+        "offload",
+        "evaluation",
+        "model.scan_layers",
+        "precision.reduce",
+    ),
     "model.max_position_embeddings",
     *("data.workers", "data.prefetch", "data.cache", "data.accept"),
     *("optimizer.skip_norm", "optimizer.max_skipped"),
@@ -41,19 +50,25 @@ FREE_TO_CHANGE = (
 class RunDirectory:
     """A folder that holds one run."""
 
-    def __init__(self, path: Path, *, writes: bool = True, say: Callable[[str], None] = log.warning):
+    def __init__(
+        self, path: Path, *, writes: bool = True, say: Callable[[str], None] = log.warning
+    ):
         """Creates the folder where it is missing.
 
         Args:
             path: the folder.
-            writes: whether this process is the one of its run that writes here; in others, what writes does nothing.
-            say: takes a line when events cannot be written, and when they can again; a warning is logged by default.
+            writes: whether this process is the one of its run that writes here; in others, what
+                writes does nothing.
+            say: takes a line when events cannot be written, and when they can again; a warning is
+                logged by default.
 
         Raises:
             UserError: it is not a local folder that can be written to.
         """
         if re.match("[a-z0-9]{2,}:/", str(path)):  # a Path has but one slash after gs:
-            raise UserError(f"--out {str(path)!r} is not a local folder; name a folder on a mounted file system")
+            raise UserError(
+                f"--out {str(path)!r} is not a local folder; name a folder on a mounted file system"
+            )
         self.path, self.writes = path, writes
         self._events = Records(path / "events.jsonl", say, lines=True)
         self._number: tuple[int, int] | None = None
@@ -62,10 +77,13 @@ class RunDirectory:
         except OSError as error:
             number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
             reason = os.strerror(number).lower() if number else str(error)
-            raise UserError(f"--out {str(path)!r} cannot be created ({reason}); choose another folder") from None
+            raise UserError(
+                f"--out {str(path)!r} cannot be created ({reason}); choose another folder"
+            ) from None
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(
-                f"--out {str(path)!r} cannot be written to; choose another folder or change its permissions"
+                f"--out {str(path)!r} cannot be written to; choose another folder or change its "
+                f"permissions"
             )
 
     @property
@@ -86,7 +104,8 @@ class RunDirectory:
         strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
         if strangers and not self.begun():
             raise UserError(
-                f"--out {str(self.path)!r} holds {strangers[0]!r} but no run; choose an empty or new folder"
+                f"--out {str(self.path)!r} holds {strangers[0]!r} but no run; choose an empty or "
+                f"new folder"
             )
         in_use = (
             f"--out {str(self.path)!r} is in use by another process that trains there; "
@@ -103,8 +122,8 @@ class RunDirectory:
     def check_unchanged(self, run: Run, step: int) -> None:
         """Refuses a run that would go on from `step` of the one here, but compute something else.
 
-        A run at step 0 may change in all but its model. Later, stages that have not begun may be changed or added;
-        of the rest only how the run is carried out.
+        A run at step 0 may change in all but its model. Later, stages that have not begun may be
+        changed or added; of the rest only how the run is carried out.
 
         Raises:
             UserError: naming the first field that differs.
@@ -141,19 +160,22 @@ class RunDirectory:
         write_atomically(self.path / "config.json", json.dumps(content, indent=2) + "\n")
 
     def require_present(self) -> None:
-        """Refuses to write into a folder that was put in the place of the run's, or to make it anew.
+        """Refuses to write into a folder that was put in the place of the run's, or to make it
+        anew.
 
         Raises:
             UserError: the run directory was moved or deleted since it was claimed.
         """
         if self._number is not None and self._number != _number(self.path):
             raise UserError(
-                f"the run directory {str(self.path)!r} was moved or deleted while it was trained in; "
+                f"the run directory {str(self.path)!r} was moved or deleted while it was trained "
+                f"in; "
                 f"put it back and run the same command to resume, or name its new place with --out"
             )
 
     def event(self, kind: str, **details: Any) -> None:
-        """Appends a line to `events.jsonl`; where there is no room for it, training goes on with a warning.
+        """Appends a line to `events.jsonl`; where there is no room for it, training goes on with a
+        warning.
 
         Raises:
             UserError: the run directory is gone.
@@ -185,7 +207,9 @@ class RunDirectory:
                 yield event
 
     def stage_results(self, step: int) -> list[dict[str, Any]]:
-        """The end of each stage finished by `step`, as its event tells: stage, step, tokens, loss and held_out."""
+        """The end of each stage finished by `step`, as its event tells: stage, step, tokens, loss
+        and held_out.
+        """
         ends = {}
         for event in _lines(self.path / "events.jsonl"):
             if event.get("event") == "stage_end":
@@ -196,7 +220,9 @@ class RunDirectory:
         return list(ends.values())
 
     def recent_loss(self, stage: str) -> float:
-        """Mean loss of the last steps of a stage, up to 20, in nats per token; NaN where their rows are gone."""
+        """Mean loss of the last steps of a stage, up to 20, in nats per token; NaN where their rows
+        are gone.
+        """
         rows = _lines(self.path / "metrics.jsonl")
         losses = deque((row.get("loss") for row in rows if row.get("stage") == stage), 20)
         numbers = [loss if isinstance(loss, int | float) else math.nan for loss in losses]
@@ -256,4 +282,8 @@ def _may_change(path: str, begun: list[str], step: int) -> bool:
         return False
     _, stage, field = path.split(".")[:3]
     # How a batch is divided changes nothing but rounding, nor does where labels come from.
-    return stage not in begun or field in ("accumulation_steps", "mesh") or path.endswith(".distillation.cached")
+    return (
+        stage not in begun
+        or field in ("accumulation_steps", "mesh")
+        or path.endswith(".distillation.cached")
+    )

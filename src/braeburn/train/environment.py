@@ -1,4 +1,7 @@
-"""What XLA and JAX read from the environment as they start, and cannot be told later. Without JAX."""
+"""What XLA and JAX read from the environment as they start, and cannot be told later.
+
+Without JAX.
+"""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -6,8 +9,9 @@ from pathlib import Path
 
 from braeburn.extras import how_to_install
 
-# XLA's own kernels in place of NCCL's. JAX 0.12's compiler aborts on that for all-reduce in steps over 64 GPUs ("size
-# mismatch when packing elements for LLVM struct"). Earlier versions do not know the option.
+# XLA's own kernels in place of NCCL's. JAX 0.12's compiler aborts on that for all-reduce in steps
+# over 64 GPUs ("size mismatch when packing elements for LLVM struct"). Earlier versions do not know
+# the option.
 COLLECTIVE_KERNELS = "--xla_gpu_experimental_use_collective_kernels"
 
 
@@ -37,7 +41,8 @@ DRIVERS = {
 
 
 def unused_accelerator(backend: str, devices: Path = Path("/dev")) -> str | None:
-    """The warning that JAX computes on the CPU though this machine has an accelerator; None where all is well.
+    """The warning that JAX computes on the CPU though this machine has an accelerator; None where
+    all is well.
 
     Args:
         backend: the platform that JAX has taken.
@@ -48,7 +53,7 @@ def unused_accelerator(backend: str, devices: Path = Path("/dev")) -> str | None
     for pattern, (what, extra) in DRIVERS.items():
         if any(devices.glob(pattern)):
             return (
-                f"warning: this machine has {what}, but JAX computes on the CPU, many times slower; "
-                f"{how_to_install(extra)}, or set JAX_PLATFORMS=cpu if the CPU is meant"
+                f"warning: this machine has {what}, but JAX computes on the CPU, many times "
+                f"slower; {how_to_install(extra)}, or set JAX_PLATFORMS=cpu if the CPU is meant"
             )
     return None

@@ -19,17 +19,22 @@ SECONDS_BETWEEN_QUESTIONS = 1.0
 class StopRequest:
     """Remembers SIGTERM, SIGINT and SIGHUP, so that the loop can save and stop.
 
-    A second SIGTERM or SIGINT acts as usual, for those who cannot wait. A second SIGHUP does nothing: a terminal that
-    closes sends it twice, and service managers send it after a SIGTERM. Where SIGHUP was ignored from the start, as
-    `nohup` has it, it stays so.
+    A second SIGTERM or SIGINT acts as usual, for those who cannot wait. A second SIGHUP does
+    nothing: a terminal that closes sends it twice, and service managers send it after a SIGTERM.
+    Where SIGHUP was ignored from the start, as `nohup` has it, it stays so.
     """
 
-    def __init__(self, tell: Callable[[str], None] | None = None, told: Callable[[], str | None] | None = None) -> None:
+    def __init__(
+        self,
+        tell: Callable[[str], None] | None = None,
+        told: Callable[[], str | None] | None = None,
+    ) -> None:
         """Begins to listen once it is entered.
 
         Args:
             tell: lets other processes of the run know of a signal that this one got; called once.
-            told: the signal that another process got, None where none did; asked once a second at most.
+            told: the signal that another process got, None where none did; asked once a second at
+                most.
         """
         self.signal: str | None = None
         self._tell, self._told = tell, told
@@ -49,7 +54,8 @@ class StopRequest:
         self._restore(HEEDED)
 
     def check(self) -> None:
-        """To be called between pieces of work, where all that was made is saved or can be made again.
+        """To be called between pieces of work, where all that was made is saved or can be made
+        again.
 
         Raises:
             Interrupted: this process was asked to stop, or another one of the run.
@@ -87,7 +93,8 @@ def check_skips_in_a_row(run: Run, stage: str, step: int, in_a_row: int, grad_no
         grad_norm: of the last gradient.
 
     Raises:
-        UserError: too many steps in a row were skipped; what it advises is accepted by the next call.
+        UserError: too many steps in a row were skipped; what it advises is accepted by the next
+            call.
     """
     if in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
@@ -95,10 +102,14 @@ def check_skips_in_a_row(run: Run, stage: str, step: int, in_a_row: int, grad_no
     why = "their gradients are not finite"
     go_on = ""
     if math.isfinite(grad_norm):
-        why = f"the norm of the last gradient, {grad_norm:.3g}, is not below optimizer.skip_norm={skip_norm:g}"
+        why = (
+            f"the norm of the last gradient, {grad_norm:.3g}, is not below "
+            f"optimizer.skip_norm={skip_norm:g}"
+        )
         go_on = f"add --set optimizer.skip_norm={2 * grad_norm:.2g} to go on here, or "
     raise UserError(
-        f"the last {in_a_row} steps up to step {step} were skipped: {why}; {go_on}{_begin_again(run, stage)}"
+        f"the last {in_a_row} steps up to step {step} were skipped: {why}; "
+        f"{go_on}{_begin_again(run, stage)}"
     )
 
 
@@ -118,12 +129,16 @@ def check_share_of_skips(run: Run, stage: str, skipped: int) -> None:
         return
     accepted = min(1.0, math.ceil(100 * skipped / steps) / 100)
     raise UserError(
-        f"{skipped} of the {steps} steps of stage {stage!r} were skipped, their gradients not finite or of a norm not "
-        f"below optimizer.skip_norm={run.optimizer.skip_norm:g}, and optimizer.max_skipped={allowed:g} of them may be; "
-        f"{_begin_again(run, stage)}, or add --set optimizer.max_skipped={accepted:g} to accept it"
+        f"{skipped} of the {steps} steps of stage {stage!r} were skipped, their gradients not "
+        f"finite or of a norm not below optimizer.skip_norm={run.optimizer.skip_norm:g}, and "
+        f"optimizer.max_skipped={allowed:g} of them may be; {_begin_again(run, stage)}, or add "
+        f"--set optimizer.max_skipped={accepted:g} to accept it"
     )
 
 
 def _begin_again(run: Run, stage: str) -> str:
     lower = run.stages[stage].learning_rate / 10
-    return f"begin again in another folder with a lower learning rate, as --set stages.{stage}.learning_rate={lower:g}"
+    return (
+        f"begin again in another folder with a lower learning rate, as --set "
+        f"stages.{stage}.learning_rate={lower:g}"
+    )

@@ -1,8 +1,9 @@
-"""What a supervised process tells its supervisor: what it is doing, its last step, and when that began.
+"""What a supervised process tells its supervisor: what it is doing, its last step, and when that
+began.
 
-The supervisor makes a file for each process and names it in the environment variable BRAEBURN_HEARTBEAT. The file has
-its full size from the start, and both sides keep it open: neither a full file system nor a file that is deleted while
-the run goes on keeps a beat from arriving.
+The supervisor makes a file for each process and names it in the environment variable
+BRAEBURN_HEARTBEAT. The file has its full size from the start, and both sides keep it open: neither
+a full file system nor a file that is deleted while the run goes on keeps a beat from arriving.
 """
 
 import json
@@ -25,7 +26,8 @@ class Beat:
     Attributes:
         phase: "training" between steps, otherwise what the loop calls it, as in "compiling".
         step: the last step made, None before the first of this process.
-        time: when it told so, in seconds of `time.monotonic`, one clock for all processes of a machine.
+        time: when it told so, in seconds of `time.monotonic`, one clock for all processes of a
+            machine.
     """
 
     phase: str

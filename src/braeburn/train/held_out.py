@@ -23,7 +23,9 @@ BATCHES_AT_ONCE = 2
 Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
 
 
-def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layout: Layout) -> Evaluate:
+def evaluator(
+    model: Model, precision: Precision, token_bytes: np.ndarray, layout: Layout
+) -> Evaluate:
     """A compiled function from parameters and a batch to sums over the batch's weighted tokens.
 
     Args:
@@ -40,9 +42,17 @@ def evaluator(model: Model, precision: Precision, token_bytes: np.ndarray, layou
 
     def sums(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
         hidden = transformer.forward(
-            params, batch["inputs"], batch["positions"], batch["segment_ids"], model, precision, mesh=mesh
+            params,
+            batch["inputs"],
+            batch["positions"],
+            batch["segment_ids"],
+            model,
+            precision,
+            mesh=mesh,
         )
-        losses, _, correct = token_losses(hidden, transformer.head_matrix(params), batch["targets"], mesh)
+        losses, _, correct = token_losses(
+            hidden, transformer.head_matrix(params), batch["targets"], mesh
+        )
         # Tensor shards have worked on the same tokens.
         weights = batch["weights"] / mesh.tensor
         return {
@@ -68,7 +78,8 @@ def measure(
     byte_ratio: float,
     proceed: Callable[[], None] = nothing_to_ask,
 ) -> dict[str, float]:
-    """Results over all batches: loss in nats per token, perplexity, accuracy, bits per byte, and their denominators.
+    """Results over all batches: loss in nats per token, perplexity, accuracy, bits per byte, and
+    their denominators.
 
     Tokens include the one that ends each document. Bytes are those of the text as it was read, in
     UTF-8: exactly where all of a store is measured, and otherwise as many as its tokens stand for,

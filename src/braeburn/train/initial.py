@@ -12,8 +12,11 @@ from braeburn.train.teaching import FindTeacher, Teacher
 _FREE = ("z_loss", "scan_layers", "max_position_embeddings")
 
 
-def initial_weights(run: Run, directory: Path, resumed: int | None, find: FindTeacher) -> Teacher | None:
-    """Where the weights of a run that begins are to be read from; None where they are random, or the run has begun.
+def initial_weights(
+    run: Run, directory: Path, resumed: int | None, find: FindTeacher
+) -> Teacher | None:
+    """Where the weights of a run that begins are to be read from; None where they are random, or
+    the run has begun.
 
     Args:
         run: the run.
@@ -30,10 +33,14 @@ def initial_weights(run: Run, directory: Path, resumed: int | None, find: FindTe
     field = f"initial_weights={run.initial_weights!r}"
     path = Path(run.initial_weights).expanduser()
     if resumed is not None:
-        if resumed == 0 and read_run(directory).initial_weights != run.initial_weights and not _is(path, directory):
+        if (
+            resumed == 0
+            and read_run(directory).initial_weights != run.initial_weights
+            and not _is(path, directory)
+        ):
             raise UserError(
-                f"{field} is not read, since {str(directory)!r} holds weights of its own already; choose a new --out, "
-                f"or leave initial_weights unset to train these"
+                f"{field} is not read, since {str(directory)!r} holds weights of its own already; "
+                f"choose a new --out, or leave initial_weights unset to train these"
             )
         return None
     try:
@@ -46,14 +53,15 @@ def initial_weights(run: Run, directory: Path, resumed: int | None, find: FindTe
         if name not in _FREE and ours != theirs:
             raise UserError(
                 f"{field} has {name}={shown(theirs)}, not model.{name}={shown(ours)}; set model to "
-                f"Model.from_directory({run.initial_weights!r}) in the recipe, or model.{name} to {shown(theirs)}"
+                f"Model.from_directory({run.initial_weights!r}) in the recipe, or model.{name} to "
+                f"{shown(theirs)}"
             )
     if found.tokenizer is not None and run.data.tokenizer is not None:
         named = Tokenizer.load(run.data.tokenizer)
         if named.hash != found.tokenizer.hash:
             raise UserError(
-                f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {field}; leave data.tokenizer unset to "
-                f"take that one"
+                f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of {field}; leave "
+                f"data.tokenizer unset to take that one"
             )
     return found
 

@@ -1,4 +1,6 @@
-"""The training loop: all stages of a run as one, from wherever the run directory's last checkpoint left off."""
+"""The training loop: all stages of a run as one, from wherever the run directory's last checkpoint
+left off.
+"""
 
 import functools
 import multiprocessing
@@ -71,8 +73,8 @@ from braeburn.train.teaching import (
 from braeburn.train.trained import require_same_model, require_same_tokenizer
 
 SECONDS_BETWEEN_WARNINGS = 60.0
-# For worker processes to end by themselves, and for their reader to see that they are gone; grain alone would wait
-# for 25.
+# For worker processes to end by themselves, and for their reader to see that they are gone; grain
+# alone would wait for 25.
 SECONDS_FOR_WORKERS = 0.5
 SECONDS_FOR_READER = 1.5
 # For processes that stop, before they leave each other.
@@ -88,8 +90,8 @@ class Outcome:
     Attributes:
         step: steps made in all.
         finished: whether every stage is done.
-        stages: a row for each finished stage: stage, step, tokens, loss (the mean of its last steps, in nats) and
-            held_out (results by source).
+        stages: a row for each finished stage: stage, step, tokens, loss (the mean of its last
+            steps, in nats) and held_out (results by source).
     """
 
     step: int
@@ -114,8 +116,8 @@ def train(
         origins: where each value of the run came from, for `config.json`.
         stop_after_steps: save and return after this many steps of this call.
         find_teacher: reads the teachers that stages name by a path.
-        follow: a finished directory of the same run, with all checkpoints, and a step: its stages teach, and from
-            there on each step is made from the state that it had.
+        follow: a finished directory of the same run, with all checkpoints, and a step: its stages
+            teach, and from there on each step is made from the state that it had.
 
     Raises:
         UserError: anything that the user can mend; what is on disk stays whole.
@@ -136,7 +138,9 @@ def train(
 
         def begin() -> _Loop:
             nonlocal resumed
-            main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
+            main_first(
+                "the run directory was claimed", lambda: held.enter_context(directory.claim())
+            )
             resumed, tokenizer, faults = _resume_point(directory, run)
             saved = saved_text(directory, resumed or 0)
             start = initial_weights(run, directory.path, resumed, find_teacher)
@@ -144,15 +148,24 @@ def train(
                 tokenizer = start.tokenizer
             first = next(iter(run.stages))
             state_shape = abstract_state(run, first, layouts[first])
-            checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape))
-            check_space(directory.path, checkpoint_bytes, "a checkpoint takes", "free some or choose another --out")
+            checkpoint_bytes = sum(
+                leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape)
+            )
+            check_space(
+                directory.path,
+                checkpoint_bytes,
+                "a checkpoint takes",
+                "free some or choose another --out",
+            )
             for name, source in used_sources(run).items():
                 files(name, source)  # before work begins that an exit would have to wait for
             wait_for_all("the run was checked")
             stop.check()
             used, present = layouts[first].num_devices, len(jax.devices())
             if used < present:
-                display.warn(f"warning: using {used} of {present} devices; --set mesh.fsdp=-1 uses all")
+                display.warn(
+                    f"warning: using {used} of {present} devices; --set mesh.fsdp=-1 uses all"
+                )
             if unused := unused_accelerator(jax.default_backend()):
                 display.warn(unused)
             for line in rounded_shares(run.stages):
@@ -160,19 +173,31 @@ def train(
             ahead = _Ahead(run, layouts, teachers, resumed, start)
 
             def prepared() -> _Loop:
-                # Other processes go on with the tokenizer of the main one, and its token stores where they share a
-                # cache.
+                # Other processes go on with the tokenizer of the main one, and its token stores
+                # where they share a cache.
                 own = tokenizer if main else Tokenizer.load(directory.tokenizer)
                 folder = str(directory.path.absolute())
                 found = prepare(run, display.say, own, proceed=stop.check, verified_for=folder)
                 check_text(run, directory, resumed or 0, saved, found, display.say)
                 require_same_text(found)
                 check_tokenizers(run, teachers, found.tokenizer)
-                loop = _Loop(run, directory, layouts, teachers, found, ahead, display, stop, heartbeat, follow)
+                loop = _Loop(
+                    run,
+                    directory,
+                    layouts,
+                    teachers,
+                    found,
+                    ahead,
+                    display,
+                    stop,
+                    heartbeat,
+                    follow,
+                )
                 stop.check()
                 if main:
                     _set_aside(directory, faults, resumed, display.say)
-                    # Nothing was written until here, where no mistake of the user's is left to be found.
+                    # Nothing was written until here, where no mistake of the user's is left to be
+                    # found.
                     directory.write_config(run, origins or {})
                     found.tokenizer.save_all(directory.path)
                 return loop
@@ -192,7 +217,9 @@ def train(
 
 
 class _Ahead:
-    """What the first stage to run needs of the compiler, worked on in a thread while text is being tokenised."""
+    """What the first stage to run needs of the compiler, worked on in a thread while text is being
+    tokenised.
+    """
 
     def __init__(
         self,
@@ -224,7 +251,9 @@ class _Ahead:
                 for program in self.programs.values():
                     program.ended()  # not both at once, which would take the memory of both
                 layout = layouts[next(iter(run.stages))]
-                return started_state(run, layout, start.read) if start else initial_state(run, layout)
+                return (
+                    started_state(run, layout, start.read) if start else initial_state(run, layout)
+                )
 
             self.state = Background(first_state, "initialising")
 
@@ -236,8 +265,12 @@ def calibration(stage: Stage, batches: Batches, layout: Layout) -> Iterator[Batc
         yield layout.place(batches[index], batches.rows, stage.batch_size)
 
 
-def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokenizer | None, list[Fault]]:
-    """Where `run` may go on here: from which step, with which tokenizer (Nones to begin), past which damage."""
+def _resume_point(
+    directory: RunDirectory, run: Run
+) -> tuple[int | None, Tokenizer | None, list[Fault]]:
+    """Where `run` may go on here: from which step, with which tokenizer (Nones to begin), past
+    which damage.
+    """
     if not directory.begun():
         return None, None, []
     checkpoints = Checkpoints(directory.path) if (directory.path / "checkpoints").is_dir() else None
@@ -253,22 +286,34 @@ def _resume_point(directory: RunDirectory, run: Run) -> tuple[int | None, Tokeni
         saved = Tokenizer.from_json(saved_json)
         require_same_tokenizer(tokenizer or saved, saved, directory.tokenizer, step)
         tokenizer = saved
-    if not step and tokenizer and run.data.tokenizer and Tokenizer.load(run.data.tokenizer).hash != tokenizer.hash:
+    if (
+        not step
+        and tokenizer
+        and run.data.tokenizer
+        and Tokenizer.load(run.data.tokenizer).hash != tokenizer.hash
+    ):
         raise UserError(
-            f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of the run in {str(directory.path)!r}; "
+            f"data.tokenizer={run.data.tokenizer!r} is not the tokenizer of the run in "
+            f"{str(directory.path)!r}; "
             f"leave data.tokenizer unset to go on with that one, or choose another --out"
         )
     return step, tokenizer, faults
 
 
-def _set_aside(directory: RunDirectory, faults: list[Fault], resumed: int | None, say: Callable[[str], None]) -> None:
-    """Keeps damaged checkpoints under other names, since their steps are about to be made again; tells of each."""
+def _set_aside(
+    directory: RunDirectory, faults: list[Fault], resumed: int | None, say: Callable[[str], None]
+) -> None:
+    """Keeps damaged checkpoints under other names, since their steps are about to be made again;
+    tells of each.
+    """
     for fault in faults:
         kept = Checkpoints(directory.path).set_aside(fault)
-        directory.event("damage", step=fault.step, reason=fault.reason, kept=kept.name, resumed=resumed)
+        directory.event(
+            "damage", step=fault.step, reason=fault.reason, kept=kept.name, resumed=resumed
+        )
         say(
-            f"warning: checkpoint {fault.step} is damaged ({fault.reason}); it is kept as {str(kept)!r}, "
-            f"and training goes on from step {resumed}"
+            f"warning: checkpoint {fault.step} is damaged ({fault.reason}); it is kept as "
+            f"{str(kept)!r}, and training goes on from step {resumed}"
         )
 
 
@@ -295,7 +340,9 @@ class _Loop:
         # Those of all stages, so that text too short for the last is found out before the first.
         stages, stores = self.run.stages, self.prepared.train
         self.batches = {
-            name: Batches(stage, name, self.run.seed, stores, self.layouts[name].rows(stage.batch_size))
+            name: Batches(
+                stage, name, self.run.seed, stores, self.layouts[name].rows(stage.batch_size)
+            )
             for name, stage in stages.items()
         }
         self.any_process, self.models = AnyProcess(), self.run.models()
@@ -304,26 +351,35 @@ class _Loop:
         """Runs stages until the run is finished or asked to stop."""
         # Stages that teach a later one do so as they ended.
         lasting = [
-            last_step(self.run, stage.teacher) for stage in self.run.stages.values() if stage.teacher in self.models
+            last_step(self.run, stage.teacher)
+            for stage in self.run.stages.values()
+            if stage.teacher in self.models
         ]
         self.step = resumed or 0
-        with closing(Checkpoints(self.directory.path, self.run.checkpoint, lasting)) as self.checkpoints:
+        with closing(
+            Checkpoints(self.directory.path, self.run.checkpoint, lasting)
+        ) as self.checkpoints:
             try:
                 self._run_from(resumed, stop_after_steps)
             except Interrupted:
                 self.stopping = True
         step, total = self.step, self.run.total_steps
-        # Of a run that was stopped after its last step, the end of the last stage is still to be told.
+        # Of a run that was stopped after its last step, the end of the last stage is still to be
+        # told.
         finished = step == total and not self.stopping
         if self.stopping:
             self.directory.event("preemption", step=step, signal=self.stop.signal)
         else:
             self.directory.event("stop", step=step, finished=finished, skipped=self.history.skipped)
         skipped = f"; {self.history.skipped} steps were skipped" if self.history.skipped else ""
-        self.display.say(f"{'finished' if finished else 'stopped'} at step {step} of {total}{skipped}")
+        self.display.say(
+            f"{'finished' if finished else 'stopped'} at step {step} of {total}{skipped}"
+        )
         if self.stopping:
             meet("the run was stopped", SECONDS_TO_MEET)
-        return Outcome(step, finished, self.directory.stage_results(step) if self.directory.writes else [])
+        return Outcome(
+            step, finished, self.directory.stage_results(step) if self.directory.writes else []
+        )
 
     def _run_from(self, resumed: int | None, stop_after_steps: int | None) -> None:
         """Makes the steps from `resumed` on.
@@ -344,7 +400,9 @@ class _Loop:
         self.history.skipped = int(state.optimizer.skipped)
         self.directory.forget_after(self.step)
         with closing(
-            MetricsWriter(self.directory.path, self.step, self.display.say, quiet=not self.directory.writes)
+            MetricsWriter(
+                self.directory.path, self.step, self.display.say, quiet=not self.directory.writes
+            )
         ) as writer:
             self._end_stage_left(state, writer)
             while self.step < last and not self.stopping:
@@ -354,13 +412,21 @@ class _Loop:
                     state = self._hand_over(state, before, self.run.stage_at(self.step)[0])
 
     def _run_stage(self, state: TrainState, writer: MetricsWriter, last: int) -> TrainState:
-        """Makes the steps of one stage up to `last` at most, saves, and ends the stage if it is over."""
+        """Makes the steps of one stage up to `last` at most, saves, and ends the stage if it is
+        over.
+        """
         name, stage, index = self.run.stage_at(self.step)
         until, began = min(stage.steps, index + last - self.step), self.step
         program = self._unsaving(lambda: self._compile(name), "compiling")
-        leave = self._unsaving(lambda: self._leaving(name), "compiling") if until == stage.steps else None
+        leave = (
+            self._unsaving(lambda: self._leaving(name), "compiling")
+            if until == stage.steps
+            else None
+        )
         self.display.begin_stage(name, stage.steps, index)
-        recorder = Recorder(self.run, name, writer, self.display, self.layouts[name].num_devices, self.history)
+        recorder = Recorder(
+            self.run, name, writer, self.display, self.layouts[name].num_devices, self.history
+        )
         if index:
             self._evaluate_left(program, state, writer)
         state = self._steps(program, recorder, state, index, until) if not self.stopping else state
@@ -377,7 +443,8 @@ class _Loop:
         return state
 
     def _unsaving(self, work: Callable[[], Result], phase: str) -> Result:
-        """The result of work that begins when every step is saved, so that a stop need not wait for its end.
+        """The result of work that begins when every step is saved, so that a stop need not wait for
+        its end.
 
         Raises:
             Interrupted: a stop was asked for.
@@ -385,7 +452,9 @@ class _Loop:
         return background.run(work, phase, self.stop.check)
 
     def _end_stage_left(self, state: TrainState, writer: MetricsWriter) -> None:
-        """Ends the stage whose last step was the last saved, where the call that made it was stopped before that."""
+        """Ends the stage whose last step was the last saved, where the call that made it was
+        stopped before that.
+        """
         if self.step == 0 or not self._ends_stage(self.step):
             return
         name, stage, _ = self.run.stage_at(self.step - 1)
@@ -397,16 +466,22 @@ class _Loop:
         wanted = abstract_params(of_model(self.layouts[name], self.models[name].left))
 
         def end() -> None:
-            self._end_stage(name, self.checkpoints.restore_params(self.step, wanted), skipped, writer)
+            self._end_stage(
+                name, self.checkpoints.restore_params(self.step, wanted), skipped, writer
+            )
 
         self._unsaving(end, "evaluating")
 
     def _evaluate_left(self, program: Program, state: TrainState, writer: MetricsWriter) -> None:
-        """Evaluates within a stage after the last step saved, where the call that made it was stopped before that."""
+        """Evaluates within a stage after the last step saved, where the call that made it was
+        stopped before that.
+        """
         if not self._evaluates_at(self.step):
             return
         evaluated = [event["step"] for event in self.directory.events("evaluation")]
-        if said_by_main("whether the last step was evaluated", str(self.step in evaluated)) != str(True):
+        if said_by_main("whether the last step was evaluated", str(self.step in evaluated)) != str(
+            True
+        ):
             self._evaluate_within(program, state, writer)
 
     def _evaluates_at(self, step: int) -> bool:
@@ -414,7 +489,9 @@ class _Loop:
         return bool(every) and step % (every or 1) == 0
 
     def _hand_over(self, state: TrainState, before: str, after: str) -> TrainState:
-        """The state laid out for the next stage: where its mesh is another, by way of the checkpoint just begun."""
+        """The state laid out for the next stage: where its mesh is another, by way of the
+        checkpoint just begun.
+        """
         if self.layouts[before].sizes == self.layouts[after].sizes:
             return state
 
@@ -432,7 +509,7 @@ class _Loop:
         return state
 
     def _followed(self, state: TrainState, name: str) -> TrainState:
-        """The state that a run to be followed had after as many steps; without one, the run's own."""
+        """The state of the run to be followed after as many steps; without one, the run's own."""
         if not self.follow or int(state.step) < self.follow[1]:
             return state
         with closing(Checkpoints(self.follow[0])) as checkpoints:
@@ -452,14 +529,22 @@ class _Loop:
         return {"processes": jax.process_count(), "mesh": self.layouts[name].sizes.sizes}
 
     def _compile(self, name: str) -> Program:
-        """The program of a stage, with what it needs beside the state: its evaluation, and what its teacher says."""
+        """The program of a stage, with what it needs beside the state: its evaluation, and what its
+        teacher says.
+        """
         self.heartbeat.phase("compiling")
-        stage, layout, model = self.run.stages[name], self.layouts[name], live_model(self.run, name, self.teachers)
+        stage, layout, model = (
+            self.run.stages[name],
+            self.layouts[name],
+            live_model(self.run, name, self.teachers),
+        )
         begun = self.ahead.programs.get(name)
         program = begun.result() if begun else compile_stage(self.run, name, layout, model)
         if stage.teacher in self.models:
             self.checkpoints.wait()  # for the one that teaches, if that stage has just ended
-        self.teaching = [self.teachers[name].read(abstract_params(of_model(layout, model)))] if model else []
+        self.teaching = (
+            [self.teachers[name].read(abstract_params(of_model(layout, model)))] if model else []
+        )
         if stage.teacher and stage.distillation.cached:
             self._label(name)
         use = use_of(self.run, name)
@@ -480,12 +565,19 @@ class _Loop:
             self._agree_to_stop()
 
         layout, stage, prepared = self.layouts[name], self.run.stages[name], self.prepared
-        stores = teacher_stores(self.run, name, layout, self.teachers[name], prepared, self.display.say, proceed)
+        stores = teacher_stores(
+            self.run, name, layout, self.teachers[name], prepared, self.display.say, proceed
+        )
         rows = layout.rows(stage.batch_size)
         self.batches[name] = Batches(stage, name, self.run.seed, prepared.train, rows, stores)
 
-    def _steps(self, program: Program, recorder: Recorder, state: TrainState, index: int, until: int) -> TrainState:
-        """Makes the steps index..until of a stage. Metrics are read once the next step is on its way."""
+    def _steps(
+        self, program: Program, recorder: Recorder, state: TrainState, index: int, until: int
+    ) -> TrainState:
+        """Makes the steps index..until of a stage.
+
+        Metrics are read once the next step is on its way.
+        """
         batches, layout = self.batches[program.name], self.layouts[program.name]
         with recorder.apart():
             if index == 0:
@@ -509,7 +601,9 @@ class _Loop:
             recorder.flush()
         return state
 
-    def _step(self, program: Program, recorder: Recorder, state: TrainState, stream: background.Feed) -> TrainState:
+    def _step(
+        self, program: Program, recorder: Recorder, state: TrainState, stream: background.Feed
+    ) -> TrainState:
         """Makes a step, and evaluates and saves if it is time."""
         batches, layout = self.batches[program.name], self.layouts[program.name]
         began = time.monotonic()
@@ -531,7 +625,8 @@ class _Loop:
                 with recorder.apart():
                     self._evaluate_within(program, state, recorder.writer)
             if self.step % self.run.checkpoint.every_steps == 0 and not self.stopping:
-                # This writes the step's row first, so that a kill never leaves a checkpoint whose step has no row.
+                # This writes the step's row first, so that a kill never leaves a checkpoint whose
+                # step has no row.
                 with recorder.apart():
                     self._save(state)
         return state
@@ -539,18 +634,29 @@ class _Loop:
     def _waiting_for_data(self) -> Callable[[], None]:
         """What is to be asked while a batch is waited for.
 
-        It raises `Interrupted` where this process alone decides, and `ProcessLost` where others wait for it in the
-        middle of a step and cannot save: what was made since the last checkpoint is then made again.
+        It raises `Interrupted` where this process alone decides, and `ProcessLost` where others
+        wait for it in the
+        middle of a step and cannot save: what was made since the last checkpoint is then made
+            again.
         """
-        waited, alone, asked = background.Waited(SECONDS_BETWEEN_WARNINGS), jax.process_count() == 1, 0.0
+        waited, alone, asked = (
+            background.Waited(SECONDS_BETWEEN_WARNINGS),
+            jax.process_count() == 1,
+            0.0,
+        )
         workers = self.run.data.workers
 
         def proceed() -> None:
             nonlocal asked
             if seconds := waited.due():
                 self.display.say(
-                    f"warning: the batch of step {self.step + 1} has not come for {duration(seconds)}; "
-                    + (f"see whether the {workers} processes of data.workers still run" if workers else "see the disk")
+                    f"warning: the batch of step {self.step + 1} has not come for "
+                    f"{duration(seconds)}; "
+                    + (
+                        f"see whether the {workers} processes of data.workers still run"
+                        if workers
+                        else "see the disk"
+                    )
                 )
             if self.stop.signal is None:
                 return
@@ -558,7 +664,10 @@ class _Loop:
                 raise Interrupted
             asked = asked or time.monotonic()
             if time.monotonic() - asked > background.GRACE_SECONDS:
-                raise ProcessLost(f"asked to stop by {self.stop.signal} while no batch came for step {self.step + 1}")
+                raise ProcessLost(
+                    f"asked to stop by {self.stop.signal} while no batch came for step "
+                    f"{self.step + 1}"
+                )
 
         return proceed
 
@@ -613,20 +722,27 @@ class _Loop:
         results = {}
         for source, store in self.prepared.held_out.items():
             if store is not None and stage.mixture.get(source):
-                batches = held_out_batches(store, stage.sequence_length, sequences, self.run.evaluation.tokens)
+                batches = held_out_batches(
+                    store, stage.sequence_length, sequences, self.run.evaluation.tokens
+                )
                 placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
-                results[source] = measure(evaluate, params, placed, store.byte_ratio, self._agree_to_stop)
+                results[source] = measure(
+                    evaluate, params, placed, store.byte_ratio, self._agree_to_stop
+                )
         return results
 
     def _evaluator(self, model: Model, layout: Layout) -> Evaluate:
         """That of a model on a layout; the last is kept, for a stage to be evaluated often."""
         if self.evaluates[0] != (model, layout.sizes):
-            evaluate = evaluator(model, self.run.precision, self.prepared.tokenizer.token_bytes, layout)
+            evaluate = evaluator(
+                model, self.run.precision, self.prepared.tokenizer.token_bytes, layout
+            )
             self.evaluates = (model, layout.sizes), evaluate
         return self.evaluates[1]
 
     def _end_stage(self, name: str, params: Tree, skipped: int, writer: MetricsWriter) -> None:
-        """Evaluates what a stage has left, and tells of its end; the step that ended it is saved by then.
+        """Evaluates what a stage has left, and tells of its end; the step that ended it is saved by
+        then.
 
         Raises:
             UserError: too many of its steps were skipped.

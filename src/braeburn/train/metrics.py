@@ -24,7 +24,9 @@ STEPS_OF_AVERAGE = 50
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s, from the catalogue; None where it is not known, as for CPUs."""
+    """Dense bf16 peak of a device in FLOP/s, from the catalogue; None where it is not known, as for
+    CPUs.
+    """
     chip = chip_of(device_kind)
     return chip.peak_flops if chip else None
 
@@ -32,16 +34,22 @@ def peak_flops(device_kind: str) -> float | None:
 def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
     """Model FLOPs of one training token, 6 N + 12 L d S (PaLM, arXiv 2204.02311, appendix B).
 
-    N counts the weights that multiply: all but an embedding that is only looked up. d is the width of attention.
+    N counts the weights that multiply: all but an embedding that is only looked up. d is the width
+        of attention.
     """
     weights = count(specs) - (0 if model.tied_embeddings else model.vocab_size * model.d_model)
     return 6 * weights + 12 * model.num_layers * model.num_heads * model.head_dim * sequence_length
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard. Neither ever stops or delays training: see `Records`."""
+    """Appends to `metrics.jsonl` and TensorBoard.
 
-    def __init__(self, directory: Path, after: int, say: Callable[[str], None], *, quiet: bool = False):
+    Neither ever stops or delays training: see `Records`.
+    """
+
+    def __init__(
+        self, directory: Path, after: int, say: Callable[[str], None], *, quiet: bool = False
+    ):
         """Both are appended to, or neither where `quiet`; rows are written at once.
 
         Args:
@@ -60,17 +68,25 @@ class MetricsWriter:
         """One step's row; its numbers also go to TensorBoard."""
         if self._quiet:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         self._rows.append(json_line(finite))  # JSON has no NaN
-        numbers = {name: v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
+        numbers = {
+            name: v for name, v in row.items() if name != "step" and isinstance(v, int | float)
+        }
         self._events.scalars(row["step"], numbers)
 
     def held_out(self, step: int, results: dict[str, dict[str, float]]) -> None:
         """Held-out results by source, for TensorBoard; the loop records them as an event too."""
         if self._quiet or not results:
             return
-        figures = ((source, name, v) for source, values in results.items() for name, v in values.items())
-        self._events.scalars(step, {f"held_out/{source}/{name}": value for source, name, value in figures})
+        figures = (
+            (source, name, v) for source, values in results.items() for name, v in values.items()
+        )
+        self._events.scalars(
+            step, {f"held_out/{source}/{name}": value for source, name, value in figures}
+        )
 
     def close(self) -> None:
         """Closes both."""
@@ -97,7 +113,9 @@ class History:
             self.observe(row.get("stage"), row.get("loss"), row.get("skipped") or 0)
 
     def observe(self, stage: str | None, loss: float | None, skipped: int) -> None:
-        """Takes a step: its stage, its loss in nats (None or NaN where it has none), and the steps skipped so far."""
+        """Takes a step: its stage, its loss in nats (None or NaN where it has none), and the steps
+        skipped so far.
+        """
         if stage != self._stage:
             self._stage = stage
             self._losses.clear()
@@ -108,15 +126,23 @@ class History:
 
     @property
     def loss_average(self) -> float:
-        """The mean loss of the stage's last steps, as many as there are up to 50; NaN without any."""
+        """The mean loss of the stage's last 50 steps, or of all if fewer; NaN without any."""
         return math.fsum(self._losses) / len(self._losses) if self._losses else math.nan
 
 
 class Recorder:
-    """Turns a stage's metrics on the device into rows, each a step late so that the device never waits."""
+    """Turns a stage's metrics on the device into rows, each a step late so that the device never
+    waits.
+    """
 
     def __init__(
-        self, run: Run, stage: str, writer: MetricsWriter, display: Display, num_devices: int, history: History
+        self,
+        run: Run,
+        stage: str,
+        writer: MetricsWriter,
+        display: Display,
+        num_devices: int,
+        history: History,
     ):
         """Begins to time the next step.
 

@@ -1,4 +1,7 @@
-"""How a run shows itself while it trains: a live display on a terminal, plain lines elsewhere. Both go to stderr."""
+"""How a run shows itself while it trains: a live display on a terminal, plain lines elsewhere.
+
+Both go to stderr.
+"""
 
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -6,7 +9,14 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 SECONDS_BETWEEN_LINES = 10.0
 # Warnings from the start of a longer run are out of sight at its end.
@@ -19,7 +29,7 @@ class Display:
     """Shows one run. Use as a context manager."""
 
     def __init__(self, total_steps: int, console: Console | None = None, *, quiet: bool = False):
-        """Prepares a display of `total_steps` over all stages, which shows nothing where `quiet`."""
+        """Prepares a display of `total_steps` over all stages; with `quiet` it shows nothing."""
         self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
         self._total_steps = total_steps
         self._last_line = -float("inf")
@@ -72,7 +82,10 @@ class Display:
         """A step was made; `row` is that of `metrics.jsonl`."""
         seconds = row["step_seconds"]
         self._seconds_per_step = 0.9 * (self._seconds_per_step or seconds) + 0.1 * seconds
-        facts = f"loss {row['loss']:.4f} (average {row['loss_average']:.4f})  {row['tokens_per_second']:,.0f} tokens/s"
+        facts = (
+            f"loss {row['loss']:.4f} (average {row['loss_average']:.4f})  "
+            f"{row['tokens_per_second']:,.0f} tokens/s"
+        )
         if row["mfu"] is not None:
             facts += f"  MFU {row['mfu']:.1%}"
         if row["skipped"]:
@@ -94,8 +107,8 @@ def tracked(
 ) -> Iterator[Item]:
     """The items as they are, while standard error shows how many are done.
 
-    A terminal shows a bar, which goes away at the end; elsewhere there is a line every ten seconds, so that what is
-    quick says nothing.
+    A terminal shows a bar, which goes away at the end; elsewhere there is a line every ten seconds,
+    so that what is quick says nothing.
 
     Args:
         items: what is worked through.
@@ -107,7 +120,12 @@ def tracked(
     if total is None and isinstance(items, Sized):
         total = len(items)
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
             yield from bar.track(items, total=total, description=what)
         return
@@ -116,16 +134,28 @@ def tracked(
         now = time.monotonic()
         if now - told >= SECONDS_BETWEEN_LINES:
             told = now
-            left = f"  {duration((total - done) * (now - began) / done)} left" if total and done else ""
+            left = (
+                f"  {duration((total - done) * (now - began) / done)} left"
+                if total and done
+                else ""
+            )
             with suppress(OSError):
-                console.print(f"{what}: {done}{f' of {total}' if total else ''}{left}", markup=False, soft_wrap=True)
+                console.print(
+                    f"{what}: {done}{f' of {total}' if total else ''}{left}",
+                    markup=False,
+                    soft_wrap=True,
+                )
         yield item
 
 
 def duration(seconds: float) -> str:
     """A length of time to two units, as in `3 h 20 min`."""
     whole = round(seconds)
-    for name, size, smaller, smaller_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+    for name, size, smaller, smaller_size in (
+        ("d", 86400, "h", 3600),
+        ("h", 3600, "min", 60),
+        ("min", 60, "s", 1),
+    ):
         if whole >= size:
             return f"{whole // size} {name} {whole % size // smaller_size} {smaller}"
     return f"{whole} s"

@@ -1,5 +1,5 @@
-"""What commands keep other libraries from printing. Only commands do: a program that imports this package decides for
-itself what is logged.
+"""What commands keep other libraries from printing. Only commands do: a program that imports this
+package decides for itself what is logged.
 """
 
 import logging
@@ -12,7 +12,9 @@ _quiet = False
 
 
 def quieten_orbax() -> None:
-    """Leaves a write that fails to be raised where it is waited for; orbax also prints it from each of its threads."""
+    """Leaves a write that fails to be raised where it is waited for; orbax also prints it from each
+    of its threads.
+    """
     global _quiet
     if _quiet:
         return
@@ -27,7 +29,8 @@ def quieten_orbax() -> None:
         if not type(failure.thread).__module__.startswith("orbax."):
             in_thread(failure)
 
-    # Writes that the first failure left behind report to an event loop that is gone, or was never whole.
+    # Writes that the first failure left behind report to an event loop that is gone, or was never
+    # whole.
     def print_unraisable(failure: Any) -> None:
         closed = str(failure.exc_value) == "Event loop is closed"
         if not closed and "BaseEventLoop.__del__" not in repr(failure.object):

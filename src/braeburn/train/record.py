@@ -1,7 +1,9 @@
-"""The record of a checkpoint: the size and SHA-256 of each of its files, and what the checkpoint is of.
+"""The record of a checkpoint: the size and SHA-256 of each of its files, and what the checkpoint is
+of.
 
-Array files carry no checksums of their own: a flipped bit in one is another weight. `record.json` is written with the
-checkpoint, as the last thing before it counts, and is compared with the files before they are read.
+Array files carry no checksums of their own: a flipped bit in one is another weight. `record.json`
+is written with the checkpoint, as the last thing before it counts, and is compared with the files
+before they are read.
 """
 
 import hashlib
@@ -26,17 +28,22 @@ log = logging.getLogger(__name__)
 PARTS = ("params", "optimizer", "run")
 RECORD = "record.json"
 FORMAT = 1
-# Hashing is done in C without Python's lock. Two threads for each core would only fight over the disk.
+# Hashing is done in C without Python's lock. Two threads for each core would only fight over the
+# disk.
 HASHING_THREADS = min(16, os.cpu_count() or 1)
-# A record has a line of 150 bytes for each file; a checkpoint of a thousand processes has tens of thousands of files.
+# A record has a line of 150 bytes for each file; a checkpoint of a thousand processes has tens of
+# thousands of files.
 MOST_BYTES = 1 << 28
-# Files that this process has compared with their records, and old checkpoints that the user was told of.
+# Files that this process has compared with their records, and old checkpoints that the user was
+# told of.
 _compared: set[tuple[Any, ...]] = set()
 _told: set[Path] = set()
 
 
 class Damaged(Exception):
-    """A checkpoint is not what its record says, or has none though it should; the message is a clause that says how."""
+    """A checkpoint is not what its record says, or has none though it should; the message is a
+    clause that says how.
+    """
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,14 @@ class Record:
 
     Attributes:
         step: steps made.
-        run: the identity of the run that made it, as in its `config.json`; None where that has none.
-        parts: a fingerprint of the structure of each part: "params", "optimizer" where there is one, "run".
-        facts: further values that the one who saved wants to find again, as a fingerprint of the data.
-        files: size in bytes and SHA-256 in hexadecimal by the file's path within the checkpoint, with slashes.
+        run: the identity of the run that made it, as in its `config.json`; None where that has
+            none.
+        parts: a fingerprint of the structure of each part: "params", "optimizer" where there is
+            one, "run".
+        facts: further values that the one who saved wants to find again, as a fingerprint of the
+            data.
+        files: size in bytes and SHA-256 in hexadecimal by the file's path within the checkpoint,
+            with slashes.
     """
 
     step: int
@@ -69,7 +80,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """The size of each file of a checkpoint's parts, by its path within the checkpoint, with slashes.
+    """The size of each file of a checkpoint's parts, by its path within the checkpoint, with
+    slashes.
 
     What else lies beside the parts is no matter: nothing of it is restored.
 
@@ -104,7 +116,9 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def hash_files(folder: Path, names: Iterable[str], *, to_disk: bool = False) -> dict[str, tuple[int, str]]:
+def hash_files(
+    folder: Path, names: Iterable[str], *, to_disk: bool = False
+) -> dict[str, tuple[int, str]]:
     """The size and SHA-256 of files, read in parallel.
 
     Args:
@@ -149,9 +163,11 @@ def read(folder: Path) -> Record | None:
         raise Damaged(f"its {RECORD} is not as it was written")
     version = content.pop("format", None)
     if version != FORMAT:
-        # It is as it was written, and so no damage: falling back would throw away what a later version has trained.
+        # It is as it was written, and so no damage: falling back would throw away what a later
+        # version has trained.
         raise UserError(
-            f"{str(folder / RECORD)!r} is of format {version}, and this version of Braeburn reads {FORMAT}; use the "
+            f"{str(folder / RECORD)!r} is of format {version}, and this version of Braeburn reads "
+            f"{FORMAT}; use the "
             f"version that wrote the checkpoint, which the run's config.json names"
         )
     try:
@@ -164,7 +180,11 @@ _record_of = TypeAdapter(Record)
 
 
 def verify(
-    folder: Path, step: int, identity: str | None, parts: Iterable[str], share: tuple[int, int] = (0, 1)
+    folder: Path,
+    step: int,
+    identity: str | None,
+    parts: Iterable[str],
+    share: tuple[int, int] = (0, 1),
 ) -> Record | None:
     """The record of a checkpoint that agrees with it; None for one of a version that wrote none.
 
@@ -173,7 +193,8 @@ def verify(
         step: that the folder's name says.
         identity: of the run that it should be of; None where that is not known.
         parts: whose content is compared. Names and sizes are those of all files.
-        share: which of how many processes this is; the others compare the content of the rest, the first the names.
+        share: which of how many processes this is; the others compare the content of the rest, the
+            first the names.
 
     Raises:
         Damaged: it does not agree.
@@ -185,7 +206,10 @@ def verify(
         _require_parts(step, [part for part in PARTS if (folder / part).is_dir()])
         if folder not in _told:
             _told.add(folder)
-            log.warning("%r has no checksums, as checkpoints of version 0.1.0, and is read unchecked", str(folder))
+            log.warning(
+                "%r has no checksums, as checkpoints of version 0.1.0, and is read unchecked",
+                str(folder),
+            )
         return None
     if record.step != step:
         raise Damaged(f"it is the checkpoint of step {record.step} under another name")
@@ -196,16 +220,26 @@ def verify(
     if index == 0:  # thousands of processes would ask the file system for thousands of files each
         check_names(folder, record)
     compared = tuple(f"{part}/" for part in parts)
-    names = sorted((n for n in record.files if n.startswith(compared)), key=lambda name: -record.files[name][0])
-    # What this process has compared before, and what has not been written to since, is not read again.
-    states = {name: (str(folder), name, record.checksum, *_state(folder / name)) for name in names[index::count]}
-    check_content(folder, record, [name for name, state in states.items() if state not in _compared])
+    names = sorted(
+        (n for n in record.files if n.startswith(compared)), key=lambda name: -record.files[name][0]
+    )
+    # What this process has compared before, and what has not been written to since, is not read
+    # again.
+    states = {
+        name: (str(folder), name, record.checksum, *_state(folder / name))
+        for name in names[index::count]
+    }
+    check_content(
+        folder, record, [name for name, state in states.items() if state not in _compared]
+    )
     _compared.update(states.values())
     return record
 
 
 def _require_parts(step: int, parts: Iterable[str]) -> None:
-    """Refuses a checkpoint without one of its parts; the optimizer's state may be missing at step 0 only."""
+    """Refuses a checkpoint without one of its parts; the optimizer's state may be missing at step 0
+    only.
+    """
     for part in PARTS:
         if part not in parts and (part != "optimizer" or step > 0):
             raise Damaged(f"its part {part!r} is missing")
@@ -266,6 +300,6 @@ def check_content(folder: Path, record: Record, names: Iterable[str]) -> None:
 
 
 def fingerprint(leaves: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
-    """A hash of shapes and types by path: two trees with the same one can hold each other's values."""
+    """A hash of shapes and types by path; trees with the same one can swap their values."""
     described = {path: [list(shape), dtype] for path, (shape, dtype) in leaves.items()}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Files that a run appends records to as it goes: they never stop it, whatever becomes of the disk."""
+"""Files that a run appends records to: they never stop it, whatever becomes of the disk."""
 
 import contextlib
 import errno
@@ -17,18 +17,26 @@ PENDING_BYTES = 32 * 2**20
 class Records:
     """Appends records to a file, each whole or not at all.
 
-    A record that cannot be written is kept in memory, up to a bound beyond which the oldest are dropped, and written
-    before the next one that can be. Of the trouble, and of its end, one line is told.
+    A record that cannot be written is kept in memory, up to a bound beyond which the oldest are
+    dropped, and written before the next one that can be. Of the trouble, and of its end, one line
+    is told.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None], *, lines: bool = False, pending: int = PENDING_BYTES):
+    def __init__(
+        self,
+        path: Path,
+        say: Callable[[str], None],
+        *,
+        lines: bool = False,
+        pending: int = PENDING_BYTES,
+    ):
         """Takes the file as it is; nothing is opened yet.
 
         Args:
             path: the file, created with the first record.
             say: takes a line when writing begins to fail, and when it works again.
-            lines: whether records are lines, so that one that an earlier process left cut short must not join the
-                first of this one.
+            lines: whether records are lines, so that one that an earlier process left cut short
+                must not join the first of this one.
             pending: bytes of records to keep in memory at most.
         """
         self.path = path
@@ -52,12 +60,15 @@ class Records:
             if not self._failing:
                 self._failing = True
                 self._say(
-                    f"warning: {str(self.path)!r} cannot be written ({error.strerror or error}); training goes on, "
-                    f"and what belongs there is kept in memory until there is room, {self._bound:,} bytes at most"
+                    f"warning: {str(self.path)!r} cannot be written ({error.strerror or error}); "
+                    f"training goes on, and what belongs there is kept in memory until there is "
+                    f"room, {self._bound:,} bytes at most"
                 )
             return
         if self._failing:
-            lost = f"{self._dropped:,} records were dropped" if self._dropped else "nothing was lost"
+            lost = (
+                f"{self._dropped:,} records were dropped" if self._dropped else "nothing was lost"
+            )
             self._say(f"{str(self.path)!r} can be written again; {lost}")
             self._failing, self._dropped = False, 0
 
@@ -93,7 +104,9 @@ class Records:
             self._bytes -= len(self._waiting.popleft())
 
     def _opened(self) -> io.FileIO:
-        """The open file, which is begun anew where it was removed or renamed meanwhile, in the same folder only."""
+        """The open file, which is begun anew where it was removed or renamed meanwhile, in the same
+        folder only.
+        """
         if self._file is not None:
             try:
                 if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):

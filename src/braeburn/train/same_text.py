@@ -1,4 +1,6 @@
-"""The checks that a run goes on with the text that it was begun with, the same in all its processes."""
+"""The checks that a run goes on with the text that it was begun with, the same in all its
+processes.
+"""
 
 import hashlib
 import json
@@ -24,12 +26,18 @@ def saved_text(directory: RunDirectory, step: int) -> Any:
 
 
 def check_text(
-    run: Run, directory: RunDirectory, step: int, saved: Any, prepared: Prepared, say: Callable[[str], None]
+    run: Run,
+    directory: RunDirectory,
+    step: int,
+    saved: Any,
+    prepared: Prepared,
+    say: Callable[[str], None],
 ) -> None:
-    """Refuses text other than that of the checkpoint to go on from, if a stage that has begun draws from it.
+    """Refuses text other than that of the checkpoint to go on from, if a stage that has begun draws
+    from it.
 
-    On other text the same steps would see other sequences: some twice, some never, without a word. Text that only
-    stages to come draw from may change.
+    On other text the same steps would see other sequences: some twice, some never, without a word.
+    Text that only stages to come draw from may change.
 
     Args:
         run: the run.
@@ -45,7 +53,10 @@ def check_text(
     if step in (0, run.total_steps):
         return
     if not isinstance(saved, Mapping):
-        say(f"checkpoint {step} does not tell on which text it was trained; going on with the text as it is now")
+        say(
+            f"checkpoint {step} does not tell on which text it was trained; going on with the "
+            f"text as it is now"
+        )
         return
     first = 0
     drawn: set[str] = set()
@@ -60,13 +71,17 @@ def check_text(
     fingerprint = hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:12]
     if run.data.accept != fingerprint:
         raise UserError(
-            f"the text of data.sources.{' and '.join(changed)} has changed since checkpoint {step} of "
-            f"{str(directory.path)!r}, so that the steps to come would see other sequences; put the files back, or "
-            f"go on with the text as it is now by --set data.accept={fingerprint}"
+            f"the text of data.sources.{' and '.join(changed)} has changed since checkpoint {step} "
+            f"of {str(directory.path)!r}, so that the steps to come would see other sequences; put "
+            f"the files back, or go on with the text as it is now by --set "
+            f"data.accept={fingerprint}"
         )
     details = {name: {"before": saved[name], "now": now} for name, now in changed.items()}
     directory.event("text_changed", step=step, accepted=fingerprint, sources=details)
-    say(f"going on from step {step} with changed text of {' and '.join(changed)}, as data.accept says")
+    say(
+        f"going on from step {step} with changed text of {' and '.join(changed)}, as data.accept "
+        f"says"
+    )
 
 
 def require_same_text(prepared: Prepared) -> None:
@@ -79,6 +94,7 @@ def require_same_text(prepared: Prepared) -> None:
     different = [name for name, own in prepared.fingerprints.items() if own != of_main.get(name)]
     if different:
         raise UserError(
-            f"process {jax.process_index()} reads other text than process 0 in data.sources.{' and '.join(different)}; "
+            f"process {jax.process_index()} reads other text than process 0 in "
+            f"data.sources.{' and '.join(different)}; "
             f"give all machines the same files, or one that they share"
         )

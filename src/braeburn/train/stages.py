@@ -26,7 +26,9 @@ from braeburn.train.step import Batch, train_step
 
 
 def model_at(run: Run, step: int) -> tuple[Model, int]:
-    """The model as left after `step` steps, and the longest sequence that it was trained on by then."""
+    """The model as left after `step` steps, and the longest sequence that it was trained on by
+    then.
+    """
     return run.model_at(step)
 
 
@@ -41,9 +43,11 @@ class Program:
 
 
 def stage_optimizer(run: Run, name: str, specs: Tree | None = None) -> optax.GradientTransformation:
-    """The optimizer of a stage of a run, for all that it trains or for parameters of other `specs`."""
+    """The optimizer of a stage, for all that it trains or for parameters of other `specs`."""
     model = run.models()[name].trained
-    return build_optimizer(run.optimizer, run.stages[name], specs or trained_specs(run, name), model)
+    return build_optimizer(
+        run.optimizer, run.stages[name], specs or trained_specs(run, name), model
+    )
 
 
 def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layout:
@@ -58,8 +62,8 @@ def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layo
     sizes = sizes_of(run, name, len(devices))
     if (run.offload.optimizer or run.offload.activations) and not can_offload(devices[0]):
         raise UserError(
-            f"offload needs host memory that the device can reach, and {devices[0].device_kind} has none; "
-            f"set offload.optimizer to false and offload.activations to []"
+            f"offload needs host memory that the device can reach, and {devices[0].device_kind} "
+            f"has none; set offload.optimizer to false and offload.activations to []"
         )
     return Layout(sizes, build(sizes, devices), trained_specs(run, name), run.offload)
 
@@ -68,27 +72,36 @@ def sizes_of(run: Run, name: str, num_devices: int | None = None) -> Mesh:
     """The sizes of a stage's mesh, resolved for a number of devices unless none is inferred.
 
     Raises:
-        UserError: the mesh does not fit the devices, or does not divide the stage or the model that it leaves.
+        UserError: the mesh does not fit the devices, or does not divide the stage or the model that
+            it leaves.
     """
     mesh = run.stages[name].mesh or run.mesh
     if num_devices is not None:
         mesh = resolve(mesh, num_devices)
     for model in dict.fromkeys(run.models()[name]):
         specs = walk(transformer.param_specs(model))
-        check(run, name, model, mesh, {path: (spec.axes, spec.shape, spec.role) for path, spec in specs})
+        check(
+            run,
+            name,
+            model,
+            mesh,
+            {path: (spec.axes, spec.shape, spec.role) for path, spec in specs},
+        )
     return mesh
 
 
 def stage_step(
     run: Run, name: str, layout: Layout, teacher: Model | None = None
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The train step of a stage as a traceable function of state and batch, and of the weights of a live teacher.
+    """The train step of a stage as a traceable function of state and batch, and of the weights of a
+    live teacher.
 
     Args:
         run: the run.
         name: of the stage.
         layout: where what it trains lies.
-        teacher: the model of a teacher whose weights are at hand; None where there is none, or a cache of its.
+        teacher: the model of a teacher whose weights are at hand; None where there is none, or a
+            cache of its.
     """
     stage, model = run.stages[name], run.models()[name].trained
     remat = stage.remat or run.remat
@@ -98,7 +111,9 @@ def stage_step(
         if stage.teacher is None:
             return transformer.loss(params, batch, model, *common)
         weights = teaching[0] if teaching else None
-        return distillation.loss(params, batch, weights, model, teacher, stage.distillation, *common)
+        return distillation.loss(
+            params, batch, weights, model, teacher, stage.distillation, *common
+        )
 
     others = [of_model(layout, teacher)] if teacher else []
     step = functools.partial(
@@ -112,9 +127,13 @@ def stage_step(
     if not run.offload.optimizer:
         return step
 
-    def fetch_and_step(state: TrainState, batch: Batch, *teaching: Tree) -> tuple[TrainState, dict[str, Any]]:
+    def fetch_and_step(
+        state: TrainState, batch: Batch, *teaching: Tree
+    ) -> tuple[TrainState, dict[str, Any]]:
         on_device = layout.optimizer_state(state.optimizer, on_device=True)
-        return step(state._replace(optimizer=jax.device_put(state.optimizer, on_device)), batch, *teaching)
+        return step(
+            state._replace(optimizer=jax.device_put(state.optimizer, on_device)), batch, *teaching
+        )
 
     return fetch_and_step
 
@@ -122,8 +141,12 @@ def stage_step(
 def abstract_batch(stage: Stage, layout: Layout) -> Batch:
     """Shapes, types and places of a stage's batches."""
     shape, place = (stage.batch_size, stage.sequence_length), layout.batch()
-    types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
+    types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {
+        "weights": jnp.float32
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()
+    }
     if stage.teacher and stage.distillation.cached:
         kept = (*shape, stage.distillation.kept)
         batch["teacher_ids"] = jax.ShapeDtypeStruct(kept, jnp.int32, sharding=place)
@@ -134,7 +157,9 @@ def abstract_batch(stage: Stage, layout: Layout) -> Batch:
 def abstract_params(layout: Layout) -> Tree:
     """Shapes, types and places of parameters."""
     places, params = layout.parameters(), abstract(layout.specs)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+    )
 
 
 def abstract_state(run: Run, name: str, layout: Layout) -> TrainState:
@@ -142,8 +167,12 @@ def abstract_state(run: Run, name: str, layout: Layout) -> TrainState:
     params = abstract_params(layout)
     optimizer = jax.eval_shape(stage_optimizer(run, name, layout.specs).init, params)
     places = layout.optimizer_state(optimizer)
-    optimizer = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), optimizer, places)
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.everywhere()), params, optimizer)
+    optimizer = jax.tree.map(
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), optimizer, places
+    )
+    return TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.everywhere()), params, optimizer
+    )
 
 
 def started_state(run: Run, layout: Layout, read: Callable[[Tree], Tree]) -> TrainState:
@@ -159,7 +188,9 @@ def started_state(run: Run, layout: Layout, read: Callable[[Tree], Tree]) -> Tra
     shape = abstract_state(run, first, layout)
     params = read(abstract_params(layout))
     with layout.compiling():
-        make = jax.jit(stage_optimizer(run, first, layout.specs).init, out_shardings=places_of(shape.optimizer))
+        make = jax.jit(
+            stage_optimizer(run, first, layout.specs).init, out_shardings=places_of(shape.optimizer)
+        )
         optimizer = make(params)
     step = jax.make_array_from_callback((), shape.step.sharding, lambda _: np.int32(0))
     return TrainState(step, params, optimizer)
@@ -170,8 +201,12 @@ def places_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def lower_stage(run: Run, name: str, layout: Layout, teacher: Model | None = None) -> jax.stages.Lowered:
-    """A stage's train step for the devices of a layout, which need not be there, before it is compiled."""
+def lower_stage(
+    run: Run, name: str, layout: Layout, teacher: Model | None = None
+) -> jax.stages.Lowered:
+    """A stage's train step for the devices of a layout, which need not be there, before it is
+    compiled.
+    """
     state = abstract_state(run, name, layout)
     out = (places_of(state), layout.everywhere())
     step = jax.jit(stage_step(run, name, layout, teacher), donate_argnums=0, out_shardings=out)
@@ -180,7 +215,10 @@ def lower_stage(run: Run, name: str, layout: Layout, teacher: Model | None = Non
 
 
 def compile_stage(run: Run, name: str, layout: Layout, teacher: Model | None = None) -> Program:
-    """Compiles a stage's train step. The state passed to it is given up, the one it returns takes its memory."""
+    """Compiles a stage's train step.
+
+    The state passed to it is given up, the one it returns takes its memory.
+    """
     began = time.monotonic()
     flags = compiler_flags(layout.mesh.devices.flat[0].device_kind)
     with layout.compiling():
@@ -192,7 +230,8 @@ def initial_state(run: Run, layout: Layout) -> TrainState:
     """The state before the run's first step, on the mesh of a layout of its first stage."""
     first, layout = next(iter(run.stages)), of_model(layout, run.model)
     optimizer = stage_optimizer(run, first, layout.specs)
-    # It runs once: on CPUs, whose compiler takes seconds to make random numbers fast, fast is not worth it.
+    # It runs once: on CPUs, whose compiler takes seconds to make random numbers fast, fast is not
+    # worth it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     make = jax.jit(
         lambda: new_state(initialize(layout.specs, run.seed), optimizer),

@@ -12,9 +12,11 @@ from braeburn.train.state import TrainState
 
 # Arrays [B, ...] by name; abstract or of NumPy as well.
 Batch = dict[str, Any]
-# (params, batch, ...) -> (what is minimised, metrics); both are weighted sums over tokens, by `weights` of the batch.
+# (params, batch, ...) -> (what is minimised, metrics); both are weighted sums over tokens, by
+# `weights` of the batch.
 LossFunction = Callable[..., tuple[Array, dict[str, Array]]]
-# A function of each device's parts of parameters and batch made one of the whole; see `Layout.gradient`.
+# A function of each device's parts of parameters and batch made one of the whole; see
+# `Layout.gradient`.
 Spread = Callable[[Callable[..., tuple[Any, Any]]], Callable[..., tuple[Any, Any]]]
 # (parameters, steps of the stage) -> the weights that the loss is given: masked, or rounded.
 Use = Callable[[Any, Any], Any]
@@ -32,14 +34,20 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """The next state and the step's metrics: float32 scalars, means over the batch's tokens.
 
-    With `accumulation_steps` A, the batch of B sequences is worked through in A parts of B / A, whose gradients are
-    summed before the one update: the result is that of the whole batch. Devices sum theirs once, after all parts.
+    With `accumulation_steps` A, the batch of B sequences is worked through in A parts of B / A,
+    whose gradients are
+    summed before the one update: the result is that of the whole batch. Devices sum theirs once,
+        after all parts.
 
-    The loss also takes what is `fixed`, such as a teacher's weights. Where weights are used otherwise than they are
-    stored, `use` tells how, and the gradient is taken through it.
+    The loss also takes what is `fixed`, such as a teacher's weights. Where weights are used
+    otherwise than they are stored, `use` tells how, and the gradient is taken through it.
     """
     batch = batch | {"weights": batch["weights"] / jnp.sum(batch["weights"])}
-    params, back = jax.vjp(lambda p: use(p, state.optimizer.stage_steps), state.params) if use else (state.params, None)
+    params, back = (
+        jax.vjp(lambda p: use(p, state.optimizer.stage_steps), state.params)
+        if use
+        else (state.params, None)
+    )
 
     def local(params: Any, own: Batch, *fixed: Any) -> tuple[Any, dict[str, Array]]:
         return gradient(lambda p, part: loss(p, part, *fixed), params, own, accumulation_steps)
@@ -59,20 +67,29 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
-def gradient(loss: LossFunction, params: Any, batch: Batch, accumulation_steps: int) -> tuple[Any, dict[str, Array]]:
-    """The gradient of `loss` over a batch, worked through in parts, and the metrics, both summed over the parts."""
+def gradient(
+    loss: LossFunction, params: Any, batch: Batch, accumulation_steps: int
+) -> tuple[Any, dict[str, Array]]:
+    """The gradient of `loss` over a batch, worked through in parts, and the metrics, both summed
+    over the parts.
+    """
     differentiate = jax.value_and_grad(loss, has_aux=True)
     if accumulation_steps == 1:
         (_, metrics), gradients = differentiate(params, batch)
         return gradients, metrics
 
-    # Part i takes the sequences i, i + A, ...: which they are does not depend on the number of devices.
-    parts = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+    # Part i takes the sequences i, i + A, ...: which they are does not depend on the number of
+    # devices.
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
     def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
         (_, metrics), gradients = differentiate(params, part)
         return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
 
-    (_, metrics), gradients = jax.eval_shape(differentiate, params, jax.tree.map(lambda x: x[0], parts))
+    (_, metrics), gradients = jax.eval_shape(
+        differentiate, params, jax.tree.map(lambda x: x[0], parts)
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
     return jax.lax.scan(accumulate, zeros, parts)[0]

@@ -1,4 +1,6 @@
-"""Teachers of stages: whose weights they are, and what they say of the text, at hand or kept from one pass over it."""
+"""Teachers of stages: whose weights they are, and what they say of the text, at hand or kept from
+one pass over it.
+"""
 
 import functools
 import hashlib
@@ -55,7 +57,8 @@ def find_in_run(path: Path) -> Teacher:
     """The teacher that a run directory's newest checkpoint is, or one of its checkpoints.
 
     Raises:
-        UserError: there is no run or no checkpoint, or it was made in the middle of a stage that cuts or rounds.
+        UserError: there is no run or no checkpoint, or it was made in the middle of a stage that
+            cuts or rounds.
     """
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit()
     directory = path.parent.parent if is_checkpoint else path
@@ -71,17 +74,29 @@ def find_in_run(path: Path) -> Teacher:
 
 def files_identity(folder: Path) -> str:
     """A hash of the names, sizes and times of all files below a folder."""
-    found = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [
+        (str(path.relative_to(folder)), path.stat())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
     listing = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def live_model(run: Run, name: str, teachers: Mapping[str, Teacher]) -> Model | None:
-    """The model of the teacher whose weights a stage needs at hand; None where it has none, or what it says is kept."""
-    return teachers[name].model if name in teachers and not run.stages[name].distillation.cached else None
+    """The model of the teacher whose weights a stage needs at hand; None where it has none, or what
+    it says is kept.
+    """
+    return (
+        teachers[name].model
+        if name in teachers and not run.stages[name].distillation.cached
+        else None
+    )
 
 
-def teachers_of(run: Run, directory: Path, layouts: Mapping[str, Layout], find: FindTeacher) -> dict[str, Teacher]:
+def teachers_of(
+    run: Run, directory: Path, layouts: Mapping[str, Layout], find: FindTeacher
+) -> dict[str, Teacher]:
     """The teacher of each stage that has one, of which earlier stages are still to be trained.
 
     Args:
@@ -91,7 +106,8 @@ def teachers_of(run: Run, directory: Path, layouts: Mapping[str, Layout], find: 
         find: for teachers that are no stage.
 
     Raises:
-        UserError: there is no such teacher, it has another vocabulary, or the stage's mesh does not divide it.
+        UserError: there is no such teacher, it has another vocabulary, or the stage's mesh does not
+            divide it.
     """
     found = {}
     for name, stage in run.stages.items():
@@ -108,12 +124,13 @@ def teachers_of(run: Run, directory: Path, layouts: Mapping[str, Layout], find: 
         if teacher.model.vocab_size != run.model.vocab_size:
             raise UserError(
                 f"{field} has a vocabulary of {teacher.model.vocab_size}, not model.vocab_size="
-                f"{run.model.vocab_size}; set model.vocab_size to {teacher.model.vocab_size}, or name another teacher"
+                f"{run.model.vocab_size}; set model.vocab_size to {teacher.model.vocab_size}, or "
+                f"name another teacher"
             )
         if stage.distillation.kept > run.model.vocab_size:
             raise UserError(
-                f"stages.{name}.distillation.top_k={stage.distillation.top_k} is more than the vocabulary of "
-                f"{run.model.vocab_size}; set it to at most {run.model.vocab_size}"
+                f"stages.{name}.distillation.top_k={stage.distillation.top_k} is more than the "
+                f"vocabulary of {run.model.vocab_size}; set it to at most {run.model.vocab_size}"
             )
         specs = walk(transformer.param_specs(teacher.model))
         parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in specs}
@@ -135,7 +152,8 @@ def check_tokenizers(run: Run, teachers: Mapping[str, Teacher], tokenizer: Token
         if teacher.tokenizer is not None and teacher.tokenizer.hash != tokenizer.hash:
             path = str(run.stages[name].teacher)
             raise UserError(
-                f"stages.{name}.teacher={path!r} has another tokenizer than the run; set data.tokenizer to that of the "
+                f"stages.{name}.teacher={path!r} has another tokenizer than the run; set "
+                f"data.tokenizer to that of the "
                 f"teacher, as {str(Path(path) / 'tokenizer.json')!r}, in a new run directory"
             )
 
@@ -169,7 +187,8 @@ def teacher_stores(
     log: Callable[[str], None],
     proceed: Callable[[], None],
 ) -> dict[str, TeacherStore]:
-    """What a teacher says of the text of each source that a stage draws from, in one pass where it is not kept yet.
+    """What a teacher says of the text of each source that a stage draws from, in one pass where it
+    is not kept yet.
 
     Args:
         run: the run.
@@ -178,7 +197,8 @@ def teacher_stores(
         teacher: that of the stage.
         prepared: the text.
         log: takes lines of progress.
-        proceed: called before each batch; what it raises ends the pass, of which complete parts stay.
+        proceed: called before each batch; what it raises ends the pass, of which complete parts
+            stay.
 
     Raises:
         UserError: a store is corrupt, in use, or cannot be written.
@@ -215,25 +235,36 @@ def teacher_stores(
                 label,
                 log=log,
                 writes=jax.process_index() == 0,
-                first_part=functools.partial(main_first, f"labels of {source} for {name} were begun"),
+                first_part=functools.partial(
+                    main_first, f"labels of {source} for {name} were begun"
+                ),
             )
     return main_first(
         f"labels for {name} were made",
-        lambda: {source: TeacherStore.open(place, identity, prepared.verified_for) for source, place in places.items()},
+        lambda: {
+            source: TeacherStore.open(place, identity, prepared.verified_for)
+            for source, place in places.items()
+        },
     )
 
 
 def _labeller(
     run: Run, name: str, layout: Layout, teacher: Teacher, proceed: Callable[[], None]
 ) -> Callable[[Batch], tuple[np.ndarray, np.ndarray]]:
-    """What gives a batch's likeliest tokens and their log-probabilities, [B, T, k], in every process."""
+    """What gives a batch's likeliest tokens and their log-probabilities, [B, T, k], in every
+    process.
+    """
     stage, place = run.stages[name], of_model(layout, teacher.model)
     params = teacher.read(abstract_params(place))
 
     def local(params: Tree, batch: dict[str, Any]) -> tuple[Any, Any]:
         inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-        hidden = transformer.forward(params, *inputs, teacher.model, run.precision, mesh=layout.sizes)
-        found = likeliest(hidden, transformer.head_matrix(params), stage.distillation.kept, layout.sizes)
+        hidden = transformer.forward(
+            params, *inputs, teacher.model, run.precision, mesh=layout.sizes
+        )
+        found = likeliest(
+            hidden, transformer.head_matrix(params), stage.distillation.kept, layout.sizes
+        )
         return found.ids, found.log_probs
 
     program = jax.jit(place.tokenwise(local), out_shardings=layout.everywhere())

@@ -1,6 +1,8 @@
-"""The event files that TensorBoard reads, written without a thread or a queue that could hold training up.
+"""The event files that TensorBoard reads, written without a thread or a queue that could hold
+training up.
 
-They hold TFRecords: the length of the data, a checksum of it, the data (an `Event`), and a checksum of these.
+They hold TFRecords: the length of the data, a checksum of it, the data (an `Event`), and a checksum
+of these.
 """
 
 import contextlib
@@ -27,8 +29,8 @@ class EventFile:
 
         Args:
             folder: the run's; created.
-            after: the last step of what the other files hold. A TensorBoard that looks on while a run is gone on with
-                is told to forget what it read of later ones.
+            after: the last step of what the other files hold. A TensorBoard that looks on while a
+                run is gone on with is told to forget what it read of later ones.
             say: takes a line when the file cannot be written.
         """
         from tensorboardX.proto import event_pb2
@@ -69,7 +71,8 @@ class EventFile:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Cuts the scalars of later steps off the event files in a folder: those steps are about to be made again.
+    """Cuts the scalars of later steps off the event files in a folder: those steps are about to be
+    made again.
 
     A file's steps ascend, so what is cut is its end; a record that was cut short goes with it.
     """
@@ -92,7 +95,9 @@ def _framed(data: bytes) -> bytes:
 
 
 def _steps(file: Any) -> Iterator[tuple[int, int]]:
-    """The step of each whole record of a file, 0 of one that has no scalars, and where the record ends."""
+    """The step of each whole record of a file, 0 of one that has no scalars, and where the record
+    ends.
+    """
     from google.protobuf.message import DecodeError
     from tensorboardX.proto import event_pb2
 

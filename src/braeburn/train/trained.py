@@ -27,7 +27,8 @@ class Trained:
         model: the model as the stage of that step trained it, RoPE base included.
         params: float32 parameters.
         tokenizer: the tokenizer that it was trained with.
-        sequence_length: of the longest sequences that it was trained on, here or elsewhere; 0 where unknown.
+        sequence_length: of the longest sequences that it was trained on, here or elsewhere; 0 where
+            unknown.
     """
 
     run: Run
@@ -42,14 +43,17 @@ def load(directory: Path) -> Trained:
     """Reads the newest checkpoint of a run directory.
 
     Raises:
-        UserError: the folder holds no run or no checkpoint, the newest is damaged or of another model than the run, or
-            its tokenizer is not the run's.
+        UserError: the folder holds no run or no checkpoint, the newest is damaged or of another
+            model than the run, or its tokenizer is not the run's.
     """
     run = received_run(directory)
     checkpoints = Checkpoints(directory)
     step = checkpoints.newest()
     if step is None:
-        raise UserError(f"{str(directory)!r} holds no complete checkpoint; train for at least one checkpoint first")
+        raise UserError(
+            f"{str(directory)!r} holds no complete checkpoint; train for at least one checkpoint "
+            f"first"
+        )
     checkpoints.require_sound(step, ("params", "run"))
     fields, saved_tokenizer = checkpoints.restore_run(step)
     require_same_model(run, validate(fields), step, directory)
@@ -64,9 +68,11 @@ def load(directory: Path) -> Trained:
 
 
 def received_run(directory: Path) -> Run:
-    """The run of a directory that is read and not trained in, with the user's own cache of tokenised text.
+    """The run of a directory that is read and not trained in, with the user's own cache of
+    tokenised text.
 
-    The folder may come from someone else, and so its `data.cache` may be any folder of this machine.
+    The folder may come from someone else, and so its `data.cache` may be any folder of this
+    machine.
 
     Raises:
         UserError: the folder holds no run.
@@ -91,10 +97,13 @@ def _params(run: Run, step: int, checkpoints: Checkpoints) -> Tree:
         use = use_of(run, name) if index else None
         if use:
             return use(checkpoints.restore_params(step, abstract(trained_specs(run, name))), index)
-    return checkpoints.restore_params(step, abstract(transformer.param_specs(model_at(run, step)[0])))
+    return checkpoints.restore_params(
+        step, abstract(transformer.param_specs(model_at(run, step)[0]))
+    )
 
 
-# What may differ between the model of a configuration and that of a checkpoint: how it is computed, or trained.
+# What may differ between the model of a configuration and that of a checkpoint: how it is computed,
+# or trained.
 _NOT_COMPARED = {"scan_layers", "max_position_embeddings", "z_loss"}
 
 
@@ -105,12 +114,17 @@ def require_same_model(run: Run, saved: Run, step: int, directory: Path) -> None
         UserError: naming the first field that differs.
     """
     if step > min(run.total_steps, saved.total_steps):
-        raise UserError(f"checkpoint {step} of {str(directory)!r} lies beyond the run's {run.total_steps} steps")
-    ours, theirs = (model_at(each, step)[0].model_dump(exclude=_NOT_COMPARED) for each in (run, saved))
+        raise UserError(
+            f"checkpoint {step} of {str(directory)!r} lies beyond the run's {run.total_steps} steps"
+        )
+    ours, theirs = (
+        model_at(each, step)[0].model_dump(exclude=_NOT_COMPARED) for each in (run, saved)
+    )
     for field, value in ours.items():
         if value != theirs[field]:
             raise UserError(
-                f"model.{field} is {value!r}, but checkpoint {step} of {str(directory)!r} was trained with "
+                f"model.{field} is {value!r}, but checkpoint {step} of {str(directory)!r} was "
+                f"trained with "
                 f"{theirs[field]!r}; put the fields of model back, in the recipe and in config.json"
             )
 
@@ -129,32 +143,40 @@ def require_same_tokenizer(present: Tokenizer, saved: Tokenizer, path: Path, ste
 
 
 def ordinary_step(run: Run, directory: Path, step: int | None = None) -> int:
-    """A checkpoint's step, the newest by default, if it holds a model as it is between stages or while one trains it.
+    """A checkpoint's step, the newest by default, if it holds a model as it is between stages or
+    while one trains it.
 
     Raises:
-        UserError: there is none, it is damaged, or it was made in the middle of a stage that cuts or rounds at its end.
+        UserError: there is none, it is damaged, or it was made in the middle of a stage that cuts
+            or rounds at its end.
     """
     checkpoints = Checkpoints(directory)
     step = checkpoints.newest() if step is None else step
     if step not in checkpoints.steps():
-        raise UserError(f"{str(directory)!r} holds no complete checkpoint; train for at least one checkpoint first")
+        raise UserError(
+            f"{str(directory)!r} holds no complete checkpoint; train for at least one checkpoint "
+            f"first"
+        )
     assert step is not None
     checkpoints.require_sound(step, ("params", "run"))
     if step < run.total_steps:
         name, _, index = run.stage_at(step)
         if index and use_of(run, name):
             raise UserError(
-                f"checkpoint {step} of {str(directory)!r} is from the middle of the stage {name!r}, which cuts or "
-                f"rounds weights at its end; train that stage to its end, or name an earlier checkpoint"
+                f"checkpoint {step} of {str(directory)!r} is from the middle of the stage "
+                f"{name!r}, which cuts or rounds weights at its end; train that stage to its end, "
+                f"or name an earlier checkpoint"
             )
     return step
 
 
-def found_run(out: Path, run: Run, state: TrainState, tokenizer: Tokenizer, origin: str, source: Path) -> None:
+def found_run(
+    out: Path, run: Run, state: TrainState, tokenizer: Tokenizer, origin: str, source: Path
+) -> None:
     """Makes a run directory whose checkpoint 0 holds a state.
 
-    It is built beside its place and renamed, so that an interrupted call leaves nothing that looks whole. What a
-    killed call has left is removed by the next.
+    It is built beside its place and renamed, so that an interrupted call leaves nothing that looks
+    whole. What a killed call has left is removed by the next.
 
     Args:
         out: the folder, new or empty.
