@@ -18,9 +18,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from braeburn.catalogue import catalogue
 from braeburn.config import override
-from braeburn.parallel.target import parse_target
+from braeburn.hardware.catalogue import catalogue
+from braeburn.hardware.targets import parse_target
 from braeburn.plan.cost import estimate
 from braeburn.recipes import load
 

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import braeburn as package
-from braeburn.catalogue import catalogue
 from braeburn.extras import how_to_install
+from braeburn.hardware.catalogue import catalogue
 from support import braeburn, process
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -169,7 +169,7 @@ def chips(
     as_json: AsJson = False,
 ) -> None:
     """List the accelerators, each figure with how far it is to be trusted."""
-    from braeburn.catalogue import FIGURES, LEGEND, catalogue, facts
+    from braeburn.hardware.catalogue import FIGURES, LEGEND, catalogue, facts
     from braeburn.plan.claims import claims as check
 
     table = catalogue(extra)
@@ -251,7 +251,7 @@ def plan(
     """
     runs = [_on_target(recipe, text, assignments, extra)[:2] for text in [*on, *(more or [])]]
     stages = [_stage(recipe, runs[0][0], stage)] if stage else list(runs[0][0].stages)
-    from braeburn.catalogue import catalogue
+    from braeburn.hardware.catalogue import catalogue
     from braeburn.plan.compare import compare
     from braeburn.plan.compiled import ranked_by_compiling
     from braeburn.plan.page import write
@@ -714,14 +714,14 @@ def verify(
     """Train a recipe, shrunk, on simulated devices: any layout, kill, resume or reshard must give
     the same losses.
     """
-    from braeburn.launch.shrink import ENVIRONMENT
-    from braeburn.parallel.target import parse_target
+    from braeburn.hardware.targets import parse_target
+    from braeburn.verify.shrink import ENVIRONMENT
 
     os.environ |= ENVIRONMENT  # before JAX, which a recipe of the user's may import
     run, _ = _resolve(recipe, assignments)
     target = parse_target(on)
     _begin_computing()
-    from braeburn.launch.verify import verify
+    from braeburn.verify.checks import verify
 
     checks = verify(run, recipe, target, lambda line: print(line, file=sys.stderr, flush=True))
     wrong = sum(not check.passed for check in checks)
@@ -922,8 +922,8 @@ def _on_target(
     """The run on a target, the target, and the overrides, completed with one replica for each
     slice.
     """
-    from braeburn.catalogue import catalogue
-    from braeburn.parallel.target import parse_target
+    from braeburn.hardware.catalogue import catalogue
+    from braeburn.hardware.targets import parse_target
 
     run, origins = _resolve(recipe, assignments)
     target = parse_target(on, catalogue(chips))

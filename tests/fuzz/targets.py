@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braeburn.catalogue import catalogue, facts
 from braeburn.config import Run, Source, override, parse_assignment, read_run
 from braeburn.data.corpus import documents
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer_settings import read_settings
+from braeburn.hardware.catalogue import catalogue, facts
 from braeburn.interop import huggingface
 from braeburn.interop.exchange import export_huggingface, import_huggingface
 from braeburn.recipes import load as recipe

@@ -183,7 +183,11 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
         for path in (REPOSITORY / "src" / "braeburn").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"braeburn/py.typed", "braeburn/plan/chips.toml", "braeburn/plan/page.html"} <= wanted
+    assert {
+        "braeburn/py.typed",
+        "braeburn/hardware/chips.toml",
+        "braeburn/plan/page.html",
+    } <= wanted
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert any(name.endswith("LICENSE") for name in names)

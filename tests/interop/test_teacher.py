@@ -11,9 +11,9 @@ import pytest
 
 from braeburn.config import Mesh, Run, override
 from braeburn.errors import UserError
+from braeburn.hardware.targets import parse_target
 from braeburn.interop.exchange import find_teacher
 from braeburn.model.spec import walk
-from braeburn.parallel.target import parse_target
 from braeburn.plan.cost import estimate
 from braeburn.train.compression import of_model
 from braeburn.train.stages import abstract_params, layout_of

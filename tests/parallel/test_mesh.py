@@ -11,7 +11,8 @@ import pytest
 
 from braeburn.config import Mesh
 from braeburn.errors import UserError
-from braeburn.parallel.mesh import arrange, build, placements, resolve
+from braeburn.hardware.torus import placements
+from braeburn.parallel.mesh import arrange, build, resolve
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from braeburn.catalogue import catalogue
-from braeburn.parallel.target import parse_target
+from braeburn.hardware.catalogue import catalogue
+from braeburn.hardware.targets import parse_target
 from braeburn.plan.compilation import check_compiler
 from support import process
 

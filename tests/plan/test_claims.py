@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from braeburn.catalogue import catalogue, facts
+from braeburn.hardware.catalogue import catalogue, facts
 from braeburn.plan.claims import Claim, claims
 
 

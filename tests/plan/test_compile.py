@@ -10,7 +10,7 @@ from test_hlo import megascale, straight
 
 from braeburn.config import override
 from braeburn.errors import UserError
-from braeburn.parallel.target import parse_target
+from braeburn.hardware.targets import parse_target
 from braeburn.plan import compilation, compiled
 from braeburn.recipes import load
 from support import braeburn

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from braeburn.catalogue import catalogue
 from braeburn.config import (
     Distillation,
     Mesh,
@@ -21,9 +20,10 @@ from braeburn.config import (
     validate,
 )
 from braeburn.errors import UserError
+from braeburn.hardware.catalogue import catalogue
+from braeburn.hardware.targets import parse_target
 from braeburn.model.spec import count
 from braeburn.model.transformer import param_specs
-from braeburn.parallel.target import parse_target
 from braeburn.plan.collectives import collectives, traffic
 from braeburn.plan.cost import Work, estimate, labelling_seconds, work_of
 from braeburn.plan.search import candidates

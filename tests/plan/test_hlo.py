@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from braeburn.catalogue import catalogue
+from braeburn.hardware.catalogue import catalogue
 from braeburn.plan import hlo
 from braeburn.plan.collectives import collectives, transfers
 from braeburn.plan.hlo import parse

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from braeburn.catalogue import catalogue
 from braeburn.config import override
-from braeburn.parallel.target import parse_target
+from braeburn.hardware.catalogue import catalogue
+from braeburn.hardware.targets import parse_target
 from braeburn.plan.compare import compare
 from braeburn.plan.compiled import ranked_by_compiling
 from braeburn.plan.cost import estimate

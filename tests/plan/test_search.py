@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 
 from braeburn.config import Mesh, override
-from braeburn.parallel.target import parse_target
+from braeburn.hardware.links import Links
+from braeburn.hardware.targets import parse_target
 from braeburn.plan.compare import why_nothing_fits
 from braeburn.plan.cost import estimate
-from braeburn.plan.links import Links
 from braeburn.plan.search import candidates, larger_targets, meshes
 from braeburn.recipes import load
 from braeburn.train.stages import sizes_of

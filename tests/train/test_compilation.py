@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import pytest
 
-from braeburn.catalogue import catalogue
 from braeburn.config import Run
+from braeburn.hardware.catalogue import catalogue
 from braeburn.train import compilation
 from braeburn.train.compilation import compiler_flags
 from braeburn.train.stages import compile_stage, layout_of

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from braeburn import extras
 from braeburn.errors import UserError
+from braeburn.hardware.targets import Target
 from braeburn.launch.submit import check_line
-from braeburn.parallel.target import Target
 
 PORT = 8476
 

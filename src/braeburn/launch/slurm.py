@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from braeburn.errors import UserError
+from braeburn.hardware.targets import Target
 from braeburn.launch.submit import check_line
-from braeburn.parallel.target import Target
 
 # Minutes, hours and days as sbatch reads them.
 TIME_LIMIT = re.compile(

@@ -20,8 +20,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from braeburn.catalogue import chip_of
 from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.hardware.catalogue import chip_of
 from braeburn.model import cudnn
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.context import (

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from itertools import product
 from typing import Any
 
 import jax
@@ -12,9 +10,7 @@ from jax.experimental import mesh_utils
 
 from braeburn.config import Mesh, divisors, some
 from braeburn.errors import UserError
-
-# Of each axis, its size along each dimension of a torus.
-Factors = dict[Any, tuple[int, ...]]
+from braeburn.hardware.torus import Factors, across_slices, placements
 
 
 def resolve(mesh: Mesh, num_devices: int) -> Mesh:
@@ -97,20 +93,6 @@ def build(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh
     return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
 
 
-def across_slices(mesh: Mesh, num_slices: int) -> tuple[int, ...]:
-    """How many slices each axis crosses, the outermost axis first."""
-    across, left = [], num_slices
-    for size in mesh.sizes.values():
-        across.append(math.gcd(size, left))
-        left //= across[-1]
-    if left > 1:
-        raise UserError(
-            f"mesh.replica={mesh.replica} does not fit the {num_slices} slices of the devices; "
-            f"set mesh.replica to {num_slices} or a multiple of it"
-        )
-    return tuple(across)
-
-
 def _arrange_slice(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     places = np.array([getattr(device, "coords", ()) for device in devices])
     sides = tuple(int(n) for n in np.ptp(places, axis=0) + 1) if places.size else ()
@@ -173,51 +155,3 @@ def _lay_over_torus(
     return grid.transpose(
         [dim * axes + axis for axis in range(axes) for dim in range(dims)]
     ).reshape(shape)
-
-
-@cache
-def placements(sizes: tuple[tuple[str, int], ...], sides: tuple[int, ...]) -> list[Factors]:
-    """The ways to lay axes over the dimensions of a torus, those first that give the innermost axes
-    the best links.
-
-    Args:
-        sizes: of each axis within a slice, the innermost last.
-        sides: of the slice.
-
-    Raises:
-        UserError: the axes do not fill the slice.
-    """
-    if math.prod(size for _, size in sizes) != math.prod(sides):
-        named = " x ".join(f"{axis}={size}" for axis, size in sizes if size > 1)
-        raise UserError(
-            f"mesh ({named or 'one device'}) does not fill a slice of "
-            f"{' x '.join(map(str, sides))} chips"
-        )
-
-    def lay(left: tuple[tuple[str, int], ...], free: tuple[int, ...]) -> list[Factors]:
-        if not left:
-            return [{}] if math.prod(free) == 1 else []
-        axis, size = left[-1]
-        choices = [f for f in product(*map(_divisors, free)) if math.prod(f) == size]
-        # Whole sides first, as rings; then over as many dimensions as there are, each with links of
-        # its own.
-        choices.sort(
-            key=lambda f: -sum(1 + (n == side) for n, side in zip(f, free, strict=True) if n > 1)
-        )
-        found = []
-        for factors in choices:
-            rest = tuple(side // n for side, n in zip(free, factors, strict=True))
-            found += [{**other, axis: factors} for other in lay(left[:-1], rest)]
-        return found
-
-    ways = lay(tuple((axis, size) for axis, size in sizes if size > 1), sides)
-    if not ways:
-        raise UserError(
-            f"no axis of the mesh can be laid over a torus of {' x '.join(map(str, sides))} chips"
-        )
-    return ways
-
-
-@cache
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braeburn.catalogue import Chip, Figure, weakest
+from braeburn.hardware.catalogue import Chip, Figure, weakest
 
 # Claims are rounded: 2.76 stands for 2.765, and 8% for 8.1%.
 TOLERANCE = 0.05
@@ -63,7 +63,7 @@ class Claim:
 
 
 def claims(chips: Mapping[str, Chip], facts: Mapping[str, Figure]) -> list[Claim]:
-    """All claims by a catalogue and its facts (see `braeburn.catalogue`)."""
+    """All claims by a catalogue and its facts (see `braeburn.hardware.catalogue`)."""
     checked = []
     for row in tomllib.loads((Path(__file__).parent / "claims.toml").read_text("utf-8"))["claims"]:
         checks = tuple(

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from braeburn.catalogue import Chip, Figure, weakest
 from braeburn.config import Run
 from braeburn.errors import UserError
-from braeburn.parallel.target import Target
+from braeburn.hardware.catalogue import Chip, Figure, weakest
+from braeburn.hardware.links import Links
+from braeburn.hardware.targets import Target
 from braeburn.plan.cost import MOMENTS, Estimate, divided_work, estimate_work, labelling_seconds
 from braeburn.plan.forward import FLOAT, Pass
 from braeburn.plan.goodput import goodput
-from braeburn.plan.links import Links
 from braeburn.plan.search import Candidate, candidates, larger_targets
 
 HOURS_PER_DAY, SECONDS_PER_HOUR = 24, 3600

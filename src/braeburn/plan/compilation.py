@@ -17,7 +17,7 @@ from typing import Any
 from braeburn.config import Run
 from braeburn.errors import UserError
 from braeburn.extras import how_to_install
-from braeburn.parallel.target import Target
+from braeburn.hardware.targets import Target
 from braeburn.train.environment import gpu_environment
 
 # What libtpu needs to believe where there is no TPU, and to share the machine with others of its

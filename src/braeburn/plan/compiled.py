@@ -11,16 +11,16 @@ from typing import Any
 
 from braeburn.config import Mesh, Model, Run, override
 from braeburn.errors import UserError
+from braeburn.hardware.links import Links
+from braeburn.hardware.targets import Target
+from braeburn.hardware.torus import across_slices
 from braeburn.model.transformer import param_specs
-from braeburn.parallel.mesh import across_slices
-from braeburn.parallel.target import Target
 from braeburn.plan.collectives import Collective, collectives, transfers
 from braeburn.plan.compare import Ranking
 from braeburn.plan.compilation import compile_in_child
 from braeburn.plan.cost import estimate, live_teacher
 from braeburn.plan.hlo import Module, parse
 from braeburn.plan.kernels import Computing, computing
-from braeburn.plan.links import Links
 from braeburn.plan.search import Candidate, candidates, larger_targets
 from braeburn.train.metrics import flops_per_token
 

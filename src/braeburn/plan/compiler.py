@@ -22,11 +22,11 @@ import jax
 from jax.experimental.topologies import TopologyDescription, get_topology_desc
 
 from braeburn.atomic import write_atomically
-from braeburn.catalogue import catalogue
 from braeburn.config import validate
 from braeburn.errors import UserError
+from braeburn.hardware.catalogue import catalogue
+from braeburn.hardware.targets import Target, parse_target
 from braeburn.parallel.layout import Layout
-from braeburn.parallel.target import Target, parse_target
 from braeburn.plan.cost import live_teacher
 from braeburn.train.compilation import options
 from braeburn.train.stages import layout_of, lower_stage

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import jax
 
-from braeburn.catalogue import weakest
 from braeburn.config import Mesh, Model, Remat, Run
 from braeburn.errors import UserError
+from braeburn.hardware.catalogue import weakest
+from braeburn.hardware.links import Links
+from braeburn.hardware.targets import Target
+from braeburn.hardware.torus import Factors
 from braeburn.interop.exchange import find_teacher
 from braeburn.model.spec import abstract, walk
 from braeburn.parallel.rules import check
-from braeburn.parallel.target import Target
 from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, specs_of
-from braeburn.plan.links import Factors, Links
 from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
 from braeburn.train.stages import sizes_of

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from braeburn.catalogue import Chip
+from braeburn.hardware.catalogue import Chip
 from braeburn.plan.collectives import arrays
 from braeburn.plan.cost import EFFICIENCY
 from braeburn.plan.hlo import Execution, Instruction, Module

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from braeburn.config import Mesh, Model, Offload, Remat, Run, Stage
-from braeburn.parallel.mesh import placements
-from braeburn.parallel.target import Target
+from braeburn.hardware.links import Links
+from braeburn.hardware.targets import Target
+from braeburn.hardware.torus import extent, placements
 from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
-from braeburn.plan.links import Links, extent
 
 # What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps
 # norms and more in float32: compiled steps take twice the memory then, and longer.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from braeburn.catalogue import Flag, chip_of
+from braeburn.hardware.catalogue import Flag, chip_of
 
 
 def cache_compilations() -> None:

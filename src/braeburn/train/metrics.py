@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from braeburn.catalogue import chip_of
 from braeburn.config import Model, Run
+from braeburn.hardware.catalogue import chip_of
 from braeburn.model.spec import Tree, count
 from braeburn.model.transformer import param_specs
 from braeburn.train.guard import check_skips_in_a_row

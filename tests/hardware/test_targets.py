@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from braeburn.catalogue import catalogue
 from braeburn.errors import UserError
-from braeburn.parallel.target import Target, parse_target
+from braeburn.hardware.catalogue import catalogue
+from braeburn.hardware.targets import Target, parse_target
 
 
 @pytest.mark.parametrize(

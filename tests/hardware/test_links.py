@@ -6,8 +6,9 @@ import pytest
 
 from braeburn.config import Mesh
 from braeburn.errors import UserError
-from braeburn.parallel.target import parse_target
-from braeburn.plan.links import DCN_HOP_SECONDS, HOP_SECONDS, OTHER_HOP_SECONDS, Links, placements
+from braeburn.hardware.links import DCN_HOP_SECONDS, HOP_SECONDS, OTHER_HOP_SECONDS, Links
+from braeburn.hardware.targets import parse_target
+from braeburn.hardware.torus import placements
 
 GB = 1e9
 SLICES = parse_target("v4:8x1024")  # of 8 x 8 x 16 chips, each with six links of 50 GB/s one way

@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from braeburn.catalogue import Figure, weakest
 from braeburn.config import Mesh
-from braeburn.parallel.mesh import Factors, across_slices, placements
-from braeburn.parallel.target import Target
+from braeburn.hardware.catalogue import Figure, weakest
+from braeburn.hardware.targets import Target
+from braeburn.hardware.torus import Factors, across_slices, closes, extent, placements
 
 # Of what the links are rated at, and seconds for each chip that data passes. TPU: about 90 of 100
 # GB/s of a v5p's link in each direction, and 45 of 50 of a v4's, make the compiler's cycles agree
@@ -165,17 +165,3 @@ class Links:
                 figure.confidence,
             ),
         )
-
-
-def extent(target: Target) -> tuple[int, ...]:
-    """The sides of a slice of TPUs, in devices: chips that JAX takes for several have those as one
-    more side.
-    """
-    sides = tuple(map(int, target.topology.split("x")))
-    devices = target.facts.devices_per_chip
-    return (*sides, devices) if devices > 1 else sides
-
-
-def closes(side: int, dimensions: int) -> bool:
-    """Whether a side of a slice is a ring: a multiple of 4 chips in 3 dimensions, all 16 in 2."""
-    return side % 4 == 0 if dimensions == 3 else side == 16

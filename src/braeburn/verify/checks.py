@@ -25,13 +25,13 @@ from braeburn.config import ONE_DEVICE, AfmOptimizer, Checkpoint, Mesh, Run
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
+from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
-from braeburn.launch.shrink import DEVICES, ENVIRONMENT, STAND_IN, shrink
 from braeburn.optim.build import begin_stage
-from braeburn.parallel.target import Target
 from braeburn.train.compression import enter
 from braeburn.train.loop import calibration, train
 from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
+from braeburn.verify.shrink import DEVICES, ENVIRONMENT, STAND_IN, shrink
 
 KILL_AFTER_STEP = 6
 KILL_SECONDS = 300

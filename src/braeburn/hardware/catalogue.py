@@ -1,5 +1,5 @@
-"""The catalogue of accelerators: `plan/chips.toml`, and what a file of the user's own adds to it or
-overrides.
+"""The catalogue of accelerators: `hardware/chips.toml`, and what a file of the user's own adds to
+it or overrides.
 """
 
 import tomllib
@@ -125,8 +125,8 @@ def weakest(*figures: Figure | str) -> Confidence:
 def catalogue(extra: Path | None = None) -> Mapping[str, Chip]:
     """Every chip by its name.
 
-    `extra` is laid out as `plan/chips.toml`: it adds chips or replaces figures of one, and its bare
-    numbers are of confidence U.
+    `extra` is laid out as `hardware/chips.toml`: it adds chips or replaces figures of one, and its
+    bare numbers are of confidence U.
 
     Raises:
         UserError: `extra` cannot be read, has an unknown field or a bad value, or lacks what a plan
@@ -164,7 +164,7 @@ def chip_of(device_kind: str) -> Chip | None:
 
 def _tables(extra: Path | None) -> dict[str, dict[str, Any]]:
     """The tables of the built-in file, with those of `extra` laid over them."""
-    tables = tomllib.loads((Path(__file__).parent / "plan" / "chips.toml").read_text("utf-8"))
+    tables = tomllib.loads((Path(__file__).with_name("chips.toml")).read_text("utf-8"))
     added: dict[str, Any] = {}
     try:
         added = tomllib.loads(read_bytes(extra, MOST_BYTES).decode("utf-8")) if extra else {}
@@ -180,7 +180,7 @@ def _tables(extra: Path | None) -> dict[str, dict[str, Any]]:
         # Python's advice on numbers of thousands of digits is for programmers.
         reason = str(error).partition("; use sys.")[0]
         raise UserError(
-            f"--chips {str(extra)!r} is not TOML ({reason}); write it as plan/chips.toml is"
+            f"--chips {str(extra)!r} is not TOML ({reason}); write it as hardware/chips.toml is"
         ) from None
     for name, table in added.items():
         if not isinstance(table, dict):

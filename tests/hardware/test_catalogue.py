@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import braeburn
-from braeburn.catalogue import FIGURES, LEGEND, Figure, catalogue, chip_of, facts, weakest
 from braeburn.errors import UserError
+from braeburn.hardware.catalogue import FIGURES, LEGEND, Figure, catalogue, chip_of, facts, weakest
 
 NAMES = """v4 v5e v5p v6e tpu7x a100 h100 h200 b200 gb200 mi250x mi300x mi325x mi355x gaudi2 gaudi3
 trainium2 s4000 tiangai-100 chana wse-3 groq-lpu sohu ascend-910b3 ascend-910c cpu"""
@@ -217,7 +217,7 @@ def test_the_file_says_nothing_twice() -> None:
     """Each table of the file is a chip or the facts, and no chip's flags are given one by one
     elsewhere.
     """
-    text = (Path(braeburn.__file__).parent / "plan" / "chips.toml").read_text("utf-8")
+    text = (Path(braeburn.__file__).parent / "hardware" / "chips.toml").read_text("utf-8")
     assert set(tomllib.loads(text)) == {*NAMES.split(), "facts"}
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
-from braeburn.catalogue import Chip, catalogue
 from braeburn.errors import UserError, did_you_mean
+from braeburn.hardware.catalogue import Chip, catalogue
 
 # More than have ever been in one place; with more, the search for layouts would not end.
 MOST_CHIPS = 2**20

@@ -26,11 +26,11 @@ from braeburn.config import (
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
-from braeburn.launch import verify
-from braeburn.launch.shrink import ENVIRONMENT, STAND_IN, scale_down, shrink
+from braeburn.hardware.targets import parse_target
 from braeburn.parallel.rules import RULES
-from braeburn.parallel.target import parse_target
 from braeburn.recipes import BUILT_IN, load
+from braeburn.verify import checks as verify
+from braeburn.verify.shrink import ENVIRONMENT, STAND_IN, scale_down, shrink
 from support import braeburn
 
 # One stage is enough, and a mesh of its own.
