@@ -1,0 +1,96 @@
+"""The typed run: every choice that determines a training run, as one frozen value.
+
+A recipe is a function that returns a `Run`; `override` makes another `Run` from it by dotted paths,
+and `provenance` tells where each value came from. Nothing here imports JAX, so a bad value is
+refused before an accelerator is touched.
+"""
+
+from braeburn.config.assignments import override, parse_assignment, provenance
+from braeburn.config.base import (
+    MOST,
+    MOST_STEPS,
+    Count,
+    Fraction,
+    Name,
+    NonNegative,
+    OneOrMore,
+    Positive,
+    Seed,
+    Share,
+    Size,
+    check_name,
+    divisors,
+    explain_validation_error,
+    flatten,
+    some,
+)
+from braeburn.config.compression import (
+    PRUNABLE,
+    Distillation,
+    PrunedAxis,
+    Pruning,
+    Quantization,
+    check_pruning,
+)
+from braeburn.config.data import Data, Source
+from braeburn.config.directory import read_identity, read_run
+from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
+from braeburn.config.mesh import ONE_DEVICE, AxisSize, Mesh, MeshAxis
+from braeburn.config.model import LARGEST_SIZES, Model, RopeScaling
+from braeburn.config.optimizer import AdamW, AfmOptimizer, Optimizer
+from braeburn.config.run import Checkpoint, Evaluation, Run, StageModels, validate
+from braeburn.config.stage import Schedule, Stage
+
+__all__ = [
+    "LARGEST_SIZES",
+    "MOST",
+    "MOST_STEPS",
+    "NO_OFFLOAD",
+    "ONE_DEVICE",
+    "PRUNABLE",
+    "AdamW",
+    "AfmOptimizer",
+    "AxisSize",
+    "Checkpoint",
+    "Count",
+    "Data",
+    "Distillation",
+    "Evaluation",
+    "Fraction",
+    "Mesh",
+    "MeshAxis",
+    "Model",
+    "Name",
+    "NamedActivation",
+    "NonNegative",
+    "Offload",
+    "OneOrMore",
+    "Optimizer",
+    "Positive",
+    "Precision",
+    "PrunedAxis",
+    "Pruning",
+    "Quantization",
+    "Remat",
+    "RopeScaling",
+    "Run",
+    "Schedule",
+    "Seed",
+    "Share",
+    "Size",
+    "Source",
+    "Stage",
+    "StageModels",
+    "check_name",
+    "check_pruning",
+    "divisors",
+    "explain_validation_error",
+    "flatten",
+    "override",
+    "parse_assignment",
+    "provenance",
+    "read_identity",
+    "read_run",
+    "some",
+    "validate",
+]

@@ -1,0 +1,49 @@
+"""What is kept where and in which precision: activations, optimizer state, weights."""
+
+from typing import Annotated, Literal
+
+from braeburn.config.base import Frozen, OneOrMore
+
+NamedActivation = Literal[
+    "query", "key", "value", "attention", "attention_output", "ffn_gate", "ffn_up", "ffn_output"
+]
+
+
+class Remat(Frozen):
+    """What the forward pass keeps for the backward pass: all, only each layer's input, or that and
+    `names`.
+    """
+
+    policy: Literal["none", "full", "save_named"] = "none"
+    names: Annotated[tuple[NamedActivation, ...], OneOrMore] = (
+        "query",
+        "key",
+        "value",
+        "attention",
+        "ffn_gate",
+        "ffn_up",
+    )
+
+
+class Precision(Frozen):
+    """The type of activations and of the weights as they are multiplied; parameters and optimizer
+    are float32.
+
+    `reduce` is the type in which fully sharded gradients are summed over devices.
+    """
+
+    compute: Literal["float32", "bfloat16"] = "bfloat16"
+    reduce: Literal["float32", "bfloat16"] = "float32"
+
+
+class Offload(Frozen):
+    """What waits in the host's memory while it is not needed: the optimizer's state, and
+    activations by name.
+    """
+
+    optimizer: bool = False
+    activations: Annotated[tuple[NamedActivation, ...], OneOrMore] = ()
+
+
+# Everything waits on the device.
+NO_OFFLOAD = Offload()

@@ -1,0 +1,64 @@
+"""The mesh: how many devices lie along each axis."""
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from braeburn.config.base import Frozen, OneOrMore, Size
+
+MeshAxis = Literal["replica", "data", "fsdp", "context", "tensor"]
+# -1 stands for as many as the devices allow.
+AxisSize = Annotated[int, Field(ge=-1, le=2**24)]
+
+
+class Mesh(Frozen):
+    """Devices along each axis of the mesh, the slowest link first; one size may be -1, to take what
+    devices are left.
+
+    `replica` crosses slices or nodes and carries one sum of gradients a step; `data` does the same
+    inside one. `fsdp` splits the batch, and with it parameters, gradients and optimizer state;
+    `context` splits sequences; `tensor` splits heads, FFN and vocabulary, and the tokens between
+    them.
+
+    `context_attention` tells how queries reach the keys of other context shards: passed around a
+    ring, or gathered. `torus` lays axes over the physical dimensions of a slice: for each axis its
+    size along each of them, as in {"fsdp": [8, 8, 4], "tensor": [1, 1, 4]} on 8 x 8 x 16 chips;
+    without it the innermost axes get the best links.
+    """
+
+    replica: AxisSize = 1
+    data: AxisSize = 1
+    fsdp: AxisSize = -1
+    context: AxisSize = 1
+    tensor: AxisSize = 1
+    context_attention: Literal["all_gather", "ring"] = "all_gather"
+    torus: dict[MeshAxis, Annotated[tuple[Size, ...], OneOrMore]] | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis by its name, in the order of the mesh."""
+        return {axis: getattr(self, axis) for axis in get_args(MeshAxis)}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Mesh":
+        for axis, size in self.sizes.items():
+            if size == 0:
+                raise ValueError(
+                    f"{axis}=0 leaves no device; set {axis} to 1, or to -1 for all devices left"
+                )
+        inferred = [axis for axis, size in self.sizes.items() if size == -1]
+        if len(inferred) > 1:
+            raise ValueError(
+                f"{' and '.join(inferred)} are both -1, but only one can be inferred; set "
+                f"{inferred[0]} to a size, as 1"
+            )
+        if self.torus and len({len(factors) for factors in self.torus.values()}) > 1:
+            raise ValueError(
+                "torus names different numbers of dimensions; give each axis one size for each of "
+                "them"
+            )
+        return self
+
+
+# A mesh of one device: nothing is split.
+ONE_DEVICE = Mesh(fsdp=1)

@@ -1,0 +1,164 @@
+"""The run: all parts together, checked against each other."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError, model_validator
+
+from braeburn.config.base import MOST_STEPS, Frozen, Name, Seed, Size, explain_validation_error
+from braeburn.config.compression import check_pruning
+from braeburn.config.data import Data
+from braeburn.config.memory import NO_OFFLOAD, Offload, Precision, Remat
+from braeburn.config.mesh import Mesh
+from braeburn.config.model import Model
+from braeburn.config.optimizer import AfmOptimizer, Optimizer
+from braeburn.config.stage import Stage
+from braeburn.errors import UserError, did_you_mean
+
+
+class Checkpoint(Frozen):
+    """When checkpoints are written and which are kept: the newest `keep_last` and every
+    `keep_every_steps`-th.
+    """
+
+    every_steps: Size = 1000
+    keep_last: Size = 2
+    keep_every_steps: Size | None = None
+
+
+class Evaluation(Frozen):
+    """Held-out evaluation at the end of each stage and every `every_steps`, over at most `tokens`
+    of each source.
+    """
+
+    every_steps: Size | None = None
+    tokens: Size = 262_144
+
+
+class StageModels(NamedTuple):
+    """The model as a stage finds it, as it trains it, and as it leaves it."""
+
+    found: Model
+    trained: Model
+    left: Model
+
+
+class Run(Frozen):
+    """One complete training run.
+
+    `initial_weights` is a directory whose weights and tokenizer training starts from, in the place
+    of random weights: a run directory, one of its checkpoints, or a Hugging Face directory.
+    `Model.from_directory` gives its model.
+    """
+
+    name: Name
+    model: Model
+    stages: dict[Name, Stage]
+    data: Data = Data()
+    optimizer: Optimizer = AfmOptimizer()
+    initial_weights: str | None = None
+    seed: Seed = 0
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    precision: Precision = Precision()
+    remat: Remat = Remat()
+    offload: Offload = NO_OFFLOAD
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps over all stages."""
+        return sum(stage.steps for stage in self.stages.values())
+
+    def stage_at(self, step: int) -> tuple[str, Stage, int]:
+        """The stage that runs the 0-based global `step`: its name, the stage and the step's index
+        within it.
+        """
+        first = 0
+        for name, stage in self.stages.items():
+            if step < first + stage.steps:
+                return name, stage, step - first
+            first += stage.steps
+        raise IndexError(f"step {step} lies beyond the run's {first} steps")
+
+    def model_at(self, step: int) -> tuple[Model, int]:
+        """The model as left after `step` steps, and the longest sequence that it was trained on by
+        then, in tokens.
+        """
+        model = self.model
+        length = model.max_position_embeddings
+        first = 0
+        for stage, models in zip(self.stages.values(), self.models().values(), strict=True):
+            if first < step:
+                model = models.left if step >= first + stage.steps else models.trained
+                length = max(length, stage.sequence_length)
+            first += stage.steps
+        return model, length
+
+    def models(self) -> dict[str, StageModels]:
+        """The model of each stage: pruning makes it narrower for all that follow, a RoPE base holds
+        for its stage.
+        """
+        found, model = {}, self.model
+        for name, stage in self.stages.items():
+            wide, model = model, stage.pruning.pruned(model) if stage.pruning else model
+            # Soft-Top-K trains the units that it will cut at the end; the other methods cut first.
+            trained = wide if stage.pruning and stage.pruning.learned else model
+            base = {"rope_base": stage.rope_base} if stage.rope_base else {}
+            found[name] = StageModels(
+                *(each.model_copy(update=base) for each in (wide, trained, model))
+            )
+        return found
+
+    @model_validator(mode="after")
+    def _check(self) -> "Run":
+        model, names = self.model, list(self.stages)
+        for index, (name, stage) in enumerate(self.stages.items()):
+            if stage.teacher in names[index:]:
+                remedy = f"one of {names[:index]}" if index else "a directory"
+                raise ValueError(
+                    f"stages.{name}.teacher={stage.teacher!r} is not an earlier stage; set it to "
+                    f"{remedy}"
+                )
+            if stage.pruning:
+                check_pruning(f"stages.{name}.pruning.keep.", stage.pruning, model)
+                model = stage.pruning.pruned(model)
+        if self.total_steps > MOST_STEPS:
+            raise ValueError(
+                f"stages have {self.total_steps:,} steps in all, and a run has at most "
+                f"{MOST_STEPS:,}; lower tokens or raise batch_tokens"
+            )
+        for name, stage in self.stages.items():
+            for source in stage.mixture:
+                if source not in self.data.sources:
+                    raise ValueError(
+                        f"stages.{name}.mixture.{source} is not a source of the data; "
+                        + did_you_mean(source, self.data.sources)
+                    )
+        remats = {
+            f"stages.{name}.remat": stage.remat
+            for name, stage in self.stages.items()
+            if stage.remat
+        }
+        if len(remats) < len(self.stages):
+            remats["remat"] = self.remat
+        for path, remat in remats.items():
+            for name in self.offload.activations:
+                if remat.policy != "save_named" or name not in remat.names:
+                    raise ValueError(
+                        f"offload.activations has {name!r}, which is not kept for the backward "
+                        f"pass; set {path}.policy to 'save_named' with {name!r} among {path}.names"
+                    )
+        return self
+
+
+def validate(fields: Mapping[str, Any]) -> Run:
+    """A run from nested dicts, as `config.json` and overrides hold it.
+
+    Raises:
+        UserError: a field is missing, unknown or refused, in one sentence.
+    """
+    try:
+        return Run.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(explain_validation_error(error)) from None

@@ -1,0 +1,99 @@
+"""A stage of training and its learning rate schedule."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from braeburn.config.base import Count, Frozen, Name, NonNegative, Positive, Size, divisors, some
+from braeburn.config.compression import Distillation, Pruning, Quantization
+from braeburn.config.memory import Remat
+from braeburn.config.mesh import Mesh
+
+
+class Schedule(Frozen):
+    """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to
+    `floor`.
+
+    A constant one decays not at all, and so has no floor.
+    """
+
+    warmup_steps: Count = 0
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "Schedule":
+        if self.decay == "constant" and self.floor:
+            raise ValueError(
+                f"floor={self.floor} is never reached with decay='constant'; set floor to 0, or "
+                f"decay to 'cosine' or 'linear'"
+            )
+        return self
+
+
+class Stage(Frozen):
+    """One stage of training. Sizes are in tokens; `mixture` maps the names of sources to weights of
+    any scale.
+
+    `mesh` and `remat` take the place of the run's, as where longer sequences are fewer in a batch
+    and want splitting themselves. `teacher` is a run directory, one of its checkpoints, a Hugging
+    Face directory, or the name of an earlier stage, whose last weights then teach.
+    """
+
+    tokens: Size
+    sequence_length: Annotated[int, Field(gt=0, le=2**30)]
+    batch_tokens: Annotated[int, Field(gt=0, le=2**40)]
+    mixture: dict[Name, NonNegative] = Field(min_length=1)
+    learning_rate: Positive
+    weight_decay: NonNegative = 0.0
+    schedule: Schedule = Schedule()
+    rope_base: Positive | None = None
+    accumulation_steps: Size = 1
+    mesh: Mesh | None = None
+    remat: Remat | None = None
+    teacher: str | None = None
+    distillation: Distillation = Distillation()
+    pruning: Pruning | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in one batch."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the stage; the last may pass `tokens` by less than one batch."""
+        return math.ceil(self.tokens / self.batch_tokens)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stage":
+        if self.batch_tokens % self.sequence_length:
+            nearest = max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of "
+                f"sequence_length={self.sequence_length}; set batch_tokens to {nearest}"
+            )
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"accumulation_steps={self.accumulation_steps} does not divide the "
+                f"{self.batch_size} sequences of a "
+                f"batch; set accumulation_steps to one of {some(divisors(self.batch_size))}"
+            )
+        if not sum(self.mixture.values()) > 0:
+            raise ValueError(
+                "mixture has no weight above zero; give at least one source a positive weight"
+            )
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} leaves none of the stage's "
+                f"{self.steps} steps to "
+                f"decay; set schedule.warmup_steps below {self.steps} or raise tokens"
+            )
+        if self.pruning and self.quantization:
+            raise ValueError(
+                "pruning and quantization cannot be in one stage; make another stage of "
+                "quantization"
+            )
+        return self
