@@ -1,0 +1,84 @@
+"""Commands to and from other software: `import` and `export`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from braeburn.cli.options import AsJson, RunFolder
+from braeburn.cli.output import print_json
+from braeburn.errors import UserError
+
+commands = typer.Typer()
+
+
+@commands.command("import")
+def import_(
+    hf_dir: Annotated[
+        Path,
+        typer.Argument(metavar="HF_DIR", help="A Hugging Face directory: Llama or Qwen3, dense."),
+    ],
+    out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a run directory of a Hugging Face model, to evaluate, sample or train on."""
+    from braeburn.interop.exchange import import_huggingface
+
+    run = import_huggingface(hf_dir, out)
+    result = {"out": str(out), "model": run.model.model_dump(mode="json")}
+    if as_json:
+        print_json(result)
+        return
+    print(f"imported {str(hf_dir)!r} into {str(out)!r}")
+    print(
+        f"a recipe trains on with model=Model.from_directory({str(out)!r}) and "
+        f"initial_weights={str(out)!r}"
+    )
+
+
+@commands.command()
+def export(
+    directory: RunFolder,
+    out: Annotated[Path, typer.Option(help="The folder to make, or a file that ends in .gguf.")],
+    format: Annotated[  # noqa: A002
+        str,
+        typer.Option(
+            help="hf: safetensors, config and tokenizer for transformers; gguf: one file for "
+            "llama.cpp."
+        ),
+    ] = "hf",
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", help="Of a gguf's matrices: f16, q8_0 or q4_0; f16 without it."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the newest checkpoint for other software."""
+    if format not in ("hf", "gguf"):
+        raise UserError(f"--format {format!r} is not known; use --format hf or --format gguf")
+    if format == "hf" and type_ is not None:
+        raise UserError(
+            f"--type {type_} is one of --format gguf; a Hugging Face directory holds float32, "
+            f"leave it out"
+        )
+    if format == "hf" and out.suffix == ".gguf":
+        raise UserError(
+            f"--out {str(out)!r} names a GGUF file, but a folder will be made; add --format gguf"
+        )
+    if type_ not in (None, "f16", "q8_0", "q4_0"):
+        raise UserError(f"--type {type_!r} is not known; use --type f16, q8_0 or q4_0")
+    from braeburn.interop.exchange import export_gguf, export_huggingface
+
+    result: dict[str, Any] = {"out": str(out), "format": format}
+    if format == "hf":
+        result["step"] = export_huggingface(directory, out)
+    else:
+        written = export_gguf(directory, out, type_ or "f16")  # type: ignore[arg-type]
+        result["step"], path, uneven = written
+        result |= {"out": str(path), "type": type_ or "f16", "float16": uneven}
+    if as_json:
+        print_json(result)
+        return
+    print(f"exported step {result['step']} of {str(directory)!r} into {result['out']!r}")
+    if result.get("float16"):
+        print(f"float16, since their rows are no multiple of 32: {', '.join(result['float16'])}")

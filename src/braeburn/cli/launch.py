@@ -1,0 +1,116 @@
+"""Commands that start several processes: `launch local`, `slurm` and `kubernetes`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from braeburn.cli.options import AsJson, MaxRestarts, On, Out, Recipe, Set, Submit
+from braeburn.cli.output import print_json
+from braeburn.cli.resolve import on_target, resolve, train_arguments
+from braeburn.parallel import processes
+
+commands = typer.Typer(help="Several processes here, or the script or manifest for a cluster.")
+
+
+@commands.command()
+def local(
+    recipe: Recipe,
+    out: Out,
+    num_processes: Annotated[
+        int, typer.Option("--processes", min=1, max=1024, metavar="N", help="How many.")
+    ],
+    assignments: Set = None,
+    max_restarts: MaxRestarts = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Train with several processes here; when one dies or hangs, all go on from the last save."""
+    resolve(recipe, assignments)
+    from braeburn.launch.local import launch
+    from braeburn.launch.supervisor import GaveUp
+
+    arguments = [*train_arguments(recipe, out, assignments), *(["--json"] if as_json else [])]
+    try:
+        ending = launch(arguments, out, num_processes, max_restarts)
+    except GaveUp as failure:
+        processes.report(str(failure))
+        raise typer.Exit(1) from None
+    if not as_json:
+        print(ending.output, end="")
+        return
+    restarts = [dataclasses.asdict(restart) for restart in ending.restarts]
+    print_json({**json.loads(ending.output), "processes": num_processes, "restarts": restarts})
+
+
+@commands.command()
+def slurm(
+    recipe: Recipe,
+    on: On,
+    out: Out,
+    assignments: Set = None,
+    time: Annotated[
+        str, typer.Option(metavar="LIMIT", help="Time limit of the job, as SLURM writes it.")
+    ] = "1-00:00:00",
+    partition: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Partition of the cluster.")
+    ] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account to charge.")] = None,
+    max_restarts: MaxRestarts = 3,
+    submit: Submit = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the script that trains on a SLURM cluster, or submit it."""
+    from braeburn.launch.slurm import script
+
+    run, target, arguments = _job(recipe, on, out, assignments)
+    text = script(run.name, arguments, out, target, time, partition, account, max_restarts)
+    _print_job("script", text, ["sbatch"] if submit else None, as_json)
+
+
+@commands.command()
+def kubernetes(
+    recipe: Recipe,
+    on: On,
+    out: Annotated[
+        Path,
+        typer.Option(help="The run directory inside the containers, below the volume's folder."),
+    ],
+    image: Annotated[str, typer.Option(help="Container image with Braeburn and the target's JAX.")],
+    claim: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="PersistentVolumeClaim for the parent folder of --out."),
+    ],
+    assignments: Set = None,
+    max_restarts: MaxRestarts = 3,
+    submit: Submit = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the JobSet that trains on TPUs, GPUs or CPUs of a Kubernetes cluster, or apply it."""
+    from braeburn.launch.kubernetes import manifest
+
+    run, target, arguments = _job(recipe, on, out, assignments)
+    text = manifest(run.name, arguments, out, target, image, claim, max_restarts)
+    _print_job("manifest", text, ["kubectl", "apply", "-f", "-"] if submit else None, as_json)
+
+
+def _job(recipe: str, on: str, out: Path, assignments: list[str] | None) -> Any:
+    """The run, the target, and the arguments of `train` there, once the mesh is known to fit."""
+    from braeburn.train.stages import sizes_of
+
+    run, target, assignments = on_target(recipe, on, assignments)
+    for stage in run.stages:
+        sizes_of(run, stage, target.devices)
+    return run, target, train_arguments(recipe, out, assignments)
+
+
+def _print_job(kind: str, text: str, command: list[str] | None, as_json: bool) -> None:
+    """Prints what describes a job, or hands it to `command` and prints the answer."""
+    from braeburn.launch.submit import submit
+
+    answer = submit(command, text) if command else None
+    if as_json:
+        print_json({kind: text, "submitted": answer})
+        return
+    print(answer or text, end="\n" if answer else "")

@@ -1,0 +1,40 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or file.py:function.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a field; may be given repeatedly."),
+]
+Out = Annotated[Path, typer.Option(help="The run directory; a run begun there goes on.")]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        metavar="TARGET",
+        help="chip:count or chip:slicesxchips, as in h100:16 or v4:8x1024.",
+    ),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Restarts from the last checkpoint after failures, at most."
+    ),
+]
+Submit = Annotated[
+    bool, typer.Option("--submit", help="Hand it to the cluster instead of printing it.")
+]
+ChipsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--chips", metavar="FILE", help="TOML that adds chips to the catalogue or changes figures."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]

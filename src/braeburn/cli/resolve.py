@@ -1,0 +1,84 @@
+"""What commands share before they begin: the run, the target, logs."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from braeburn.cli.output import say
+from braeburn.errors import UserError
+from braeburn.parallel import processes
+
+
+def checked_stage(recipe: str, run: Any, stage: str) -> str:
+    """The name of a stage, once the run is known to have it."""
+    if stage not in run.stages:
+        raise UserError(
+            f"--stage {stage!r} is no stage of {recipe}; it must be one of {', '.join(run.stages)}"
+        )
+    return stage
+
+
+def on_target(
+    recipe: str, on: str, assignments: list[str] | None, chips: Path | None = None
+) -> Any:
+    """The run on a target, the target, and the overrides, completed with one replica for each
+    slice.
+    """
+    from braeburn.hardware.catalogue import catalogue
+    from braeburn.hardware.targets import parse_target
+
+    run, origins = resolve(recipe, assignments)
+    target = parse_target(on, catalogue(chips))
+    if target.slices > 1:
+        # Only the sum of gradients is to cross slices.
+        meshes = [
+            "mesh",
+            *(f"stages.{name}.mesh" for name, stage in run.stages.items() if stage.mesh),
+        ]
+        unset = [mesh for mesh in meshes if origins.get(f"{mesh}.replica", "default") == "default"]
+        assignments = [*(assignments or []), *(f"{mesh}.replica={target.slices}" for mesh in unset)]
+        run, _ = resolve(recipe, assignments)
+    return run, target, assignments
+
+
+def train_arguments(recipe: str, out: Path, assignments: list[str] | None) -> list[str]:
+    """The arguments of `train` that a launcher passes on."""
+    return [
+        recipe,
+        "--out",
+        str(out),
+        *(part for text in assignments or [] for part in ("--set", text)),
+    ]
+
+
+def resolve(recipe: str, assignments: list[str] | None) -> Any:
+    """The run that a recipe and its overrides amount to, and where each value came from."""
+    from braeburn.config import override, parse_assignment, provenance
+    from braeburn.recipes import load
+
+    base = load(recipe)
+    values = dict(parse_assignment(text) for text in assignments or [])
+    return override(base, values), provenance(base, values)
+
+
+def begin_computing() -> None:
+    """Logs go to standard error, from the main process only, and compiled programs to the cache.
+
+    Imports JAX.
+    """
+    from braeburn.train.compilation import cache_compilations
+
+    cache_compilations()
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("braeburn").setLevel(logging.INFO if processes.is_main() else logging.WARNING)
+
+
+def warn_of_unused_accelerator() -> None:
+    """Warns where JAX computes on the CPU of a machine that has a GPU or a TPU."""
+    import jax
+
+    from braeburn.train.environment import unused_accelerator
+
+    if warning := unused_accelerator(jax.default_backend()):
+        say(warning)
