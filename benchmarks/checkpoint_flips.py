@@ -3,9 +3,8 @@
     python benchmarks/checkpoint_flips.py [--flips 1000] [--seed 0]
 
 It trains `afm-tiny` for a few steps in a temporary folder. A flip that is not noticed must change
-nothing of what is
-restored: the state is read in full and compared bit by bit. The exit code is 1 where a flip gets
-through.
+nothing of what is restored: the state is read in full and compared bit by bit. The exit code is 1
+where a flip gets through.
 """
 
 import argparse

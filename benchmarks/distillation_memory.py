@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from braeburn.config import Distillation, Model, Precision, Remat
-from braeburn.model import distillation, transformer
-from braeburn.model.spec import Tree, abstract, count
+from braeburn.layers.spec import Tree, abstract, count
+from braeburn.models import decoder
+from braeburn.objectives import cross_entropy, distillation
 
 WANTED = 1.3
 KINDS = get_args(Distillation.model_fields["target"].annotation)
@@ -75,8 +76,8 @@ def main() -> int:
 
     student, teacher = models(arguments.vocab_size, arguments.width, arguments.layers)
     precision, remat = Precision(compute=arguments.compute), Remat(policy="full")
-    params, teachers = (abstract(transformer.param_specs(model)) for model in (student, teacher))
-    teacher_bytes = 4 * count(transformer.param_specs(teacher))
+    params, teachers = (abstract(decoder.param_specs(model)) for model in (student, teacher))
+    teacher_bytes = 4 * count(decoder.param_specs(teacher))
     shape = (arguments.tokens // arguments.sequence_length, arguments.sequence_length)
     types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {
         "weights": jnp.float32
@@ -84,7 +85,7 @@ def main() -> int:
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
 
     def alone(params: Tree, batch: dict[str, Any]) -> Any:
-        return transformer.loss(params, batch, student, precision, remat)
+        return cross_entropy.loss(params, batch, student, precision, remat)
 
     reference = peak_bytes(alone, params, batch)
     rows = []

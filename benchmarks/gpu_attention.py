@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from braeburn.config import ONE_DEVICE, Mesh
-from braeburn.model import attention, cudnn
-from braeburn.parallel.context import zigzag
+from braeburn.layers import attention
+from braeburn.layers.attention import cudnn
+from braeburn.parallel.sequence import zigzag
 
 LIMIT = 0.01
 # Lengths of the documents of each sequence, heads, key heads, width of a head.

@@ -4,10 +4,9 @@ trained in bfloat16.
     python benchmarks/gpu_torch.py 1_5b [--compile] [--sequences 8] [--json]
 
 Parameters and AdamW's moments are float32, products run in bfloat16 under autocast, and attention
-is PyTorch's fused
-causal one over whole sequences: documents are not kept apart. The loss is worked out in chunks of
-tokens that are computed again in the backward pass; without this the logits would not fit. With no
-`--sequences` the largest batch of 16, 8, 4, 2, 1 that fits is taken.
+is PyTorch's fused causal one over whole sequences: documents are not kept apart. The loss is worked
+out in chunks of tokens that are computed again in the backward pass; without this the logits would
+not fit. With no `--sequences` the largest batch of 16, 8, 4, 2, 1 that fits is taken.
 """
 
 import argparse

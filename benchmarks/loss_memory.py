@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from braeburn.config import AdamW, Data, Model, Precision, Run, Source, Stage
-from braeburn.model import transformer
-from braeburn.model.spec import Tree, initialize
+from braeburn.layers.spec import Tree, initialize
+from braeburn.models import decoder
+from braeburn.objectives import cross_entropy
 from braeburn.train.stages import (
     abstract_batch,
     abstract_state,
@@ -61,8 +62,8 @@ def small_run(vocab_size: int, tokens: int, sequence_length: int) -> Run:
 def whole_logits_loss(
     run: Run, params: Tree, batch: Batch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`transformer.loss` as it is commonly written: the logits of the whole batch at once."""
-    hidden = transformer.forward(
+    """`cross_entropy.loss` as it is commonly written: the logits of the whole batch at once."""
+    hidden = decoder.forward(
         params,
         batch["inputs"],
         batch["positions"],
@@ -71,7 +72,7 @@ def whole_logits_loss(
         run.precision,
         run.remat,
     )
-    logits = jnp.einsum("BTD,VD->BTV", hidden, transformer.head_matrix(params))
+    logits = jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
     nll = jnp.sum(batch["weights"] * (log_z - chosen))
@@ -106,10 +107,10 @@ def largest_difference(run: Run) -> float:
         "segment_ids": np.ones((1, length), np.int32),
         "weights": np.full((1, length), 1 / length, np.float32),
     }
-    params = initialize(transformer.param_specs(run.model), run.seed)
+    params = initialize(decoder.param_specs(run.model), run.seed)
 
     def chunked(params: Tree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return transformer.loss(params, batch, run.model, run.precision, run.remat)
+        return cross_entropy.loss(params, batch, run.model, run.precision, run.remat)
 
     functions = (chunked, functools.partial(whole_logits_loss, run))
     ours, whole = (

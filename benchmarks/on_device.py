@@ -2,10 +2,9 @@
 quantised and shipped.
 
 Beside this chain, the same small model is trained from scratch on the tokens that the student gets
-once it is small.
-All models end in one table: each is written as the GGUF file that it would ship as, and predicts
-the same held-out text, the files of the `code` source, in windows as long as the core stage's
-sequences.
+once it is small. All models end in one table: each is written as the GGUF file that it would ship
+as, and predicts the same held-out text, the files of the `code` source, in windows as long as the
+core stage's sequences.
 """
 
 import argparse
@@ -78,8 +77,8 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
     """A line of the table; the model's file is written into its run directory."""
     from braeburn.data.loader import held_out_batches
     from braeburn.interop import gguf
-    from braeburn.model.spec import abstract, count
-    from braeburn.model.transformer import param_specs
+    from braeburn.layers.spec import abstract, count
+    from braeburn.models.decoder import param_specs
     from braeburn.parallel.layout import one_device
     from braeburn.train.checkpoint import Checkpoints
     from braeburn.train.held_out import evaluator, measure

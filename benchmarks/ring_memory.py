@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from braeburn.config import Mesh
-from braeburn.parallel.context import ring_attention
+from braeburn.layers.attention.ring import ring_attention
 
 SHARDS = (2, 4, 8, 16)
 TOLERANCE = 0.15

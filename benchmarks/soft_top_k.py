@@ -24,7 +24,7 @@ import optax
 from jaxtyping import Array
 
 from braeburn.config import Pruning
-from braeburn.model.soft_top_k import soft_top_k, top_k_indices
+from braeburn.transforms.soft_top_k import soft_top_k, top_k_indices
 
 SEEDS = (0, 1, 2)
 RECOVERED = 0.95

@@ -63,7 +63,7 @@ def attention_backend(run: "Run", stage: "Stage") -> str:
     """The back end that the stage's attention runs on."""
     import jax.numpy as jnp
 
-    from braeburn.model.attention import Request, select, traced_for
+    from braeburn.layers.attention import Request, select, traced_for
 
     model = run.model
     dtype = jnp.dtype(run.precision.compute)
@@ -78,8 +78,8 @@ def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
     """Compiles a stage of a run and times `steps` of its steps after `warmup` others."""
     import jax
 
-    from braeburn.model.spec import count
-    from braeburn.model.transformer import param_specs
+    from braeburn.layers.spec import count
+    from braeburn.models.decoder import param_specs
     from braeburn.train.metrics import flops_per_token, peak_flops
     from braeburn.train.stages import compile_stage, initial_state, layout_of
 

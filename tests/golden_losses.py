@@ -29,8 +29,8 @@ from braeburn.config import (
     Source,
     Stage,
 )
-from braeburn.model.spec import initialize
-from braeburn.model.transformer import param_specs
+from braeburn.layers.spec import initialize
+from braeburn.models.decoder import param_specs
 from braeburn.optim.build import begin_stage
 from braeburn.train.compression import enter
 from braeburn.train.stages import compile_stage, initial_state, layout_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from braeburn.config import read_run
-from braeburn.model import transformer
+from braeburn.models import decoder
 from braeburn.recipes import BUILT_IN
 from braeburn.train.trained import load
 from support import braeburn, contents, events, process, rows
@@ -262,10 +262,10 @@ def test_an_export_comes_back_the_same(finished: Path, imported: Path, tmp_path:
     assert after.tokenizer.hash == before.tokenizer.hash
     tokens = np.arange(48)[None] * 7 % 512
     positions, segments = np.arange(48)[None], np.ones((1, 48), np.int32)
-    forward = jax.jit(transformer.forward, static_argnames=("model", "precision"))
+    forward = jax.jit(decoder.forward, static_argnames=("model", "precision"))
     logits = [
         forward(t.params, tokens, positions, segments, t.model, t.run.precision)
-        @ transformer.head_matrix(t.params).T
+        @ decoder.head_matrix(t.params).T
         for t in (before, after)
     ]
     np.testing.assert_allclose(*logits, atol=1e-5)

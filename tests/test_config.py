@@ -20,7 +20,8 @@ from braeburn.config import (
     validate,
 )
 from braeburn.errors import UserError, did_you_mean
-from braeburn.model import spec, transformer
+from braeburn.layers import spec
+from braeburn.models import decoder
 from braeburn.recipes import BUILT_IN, description, load
 from support import braeburn
 
@@ -337,11 +338,11 @@ def test_stages_and_their_steps() -> None:
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
-    assert spec.count(transformer.param_specs(RUNS[name].model)) == parameters
+    assert spec.count(decoder.param_specs(RUNS[name].model)) == parameters
 
 
 def test_parameters_of_afm_on_device_are_split_as_published() -> None:
-    specs = transformer.param_specs(RUNS["afm-on-device-scratch"].model)
+    specs = decoder.param_specs(RUNS["afm-on-device-scratch"].model)
     assert round(spec.count(specs, ("matrix", "norm")) / 1e9, 3) == 2.587
     assert round(spec.count(specs, ("embedding",)) / 1e9, 3) == 0.151
 
@@ -358,8 +359,7 @@ def test_afm_on_device_is_made_in_the_published_order() -> None:
     assert list(run.stages) == ["larger", *tokens]
     assert {name: run.stages[name].tokens for name in tokens} == tokens
     sizes = {
-        name: spec.count(transformer.param_specs(left))
-        for name, (_, _, left) in run.models().items()
+        name: spec.count(decoder.param_specs(left)) for name, (_, _, left) in run.models().items()
     }
     assert round(sizes["larger"] / 1e9, 1) == 6.4
     assert {sizes[name] for name in tokens} == {2_737_739_264}

@@ -7,7 +7,7 @@ import pytest
 
 from braeburn.config import override, read_run
 from braeburn.jsonfile import json_lines
-from braeburn.model.spec import walk
+from braeburn.layers.spec import walk
 from braeburn.recipes import load as recipe
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.loop import train

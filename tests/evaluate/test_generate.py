@@ -20,8 +20,8 @@ from braeburn.evaluate.generate import (
     prefill,
     round_up,
 )
-from braeburn.model import transformer
-from braeburn.model.spec import ParamSpec, Tree, map_specs
+from braeburn.layers.spec import ParamSpec, Tree, map_specs
+from braeburn.models import decoder
 
 FLOAT32 = Precision(compute="float32")
 SIZES = {
@@ -56,14 +56,14 @@ def make_params(model: Model) -> Tree:
         scale = spec.shape[-1] ** -0.5 if spec.role == "embedding" else 0.4
         return (generator.standard_normal(spec.shape) * scale).astype(np.float32)
 
-    return jax.tree.map(jnp.asarray, map_specs(draw, transformer.param_specs(model)))
+    return jax.tree.map(jnp.asarray, map_specs(draw, decoder.param_specs(model)))
 
 
 @jax.jit(static_argnames="model")
 def _logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
     positions = jnp.arange(tokens.shape[1])[None]
-    hidden = transformer.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
-    return jnp.einsum("TD,VD->TV", hidden[0], transformer.head_matrix(params))
+    hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
+    return jnp.einsum("TD,VD->TV", hidden[0], decoder.head_matrix(params))
 
 
 def all_logits(params: Tree, tokens: list[int], model: Model) -> np.ndarray:

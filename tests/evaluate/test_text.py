@@ -23,8 +23,8 @@ from braeburn.data.loader import held_out_batches
 from braeburn.data.store import TokenStore, build_store
 from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.evaluate.windows import evaluation_batches, padded_length, spans
-from braeburn.model import transformer
-from braeburn.model.spec import initialize
+from braeburn.layers.spec import initialize
+from braeburn.models import decoder
 from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
 from support import braeburn
@@ -82,8 +82,8 @@ def test_lengths_of_windows() -> None:
 
 
 def measured(store: TokenStore, batches: Iterator[Any]) -> dict[str, float]:
-    params = jax.tree.map(lambda x: 3 * x, initialize(transformer.param_specs(MODEL), 3))
-    layout = one_device(transformer.param_specs(MODEL))
+    params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(MODEL), 3))
+    layout = one_device(decoder.param_specs(MODEL))
     evaluate = evaluator(MODEL, FLOAT32, TOKENIZER.token_bytes, layout)
     return measure(evaluate, params, batches, store.byte_ratio)
 
@@ -101,15 +101,13 @@ def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
     """One document: each token is predicted from the window in which it is scored."""
     store = store_of(tmp_path / "store", TEXTS[:1])
     length, stride = 64, 24
-    params = jax.tree.map(lambda x: 3 * x, initialize(transformer.param_specs(MODEL), 3))
+    params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(MODEL), 3))
     tokens = store.read(0, store.tokens + 1)
     nll = 0.0
     for span in spans(store.tokens, length, stride):
         inputs = tokens[span.start : span.stop][None]
         positions = np.arange(inputs.shape[1])[None]
-        hidden = transformer.forward(
-            params, inputs, positions, np.ones_like(inputs), MODEL, FLOAT32
-        )
+        hidden = decoder.forward(params, inputs, positions, np.ones_like(inputs), MODEL, FLOAT32)
         logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
         log_z = np.log(np.exp(logits).sum(-1))
         for place in range(span.scored, span.stop):

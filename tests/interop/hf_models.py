@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from braeburn.config import Model, Precision, RopeScaling
 from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.interop import huggingface
-from braeburn.model import transformer
-from braeburn.model.spec import ParamSpec, Tree, map_specs, walk
+from braeburn.layers.spec import ParamSpec, Tree, map_specs, walk
+from braeburn.models import decoder
 
 # What tests/interop/write_golden_logits.py wrote from transformers.
 GOLDEN = Path(__file__).with_name("golden_logits.json")
@@ -174,7 +174,7 @@ def random_params(model: Model, seed: int = 0) -> Tree:
         fan_in = np.prod([spec.shape[spec.axes.index(axis)] for axis in spec.fan_in])
         return (generator.standard_normal(spec.shape) * fan_in**-0.5).astype(np.float32)
 
-    return map_specs(draw, transformer.param_specs(model))
+    return map_specs(draw, decoder.param_specs(model))
 
 
 def golden_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
@@ -210,8 +210,8 @@ def golden_tokens(model: Model, length: int) -> np.ndarray:
 @jax.jit(static_argnames="model")
 def _logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
     positions = jnp.arange(tokens.shape[1])[None]
-    hidden = transformer.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
-    return jnp.einsum("BTD,VD->BTV", hidden, transformer.head_matrix(params))
+    hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
+    return jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
 
 
 def our_logits(params: Tree, tokens: np.ndarray, model: Model) -> np.ndarray:

@@ -24,8 +24,8 @@ from hf_models import chat_model
 from braeburn.config import Model, Precision, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer, train
 from braeburn.interop import gguf, huggingface
-from braeburn.model import transformer
-from braeburn.model.spec import Tree, map_specs
+from braeburn.layers.spec import Tree, map_specs
+from braeburn.models import decoder
 from braeburn.train.trained import load
 from support import process
 
@@ -146,8 +146,8 @@ class Theirs:
 @jax.jit(static_argnames="model")
 def our_logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = transformer.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
-    return jnp.einsum("BTD,VD->BTV", hidden, transformer.head_matrix(params))
+    hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
+    return jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
 
 
 def windows(tokenizer: Tokenizer) -> np.ndarray:
@@ -346,7 +346,7 @@ def draw(model: Model) -> Tree:
             .astype(np.float32)
         )
 
-    return map_specs(one, transformer.param_specs(model))
+    return map_specs(one, decoder.param_specs(model))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ from braeburn.data.tokenizer import PATTERN
 from braeburn.evaluate.chat import encode_chat
 from braeburn.evaluate.generate import generate
 from braeburn.interop import huggingface
-from braeburn.model import transformer
-from braeburn.model.spec import initialize
+from braeburn.layers.spec import initialize
+from braeburn.models import decoder
 from braeburn.train import trained
 from support import braeburn
 
@@ -79,7 +79,7 @@ def test_our_weights_give_our_logits_and_come_back_unchanged(model, length, tmp_
 
 def test_initial_values_give_the_same_logits(tmp_path):
     model, length = MODELS["qwen3-7-heads-1-kv"]
-    params = jax.jit(lambda: initialize(transformer.param_specs(model), 0))()
+    params = jax.jit(lambda: initialize(decoder.param_specs(model), 0))()
     tokens = random_tokens(model, length)
     difference = their_logits(
         load(write(tmp_path / "out", params, model, None)), tokens

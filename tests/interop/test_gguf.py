@@ -18,9 +18,10 @@ from braeburn.config import Model, Quantization, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer, train
 from braeburn.errors import UserError
 from braeburn.interop import gguf as ours
-from braeburn.model import rope, transformer
-from braeburn.model.quantization import quantized
-from braeburn.model.spec import Tree, map_specs
+from braeburn.layers import rope
+from braeburn.layers.spec import Tree, map_specs
+from braeburn.models import decoder
+from braeburn.transforms.quantization import quantized
 from support import braeburn
 
 CODES = {
@@ -50,7 +51,7 @@ def draw(model: Model) -> Tree:
     generator = np.random.default_rng(0)
     return map_specs(
         lambda _, spec: (0.1 * generator.standard_normal(spec.shape)).astype(np.float32),
-        transformer.param_specs(model),
+        decoder.param_specs(model),
     )
 
 
@@ -144,7 +145,7 @@ def test_weights_trained_on_the_grid_lose_nothing(
 ) -> None:
     model = make(qk_norm=False, ffn_dim=72)
     quantization = Quantization(kind=kind)
-    specs = transformer.param_specs(model)
+    specs = decoder.param_specs(model)
     params = jax.device_get(jax.jit(lambda p: quantized(p, {}, specs, quantization))(draw(model)))
     ours.write(tmp_path / "a.gguf", params, model, tokenizer, 512, type_)
     found = values(gguf.GGUFReader(tmp_path / "a.gguf"))

@@ -26,7 +26,7 @@ from braeburn.config import Model
 from braeburn.data.tokenizer import PATTERN, Tokenizer
 from braeburn.evaluate.generate import generate
 from braeburn.interop import huggingface
-from braeburn.model.spec import Tree
+from braeburn.layers.spec import Tree
 
 ANSWERS = json.loads(GOLDEN.read_text())
 LOGITS = np.load(GOLDEN.with_suffix(".npz"))

@@ -13,7 +13,7 @@ from braeburn.config import Mesh, Run, override
 from braeburn.errors import UserError
 from braeburn.hardware.targets import parse_target
 from braeburn.interop.exchange import find_teacher
-from braeburn.model.spec import walk
+from braeburn.layers.spec import walk
 from braeburn.plan.cost import estimate
 from braeburn.train.compression import of_model
 from braeburn.train.stages import abstract_params, layout_of

@@ -6,8 +6,8 @@ nor torch.
 
 `golden_logits.json` gets each model's config.json and the names and shapes of its tensors as
 transformers writes them, greedy continuations, and the pre-tokenisation of Qwen2;
-`golden_logits.npz` the logits. The weights are not stored, for
-size: they follow from names, shapes and `golden_weights`, and their hash is.
+`golden_logits.npz` the logits. The weights are not stored, for size: they follow from names, shapes
+and `golden_weights`, and their hash is.
 """
 
 import json

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from braeburn.config import AdamW, AfmOptimizer, Model, Pruning, Schedule, Stage
-from braeburn.model.spec import ParamSpec
+from braeburn.layers.spec import ParamSpec
 from braeburn.optim.build import begin_stage, build_optimizer
 
 D_MODEL = 1536

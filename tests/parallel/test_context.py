@@ -17,9 +17,9 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from braeburn.config import Mesh
-from braeburn.model import attention as A
-from braeburn.model import cudnn
-from braeburn.parallel import context as C
+from braeburn.layers import attention as A
+from braeburn.layers.attention import cudnn, ring
+from braeburn.parallel import sequence as C
 
 LENGTH = 96
 
@@ -92,7 +92,7 @@ def test_split_attention_equals_attention_on_one_device(
     monkeypatch, context, tensor, context_attention
 ):
     # Blocks of 8, 6 and 6 queries: three, two and one of them in each half.
-    monkeypatch.setattr(C, "BLOCK", 8)
+    monkeypatch.setattr(ring, "BLOCK", 8)
     results = outputs_and_gradients(
         A.attention, mesh_of(context, tensor, context_attention), sequences()
     )

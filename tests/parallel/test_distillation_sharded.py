@@ -12,11 +12,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from braeburn.config import Distillation, Mesh, Model, Precision, Remat
-from braeburn.model import distillation as module
-from braeburn.model import loss as chunks
-from braeburn.model import transformer
-from braeburn.model.distillation import HiddenStates, distillation_loss, likeliest
-from braeburn.model.spec import initialize
+from braeburn.layers.spec import initialize
+from braeburn.models import decoder
+from braeburn.objectives import cross_entropy as chunks
+from braeburn.objectives import distillation as module
+from braeburn.objectives.distillation import HiddenStates, distillation_loss, likeliest
 from braeburn.parallel.collectives import gather_tokens
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build
@@ -190,7 +190,7 @@ TEACHING = STUDENT.model_copy(
 @functools.cache
 def both():
     return jax.jit(
-        lambda: [initialize(transformer.param_specs(model), 3) for model in (STUDENT, TEACHING)]
+        lambda: [initialize(decoder.param_specs(model), 3) for model in (STUDENT, TEACHING)]
     )()
 
 
@@ -218,7 +218,7 @@ def test_a_student_and_its_teacher_share_a_mesh(kind):
 
     devices = build(mesh, jax.devices()[:4])
     places = [
-        Layout(mesh, devices, transformer.param_specs(model)).partitions
+        Layout(mesh, devices, decoder.param_specs(model)).partitions
         for model in (STUDENT, TEACHING)
     ]
     ours = spread(shares, mesh, (places[0], TOKENS, places[1]), P())(params, batch, teacher)

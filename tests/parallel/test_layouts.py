@@ -12,7 +12,7 @@ import pytest
 from braeburn.config import AdamW, Mesh, Run, override
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
-from braeburn.model.spec import walk
+from braeburn.layers.spec import walk
 from braeburn.optim.build import begin_stage
 from braeburn.train.stages import compile_stage, initial_state, layout_of
 from support import deep_but

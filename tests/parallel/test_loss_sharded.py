@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from braeburn.config import Mesh
-from braeburn.model import loss
+from braeburn.objectives import cross_entropy as loss
 from braeburn.parallel.collectives import gather_tokens
 from braeburn.parallel.mesh import build
 

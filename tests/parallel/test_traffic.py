@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from braeburn.config import AdamW, Run, override
-from braeburn.model import loss, transformer
-from braeburn.model.spec import walk
-from braeburn.model.weights import gathered
+from braeburn.layers.spec import walk
+from braeburn.layers.weights import gathered
+from braeburn.models import decoder
+from braeburn.objectives import cross_entropy as loss
 from braeburn.plan.collectives import Collective, collectives, traffic
 from braeburn.train.stages import compile_stage, layout_of
 from support import deep_but
@@ -187,7 +188,7 @@ def test_weights_gathered_before_the_layers_are_noticed(
             gathered(weights, specs, ("norm", "matrix"), *rest) if roles == ("norm",) else weights
         )
 
-    monkeypatch.setattr(transformer, "gathered", all_at_once)
+    monkeypatch.setattr(decoder, "gathered", all_at_once)
     text, found = compiled(tiny, {"fsdp": 8})
     assert (L, D, F) in whole_arrays(text, {"fsdp": 8})
     assert max(c.bytes for c in found) == FLOAT * L * D * F
@@ -200,5 +201,5 @@ def test_a_whole_head_is_noticed(monkeypatch: pytest.MonkeyPatch, tiny: Run) -> 
 
 
 def test_sizes_are_those_of_the_model(tiny: Run) -> None:
-    specs = dict(walk(transformer.param_specs(override(tiny, SIZES).model)))
+    specs = dict(walk(decoder.param_specs(override(tiny, SIZES).model)))
     assert FLOAT * sum(math.prod(spec.shape) for spec in specs.values()) == GRADIENT

@@ -22,8 +22,8 @@ from braeburn.config import (
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import catalogue
 from braeburn.hardware.targets import parse_target
-from braeburn.model.spec import count
-from braeburn.model.transformer import param_specs
+from braeburn.layers.spec import count
+from braeburn.models.decoder import param_specs
 from braeburn.plan.collectives import collectives, traffic
 from braeburn.plan.cost import Work, estimate, labelling_seconds, work_of
 from braeburn.plan.search import candidates

@@ -30,8 +30,8 @@ from braeburn.data.loader import Batches
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import train as train_tokenizer
 from braeburn.interop import huggingface
-from braeburn.model import transformer
-from braeburn.model.spec import abstract, walk
+from braeburn.layers.spec import abstract, walk
+from braeburn.models import decoder
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.compression import MASKS, enter, leaving, of_model, trained_specs
 from braeburn.train.loop import calibration, train
@@ -127,7 +127,7 @@ def test_what_each_stage_leaves(whole: Path, chain: Run) -> None:
     for step, width in ((LARGER, 160), (PRUNED, KEEP), (ROUNDED, KEEP)):
         model, _ = model_at(chain, step)
         assert model.ffn_dim == width
-        params = read(step, abstract(transformer.param_specs(model)))
+        params = read(step, abstract(decoder.param_specs(model)))
         assert params["layers"]["down"].shape == (2, width, 64) and MASKS not in params
     # Of the 32 weights in each group, 16 different values are left at most.
     groups = np.asarray(params["layers"]["query"]).transpose(0, 2, 3, 1).reshape(-1, 32)
@@ -159,7 +159,7 @@ def test_stops_within_stages_and_between_leave_no_trace(
     assert curve(tmp_path) == curve(whole)
     assert stage_ends(tmp_path) == stage_ends(whole)
     model, _ = model_at(chain, ROUNDED)
-    shape = abstract(transformer.param_specs(model))
+    shape = abstract(decoder.param_specs(model))
     same(*(Checkpoints(folder).restore_params(ROUNDED, shape) for folder in (tmp_path, whole)))
 
 
@@ -223,12 +223,12 @@ def test_after_pruning_it_is_an_ordinary_smaller_model(
     assert trained.params["layers"]["gate"].shape == (2, 64, KEEP)
     tokens = np.asarray([trained.tokenizer.encode("def encode(self, text):\n    return text")])
     inputs = (tokens, np.arange(tokens.shape[1])[None], np.zeros_like(tokens))
-    hidden = transformer.forward(trained.params, *inputs, trained.model, trained.run.precision)
-    ours = hidden @ transformer.head_matrix(trained.params).T
+    hidden = decoder.forward(trained.params, *inputs, trained.model, trained.run.precision)
+    ours = hidden @ decoder.head_matrix(trained.params).T
     model, params, _ = huggingface.read(exported)
     assert model.ffn_dim == KEEP
-    hidden = transformer.forward(params, *inputs, model, trained.run.precision)
-    theirs = hidden @ transformer.head_matrix(params).T
+    hidden = decoder.forward(params, *inputs, model, trained.run.precision)
+    theirs = hidden @ decoder.head_matrix(params).T
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

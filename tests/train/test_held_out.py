@@ -11,9 +11,9 @@ from braeburn.data.corpus import Document
 from braeburn.data.loader import held_out_batches
 from braeburn.data.store import TokenStore, build_store
 from braeburn.data.tokenizer import train
-from braeburn.model import transformer
-from braeburn.model.spec import initialize
-from braeburn.model.transformer import param_specs
+from braeburn.layers.spec import initialize
+from braeburn.models import decoder
+from braeburn.models.decoder import param_specs
 from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
 
@@ -44,12 +44,12 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
     length = 10
     assert store.tokens % length and -(-store.tokens // length) % 4
     precision = Precision(compute="float32")
-    params = jax.tree.map(lambda x: 3 * x, initialize(transformer.param_specs(model), 3))
+    params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(model), 3))
 
     stream = [token for text in TEXTS for token in (tokenizer.begin, *tokenizer.encode(text))]
     assert len(stream) == store.tokens
     starts = {i for i, token in enumerate(stream) if token == tokenizer.begin}
-    forward = jax.jit(transformer.forward, static_argnames=("model", "precision"))
+    forward = jax.jit(decoder.forward, static_argnames=("model", "precision"))
     nll, correct = 0.0, 0
     for start in range(0, len(stream), length):
         # Each document within the window is seen on its own, from position 0; what follows it has

@@ -11,7 +11,7 @@ from rich.console import Console
 from braeburn.config import Run
 from braeburn.disk import check_space
 from braeburn.errors import UserError
-from braeburn.model.transformer import param_specs
+from braeburn.models.decoder import param_specs
 from braeburn.recipes import load
 from braeburn.train.guard import StopRequest
 from braeburn.train.metrics import flops_per_token, peak_flops

@@ -12,8 +12,8 @@ import pytest
 
 from braeburn.config import Run, override, read_run
 from braeburn.errors import UserError
-from braeburn.model import transformer
-from braeburn.model.spec import abstract
+from braeburn.layers.spec import abstract
+from braeburn.models import decoder
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.loop import Outcome, train
 from support import PROGRAM, braeburn, events, rows
@@ -50,7 +50,7 @@ def stage_ends(directory: Path) -> list[dict[str, Any]]:
 
 
 def weights(directory: Path, step: int) -> dict[str, Any]:
-    specs = transformer.param_specs(read_run(directory).model)
+    specs = decoder.param_specs(read_run(directory).model)
     return Checkpoints(directory).restore_params(step, abstract(specs))
 
 

@@ -10,8 +10,9 @@ import pytest
 
 import braeburn
 from braeburn.config import AdamW, Model, Precision, Remat, Schedule, Stage
-from braeburn.model import transformer
-from braeburn.model.spec import initialize
+from braeburn.layers.spec import initialize
+from braeburn.models import decoder
+from braeburn.objectives import cross_entropy
 from braeburn.optim.build import OptimizerState, build_optimizer
 from braeburn.train.state import new_state
 from braeburn.train.step import train_step
@@ -41,14 +42,14 @@ def batch(weights: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-OPTIMIZER = build_optimizer(AdamW(), STAGE, transformer.param_specs(MODEL), MODEL)
+OPTIMIZER = build_optimizer(AdamW(), STAGE, decoder.param_specs(MODEL), MODEL)
 
 
 @functools.cache
 def compiled_step(accumulation_steps: int) -> Any:
 
     def loss(params: Any, part: Any) -> Any:
-        return transformer.loss(params, part, MODEL, Precision(compute="float32"), Remat())
+        return cross_entropy.loss(params, part, MODEL, Precision(compute="float32"), Remat())
 
     @jax.jit
     def step(state: Any, whole: Any) -> Any:
@@ -60,7 +61,7 @@ def compiled_step(accumulation_steps: int) -> Any:
 
 
 def after_two_steps(weights: np.ndarray, accumulation_steps: int) -> tuple[Any, dict[str, float]]:
-    state = new_state(initialize(transformer.param_specs(MODEL), 0), OPTIMIZER)
+    state = new_state(initialize(decoder.param_specs(MODEL), 0), OPTIMIZER)
     for _ in range(2):
         state, metrics = compiled_step(accumulation_steps)(state, batch(weights))
     assert int(state.step) == 2

@@ -30,9 +30,10 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     run, origins = resolve(recipe, assignments)
     from braeburn.config import flatten
     from braeburn.data.mixture import rounded_shares
-    from braeburn.model import spec, transformer
+    from braeburn.layers import spec
+    from braeburn.models import decoder
 
-    specs = transformer.param_specs(run.model)
+    specs = decoder.param_specs(run.model)
     parameters = {
         "total": spec.count(specs),
         "embedding": spec.count(specs, ("embedding",)),
@@ -45,8 +46,8 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
             "sequence_length": stage.sequence_length,
             "batch_size": stage.batch_size,
             "rope_base": models.trained.rope_base,
-            "parameters": spec.count(transformer.param_specs(models.trained)),
-            "parameters_left": spec.count(transformer.param_specs(models.left)),
+            "parameters": spec.count(decoder.param_specs(models.trained)),
+            "parameters_left": spec.count(decoder.param_specs(models.left)),
         }
         for (name, stage), models in zip(run.stages.items(), run.models().values(), strict=True)
     }

@@ -25,7 +25,7 @@ from braeburn.data.loader import Batches
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
-from braeburn.model.transformer import param_specs
+from braeburn.models.decoder import param_specs
 from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build, resolve

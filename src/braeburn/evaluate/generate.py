@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from braeburn.config import Model, Precision
 from braeburn.errors import UserError
-from braeburn.model import transformer
-from braeburn.model.spec import Tree, random_key
+from braeburn.layers.spec import Tree, random_key
+from braeburn.models import decoder
 
 # Divided by less, logits leave float32's range. Any difference between two is then far beyond what
 # chance could turn.
@@ -88,7 +88,7 @@ def generate(
     Lengths are rounded up, so other prompts of about the same length reuse the compiled programs.
 
     Args:
-        params: parameters of any float type, as `transformer.param_specs(model)` describes them.
+        params: parameters of any float type, as `decoder.param_specs(model)` describes them.
         prompts: token ids of each prompt, of any lengths.
         model: sizes.
         precision: the type to compute in; logits are float32.
@@ -170,7 +170,7 @@ def round_up(length: int) -> int:
 
 def last_logits(params: Tree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
     """Float32 logits of one position of each row."""
-    head = transformer.head_matrix(params).astype(hidden.dtype)
+    head = decoder.head_matrix(params).astype(hidden.dtype)
     return jnp.einsum("BD,VD->BV", hidden, head, preferred_element_type=jnp.float32)
 
 
@@ -192,8 +192,8 @@ def prefill(
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    cache = transformer.empty_cache(model, batch, length, precision)
-    hidden, cache = transformer.forward_cached(params, tokens, positions, cache, model, precision)
+    cache = decoder.empty_cache(model, batch, length, precision)
+    hidden, cache = decoder.forward_cached(params, tokens, positions, cache, model, precision)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     room = [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]
     return last_logits(params, last), jax.tree.map(lambda slots: jnp.pad(slots, room), cache)
@@ -221,7 +221,7 @@ def decode(
     # token.
     params = jax.tree.map(
         lambda spec, leaf: leaf if spec.role == "norm" else leaf.astype(precision.compute),
-        transformer.param_specs(model),
+        decoder.param_specs(model),
         params,
     )
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
@@ -242,9 +242,7 @@ def decode(
         step, generated, counts, cache = state
         newest = jax.lax.dynamic_slice_in_dim(generated, step - 1, 1, axis=1)
         positions = (lengths + step - 1)[:, None]
-        hidden, cache = transformer.forward_cached(
-            params, newest, positions, cache, model, precision
-        )
+        hidden, cache = decoder.forward_cached(params, newest, positions, cache, model, precision)
         return step + 1, *append(generated, counts, last_logits(params, hidden[:, 0]), step), cache
 
     empty = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros(batch, jnp.int32)

@@ -12,7 +12,7 @@ from braeburn.data.prepare import prepare
 from braeburn.data.store import TokenStore, build_store
 from braeburn.errors import UserError
 from braeburn.evaluate.windows import evaluation_batches
-from braeburn.model.transformer import param_specs
+from braeburn.models.decoder import param_specs
 from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
 from braeburn.train.progress import tracked

@@ -12,7 +12,7 @@ from braeburn.config import Model, Precision, Run
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.interop import gguf, huggingface
-from braeburn.reading import read_object
+from braeburn.models.huggingface_config import is_huggingface
 from braeburn.train.state import TrainState
 from braeburn.train.teaching import Teacher, files_identity, find_in_run
 from braeburn.train.trained import found_run, load
@@ -73,7 +73,7 @@ def import_huggingface(source: Path, out: Path) -> Run:
     """Makes a run directory whose checkpoint 0 holds the weights of a Hugging Face directory.
 
     It has no stages: it can be evaluated, sampled and exported, and a recipe of the same model
-        trains on from it.
+    trains on from it.
 
     Raises:
         UserError: the directory holds no dense Llama or Qwen3 model, or `out` is in use.
@@ -100,7 +100,7 @@ def find_teacher(path: Path) -> Teacher:
     Raises:
         UserError: it is none of these, or no dense Llama or Qwen3 model, or it cannot be read.
     """
-    if not _is_huggingface(path):
+    if not is_huggingface(path):
         return find_in_run(path)
     model, tokenizer_file = huggingface.describe(path)
     return Teacher(
@@ -109,14 +109,6 @@ def find_teacher(path: Path) -> Teacher:
         identity=lambda: files_identity(path),
         read=lambda params: jax.tree.map(_placed, huggingface.read(path)[1], params),
     )
-
-
-def _is_huggingface(path: Path) -> bool:
-    """Whether a folder's config.json is that of transformers; a run directory has one too."""
-    try:
-        return "model_type" in read_object(path / "config.json", "restore it")
-    except UserError:
-        return False
 
 
 def _placed(values: np.ndarray, wanted: Any) -> jax.Array:

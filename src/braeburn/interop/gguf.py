@@ -20,9 +20,9 @@ from braeburn.disk import remove_stale
 from braeburn.errors import UserError
 from braeburn.extras import how_to_install
 from braeburn.interop.tensors import Tensor, checked, tensors_of
-from braeburn.model import rope
-from braeburn.model.spec import Tree
-from braeburn.model.transformer import param_specs
+from braeburn.layers import rope
+from braeburn.layers.spec import Tree
+from braeburn.models.decoder import param_specs
 from braeburn.train.progress import tracked
 
 if TYPE_CHECKING:

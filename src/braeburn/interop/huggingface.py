@@ -24,10 +24,10 @@ from braeburn.config import Model
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
-from braeburn.interop.huggingface_config import parse_config, write_config
 from braeburn.interop.tensors import Tensor, checked, tensors_of
-from braeburn.model.spec import Tree, map_specs, walk
-from braeburn.model.transformer import param_specs
+from braeburn.layers.spec import Tree, map_specs, walk
+from braeburn.models.decoder import param_specs
+from braeburn.models.huggingface_config import read_config, write_config
 from braeburn.reading import is_regular, read_object, shown, validated
 from braeburn.train.progress import tracked
 
@@ -172,9 +172,7 @@ def describe(directory: str | Path) -> tuple[Model, Path]:
         raise UserError(
             f"there is no folder {str(directory)!r}; name a downloaded Hugging Face model"
         )
-    path = directory / "config.json"
-    config = read_object(path, "name the folder of a downloaded Hugging Face model")
-    model = parse_config(config, str(path))
+    model = read_config(directory)
     _weight_files(directory)
     tokenizer_file = directory / "tokenizer.json"
     if not tokenizer_file.exists():

@@ -14,8 +14,8 @@ import numpy as np
 from braeburn.config import Model
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
-from braeburn.model.spec import Tree, walk
-from braeburn.model.transformer import param_specs
+from braeburn.layers.spec import Tree, walk
+from braeburn.models.decoder import param_specs
 
 
 @dataclass(frozen=True)

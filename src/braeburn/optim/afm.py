@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from braeburn.config import AfmOptimizer
-from braeburn.model.spec import ParamSpec, Tree, map_specs
+from braeburn.layers.spec import ParamSpec, Tree, map_specs
 
 
 class AfmState(NamedTuple):

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import AfmOptimizer, Model, Optimizer, Stage
-from braeburn.model.spec import ParamSpec, Tree, map_specs
+from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.optim.afm import AfmState, scale_by_afm
 from braeburn.optim.schedules import multiplier
 
@@ -43,11 +43,10 @@ def build_optimizer(
     A step is valid if its gradient is finite and of norm below `skip_norm`; an invalid one changes
     only `skipped`. Valid gradients are clipped to `clip_norm`. AFM multiplies weight decay by the
     schedule alone and decays every parameter; AdamW multiplies it by the learning rate too and
-    spares the norms. Scores of masks and factors of scales
-    are not weights: neither decays them, and scores have a learning rate of their own. A layer's
-    scores move by their gradients' shares of the layer's root-mean-square: element by element,
-    those that hardly matter would move by their
-    noise as far as those that decide.
+    spares the norms. Scores of masks and factors of scales are not weights: neither decays them,
+    and scores have a learning rate of their own. A layer's scores move by their gradients' shares
+    of the layer's root-mean-square: element by element, those that hardly matter would move by
+    their noise as far as those that decide.
     """
     score_rate = stage.pruning.learning_rate if stage.pruning else stage.learning_rate
     rates = map_specs(

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from braeburn.config import NO_OFFLOAD, ONE_DEVICE, Mesh, Offload
-from braeburn.parallel.context import zigzag
 from braeburn.parallel.mesh import build
 from braeburn.parallel.rules import BATCH, LENGTH, Kind, partition
+from braeburn.parallel.sequence import zigzag
 
 Tree = Any
 Batch = dict[str, Any]
@@ -65,8 +65,8 @@ class Layout:
         from there.
 
         Programs for several simulated CPU devices of one process abort or hang in their collectives
-        when they come from
-        the cache (jaxlib 0.10.2, rendezvous.h: "Check failed: id < num_threads").
+        when they come from the cache (jaxlib 0.10.2, rendezvous.h: "Check failed: id <
+        num_threads").
         """
         own = self.mesh.local_devices
         simulated = len(own) > 1 and own[0].platform == "cpu"

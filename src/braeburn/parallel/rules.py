@@ -1,9 +1,8 @@
 """The one table of what lies where: from the logical axes of arrays to the axes of the mesh.
 
 Parameters, optimizer state and activations each have their column. A parameter is stored by the
-first and used by the
-last: what is stored split along an axis that its use is not split along is gathered for the use,
-layer by layer.
+first and used by the last: what is stored split along an axis that its use is not split along is
+gathered for the use, layer by layer.
 """
 
 import math

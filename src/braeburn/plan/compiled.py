@@ -14,7 +14,7 @@ from braeburn.errors import UserError
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import across_slices
-from braeburn.model.transformer import param_specs
+from braeburn.models.decoder import param_specs
 from braeburn.plan.collectives import Collective, collectives, transfers
 from braeburn.plan.compare import Ranking
 from braeburn.plan.compilation import compile_in_child

@@ -16,13 +16,14 @@ from braeburn.hardware.catalogue import weakest
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors
-from braeburn.interop.exchange import find_teacher
-from braeburn.model.spec import abstract, walk
+from braeburn.layers.spec import abstract, walk
+from braeburn.models.huggingface_config import is_huggingface, read_config
 from braeburn.parallel.rules import check
 from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, specs_of
 from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
 from braeburn.train.stages import sizes_of
+from braeburn.train.teaching import find_in_run
 
 GIB = 2**30
 
@@ -377,8 +378,9 @@ def _teacher(run: Run, name: str) -> Model | None:
         return None
     if stage.teacher in run.stages:
         return run.models()[stage.teacher].left
+    path = Path(stage.teacher)
     try:
-        return find_teacher(Path(stage.teacher)).model
+        return read_config(path) if is_huggingface(path) else find_in_run(path).model
     except UserError as error:
         raise UserError(f"stages.{name}.teacher={stage.teacher!r} cannot teach: {error}") from None
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from braeburn.config import Mesh, Model, Run, Stage
-from braeburn.model.spec import Role, Tree, count
-from braeburn.model.transformer import param_specs
+from braeburn.layers.spec import Role, Tree, count
+from braeburn.models.decoder import param_specs
 
 FLOAT = 4
 

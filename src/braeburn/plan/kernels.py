@@ -47,9 +47,8 @@ def computing(module: Module, chip: Chip) -> Computing:
 
     TPU: the compiler's `estimated_cycles`. GPU: of matrix products their FLOPs at the plan's
     fraction of the peak, of what else there is the `sol` entry of XLA's cost model (which takes
-    bf16 products with a float32 result for products
-    of float32). Attention kernels: their FLOPs, of which causality leaves half, at the plan's
-        fraction of the peak.
+    bf16 products with a float32 result for products of float32). Attention kernels: their FLOPs, of
+    which causality leaves half, at the plan's fraction of the peak.
 
     Raises:
         ValueError: something runs in a loop of unknown length.

@@ -130,9 +130,9 @@ def afm_on_device() -> Run:
     cuts its FFN alone, on 188B tokens of the core mixture, that the core stage takes all its 6.3T
     tokens, and its labels: 0.9 of the teacher's likeliest token and 0.1 of the text. Assumed are
     the larger FFN, the multiple of 128 that gives 6.4B parameters, the larger model's 6.3T tokens,
-    the rates and batches of pruning, those of the core stage, and the
-    teacher, which the report does not name: the larger model. What it says is computed once and
-    kept, so that a step of the core stage is one of plain pretraining.
+    the rates and batches of pruning, those of the core stage, and the teacher, which the report
+    does not name: the larger model. What it says is computed once and kept, so that a step of the
+    core stage is one of plain pretraining.
     """
     run = afm_on_device_scratch()
     core, ffn_dim = run.stages["core"], run.model.ffn_dim

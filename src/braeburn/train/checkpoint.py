@@ -25,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from braeburn.config import Checkpoint, Run, read_identity
 from braeburn.disk import explaining
 from braeburn.errors import UserError
-from braeburn.model.spec import Tree
+from braeburn.layers.spec import Tree
 from braeburn.parallel.agreement import first_objection, tells_of_a_loss
 from braeburn.parallel.processes import ProcessLost
 from braeburn.train import record as records

@@ -16,14 +16,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from braeburn.config import Model, Precision, Pruning, Run
-from braeburn.model import importance
-from braeburn.model.pruning import kept, masked, masks, score_specs, sliced
-from braeburn.model.quantization import factor_specs, quantized
-from braeburn.model.spec import Tree, map_params_like, map_specs
-from braeburn.model.transformer import param_specs
+from braeburn.layers.spec import Tree, map_params_like, map_specs
+from braeburn.models.decoder import param_specs
 from braeburn.parallel.layout import Layout
 from braeburn.train.state import TrainState
 from braeburn.train.step import Batch, Use
+from braeburn.transforms import importance
+from braeburn.transforms.pruning import kept, masked, masks, score_specs, sliced
+from braeburn.transforms.quantization import factor_specs, quantized
 
 # Beside the parameters of the model, in one tree with them.
 MASKS, FACTORS = "masks", "factors"

@@ -12,9 +12,9 @@ from jaxtyping import Array
 
 from braeburn.background import nothing_to_ask
 from braeburn.config import Model, Precision
-from braeburn.model import transformer
-from braeburn.model.loss import token_losses
-from braeburn.model.spec import Tree
+from braeburn.layers.spec import Tree
+from braeburn.models import decoder
+from braeburn.objectives.cross_entropy import token_losses
 from braeburn.parallel.layout import Layout
 
 # Enough for devices never to wait, and few enough to stop soon.
@@ -41,7 +41,7 @@ def evaluator(
     mesh = layout.sizes
 
     def sums(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
-        hidden = transformer.forward(
+        hidden = decoder.forward(
             params,
             batch["inputs"],
             batch["positions"],
@@ -51,7 +51,7 @@ def evaluator(
             mesh=mesh,
         )
         losses, _, correct = token_losses(
-            hidden, transformer.head_matrix(params), batch["targets"], mesh
+            hidden, decoder.head_matrix(params), batch["targets"], mesh
         )
         # Tensor shards have worked on the same tokens.
         weights = batch["weights"] / mesh.tensor

@@ -23,7 +23,7 @@ from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import check_space, explaining
 from braeburn.errors import Interrupted, UserError
-from braeburn.model.spec import Tree
+from braeburn.layers.spec import Tree
 from braeburn.optim.build import begin_stage
 from braeburn.parallel.agreement import (
     AnyProcess,
@@ -635,9 +635,8 @@ class _Loop:
         """What is to be asked while a batch is waited for.
 
         It raises `Interrupted` where this process alone decides, and `ProcessLost` where others
-        wait for it in the
-        middle of a step and cannot save: what was made since the last checkpoint is then made
-            again.
+        wait for it in the middle of a step and cannot save: what was made since the last checkpoint
+        is then made again.
         """
         waited, alone, asked = (
             background.Waited(SECONDS_BETWEEN_WARNINGS),

@@ -12,8 +12,8 @@ import jax
 
 from braeburn.config import Model, Run
 from braeburn.hardware.catalogue import chip_of
-from braeburn.model.spec import Tree, count
-from braeburn.model.transformer import param_specs
+from braeburn.layers.spec import Tree, count
+from braeburn.models.decoder import param_specs
 from braeburn.train.guard import check_skips_in_a_row
 from braeburn.train.progress import Display
 from braeburn.train.records import Records, json_line
@@ -35,7 +35,7 @@ def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
     """Model FLOPs of one training token, 6 N + 12 L d S (PaLM, arXiv 2204.02311, appendix B).
 
     N counts the weights that multiply: all but an embedding that is only looked up. d is the width
-        of attention.
+    of attention.
     """
     weights = count(specs) - (0 if model.tied_embeddings else model.vocab_size * model.d_model)
     return 6 * weights + 12 * model.num_layers * model.num_heads * model.head_dim * sequence_length

@@ -13,8 +13,9 @@ import optax
 
 from braeburn.config import Mesh, Model, Run, Stage
 from braeburn.errors import UserError
-from braeburn.model import distillation, transformer
-from braeburn.model.spec import Tree, abstract, initialize, walk
+from braeburn.layers.spec import Tree, abstract, initialize, walk
+from braeburn.models import decoder
+from braeburn.objectives import cross_entropy, distillation
 from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout, can_offload
 from braeburn.parallel.mesh import build, resolve
@@ -79,7 +80,7 @@ def sizes_of(run: Run, name: str, num_devices: int | None = None) -> Mesh:
     if num_devices is not None:
         mesh = resolve(mesh, num_devices)
     for model in dict.fromkeys(run.models()[name]):
-        specs = walk(transformer.param_specs(model))
+        specs = walk(decoder.param_specs(model))
         check(
             run,
             name,
@@ -109,7 +110,7 @@ def stage_step(
     def loss(params: Tree, batch: Batch, *teaching: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         common = (run.precision, remat, run.offload, layout.sizes)
         if stage.teacher is None:
-            return transformer.loss(params, batch, model, *common)
+            return cross_entropy.loss(params, batch, model, *common)
         weights = teaching[0] if teaching else None
         return distillation.loss(
             params, batch, weights, model, teacher, stage.distillation, *common

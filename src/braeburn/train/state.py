@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from braeburn.model.spec import Tree
+from braeburn.layers.spec import Tree
 
 
 class TrainState(NamedTuple):

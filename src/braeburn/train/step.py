@@ -35,9 +35,8 @@ def train_step(
     """The next state and the step's metrics: float32 scalars, means over the batch's tokens.
 
     With `accumulation_steps` A, the batch of B sequences is worked through in A parts of B / A,
-    whose gradients are
-    summed before the one update: the result is that of the whole batch. Devices sum theirs once,
-        after all parts.
+    whose gradients are summed before the one update: the result is that of the whole batch. Devices
+    sum theirs once, after all parts.
 
     The loss also takes what is `fixed`, such as a teacher's weights. Where weights are used
     otherwise than they are stored, `use` tells how, and the gradient is taken through it.

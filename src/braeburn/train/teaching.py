@@ -19,13 +19,13 @@ from braeburn.data.prepare import Prepared
 from braeburn.data.teacher_store import TeacherStore, build_teacher_store
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
-from braeburn.model import transformer
-from braeburn.model.distillation import likeliest
-from braeburn.model.spec import Tree, walk
+from braeburn.layers.spec import Tree, walk
+from braeburn.models import decoder
+from braeburn.objectives.distillation import likeliest
 from braeburn.parallel.agreement import main_first
-from braeburn.parallel.context import zigzag
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.rules import check
+from braeburn.parallel.sequence import zigzag
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.compression import of_model
 from braeburn.train.stages import abstract_params, model_at
@@ -132,7 +132,7 @@ def teachers_of(
                 f"stages.{name}.distillation.top_k={stage.distillation.top_k} is more than the "
                 f"vocabulary of {run.model.vocab_size}; set it to at most {run.model.vocab_size}"
             )
-        specs = walk(transformer.param_specs(teacher.model))
+        specs = walk(decoder.param_specs(teacher.model))
         parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in specs}
         try:
             check(run, name, teacher.model, layouts[name].sizes, parameters)
@@ -259,11 +259,9 @@ def _labeller(
 
     def local(params: Tree, batch: dict[str, Any]) -> tuple[Any, Any]:
         inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-        hidden = transformer.forward(
-            params, *inputs, teacher.model, run.precision, mesh=layout.sizes
-        )
+        hidden = decoder.forward(params, *inputs, teacher.model, run.precision, mesh=layout.sizes)
         found = likeliest(
-            hidden, transformer.head_matrix(params), stage.distillation.kept, layout.sizes
+            hidden, decoder.head_matrix(params), stage.distillation.kept, layout.sizes
         )
         return found.ids, found.log_probs
 

@@ -8,8 +8,8 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer_settings import TOKENIZER_CONFIG
 from braeburn.disk import explaining, scratch
 from braeburn.errors import UserError
-from braeburn.model import transformer
-from braeburn.model.spec import Tree, abstract
+from braeburn.layers.spec import Tree, abstract
+from braeburn.models import decoder
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.directory import RunDirectory
@@ -97,9 +97,7 @@ def _params(run: Run, step: int, checkpoints: Checkpoints) -> Tree:
         use = use_of(run, name) if index else None
         if use:
             return use(checkpoints.restore_params(step, abstract(trained_specs(run, name))), index)
-    return checkpoints.restore_params(
-        step, abstract(transformer.param_specs(model_at(run, step)[0]))
-    )
+    return checkpoints.restore_params(step, abstract(decoder.param_specs(model_at(run, step)[0])))
 
 
 # What may differ between the model of a configuration and that of a checkpoint: how it is computed,

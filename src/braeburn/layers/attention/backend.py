@@ -1,0 +1,56 @@
+"""What a back end of attention is, and what all of them share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from braeburn.config import Mesh
+
+# Finite, so that a query whose keys are all masked gives a mean instead of NaN; merged with others
+# it weighs nothing.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+BLOCK = 128
+# The name by which a rematerialisation policy keeps the result.
+ATTENTION = "attention"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is known about a call when it is traced.
+
+    Attributes:
+        platform: "cpu", "tpu", "cuda" or "rocm".
+        dtype: of queries, keys and values.
+        sequence_length: tokens of the whole sequence.
+        num_heads: of the queries on this device.
+        num_kv_heads: of its keys and values.
+        head_dim: of each head.
+        context_shards: devices that share out a sequence.
+        ring: whether keys travel from shard to shard; otherwise they are gathered.
+        compute_capability: of an NVIDIA GPU, as (9, 0); None where it is unknown.
+    """
+
+    platform: str
+    dtype: jnp.dtype
+    sequence_length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_shards: int = 1
+    ring: bool = False
+    compute_capability: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation. `why_not` returns the reason that a request is not supported, or None."""
+
+    name: str
+    why_not: Callable[[Request], str | None]
+    run: Callable[[Array, Array, Array, Array, Mesh], Array]
+
+    def is_supported(self, request: Request) -> bool:
+        """Whether this back end can answer the request."""
+        return self.why_not(request) is None

@@ -1,0 +1,510 @@
+"""The fused attention of cuDNN, with documents kept apart by their lengths and offsets.
+
+cuDNN reads a batch of B sequences as B x M spans of tokens, each of which attends to itself alone:
+"packed" layout. No mask exists, and memory is linear in the length of the sequences. M is fixed
+when the program is compiled, so sequences with more than M documents are worked through in several
+calls, of which each takes the next M.
+
+Where sequences are split over context shards, a shard holds the queries of two chunks
+(`braeburn.parallel.sequence`). Within a chunk documents attend as above, clipped at its borders.
+What is left are the earlier tokens of the one document that a chunk begins in the middle of: one
+more call for each chunk, without causality. Partial results are merged by their log-sum-exp, as in
+ring attention.
+
+JAX's public functions take no spans. This module binds the primitives behind them,
+`_dot_product_attention_fwd_p` and `_dot_product_attention_bwd_p` of `jax._src.cudnn`, and works out
+their operands itself: the function that does so in JAX before 0.11.1 gives wrong offsets where
+several query heads share a key head.
+"""
+
+import functools
+import inspect
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from braeburn.config import Mesh
+from braeburn.layers.attention.backend import ATTENTION
+from braeburn.parallel.collectives import CONTEXT, axis_index
+from braeburn.parallel.sequence import gather_sequence
+
+# Documents of a sequence that one call takes. Each costs a call about 0.1 ms at 65,536 tokens, used
+# or not, and each further call about 0.9 ms (H200, docs/log.md).
+SPANS = 8
+# cuDNN is given offsets in elements, as int32.
+MAX_ELEMENTS = 2**31 - 1
+# Either makes XLA leave out what gives other bits from run to run.
+DETERMINISTIC = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+
+
+class Spans(NamedTuple):
+    """M runs of neighbouring tokens in each of B sequences; runs that are absent have length 0.
+
+    Starts do not decrease along M, also those of absent runs, and are at most the sequence's
+    length.
+    """
+
+    start: Int[Array, "B M"]
+    length: Int[Array, "B M"]
+
+
+class Operands(NamedTuple):
+    """One call's spans of queries, and those of the keys that each of them attends to, as cuDNN
+    reads them.
+    """
+
+    query_lengths: Int[Array, "B M"]
+    key_lengths: Int[Array, "B M"]
+    query_offsets: Int[Array, "B M+1"]
+    key_offsets: Int[Array, "B M+1"]
+
+
+def packed_attention(
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
+    mesh: Mesh,
+) -> Float[Array, "B t N H"]:
+    """Causal attention within segments, in float16 or bfloat16, scaled by 1/sqrt(H).
+
+    Args:
+        query: this context shard's queries; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: its tokens' segments, each of which is one run of neighbouring tokens in the
+            whole sequence.
+        mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
+    """
+    gathered: tuple[Array, ...] = ()
+    if mesh.context > 1:
+        gathered = tuple(gather_sequence(x, mesh) for x in (key, value, segment_ids))
+    longest = (
+        max(mesh.context * key.shape[1] * key.shape[2], query.shape[1] * query.shape[2])
+        * query.shape[3]
+    )
+    rows = max(1, MAX_ELEMENTS // longest)
+    outputs = []
+    for first in range(0, query.shape[0], rows):
+        own = [x[first : first + rows] for x in (query, key, value, segment_ids)]
+        outputs.append(_attention(*own, tuple(x[first : first + rows] for x in gathered), mesh))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+
+
+def too_long(length: int, heads: int, head_dim: int) -> bool:
+    """Whether offsets within one sequence of `length` tokens do not fit cuDNN's int32."""
+    return length * heads * head_dim > MAX_ELEMENTS
+
+
+def masked_attention(
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    visible: Bool[Array, "B t T"],
+) -> Float[Array, "B t N H"]:
+    """Attention through cuDNN under a mask, for GPUs whose cuDNN takes no packed layout: a sequence
+    at a time.
+
+    The mask of one sequence takes 2 t T bytes; it has no gradient, which spares the backward pass
+    as much again.
+    """
+    return lax.map(lambda row: _masked(*(x[None] for x in row))[0], (query, key, value, visible))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    gathered: tuple[Array, ...],
+    mesh: Mesh,
+) -> Array:
+    """`packed_attention`, given the keys, values and segments of all context shards, or () where
+    there is one.
+    """
+    return _attention_forward(query, key, value, segment_ids, gathered, mesh)[0]
+
+
+def _attention_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    gathered: tuple[Array, ...],
+    mesh: Mesh,
+) -> tuple[Array, tuple[Any, ...]]:
+    documents = find_documents(segment_ids, halves=mesh.context > 1)
+
+    def attend(call: Array | int) -> tuple[Array, Array]:
+        spans = documents.spans(call)
+        return _forward(query, key, value, spans, spans, causal=True)
+
+    def one_more(call: Array, result: tuple[Array, Array]) -> tuple[Array, Array]:
+        (output, log_z), own = attend(call), documents.tokens(call)
+        return jnp.where(own[..., None, None], output, result[0]), jnp.where(
+            own[..., None], log_z, result[1]
+        )
+
+    # What a call leaves at the tokens of no span is undefined; each token is of one call's spans.
+    output, log_z = lax.fori_loop(1, documents.calls, one_more, attend(0))
+    for queries, keys in _earlier_spans(segment_ids, gathered, mesh):
+        more = _forward(query, gathered[0], gathered[1], queries, keys, causal=False)
+        output, log_z = _merge((output, log_z), more, _inside(queries, query.shape[1]))
+    # Named here, so that a backward pass that keeps the result need not attend again for what
+    # belongs to it.
+    output, log_z = checkpoint_name(output, ATTENTION), checkpoint_name(log_z, ATTENTION)
+    return output, (query, key, value, segment_ids, gathered, output, log_z)
+
+
+def _attention_backward(
+    mesh: Mesh, residuals: tuple[Any, ...], output_gradient: Array
+) -> tuple[Any, ...]:
+    query, key, value, segment_ids, gathered, output, log_z = residuals
+    result = (output, log_z, output_gradient)
+    documents = find_documents(segment_ids, halves=mesh.context > 1)
+
+    def differentiate(call: Array | int) -> tuple[Array, Array, Array]:
+        spans = documents.spans(call)
+        return _backward(query, key, value, spans, spans, result, causal=True)
+
+    def one_more(call: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
+        new, own = differentiate(call), documents.tokens(call)
+        return tuple(
+            jnp.where(own[..., None, None], x, y) for x, y in zip(new, gradients, strict=True)
+        )
+
+    gradients = lax.fori_loop(1, documents.calls, one_more, differentiate(0))
+    if not gathered:
+        return *gradients, None, ()
+
+    query_gradient = gradients[0].astype(jnp.float32)
+    sums = [jnp.zeros(x.shape, jnp.float32) for x in gathered[:2]]
+    for queries, keys in _earlier_spans(segment_ids, gathered, mesh):
+        new = _backward(query, gathered[0], gathered[1], queries, keys, result, causal=False)
+        own, visible = _inside(queries, query.shape[1]), _inside(keys, gathered[0].shape[1])
+        query_gradient += jnp.where(own[..., None, None], new[0], 0)
+        sums = [
+            total + jnp.where(visible[..., None, None], x, 0)
+            for total, x in zip(sums, new[1:], strict=True)
+        ]
+    further = tuple(total.astype(key.dtype) for total in sums)
+    return query_gradient.astype(query.dtype), *gradients[1:], None, (*further, None)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+class Documents(NamedTuple):
+    """Where the documents of B sequences begin.
+
+    Attributes:
+        number: which of its sequence's documents a token is of, int32 [B, t], from 0.
+        first: the first token of each document, int32 [B, t + SPANS + 1]; t where there is none.
+        calls: how many calls take the documents of every sequence, int32.
+    """
+
+    number: Array
+    first: Array
+    calls: Array
+
+    def spans(self, call: Array | int) -> Spans:
+        """The documents that a call takes."""
+        edges = lax.dynamic_slice_in_dim(self.first, call * SPANS, SPANS + 1, axis=1)
+        return Spans(edges[:, :-1], jnp.diff(edges))
+
+    def tokens(self, call: Array | int) -> Bool[Array, "B t"]:
+        """Which tokens are of the documents that a call takes."""
+        return self.number // SPANS == call
+
+
+def find_documents(segment_ids: Int[Array, "B t"], *, halves: bool = False) -> Documents:
+    """The documents of sequences; with `halves`, one that crosses the middle counts as two."""
+    batch, length = segment_ids.shape
+    begins = jnp.concatenate(
+        [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    if halves:
+        begins = begins.at[:, length // 2].set(True)
+    number = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
+    rows = jnp.arange(batch)[:, None]
+    first = jnp.full((batch, length + SPANS + 1), length, jnp.int32)
+    first = first.at[rows, number].min(jnp.arange(length, dtype=jnp.int32))
+    return Documents(number, first, jnp.max(number) // SPANS + 1)
+
+
+def _earlier_spans(
+    segment_ids: Int[Array, "B t"], gathered: tuple[Array, ...], mesh: Mesh
+) -> list[tuple[Spans, Spans]]:
+    """For each chunk of this context shard, the queries that see keys before it, and those keys in
+    the whole sequence.
+
+    They are of one document. A call for each chunk: the spans of keys of two chunks overlap where
+    one document reaches over both, and cuDNN writes the gradients of a span without regard to other
+    spans.
+    """
+    if not gathered:
+        return []
+    batch, length = segment_ids.shape
+    half, shard = length // 2, axis_index(CONTEXT, mesh)
+    positions = jnp.arange(gathered[2].shape[1])
+    found = []
+    for start, chunk in ((0, shard), (half, 2 * mesh.context - 1 - shard)):
+        first = segment_ids[:, start : start + 1]
+        earlier = jnp.sum(
+            (gathered[2] == first) & (positions < chunk * half), axis=1, dtype=jnp.int32
+        )
+        continued = jnp.sum(segment_ids[:, start : start + half] == first, axis=1, dtype=jnp.int32)
+        queries = _one_span(
+            jnp.full(batch, start, jnp.int32), jnp.where(earlier > 0, continued, 0), length
+        )
+        found.append((queries, _one_span(chunk * half - earlier, earlier, positions.size)))
+    return found
+
+
+def _one_span(start: Int[Array, " B"], length: Int[Array, " B"], end: int) -> Spans:
+    """A single span of each sequence, and an absent one: packed layout needs two."""
+    absent = jnp.full_like(start, end)
+    return Spans(
+        jnp.stack([start, absent], axis=1), jnp.stack([length, jnp.zeros_like(length)], axis=1)
+    )
+
+
+def _inside(spans: Spans, length: int) -> Bool[Array, "B T"]:
+    """Which of a sequence's `length` tokens are in one of its spans."""
+    positions = jnp.arange(length)[:, None]
+    starts, stops = spans.start[:, None], (spans.start + spans.length)[:, None]
+    return jnp.any((positions >= starts) & (positions < stops), axis=2)
+
+
+def _merge(
+    old: tuple[Array, Array], new: tuple[Array, Array], present: Bool[Array, "B t"]
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
+    """Attention over two sets of keys from that over each: results and log-sum-exps; `new` counts
+    where `present`.
+    """
+    (output, log_z), (more, more_log_z) = old, new
+    more_log_z = jnp.where(present[..., None], more_log_z, -jnp.inf)
+    joint = jnp.logaddexp(log_z, more_log_z)
+    more = jnp.where(present[..., None, None], more, 0)
+    wide = (
+        output * jnp.exp(log_z - joint)[..., None] + more * jnp.exp(more_log_z - joint)[..., None]
+    )
+    return wide.astype(output.dtype), joint
+
+
+def operands(query: Array, key: Array, queries: Spans, keys: Spans) -> Operands:
+    """Lengths, and offsets in elements from the first of the batch, as cuDNN reads them.
+
+    Of the [B, M + 1] offsets it reads the first B M + 1, row after row: one for each span, and the
+    end.
+    """
+
+    def offsets(array: Array, spans: Spans) -> Int[Array, "B M+1"]:
+        batch, length, heads, head_dim = array.shape
+        tokens = spans.start + jnp.arange(batch, dtype=jnp.int32)[:, None] * length
+        flat = jnp.concatenate([tokens.reshape(-1), jnp.full(batch, batch * length, jnp.int32)])
+        return flat.reshape(batch, -1) * (heads * head_dim)
+
+    return Operands(queries.length, keys.length, offsets(query, queries), offsets(key, keys))
+
+
+def _forward(
+    query: Array, key: Array, value: Array, queries: Spans, keys: Spans, *, causal: bool
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
+    """Each span of queries attends to its span of keys: the result and the log-sum-exp, undefined
+    outside spans.
+    """
+    output, statistics = forward_call(
+        query, key, value, operands(query, key, queries, keys), causal
+    )
+    batch, length, heads, _ = query.shape
+    # [B M, N, t] for the tokens of each span, counted from its first.
+    statistics = statistics.reshape(batch, -1, heads, length)
+    positions = jnp.arange(length)
+    span = jnp.sum(positions[:, None] >= (queries.start + queries.length)[:, None, :-1], axis=2)
+    place = positions - jnp.take_along_axis(queries.start, span, axis=1)
+    log_z = statistics[jnp.arange(batch)[:, None], span, :, jnp.clip(place, 0, length - 1)]
+    return output, log_z
+
+
+def _backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    queries: Spans,
+    keys: Spans,
+    result: tuple[Array, Array, Array],
+    *,
+    causal: bool,
+) -> tuple[Array, Array, Array]:
+    """Gradients for queries, keys and values of what the spans contribute, undefined outside them.
+
+    Args:
+        query: [B, t, N, H].
+        key: [B, T, K, H].
+        value: [B, T, K, H].
+        queries: their spans.
+        keys: the keys that each span of queries attends to.
+        result: of the whole attention: output [B, t, N, H], log-sum-exp [B, t, N], gradient of the
+            output.
+        causal: whether a query sees the keys of its span up to its own place alone.
+    """
+    output, log_z, output_gradient = result
+    batch, length, heads, _ = query.shape
+    tokens = jnp.clip(queries.start[..., None] + jnp.arange(length), 0, length - 1)  # [B, M, t]
+    statistics = jnp.moveaxis(log_z[jnp.arange(batch)[:, None, None], tokens], 3, 2)
+    statistics = statistics.reshape(-1, heads, length)
+    given = operands(query, key, queries, keys)
+    return backward_call(query, key, value, given, statistics, output, output_gradient, causal)
+
+
+def forward_call(
+    query: Array, key: Array, value: Array, given: Operands, causal: bool
+) -> tuple[Float[Array, "B t N H"], Float[Array, "BM N t"]]:
+    """One call of cuDNN: its output, and the log-sum-exp of each span's queries."""
+    unused = jnp.zeros(0, query.dtype)
+    fused = _fused()
+    mask = fused.MaskType.PADDING_CAUSAL if causal else fused.MaskType.PADDING
+    settings = _settings(query, mask, bias=False, forward=True)
+    return fused._dot_product_attention_fwd_p.bind(
+        query, key, value, unused, *given, unused, unused, **settings
+    )
+
+
+def backward_call(
+    query: Array,
+    key: Array,
+    value: Array,
+    given: Operands,
+    statistics: Array,
+    output: Array,
+    output_gradient: Array,
+    causal: bool,
+) -> tuple[Array, Array, Array]:
+    """The call that belongs to `forward_call`."""
+    unused = jnp.zeros(0, query.dtype)
+    fused = _fused()
+    mask = fused.MaskType.PADDING_CAUSAL if causal else fused.MaskType.PADDING
+    settings = _settings(query, mask, bias=False, forward=False)
+    arrays = (
+        query,
+        key,
+        value,
+        unused,
+        *given,
+        unused,
+        unused,
+        statistics,
+        output,
+        output_gradient,
+    )
+    return tuple(fused._dot_product_attention_bwd_p.bind(*arrays, **settings))
+
+
+@functools.cache
+def _fused() -> Any:
+    from jax._src.cudnn import (
+        fused_attention_stablehlo as fused,
+    )  # seconds of imports that only GPUs need
+
+    describe = fused.create_dot_product_attention_backend_config_base
+
+    @functools.wraps(describe)
+    def described(*arguments: Any, **settings: Any) -> dict[str, Any]:
+        """What JAX tells XLA of a call, and whether its gradients must be the same bits in every
+        run.
+
+        XLA itself would add that after it has filed the compiled call under what it was told, and
+        then not find it: its programs with `--xla_gpu_deterministic_ops` end in
+        "raw_hash_map<>::at" (github.com/openxla/xla/pull/46500).
+        """
+        told: dict[str, Any] = describe(*arguments, **settings)
+        if (
+            inspect.signature(describe).bind(*arguments, **settings).arguments["is_bwd"]
+            and _deterministic()
+        ):
+            told["cudnn_fmha_backend_config"]["force_deterministic"] = True
+        return told
+
+    fused.create_dot_product_attention_backend_config_base = described
+    return fused
+
+
+def _deterministic() -> bool:
+    """Whether XLA_FLAGS asks for programs that give the same bits in every run; the last mention of
+    a flag counts.
+    """
+    asked = dict.fromkeys(DETERMINISTIC, False)
+    for flag in os.environ.get("XLA_FLAGS", "").split():
+        name, _, value = flag.partition("=")
+        if name in asked:
+            asked[name] = value.lower() in ("", "true", "1")
+    return any(asked.values())
+
+
+def _settings(query: Array, mask_type: Any, *, bias: bool, forward: bool) -> dict[str, Any]:
+    """The parameters of JAX's primitives for cuDNN's attention."""
+    fused = _fused()
+    lowering = fused._dot_product_attention_fwd_cuda_lowering
+    settings = {
+        "scale": query.shape[3] ** -0.5,
+        "seed": 42,
+        "dropout_rate": 0.0,
+        # Whether there is a bias, and whether its gradient is wanted.
+        "variadic_args": (bias, False),
+        "mask_type": mask_type,
+        "layout": fused.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+    }
+    # From JAX 0.12 on.
+    further = ("score_mod_name", "score_mod_jaxpr")
+    settings |= {name: None for name in further if name in inspect.signature(lowering).parameters}
+    return settings | ({"is_training": True} if forward else {})
+
+
+@jax.custom_vjp
+def _masked(query: Array, key: Array, value: Array, visible: Array) -> Array:
+    return _masked_forward(query, key, value, visible)[0]
+
+
+def _bias(query: Array, visible: Bool[Array, "B t T"]) -> Array:
+    return jnp.where(visible, 0, _fused().get_large_negative_number(query.dtype)).astype(
+        query.dtype
+    )[:, None]
+
+
+def _masked_forward(
+    query: Array, key: Array, value: Array, visible: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    fused, unused = _fused(), jnp.zeros(0, query.dtype)
+    settings = _settings(query, fused.MaskType.NO_MASK, bias=True, forward=True)
+    arrays = (query, key, value, _bias(query, visible), *[unused] * 6)
+    output, statistics = fused._dot_product_attention_fwd_p.bind(*arrays, **settings)
+    output, statistics = checkpoint_name(output, ATTENTION), checkpoint_name(statistics, ATTENTION)
+    return output, (query, key, value, visible, statistics, output)
+
+
+def _masked_backward(residuals: tuple[Array, ...], output_gradient: Array) -> tuple[Any, ...]:
+    query, key, value, visible, statistics, output = residuals
+    fused, unused = _fused(), jnp.zeros(0, query.dtype)
+    settings = _settings(query, fused.MaskType.NO_MASK, bias=True, forward=False)
+    arrays = (
+        query,
+        key,
+        value,
+        _bias(query, visible),
+        *[unused] * 6,
+        statistics,
+        output,
+        output_gradient,
+    )
+    return *fused._dot_product_attention_bwd_p.bind(*arrays, **settings), None
+
+
+_masked.defvjp(_masked_forward, _masked_backward)

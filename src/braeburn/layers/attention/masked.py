@@ -1,0 +1,41 @@
+"""The back end "cudnn-masked": the fused kernel of cuDNN under a mask, for older GPUs."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.layers.attention import cudnn
+from braeburn.layers.attention.backend import Backend, Request
+from braeburn.layers.attention.packed import why_no_kernel_of_cudnn
+from braeburn.parallel.collectives import CONTEXT, axis_index
+from braeburn.parallel.sequence import gather_sequence, token_indices
+
+# Longest sequence whose mask is formed: 128 MiB.
+MASKED_LENGTH = 8192
+
+
+def cudnn_masked_attention(
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE
+) -> Array:
+    """The fused kernel of cuDNN under a mask of the sequence's length squared, for GPUs before
+    Hopper.
+    """
+    key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
+    positions = token_indices(query.shape[1], axis_index(CONTEXT, mesh), mesh.context)
+    causal = positions[:, None] >= jnp.arange(key.shape[1])
+    visible = causal & (segment_ids[:, :, None] == key_ids[:, None, :])
+    return cudnn.masked_attention(query, key, value, visible)
+
+
+def _why_not(request: Request) -> str | None:
+    if reason := why_no_kernel_of_cudnn(request):
+        return reason
+    if request.sequence_length > MASKED_LENGTH:
+        return (
+            f"it forms a mask for each sequence, at most {MASKED_LENGTH} tokens long, not "
+            f"{request.sequence_length}"
+        )
+    return None
+
+
+MASKED_CUDNN = Backend("cudnn-masked", _why_not, cudnn_masked_attention)

@@ -1,0 +1,95 @@
+"""The first back end that supports what is asked, chosen as a call is traced."""
+
+import functools
+import logging
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.hardware.catalogue import chip_of
+from braeburn.layers.attention.backend import Backend, Request
+from braeburn.layers.attention.blocked import BLOCKED
+from braeburn.layers.attention.masked import MASKED_CUDNN
+from braeburn.layers.attention.packed import PACKED
+from braeburn.layers.attention.ring import RING
+from braeburn.layers.attention.splash import SPLASH
+
+logger = logging.getLogger(__name__)
+
+# In the order in which they are asked.
+BACKENDS = (PACKED, MASKED_CUDNN, SPLASH, BLOCKED)
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    mesh: Mesh = ONE_DEVICE,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query
+    heads.
+
+    With several context shards, T counts the tokens of this shard, and the call must be inside a
+    `shard_map` over `mesh`; the sum of all devices' losses is what it can be differentiated for.
+    Each back end gives its result, with what its backward pass needs besides, the name "attention".
+    """
+    platform, compute_capability = traced_for()
+    request = Request(
+        platform=platform,
+        dtype=query.dtype,
+        sequence_length=query.shape[1] * mesh.context,
+        num_heads=query.shape[2],
+        num_kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        context_shards=mesh.context,
+        ring=mesh.context > 1 and mesh.context_attention == "ring",
+        compute_capability=compute_capability,
+    )
+    return select(request).run(query, key, value, segment_ids, mesh)
+
+
+def traced_for() -> tuple[str, tuple[int, int] | None]:
+    """The platform of the devices that the traced program is for, and of NVIDIA GPUs their compute
+    capability.
+
+    The devices need not be there. JAX calls the GPUs of all makers "gpu": what is installed here
+    tells which they are, and GPUs that are not here are NVIDIA's, since no others can be compiled
+    for without them.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = (device and device.platform) or jax.default_backend()
+    if platform not in ("gpu", "cuda", "rocm"):
+        return platform, None
+    here = jax.local_devices()[0] if jax.default_backend() == "gpu" else None
+    if here and "rocm" in here.client.platform_version.lower():
+        return "rocm", None
+    if here and (device is None or device.device_kind == here.device_kind):
+        major, minor = here.compute_capability.split(".")
+        return "cuda", (int(major), int(minor))
+    chip = chip_of(device.device_kind) if device else None
+    return platform.replace("gpu", "cuda"), chip.compute_capability if chip else None
+
+
+@functools.cache
+def select(request: Request) -> Backend:
+    """The first back end that supports the request; the choice is logged once for each distinct
+    request.
+    """
+    passed_over: list[str] = []
+    for backend in (RING,) if request.ring else BACKENDS:
+        reason = backend.why_not(request)
+        if reason is None:
+            over = f" over {request.context_shards} shards" if request.context_shards > 1 else ""
+            because = f" ({'; '.join(passed_over)})" if passed_over else ""
+            logger.info(
+                "attention over %d tokens: %s%s%s",
+                request.sequence_length,
+                backend.name,
+                over,
+                because,
+            )
+            return backend
+        passed_over.append(f"not {backend.name}: {reason}")
+    raise NotImplementedError("; ".join(passed_over))

@@ -1,0 +1,104 @@
+"""The back end "splash": the block-sparse Pallas kernel for TPUs."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.layers.attention.backend import ATTENTION, Backend, Request
+from braeburn.parallel.collectives import CONTEXT, axis_index
+from braeburn.parallel.sequence import gather_sequence, zigzag
+
+SPLASH_TILE = 128
+
+
+def splash_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    mesh: Mesh = ONE_DEVICE,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """The block-sparse Pallas kernel for TPU, one call for each sequence of the batch."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, num_heads, head_dim = query.shape[1:]
+    shards = mesh.context
+    key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
+    mask = masks.MultiHeadMask([splash_mask(zigzag(length * shards, shards))] * num_heads)
+    # As large as divide a run of neighbouring tokens, up to the 512 that suit every TPU's memory.
+    run = length // 2 if shards > 1 else length
+    tile = next((size for size in (512, 256) if run % size == 0), SPLASH_TILE)
+    passes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    tiles: dict[str, Any] = {f"block_{name}": tile for name in passes}
+    kernel = splash.make_splash_mha(
+        mask,
+        head_shards=1,
+        q_seq_shards=shards,
+        block_sizes=splash.BlockSizes(**tiles),
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
+    )
+    if shards > 1:
+        kernel = jax.tree.map(lambda array: _own_queries(array, mesh), kernel)
+
+    ids = splash.SegmentIds(segment_ids, key_ids)
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(head_dim), key, value)]
+    return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2).astype(query.dtype)
+
+
+def splash_mask(positions: np.ndarray) -> Any:
+    """Splash attention's causal mask for queries at `positions`, int [T], over keys in the order of
+    the sequence.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    class BlockCausalMask(masks.CausalMask):
+        """Of a tile all of whose entries are equal it gives only one: the rest would take 20 s at
+        64k tokens.
+        """
+
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            rows, columns = self.q_sequence[index[0]], index[1]
+            if rows.min() >= columns.stop - 1:
+                return np.ones((1, 1), np.bool_)
+            if rows.max() < columns.start:
+                return np.zeros((1, 1), np.bool_)
+            return super().__getitem__(index)
+
+    mask = BlockCausalMask((positions.size, positions.size))
+    mask.q_sequence = positions.astype(np.int32)
+    return mask
+
+
+def _own_queries(array: Array, mesh: Mesh) -> Array:
+    """This shard's part of an array of the splash kernel: [heads, query blocks, key blocks] or
+    [queries].
+    """
+    axis = min(1, array.ndim - 1)
+    size = array.shape[axis] // mesh.context
+    return jax.lax.dynamic_slice_in_dim(array, axis_index(CONTEXT, mesh) * size, size, axis)
+
+
+def _why_not(request: Request) -> str | None:
+    if request.platform != "tpu":
+        return "it needs a TPU"
+    multiple = SPLASH_TILE * request.context_shards
+    if request.sequence_length % multiple:
+        return (
+            f"it needs a sequence_length that is a multiple of {multiple}, not "
+            f"{request.sequence_length}"
+        )
+    if request.head_dim % 128:
+        return f"it needs a head_dim that is a multiple of 128, not {request.head_dim}"
+    return None
+
+
+SPLASH = Backend("splash", _why_not, splash_attention)

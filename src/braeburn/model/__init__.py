@@ -1,1 +1,0 @@
-"""The decoder: parameters, forward pass, attention and loss."""

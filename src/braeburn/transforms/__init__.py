@@ -1,0 +1,1 @@
+"""From weights as stored to weights as used: pruning and quantisation."""
