@@ -162,13 +162,15 @@ test-compile: extra-compile
 	$(VENV)-compile/bin/python -m pytest --durations=0 -s tests/plan/on_compilers.py
 
 # Apart from the other environment: building llama.cpp takes a C++ compiler and most of the half hour. From source, since
-# the package has no wheels in the index, and for this processor.
+# the package has no wheels in the index. Not for this processor alone: a virtual machine's may name instructions (AMX)
+# that its kernel refuses. pip would take a wheel that it has built before with other settings from its cache.
 $(VENV)-gguf/.all: $(PINS)
 	@test -n "$(PYTHON)" || { echo "error: $(NO_PYTHON)" >&2; exit 2; }
 	@command -v c++ >/dev/null || { echo "error: c++ is missing; install a C++ compiler, as Debian's package g++" >&2; exit 2; }
 	test -e $(VENV)-gguf/bin/python || $(PYTHON) -m venv $(VENV)-gguf
 	$(call install,$(VENV)-gguf,constraints.txt) --editable '.[dev]'
-	$(call install,$(VENV)-gguf,constraints-llama-cpp.txt) --no-binary llama-cpp-python llama-cpp-python
+	CMAKE_ARGS="-DGGML_NATIVE=off $$CMAKE_ARGS" $(call install,$(VENV)-gguf,constraints-llama-cpp.txt) \
+		--no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
 test-gguf: $(VENV)-gguf/.all
