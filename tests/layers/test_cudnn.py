@@ -15,6 +15,7 @@ from braeburn.config import ONE_DEVICE, Mesh
 from braeburn.layers import attention
 from braeburn.layers.attention import cudnn
 from braeburn.parallel.sequence import zigzag
+from braeburn.plan.hlo import parse
 
 
 def span_rows(array, lengths, offsets):
@@ -152,6 +153,20 @@ def test_packed_attention_and_its_gradients_equal_those_of_plain_attention(
     found = results(lambda *x: cudnn.packed_attention(*x, ONE_DEVICE), *arrays)
     expected = results(attention.blocked_attention, *arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+
+
+def test_only_the_calls_for_further_documents_are_as_many_as_the_data_ask_for(emulation):
+    """The time of a program can be told as long as every other loop has a known length."""
+    arrays = inputs([[16, 16, 32]])
+
+    def total(query, key, value, segments):
+        return jnp.sum(cudnn.packed_attention(query, key, value, segments, ONE_DEVICE))
+
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+    runs = list(parse(gradient.lower(*arrays).compile().as_text()).walk())
+    loops = [run for run in runs if run.instruction.opcode == "while"]
+    assert sum("further_documents" in run.instruction.source for run in loops) >= 2
+    assert not [run.instruction.name for run in runs if run.endless]
 
 
 CROSSING = {

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from braeburn.errors import UserError
 from braeburn.plan.collectives import collectives, traffic
 
 MESH = {"data": 2, "model": 4}
@@ -100,7 +101,7 @@ def test_a_loop_of_unknown_length_is_refused_if_it_exchanges():
 
     assert collectives(compiled(lambda x: function(x, jnp.sin), jnp.ones(4)), MESH) == []
     text = compiled(lambda x: function(x, lambda x: lax.psum(x, "data")), jnp.ones(4))
-    with pytest.raises(ValueError, match="length"):
+    with pytest.raises(UserError, match="length"):
         collectives(text, MESH)
 
 
@@ -146,7 +147,7 @@ def test_axes_of_each_form_of_groups(groups, axes):
 
 
 def test_groups_of_an_unknown_form_are_refused():
-    with pytest.raises(ValueError, match="unknown form"):
+    with pytest.raises(UserError, match="unknown form"):
         collectives(
             module("ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=star{1}, to_apply=%add"),
             MESH,
@@ -230,5 +231,5 @@ def test_what_kernels_write_into_the_text_does_not_end_it():
 def test_half_a_module_is_refused():
     text = module(f"ROOT %r = f32[4]{{0}} all-reduce(%p), {GROUPS}, to_apply=%add")
     for part in (text[: text.index("all-reduce") + 12], text[: text.index("ENTRY")], ""):
-        with pytest.raises(ValueError, match=r"brackets|ENTRY"):
+        with pytest.raises(UserError, match=r"brackets|ENTRY"):
             collectives(part, MESH)

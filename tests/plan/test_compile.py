@@ -194,7 +194,7 @@ def test_a_teacher_computes_a_third_of_training(tmp_path):
 def test_a_text_that_lacks_instructions_is_noticed(tmp_path):
     answer = answered(tmp_path, straight(*GRADIENT), {"replica": 2, "fsdp": 64})
     more = answer | {"instructions": answer["instructions"] + 1}
-    with pytest.raises(ValueError, match="instructions"):
+    with pytest.raises(UserError, match="instructions"):
         compiled.Compilation(SLICED, "pretrain", parse_target("v4:2x64"), more).summary()
 
 

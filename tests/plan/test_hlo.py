@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from braeburn.errors import UserError
 from braeburn.hardware.catalogue import catalogue
 from braeburn.plan import hlo
 from braeburn.plan.collectives import collectives, transfers
@@ -125,6 +126,13 @@ def test_length_of_a_loop(text, trips):
     assert computing(parse(text), V5P).seconds == pytest.approx(1000 * trips / CLOCK)
 
 
+def test_calls_for_further_documents_are_not_counted():
+    """They are as many as the data ask for: none where a sequence is one document."""
+    source = "jit(train_step)/shard_map/jvp()/while/body/attention/further_documents/while"
+    text = loop(CARRIED, after="%add.2, %y, %add.2", trips=f', metadata={{op_name="{source}"}}')
+    assert computing(parse(text), V5P).seconds == 0
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -140,7 +148,9 @@ def test_length_of_a_loop(text, trips):
     ids=["limit changes", "other comparison", "computed"],
 )
 def test_a_loop_of_unknown_length_is_named(text):
-    with pytest.raises(ValueError, match=r"in the loop while\.7, whose length cannot be told"):
+    with pytest.raises(
+        UserError, match=r"in the loop while\.7, whose length cannot be told; compile"
+    ):
         computing(parse(text), V5P)
 
 
@@ -245,7 +255,7 @@ def test_a_lost_instruction_is_noticed(monkeypatch):
             return dataclasses.replace(found, name="") if found.name == lost else found
 
         monkeypatch.setattr(hlo, "_instruction", lose)
-        with pytest.raises(ValueError, match=what):
+        with pytest.raises(UserError, match=what):
             parse(text)
         monkeypatch.undo()
     # A parser that takes the kernel's braces for the end of a computation loses what follows them.
@@ -255,7 +265,7 @@ def test_a_lost_instruction_is_noticed(monkeypatch):
         .replace('1}"\n}}', '1"}\n}}')
     )
     parse(broken)
-    with pytest.raises(ValueError, match="instructions"):
+    with pytest.raises(UserError, match="instructions"):
         hlo.check(broken, dataclasses.replace(parse(broken), computations={"main": {}}))
 
 
@@ -296,7 +306,7 @@ def test_transfers_between_slices_count_once():
         ("all-gather", 8 * 128 * 2, ("replica",), "jvp()/all_gather"),
         ("reduce-scatter", 8 * 128 * 4, ("replica",), "psum.3_0"),
     ]
-    with pytest.raises(ValueError, match="leaves the slice in an unknown way"):
+    with pytest.raises(UserError, match="leaves the slice in an unknown way"):
         unknown = straight(*lines).replace('_xla_megascale_transfer_type="ALL_REDUCE"', "a=1")
         transfers(parse(unknown), ("replica",))
 

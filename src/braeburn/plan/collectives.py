@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from braeburn.plan.hlo import Execution, Module, parse, split
+from braeburn.plan.hlo import Execution, Module, parse, split, unread
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 
@@ -74,7 +74,7 @@ def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Co
             each axis, the part within a slice.
 
     Raises:
-        ValueError: the text is not a whole module, has groups of an unknown form, or exchanges in a
+        UserError: the text is not a whole module, has groups of an unknown form, or exchanges in a
             loop of unknown length.
     """
     module = parse(program) if isinstance(program, str) else program
@@ -101,7 +101,7 @@ def transfers(module: Module, axes: tuple[str, ...]) -> list[Collective]:
         axes: of the mesh that cross slices.
 
     Raises:
-        ValueError: a transfer of unknown type, or in a loop of unknown length.
+        UserError: a transfer of unknown type, or in a loop of unknown length.
     """
     found: list[Collective] = []
     whole: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
@@ -117,7 +117,7 @@ def transfers(module: Module, axes: tuple[str, ...]) -> list[Collective]:
             for key in ("megascale_transfer_type", "host_transfer_rendezvous")
         )
         if not kind or not name:
-            raise ValueError(
+            raise unread(
                 f"{instruction.name} leaves the slice in an unknown way: {instruction.rest[:200]}"
             )
         # What is sent of a gather, and received of a scatter, is a part of the whole.
@@ -203,7 +203,7 @@ def _groups(text: str, num_devices: int) -> np.ndarray:
         return np.arange(num_devices)[None]
     if re.fullmatch(r"\{(\{[\d, ]+\},? ?)+\}", text):
         return np.array([_integers(group) for group in re.findall(r"\{([\d, ]+)\}", text)])
-    raise ValueError(f"groups of devices in an unknown form: {text}")
+    raise unread(f"groups of devices in an unknown form: {text}")
 
 
 def _numbering(text: str) -> np.ndarray:
@@ -211,7 +211,7 @@ def _numbering(text: str) -> np.ndarray:
     transposed.
     """
     if not (parts := re.fullmatch(r"(\[[\d,]+\])(?:T\(([\d,]+)\))?", text)):
-        raise ValueError(f"an order of devices in an unknown form: {text}")
+        raise unread(f"an order of devices in an unknown form: {text}")
     shape = _integers(parts[1])
     return np.arange(math.prod(shape)).reshape(shape).transpose(_integers(parts[2] or "") or None)
 

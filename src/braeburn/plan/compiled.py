@@ -19,7 +19,7 @@ from braeburn.plan.collectives import Collective, collectives, transfers
 from braeburn.plan.compare import Ranking
 from braeburn.plan.compilation import compile_in_child
 from braeburn.plan.cost import estimate, live_teacher
-from braeburn.plan.hlo import Module, parse
+from braeburn.plan.hlo import Module, parse, unread
 from braeburn.plan.kernels import Computing, computing
 from braeburn.plan.search import Candidate, candidates, larger_targets
 from braeburn.train.metrics import flops_per_token
@@ -80,12 +80,12 @@ class Compilation:
         """The compiled program.
 
         Raises:
-            ValueError: some of its instructions are not in its text.
+            UserError: some of its instructions are not in its text.
         """
         module = parse(Path(self.answer["program"]).read_text(encoding="utf-8"))
         found = sum(len(body) for body in module.computations.values())
         if found != self.answer["instructions"]:
-            raise ValueError(
+            raise unread(
                 f"the program has {self.answer['instructions']} instructions, and its text {found}"
             )
         return module
@@ -317,11 +317,11 @@ def ranked_by_compiling(most: int, chips: Path | None = None) -> Ranking:
         for candidate in found[:most]:
             try:
                 compiled = compile_step(candidate.run, stage, target, chips)
+                overlapped, serial = compiled.interval if compiled.fits else (math.inf, None)
             except UserError as failure:
                 said.append((math.inf, candidate, {"fits": False, "failed": str(failure)}))
                 continue
             facts: dict[str, Any] = {"fits": compiled.fits, "required_gib": compiled.required_gib}
-            overlapped, serial = compiled.interval if compiled.fits else (math.inf, None)
             if compiled.fits:
                 facts |= {
                     "overlapped": overlapped,

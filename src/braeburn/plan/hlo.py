@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from braeburn.errors import UserError
+from braeburn.layers.attention.cudnn import FURTHER_DOCUMENTS
+
 # Quotes and brackets, and the one character at which a text is split.
 _TOKENS = {mark: re.compile(rf'"(?:[^"\\]|\\.)*"|[\[\](){{}}{mark}]', re.DOTALL) for mark in "\n ,"}
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -24,6 +27,14 @@ _CALLS = (
     "called_computations",
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+def unread(reason: str) -> UserError:
+    """The error of a compiled program that cannot be read, for `reason`."""
+    return UserError(
+        f"the compiled program cannot be read: {reason}; compile with the versions that `make "
+        f"extra-compile` installs, or report the recipe and the target"
+    )
 
 
 @dataclass(frozen=True)
@@ -95,10 +106,10 @@ class Execution:
         """Itself.
 
         Raises:
-            ValueError: it is in a loop of unknown length.
+            UserError: it is in a loop of unknown length.
         """
         if self.endless:
-            raise ValueError(
+            raise unread(
                 f"{self.instruction.name} is in the loop {self.endless}, whose length cannot be "
                 f"told"
             )
@@ -152,6 +163,8 @@ class Module:
         is compared with.
         """
         loop = place.instruction
+        if FURTHER_DOCUMENTS in loop.source:
+            return 0
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(known[1])
         condition, body = loop.called("condition", "body")
@@ -241,7 +254,7 @@ def parse(text: str) -> Module:
     """A module from its text, as `compiled.as_text()` writes it.
 
     Raises:
-        ValueError: the text is not that of a whole module, or some of its instructions were not
+        UserError: the text is not that of a whole module, or some of its instructions were not
             found.
     """
     computations: dict[str, dict[str, Instruction]] = {}
@@ -256,7 +269,7 @@ def parse(text: str) -> Module:
         computations[name] = {found.name: found for found in map(_instruction, lines) if found.name}
         entry = name if head.startswith("ENTRY ") else entry
     if not entry:
-        raise ValueError("the text has no ENTRY computation: it is not that of a whole HLO module")
+        raise unread("the text has no ENTRY computation: it is not that of a whole HLO module")
     module = Module(computations, entry)
     check(text, module)
     return module
@@ -266,7 +279,7 @@ def check(text: str, module: Module) -> None:
     """Compares what was found in a text with a count of it that knows nothing of computations.
 
     Raises:
-        ValueError: instructions, or cycles that the compiler estimates, are missing.
+        UserError: instructions, or cycles that the compiler estimates, are missing.
     """
     found = [instruction for body in module.computations.values() for instruction in body.values()]
     counts = {
@@ -275,14 +288,14 @@ def check(text: str, module: Module) -> None:
     }
     for what, (here, there) in counts.items():
         if here != there:
-            raise ValueError(f"{here} {what} were found in HLO text that has {there}")
+            raise unread(f"{here} {what} were found in HLO text that has {there}")
 
 
 def split(text: str, mark: str) -> Iterator[str]:
     """The parts of a text between marks that stand outside all brackets and quotes.
 
     Raises:
-        ValueError: brackets do not match.
+        UserError: brackets do not match.
     """
     depth = start = 0
     for token in _TOKENS[mark].finditer(text):
@@ -294,7 +307,7 @@ def split(text: str, mark: str) -> Iterator[str]:
             yield text[start : token.start()]
             start = token.end()
     if depth:
-        raise ValueError(f"unbalanced brackets in HLO text that begins {text[:80]!r}")
+        raise unread(f"unbalanced brackets in HLO text that begins {text[:80]!r}")
     yield text[start:]
 
 

@@ -51,7 +51,7 @@ def computing(module: Module, chip: Chip) -> Computing:
     which causality leaves half, at the plan's fraction of the peak.
 
     Raises:
-        ValueError: something runs in a loop of unknown length.
+        UserError: something runs in a loop of unknown length.
     """
     peak, efficiency = chip.peak_flops, EFFICIENCY[chip.family]
     assert peak  # the catalogue refuses chips without it
@@ -60,6 +60,8 @@ def computing(module: Module, chip: Chip) -> Computing:
     kernels: dict[str, tuple[int, float | None]] = {}
     for run in module.walk():
         instruction = run.known_length().instruction
+        if not run.times:
+            continue
         if kernel := re.search(
             r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*)"', instruction.rest
         ):

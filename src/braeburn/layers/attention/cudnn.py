@@ -36,6 +36,9 @@ from braeburn.parallel.sequence import gather_sequence
 # Documents of a sequence that one call takes. Each costs a call about 0.1 ms at 65,536 tokens, used
 # or not, and each further call about 0.9 ms (H200, docs/log.md).
 SPANS = 8
+# The scope of the calls for documents beyond these, which are as many as the data ask for. What
+# reads a compiled program counts none: it takes a sequence for one document.
+FURTHER_DOCUMENTS = "further_documents"
 # cuDNN is given offsets in elements, as int32.
 MAX_ELEMENTS = 2**31 - 1
 # Either makes XLA leave out what gives other bits from run to run.
@@ -152,7 +155,9 @@ def _attention_forward(
         )
 
     # What a call leaves at the tokens of no span is undefined; each token is of one call's spans.
-    output, log_z = lax.fori_loop(1, documents.calls, one_more, attend(0))
+    first = attend(0)
+    with jax.named_scope(FURTHER_DOCUMENTS):
+        output, log_z = lax.fori_loop(1, documents.calls, one_more, first)
     for queries, keys in _earlier_spans(segment_ids, gathered, mesh):
         more = _forward(query, gathered[0], gathered[1], queries, keys, causal=False)
         output, log_z = _merge((output, log_z), more, _inside(queries, query.shape[1]))
@@ -179,7 +184,9 @@ def _attention_backward(
             jnp.where(own[..., None, None], x, y) for x, y in zip(new, gradients, strict=True)
         )
 
-    gradients = lax.fori_loop(1, documents.calls, one_more, differentiate(0))
+    gradients = differentiate(0)
+    with jax.named_scope(FURTHER_DOCUMENTS):
+        gradients = lax.fori_loop(1, documents.calls, one_more, gradients)
     if not gathered:
         return *gradients, None, ()
 
