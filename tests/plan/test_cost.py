@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["query", "key", "value", "attention", "ffn_gate", "ffn_up"]
 
 # Peak GiB on a chip that libtpu 0.0.52 gives for the compiled step, or says is lacking
-# (docs/log.md).
+# (docs/log/plan.md).
 FIVE = ["value", "attention", "attention_output", "ffn_gate", "ffn_up"]
 FULL = {"remat.policy": "full", "precision.reduce": "float32"}
 DEVICE = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 2, "remat.names": NAMES}

@@ -34,7 +34,7 @@ from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence
 
 # Documents of a sequence that one call takes. Each costs a call about 0.1 ms at 65,536 tokens, used
-# or not, and each further call about 0.9 ms (H200, docs/log.md).
+# or not, and each further call about 0.9 ms (H200, docs/log/gpus.md).
 SPANS = 8
 # The scope of the calls for documents beyond these, which are as many as the data ask for. What
 # reads a compiled program counts none: it takes a sequence for one document.
