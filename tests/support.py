@@ -90,3 +90,24 @@ def events(directory: Path, kind: str) -> list[dict[str, Any]]:
 def deep_but(often: Container[str], names: Iterable[str]) -> list[Any]:
     """Names as parameters of a test, marked `deep` but for those that are tested often."""
     return [pytest.param(name, marks=() if name in often else pytest.mark.deep) for name in names]
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """Every scalar in the event files of a folder, in the order in which TensorBoard reads them."""
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        at = 0
+        while at < len(data):
+            length = int.from_bytes(data[at : at + 8], "little")
+            content = data[at + 12 : at + 12 + length]
+            for start, checked in ((at + 8, data[at : at + 8]), (at + 12 + length, content)):
+                assert int.from_bytes(data[start : start + 4], "little") == masked_crc32c(checked)
+            event = event_pb2.Event.FromString(content)
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            at += 16 + length
+        assert at == len(data)
+    return found

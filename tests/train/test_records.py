@@ -16,7 +16,7 @@ from braeburn.train import records
 from braeburn.train.loop import train
 from braeburn.train.records import Records, json_line
 from braeburn.train.tensorboard import EventFile, forget_after
-from support import events, rows
+from support import events, rows, scalars
 
 
 class Disk:
@@ -103,27 +103,6 @@ def test_a_line_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
     file = Records(path, print, lines=True)
     file.append(json_line({"event": "stop"}))
     assert [event["event"] for event in json_lines(path)] == ["start", "stop"]
-
-
-def scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """Every scalar in the event files of a folder, in the order in which TensorBoard reads them."""
-    from tensorboardX.proto import event_pb2
-    from tensorboardX.record_writer import masked_crc32c
-
-    found = []
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        at = 0
-        while at < len(data):
-            length = int.from_bytes(data[at : at + 8], "little")
-            content = data[at + 12 : at + 12 + length]
-            for start, checked in ((at + 8, data[at : at + 8]), (at + 12 + length, content)):
-                assert int.from_bytes(data[start : start + 4], "little") == masked_crc32c(checked)
-            event = event_pb2.Event.FromString(content)
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-            at += 16 + length
-        assert at == len(data)
-    return found
 
 
 def test_event_files_show_one_history(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
@@ -17,9 +19,9 @@ from braeburn.errors import UserError
 from braeburn.train import guard
 from braeburn.train.guard import check_share_of_skips, check_skips_in_a_row
 from braeburn.train.loop import train
-from braeburn.train.metrics import History, Recorder
+from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.progress import Display
-from support import Answer, braeburn, events, rows
+from support import Answer, braeburn, events, rows, scalars
 
 
 def advised(sentence: str) -> list[list[str]]:
@@ -125,11 +127,33 @@ class Rows(list[dict[str, Any]]):
         self.append(row)
 
 
+def arrays(**metrics: Any) -> dict[str, jax.Array]:
+    """Metrics as a step returns them."""
+    return {name: jnp.asarray(value) for name, value in metrics.items()}
+
+
+def test_whatever_a_step_returns_is_written(tiny: Run, tmp_path: Path) -> None:
+    display = Display(14, Console(file=io.StringIO()))
+    writer = MetricsWriter(tmp_path, 0, print)
+    recorder = Recorder(tiny, "core", writer, display, 1, History())
+    usual = {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 0.5, "skipped": 0}
+    recorder.observe(1, arrays(**usual, z_loss=0.25, load=[0.5, float("nan"), 1.0]), 0.0)
+    recorder.flush()
+    writer.close()
+    (row,) = rows(tmp_path)
+    assert {name: row[name] for name in usual} == usual
+    assert row["z_loss"] == 0.25 and row["load"] == [0.5, None, 1.0]
+    assert ("z_loss", 1, 0.25) in scalars(tmp_path / "tensorboard")
+    recorder.observe(2, arrays(**usual, mfu=0.5), 0.0)
+    with pytest.raises(ValueError, match=r"\['mfu'\], which are names of the row's own"):
+        recorder.flush()
+
+
 def test_the_time_of_a_step_is_that_of_steps_alone(tiny: Run) -> None:
     written = Rows()
     display = Display(14, Console(file=io.StringIO()))
     recorder = Recorder(tiny, "core", written, display, 1, History())  # type: ignore[arg-type]
-    figures = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "skipped": 0}
+    figures = arrays(loss=1.0, grad_norm=1.0, learning_rate=0.1, skipped=0)
     time.sleep(0.3)  # the stage is entered
     with recorder.apart():
         pass

@@ -19,6 +19,8 @@ from braeburn.train.progress import Display
 from braeburn.train.records import Records, json_line
 from braeburn.train.tensorboard import EventFile
 
+# What every step returns; the row has places of their own for these.
+STEP_METRICS = ("loss", "grad_norm", "learning_rate", "skipped")
 # Of the moving average of the loss.
 STEPS_OF_AVERAGE = 50
 
@@ -68,10 +70,7 @@ class MetricsWriter:
         """One step's row; its numbers also go to TensorBoard."""
         if self._quiet:
             return
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
-        self._rows.append(json_line(finite))  # JSON has no NaN
+        self._rows.append(json_line({name: _finite(value) for name, value in row.items()}))
         numbers = {
             name: v for name, v in row.items() if name != "step" and isinstance(v, int | float)
         }
@@ -94,6 +93,13 @@ class MetricsWriter:
             return
         self._rows.close()
         self._events.close()
+
+
+def _finite(value: Any) -> Any:
+    """A value, or lists of values, with None for what JSON cannot hold."""
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class History:
@@ -170,7 +176,13 @@ class Recorder:
         self._last = time.monotonic()
 
     def observe(self, step: int, metrics: dict[str, Any], data_seconds: float) -> None:
-        """Takes the metrics of `step`, just dispatched, and writes the row of the one before."""
+        """Takes the metrics of `step`, just dispatched, and writes the row of the one before.
+
+        Args:
+            step: steps made, with this one.
+            metrics: arrays by name: those of `STEP_METRICS`, and whatever else the step returns.
+            data_seconds: that the step waited for its batch.
+        """
         self.flush()
         self._pending = (step, metrics, data_seconds)
 
@@ -196,7 +208,7 @@ class Recorder:
             return
         step, metrics, data_seconds = self._pending
         self._pending = None
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         tokens_per_second = self._stage.batch_tokens / seconds
@@ -209,7 +221,6 @@ class Recorder:
             "tokens": self._first_token + (step - self._first_step) * self._stage.batch_tokens,
             "loss": values["loss"],
             "loss_average": self._history.loss_average,
-            **{name: values[name] for name in ("distillation_loss",) if name in values},
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens_per_second": tokens_per_second,
@@ -218,6 +229,10 @@ class Recorder:
             "data_seconds": data_seconds,
             "skipped": skipped,
         }
+        others = {name: value for name, value in values.items() if name not in STEP_METRICS}
+        if taken := row.keys() & others.keys():
+            raise ValueError(f"the step returns {sorted(taken)}, which are names of the row's own")
+        row |= others
         self.writer.write(row)
         self._display.step(row, step - self._first_step)
         in_a_row = self._history.skipped_in_a_row
