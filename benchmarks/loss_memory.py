@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from braeburn.config import AdamW, Data, Model, Precision, Run, Source, Stage
+from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, initialize
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy
@@ -26,7 +27,7 @@ from braeburn.train.stages import (
     stage_optimizer,
     stage_step,
 )
-from braeburn.train.step import Batch, train_step
+from braeburn.train.step import train_step
 
 WANTED = 5.0
 TOLERANCE = 1e-5

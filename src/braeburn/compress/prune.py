@@ -22,6 +22,7 @@ from braeburn.config import (
     validate,
 )
 from braeburn.data.loader import Batches
+from braeburn.data.packing import Batch
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
@@ -36,7 +37,6 @@ from braeburn.train.loop import calibration, train
 from braeburn.train.progress import tracked
 from braeburn.train.stages import abstract_params, layout_of, model_at
 from braeburn.train.state import TrainState
-from braeburn.train.step import Batch
 from braeburn.train.trained import found_run, ordinary_step, read_tokenizer, received_run
 
 STAGE = "prune"

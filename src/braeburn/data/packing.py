@@ -4,7 +4,7 @@ evaluate on.
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Where a teacher's words are read too, teacher_ids: int32 and teacher_log_probs: float32, [T, k] in
 # a row, [B, T, k] in a batch.
 Row = dict[str, np.ndarray]
-Batch = dict[str, np.ndarray]
+# Batches are of NumPy, on devices, or abstract.
+Batch = dict[str, Any]
 
 
 class Sequences:

@@ -328,7 +328,7 @@ class TokenStore:
         """
         if not 0 <= start <= stop <= self.tokens + 1:
             raise IndexError(f"tokens {start}:{stop} are not within the store's {self.tokens}")
-        pieces: list[Any] = cut(self._tokens, self._shard_tokens, start, stop)
+        pieces: list[Any] = pieces_of(self._tokens, self._shard_tokens, start, stop)
         end = [self.begin] * (stop - max(start, self.tokens))
         return np.concatenate([*pieces, end], dtype=np.int32, casting="unsafe")
 
@@ -379,7 +379,7 @@ def allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
-def cut(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[np.ndarray]:
+def pieces_of(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[np.ndarray]:
     """What shards of `size` values each, the last of fewer, hold of the positions [start, stop), in
     pieces.
     """

@@ -28,7 +28,14 @@ from braeburn.data.manifest import (
     write,
 )
 from braeburn.data.packing import Batch, batched, windows
-from braeburn.data.store import TokenStore, allow_open_files, cut, in_shards, map_file, writing
+from braeburn.data.store import (
+    TokenStore,
+    allow_open_files,
+    in_shards,
+    map_file,
+    pieces_of,
+    writing,
+)
 from braeburn.disk import check_space, locked
 from braeburn.errors import UserError
 
@@ -314,7 +321,7 @@ class TeacherStore:
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"positions {start}:{stop} are not within the store's {self.tokens}")
-        pieces = cut(self._parts, self._part_tokens, start, stop)
+        pieces = pieces_of(self._parts, self._part_tokens, start, stop)
         entries = np.concatenate([np.empty(0, self._dtype), *pieces])
         return entries["ids"].astype(np.int32), entries["log_probs"].astype(np.float32)
 

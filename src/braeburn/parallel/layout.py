@@ -19,12 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from braeburn.config import NO_OFFLOAD, ONE_DEVICE, Mesh, Offload
+from braeburn.data.packing import Batch
 from braeburn.parallel.mesh import build
 from braeburn.parallel.rules import BATCH, LENGTH, Kind, partition
 from braeburn.parallel.sequence import zigzag
 
 Tree = Any
-Batch = dict[str, Any]
+
 HOST = "pinned_host"
 
 

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from braeburn.config import Model, Precision, Pruning, Run
+from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, map_params_like, map_specs
 from braeburn.models.decoder import param_specs
 from braeburn.parallel.layout import Layout
 from braeburn.train.state import TrainState
-from braeburn.train.step import Batch, Use
+from braeburn.train.step import Use
 from braeburn.transforms import importance
 from braeburn.transforms.pruning import kept, masked, masks, score_specs, sliced
 from braeburn.transforms.quantization import factor_specs, quantized

@@ -19,6 +19,7 @@ from braeburn.config import Model, Run, Stage, validate
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.mixture import rounded_shares
+from braeburn.data.packing import Batch
 from braeburn.data.prepare import Prepared, prepare, used_sources
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import check_space, explaining
@@ -59,7 +60,6 @@ from braeburn.train.stages import (
     started_state,
 )
 from braeburn.train.state import TrainState
-from braeburn.train.step import Batch
 from braeburn.train.teaching import (
     FindTeacher,
     Teacher,

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from braeburn.config import Mesh, Model, Run, Stage
+from braeburn.data.packing import Batch
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, abstract, initialize, walk
 from braeburn.models import decoder
@@ -23,7 +24,7 @@ from braeburn.parallel.rules import check
 from braeburn.train.compilation import compiler_flags
 from braeburn.train.compression import of_model, trained_specs, use_of
 from braeburn.train.state import TrainState, new_state
-from braeburn.train.step import Batch, train_step
+from braeburn.train.step import train_step
 
 
 def model_at(run: Run, step: int) -> tuple[Model, int]:

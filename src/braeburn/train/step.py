@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from braeburn.data.packing import Batch
 from braeburn.train.state import TrainState
 
-# Arrays [B, ...] by name; abstract or of NumPy as well.
-Batch = dict[str, Any]
 # (params, batch, ...) -> (what is minimised, metrics); both are weighted sums over tokens, by
 # `weights` of the batch.
 LossFunction = Callable[..., tuple[Array, dict[str, Array]]]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from braeburn.config import Model, Run, read_run
-from braeburn.data.loader import Batch
+from braeburn.data.packing import Batch
 from braeburn.data.prepare import Prepared
 from braeburn.data.teacher_store import TeacherStore, build_teacher_store
 from braeburn.data.tokenizer import Tokenizer
