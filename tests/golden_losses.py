@@ -31,7 +31,7 @@ from braeburn.config import (
 )
 from braeburn.layers.spec import initialize
 from braeburn.models.decoder import param_specs
-from braeburn.optim.build import begin_stage
+from braeburn.optim.guard import begin_stage
 from braeburn.train.compression import enter
 from braeburn.train.stages import compile_stage, initial_state, layout_of
 

@@ -252,9 +252,9 @@ def test_provenance_tells_default_recipe_and_command_line_apart() -> None:
         ({"stages.core.learning_rate": float("nan")}, "learning_rate=nan is not valid"),
         (
             {"optimizer.kind": "sgd"},
-            "optimizer.kind='sgd' is not valid: it must be 'afm' or 'adamw'",
+            "optimizer.kind='sgd' is not valid: it must be 'adamw' or 'afm'",
         ),
-        ({"optimizer.kind": ["afm"]}, "optimizer.kind=.* must be 'afm' or 'adamw'"),
+        ({"optimizer.kind": ["afm"]}, "optimizer.kind=.* must be 'adamw' or 'afm'"),
         (
             {"mesh.data": 0},
             "mesh: data=0 leaves no device; set data to 1, or to -1 for all devices left",

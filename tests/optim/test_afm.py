@@ -12,7 +12,8 @@ import pytest
 
 from braeburn.config import AdamW, AfmOptimizer, Model, Pruning, Schedule, Stage
 from braeburn.layers.spec import ParamSpec
-from braeburn.optim.build import begin_stage, build_optimizer
+from braeburn.optim.build import build_optimizer
+from braeburn.optim.guard import begin_stage
 
 D_MODEL = 1536
 SPECS = {

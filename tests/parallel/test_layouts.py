@@ -13,7 +13,7 @@ from braeburn.config import AdamW, Mesh, Run, override
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.layers.spec import walk
-from braeburn.optim.build import begin_stage
+from braeburn.optim.guard import begin_stage
 from braeburn.train.stages import compile_stage, initial_state, layout_of
 from support import deep_but
 

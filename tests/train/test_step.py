@@ -13,7 +13,8 @@ from braeburn.config import AdamW, Model, Precision, Remat, Schedule, Stage
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy
-from braeburn.optim.build import OptimizerState, build_optimizer
+from braeburn.optim.build import build_optimizer
+from braeburn.optim.guard import OptimizerState
 from braeburn.train.state import new_state
 from braeburn.train.step import train_step
 

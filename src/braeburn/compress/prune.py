@@ -45,7 +45,6 @@ LEARN_FROM_TEXT = ("soft_top_k", "activation")
 # Of the stage that prunes a model which was not trained here.
 LONGEST_SEQUENCE = 1024
 BATCH_TOKENS = 8192
-LEARNING_RATES = {"adamw": 1e-4, "afm": 1e-3}  # those of fine-tuning
 # Of the tokens that a run has seen, those that masks are learned on: 188B of 6.3T (arXiv
 # 2407.21075).
 SHARE_OF_TOKENS = 0.03
@@ -182,7 +181,7 @@ def _on_text(run: Run, model: Model, text: Source) -> Run:
             sequence_length=length,
             batch_tokens=max(1, BATCH_TOKENS // length) * length,
             mixture={TEXT: 1.0},
-            learning_rate=LEARNING_RATES[run.optimizer.kind],
+            learning_rate=run.optimizer.fine_tuning_rate,
         )
         changes = {"stages": {STAGE: stage}}
     data = run.data.model_copy(update={"sources": {TEXT: text}})

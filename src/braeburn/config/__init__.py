@@ -37,7 +37,7 @@ from braeburn.config.directory import read_identity, read_run
 from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
 from braeburn.config.mesh import ONE_DEVICE, AxisSize, Mesh, MeshAxis
 from braeburn.config.model import LARGEST_SIZES, Model, RopeScaling
-from braeburn.config.optimizer import AdamW, AfmOptimizer, Optimizer
+from braeburn.config.optimizers import AdamW, AfmOptimizer, Optimizer, OptimizerConfig
 from braeburn.config.run import Checkpoint, Evaluation, Run, StageModels, validate
 from braeburn.config.stage import Schedule, Stage
 
@@ -66,6 +66,7 @@ __all__ = [
     "Offload",
     "OneOrMore",
     "Optimizer",
+    "OptimizerConfig",
     "Positive",
     "Precision",
     "PrunedAxis",

@@ -12,7 +12,7 @@ from braeburn.config.data import Source
 from braeburn.config.memory import Remat
 from braeburn.config.mesh import Mesh
 from braeburn.config.model import RopeScaling
-from braeburn.config.optimizer import AdamW, AfmOptimizer
+from braeburn.config.optimizers import KINDS, AfmOptimizer
 from braeburn.config.run import Run, validate
 from braeburn.config.stage import Stage
 from braeburn.errors import UserError, did_you_mean
@@ -72,7 +72,7 @@ def override(run: Run, assignments: Mapping[str, Any]) -> Run:
     if kind != run.optimizer.kind:
         # The other kind has other fields, which may be assigned before or after it.
         fields["optimizer"] = {}
-        run = run.model_copy(update={"optimizer": AdamW() if kind == "adamw" else AfmOptimizer()})
+        run = run.model_copy(update={"optimizer": KINDS.get(str(kind), AfmOptimizer)()})
     # A recipe leaves the kind to the type, and so out of the fields that it sets.
     fields["optimizer"] = {"kind": kind, **fields.get("optimizer", {})}
     for path, value in assignments.items():

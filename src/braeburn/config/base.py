@@ -103,8 +103,10 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def explain_validation_error(error: ValidationError) -> str:
     """The first problem of a validation as one sentence that names field, value and fix."""
     problem = error.errors()[0]
-    # The discriminator of a union appears in the location, but is no field.
-    path = ".".join(str(part) for part in problem["loc"] if part not in ("afm", "adamw"))
+    place = list(problem["loc"])
+    if place[:1] == ["optimizer"]:
+        del place[1:2]  # its kind, which tells what other fields it has and is none itself
+    path = ".".join(map(str, place))
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         if problem["loc"][-1:] == ("[key]",):
@@ -119,7 +121,8 @@ def explain_validation_error(error: ValidationError) -> str:
         kind = (
             problem["input"].get("kind") if isinstance(problem["input"], dict) else problem["input"]
         )
-        return f"{path}.kind={_short(kind)} is not valid: it must be 'afm' or 'adamw'"
+        known = problem["ctx"]["expected_tags"].replace(", ", " or ")
+        return f"{path}.kind={_short(kind)} is not valid: it must be {known}"
     reason = problem["msg"].removeprefix("Input ")
     return f"{path or 'the run'}={_short(problem['input'])} is not valid: it {reason}"
 

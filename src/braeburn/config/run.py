@@ -11,7 +11,7 @@ from braeburn.config.data import Data
 from braeburn.config.memory import NO_OFFLOAD, Offload, Precision, Remat
 from braeburn.config.mesh import Mesh
 from braeburn.config.model import Model
-from braeburn.config.optimizer import AfmOptimizer, Optimizer
+from braeburn.config.optimizers import AfmOptimizer, Optimizer
 from braeburn.config.stage import Stage
 from braeburn.errors import UserError, did_you_mean
 

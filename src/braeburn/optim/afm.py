@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from braeburn.config import AfmOptimizer
+from braeburn.config import AfmOptimizer, Model
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
+from braeburn.optim.definition import Definition
 
 
 class AfmState(NamedTuple):
@@ -21,7 +22,7 @@ class AfmState(NamedTuple):
 
 
 def scale_by_afm(
-    optimizer: AfmOptimizer, specs: Tree, d_model: int
+    optimizer: AfmOptimizer, specs: Tree, model: Model
 ) -> optax.GradientTransformation:
     """Clipped gradients to updates before the learning rate.
 
@@ -30,7 +31,7 @@ def scale_by_afm(
     without bias correction. Matrices are scaled by min(mup_base_width / d_model, 1): muP-simple,
     arXiv 2309.14322, section 3.2.4.
     """
-    mup_scale = min(optimizer.mup_base_width / d_model, 1.0)
+    mup_scale = min(optimizer.mup_base_width / model.d_model, 1.0)
 
     def init(params: Tree) -> AfmState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -62,3 +63,11 @@ def scale_by_afm(
         return updates, AfmState(count, second_moment, new_momentum)
 
     return optax.GradientTransformation(init, update)
+
+
+DEFINITION = Definition(
+    direction=scale_by_afm,
+    second_moment=lambda state: state.second_moment,
+    weight_decay=lambda stage: stage.weight_decay,
+    no_decay=frozenset(),
+)

@@ -13,7 +13,7 @@ from braeburn.errors import UserError
 from braeburn.hardware.catalogue import Chip, Figure, weakest
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
-from braeburn.plan.cost import MOMENTS, Estimate, divided_work, estimate_work, labelling_seconds
+from braeburn.plan.cost import Estimate, divided_work, estimate_work, labelling_seconds
 from braeburn.plan.forward import FLOAT, Pass
 from braeburn.plan.goodput import goodput
 from braeburn.plan.search import Candidate, candidates, larger_targets
@@ -95,7 +95,8 @@ def _plan(
         confidences.append(best.confidence)
         state = max(
             state,
-            (FLOAT + MOMENTS) * Pass(run, stage, first.sizes, run.models()[name].trained).shard,
+            (FLOAT + run.optimizer.state_bytes)
+            * Pass(run, stage, first.sizes, run.models()[name].trained).shard,
         )
         stages[name] = {
             "layouts": [

@@ -69,10 +69,8 @@ EFFICIENCY = {
 # To the host and back, each way, per chip: PCIe 4.0 x16 at three quarters, shared by two chips.
 HOST_GB_PER_S = 12.0
 
-# Bytes of optimizer state, and bytes that an update reads and writes, for each parameter.
-MOMENTS, UPDATE = 2 * FLOAT, 10 * FLOAT
-# And to mask or round one: it is read and written, then its gradient, for which it is read once
-# more.
+# Bytes read and written to mask or round a parameter: it is read and written, then its gradient,
+# for which it is read once more.
 REMADE = 5 * FLOAT
 
 
@@ -228,7 +226,7 @@ class Work(Pass):
         copied = (
             4 * (self._kept_bytes(self.saved) + self._passed_on) * self.stage.accumulation_steps
         )
-        updated = self.shard * UPDATE + self.remade_shard * REMADE
+        updated = self.shard * self.run.optimizer.update_bytes + self.remade_shard * REMADE
         return (layers + logits) / self.mesh.tensor + updated + summed + copied + self._repacked
 
     @cached_property
@@ -266,7 +264,9 @@ class Work(Pass):
         """Moved between device and host in a step, both ways."""
         offload = self.run.offload
         activations = 2 * self._kept_bytes(set(offload.activations)) * self.stage.accumulation_steps
-        return activations + (2 * MOMENTS * self.shard if offload.optimizer else 0)
+        return activations + (
+            2 * self.run.optimizer.state_bytes * self.shard if offload.optimizer else 0
+        )
 
     def memory(self) -> dict[str, float]:
         """GiB on a device at the step's fullest moment, by part."""
@@ -286,7 +286,9 @@ class Work(Pass):
         teacher = self.teaching.working_bytes - kept if self.teaching else 0.0
         parts = {
             "parameters": FLOAT * self.shard,
-            "optimizer": 0.0 if self.run.offload.optimizer else MOMENTS * self.shard,
+            "optimizer": 0.0
+            if self.run.offload.optimizer
+            else self.run.optimizer.state_bytes * self.shard,
             "gradients": FLOAT * self.shard * (1 + (self.stage.accumulation_steps > 1)),
             "activations": kept,
             "workspace": max(layer, loss, teacher),

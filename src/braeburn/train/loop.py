@@ -25,7 +25,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import check_space, explaining
 from braeburn.errors import Interrupted, UserError
 from braeburn.layers.spec import Tree
-from braeburn.optim.build import begin_stage
+from braeburn.optim.guard import begin_stage
 from braeburn.parallel.agreement import (
     AnyProcess,
     main_first,

@@ -21,13 +21,13 @@ from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Literal
 
-from braeburn.config import ONE_DEVICE, AfmOptimizer, Checkpoint, Mesh, Run
+from braeburn.config import ONE_DEVICE, Checkpoint, Mesh, Run
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
-from braeburn.optim.build import begin_stage
+from braeburn.optim.guard import begin_stage
 from braeburn.train.compression import enter
 from braeburn.train.loop import calibration, train
 from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
@@ -199,10 +199,8 @@ def refusal(run: Run) -> str:
 
 
 def tolerance(run: Run) -> float:
-    """What losses in float32 may differ by, relatively: the first updates of AFM's optimizer
-    amplify rounding.
-    """
-    return 1e-4 if isinstance(run.optimizer, AfmOptimizer) else 1e-5
+    """What losses in float32 may differ by, relatively."""
+    return run.optimizer.tolerance
 
 
 def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) -> list[Check]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from braeburn.config import (
     PRUNABLE,
-    AdamW,
     Checkpoint,
     Distillation,
     Evaluation,
@@ -58,9 +57,8 @@ def shrink(run: Run, num_devices: int) -> Run:
     run = with_stand_in(run)
     model = _model(run.model)
     # The narrower a model, the larger the steps that it takes; muP allows for that by itself.
-    faster = (
-        math.sqrt(run.model.d_model / model.d_model) if isinstance(run.optimizer, AdamW) else 1.0
-    )
+    narrower = 1.0 if run.optimizer.is_width_free else run.model.d_model / model.d_model
+    faster = math.sqrt(narrower)
     shortest = min(stage.sequence_length for stage in run.stages.values())
     stages: dict[str, Stage] = {}
     small = model
