@@ -646,3 +646,10 @@ def test_explain_warns_of_shares_that_are_rounded() -> None:
     (line,) = json.loads(braeburn(*arguments, "--json").out)["warnings"]
     assert line.startswith(warning)
     assert json.loads(braeburn("explain", "quickstart", "--json").out)["warnings"] == []
+
+
+def test_a_stage_may_have_the_name_of_an_optimizer() -> None:
+    fields = RUNS["quickstart"].model_dump()
+    fields["stages"] = {"afm": fields["stages"]["core"] | {"tokens": 0}}
+    with pytest.raises(UserError, match=r"stages\.afm\.tokens=0 is not valid"):
+        config.validate(fields)
