@@ -10,6 +10,7 @@ standard library. Exits with 1 where a command fails, where float32 differs by m
 average over the last ten steps, or where the disturbed run differs at all.
 """
 
+import argparse
 import atexit
 import json
 import os
@@ -80,7 +81,11 @@ def difference(a: list[float], b: list[float], last: int = 0) -> float:
 
 def main() -> int:
     """Runs it all; returns the exit code."""
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder for the runs")
+    out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     settings = [part for path, value in SETTINGS.items() for part in ("--set", f"{path}={value}")]
 
