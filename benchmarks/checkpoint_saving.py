@@ -52,7 +52,7 @@ def main() -> None:
     )
     for gigabytes in options.gigabytes:
         state = state_of(gigabytes)
-        for checksums in ("with" == has for has in options.checksums):
+        for checksums in (has == "with" for has in options.checksums):
             times = [measure(state, checksums, options.folder) for _ in range(options.repeat)]
             returned, complete, restored = map(statistics.median, zip(*times, strict=True))
             has = "with" if checksums else "without"
