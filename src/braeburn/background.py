@@ -117,19 +117,17 @@ def ending_process(before: Callable[[], None]) -> Iterator[None]:
         yield
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if not still_running():
-            _end_in_time(code)
-            raise
+        raise
     except BaseException:
-        if not still_running():
-            _end_in_time(1)
-            raise
-        sys.excepthook(*sys.exc_info())
         code = 1
-    if still_running():
-        before()
-        _end(code)
-    _end_in_time(code)
+        if still_running():
+            sys.excepthook(*sys.exc_info())
+        raise
+    finally:
+        if still_running():
+            before()
+            _end(code)
+        _end_in_time(code)
 
 
 def _end_in_time(code: int) -> None:

@@ -1,10 +1,9 @@
-"""The optimizers that a run can name: a module for each, which the last import lists."""
+"""The optimizers that a run can name: a module for each, which the imports list."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
-from braeburn.config.optimizers import adamw, afm  # noqa: F401
 from braeburn.config.optimizers.adamw import AdamW
 from braeburn.config.optimizers.afm import AfmOptimizer
 from braeburn.config.optimizers.base import OptimizerConfig
