@@ -65,7 +65,7 @@ def demonstrate(recipe: str, out: Path, max_new_tokens: int) -> dict[str, Any]:
         UserError: training failed, or was stopped before its end.
     """
     from braeburn import recipes
-    from braeburn.train.compilation import cache_compilations
+    from braeburn.train.compiler_flags import cache_compilations
     from braeburn.train.loop import train
 
     run = recipes.load(recipe)

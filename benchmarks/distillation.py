@@ -23,7 +23,7 @@ from braeburn.config import (
     Data,
     Distillation,
     Evaluation,
-    Model,
+    ModelConfig,
     Precision,
     Run,
     Schedule,
@@ -31,7 +31,7 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.errors import UserError
-from braeburn.train.compilation import cache_compilations
+from braeburn.train.compiler_flags import cache_compilations
 from braeburn.train.loop import train
 from corpora import sources
 
@@ -68,7 +68,7 @@ def small_run(
     )
     return Run(
         name="student" if teacher else "teacher",
-        model=Model(
+        model=ModelConfig(
             vocab_size=512,
             d_model=width,
             num_layers=arguments.layers if teacher else arguments.teacher_layers,

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from braeburn.config import Distillation, Model, Precision, Remat
+from braeburn.config import Distillation, ModelConfig, Precision, Remat
 from braeburn.layers.spec import Tree, abstract, count
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy, distillation
@@ -25,9 +25,9 @@ WANTED = 1.3
 KINDS = get_args(Distillation.model_fields["target"].annotation)
 
 
-def models(vocab_size: int, width: int, layers: int) -> tuple[Model, Model]:
+def models(vocab_size: int, width: int, layers: int) -> tuple[ModelConfig, ModelConfig]:
     """The student, and a teacher twice as wide."""
-    student = Model(
+    student = ModelConfig(
         vocab_size=vocab_size,
         d_model=width,
         num_layers=layers,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers import attention
 from braeburn.layers.attention import cudnn
 from braeburn.parallel.sequence import zigzag
@@ -102,7 +102,7 @@ def found_in_shards(given: tuple[np.ndarray, ...], shards: int) -> tuple[np.ndar
     """The same by packed attention over context shards, one after the other on one GPU."""
     order = zigzag(given[0].shape[1], shards)
     query, key, value, gradient = (jnp.asarray(x, jnp.bfloat16) for x in given[:4])
-    mesh, length = Mesh(fsdp=1, context=shards), given[0].shape[1] // shards
+    mesh, length = MeshConfig(fsdp=1, context=shards), given[0].shape[1] // shards
     segments = jnp.asarray(given[4])
     real_index = cudnn.axis_index
     parts, sums = [], [np.zeros(key.shape), np.zeros(key.shape)]

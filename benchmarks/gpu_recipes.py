@@ -6,7 +6,7 @@ and layer, two bytes for each value that remat keeps. AdamW; `--set optimizer.ki
 command line takes the other one.
 """
 
-from braeburn.config import AdamW, Data, Model, NamedActivation, Remat, Run, Source, Stage
+from braeburn.config import AdamW, Data, ModelConfig, NamedActivation, Remat, Run, Source, Stage
 
 SEQUENCE_LENGTH = 4096
 # With these no product but those that feed query and key is computed twice.
@@ -24,7 +24,7 @@ ATTENTION_ONLY: tuple[NamedActivation, ...] = ("query", "key", "value", "attenti
 
 
 def _run(
-    name: str, model: Model, sequences: int, kept: tuple[NamedActivation, ...] = ALL_PRODUCTS
+    name: str, model: ModelConfig, sequences: int, kept: tuple[NamedActivation, ...] = ALL_PRODUCTS
 ) -> Run:
     return Run(
         name=name,
@@ -45,8 +45,8 @@ def _run(
     )
 
 
-def _model(d_model: int, num_layers: int, num_heads: int, ffn_dim: int) -> Model:
-    return Model(
+def _model(d_model: int, num_layers: int, num_heads: int, ffn_dim: int) -> ModelConfig:
+    return ModelConfig(
         vocab_size=151_936,
         d_model=d_model,
         num_layers=num_layers,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from braeburn.config import AdamW, Data, Model, Precision, Run, Source, Stage
+from braeburn.config import AdamW, Data, ModelConfig, Precision, Run, Source, Stage
 from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, initialize
 from braeburn.models import decoder
@@ -44,7 +44,7 @@ def small_run(vocab_size: int, tokens: int, sequence_length: int) -> Run:
     )
     return Run(
         name="loss-memory",
-        model=Model(
+        model=ModelConfig(
             vocab_size=vocab_size,
             d_model=64,
             num_layers=1,

@@ -122,7 +122,7 @@ def demonstrate(recipe: str, out: Path) -> dict[str, Any]:
     """
     from braeburn.data.prepare import prepare
     from braeburn.data.tokenizer import Tokenizer
-    from braeburn.train.compilation import cache_compilations
+    from braeburn.train.compiler_flags import cache_compilations
     from braeburn.train.loop import train
 
     if importlib.util.find_spec("gguf") is None:

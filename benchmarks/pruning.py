@@ -22,7 +22,7 @@ from braeburn.config import (
     Checkpoint,
     Data,
     Evaluation,
-    Model,
+    ModelConfig,
     Precision,
     Pruning,
     Run,
@@ -32,7 +32,7 @@ from braeburn.config import (
 )
 from braeburn.errors import UserError
 from braeburn.jsonfile import json_lines
-from braeburn.train.compilation import cache_compilations
+from braeburn.train.compiler_flags import cache_compilations
 from braeburn.train.loop import train
 from corpora import sources
 
@@ -46,7 +46,7 @@ def base_run(arguments: argparse.Namespace, found: dict[str, Source], seed: int)
     """The larger model and what all runs share, with no stage yet."""
     return Run(
         name="pruning",
-        model=Model(
+        model=ModelConfig(
             vocab_size=512,
             d_model=arguments.d_model,
             num_layers=arguments.layers,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.layers.attention.ring import ring_attention
 
 SHARDS = (2, 4, 8, 16)
@@ -26,7 +26,7 @@ def bytes_per_device(
     shards: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> int:
     """Arguments, results and temporaries of one of `shards` devices, for a bfloat16 sequence."""
-    mesh = Mesh(fsdp=1, context=shards, context_attention="ring")
+    mesh = MeshConfig(fsdp=1, context=shards, context_attention="ring")
 
     def total(
         query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array

@@ -30,7 +30,7 @@ TOP_K = 8
 
 RECIPE = """
 from braeburn.config import ONE_DEVICE, AdamW, Data, Distillation, Evaluation
-from braeburn.config import Model, Precision, Run, Schedule, Source
+from braeburn.config import ModelConfig, Precision, Run, Schedule, Source
 from braeburn.config import Stage
 
 
@@ -45,7 +45,7 @@ def stage(steps, **fields):
 def run():
     return Run(
         name="teacher-cache",
-        model=Model(
+        model=ModelConfig(
             vocab_size={vocab_size}, d_model=64, num_layers=2,
             num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=128,
         ),

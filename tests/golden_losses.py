@@ -18,8 +18,8 @@ from braeburn.config import (
     AfmOptimizer,
     Data,
     Distillation,
-    Mesh,
-    Model,
+    MeshConfig,
+    ModelConfig,
     Precision,
     Pruning,
     Quantization,
@@ -70,9 +70,9 @@ OPTIMIZERS: dict[str, tuple[Any, float, float]] = {
     "adamw": (AdamW(), 3e-3, 0.1),
 }
 MESHES = {
-    "one device": Mesh(fsdp=1),
-    "fsdp 2 x tensor 2": Mesh(fsdp=2, tensor=2),
-    "ring of 2": Mesh(fsdp=1, context=2, context_attention="ring"),
+    "one device": MeshConfig(fsdp=1),
+    "fsdp 2 x tensor 2": MeshConfig(fsdp=2, tensor=2),
+    "ring of 2": MeshConfig(fsdp=1, context=2, context_attention="ring"),
 }
 # Stages that do more than train a model, on the Qwen3 shape under AdamW.
 COMPRESSIONS: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def run_of(family: str, optimizer: str, mesh: str, **stage: Any) -> Run:
     tokens = SEQUENCES * LENGTH
     return Run(
         name="golden",
-        model=Model(**SIZES, **FAMILIES[family]),
+        model=ModelConfig(**SIZES, **FAMILIES[family]),
         stages={
             "core": Stage(
                 tokens=STEPS * tokens,

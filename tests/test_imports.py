@@ -12,7 +12,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("recipes",),
-    ("plan", "launch", "verify", "interop", "evaluate", "compress"),
+    ("plan", "launch", "verify", "interop", "evaluate", "prune"),
     ("train",),
     ("objectives",),
     ("transforms",),

@@ -502,11 +502,11 @@ def test_cache_that_cannot_be_written(store: TokenStore, tmp_path: Path) -> None
 
 def test_labels_are_laid_out_with_their_tokens() -> None:
     """Entries [B, T, k] are split over batch and sequence as the tokens [B, T] are."""
-    from braeburn.config import Mesh
+    from braeburn.config import MeshConfig
     from braeburn.parallel.layout import Layout
     from braeburn.parallel.mesh import build as build_mesh
 
-    mesh = Mesh(fsdp=2, context=2)
+    mesh = MeshConfig(fsdp=2, context=2)
     layout = Layout(mesh, build_mesh(mesh), {})
     inputs = np.arange(4 * 16, dtype=np.int32).reshape(4, 16)
     placed = layout.place(

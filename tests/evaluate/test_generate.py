@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braeburn.config import Model, Precision, RopeScaling
+from braeburn.config import ModelConfig, Precision, RopeScaling
 from braeburn.errors import UserError
 from braeburn.evaluate.generate import (
     Sampling,
@@ -33,8 +33,8 @@ SIZES = {
     "head_dim": 8,
     "ffn_dim": 64,
 }
-QWEN3 = Model(**SIZES)
-LLAMA = Model(
+QWEN3 = ModelConfig(**SIZES)
+LLAMA = ModelConfig(
     **SIZES,
     qk_norm=False,
     tied_embeddings=False,
@@ -44,7 +44,7 @@ models = pytest.mark.parametrize("model", [QWEN3, LLAMA], ids=["qwen3", "llama"]
 PROMPTS = [[5, 17, 3], [42], list(range(1, 71)), [9] * 12]
 
 
-def make_params(model: Model) -> Tree:
+def make_params(model: ModelConfig) -> Tree:
     """Random weights, large enough in the layers for text that does not repeat itself; drawn
     without compiling.
     """
@@ -60,13 +60,13 @@ def make_params(model: Model) -> Tree:
 
 
 @jax.jit(static_argnames="model")
-def _logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
+def _logits(params: Tree, tokens: jax.Array, model: ModelConfig) -> jax.Array:
     positions = jnp.arange(tokens.shape[1])[None]
     hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
     return jnp.einsum("TD,VD->TV", hidden[0], decoder.head_matrix(params))
 
 
-def all_logits(params: Tree, tokens: list[int], model: Model) -> np.ndarray:
+def all_logits(params: Tree, tokens: list[int], model: ModelConfig) -> np.ndarray:
     """Logits after every token, without a cache; padded on the right, where causality makes it
     harmless.
     """
@@ -75,7 +75,9 @@ def all_logits(params: Tree, tokens: list[int], model: Model) -> np.ndarray:
     return np.asarray(_logits(params, padded, model))[: len(tokens)]
 
 
-def greedy(params: Tree, prompts: list[list[int]], model: Model, **options) -> list[list[int]]:
+def greedy(
+    params: Tree, prompts: list[list[int]], model: ModelConfig, **options
+) -> list[list[int]]:
     return generate(
         params, prompts, model, FLOAT32, **({"max_new_tokens": 40, "temperature": 0.0} | options)
     )

@@ -17,7 +17,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braeburn.config import Model, Precision
+from braeburn.config import ModelConfig, Precision
 from braeburn.data.corpus import Document
 from braeburn.data.loader import held_out_batches
 from braeburn.data.store import TokenStore, build_store
@@ -35,7 +35,7 @@ TEXTS = [
     "the lazy dog, and over that dog's own shadow " * 6,
 ]
 TOKENIZER = train(TEXTS * 3, 280)
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=300, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24
 )
 FLOAT32 = Precision(compute="float32")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.errors import UserError
 from braeburn.hardware.links import DCN_HOP_SECONDS, HOP_SECONDS, OTHER_HOP_SECONDS, Links
 from braeburn.hardware.targets import parse_target
@@ -13,7 +13,7 @@ from braeburn.hardware.torus import placements
 GB = 1e9
 SLICES = parse_target("v4:8x1024")  # of 8 x 8 x 16 chips, each with six links of 50 GB/s one way
 TORUS = {"fsdp": (8, 8, 4), "tensor": (1, 1, 4)}
-SERVER = Mesh(replica=8, fsdp=256, tensor=4, torus=TORUS)
+SERVER = MeshConfig(replica=8, fsdp=256, tensor=4, torus=TORUS)
 
 
 def test_axes_of_a_torus_have_the_links_of_its_dimensions() -> None:
@@ -43,7 +43,7 @@ def test_what_crosses_slices_is_shared_out_by_the_chips_of_each() -> None:
     speed = 6.25 * 0.8
     reduced = links.seconds("all-reduce", GB, ("replica",))
     assert reduced == pytest.approx(2 * (7 / 8 / speed + DCN_HOP_SECONDS * 3))
-    wide = Links(SLICES, Mesh(fsdp=2048, tensor=4, torus=TORUS))
+    wide = Links(SLICES, MeshConfig(fsdp=2048, tensor=4, torus=TORUS))
     across = wide.seconds("all-gather", 1000 * GB, ("fsdp",))
     assert across == pytest.approx(
         max(1000 / 256 * 7 / 8 / speed, 1000 * 255 / 256 / (45 * 4.5)), rel=0.01
@@ -52,7 +52,7 @@ def test_what_crosses_slices_is_shared_out_by_the_chips_of_each() -> None:
 
 
 def test_axes_of_gpus_stay_within_a_node_as_far_as_it_goes() -> None:
-    links = Links(parse_target("h100:64"), Mesh(fsdp=16, tensor=4))
+    links = Links(parse_target("h100:64"), MeshConfig(fsdp=16, tensor=4))
     assert links.seconds("all-gather", GB, ("tensor",)) == pytest.approx(
         0.75 / (450 * 0.8) + OTHER_HOP_SECONDS
     )
@@ -63,7 +63,7 @@ def test_axes_of_gpus_stay_within_a_node_as_far_as_it_goes() -> None:
 
 
 def test_unknown_networks_stay_unknown() -> None:
-    links = Links(parse_target("s4000:16"), Mesh(data=2, fsdp=8))
+    links = Links(parse_target("s4000:16"), MeshConfig(data=2, fsdp=8))
     assert links.seconds("all-reduce", GB, ("data",)) is None
     assert links.seconds("all-reduce", GB, ("data", "fsdp")) is None
     assert links.seconds("all-reduce", GB, ("fsdp",)) is not None
@@ -93,4 +93,4 @@ def test_a_mesh_without_a_torus_gets_the_best_one() -> None:
 
 def test_what_does_not_fill_a_slice_is_refused() -> None:
     with pytest.raises(UserError, match="does not fill a slice of 8 x 8 x 16 chips"):
-        Links(SLICES, Mesh(replica=8, fsdp=8))
+        Links(SLICES, MeshConfig(replica=8, fsdp=8))

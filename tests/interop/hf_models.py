@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from braeburn.config import Model, Precision, RopeScaling
+from braeburn.config import ModelConfig, Precision, RopeScaling
 from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.interop import huggingface
 from braeburn.layers.spec import ParamSpec, Tree, map_specs, walk
@@ -28,7 +28,7 @@ LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings
 LINEAR = RopeScaling(kind="linear", factor=4.0)
 
 
-def make(**fields) -> Model:
+def make(**fields) -> ModelConfig:
     """A small Qwen3 with some of its fields changed."""
     sizes = {
         "vocab_size": 307,
@@ -40,7 +40,7 @@ def make(**fields) -> Model:
         "ffn_dim": 96,
         "norm_epsilon": 1e-6,
     }
-    return Model(**(sizes | fields))
+    return ModelConfig(**(sizes | fields))
 
 
 # name -> (model, length of the compared sequence)
@@ -162,7 +162,7 @@ LLAMA_AS_MISTRAL = [
 cases = pytest.mark.parametrize(("model", "length"), MODELS.values(), ids=MODELS.keys())
 
 
-def random_params(model: Model, seed: int = 0) -> Tree:
+def random_params(model: ModelConfig, seed: int = 0) -> Tree:
     """Weights scaled as `initialize` scales them, and norms that are not all one; drawn without
     compiling.
     """
@@ -202,30 +202,30 @@ def hash_of(weights: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def golden_tokens(model: Model, length: int) -> np.ndarray:
+def golden_tokens(model: ModelConfig, length: int) -> np.ndarray:
     """Tokens [1, length], the same on every machine and in every NumPy."""
     return np.random.RandomState(length).randint(0, model.vocab_size, (1, length)).astype(np.int32)
 
 
 @jax.jit(static_argnames="model")
-def _logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
+def _logits(params: Tree, tokens: jax.Array, model: ModelConfig) -> jax.Array:
     positions = jnp.arange(tokens.shape[1])[None]
     hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
     return jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
 
 
-def our_logits(params: Tree, tokens: np.ndarray, model: Model) -> np.ndarray:
+def our_logits(params: Tree, tokens: np.ndarray, model: ModelConfig) -> np.ndarray:
     """Logits [B, T, V] in float32 of tokens [B, T] that begin at position 0."""
     return np.asarray(_logits(params, tokens, model))
 
 
-def random_tokens(model: Model, length: int) -> np.ndarray:
+def random_tokens(model: ModelConfig, length: int) -> np.ndarray:
     """Tokens [1, length] of the model's vocabulary."""
     return np.random.default_rng(length).integers(0, model.vocab_size, (1, length), np.int32)
 
 
 def write(
-    directory: Path, params: Tree, model: Model, tokenizer_file: Path | None, **options
+    directory: Path, params: Tree, model: ModelConfig, tokenizer_file: Path | None, **options
 ) -> Path:
     """Exports a model to a directory, and returns that."""
     tokenizer = None if tokenizer_file is None else Tokenizer.load(tokenizer_file)

@@ -21,7 +21,7 @@ import pytest
 import tokenizers
 from hf_models import chat_model
 
-from braeburn.config import Model, Precision, RopeScaling
+from braeburn.config import ModelConfig, Precision, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer, train
 from braeburn.interop import gguf, huggingface
 from braeburn.layers.spec import Tree, map_specs
@@ -40,8 +40,8 @@ RECIPE = f"""
 from pathlib import Path
 
 from braeburn.config import (
-    ONE_DEVICE, AdamW, Checkpoint, Data, Evaluation, Model, Precision, Quantization, Run, Schedule,
-    Source, Stage,
+    ONE_DEVICE, AdamW, Checkpoint, Data, Evaluation, ModelConfig, Precision, Quantization, Run,
+    Schedule, Source, Stage,
 )
 
 PATHS = sorted(Path({str(LIBRARY)!r}).glob("*.py"))
@@ -58,7 +58,7 @@ def stage(steps, learning_rate, **fields):
 def run(qk_norm, **stages):
     return Run(
         name="on-device",
-        model=Model(
+        model=ModelConfig(
             vocab_size=512, d_model=64, num_layers=4,
             num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=192,
             qk_norm=qk_norm, rope_base=10_000.0, scan_layers=False,
@@ -144,7 +144,7 @@ class Theirs:
 
 
 @jax.jit(static_argnames="model")
-def our_logits(params: Tree, tokens: jax.Array, model: Model) -> jax.Array:
+def our_logits(params: Tree, tokens: jax.Array, model: ModelConfig) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
     return jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
@@ -320,7 +320,7 @@ def test_each_way_to_split_text_is_theirs(
     check_tokens(Theirs(tmp_path / "a.gguf", vocab_only=True), tokenizer, TEXTS)
 
 
-def small(**fields: Any) -> Model:
+def small(**fields: Any) -> ModelConfig:
     sizes = {
         "vocab_size": 320,
         "d_model": 96,
@@ -329,10 +329,10 @@ def small(**fields: Any) -> Model:
         "num_kv_heads": 2,
         "head_dim": 32,
     }
-    return Model(**{**sizes, "ffn_dim": 160, "rope_base": 10_000.0, **fields})
+    return ModelConfig(**{**sizes, "ffn_dim": 160, "rope_base": 10_000.0, **fields})
 
 
-def draw(model: Model) -> Tree:
+def draw(model: ModelConfig) -> Tree:
     """Random weights that float16 holds exactly."""
     generator = np.random.default_rng(0)
 
@@ -365,7 +365,7 @@ def draw(model: Model) -> Tree:
     ],
     ids=["qwen3", "qwen3-untied-linear", "llama", "llama-untied-wide-heads", "llama-llama3"],
 )
-def test_logits_are_ours(model: Model, tmp_path: Path) -> None:
+def test_logits_are_ours(model: ModelConfig, tmp_path: Path) -> None:
     """Up to llama.cpp's products, whose activations are float16 where weights are."""
     params = draw(model)
     gguf.write(

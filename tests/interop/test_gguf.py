@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from gguf import GGMLQuantizationType
 
-from braeburn.config import Model, Quantization, RopeScaling
+from braeburn.config import ModelConfig, Quantization, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer, train
 from braeburn.errors import UserError
 from braeburn.interop import gguf as ours
@@ -32,7 +32,7 @@ CODES = {
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
 
 
-def make(**fields: Any) -> Model:
+def make(**fields: Any) -> ModelConfig:
     sizes = {
         "vocab_size": 310,
         "d_model": 64,
@@ -41,13 +41,13 @@ def make(**fields: Any) -> Model:
         "num_kv_heads": 2,
         "head_dim": 16,
     }
-    return Model(**{**sizes, "ffn_dim": 96, "norm_epsilon": 1e-6, **fields})
+    return ModelConfig(**{**sizes, "ffn_dim": 96, "norm_epsilon": 1e-6, **fields})
 
 
 QWEN3, LLAMA = make(), make(qk_norm=False, tied_embeddings=False, rope_base=10_000.0)
 
 
-def draw(model: Model) -> Tree:
+def draw(model: ModelConfig) -> Tree:
     generator = np.random.default_rng(0)
     return map_specs(
         lambda _, spec: (0.1 * generator.standard_normal(spec.shape)).astype(np.float32),
@@ -61,7 +61,7 @@ def tokenizer() -> Tokenizer:
 
 
 def write(
-    path: Path, model: Model, tokenizer: Tokenizer, type_: Any = "f16"
+    path: Path, model: ModelConfig, tokenizer: Tokenizer, type_: Any = "f16"
 ) -> tuple[Tree, gguf.GGUFReader]:
     params = draw(model)
     ours.write(path, params, model, tokenizer, 512, type_, "a name")
@@ -73,7 +73,7 @@ def values(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
 
 
-def expected(params: Tree, model: Model) -> dict[str, np.ndarray]:
+def expected(params: Tree, model: ModelConfig) -> dict[str, np.ndarray]:
     """What llama.cpp's names and layouts make of the parameters, written out for each of them."""
     d = model.d_model
     tensors = {"token_embd": params["embedding"], "output_norm": params["final_norm"]}
@@ -114,7 +114,7 @@ def rounded(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 @pytest.mark.parametrize("type_", CODES)
 @pytest.mark.parametrize("model", [QWEN3, LLAMA], ids=["qwen3", "llama"])
 def test_tensors_are_the_parameters(
-    model: Model, type_: Any, tokenizer: Tokenizer, tmp_path: Path
+    model: ModelConfig, type_: Any, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     params, reader = write(tmp_path / "a.gguf", model, tokenizer, type_)
     code, file_type = CODES[type_]
@@ -155,7 +155,7 @@ def test_weights_trained_on_the_grid_lose_nothing(
 
 
 @pytest.mark.parametrize("model", [QWEN3, LLAMA], ids=["qwen3", "llama"])
-def test_sizes_are_the_models(model: Model, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_sizes_are_the_models(model: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, reader = write(tmp_path / "a.gguf", model, tokenizer)
     family = "qwen3" if model.qk_norm else "llama"
     found = {name: field.contents() for name, field in reader.fields.items()}

@@ -22,7 +22,7 @@ from hf_models import (
 )
 from safetensors.numpy import load_file, save_file
 
-from braeburn.config import Model
+from braeburn.config import ModelConfig
 from braeburn.data.tokenizer import PATTERN, Tokenizer
 from braeburn.evaluate.generate import generate
 from braeburn.interop import huggingface
@@ -46,7 +46,7 @@ def test_every_model_was_asked_about():
     assert list(ANSWERS["models"]) == sorted(LOGITS, key=list(MODELS).index) == list(MODELS)
 
 
-def read_theirs(name: str, tokenizer_file: Path, directory: Path) -> tuple[Model, Tree]:
+def read_theirs(name: str, tokenizer_file: Path, directory: Path) -> tuple[ModelConfig, Tree]:
     """Fills a directory as transformers does for one of the models, and reads it."""
     answer = ANSWERS["models"][name]
     weights = golden_weights(answer["shapes"])

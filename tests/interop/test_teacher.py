@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from braeburn.config import Mesh, Run, override
+from braeburn.config import MeshConfig, Run, override
 from braeburn.errors import UserError
 from braeburn.hardware.targets import parse_target
 from braeburn.interop.exchange import find_teacher
@@ -60,7 +60,7 @@ def test_an_exported_run_teaches_what_the_run_does(
 def test_weights_lie_where_and_as_they_are_wanted(
     finished: Path, exported: Path, tiny: Run
 ) -> None:
-    run = tiny.model_copy(update={"mesh": Mesh(fsdp=2, tensor=2)})
+    run = tiny.model_copy(update={"mesh": MeshConfig(fsdp=2, tensor=2)})
     theirs, ours = find_teacher(exported), find_teacher(finished)
     assert (
         theirs.model.model_copy(update={"max_position_embeddings": 0, "z_loss": ours.model.z_loss})

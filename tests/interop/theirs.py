@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers
 
-from braeburn.config import Model
+from braeburn.config import ModelConfig
 
 transformers.logging.set_verbosity_error()
 
@@ -17,7 +17,7 @@ def their_logits(theirs, tokens: np.ndarray) -> np.ndarray:
         return theirs(torch.from_numpy(tokens).long()).logits.float().numpy()
 
 
-def their_config(model: Model):
+def their_config(model: ModelConfig):
     """The configuration that a user of transformers would write for the same sizes."""
     rope = {"rope_type": "default", "rope_theta": model.rope_base}
     if model.rope_scaling is not None:
@@ -44,7 +44,7 @@ def their_config(model: Model):
     )
 
 
-def their_model(model: Model):
+def their_model(model: ModelConfig):
     """A transformers model whose random weights give logits of about unit deviation."""
     theirs = transformers.AutoModelForCausalLM.from_config(their_config(model)).eval()
     generator = torch.Generator().manual_seed(1)

@@ -24,7 +24,7 @@ from theirs import load, their_logits, their_model
 from tokenizers import pre_tokenizers
 from transformers.models.qwen2 import tokenization_qwen2
 
-from braeburn.config import Model
+from braeburn.config import ModelConfig
 
 # Logits are kept after this many tokens of each sequence, its last one included.
 KEPT = 12
@@ -61,7 +61,7 @@ def main() -> None:
     np.savez_compressed(GOLDEN.with_suffix(".npz"), **arrays)
 
 
-def of_model(model: Model, length: int, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+def of_model(model: ModelConfig, length: int, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     """What is kept of one model, and its logits [KEPT, V] at the kept positions of its sequence."""
     their_model(model).save_pretrained(folder)
     file = folder / "model.safetensors"

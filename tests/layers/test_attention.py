@@ -9,7 +9,7 @@ import pytest
 from jax.export import export
 from jax.sharding import PartitionSpec as P
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.layers import attention as A
 from braeburn.layers.attention import blocked
 
@@ -111,7 +111,7 @@ def test_splash_attention_lowers_for_a_tpu_that_is_absent(context):
     wide = jax.ShapeDtypeStruct((2, 512, 8, 128), jnp.bfloat16)
     narrow = jax.ShapeDtypeStruct((2, 512, 2, 128), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
-    mesh = Mesh(fsdp=1, context=context)
+    mesh = MeshConfig(fsdp=1, context=context)
 
     def total(q, k, v, ids):
         return jnp.sum(A.splash_attention(q, k, v, ids, mesh).astype(jnp.float32))

@@ -11,7 +11,7 @@ import pytest
 from jax.export import DisabledSafetyCheck, export
 from jax.sharding import PartitionSpec as P
 
-from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers import attention
 from braeburn.layers.attention import cudnn
 from braeburn.parallel.sequence import zigzag
@@ -183,7 +183,7 @@ CROSSING = {
 def test_split_sequences_attend_as_whole_ones_do(emulation, monkeypatch, lengths, shards):
     monkeypatch.setattr(cudnn, "SPANS", 4)
     query, key, value, segments = inputs(lengths)
-    mesh, order = Mesh(fsdp=1, context=shards), zigzag(64, shards)
+    mesh, order = MeshConfig(fsdp=1, context=shards), zigzag(64, shards)
     devices, split = jax.sharding.Mesh(jax.devices()[:shards], ("context",)), P(None, "context")
 
     def sharded(*arrays):
@@ -276,7 +276,7 @@ def calls(text):
 
 @pytest.mark.parametrize("context", [1, 2])
 def test_the_calls_take_lengths_and_offsets_and_no_mask(context):
-    mesh = Mesh(fsdp=1, context=context)
+    mesh = MeshConfig(fsdp=1, context=context)
     text = lowered(attention.cudnn_attention, mesh)
     found, own, whole, spans = calls(text), 512 // context, 512, cudnn.SPANS
     layout = [f"2x{spans}xi32"] * 2 + [f"2x{spans + 1}xi32"] * 2
@@ -306,7 +306,7 @@ def test_the_calls_take_lengths_and_offsets_and_no_mask(context):
 @pytest.mark.parametrize("context", [1, 2])
 def test_the_mask_of_older_gpus_is_that_of_one_sequence_and_has_no_gradient(context):
     own = 512 // context
-    found = calls(lowered(attention.cudnn_masked_attention, Mesh(fsdp=1, context=context)))
+    found = calls(lowered(attention.cudnn_masked_attention, MeshConfig(fsdp=1, context=context)))
     query, key, bias = f"1x{own}x8x128xbf16", "1x512x2x128xbf16", f"1x1x{own}x512xbf16"
     assert ("fmhaScaleBiasSoftmax", "NO_MASK", 1, [query, key, key, bias]) in found
     operands = [query, key, key, f"1x8x{own}xf32", query, bias, query]
@@ -325,7 +325,7 @@ def test_the_mask_of_older_gpus_is_that_of_one_sequence_and_has_no_gradient(cont
 def test_gradients_are_asked_to_be_the_same_bits_where_xla_is(monkeypatch, flags, forced):
     # XLA's own way of asking cuDNN for that ends in a C++ error as the program begins to run.
     monkeypatch.setenv("XLA_FLAGS", flags)
-    text = lowered(attention.cudnn_attention, Mesh(fsdp=1)).replace(r"\22", '"')
+    text = lowered(attention.cudnn_attention, MeshConfig(fsdp=1)).replace(r"\22", '"')
     backward = [line for line in text.splitlines() if "__cudnn$fmhaSoftmaxBackward(" in line]
     assert backward and text.count('"force_deterministic": true') == forced * len(backward)
     assert all(('"force_deterministic": true' in line) == bool(forced) for line in backward)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braeburn.config import Model, Precision, Remat
+from braeburn.config import ModelConfig, Precision, Remat
 from braeburn.data.packing import stack
 from braeburn.layers import spec
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy
 from braeburn.objectives.cross_entropy import token_losses
 
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=97,
     d_model=48,
     num_layers=3,

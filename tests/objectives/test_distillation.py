@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braeburn.config import Distillation, Model, Precision, Remat
+from braeburn.config import Distillation, ModelConfig, Precision, Remat
 from braeburn.errors import UserError
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
@@ -255,7 +255,7 @@ def test_a_cache_of_too_few_tokens_is_refused():
         distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
 
 
-STUDENT = Model(
+STUDENT = ModelConfig(
     vocab_size=1024, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=32
 )
 TEACHER = STUDENT.model_copy(

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from braeburn.config import AdamW, AfmOptimizer, Model, Pruning, Schedule, Stage
+from braeburn.config import AdamW, AfmOptimizer, ModelConfig, Pruning, Schedule, Stage
 from braeburn.layers.spec import ParamSpec
 from braeburn.optim.build import build_optimizer
 from braeburn.optim.guard import begin_stage
@@ -27,7 +27,7 @@ SPECS = {
     "single": ParamSpec((8, 6), ("embed", "ffn"), "matrix", ("embed",)),
     "final_norm": ParamSpec((8,), ("embed",), "norm"),
 }
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=11, d_model=D_MODEL, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=4, ffn_dim=6
 )
 STEPS = 40

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.layers import attention as A
 from braeburn.layers.attention import cudnn, ring
 from braeburn.parallel import sequence as C
@@ -25,7 +25,7 @@ LENGTH = 96
 
 
 def mesh_of(context, tensor=1, context_attention="ring"):
-    return Mesh(fsdp=1, context=context, tensor=tensor, context_attention=context_attention)
+    return MeshConfig(fsdp=1, context=context, tensor=tensor, context_attention=context_attention)
 
 
 def device_mesh(mesh):

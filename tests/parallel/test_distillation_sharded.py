@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from braeburn.config import Distillation, Mesh, Model, Precision, Remat
+from braeburn.config import Distillation, MeshConfig, ModelConfig, Precision, Remat
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy as chunks
@@ -65,7 +65,7 @@ def inputs(vocab):
 
 
 def mesh_of(sizes):
-    return Mesh(**{"fsdp": 1} | sizes)
+    return MeshConfig(**{"fsdp": 1} | sizes)
 
 
 def spread(function, mesh, in_specs, out_specs):
@@ -179,7 +179,7 @@ def test_whole_logits_of_neither_exist(sizes, kind, temperature):
         assert max(sizes) < vocab // mesh.tensor * WIDTH
 
 
-STUDENT = Model(
+STUDENT = ModelConfig(
     vocab_size=96, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, ffn_dim=32
 )
 TEACHING = STUDENT.model_copy(

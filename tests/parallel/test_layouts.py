@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from braeburn.config import AdamW, Mesh, Run, override
+from braeburn.config import AdamW, MeshConfig, Run, override
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.layers.spec import walk
@@ -152,4 +152,4 @@ def test_layouts_differ_where_they_should(tiny: Run, prepared: Prepared) -> None
     placed = layout.place(batch, range(16), 16)["inputs"]
     assert np.array_equal(np.asarray(placed), batch["inputs"])
     assert {shard.data.shape for shard in placed.addressable_shards} == {(4, 64)}
-    assert len(jax.devices()) >= Mesh(fsdp=8).fsdp
+    assert len(jax.devices()) >= MeshConfig(fsdp=8).fsdp

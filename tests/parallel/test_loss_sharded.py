@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.objectives import cross_entropy as loss
 from braeburn.parallel.collectives import gather_tokens
 from braeburn.parallel.mesh import build
@@ -60,7 +60,7 @@ def inputs(vocab, dtype=jnp.float32):
 
 
 def mesh_of(sizes):
-    return Mesh(**{"fsdp": 1} | sizes)
+    return MeshConfig(**{"fsdp": 1} | sizes)
 
 
 def spread(function, mesh, out_specs, in_specs=(HIDDEN, HEAD, TOKENS, TOKENS)):

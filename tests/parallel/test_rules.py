@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from jax.sharding import PartitionSpec
 
-from braeburn.config import Mesh, Run, override
+from braeburn.config import MeshConfig, Run, override
 from braeburn.errors import UserError
 from braeburn.parallel import rules
 from braeburn.parallel.rules import Placement, partition
@@ -16,7 +16,7 @@ from support import braeburn
 
 
 def test_each_kind_of_array_has_its_own_mapping() -> None:
-    mesh = Mesh(replica=2, data=2, fsdp=4, context=2, tensor=2)
+    mesh = MeshConfig(replica=2, data=2, fsdp=4, context=2, tensor=2)
     axes, shape = ("layers", "embed", "ffn"), (2, 64, 160)
     assert partition(axes, shape, "parameters", mesh, "matrix") == PartitionSpec(
         None, "fsdp", "tensor"
@@ -32,7 +32,7 @@ def test_each_kind_of_array_has_its_own_mapping() -> None:
 
 
 def test_what_does_not_divide_stays_whole_only_where_the_rule_says_so() -> None:
-    mesh = Mesh(fsdp=8, tensor=4)
+    mesh = MeshConfig(fsdp=8, tensor=4)
     assert partition(("layers", "embed"), (2, 96), "parameters", mesh, "norm") == PartitionSpec(
         None, ("fsdp", "tensor")
     )
@@ -51,7 +51,7 @@ def test_two_dimensions_along_one_axis_clash(monkeypatch: pytest.MonkeyPatch) ->
         UserError,
         match="'embed' and 'ffn' of one array of parameters along the mesh axis 'fsdp'; give",
     ):
-        partition(("embed", "ffn"), (64, 160), "parameters", Mesh(fsdp=4), "matrix")
+        partition(("embed", "ffn"), (64, 160), "parameters", MeshConfig(fsdp=4), "matrix")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from braeburn.hardware.catalogue import catalogue
 from braeburn.hardware.targets import parse_target
-from braeburn.plan.compilation import check_compiler
+from braeburn.plan.child import check_compiler
 from support import process
 
 SERVER, DEVICE = ("afm-server", "v4:8x1024"), ("afm-on-device-scratch", "v5p:2048")

@@ -11,7 +11,8 @@ from test_hlo import megascale, straight
 from braeburn.config import override
 from braeburn.errors import UserError
 from braeburn.hardware.targets import parse_target
-from braeburn.plan import compilation, compiled
+from braeburn.plan import child as child_process
+from braeburn.plan import program
 from braeburn.recipes import load
 from support import braeburn
 
@@ -21,7 +22,7 @@ MIB = 2**20
 def ask(tmp_path, program, memory_gb=5.0):
     """What a child answers that runs a few lines of Python with the request as `request`."""
     lines = f"import json, sys, time\nrequest = json.load(sys.stdin)\n{program}"
-    return compilation._ask(
+    return child_process._ask(
         [sys.executable, "-c", lines], {"stage": "core"}, tmp_path / "child.log", memory_gb
     )
 
@@ -69,16 +70,16 @@ def test_a_child_that_takes_too_much_memory_is_ended(tmp_path):
 
 
 def test_what_cannot_be_compiled_for_is_refused(monkeypatch):
-    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    monkeypatch.setattr(child_process, "find_spec", lambda name: None)
     answer = braeburn("compile", "llama2-7b", "--on", "v5p:256")
     assert (
         "the compiler for TPU v5p is not installed; run `make extra-compile` in a clone"
         in answer.error
     )
     gpu = ("compile", "llama2-7b", "--on", "h100:256")
-    monkeypatch.setattr(compilation.sys, "version_info", (3, 12, 1))
+    monkeypatch.setattr(child_process.sys, "version_info", (3, 12, 1))
     assert "the compiler for NVIDIA H100 SXM is not installed" in braeburn(*gpu).error
-    monkeypatch.setattr(compilation.sys, "version_info", (3, 11, 9))
+    monkeypatch.setattr(child_process.sys, "version_info", (3, 11, 9))
     assert "compiling for NVIDIA H100 SXM needs Python 3.12 or later" in braeburn(*gpu).error
     answer = braeburn("compile", "llama2-7b", "--on", "mi300x:64")
     assert (
@@ -95,7 +96,7 @@ def test_what_cannot_be_compiled_for_is_refused(monkeypatch):
         in braeburn("compile", "llama2-7b", "--on", "v5p:256", "--stage", "middle").error
     )
     assert "fdsp" in braeburn("compile", "llama2-7b", "--on", "v5p:256", "--mesh", "fdsp=256").error
-    monkeypatch.setattr(compilation.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(child_process.platform, "machine", lambda: "arm64")
     assert "Linux on x86-64 alone" in braeburn("compile", "llama2-7b", "--on", "v5p:256").error
 
 
@@ -154,7 +155,7 @@ UNTOLD = megascale(5, "ALL_REDUCE", SUM, SUM)
 )
 def test_slice_proof(tmp_path, lines, offenders):
     answer = answered(tmp_path, straight(*lines), {"replica": 2, "fsdp": 64})
-    found = compiled.Compilation(SLICED, "pretrain", parse_target("v4:2x64"), answer)
+    found = program.Compilation(SLICED, "pretrain", parse_target("v4:2x64"), answer)
     assert [t.name for t in found.offenders] == offenders
     summary = found.summary()
     assert (summary["slices"] or {"holds": True})["holds"] == (not offenders)
@@ -169,7 +170,7 @@ def test_traffic_within_a_slice_and_across(tmp_path):
     lines = [f"%g = bf16[64,{MIB}]{{1,0}} all-gather(%p), {groups}", *GATHER]
     answer = answered(tmp_path, straight(*lines), {"fsdp": 64, "tensor": 2})
     run = override(load("llama2-7b"), {"mesh.tensor": 2})
-    found = compiled.Compilation(run, "pretrain", parse_target("v4:2x64"), answer)
+    found = program.Compilation(run, "pretrain", parse_target("v4:2x64"), answer)
     assert [(row.kind, row.axes, row.link, row.bytes) for row in found.traffic] == [
         ("all-gather", ("fsdp",), "ICI", 128 * MIB),
         ("all-gather", ("fsdp",), "DCN", 2048),
@@ -185,7 +186,7 @@ def test_a_teacher_computes_a_third_of_training(tmp_path):
     stages = {"first": stage, "taught": stage.model_copy(update={"teacher": "first"})}
     run = run.model_copy(update={"stages": stages})
     alone, taught = (
-        compiled.Compilation(run, name, parse_target("v4:128"), answer).flop_bound
+        program.Compilation(run, name, parse_target("v4:128"), answer).flop_bound
         for name in ("first", "taught")
     )
     assert taught == pytest.approx(alone * 4 / 3)
@@ -195,7 +196,7 @@ def test_a_text_that_lacks_instructions_is_noticed(tmp_path):
     answer = answered(tmp_path, straight(*GRADIENT), {"replica": 2, "fsdp": 64})
     more = answer | {"instructions": answer["instructions"] + 1}
     with pytest.raises(UserError, match="instructions"):
-        compiled.Compilation(SLICED, "pretrain", parse_target("v4:2x64"), more).summary()
+        program.Compilation(SLICED, "pretrain", parse_target("v4:2x64"), more).summary()
 
 
 @pytest.fixture
@@ -207,8 +208,8 @@ def child(monkeypatch, tmp_path):
         asked.append(request)
         return answers[min(len(asked), len(answers)) - 1]
 
-    monkeypatch.setattr(compilation, "check_compiler", lambda target: None)
-    monkeypatch.setattr(compilation, "_ask", ask)
+    monkeypatch.setattr(child_process, "check_compiler", lambda target: None)
+    monkeypatch.setattr(child_process, "_ask", ask)
     return answers, asked
 
 

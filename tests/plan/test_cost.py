@@ -11,7 +11,7 @@ import pytest
 
 from braeburn.config import (
     Distillation,
-    Mesh,
+    MeshConfig,
     Pruning,
     Quantization,
     Run,
@@ -220,7 +220,7 @@ def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None
     assert "weights_in_use" not in found["larger"].memory
     # Forward alone, with what is read of logits beside it, is a third of training but for
     # attention's backward pass.
-    live, mesh = work_of(chain, "live", Mesh(data=32, fsdp=64)), Mesh(data=32, fsdp=64)
+    live, mesh = work_of(chain, "live", MeshConfig(data=32, fsdp=64)), MeshConfig(data=32, fsdp=64)
     multiplied = count(param_specs(wide), ("matrix", "embedding"))
     assert live.teaching and live.teaching.matrix_flops == 2 * multiplied * core.batch_tokens / 2048
     assert live.teaching.attention_flops(0) == 26 * 2 * 24 * 128 * 4096 * core.batch_tokens / 2048
@@ -279,7 +279,7 @@ def test_a_trained_run_is_a_teacher(finished: Path, tiny: Run) -> None:
 def test_products_are_those_of_the_weights() -> None:
     run = override(load("llama2-7b"), {"remat.policy": "none"})
     stage, model = run.stages["pretrain"], run.model
-    work = Work(run, stage, Mesh(data=4, fsdp=1), model)
+    work = Work(run, stage, MeshConfig(data=4, fsdp=1), model)
     multiplied = count(param_specs(model), ("matrix",)) + model.vocab_size * model.d_model
     assert work.matrix_flops == 6 * multiplied * stage.batch_tokens // 4
     # Keeping nothing costs the forward pass once more, but for the last product.

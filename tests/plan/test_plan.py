@@ -9,9 +9,9 @@ import pytest
 from braeburn.config import override
 from braeburn.hardware.catalogue import catalogue
 from braeburn.hardware.targets import parse_target
-from braeburn.plan.compare import compare
-from braeburn.plan.compiled import ranked_by_compiling
 from braeburn.plan.cost import estimate
+from braeburn.plan.program import ranked_by_compiling
+from braeburn.plan.ranking import compare
 from braeburn.recipes import load
 from support import braeburn
 
@@ -237,7 +237,7 @@ def test_compiled_layouts_are_ranked_anew(monkeypatch: pytest.MonkeyPatch) -> No
         asked.append(str(run.stages[stage].mesh.sizes))
         return Said(len(asked) - 1)
 
-    monkeypatch.setattr("braeburn.plan.compiled.compile_step", compile_step)
+    monkeypatch.setattr("braeburn.plan.program.compile_step", compile_step)
     run, target = load("llama2-7b"), parse_target("h100:64")
     plain = compare("llama2-7b", [(run, target)], catalogue(), ["pretrain"], {})
     plan = compare(

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from braeburn.config import Mesh, override
+from braeburn.config import MeshConfig, override
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import parse_target
-from braeburn.plan.compare import why_nothing_fits
 from braeburn.plan.cost import estimate
+from braeburn.plan.ranking import why_nothing_fits
 from braeburn.plan.search import candidates, larger_targets, meshes
 from braeburn.recipes import load
 from braeburn.train.stages import sizes_of
@@ -72,7 +72,7 @@ def test_no_layout_of_the_search_is_better_than_the_first() -> None:
 def test_meshes_are_those_that_divide() -> None:
     run, target = load("llama2-7b"), parse_target("h100:16")
     found = list(meshes([run.model], run.stages["pretrain"], target))
-    assert Mesh(replica=1, data=2, fsdp=1, context=1, tensor=8) in found
+    assert MeshConfig(replica=1, data=2, fsdp=1, context=1, tensor=8) in found
     assert all(mesh.tensor <= 8 for mesh in found)  # a node
     assert len(found) == len(set(map(str, found)))
 
@@ -114,4 +114,4 @@ def test_unknown_networks_leave_the_end_of_the_interval_unknown() -> None:
 def test_a_torus_that_is_set_is_used() -> None:
     target = parse_target("v4:64")
     torus = {"fsdp": (4, 4, 1), "tensor": (1, 1, 4)}
-    assert Links(target, Mesh(fsdp=16, tensor=4, torus=torus)).torus == torus
+    assert Links(target, MeshConfig(fsdp=16, tensor=4, torus=torus)).torus == torus

@@ -17,7 +17,7 @@ from test_resume import begin, curve, stage_ends
 
 from braeburn.config import (
     Distillation,
-    Mesh,
+    MeshConfig,
     Pruning,
     Quantization,
     Run,
@@ -307,7 +307,9 @@ def paths(tree: Any) -> dict[str, Any]:
 ALL_AXES = {"ffn": KEEP, "heads": 2, "embed": 48}
 
 
-def entered(whole: Path, chain: Run, pruning: Pruning, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def entered(
+    whole: Path, chain: Run, pruning: Pruning, mesh: MeshConfig
+) -> tuple[TrainState, TrainState]:
     """The state that the pruning stage finds, and the one that it trains, on a mesh."""
     run = chain.model_copy(
         update={"mesh": mesh, "stages": chain.stages | {"pruned": stage(chain, 5, pruning=pruning)}}
@@ -326,8 +328,8 @@ def entered(whole: Path, chain: Run, pruning: Pruning, mesh: Mesh) -> tuple[Trai
 @pytest.mark.parametrize("method", ["activation", "magnitude", "random"])
 def test_other_methods_cut_at_the_start(whole: Path, chain: Run, method: Any) -> None:
     pruning = Pruning(keep=ALL_AXES, method=method, calibration_tokens=2048)
-    _, one = entered(whole, chain, pruning, Mesh(fsdp=1))
-    _, split = entered(whole, chain, pruning, Mesh(fsdp=2, tensor=2))
+    _, one = entered(whole, chain, pruning, MeshConfig(fsdp=1))
+    _, split = entered(whole, chain, pruning, MeshConfig(fsdp=2, tensor=2))
     same(one, split)
     shapes = {path: leaf.shape for path, leaf in walk(one.params)}
     assert shapes["layers/down"] == (2, KEEP, 48) and shapes["embedding"] == (
@@ -343,7 +345,7 @@ def test_other_methods_cut_at_the_start(whole: Path, chain: Run, method: Any) ->
 
 def test_magnitude_keeps_the_largest(whole: Path, chain: Run) -> None:
     pruning = Pruning(keep={"ffn": KEEP}, method="magnitude")
-    before, after = entered(whole, chain, pruning, Mesh(fsdp=1))
+    before, after = entered(whole, chain, pruning, MeshConfig(fsdp=1))
     gate, up, down = (
         np.asarray(before.params["layers"][name], np.float64) for name in ("gate", "up", "down")
     )

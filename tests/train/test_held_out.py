@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from braeburn.config import Model, Precision
+from braeburn.config import ModelConfig, Precision
 from braeburn.data.corpus import Document
 from braeburn.data.loader import held_out_batches
 from braeburn.data.store import TokenStore, build_store
@@ -32,7 +32,7 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
     store = TokenStore.open(tmp_path / "store", tokenizer.hash)
     # More rows in the model than entries in the tokenizer, and windows that do not divide the
     # tokens.
-    model = Model(
+    model = ModelConfig(
         vocab_size=300,
         d_model=16,
         num_layers=1,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from braeburn.config import Model, Run, override
+from braeburn.config import ModelConfig, Run, override
 from braeburn.data.tokenizer import train as train_tokenizer
 from braeburn.errors import UserError
 from braeburn.interop.exchange import find_teacher
@@ -17,13 +17,13 @@ from braeburn.train.trained import load
 from support import braeburn, rows
 
 RECIPE = """
-from braeburn.config import Model
+from braeburn.config import ModelConfig
 from braeburn.recipes import load
 
 
 def more():
     run = load("afm-tiny")
-    model = Model.from_directory({path!r})
+    model = ModelConfig.from_directory({path!r})
     return run.model_copy(update={{"model": model, "initial_weights": {path!r}}})
 """
 
@@ -41,7 +41,8 @@ def imported(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     answer = braeburn("import", exported, "--out", out)
     assert answer.code == 0, answer.err
     assert (
-        f"model=Model.from_directory({str(out)!r}) and initial_weights={str(out)!r}" in answer.out
+        f"model=ModelConfig.from_directory({str(out)!r}) and initial_weights={str(out)!r}"
+        in answer.out
     )
     return out
 
@@ -65,7 +66,7 @@ def test_a_recipe_trains_on_from_an_import(
 
 def started(tiny: Run, path: Path, **fields: Any) -> Run:
     model = (
-        Model.from_directory(path)
+        ModelConfig.from_directory(path)
         if (path / "checkpoints").exists() or path.name.isdigit()
         else None
     )
@@ -78,7 +79,7 @@ def test_all_kinds_of_directory_give_the_same_first_step(
     tiny: Run, finished: Path, exported: Path, imported: Path, tmp_path: Path
 ) -> None:
     losses = {}
-    of_import = Model.from_directory(imported)
+    of_import = ModelConfig.from_directory(imported)
     for name, path in {
         "run": finished,
         "checkpoint": finished / "checkpoints" / "14",
@@ -110,19 +111,22 @@ def test_models_of_directories(tiny: Run, finished: Path, imported: Path, export
     """The last stage of the run has another RoPE base and longer sequences than the run's own
     model.
     """
-    model = Model.from_directory(finished)
+    model = ModelConfig.from_directory(finished)
     assert (model.rope_base, model.max_position_embeddings) == (6_315_089.0, 256)
-    assert Model.from_directory(finished / "checkpoints" / "14") == model
-    assert Model.from_directory(finished / "checkpoints" / "10").rope_base == tiny.model.rope_base
-    assert Model.from_directory(imported).model_copy(update={"z_loss": model.z_loss}) == model
+    assert ModelConfig.from_directory(finished / "checkpoints" / "14") == model
+    assert (
+        ModelConfig.from_directory(finished / "checkpoints" / "10").rope_base
+        == tiny.model.rope_base
+    )
+    assert ModelConfig.from_directory(imported).model_copy(update={"z_loss": model.z_loss}) == model
     with pytest.raises(
         UserError, match=r"a Hugging Face directory is made one by `braeburn import`"
     ):
-        Model.from_directory(exported)
+        ModelConfig.from_directory(exported)
     with pytest.raises(UserError, match="there is no such checkpoint"):
-        Model.from_directory(finished / "checkpoints" / "13")
+        ModelConfig.from_directory(finished / "checkpoints" / "13")
     with pytest.raises(UserError, match="is not a run directory"):
-        Model.from_directory("/nowhere")
+        ModelConfig.from_directory("/nowhere")
 
 
 def test_what_does_not_fit(tiny: Run, imported: Path, finished: Path, tmp_path: Path) -> None:
@@ -132,7 +136,9 @@ def test_what_does_not_fit(tiny: Run, imported: Path, finished: Path, tmp_path: 
 
     run = started(tiny, imported)
     narrow = run.model_copy(update={"model": run.model.model_copy(update={"ffn_dim": 96})})
-    refused(narrow, r"has ffn_dim=160, not model.ffn_dim=96; set model to Model.from_directory\(")
+    refused(
+        narrow, r"has ffn_dim=160, not model.ffn_dim=96; set model to ModelConfig.from_directory\("
+    )
     refused(
         override(run, {"model.rope_base": 1e4}),
         "has rope_base=6315089.0, not model.rope_base=10000.0",

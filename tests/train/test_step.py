@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import braeburn
-from braeburn.config import AdamW, Model, Precision, Remat, Schedule, Stage
+from braeburn.config import AdamW, ModelConfig, Precision, Remat, Schedule, Stage
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy
@@ -19,7 +19,7 @@ from braeburn.train.state import new_state
 from braeburn.train.step import train_step
 
 SOURCE = Path(braeburn.__file__).parent
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=64, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24
 )
 STAGE = Stage(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braeburn.config import ONE_DEVICE, Mesh, Model, Precision
+from braeburn.config import ONE_DEVICE, MeshConfig, ModelConfig, Precision
 from braeburn.layers.spec import initialize, map_specs
 from braeburn.models import decoder
 from braeburn.parallel.layout import Layout, one_device
@@ -15,7 +15,7 @@ from braeburn.parallel.mesh import build
 from braeburn.transforms import importance
 from braeburn.transforms.pruning import score_specs
 
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=64, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24
 )
 KEEP = {"ffn": 8, "heads": 2, "embed": 8}
@@ -134,7 +134,7 @@ def test_padding_does_not_count(params, batch, alone):
     ids=str,
 )
 def test_a_mesh_changes_nothing(sizes, params, batch, alone):
-    mesh = Mesh(**{"fsdp": 1} | sizes)
+    mesh = MeshConfig(**{"fsdp": 1} | sizes)
     devices = jax.devices()[: math.prod(mesh.sizes.values())]
     ours = measured(Layout(mesh, build(mesh, devices), decoder.param_specs(MODEL)), params, batch)
     for axis, expected in alone.items():

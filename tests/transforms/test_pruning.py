@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from braeburn.config import AdamW, AfmOptimizer, Mesh, Model, Precision, Pruning, Stage
+from braeburn.config import AdamW, AfmOptimizer, MeshConfig, ModelConfig, Precision, Pruning, Stage
 from braeburn.layers.spec import initialize, map_params_like, map_specs, walk
 from braeburn.models import decoder
 from braeburn.optim.build import build_optimizer
@@ -20,7 +20,7 @@ from braeburn.parallel.mesh import build
 from braeburn.transforms.pruning import kept, masked, masks, score_specs, sliced
 
 # Epsilon is all that the two models differ by: see `masked`.
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=64,
     d_model=32,
     num_layers=2,
@@ -216,7 +216,7 @@ def test_scores_are_added_to_and_taken_from_a_state():
 
 def test_a_mesh_changes_nothing():
     specs, keep = decoder.param_specs(MODEL), ALL
-    mesh = Mesh(fsdp=2, tensor=2)
+    mesh = MeshConfig(fsdp=2, tensor=2)
     devices = build(mesh, jax.devices()[:4])
     layout = Layout(mesh, devices, specs | {"masks": score_specs(MODEL, keep)})
     small = Layout(mesh, devices, decoder.param_specs(Pruning(keep=keep).pruned(MODEL)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from braeburn.config import Mesh, Model, Quantization
+from braeburn.config import MeshConfig, ModelConfig, Quantization
 from braeburn.layers.spec import ParamSpec, Tree, abstract, initialize, map_specs, walk
 from braeburn.models import decoder
 from braeburn.parallel import mesh as meshes
@@ -288,7 +288,7 @@ def test_axes_apart_from_one_another_are_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_give_what_one_device_gives(kind: str) -> None:
     """On whole arrays that are spread over fsdp and tensor, groups across two shards among them."""
-    model = Model(
+    model = ModelConfig(
         vocab_size=96,
         d_model=96,
         num_layers=2,
@@ -302,7 +302,7 @@ def test_shards_give_what_one_device_gives(kind: str) -> None:
     params, factors = draw(specs=specs), initialize(factor_specs(specs, quantization), 0)
     program = jax.jit(lambda p, f: quantized(p, f, specs, quantization))
     expected = program(params, factors)
-    sizes = Mesh(fsdp=4, tensor=2)
+    sizes = MeshConfig(fsdp=4, tensor=2)
     layout = Layout(sizes, meshes.build(sizes), specs)
     with layout.compiling():
         spread = jax.device_put(params, layout.parameters())

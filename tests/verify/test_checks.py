@@ -13,8 +13,8 @@ import pytest
 from braeburn.config import (
     ONE_DEVICE,
     Distillation,
-    Mesh,
-    Model,
+    MeshConfig,
+    ModelConfig,
     Pruning,
     Quantization,
     Run,
@@ -35,7 +35,7 @@ from support import braeburn
 
 # One stage is enough, and a mesh of its own.
 RECIPE = """
-from braeburn.config import Mesh, override
+from braeburn.config import MeshConfig, override
 from braeburn.recipes import load
 
 def small():
@@ -213,7 +213,9 @@ def test_killed_resumed_and_resharded(run: Run, killed: Path, tmp_path: Path) ->
         0.0,
     ), check
     assert check.layout.startswith("fsdp 4 x tensor 2, killed, resumed from step ")
-    check = verify.reshard(run, verify.on_mesh(run, Mesh(data=4, fsdp=1)), folder, said.append)
+    check = verify.reshard(
+        run, verify.on_mesh(run, MeshConfig(data=4, fsdp=1)), folder, said.append
+    )
     assert (check.verdict, check.steps) == ("same", 20), check
     assert check.layout == "data 4 -> fsdp 4 x tensor 2 -> one device"
     assert len(said) == 2
@@ -283,7 +285,7 @@ def test_shrinking_keeps_the_structure(name: str) -> None:
         assert getattr(after, field) <= getattr(before, field)
         assert math.gcd(getattr(after, field), 8) == math.gcd(getattr(before, field), 8), field
     assert (after.num_kv_heads < after.num_heads) == (before.num_kv_heads < before.num_heads)
-    same = set(Model.model_fields) - {
+    same = set(ModelConfig.model_fields) - {
         "vocab_size",
         "d_model",
         "num_layers",
@@ -378,14 +380,14 @@ def test_shrinking_meshes_and_accumulation() -> None:
     }
     fields |= {"stages.context.mesh": {"fsdp": -1, "context": 4, "context_attention": "ring"}}
     run = shrink(override(load("afm-tiny"), fields), 8)
-    assert run.mesh == Mesh(replica=2, fsdp=2, tensor=2)
-    assert run.stages["context"].mesh == Mesh(fsdp=4, context=2, context_attention="ring")
+    assert run.mesh == MeshConfig(replica=2, fsdp=2, tensor=2)
+    assert run.stages["context"].mesh == MeshConfig(fsdp=4, context=2, context_attention="ring")
     assert (run.stages["core"].accumulation_steps, run.stages["core"].batch_size) == (4, 32)
     names = list(verify.layouts(run, parse_target("cpu:8")))
     assert names[:2] == ["replica 2 x fsdp 2 x tensor 2", "fsdp 4 x context 2 (ring)"]
     assert not [name for name in names if "accumulated" in name]  # it does all along
-    assert scale_down(Mesh(fsdp=2, tensor=3), 8) == Mesh(fsdp=2, tensor=2)
-    assert scale_down(Mesh(), 2) == Mesh(fsdp=2)
+    assert scale_down(MeshConfig(fsdp=2, tensor=3), 8) == MeshConfig(fsdp=2, tensor=2)
+    assert scale_down(MeshConfig(), 2) == MeshConfig(fsdp=2)
     with pytest.raises(UserError, match="stages of the run 'afm-tiny' is empty"):
         shrink(load("afm-tiny").model_copy(update={"stages": {}}), 8)
 

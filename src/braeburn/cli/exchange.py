@@ -31,7 +31,7 @@ def import_(
         return
     print(f"imported {str(hf_dir)!r} into {str(out)!r}")
     print(
-        f"a recipe trains on with model=Model.from_directory({str(out)!r}) and "
+        f"a recipe trains on with model=ModelConfig.from_directory({str(out)!r}) and "
         f"initial_weights={str(out)!r}"
     )
 

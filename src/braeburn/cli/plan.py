@@ -105,9 +105,9 @@ def plan(
     runs = [on_target(recipe, text, assignments, extra)[:2] for text in [*on, *(more or [])]]
     stages = [checked_stage(recipe, runs[0][0], stage)] if stage else list(runs[0][0].stages)
     from braeburn.hardware.catalogue import catalogue
-    from braeburn.plan.compare import compare
-    from braeburn.plan.compiled import ranked_by_compiling
     from braeburn.plan.page import write
+    from braeburn.plan.program import ranked_by_compiling
+    from braeburn.plan.ranking import compare
     from braeburn.plan.table import tables
 
     given = {
@@ -172,10 +172,10 @@ def compile_(
     path = f"stages.{stage}.mesh" if base.stages[stage].mesh else "mesh"
     sizes = [f"{path}.{part.strip()}" for part in mesh.split(",")] if mesh else []
     run, target, _ = on_target(recipe, on, [*(assignments or []), *sizes], extra)
-    from braeburn.plan.compilation import check_compiler
+    from braeburn.plan.child import check_compiler
 
     check_compiler(target)
-    from braeburn.plan.compiled import changes_that_fit, compile_step
+    from braeburn.plan.program import changes_that_fit, compile_step
     from braeburn.plan.report import report
 
     print(f"compiling {stage} of {run.name} for {target} ...", file=sys.stderr, flush=True)

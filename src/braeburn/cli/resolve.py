@@ -67,7 +67,7 @@ def begin_computing() -> None:
 
     Imports JAX.
     """
-    from braeburn.train.compilation import cache_compilations
+    from braeburn.train.compiler_flags import cache_compilations
 
     cache_compilations()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)

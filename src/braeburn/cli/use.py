@@ -214,7 +214,7 @@ def prune(
         raise UserError(f"--{explain_validation_error(error)}") from None
     changes = dict(parse_assignment(text) for text in assignments or [])
     begin_computing()
-    from braeburn.compress.prune import prune
+    from braeburn.prune.run_directory import prune
 
     text = Source(paths=tuple(data), field=field) if data else None
     model = prune(directory, out, pruning, tokens, changes, text)

@@ -24,7 +24,15 @@ from braeburn.config.base import (
     flatten,
     some,
 )
-from braeburn.config.compression import (
+from braeburn.config.data import Data, Source
+from braeburn.config.directory import read_identity, read_run
+from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
+from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
+from braeburn.config.model import LARGEST_SIZES, ModelConfig, RopeScaling
+from braeburn.config.optimizers import AdamW, AfmOptimizer, Optimizer, OptimizerConfig
+from braeburn.config.run import Checkpoint, Evaluation, Run, StageModels, validate
+from braeburn.config.stage import Schedule, Stage
+from braeburn.config.transforms import (
     PRUNABLE,
     Distillation,
     PrunedAxis,
@@ -32,14 +40,6 @@ from braeburn.config.compression import (
     Quantization,
     check_pruning,
 )
-from braeburn.config.data import Data, Source
-from braeburn.config.directory import read_identity, read_run
-from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
-from braeburn.config.mesh import ONE_DEVICE, AxisSize, Mesh, MeshAxis
-from braeburn.config.model import LARGEST_SIZES, Model, RopeScaling
-from braeburn.config.optimizers import AdamW, AfmOptimizer, Optimizer, OptimizerConfig
-from braeburn.config.run import Checkpoint, Evaluation, Run, StageModels, validate
-from braeburn.config.stage import Schedule, Stage
 
 __all__ = [
     "LARGEST_SIZES",
@@ -57,9 +57,9 @@ __all__ = [
     "Distillation",
     "Evaluation",
     "Fraction",
-    "Mesh",
     "MeshAxis",
-    "Model",
+    "MeshConfig",
+    "ModelConfig",
     "Name",
     "NamedActivation",
     "NonNegative",

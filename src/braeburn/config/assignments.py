@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from braeburn.config.base import Frozen, flatten
-from braeburn.config.compression import Pruning, Quantization
 from braeburn.config.data import Source
 from braeburn.config.memory import Remat
-from braeburn.config.mesh import Mesh
+from braeburn.config.mesh import MeshConfig
 from braeburn.config.model import RopeScaling
 from braeburn.config.optimizers import KINDS, AfmOptimizer
 from braeburn.config.run import Run, validate
 from braeburn.config.stage import Stage
+from braeburn.config.transforms import Pruning, Quantization
 from braeburn.errors import UserError, did_you_mean
 
 
@@ -132,7 +132,7 @@ def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
             raise UserError(_unknown_field(run, path, ".".join(parents[: depth + 1])))
         optional = {
             "rope_scaling": RopeScaling(),
-            "mesh": Mesh(),
+            "mesh": MeshConfig(),
             "remat": Remat(),
             "pruning": Pruning.model_construct(keep={}),
             "quantization": Quantization(),

@@ -11,7 +11,7 @@ MeshAxis = Literal["replica", "data", "fsdp", "context", "tensor"]
 AxisSize = Annotated[int, Field(ge=-1, le=2**24)]
 
 
-class Mesh(Frozen):
+class MeshConfig(Frozen):
     """Devices along each axis of the mesh, the slowest link first; one size may be -1, to take what
     devices are left.
 
@@ -40,7 +40,7 @@ class Mesh(Frozen):
         return {axis: getattr(self, axis) for axis in get_args(MeshAxis)}
 
     @model_validator(mode="after")
-    def _check(self) -> "Mesh":
+    def _check(self) -> "MeshConfig":
         for axis, size in self.sizes.items():
             if size == 0:
                 raise ValueError(
@@ -61,4 +61,4 @@ class Mesh(Frozen):
 
 
 # A mesh of one device: nothing is split.
-ONE_DEVICE = Mesh(fsdp=1)
+ONE_DEVICE = MeshConfig(fsdp=1)

@@ -33,7 +33,7 @@ class RopeScaling(Frozen):
     original_max_position_embeddings: Size = 8192
 
 
-class Model(Frozen):
+class ModelConfig(Frozen):
     """A decoder-only transformer: grouped-query attention, rotary positions, RMSNorm before each
     block, SwiGLU.
 
@@ -58,7 +58,7 @@ class Model(Frozen):
     max_position_embeddings: Count = 0
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> "Model":
+    def from_directory(cls, directory: str | Path) -> "ModelConfig":
         """The model of a run directory's newest checkpoint or of one of its checkpoints, as
         `braeburn import` makes it.
 
@@ -79,22 +79,22 @@ class Model(Frozen):
             run = read_run(path)
         except UserError as error:
             raise UserError(
-                f"Model.from_directory({str(directory)!r}): {error}; a Hugging Face directory is "
-                f"made one by `braeburn import`"
+                f"ModelConfig.from_directory({str(directory)!r}): {error}; a Hugging Face "
+                f"directory is made one by `braeburn import`"
             ) from None
         found = sorted(
             int(each.name) for each in (path / "checkpoints").glob("*") if each.name.isdigit()
         )
         if not found or (step is not None and step not in found):
             raise UserError(
-                f"Model.from_directory({str(directory)!r}): there is no such checkpoint; train for "
-                f"at least one, or name one of {found}"
+                f"ModelConfig.from_directory({str(directory)!r}): there is no such checkpoint; "
+                f"train for at least one, or name one of {found}"
             )
         model, length = run.model_at(found[-1] if step is None else step)
         return model.model_copy(update={"max_position_embeddings": length})
 
     @model_validator(mode="after")
-    def _check(self) -> "Model":
+    def _check(self) -> "ModelConfig":
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "

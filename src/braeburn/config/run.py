@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError, model_validator
 
 from braeburn.config.base import MOST_STEPS, Frozen, Name, Seed, Size, explain_validation_error
-from braeburn.config.compression import check_pruning
 from braeburn.config.data import Data
 from braeburn.config.memory import NO_OFFLOAD, Offload, Precision, Remat
-from braeburn.config.mesh import Mesh
-from braeburn.config.model import Model
+from braeburn.config.mesh import MeshConfig
+from braeburn.config.model import ModelConfig
 from braeburn.config.optimizers import AfmOptimizer, Optimizer
 from braeburn.config.stage import Stage
+from braeburn.config.transforms import check_pruning
 from braeburn.errors import UserError, did_you_mean
 
 
@@ -38,9 +38,9 @@ class Evaluation(Frozen):
 class StageModels(NamedTuple):
     """The model as a stage finds it, as it trains it, and as it leaves it."""
 
-    found: Model
-    trained: Model
-    left: Model
+    found: ModelConfig
+    trained: ModelConfig
+    left: ModelConfig
 
 
 class Run(Frozen):
@@ -48,17 +48,17 @@ class Run(Frozen):
 
     `initial_weights` is a directory whose weights and tokenizer training starts from, in the place
     of random weights: a run directory, one of its checkpoints, or a Hugging Face directory.
-    `Model.from_directory` gives its model.
+    `ModelConfig.from_directory` gives its model.
     """
 
     name: Name
-    model: Model
+    model: ModelConfig
     stages: dict[Name, Stage]
     data: Data = Data()
     optimizer: Optimizer = AfmOptimizer()
     initial_weights: str | None = None
     seed: Seed = 0
-    mesh: Mesh = Mesh()
+    mesh: MeshConfig = MeshConfig()
     checkpoint: Checkpoint = Checkpoint()
     precision: Precision = Precision()
     remat: Remat = Remat()
@@ -81,7 +81,7 @@ class Run(Frozen):
             first += stage.steps
         raise IndexError(f"step {step} lies beyond the run's {first} steps")
 
-    def model_at(self, step: int) -> tuple[Model, int]:
+    def model_at(self, step: int) -> tuple[ModelConfig, int]:
         """The model as left after `step` steps, and the longest sequence that it was trained on by
         then, in tokens.
         """

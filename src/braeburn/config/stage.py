@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from braeburn.config.base import Count, Frozen, Name, NonNegative, Positive, Size, divisors, some
-from braeburn.config.compression import Distillation, Pruning, Quantization
 from braeburn.config.memory import Remat
-from braeburn.config.mesh import Mesh
+from braeburn.config.mesh import MeshConfig
+from braeburn.config.transforms import Distillation, Pruning, Quantization
 
 
 class Schedule(Frozen):
@@ -50,7 +50,7 @@ class Stage(Frozen):
     schedule: Schedule = Schedule()
     rope_base: Positive | None = None
     accumulation_steps: Size = 1
-    mesh: Mesh | None = None
+    mesh: MeshConfig | None = None
     remat: Remat | None = None
     teacher: str | None = None
     distillation: Distillation = Distillation()

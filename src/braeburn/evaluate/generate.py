@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from braeburn.config import Model, Precision
+from braeburn.config import ModelConfig, Precision
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, random_key
 from braeburn.models import decoder
@@ -72,7 +72,7 @@ def sampling_defaults(said: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
 def generate(
     params: Tree,
     prompts: Sequence[Sequence[int]],
-    model: Model,
+    model: ModelConfig,
     precision: Precision,
     *,
     max_new_tokens: int,
@@ -179,7 +179,7 @@ def prefill(
     params: Tree,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    model: Model,
+    model: ModelConfig,
     precision: Precision,
     capacity: int,
 ) -> tuple[Float[Array, "B V"], tuple[Array, Array]]:
@@ -208,7 +208,7 @@ def decode(
     key: Key[Array, ""],
     limit: Int[Array, ""],
     stop_ids: Int[Array, " S"],
-    model: Model,
+    model: ModelConfig,
     precision: Precision,
     sampling: Sampling,
     capacity: int,

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.hardware.catalogue import Figure, weakest
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors, across_slices, closes, extent, placements
@@ -44,7 +44,7 @@ class Leg:
 class Links:
     """The links along the axes of a mesh on a target."""
 
-    def __init__(self, target: Target, mesh: Mesh, torus: Factors | None = None):
+    def __init__(self, target: Target, mesh: MeshConfig, torus: Factors | None = None):
         """Lays a mesh of resolved sizes over a target: over the torus as `torus` or `mesh.torus`
         says, or the best way.
 

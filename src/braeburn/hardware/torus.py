@@ -5,7 +5,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from braeburn.config import Mesh, divisors
+from braeburn.config import MeshConfig, divisors
 from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
 
@@ -13,7 +13,7 @@ from braeburn.hardware.targets import Target
 Factors = dict[Any, tuple[int, ...]]
 
 
-def across_slices(mesh: Mesh, num_slices: int) -> tuple[int, ...]:
+def across_slices(mesh: MeshConfig, num_slices: int) -> tuple[int, ...]:
     """How many slices each axis crosses, the outermost axis first."""
     across, left = [], num_slices
     for size in mesh.sizes.values():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from braeburn.config import Model, Precision, Run
+from braeburn.config import ModelConfig, Precision, Run
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.interop import gguf, huggingface
@@ -122,7 +122,7 @@ def _placed(values: np.ndarray, wanted: Any) -> jax.Array:
     )
 
 
-def _tokenizer_of(model: Model, path: Path) -> Tokenizer:
+def _tokenizer_of(model: ModelConfig, path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, once it is sure that the model has a row for each
     token.
     """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from braeburn.config import Model
+from braeburn.config import ModelConfig
 from braeburn.data.tokenizer import PATTERN, Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
@@ -65,7 +65,7 @@ _ELSEWHERE = (
 def write(
     path: str | Path,
     params: Tree,
-    model: Model,
+    model: ModelConfig,
     tokenizer: Tokenizer,
     max_position_embeddings: int,
     type_: Type = "f16",
@@ -155,7 +155,7 @@ def _add(writer: "gguf.GGUFWriter", key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def _add_sizes(writer: "gguf.GGUFWriter", model: Model, max_position_embeddings: int) -> None:
+def _add_sizes(writer: "gguf.GGUFWriter", model: ModelConfig, max_position_embeddings: int) -> None:
     import gguf
 
     writer.add_context_length(max_position_embeddings)
@@ -180,7 +180,7 @@ def _write_tensors(
     writer: "gguf.GGUFWriter",
     tensors: Sequence[Tensor],
     parameters: Mapping[str, Any],
-    model: Model,
+    model: ModelConfig,
     type_: Type,
 ) -> None:
     import gguf
@@ -221,7 +221,7 @@ def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(rows.shape))
 
 
-def _rope_factors(model: Model) -> np.ndarray | None:
+def _rope_factors(model: ModelConfig) -> np.ndarray | None:
     """What Llama 3's scaling divides each frequency by, float32 [head_dim / 2]."""
     if model.rope_scaling is None or model.rope_scaling.kind != "llama3":
         return None

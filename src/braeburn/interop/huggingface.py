@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from braeburn.config import Model
+from braeburn.config import ModelConfig
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
@@ -54,7 +54,7 @@ _READABLE = ("F32", "BF16", "F16")
 def write(
     directory: str | Path,
     params: Tree,
-    model: Model,
+    model: ModelConfig,
     tokenizer: Tokenizer | None,
     max_position_embeddings: int,
     max_shard_bytes: int = 5_000_000_000,
@@ -144,7 +144,7 @@ def _write_weights(
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def read(directory: str | Path) -> tuple[Model, Tree, Path]:
+def read(directory: str | Path) -> tuple[ModelConfig, Tree, Path]:
     """The model in a Hugging Face directory.
 
     Returns:
@@ -159,7 +159,7 @@ def read(directory: str | Path) -> tuple[Model, Tree, Path]:
     return model, _read_weights(directory, _weight_files(directory), model), tokenizer_file
 
 
-def describe(directory: str | Path) -> tuple[Model, Path]:
+def describe(directory: str | Path) -> tuple[ModelConfig, Path]:
     """The sizes of the model in a Hugging Face directory, and the path of its `tokenizer.json`;
     weights are not read.
 
@@ -215,7 +215,7 @@ class _Index(BaseModel):
     weight_map: dict[str, str] = Field(default_factory=dict)
 
 
-def _read_weights(directory: Path, files: Sequence[Path], model: Model) -> Tree:
+def _read_weights(directory: Path, files: Sequence[Path], model: ModelConfig) -> Tree:
     specs = param_specs(model)
     tensors = tensors_of(specs, _NAMES)
     with ExitStack() as stack:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from braeburn.config import Model
+from braeburn.config import ModelConfig
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
@@ -69,7 +69,7 @@ def tensors_of(specs: Tree, names: Mapping[str, str]) -> list[Tensor]:
     return sorted(found, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
 
 
-def checked(params: Tree, model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def checked(params: Tree, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The parameters by path, if they and the tokenizer are those of the model.
 
     Raises:

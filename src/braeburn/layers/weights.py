@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from braeburn.config import Mesh, Precision
+from braeburn.config import MeshConfig, Precision
 from braeburn.layers.spec import ParamSpec, Role, Tree
 from braeburn.parallel.collectives import TENSOR, axis_index
 from braeburn.parallel.rules import mesh_axes
 
 
 def gathered(
-    weights: Tree, specs: Tree, roles: tuple[Role, ...], precision: Precision, mesh: Mesh
+    weights: Tree, specs: Tree, roles: tuple[Role, ...], precision: Precision, mesh: MeshConfig
 ) -> Tree:
     """The weights of `roles` joined along what the rules store split but use whole; the others as
     they are.
@@ -37,7 +37,7 @@ def gathered(
     )
 
 
-def _gather(weight: Array, spec: ParamSpec, precision: Precision, mesh: Mesh) -> Array:
+def _gather(weight: Array, spec: ParamSpec, precision: Precision, mesh: MeshConfig) -> Array:
     dtype = jnp.dtype(jnp.float32 if spec.role == "norm" else precision.compute)
     # One layer's weight has lost the leading axis of its spec.
     named = zip(spec.axes[-weight.ndim :], spec.shape[-weight.ndim :], strict=True)

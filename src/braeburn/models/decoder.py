@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import NO_OFFLOAD, ONE_DEVICE, Mesh, Model, Offload, Precision, Remat
+from braeburn.config import (
+    NO_OFFLOAD,
+    ONE_DEVICE,
+    MeshConfig,
+    ModelConfig,
+    Offload,
+    Precision,
+    Remat,
+)
 from braeburn.layers import rope
 from braeburn.layers.attention import attention, cached_attention
 from braeburn.layers.linear import linear
@@ -43,7 +51,7 @@ Observe = Callable[[str, Array, Any], Any]
 KEEP_ALL = Remat(policy="none")
 
 
-def param_specs(model: Model) -> Tree:
+def param_specs(model: ModelConfig) -> Tree:
     """The specs of every parameter of a model."""
     sizes = {
         "vocab": model.vocab_size,
@@ -103,7 +111,10 @@ def rms_norm(
 
 
 def embed(
-    embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], precision: Precision, mesh: Mesh
+    embedding: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    precision: Precision,
+    mesh: MeshConfig,
 ) -> Float[Array, "B T D"]:
     """The rows of the embedding for this device's tokens.
 
@@ -134,8 +145,8 @@ def layer(
     state: Any,
     rotation: tuple[Array, Array],
     attend: Attend,
-    model: Model,
-    mesh: Mesh,
+    model: ModelConfig,
+    mesh: MeshConfig,
     observe: Observe = unobserved,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One pre-norm block: attention, then SwiGLU, each added to the residual stream.
@@ -182,11 +193,11 @@ def decoder(
     positions: Int[Array, "B T"],
     attend: Attend,
     states: Any,
-    model: Model,
+    model: ModelConfig,
     precision: Precision,
     remat: Remat = KEEP_ALL,
     offload: Offload = NO_OFFLOAD,
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
     observe: Observe = unobserved,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Hidden states after the final norm, of this tensor shard's tokens, and each layer's new
@@ -233,7 +244,7 @@ def unstack(stacked: Any, num_layers: int) -> list[Any]:
     ]
 
 
-def rematerialized(body: Callable, remat: Remat, offload: Offload, mesh: Mesh) -> Callable:
+def rematerialized(body: Callable, remat: Remat, offload: Offload, mesh: MeshConfig) -> Callable:
     """A layer that keeps for the backward pass only what the policy says, and never its gathered
     weights.
     """
@@ -265,11 +276,11 @@ def forward(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
-    model: Model,
+    model: ModelConfig,
     precision: Precision,
     remat: Remat = KEEP_ALL,
     offload: Offload = NO_OFFLOAD,
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of packed sequences; a token attends to the earlier ones of its own
     segment.
@@ -284,7 +295,9 @@ def forward(
     return gather_tokens(hidden, mesh)
 
 
-def empty_cache(model: Model, batch: int, length: int, precision: Precision) -> tuple[Array, Array]:
+def empty_cache(
+    model: ModelConfig, batch: int, length: int, precision: Precision
+) -> tuple[Array, Array]:
     """Keys and values of `length` positions for every layer, [L, B, length, K, H]."""
     shape = (model.num_layers, batch, length, model.num_kv_heads, model.head_dim)
     return jnp.zeros(shape, precision.compute), jnp.zeros(shape, precision.compute)
@@ -295,7 +308,7 @@ def forward_cached(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     cache: tuple[Array, Array],
-    model: Model,
+    model: ModelConfig,
     precision: Precision,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
     """Final hidden states of new tokens and the cache with their keys and values at their

@@ -1,4 +1,4 @@
-"""The `config.json` of a Hugging Face model as our `Model`, and back; the rules are those of
+"""The `config.json` of a Hugging Face model as our `ModelConfig`, and back; the rules are those of
 transformers 5.
 
 Every field that changes the computation is read under each name that transformers reads it by, with
@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from braeburn.config import LARGEST_SIZES, Model, explain_validation_error
+from braeburn.config import LARGEST_SIZES, ModelConfig, explain_validation_error
 from braeburn.errors import UserError
 from braeburn.reading import read_object, shown, validated
 
@@ -87,7 +87,7 @@ def is_huggingface(directory: Path) -> bool:
         return False
 
 
-def read_config(directory: Path) -> Model:
+def read_config(directory: Path) -> ModelConfig:
     """The sizes of the model in a Hugging Face directory; its weights are not read.
 
     Raises:
@@ -98,7 +98,7 @@ def read_config(directory: Path) -> Model:
     return parse_config(contents, str(path))
 
 
-def parse_config(contents: Mapping[str, Any], path: str) -> Model:
+def parse_config(contents: Mapping[str, Any], path: str) -> ModelConfig:
     """The model that a `config.json` describes.
 
     Args:
@@ -117,7 +117,7 @@ def parse_config(contents: Mapping[str, Any], path: str) -> Model:
         raise UserError(f"{path!r}: {explain_validation_error(error)}") from None
 
 
-def _parse(config: _Config, contents: Mapping[str, Any]) -> Model:
+def _parse(config: _Config, contents: Mapping[str, Any]) -> ModelConfig:
     family = _FAMILIES.get(config.model_type or "")
     if family is None:
         raise UserError(
@@ -134,7 +134,7 @@ def _parse(config: _Config, contents: Mapping[str, Any]) -> Model:
             )
     _check_windows(config, contents, family)
     sizes = _sizes(contents, family)
-    return Model.model_validate(
+    return ModelConfig.model_validate(
         {
             **sizes,
             "qk_norm": family.qk_norm,
@@ -247,7 +247,7 @@ def _parse_scaling(
     return {"kind": kind} | {field: found[field] for field in _SCALINGS[kind]}
 
 
-def write_config(model: Model, max_position_embeddings: int) -> dict[str, Any]:
+def write_config(model: ModelConfig, max_position_embeddings: int) -> dict[str, Any]:
     """The `config.json` of a model, without the ids of its tokens.
 
     Args:

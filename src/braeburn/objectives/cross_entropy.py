@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import NO_OFFLOAD, ONE_DEVICE, Mesh, Model, Offload, Precision, Remat
+from braeburn.config import (
+    NO_OFFLOAD,
+    ONE_DEVICE,
+    MeshConfig,
+    ModelConfig,
+    Offload,
+    Precision,
+    Remat,
+)
 from braeburn.layers.linear import flat, linear
 from braeburn.layers.spec import Tree
 from braeburn.models.decoder import forward, head_matrix
@@ -86,7 +94,7 @@ def chunk_logits(hidden_BTD: Array, head_DV: Array) -> Float[Array, "B T V"]:
     return linear(hidden_BTD, head_DV, jnp.float32)
 
 
-def places(count: int, mesh: Mesh) -> Int[Array, " V"]:
+def places(count: int, mesh: MeshConfig) -> Int[Array, " V"]:
     """The places in the whole vocabulary of this shard's `count` rows."""
     return jnp.arange(count) + axis_index(TENSOR, mesh) * count
 
@@ -118,7 +126,7 @@ def _no_statistics(targets_BT: Array) -> Statistics:
     return largest, total, total
 
 
-def _joined(statistics: Statistics, mesh: Mesh) -> tuple[Array, Array, Array]:
+def _joined(statistics: Statistics, mesh: MeshConfig) -> tuple[Array, Array, Array]:
     """log Z, the target's logit, and 1 where that is the largest, from the statistics of all tensor
     shards.
     """
@@ -128,7 +136,7 @@ def _joined(statistics: Statistics, mesh: Mesh) -> tuple[Array, Array, Array]:
     return largest + jnp.log(total), chosen, (chosen == largest).astype(jnp.float32)
 
 
-def _statistics(logits: Array, targets_BT: Array, mesh: Mesh) -> tuple[Array, Array, Array]:
+def _statistics(logits: Array, targets_BT: Array, mesh: MeshConfig) -> tuple[Array, Array, Array]:
     """log Z, the target's logit, and 1 where that is the largest, from this shard's logits of some
     tokens.
     """
@@ -150,7 +158,7 @@ def _slope(
 
 
 def blocked(
-    head: Float[Array, "V E"], length: int, dtype: Any, mesh: Mesh
+    head: Float[Array, "V E"], length: int, dtype: Any, mesh: MeshConfig
 ) -> tuple[Int[Array, "N R"], Float[Array, "N R E"]]:
     """Rows of the head in blocks of `length` to gather, in `dtype`: their places in the whole
     vocabulary, and they.
@@ -163,7 +171,7 @@ def blocked(
     return rows.reshape(-1, length), head.reshape(-1, length, head.shape[1])
 
 
-def _blocks(hidden_BTD: Array, head: Array, mesh: Mesh) -> tuple[Array, Array]:
+def _blocks(hidden_BTD: Array, head: Array, mesh: MeshConfig) -> tuple[Array, Array]:
     batch, total, width = hidden_BTD.shape
     return blocked(head, block_length(batch * total, width, head.shape[0]), hidden_BTD.dtype, mesh)
 
@@ -179,7 +187,7 @@ def block_logits(
 
 
 def _statistics_by_blocks(
-    hidden_BTD: Array, head: Array, targets_BT: Array, mesh: Mesh
+    hidden_BTD: Array, head: Array, targets_BT: Array, mesh: MeshConfig
 ) -> tuple[Array, Array, Array]:
     """As `_statistics`, of all tokens, where the head is split over fsdp."""
 
@@ -198,7 +206,7 @@ def token_losses(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V E"],
     targets: Int[Array, "B T"],
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """For each token, in float32: its negative log-likelihood in nats, log Z, and 1 where it was
     the likeliest.
@@ -230,7 +238,7 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     z_loss: float,
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
     reduce_dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums over tokens: (nll + z_loss * log(Z)^2, to be differentiated; nll alone, which
@@ -262,7 +270,7 @@ def cross_entropy(
     return _share(jnp.sum(weights * losses), jnp.sum(weights * jnp.square(log_z)), z_loss, mesh)
 
 
-def _share(nll: Array, penalty: Array, z_loss: float, mesh: Mesh) -> tuple[Array, Array]:
+def _share(nll: Array, penalty: Array, z_loss: float, mesh: MeshConfig) -> tuple[Array, Array]:
     """This shard's equal part of what its tokens come to: (nll and z-loss, nll alone)."""
     return (nll + z_loss * penalty) / mesh.tensor, nll / mesh.tensor
 
@@ -311,7 +319,7 @@ def gradients_by_blocks(
     head: Float[Array, "V E"],
     blocks: tuple[Array, ...],
     one_block: Callable[..., Float[Array, "B T R"]],
-    mesh: Mesh,
+    mesh: MeshConfig,
     reduce_dtype: Any,
 ) -> tuple[Array, Array]:
     """The gradients for `hidden` and `head`, from blocks of the vocabulary that meet all tokens.
@@ -355,7 +363,7 @@ def _forward(
     targets: Array,
     weights: Array,
     z_loss: float,
-    mesh: Mesh,
+    mesh: MeshConfig,
     reduce_dtype: Any,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     if mesh.fsdp > 1:
@@ -384,7 +392,7 @@ def _forward_by_blocks(
     targets: Array,
     weights: Array,
     z_loss: float,
-    mesh: Mesh,
+    mesh: MeshConfig,
     reduce_dtype: Any,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     log_z, chosen, _ = _statistics_by_blocks(hidden, head, targets, mesh)
@@ -402,7 +410,7 @@ def _forward_by_blocks(
 
 def _backward(
     z_loss: float,
-    mesh: Mesh,
+    mesh: MeshConfig,
     reduce_dtype: Any,
     residuals: tuple[Array, Array],
     cotangents: tuple[Array, Array],
@@ -416,11 +424,11 @@ cross_entropy.defvjp(_forward, _backward)
 def loss(
     params: Tree,
     batch: dict[str, Array],
-    model: Model,
+    model: ModelConfig,
     precision: Precision,
     remat: Remat,
     offload: Offload = NO_OFFLOAD,
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """What training minimises on a batch, and its parts.
 

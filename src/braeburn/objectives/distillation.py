@@ -20,8 +20,8 @@ from braeburn.config import (
     NO_OFFLOAD,
     ONE_DEVICE,
     Distillation,
-    Mesh,
-    Model,
+    MeshConfig,
+    ModelConfig,
     Offload,
     Precision,
     Remat,
@@ -74,7 +74,7 @@ class HiddenStates(NamedTuple):
 
 
 def likeliest(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V E"], k: int, mesh: Mesh = ONE_DEVICE
+    hidden: Float[Array, "B T D"], head: Float[Array, "V E"], k: int, mesh: MeshConfig = ONE_DEVICE
 ) -> Likeliest:
     """The `k` likeliest next tokens of each position, the lower of equals first, with float32 [B,
     T, k] log-softmax.
@@ -138,7 +138,7 @@ def _best_of(ids: Array, logits: Array, k: int) -> Likeliest:
     return Likeliest(jnp.take_along_axis(ids, indices, axis=-1), values)
 
 
-def _of_all_shards(normaliser: Normaliser, best: Likeliest, k: int, mesh: Mesh) -> Likeliest:
+def _of_all_shards(normaliser: Normaliser, best: Likeliest, k: int, mesh: MeshConfig) -> Likeliest:
     """The likeliest of the whole vocabulary, from what each tensor shard knows of its rows."""
     largest, total = normaliser
     scale, largest = _to_all_shards(largest, mesh)
@@ -154,7 +154,7 @@ def _of_all_shards(normaliser: Normaliser, best: Likeliest, k: int, mesh: Mesh) 
     )
 
 
-def _to_all_shards(largest: Array, mesh: Mesh) -> tuple[Array, Array]:
+def _to_all_shards(largest: Array, mesh: MeshConfig) -> tuple[Array, Array]:
     """What this tensor shard's sums of exponentials are scaled with before all are added, and the
     largest logit.
     """
@@ -258,7 +258,7 @@ def _meet(
     return _Seen(student, normaliser, teacher, true, aimed)
 
 
-def _join(seen: _Seen, mesh: Mesh) -> _Known:
+def _join(seen: _Seen, mesh: MeshConfig) -> _Known:
     """What is known of the whole vocabulary, from what all tensor shards have seen of theirs."""
     normalisers = [seen.student, seen.tempered] + ([] if seen.teacher is None else [seen.teacher])
     largest, total = (jnp.stack(part) for part in zip(*normalisers, strict=True))
@@ -323,7 +323,7 @@ def distillation_loss(
     teaching: Likeliest | HiddenStates,
     distillation: Distillation,
     z_loss: float,
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
     reduce_dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Weighted sums over tokens: what a distilled student minimises, and its parts, which have no
@@ -382,14 +382,14 @@ def _distilled(
     weights: Array,
     teaching: _Aims | HiddenStates,
     terms: _Terms,
-    mesh: Mesh,
+    mesh: MeshConfig,
     reduce_dtype: Any,
 ) -> tuple[Array, dict[str, Array]]:
     return _forward(hidden, head, targets, weights, teaching, terms, mesh, reduce_dtype)[0]
 
 
 def _share(
-    sums: tuple[Array, Array, Array], terms: _Terms, mesh: Mesh
+    sums: tuple[Array, Array, Array], terms: _Terms, mesh: MeshConfig
 ) -> tuple[Array, dict[str, Array]]:
     """This tensor shard's equal part of the loss and its parts."""
     nll, distilled, penalty = sums
@@ -404,7 +404,7 @@ def _forward(
     weights: Array,
     teaching: _Aims | HiddenStates,
     terms: _Terms,
-    mesh: Mesh,
+    mesh: MeshConfig,
     reduce_dtype: Any,
 ) -> tuple[tuple[Array, dict[str, Array]], tuple[Array, Array]]:
     if mesh.fsdp > 1:
@@ -449,7 +449,7 @@ def _forward_by_blocks(
     weights: Array,
     teaching: _Aims | HiddenStates,
     terms: _Terms,
-    mesh: Mesh,
+    mesh: MeshConfig,
     reduce_dtype: Any,
 ) -> tuple[tuple[Array, dict[str, Array]], tuple[Array, Array]]:
     aims, teacher = (None, teaching) if isinstance(teaching, HiddenStates) else (teaching, None)
@@ -490,7 +490,7 @@ def _forward_by_blocks(
 
 def _backward(
     terms: _Terms,
-    mesh: Mesh,
+    mesh: MeshConfig,
     reduce_dtype: Any,
     gradients: tuple[Array, Array],
     cotangents: tuple[Array, dict[str, Array]],
@@ -505,13 +505,13 @@ def loss(
     params: Tree,
     batch: dict[str, Array],
     teacher: Tree | None,
-    model: Model,
-    teacher_model: Model | None,
+    model: ModelConfig,
+    teacher_model: ModelConfig | None,
     distillation: Distillation,
     precision: Precision,
     remat: Remat,
     offload: Offload = NO_OFFLOAD,
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """What training a student minimises on a batch, and its parts: the counterpart of
     `cross_entropy.loss`.

@@ -2,12 +2,12 @@
 
 import optax
 
-from braeburn.config import AdamW, Model
+from braeburn.config import AdamW, ModelConfig
 from braeburn.layers.spec import Tree
 from braeburn.optim.definition import Definition
 
 
-def _direction(config: AdamW, specs: Tree, model: Model) -> optax.GradientTransformation:
+def _direction(config: AdamW, specs: Tree, model: ModelConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from braeburn.config import AfmOptimizer, Model
+from braeburn.config import AfmOptimizer, ModelConfig
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.optim.definition import Definition
 
@@ -22,7 +22,7 @@ class AfmState(NamedTuple):
 
 
 def scale_by_afm(
-    optimizer: AfmOptimizer, specs: Tree, model: Model
+    optimizer: AfmOptimizer, specs: Tree, model: ModelConfig
 ) -> optax.GradientTransformation:
     """Clipped gradients to updates before the learning rate.
 

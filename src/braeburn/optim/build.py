@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import Model, OptimizerConfig, Stage
+from braeburn.config import ModelConfig, OptimizerConfig, Stage
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.optim.definition import definition_of
 from braeburn.optim.guard import guarded
@@ -20,7 +20,7 @@ NO_WEIGHTS = frozenset({"mask", "scale"})
 
 
 def build_optimizer(
-    config: OptimizerConfig, stage: Stage, specs: Tree, model: Model
+    config: OptimizerConfig, stage: Stage, specs: Tree, model: ModelConfig
 ) -> optax.GradientTransformation:
     """The transformation from raw gradients to additive updates for one stage.
 

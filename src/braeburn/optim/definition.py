@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from braeburn.config import Model, OptimizerConfig, Stage
+from braeburn.config import ModelConfig, OptimizerConfig, Stage
 from braeburn.layers.spec import Tree
 
 
@@ -25,7 +25,7 @@ class Definition:
         no_decay: the roles of parameters that lose nothing.
     """
 
-    direction: Callable[[Any, Tree, Model], optax.GradientTransformation]
+    direction: Callable[[Any, Tree, ModelConfig], optax.GradientTransformation]
     second_moment: Callable[[Any], Tree | None]
     weight_decay: Callable[[Stage], float]
     no_decay: frozenset[str]

@@ -9,53 +9,53 @@ an axis of one device nothing is exchanged.
 from jax import lax
 from jaxtyping import Array
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 
 FSDP, CONTEXT, TENSOR = "fsdp", "context", "tensor"
 
 
-def axis_index(axis: str, mesh: Mesh) -> Array | int:
+def axis_index(axis: str, mesh: MeshConfig) -> Array | int:
     """This device's place along `axis`, a Python 0 where the axis has one device."""
     return lax.axis_index(axis) if mesh.sizes[axis] > 1 else 0
 
 
-def all_gather(x: Array, axis: str, dim: int, mesh: Mesh) -> Array:
+def all_gather(x: Array, axis: str, dim: int, mesh: MeshConfig) -> Array:
     """The shards of dimension `dim`, joined on every device of `axis`."""
     return lax.all_gather(x, axis, axis=dim, tiled=True) if mesh.sizes[axis] > 1 else x
 
 
-def reduce_scatter(x: Array, axis: str, dim: int, mesh: Mesh) -> Array:
+def reduce_scatter(x: Array, axis: str, dim: int, mesh: MeshConfig) -> Array:
     """The sum over the devices of `axis`, of which each keeps its shard of dimension `dim`."""
     return (
         lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if mesh.sizes[axis] > 1 else x
     )
 
 
-def all_to_all(x: Array, axis: str, split: int, join: int, mesh: Mesh) -> Array:
+def all_to_all(x: Array, axis: str, split: int, join: int, mesh: MeshConfig) -> Array:
     """Dimension `split` is dealt out over the devices of `axis`, and what they deal is joined along
     `join`.
     """
     return lax.all_to_all(x, axis, split, join, tiled=True) if mesh.sizes[axis] > 1 else x
 
 
-def all_sum(x: Array, axis: str, mesh: Mesh) -> Array:
+def all_sum(x: Array, axis: str, mesh: MeshConfig) -> Array:
     """The sum over the devices of `axis`, on each of them. Not to be differentiated."""
     return lax.psum(x, axis) if mesh.sizes[axis] > 1 else x
 
 
-def all_max(x: Array, axis: str, mesh: Mesh) -> Array:
+def all_max(x: Array, axis: str, mesh: MeshConfig) -> Array:
     """The maximum over the devices of `axis`, on each of them. Not to be differentiated."""
     return lax.pmax(x, axis) if mesh.sizes[axis] > 1 else x
 
 
-def gather_tokens(x_BTD: Array, mesh: Mesh) -> Array:
+def gather_tokens(x_BTD: Array, mesh: MeshConfig) -> Array:
     """Enters a tensor-parallel region: the tokens of all tensor shards, [B, T / tensor, D] -> [B,
     T, D].
     """
     return all_gather(x_BTD, TENSOR, 1, mesh)
 
 
-def scatter_tokens(x_BTD: Array, mesh: Mesh) -> Array:
+def scatter_tokens(x_BTD: Array, mesh: MeshConfig) -> Array:
     """Leaves a tensor-parallel region: partial sums [B, T, D] -> the sum, of which each shard keeps
     its own tokens.
     """

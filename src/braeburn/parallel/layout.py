@@ -18,7 +18,7 @@ from jax._src.config import (
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from braeburn.config import NO_OFFLOAD, ONE_DEVICE, Mesh, Offload
+from braeburn.config import NO_OFFLOAD, ONE_DEVICE, MeshConfig, Offload
 from braeburn.data.packing import Batch
 from braeburn.parallel.mesh import build
 from braeburn.parallel.rules import BATCH, LENGTH, Kind, partition
@@ -40,7 +40,7 @@ class Layout:
         offload: what waits in the host's memory.
     """
 
-    sizes: Mesh
+    sizes: MeshConfig
     mesh: jax.sharding.Mesh
     specs: Tree
     offload: Offload = NO_OFFLOAD

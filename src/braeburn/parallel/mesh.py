@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from braeburn.config import Mesh, divisors, some
+from braeburn.config import MeshConfig, divisors, some
 from braeburn.errors import UserError
 from braeburn.hardware.torus import Factors, across_slices, placements
 
 
-def resolve(mesh: Mesh, num_devices: int) -> Mesh:
+def resolve(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     """The mesh with its inferred size worked out for `num_devices`.
 
     Raises:
@@ -38,7 +38,7 @@ def resolve(mesh: Mesh, num_devices: int) -> Mesh:
     return mesh
 
 
-def arrange(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
+def arrange(mesh: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """Devices in an array of the mesh's shape, neighbours along the last axes joined by the best
     links.
 
@@ -74,7 +74,7 @@ def arrange(mesh: Mesh, devices: Sequence[Any]) -> np.ndarray:
     return whole.transpose(order).reshape(shape)
 
 
-def build(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+def build(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of JAX with the axes of `mesh`, resolved, over `devices` (the first of all, by
     default).
 
@@ -93,7 +93,7 @@ def build(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh
     return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
 
 
-def _arrange_slice(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+def _arrange_slice(mesh: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     places = np.array([getattr(device, "coords", ()) for device in devices])
     sides = tuple(int(n) for n in np.ptp(places, axis=0) + 1) if places.size else ()
     if mesh.torus:
@@ -115,13 +115,16 @@ def _arrange_slice(mesh: Mesh, shape: tuple[int, ...], devices: list[Any]) -> np
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _factors(torus: Factors, mesh: Mesh, extent: tuple[int, ...]) -> list[tuple[int, ...]]:
+def _factors(torus: Factors, mesh: MeshConfig, extent: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The size of each axis of the mesh along each dimension of a torus."""
     return [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]
 
 
 def _check_torus(
-    mesh: Mesh, factors: list[tuple[int, ...]], shape: tuple[int, ...], extent: tuple[int, ...]
+    mesh: MeshConfig,
+    factors: list[tuple[int, ...]],
+    shape: tuple[int, ...],
+    extent: tuple[int, ...],
 ) -> None:
     if not extent:
         raise UserError(

@@ -12,7 +12,7 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-from braeburn.config import Mesh, MeshAxis, Model, Run, divisors, some
+from braeburn.config import MeshAxis, MeshConfig, ModelConfig, Run, divisors, some
 from braeburn.errors import UserError
 
 Kind = Literal["parameters", "optimizer", "activations"]
@@ -50,7 +50,9 @@ RULES: dict[str, Placement] = {
 }
 
 
-def mesh_axes(name: str, size: int, kind: Kind, mesh: Mesh, role: str = "") -> tuple[str, ...]:
+def mesh_axes(
+    name: str, size: int, kind: Kind, mesh: MeshConfig, role: str = ""
+) -> tuple[str, ...]:
     """The mesh axes of more than one device that a dimension is split along.
 
     Args:
@@ -74,7 +76,7 @@ def mesh_axes(name: str, size: int, kind: Kind, mesh: Mesh, role: str = "") -> t
 
 
 def partition(
-    axes: tuple[str, ...], shape: tuple[int, ...], kind: Kind, mesh: Mesh, role: str = ""
+    axes: tuple[str, ...], shape: tuple[int, ...], kind: Kind, mesh: MeshConfig, role: str = ""
 ) -> PartitionSpec:
     """How an array with these logical axes is split over the mesh.
 
@@ -100,8 +102,8 @@ def partition(
 def check(
     run: Run,
     name: str,
-    model: Model,
-    mesh: Mesh,
+    model: ModelConfig,
+    mesh: MeshConfig,
     parameters: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], str]],
 ) -> None:
     """Refuses a mesh that does not divide a stage of a run.
@@ -158,7 +160,7 @@ def check(
         )
 
 
-def _uneven(what: str, size: int, axes: tuple[str, ...], mesh: Mesh) -> str:
+def _uneven(what: str, size: int, axes: tuple[str, ...], mesh: MeshConfig) -> str:
     """What does not divide, and sizes of the axis to blame that would."""
     split = {axis: mesh.sizes[axis] for axis in axes if mesh.sizes[axis] > 1}
     shards = math.prod(split.values())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.parallel.collectives import CONTEXT, all_gather
 
 
@@ -45,7 +45,7 @@ def token_indices(length: int, shard: Array | int, shards: int) -> Int[Array, " 
     return jnp.concatenate([shard * chunk + first, (2 * shards - 1 - shard) * chunk + first])
 
 
-def gather_sequence(x: Array, mesh: Mesh) -> Array:
+def gather_sequence(x: Array, mesh: MeshConfig) -> Array:
     """The tokens of all context shards in the order of the sequence: [B, t, ...] -> [B, T, ...]."""
     if mesh.context == 1:
         return x

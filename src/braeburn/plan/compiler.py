@@ -28,7 +28,7 @@ from braeburn.hardware.catalogue import catalogue
 from braeburn.hardware.targets import Target, parse_target
 from braeburn.parallel.layout import Layout
 from braeburn.plan.cost import live_teacher
-from braeburn.train.compilation import options
+from braeburn.train.compiler_flags import options
 from braeburn.train.stages import layout_of, lower_stage
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from braeburn.config import Mesh, Model, Remat, Run
+from braeburn.config import MeshConfig, ModelConfig, Remat, Run
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import weakest
 from braeburn.hardware.links import Links
@@ -130,7 +130,7 @@ class Estimate:
 
 
 @cache
-def _flops_per_token(model: Model, sequence_length: int) -> int:
+def _flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     return flops_per_token(model, specs_of(model), sequence_length)
 
 
@@ -145,7 +145,7 @@ class Work(Pass):
             what its factors' gradient needs is kept too.
     """
 
-    teacher: Model | None = None
+    teacher: ModelConfig | None = None
     remade: int = 0
 
     @property
@@ -364,7 +364,7 @@ class Work(Pass):
                 ]  # the sum over several axes is scattered along the first for the next
 
 
-def live_teacher(run: Run, name: str) -> Model | None:
+def live_teacher(run: Run, name: str) -> ModelConfig | None:
     """The model of the teacher whose weights a stage needs at hand; None where it has none, or what
     it says is kept.
 
@@ -374,7 +374,7 @@ def live_teacher(run: Run, name: str) -> Model | None:
     return None if run.stages[name].distillation.cached else _teacher(run, name)
 
 
-def _teacher(run: Run, name: str) -> Model | None:
+def _teacher(run: Run, name: str) -> ModelConfig | None:
     stage = run.stages[name]
     if stage.teacher is None:
         return None
@@ -387,7 +387,7 @@ def _teacher(run: Run, name: str) -> Model | None:
         raise UserError(f"stages.{name}.teacher={stage.teacher!r} cannot teach: {error}") from None
 
 
-def work_of(run: Run, name: str, mesh: Mesh) -> Work:
+def work_of(run: Run, name: str, mesh: MeshConfig) -> Work:
     """The work of a stage over a mesh of resolved sizes.
 
     Raises:
@@ -508,7 +508,7 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
     )
 
 
-def labelling_seconds(run: Run, name: str, mesh: Mesh, target: Target) -> float:
+def labelling_seconds(run: Run, name: str, mesh: MeshConfig, target: Target) -> float:
     """Seconds in which the teacher of a stage fills its cache; 0 where it has none, or no cache.
 
     It is taken to label as many tokens as the stage reads, each once, in the time that it would add
@@ -526,7 +526,7 @@ def labelling_seconds(run: Run, name: str, mesh: Mesh, target: Target) -> float:
     return (taught.step - alone.step) * work.stage.steps
 
 
-def _as_compiled(exchange: Exchange, sizes: Mesh, target: Target) -> Exchange:
+def _as_compiled(exchange: Exchange, sizes: MeshConfig, target: Target) -> Exchange:
     """What libtpu makes of an exchange of weights over many chips: sums of whole arrays, which move
     them twice.
 

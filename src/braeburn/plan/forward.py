@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from braeburn.config import Mesh, Model, Run, Stage
+from braeburn.config import MeshConfig, ModelConfig, Run, Stage
 from braeburn.layers.spec import Role, Tree, count
 from braeburn.models.decoder import param_specs
 
@@ -34,13 +34,13 @@ class Exchange:
 
 
 @cache
-def specs_of(model: Model) -> Tree:
+def specs_of(model: ModelConfig) -> Tree:
     """The specs of a model's parameters."""
     return param_specs(model)
 
 
 @cache
-def _count(model: Model, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")) -> int:
+def _count(model: ModelConfig, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")) -> int:
     return count(specs_of(model), roles)
 
 
@@ -50,8 +50,8 @@ class Pass:
 
     run: Run
     stage: Stage
-    mesh: Mesh
-    model: Model
+    mesh: MeshConfig
+    model: ModelConfig
 
     @property
     def width(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from braeburn.config import Mesh, Model, Offload, Remat, Run, Stage
+from braeburn.config import MeshConfig, ModelConfig, Offload, Remat, Run, Stage
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import extent, placements
@@ -58,7 +58,7 @@ class Candidate:
 
     assignments: dict[str, Any]
     run: Run
-    sizes: Mesh
+    sizes: MeshConfig
     estimate: Estimate
 
 
@@ -113,7 +113,7 @@ def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target
                 break
 
 
-def meshes(models: Sequence[Model], stage: Stage, target: Target) -> list[Mesh]:
+def meshes(models: Sequence[ModelConfig], stage: Stage, target: Target) -> list[MeshConfig]:
     """The meshes that divide all models of a stage and its batch over the devices of a target.
 
     Nodes of other chips than TPUs may stay idle where no mesh of all of them divides: the most that
@@ -129,8 +129,8 @@ def meshes(models: Sequence[Model], stage: Stage, target: Target) -> list[Mesh]:
 
 
 def _meshes(
-    models: Sequence[Model], stage: Stage, target: Target, within: int, slices: int
-) -> Iterator[Mesh]:
+    models: Sequence[ModelConfig], stage: Stage, target: Target, within: int, slices: int
+) -> Iterator[MeshConfig]:
     """The meshes of `slices` slices of `within` devices."""
     chip = target.facts
     domain = (
@@ -162,7 +162,7 @@ def _meshes(
                     continue
                 if replica < slices and (rest // fsdp) % slices == 0:
                     continue  # data that takes the slices is a replica by another name
-                yield Mesh(
+                yield MeshConfig(
                     replica=replica, data=rest // fsdp, fsdp=fsdp, context=context, tensor=tensor
                 )
 
@@ -175,7 +175,7 @@ def _changed(work: Work, name: str, changes: dict[str, Any]) -> Work:
 
 
 def _fastest(
-    work: Work, name: str, sizes: Mesh, target: Target, links: Links
+    work: Work, name: str, sizes: MeshConfig, target: Target, links: Links
 ) -> tuple[Work, Estimate] | None:
     """The fastest of accumulation, remat and offload that fits; or where none does, what lacks
     least.
@@ -209,7 +209,7 @@ def _fastest(
     return (least[1], estimate_work(least[1], target, links)) if least else None
 
 
-def _accumulations(stage: Stage, sizes: Mesh) -> list[int]:
+def _accumulations(stage: Stage, sizes: MeshConfig) -> list[int]:
     """Parts that the sequences of a batch can be worked through in."""
     sequences = stage.batch_size // (sizes.replica * sizes.data * sizes.fsdp)
     return [steps for steps in _powers(min(sequences, MOST_ACCUMULATION)) if sequences % steps == 0]
@@ -224,7 +224,7 @@ def _rank(estimate: Estimate) -> tuple[float, float]:
     return lacking, estimate.step + unknown / NOMINAL_BYTES_PER_S
 
 
-def _placements(sizes: Mesh, target: Target) -> list[Any]:
+def _placements(sizes: MeshConfig, target: Target) -> list[Any]:
     if target.facts.family != "tpu":
         return [None]
     across = target.slices // math.gcd(sizes.replica, target.slices)

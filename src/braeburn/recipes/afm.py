@@ -13,8 +13,8 @@ from braeburn.config import (
     Checkpoint,
     Data,
     Distillation,
-    Mesh,
-    Model,
+    MeshConfig,
+    ModelConfig,
     Precision,
     Pruning,
     Remat,
@@ -38,7 +38,7 @@ KEEP = Remat(
 def stages(
     *,
     batch_tokens: int,
-    meshes: Mapping[str, Mesh] = NOTHING,
+    meshes: Mapping[str, MeshConfig] = NOTHING,
     remats: Mapping[str, Remat] = NOTHING,
 ) -> dict[str, Stage]:
     """The three stages: core, continued with maths and code up-weighted, and context lengthening.
@@ -97,7 +97,7 @@ def afm_on_device_scratch() -> Run:
     """
     return Run(
         name="afm-on-device-scratch",
-        model=Model(
+        model=ModelConfig(
             vocab_size=49_152,
             d_model=3072,
             num_layers=26,
@@ -111,11 +111,11 @@ def afm_on_device_scratch() -> Run:
         stages=stages(
             batch_tokens=2048 * 4096,
             meshes={
-                "continued": Mesh(data=-1, fsdp=64, context=2),
-                "context": Mesh(context=4, tensor=2),
+                "continued": MeshConfig(data=-1, fsdp=64, context=2),
+                "context": MeshConfig(context=4, tensor=2),
             },
         ),
-        mesh=Mesh(data=-1, fsdp=64),
+        mesh=MeshConfig(data=-1, fsdp=64),
         data=data(),
         checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),
         remat=KEEP,
@@ -156,7 +156,7 @@ def afm_server() -> Run:
     """
     return Run(
         name="afm-server",
-        model=Model(
+        model=ModelConfig(
             vocab_size=100_352,
             d_model=8192,
             num_layers=80,
@@ -169,10 +169,10 @@ def afm_server() -> Run:
         # split a quarter of the chips shares the state, which leaves less room for activations.
         stages=stages(
             batch_tokens=SERVER_BATCH_TOKENS,
-            meshes={"context": Mesh(context=4, tensor=4)},
+            meshes={"context": MeshConfig(context=4, tensor=4)},
             remats={"context": KEEP.replace(names=KEEP.names[:-1])},
         ),
-        mesh=Mesh(tensor=4),
+        mesh=MeshConfig(tensor=4),
         data=data(),
         checkpoint=Checkpoint(every_steps=1000, keep_every_steps=50_000),
         precision=Precision(reduce="bfloat16"),
@@ -194,7 +194,7 @@ def afm_85m() -> Run:
         shorter[name] = stage.replace(
             tokens=tokens, sequence_length=sequence_length, schedule=schedule
         )
-    model = Model(
+    model = ModelConfig(
         vocab_size=12_288,
         d_model=768,
         num_layers=12,

@@ -8,7 +8,7 @@ from braeburn.config import (
     AdamW,
     Checkpoint,
     Data,
-    Model,
+    ModelConfig,
     NamedActivation,
     Remat,
     RopeScaling,
@@ -47,7 +47,7 @@ LLAMA3: dict[str, Any] = COMMON | {
 
 def llama2_7b() -> Run:
     """Llama 2 7B: 2T tokens, sequences of 4096, batches of 4M."""
-    model = Model(**SIZE_8B, num_kv_heads=32, ffn_dim=11_008, **LLAMA2)
+    model = ModelConfig(**SIZE_8B, num_kv_heads=32, ffn_dim=11_008, **LLAMA2)
     return _run(
         "llama2-7b", model, tokens=2_000_000_000_000, sequence_length=4096, learning_rate=3e-4
     )
@@ -55,7 +55,7 @@ def llama2_7b() -> Run:
 
 def llama2_70b() -> Run:
     """Llama 2 70B: 2T tokens, sequences of 4096, batches of 4M."""
-    model = Model(**SIZE_70B, **LLAMA2)
+    model = ModelConfig(**SIZE_70B, **LLAMA2)
     return _run(
         "llama2-70b",
         model,
@@ -68,7 +68,7 @@ def llama2_70b() -> Run:
 
 def llama3_8b() -> Run:
     """Llama 3.1 8B, RoPE scaling included: 15T tokens, sequences of 8192, batches of 8M."""
-    model = Model(**SIZE_8B, num_kv_heads=8, ffn_dim=14_336, **LLAMA3)
+    model = ModelConfig(**SIZE_8B, num_kv_heads=8, ffn_dim=14_336, **LLAMA3)
     return _run(
         "llama3-8b",
         model,
@@ -81,7 +81,7 @@ def llama3_8b() -> Run:
 
 def llama3_70b() -> Run:
     """Llama 3.1 70B, RoPE scaling included: 15T tokens, sequences of 8192, batches of 8M."""
-    model = Model(**SIZE_70B, **LLAMA3)
+    model = ModelConfig(**SIZE_70B, **LLAMA3)
     return _run(
         "llama3-70b",
         model,
@@ -94,7 +94,7 @@ def llama3_70b() -> Run:
 
 def _run(
     name: str,
-    model: Model,
+    model: ModelConfig,
     *,
     tokens: int,
     sequence_length: int,

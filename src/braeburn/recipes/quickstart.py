@@ -8,7 +8,7 @@ from braeburn.config import (
     Data,
     Distillation,
     Evaluation,
-    Model,
+    ModelConfig,
     Precision,
     Pruning,
     Quantization,
@@ -34,7 +34,7 @@ def quickstart() -> Run:
     """The three AFM stages in minutes on two CPU cores: a small model of Python code."""
     return Run(
         name="quickstart",
-        model=Model(
+        model=ModelConfig(
             vocab_size=4096,
             d_model=256,
             num_layers=3,
@@ -65,7 +65,7 @@ def afm_tiny() -> Run:
     """Three stages of a few small steps each: for tests, and to see a whole run in seconds."""
     return Run(
         name="afm-tiny",
-        model=Model(
+        model=ModelConfig(
             vocab_size=512,
             d_model=64,
             num_layers=2,
@@ -107,7 +107,7 @@ def afm_on_device_tiny() -> Run:
     pruning = Pruning(keep={"ffn": 384})
     return Run(
         name="afm-on-device-tiny",
-        model=Model(
+        model=ModelConfig(
             vocab_size=2048,
             d_model=192,
             num_layers=3,

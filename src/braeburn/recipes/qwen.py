@@ -4,7 +4,17 @@ their class.
 
 from typing import Any
 
-from braeburn.config import AdamW, Checkpoint, Data, Model, Remat, Run, Schedule, Source, Stage
+from braeburn.config import (
+    AdamW,
+    Checkpoint,
+    Data,
+    ModelConfig,
+    Remat,
+    Run,
+    Schedule,
+    Source,
+    Stage,
+)
 
 COMMON: dict[str, Any] = {
     "vocab_size": 151_936,
@@ -17,7 +27,9 @@ COMMON: dict[str, Any] = {
 
 def qwen3_0_6b() -> Run:
     """Qwen3 0.6B: tied embeddings, context lengthened from 4096 to 32,768."""
-    model = Model(d_model=1024, num_layers=28, num_heads=16, num_kv_heads=8, ffn_dim=3072, **COMMON)
+    model = ModelConfig(
+        d_model=1024, num_layers=28, num_heads=16, num_kv_heads=8, ffn_dim=3072, **COMMON
+    )
     return _run("qwen3-0.6b", model, learning_rate=1e-3)
 
 
@@ -30,10 +42,12 @@ def qwen3_8b() -> Run:
         "num_kv_heads": 8,
         "ffn_dim": 12_288,
     }
-    return _run("qwen3-8b", Model(**sizes, tied_embeddings=False, **COMMON), learning_rate=3e-4)
+    return _run(
+        "qwen3-8b", ModelConfig(**sizes, tied_embeddings=False, **COMMON), learning_rate=3e-4
+    )
 
 
-def _run(name: str, model: Model, *, learning_rate: float) -> Run:
+def _run(name: str, model: ModelConfig, *, learning_rate: float) -> Run:
     general = Stage(
         tokens=30_000_000_000_000,
         sequence_length=4096,

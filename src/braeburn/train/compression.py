@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from braeburn.config import Model, Precision, Pruning, Run
+from braeburn.config import ModelConfig, Precision, Pruning, Run
 from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, map_params_like, map_specs
 from braeburn.models.decoder import param_specs
@@ -30,7 +30,7 @@ from braeburn.transforms.quantization import factor_specs, quantized
 MASKS, FACTORS = "masks", "factors"
 
 
-def of_model(layout: Layout, model: Model) -> Layout:
+def of_model(layout: Layout, model: ModelConfig) -> Layout:
     """Where the parameters of a model lie on the mesh of a layout."""
     return dataclasses.replace(layout, specs=param_specs(model))
 
@@ -108,7 +108,7 @@ def enter(
 
 def scores_of(
     pruning: Pruning,
-    model: Model,
+    model: ModelConfig,
     params: Tree,
     layout: Layout,
     precision: Precision,
@@ -188,7 +188,7 @@ def _with(state: TrainState, extras: Tree, layout: Layout) -> TrainState:
 
 
 def cut(
-    state: TrainState, scores: Tree, pruning: Pruning, model: Model, after: Layout
+    state: TrainState, scores: Tree, pruning: Pruning, model: ModelConfig, after: Layout
 ) -> TrainState:
     """The state with only the units of the highest scores, its optimizer's moments cut alike.
 
@@ -202,7 +202,7 @@ def cut(
     return _changed(_cutting(pruning, model), after, state, scores)
 
 
-def _cutting(pruning: Pruning, model: Model) -> Callable[[TrainState, Tree], TrainState]:
+def _cutting(pruning: Pruning, model: ModelConfig) -> Callable[[TrainState, Tree], TrainState]:
     specs = param_specs(model)
 
     def change(state: TrainState, scores: Tree) -> TrainState:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from braeburn.background import nothing_to_ask
-from braeburn.config import Model, Precision
+from braeburn.config import ModelConfig, Precision
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
 from braeburn.objectives.cross_entropy import token_losses
@@ -24,7 +24,7 @@ Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
 
 
 def evaluator(
-    model: Model, precision: Precision, token_bytes: np.ndarray, layout: Layout
+    model: ModelConfig, precision: Precision, token_bytes: np.ndarray, layout: Layout
 ) -> Evaluate:
     """A compiled function from parameters and a batch to sums over the batch's weighted tokens.
 

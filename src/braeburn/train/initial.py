@@ -53,8 +53,8 @@ def initial_weights(
         if name not in _FREE and ours != theirs:
             raise UserError(
                 f"{field} has {name}={shown(theirs)}, not model.{name}={shown(ours)}; set model to "
-                f"Model.from_directory({run.initial_weights!r}) in the recipe, or model.{name} to "
-                f"{shown(theirs)}"
+                f"ModelConfig.from_directory({run.initial_weights!r}) in the recipe, or "
+                f"model.{name} to {shown(theirs)}"
             )
     if found.tokenizer is not None and run.data.tokenizer is not None:
         named = Tokenizer.load(run.data.tokenizer)

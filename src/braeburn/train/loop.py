@@ -15,7 +15,7 @@ import jax
 
 from braeburn import background
 from braeburn.background import Background
-from braeburn.config import Model, Run, Stage, validate
+from braeburn.config import ModelConfig, Run, Stage, validate
 from braeburn.data.corpus import files
 from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.mixture import rounded_shares
@@ -708,7 +708,7 @@ class _Loop:
         if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.to_json(), facts):
             self.directory.event("checkpoint", step=step)
 
-    def _evaluate(self, name: str, params: Tree, model: Model) -> dict[str, dict[str, float]]:
+    def _evaluate(self, name: str, params: Tree, model: ModelConfig) -> dict[str, dict[str, float]]:
         """Results on the held-out text of a stage, by source.
 
         Raises:
@@ -730,7 +730,7 @@ class _Loop:
                 )
         return results
 
-    def _evaluator(self, model: Model, layout: Layout) -> Evaluate:
+    def _evaluator(self, model: ModelConfig, layout: Layout) -> Evaluate:
         """That of a model on a layout; the last is kept, for a stage to be evaluated often."""
         if self.evaluates[0] != (model, layout.sizes):
             evaluate = evaluator(

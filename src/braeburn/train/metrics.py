@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from braeburn.config import Model, Run
+from braeburn.config import ModelConfig, Run
 from braeburn.hardware.catalogue import chip_of
 from braeburn.layers.spec import Tree, count
 from braeburn.models.decoder import param_specs
@@ -33,7 +33,7 @@ def peak_flops(device_kind: str) -> float | None:
     return chip.peak_flops if chip else None
 
 
-def flops_per_token(model: Model, specs: Tree, sequence_length: int) -> int:
+def flops_per_token(model: ModelConfig, specs: Tree, sequence_length: int) -> int:
     """Model FLOPs of one training token, 6 N + 12 L d S (PaLM, arXiv 2204.02311, appendix B).
 
     N counts the weights that multiply: all but an embedding that is only looked up. d is the width

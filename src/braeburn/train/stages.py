@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from braeburn.config import Mesh, Model, Run, Stage
+from braeburn.config import MeshConfig, ModelConfig, Run, Stage
 from braeburn.data.packing import Batch
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, abstract, initialize, walk
@@ -21,13 +21,13 @@ from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout, can_offload
 from braeburn.parallel.mesh import build, resolve
 from braeburn.parallel.rules import check
-from braeburn.train.compilation import compiler_flags
+from braeburn.train.compiler_flags import compiler_flags
 from braeburn.train.compression import of_model, trained_specs, use_of
 from braeburn.train.state import TrainState, new_state
 from braeburn.train.step import train_step
 
 
-def model_at(run: Run, step: int) -> tuple[Model, int]:
+def model_at(run: Run, step: int) -> tuple[ModelConfig, int]:
     """The model as left after `step` steps, and the longest sequence that it was trained on by
     then.
     """
@@ -70,7 +70,7 @@ def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layo
     return Layout(sizes, build(sizes, devices), trained_specs(run, name), run.offload)
 
 
-def sizes_of(run: Run, name: str, num_devices: int | None = None) -> Mesh:
+def sizes_of(run: Run, name: str, num_devices: int | None = None) -> MeshConfig:
     """The sizes of a stage's mesh, resolved for a number of devices unless none is inferred.
 
     Raises:
@@ -93,7 +93,7 @@ def sizes_of(run: Run, name: str, num_devices: int | None = None) -> Mesh:
 
 
 def stage_step(
-    run: Run, name: str, layout: Layout, teacher: Model | None = None
+    run: Run, name: str, layout: Layout, teacher: ModelConfig | None = None
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """The train step of a stage as a traceable function of state and batch, and of the weights of a
     live teacher.
@@ -204,7 +204,7 @@ def places_of(tree: Any) -> Any:
 
 
 def lower_stage(
-    run: Run, name: str, layout: Layout, teacher: Model | None = None
+    run: Run, name: str, layout: Layout, teacher: ModelConfig | None = None
 ) -> jax.stages.Lowered:
     """A stage's train step for the devices of a layout, which need not be there, before it is
     compiled.
@@ -216,7 +216,9 @@ def lower_stage(
     return step.lower(state, abstract_batch(run.stages[name], layout), *teaching)
 
 
-def compile_stage(run: Run, name: str, layout: Layout, teacher: Model | None = None) -> Program:
+def compile_stage(
+    run: Run, name: str, layout: Layout, teacher: ModelConfig | None = None
+) -> Program:
     """Compiles a stage's train step.
 
     The state passed to it is given up, the one it returns takes its memory.

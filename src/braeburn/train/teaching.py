@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from braeburn.config import Model, Run, read_run
+from braeburn.config import ModelConfig, Run, read_run
 from braeburn.data.packing import Batch
 from braeburn.data.prepare import Prepared
 from braeburn.data.teacher_store import TeacherStore, build_teacher_store
@@ -43,7 +43,7 @@ class Teacher:
         read: its parameters, in the types and places of abstract ones.
     """
 
-    model: Model
+    model: ModelConfig
     tokenizer: Tokenizer | None
     identity: Callable[[], str]
     read: Callable[[Tree], Tree]
@@ -83,7 +83,7 @@ def files_identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def live_model(run: Run, name: str, teachers: Mapping[str, Teacher]) -> Model | None:
+def live_model(run: Run, name: str, teachers: Mapping[str, Teacher]) -> ModelConfig | None:
     """The model of the teacher whose weights a stage needs at hand; None where it has none, or what
     it says is kept.
     """

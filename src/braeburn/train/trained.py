@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from braeburn.config import Checkpoint, Model, Run, flatten, read_run, validate
+from braeburn.config import Checkpoint, ModelConfig, Run, flatten, read_run, validate
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer_settings import TOKENIZER_CONFIG
 from braeburn.disk import explaining, scratch
@@ -33,7 +33,7 @@ class Trained:
 
     run: Run
     step: int
-    model: Model
+    model: ModelConfig
     params: Tree
     tokenizer: Tokenizer
     sequence_length: int

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from braeburn.config import Model, Precision
+from braeburn.config import ModelConfig, Precision
 from braeburn.layers.attention import attention
 from braeburn.layers.spec import LAYERS, Tree, random_key, walk
 from braeburn.models import decoder
@@ -26,7 +26,7 @@ from braeburn.transforms.pruning import RULES, Keep, score_specs
 FLOOR = 1e-6
 
 
-def magnitude(params: Tree, model: Model, keep: Keep) -> Tree:
+def magnitude(params: Tree, model: ModelConfig, keep: Keep) -> Tree:
     """The L2 norm of all weights of each unit: of every parameter that has its axis."""
     squares = {
         axis: jnp.zeros(spec.shape, jnp.float32) for axis, spec in score_specs(model, keep).items()
@@ -41,7 +41,7 @@ def magnitude(params: Tree, model: Model, keep: Keep) -> Tree:
     return jax.tree.map(jnp.sqrt, squares)
 
 
-def random(model: Model, keep: Keep, seed: int) -> Tree:
+def random(model: ModelConfig, keep: Keep, seed: int) -> Tree:
     """Importance by lot, log-normal: the choice of units that every other must beat."""
     keys = {axis: jax.random.fold_in(random_key(seed), number) for number, axis in enumerate(RULES)}
     return {
@@ -51,7 +51,7 @@ def random(model: Model, keep: Keep, seed: int) -> Tree:
 
 
 def activation_importance(
-    layout: Layout, model: Model, precision: Precision, keep: Keep
+    layout: Layout, model: ModelConfig, precision: Precision, keep: Keep
 ) -> Callable[[Tree, dict[str, Any]], Tree]:
     """A compiled function from parameters and a batch to sums, to be added over batches and given
     to `activation`.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from braeburn.config import PRUNABLE, Model
+from braeburn.config import PRUNABLE, ModelConfig
 from braeburn.layers.spec import LAYERS, ParamSpec, Tree
 from braeburn.models.decoder import param_specs
 from braeburn.transforms.soft_top_k import soft_top_k, top_k_indices
@@ -50,7 +50,7 @@ RULES: dict[str, AxisRule] = {
 }
 
 
-def score_specs(model: Model, keep: Iterable[str]) -> Tree:
+def score_specs(model: ModelConfig, keep: Iterable[str]) -> Tree:
     """The specs of the units' scores, by axis: [layers, units], or [units] where all layers share
     one choice.
     """
@@ -64,7 +64,7 @@ def score_specs(model: Model, keep: Iterable[str]) -> Tree:
     return specs
 
 
-def masks(scores: Tree, keep: Keep, model: Model, temperature: Array | float) -> Tree:
+def masks(scores: Tree, keep: Keep, model: ModelConfig, temperature: Array | float) -> Tree:
     """Masks of the scores' shapes, float32, each summing to what is kept of its axis: see
     `soft_top_k`.
     """
@@ -76,7 +76,7 @@ def masks(scores: Tree, keep: Keep, model: Model, temperature: Array | float) ->
     return found
 
 
-def kept(scores: Tree, keep: Keep, model: Model) -> dict[str, Array]:
+def kept(scores: Tree, keep: Keep, model: ModelConfig) -> dict[str, Array]:
     """The units that stay, [layers, kept] or [kept], int32, ascending: those whose `masks` at
     temperature 0 are 1.
     """
@@ -89,7 +89,7 @@ def kept(scores: Tree, keep: Keep, model: Model) -> dict[str, Array]:
     return found
 
 
-def masked(params: Tree, masks: Tree, model: Model) -> Tree:
+def masked(params: Tree, masks: Tree, model: ModelConfig) -> Tree:
     """The parameters with each unit's weights multiplied by its mask; differentiable in both.
 
     The logits are those of the smaller model where masks are zeros and ones. RMSNorm then takes its
@@ -149,7 +149,7 @@ def sliced(tree: Tree, indices: Mapping[str, Array], specs: Tree) -> Tree:
     return jax.tree.map(one, tree, specs)
 
 
-def _groups(axis: str, model: Model) -> int:
+def _groups(axis: str, model: ModelConfig) -> int:
     field = RULES[axis].groups
     return getattr(model, field) if field else 1
 

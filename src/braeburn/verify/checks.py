@@ -21,7 +21,7 @@ from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Literal
 
-from braeburn.config import ONE_DEVICE, Checkpoint, Mesh, Run
+from braeburn.config import ONE_DEVICE, Checkpoint, MeshConfig, Run
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
@@ -165,23 +165,23 @@ def _devices(target: Target) -> int:
     return 1 << (min(target.chips, DEVICES).bit_length() - 1)
 
 
-def _meshes(axes: Sequence[str], num_devices: int) -> Iterator[Mesh]:
+def _meshes(axes: Sequence[str], num_devices: int) -> Iterator[MeshConfig]:
     """Meshes of all of `axes`, the last the largest, in both ways to split sequences; none where
     devices are few.
     """
     sizes = dict.fromkeys(axes, 2) | {axes[-1]: num_devices >> (len(axes) - 1)}
     if sizes[axes[-1]] > 1:
         for method in ("ring", "all_gather") if "context" in axes else ("all_gather",):
-            yield Mesh.model_validate({"fsdp": 1, **sizes, "context_attention": method})
+            yield MeshConfig.model_validate({"fsdp": 1, **sizes, "context_attention": method})
 
 
-def on_mesh(run: Run, mesh: Mesh) -> Run:
+def on_mesh(run: Run, mesh: MeshConfig) -> Run:
     """The run with all its stages on one mesh."""
     stages = {name: stage.model_copy(update={"mesh": None}) for name, stage in run.stages.items()}
     return run.model_copy(update={"mesh": mesh, "stages": stages})
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: MeshConfig) -> str:
     """A mesh in words: "fsdp 4 x context 2 (ring)"."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
     how = f" ({mesh.context_attention.replace('_', '-')})" if mesh.context > 1 else ""

@@ -8,8 +8,8 @@ from braeburn.config import (
     Checkpoint,
     Distillation,
     Evaluation,
-    Mesh,
-    Model,
+    MeshConfig,
+    ModelConfig,
     Pruning,
     Quantization,
     Run,
@@ -102,7 +102,7 @@ def with_stand_in(run: Run) -> Run:
     return run.model_copy(update={"stages": stages})
 
 
-def scale_down(mesh: Mesh, num_devices: int) -> Mesh:
+def scale_down(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     """The mesh on a power of two of devices: its axes doubled in turn until there are as many, none
     above its size.
     """
@@ -114,7 +114,7 @@ def scale_down(mesh: Mesh, num_devices: int) -> Mesh:
     return mesh.model_copy(update={**sizes, "torus": None})
 
 
-def _model(model: Model) -> Model:
+def _model(model: ModelConfig) -> ModelConfig:
     width = _small(model.d_model, 64)
     heads, kv_heads = (
         math.gcd(number, DEVICES) for number in (model.num_heads, model.num_kv_heads)
@@ -156,7 +156,7 @@ def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: 
     return stage.model_copy(update=changes)
 
 
-def _compression(stage: Stage, large: Model, small: Model) -> Stage:
+def _compression(stage: Stage, large: ModelConfig, small: ModelConfig) -> Stage:
     """The stage with what it cuts, learns from a teacher and rounds fit for the small model."""
     top_k = min(stage.distillation.top_k, small.vocab_size)
     changes = {
@@ -167,7 +167,9 @@ def _compression(stage: Stage, large: Model, small: Model) -> Stage:
     return stage.model_copy(update=changes)
 
 
-def _pruning(pruning: Pruning, large: Model, small: Model, batch_tokens: int) -> Pruning:
+def _pruning(
+    pruning: Pruning, large: ModelConfig, small: ModelConfig, batch_tokens: int
+) -> Pruning:
     """The share of each axis that stays, as far as the same powers of two up to eight divide what
     that is.
     """
@@ -191,7 +193,7 @@ def _pruning(pruning: Pruning, large: Model, small: Model, batch_tokens: int) ->
     )
 
 
-def _quantization(quantization: Quantization, small: Model) -> Quantization:
+def _quantization(quantization: Quantization, small: ModelConfig) -> Quantization:
     """Groups of the same size, or of the largest that comes out even in rows of the small model's
     width.
     """

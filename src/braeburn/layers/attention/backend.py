@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 
 # Finite, so that a query whose keys are all masked gives a mean instead of NaN; merged with others
 # it weighs nothing.
@@ -49,7 +49,7 @@ class Backend:
 
     name: str
     why_not: Callable[[Request], str | None]
-    run: Callable[[Array, Array, Array, Array, Mesh], Array]
+    run: Callable[[Array, Array, Array, Array, MeshConfig], Array]
 
     def is_supported(self, request: Request) -> bool:
         """Whether this back end can answer the request."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend
 from braeburn.layers.attention.ring import gathered_attention
 
@@ -15,7 +15,7 @@ LONG_SEQUENCE = 2048
 
 
 def blocked_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig = ONE_DEVICE
 ) -> Array:
     """Attention in plain XLA that skips the causal upper half, span by span of queries.
 

@@ -28,7 +28,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.layers.attention.backend import ATTENTION
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence
@@ -72,7 +72,7 @@ def packed_attention(
     key: Float[Array, "B t K H"],
     value: Float[Array, "B t K H"],
     segment_ids: Int[Array, "B t"],
-    mesh: Mesh,
+    mesh: MeshConfig,
 ) -> Float[Array, "B t N H"]:
     """Causal attention within segments, in float16 or bfloat16, scaled by 1/sqrt(H).
 
@@ -126,7 +126,7 @@ def _attention(
     value: Array,
     segment_ids: Array,
     gathered: tuple[Array, ...],
-    mesh: Mesh,
+    mesh: MeshConfig,
 ) -> Array:
     """`packed_attention`, given the keys, values and segments of all context shards, or () where
     there is one.
@@ -140,7 +140,7 @@ def _attention_forward(
     value: Array,
     segment_ids: Array,
     gathered: tuple[Array, ...],
-    mesh: Mesh,
+    mesh: MeshConfig,
 ) -> tuple[Array, tuple[Any, ...]]:
     documents = find_documents(segment_ids, halves=mesh.context > 1)
 
@@ -168,7 +168,7 @@ def _attention_forward(
 
 
 def _attention_backward(
-    mesh: Mesh, residuals: tuple[Any, ...], output_gradient: Array
+    mesh: MeshConfig, residuals: tuple[Any, ...], output_gradient: Array
 ) -> tuple[Any, ...]:
     query, key, value, segment_ids, gathered, output, log_z = residuals
     result = (output, log_z, output_gradient)
@@ -246,7 +246,7 @@ def find_documents(segment_ids: Int[Array, "B t"], *, halves: bool = False) -> D
 
 
 def _earlier_spans(
-    segment_ids: Int[Array, "B t"], gathered: tuple[Array, ...], mesh: Mesh
+    segment_ids: Int[Array, "B t"], gathered: tuple[Array, ...], mesh: MeshConfig
 ) -> list[tuple[Spans, Spans]]:
     """For each chunk of this context shard, the queries that see keys before it, and those keys in
     the whole sequence.

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention import cudnn
 from braeburn.layers.attention.backend import Backend, Request
 from braeburn.layers.attention.packed import why_no_kernel_of_cudnn
@@ -15,7 +15,7 @@ MASKED_LENGTH = 8192
 
 
 def cudnn_masked_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig = ONE_DEVICE
 ) -> Array:
     """The fused kernel of cuDNN under a mask of the sequence's length squared, for GPUs before
     Hopper.

@@ -3,13 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention import cudnn
 from braeburn.layers.attention.backend import Backend, Request
 
 
 def cudnn_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh = ONE_DEVICE
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig = ONE_DEVICE
 ) -> Array:
     """The fused kernel of cuDNN, told where documents begin and end."""
     return cudnn.packed_attention(query, key, value, segment_ids, mesh)

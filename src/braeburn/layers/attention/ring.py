@@ -28,7 +28,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import Mesh
+from braeburn.config import MeshConfig
 from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend
 from braeburn.parallel.collectives import CONTEXT, all_gather, axis_index, reduce_scatter
 from braeburn.parallel.sequence import token_indices
@@ -47,7 +47,7 @@ def ring_attention(
     key: Float[Array, "B t K H"],
     value: Float[Array, "B t K H"],
     segment_ids: Int[Array, "B t"],
-    mesh: Mesh,
+    mesh: MeshConfig,
 ) -> Float[Array, "B t N H"]:
     """Causal attention within segments, keys and values passed around a ring of two or more context
     shards.
@@ -60,7 +60,7 @@ def ring_attention(
 
 
 def gathered_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig
 ) -> Array:
     """`ring_attention` with the keys of all shards gathered at once, in either pass."""
     return _attention(query, key, value, segment_ids, mesh, False)
@@ -68,13 +68,13 @@ def gathered_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh, ring: bool
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, ring: bool
 ) -> Array:
     return _forward(query, key, value, segment_ids, mesh, ring)[0]
 
 
 def _forward(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: Mesh, ring: bool
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, ring: bool
 ) -> tuple[Array, tuple[Array, ...]]:
     queries = (_query_blocks(query, key.shape[2]), _query_places(segment_ids, mesh))
     keys = jax.tree.map(_halves, (key, value, segment_ids))
@@ -126,7 +126,7 @@ def _forward(
 
 
 def _backward(
-    mesh: Mesh, ring: bool, residuals: tuple[Array, ...], output_gradient: Array
+    mesh: MeshConfig, ring: bool, residuals: tuple[Array, ...], output_gradient: Array
 ) -> tuple[Array, Array, Array, None]:
     query, key, value, segment_ids, output, log_z = residuals
     num_kv_heads, scale = key.shape[2], query.shape[3] ** -0.5
@@ -231,13 +231,13 @@ def _scores(
     return jnp.where(visible[:, None, None], scores * query.shape[-1] ** -0.5, MASKED)
 
 
-def _pass_on(tree: Parts, mesh: Mesh) -> Parts:
+def _pass_on(tree: Parts, mesh: MeshConfig) -> Parts:
     """Every device's arrays, one device further along the ring."""
     ring = [(i, (i + 1) % mesh.context) for i in range(mesh.context)]
     return jax.tree.map(lambda x: lax.ppermute(x, CONTEXT, ring), tree)
 
 
-def _everyones(keys: Parts, mesh: Mesh) -> tuple[Parts, Array]:
+def _everyones(keys: Parts, mesh: MeshConfig) -> tuple[Parts, Array]:
     """The keys of all shards, stacked along a new leading dimension, and whose they are."""
     gathered = jax.tree.map(lambda x: all_gather(x[None], CONTEXT, 0, mesh), keys)
     return gathered, jnp.arange(mesh.context)
@@ -278,7 +278,7 @@ def _joined_blocks(x: Float[Array, "blocks B K G Q H"]) -> Float[Array, "B t N H
     )
 
 
-def _query_places(segment_ids: Int[Array, "B t"], mesh: Mesh) -> Places:
+def _query_places(segment_ids: Int[Array, "B t"], mesh: MeshConfig) -> Places:
     """Segments and positions of the queries of each block, with a leading dimension of blocks."""
     batch, length = segment_ids.shape
     size = _block_length(length)
@@ -287,7 +287,7 @@ def _query_places(segment_ids: Int[Array, "B t"], mesh: Mesh) -> Places:
 
 
 def _half_of_keys(
-    keys: Parts, source: Array | int, half: Array | int, mesh: Mesh
+    keys: Parts, source: Array | int, half: Array | int, mesh: MeshConfig
 ) -> tuple[Array, Array, Places]:
     """One half of the keys and values of the shard `source`, their segments and positions."""
     key, value, ids = _at(keys, half)

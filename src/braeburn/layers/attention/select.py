@@ -6,7 +6,7 @@ import logging
 import jax
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.hardware.catalogue import chip_of
 from braeburn.layers.attention.backend import Backend, Request
 from braeburn.layers.attention.blocked import BLOCKED
@@ -26,7 +26,7 @@ def attention(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query
     heads.

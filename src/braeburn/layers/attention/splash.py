@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from braeburn.config import ONE_DEVICE, Mesh
+from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention.backend import ATTENTION, Backend, Request
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence, zigzag
@@ -21,7 +21,7 @@ def splash_attention(
     key: Array,
     value: Array,
     segment_ids: Array,
-    mesh: Mesh = ONE_DEVICE,
+    mesh: MeshConfig = ONE_DEVICE,
     *,
     interpret: bool = False,
 ) -> Array:
@@ -78,7 +78,7 @@ def splash_mask(positions: np.ndarray) -> Any:
     return mask
 
 
-def _own_queries(array: Array, mesh: Mesh) -> Array:
+def _own_queries(array: Array, mesh: MeshConfig) -> Array:
     """This shard's part of an array of the splash kernel: [heads, query blocks, key blocks] or
     [queries].
     """

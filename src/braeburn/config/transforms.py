@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from braeburn.config.base import Frozen, Positive, Size, some
-from braeburn.config.model import Model
+from braeburn.config.model import ModelConfig
 
 # Logical axes whose units can be cut, and the field of the model that counts them.
 PRUNABLE = {"ffn": "ffn_dim", "heads": "num_heads", "embed": "d_model"}
@@ -46,7 +46,7 @@ class Pruning(Frozen):
         """Whether masks are trained, and the model cut at the end of the stage."""
         return self.method == "soft_top_k"
 
-    def pruned(self, model: Model) -> Model:
+    def pruned(self, model: ModelConfig) -> ModelConfig:
         """The model that is left."""
         return model.model_copy(update={PRUNABLE[axis]: size for axis, size in self.keep.items()})
 
@@ -95,7 +95,7 @@ class Quantization(Frozen):
     group_size: Size = 32
 
 
-def check_pruning(prefix: str, pruning: Pruning, model: Model) -> None:
+def check_pruning(prefix: str, pruning: Pruning, model: ModelConfig) -> None:
     """Refuses to keep as many units as there are, or query heads that key heads cannot share
     evenly.
 

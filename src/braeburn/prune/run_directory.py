@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from braeburn.config import (
     AdamW,
     Checkpoint,
-    Model,
+    ModelConfig,
     Pruning,
     Run,
     Schedule,
@@ -62,7 +62,7 @@ def prune(
     tokens: int | None = None,
     assignments: Mapping[str, Any] | None = None,
     text: Source | None = None,
-) -> Model:
+) -> ModelConfig:
     """Makes a run directory whose checkpoint 0 is a run's newest, pruned: weights, optimizer and
     configuration.
 
@@ -166,7 +166,7 @@ def _as_options(message: str) -> str:
     )
 
 
-def _on_text(run: Run, model: Model, text: Source) -> Run:
+def _on_text(run: Run, model: ModelConfig, text: Source) -> Run:
     """The run with `text` as its one source, and a stage that draws from it where there is none."""
     if run.stages:
         stages = {
@@ -190,7 +190,7 @@ def _on_text(run: Run, model: Model, text: Source) -> Run:
 
 def _pruning_run(
     run: Run,
-    model: Model,
+    model: ModelConfig,
     step: int,
     pruning: Pruning,
     tokens: int | None,
@@ -239,7 +239,7 @@ def _learned(directory: Path, step: int, run: Run, tokenizer: Tokenizer, work: P
     return _state(work, run.total_steps, run, of_model(layout, run.models()[STAGE].left))
 
 
-def _layout(run: Run, model: Model) -> Layout:
+def _layout(run: Run, model: ModelConfig) -> Layout:
     """Where a model lies on the mesh of its run."""
     if run.stages:
         return of_model(layout_of(run, STAGE), model)

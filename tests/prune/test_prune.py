@@ -117,7 +117,7 @@ def test_a_recipe_of_the_smaller_model_trains_on(
 def test_an_interrupted_pruning_goes_on(
     finished: Path, pruned: dict[str, Path], tmp_path: Path, monkeypatch
 ) -> None:
-    from braeburn.compress import prune as module
+    from braeburn.prune import run_directory as module
 
     def stopped(run, out):
         return train(run, out, stop_after_steps=2)

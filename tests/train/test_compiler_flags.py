@@ -7,8 +7,8 @@ import pytest
 
 from braeburn.config import Run
 from braeburn.hardware.catalogue import catalogue
-from braeburn.train import compilation
-from braeburn.train.compilation import compiler_flags
+from braeburn.train import compiler_flags as module
+from braeburn.train.compiler_flags import compiler_flags
 from braeburn.train.stages import compile_stage, layout_of
 
 
@@ -27,9 +27,7 @@ def test_flags_reach_the_compiler(tiny: Run, monkeypatch: pytest.MonkeyPatch) ->
     compile_stage(tiny, "core", layout)
     assert given == [None]  # on CPUs
     asked: list[str] = []
-    monkeypatch.setattr(
-        compilation, "chip_of", lambda kind: (asked.append(kind), catalogue()["v5p"])[1]
-    )
+    monkeypatch.setattr(module, "chip_of", lambda kind: (asked.append(kind), catalogue()["v5p"])[1])
     compile_stage(tiny, "core", layout)
     assert given[1:] == [compiler_flags("TPU v5p")] and given[1]
     assert asked[0] == jax.devices()[0].device_kind

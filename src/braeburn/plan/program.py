@@ -9,18 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from braeburn.config import Mesh, Model, Run, override
+from braeburn.config import MeshConfig, ModelConfig, Run, override
 from braeburn.errors import UserError
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import across_slices
 from braeburn.models.decoder import param_specs
+from braeburn.plan.child import compile_in_child
 from braeburn.plan.collectives import Collective, collectives, transfers
-from braeburn.plan.compare import Ranking
-from braeburn.plan.compilation import compile_in_child
 from braeburn.plan.cost import estimate, live_teacher
 from braeburn.plan.hlo import Module, parse, unread
 from braeburn.plan.kernels import Computing, computing
+from braeburn.plan.ranking import Ranking
 from braeburn.plan.search import Candidate, candidates, larger_targets
 from braeburn.train.metrics import flops_per_token
 
@@ -102,7 +102,7 @@ class Compilation:
         """
         stage = self.run.stages[self.stage]
 
-        def least(model: Model) -> int:
+        def least(model: ModelConfig) -> int:
             masked = 6 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
             return flops_per_token(model, param_specs(model), stage.sequence_length) - masked
 
@@ -116,7 +116,7 @@ class Compilation:
         return flops * stage.batch_tokens / (self.target.devices * peak)
 
     @cached_property
-    def _across(self) -> tuple[Mesh, tuple[int, ...]]:
+    def _across(self) -> tuple[MeshConfig, tuple[int, ...]]:
         """The mesh, resolved, and how many slices each of its axes crosses."""
         mesh = (self.run.stages[self.stage].mesh or self.run.mesh).model_copy(
             update=self.answer["mesh"]
@@ -166,7 +166,9 @@ class Compilation:
         rows = _rows(collectives(self.module, within), inside, None)
         if self.transfers:
             rows += _rows(
-                self.transfers, Links(self.target, Mesh(replica=slices, fsdp=each)), ("replica",)
+                self.transfers,
+                Links(self.target, MeshConfig(replica=slices, fsdp=each)),
+                ("replica",),
             )
         return sorted(rows, key=lambda row: -row.bytes)
 
