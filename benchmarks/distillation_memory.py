@@ -16,7 +16,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from braeburn.config import Distillation, ModelConfig, Precision, Remat
+from braeburn.config import Distillation, Execution, ModelConfig, Precision, Remat
 from braeburn.layers.spec import Tree, abstract, count
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy, distillation
@@ -75,7 +75,8 @@ def main() -> int:
     arguments = parser.parse_args()
 
     student, teacher = models(arguments.vocab_size, arguments.width, arguments.layers)
-    precision, remat = Precision(compute=arguments.compute), Remat(policy="full")
+    precision = Precision(compute=arguments.compute)
+    execution = Execution(precision=precision, remat=Remat(policy="full"))
     params, teachers = (abstract(decoder.param_specs(model)) for model in (student, teacher))
     teacher_bytes = 4 * count(decoder.param_specs(teacher))
     shape = (arguments.tokens // arguments.sequence_length, arguments.sequence_length)
@@ -85,7 +86,7 @@ def main() -> int:
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
 
     def alone(params: Tree, batch: dict[str, Any]) -> Any:
-        return cross_entropy.loss(params, batch, student, precision, remat)
+        return cross_entropy.loss(params, batch, student, execution)
 
     reference = peak_bytes(alone, params, batch)
     rows = []
@@ -97,9 +98,8 @@ def main() -> int:
         def distilled(
             params: Tree, batch: dict[str, Any], teachers: Tree, settings: Distillation = settings
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return distillation.loss(
-                params, batch, teachers, student, teacher, settings, precision, remat
-            )
+            online = (teacher, teachers)
+            return distillation.loss(params, batch, online, student, settings, execution)
 
         peak = peak_bytes(distilled, params, batch, teachers)
         rows.append({"target": kind, "bytes": peak, "ratio": (peak - teacher_bytes) / reference})

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from braeburn.config import AdamW, Data, ModelConfig, Precision, Run, Source, Stage
+from braeburn.config import ONE_DEVICE, AdamW, Data, ModelConfig, Precision, Run, Source, Stage
 from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, initialize
 from braeburn.models import decoder
@@ -64,15 +64,8 @@ def whole_logits_loss(
     run: Run, params: Tree, batch: Batch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`cross_entropy.loss` as it is commonly written: the logits of the whole batch at once."""
-    hidden = decoder.forward(
-        params,
-        batch["inputs"],
-        batch["positions"],
-        batch["segment_ids"],
-        run.model,
-        run.precision,
-        run.remat,
-    )
+    inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
+    hidden = decoder.forward(params, inputs, run.model, run.execution("only", ONE_DEVICE))
     logits = jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
@@ -111,7 +104,7 @@ def largest_difference(run: Run) -> float:
     params = initialize(decoder.param_specs(run.model), run.seed)
 
     def chunked(params: Tree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return cross_entropy.loss(params, batch, run.model, run.precision, run.remat)
+        return cross_entropy.loss(params, batch, run.model, run.execution("only", ONE_DEVICE))
 
     functions = (chunked, functools.partial(whole_logits_loss, run))
     ours, whole = (

@@ -99,7 +99,7 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
         raise UserError(
             f"data.held_out={run.data.held_out} holds out no file of {SOURCE}; raise it"
         )
-    evaluate = evaluator(model, run.precision, prepared.tokenizer.token_bytes, one_device(specs))
+    evaluate = evaluator(model, prepared.tokenizer.token_bytes, one_device(specs, run.precision))
     batches = held_out_batches(store, length, BATCH_TOKENS // length, store.tokens + length)
     return {
         "model": name,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from braeburn.config import read_run
+from braeburn.config import Execution, read_run
 from braeburn.models import decoder
 from braeburn.recipes import BUILT_IN
 from braeburn.train.trained import load
@@ -261,10 +261,10 @@ def test_an_export_comes_back_the_same(finished: Path, imported: Path, tmp_path:
     assert after.model.rope_base == before.model.rope_base == 6_315_089.0
     assert after.tokenizer.hash == before.tokenizer.hash
     tokens = np.arange(48)[None] * 7 % 512
-    positions, segments = np.arange(48)[None], np.ones((1, 48), np.int32)
-    forward = jax.jit(decoder.forward, static_argnames=("model", "precision"))
+    inputs = (tokens, np.arange(48)[None], np.ones((1, 48), np.int32))
+    forward = jax.jit(decoder.forward, static_argnames=("model", "execution"))
     logits = [
-        forward(t.params, tokens, positions, segments, t.model, t.run.precision)
+        forward(t.params, inputs, t.model, Execution(precision=t.run.precision))
         @ decoder.head_matrix(t.params).T
         for t in (before, after)
     ]

@@ -394,9 +394,9 @@ def test_the_tiny_chain_has_the_same_stages_and_rounds_at_the_end() -> None:
         assert bool(stage.pruning) == bool(run.stages[name].pruning)
 
 
-def test_fewer_than_150_fields() -> None:
+def test_fewer_than_200_fields() -> None:
     models = [m for m in vars(config).values() if isinstance(m, type) and issubclass(m, BaseModel)]
-    assert 50 < sum(len(model.model_fields) for model in models) < 150
+    assert 50 < sum(len(model.model_fields) for model in models) < 200
 
 
 def test_resolving_a_recipe_imports_no_jax() -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braeburn.config import Stage
+from braeburn.config import Execution, Stage
 from braeburn.data import store as token_store
 from braeburn.data import teacher_store
 from braeburn.data.corpus import Document
@@ -507,7 +507,7 @@ def test_labels_are_laid_out_with_their_tokens() -> None:
     from braeburn.parallel.mesh import build as build_mesh
 
     mesh = MeshConfig(fsdp=2, context=2)
-    layout = Layout(mesh, build_mesh(mesh), {})
+    layout = Layout(Execution(mesh), build_mesh(mesh), {})
     inputs = np.arange(4 * 16, dtype=np.int32).reshape(4, 16)
     placed = layout.place(
         {"teacher_ids": np.stack([inputs * 2, inputs * 2 + 1], -1), "inputs": inputs}, range(4), 4

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braeburn.config import ModelConfig, Precision, RopeScaling
+from braeburn.config import Execution, ModelConfig, Precision, RopeScaling
 from braeburn.errors import UserError
 from braeburn.evaluate.generate import (
     Sampling,
@@ -62,7 +62,9 @@ def make_params(model: ModelConfig) -> Tree:
 @jax.jit(static_argnames="model")
 def _logits(params: Tree, tokens: jax.Array, model: ModelConfig) -> jax.Array:
     positions = jnp.arange(tokens.shape[1])[None]
-    hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
+    hidden = decoder.forward(
+        params, (tokens, positions, jnp.zeros_like(tokens)), model, Execution(precision=FLOAT32)
+    )
     return jnp.einsum("TD,VD->TV", hidden[0], decoder.head_matrix(params))
 
 

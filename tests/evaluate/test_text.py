@@ -17,7 +17,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braeburn.config import ModelConfig, Precision
+from braeburn.config import Execution, ModelConfig, Precision
 from braeburn.data.corpus import Document
 from braeburn.data.loader import held_out_batches
 from braeburn.data.store import TokenStore, build_store
@@ -83,8 +83,8 @@ def test_lengths_of_windows() -> None:
 
 def measured(store: TokenStore, batches: Iterator[Any]) -> dict[str, float]:
     params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(MODEL), 3))
-    layout = one_device(decoder.param_specs(MODEL))
-    evaluate = evaluator(MODEL, FLOAT32, TOKENIZER.token_bytes, layout)
+    layout = one_device(decoder.param_specs(MODEL), FLOAT32)
+    evaluate = evaluator(MODEL, TOKENIZER.token_bytes, layout)
     return measure(evaluate, params, batches, store.byte_ratio)
 
 
@@ -107,7 +107,9 @@ def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
     for span in spans(store.tokens, length, stride):
         inputs = tokens[span.start : span.stop][None]
         positions = np.arange(inputs.shape[1])[None]
-        hidden = decoder.forward(params, inputs, positions, np.ones_like(inputs), MODEL, FLOAT32)
+        hidden = decoder.forward(
+            params, (inputs, positions, np.ones_like(inputs)), MODEL, Execution(precision=FLOAT32)
+        )
         logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
         log_z = np.log(np.exp(logits).sum(-1))
         for place in range(span.scored, span.stop):

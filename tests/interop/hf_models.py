@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from braeburn.config import ModelConfig, Precision, RopeScaling
+from braeburn.config import Execution, ModelConfig, Precision, RopeScaling
 from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.interop import huggingface
 from braeburn.layers.spec import ParamSpec, Tree, map_specs, walk
@@ -210,7 +210,9 @@ def golden_tokens(model: ModelConfig, length: int) -> np.ndarray:
 @jax.jit(static_argnames="model")
 def _logits(params: Tree, tokens: jax.Array, model: ModelConfig) -> jax.Array:
     positions = jnp.arange(tokens.shape[1])[None]
-    hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
+    hidden = decoder.forward(
+        params, (tokens, positions, jnp.zeros_like(tokens)), model, Execution(precision=FLOAT32)
+    )
     return jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
 
 

@@ -21,7 +21,7 @@ import pytest
 import tokenizers
 from hf_models import chat_model
 
-from braeburn.config import ModelConfig, Precision, RopeScaling
+from braeburn.config import Execution, ModelConfig, Precision, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer, train
 from braeburn.interop import gguf, huggingface
 from braeburn.layers.spec import Tree, map_specs
@@ -40,6 +40,7 @@ RECIPE = f"""
 from pathlib import Path
 
 from braeburn.config import (
+    Execution,
     ONE_DEVICE, AdamW, Checkpoint, Data, Evaluation, ModelConfig, Precision, Quantization, Run,
     Schedule, Source, Stage,
 )
@@ -146,7 +147,9 @@ class Theirs:
 @jax.jit(static_argnames="model")
 def our_logits(params: Tree, tokens: jax.Array, model: ModelConfig) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = decoder.forward(params, tokens, positions, jnp.zeros_like(tokens), model, FLOAT32)
+    hidden = decoder.forward(
+        params, (tokens, positions, jnp.zeros_like(tokens)), model, Execution(precision=FLOAT32)
+    )
     return jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
 
 

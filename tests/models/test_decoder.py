@@ -2,12 +2,14 @@
 one another.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braeburn.config import ModelConfig, Precision, Remat
+from braeburn.config import Execution, ModelConfig, Precision, Remat
 from braeburn.data.packing import stack
 from braeburn.layers import spec
 from braeburn.models import decoder
@@ -24,7 +26,7 @@ MODEL = ModelConfig(
     ffn_dim=80,
     z_loss=1e-3,
 )
-FLOAT32 = Precision(compute="float32")
+FLOAT32 = Execution(precision=Precision(compute="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,8 @@ def batch_of(documents, length):
 
 @jax.jit
 def all_losses(params, batch):
-    hidden = decoder.forward(
-        params, batch["inputs"], batch["positions"], batch["segment_ids"], MODEL, FLOAT32
-    )
+    inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
+    hidden = decoder.forward(params, inputs, MODEL, FLOAT32)
     return token_losses(hidden, decoder.head_matrix(params), batch["targets"])[0]
 
 
@@ -89,12 +90,12 @@ def random_batch(seed=1, batch=2, length=150):
 
 
 value_and_gradient = jax.jit(
-    jax.value_and_grad(cross_entropy.loss, has_aux=True), static_argnums=(2, 3, 4)
+    jax.value_and_grad(cross_entropy.loss, has_aux=True), static_argnums=(2, 3)
 )
 
 
-def gradient(params, model=MODEL, remat=decoder.KEEP_ALL, precision=FLOAT32):
-    return value_and_gradient(params, random_batch(), model, precision, remat)
+def gradient(params, model=MODEL, execution=FLOAT32):
+    return value_and_gradient(params, random_batch(), model, execution)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -111,7 +112,7 @@ def gradient(params, model=MODEL, remat=decoder.KEEP_ALL, precision=FLOAT32):
 def test_scan_and_remat_change_no_number(params, scan_layers, remat):
     (expected, _), expected_gradients = gradient(params)
     model = MODEL.model_copy(update={"scan_layers": scan_layers})
-    (value, _), gradients = gradient(params, model, remat)
+    (value, _), gradients = gradient(params, model, replace(FLOAT32, remat=remat))
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, expected_gradients
@@ -123,9 +124,8 @@ def test_remat_saves_memory(params):
         model = MODEL.model_copy(update={"num_layers": 12})
         shapes = spec.abstract(decoder.param_specs(model))
         batch = random_batch(batch=4, length=256)
-        function = jax.jit(
-            lambda p: jax.grad(lambda p: cross_entropy.loss(p, batch, model, FLOAT32, remat)[0])(p)
-        )
+        execution = replace(FLOAT32, remat=remat)
+        function = jax.jit(jax.grad(lambda p: cross_entropy.loss(p, batch, model, execution)[0]))
         return function.lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
     none, named, full = (
@@ -141,7 +141,7 @@ def test_remat_saves_memory(params):
 
 def test_bfloat16_computes_close_to_float32(params):
     (exact, _), _ = gradient(params)
-    (half, _), gradients = gradient(params, precision=Precision(compute="bfloat16"))
+    (half, _), gradients = gradient(params, execution=Execution())
     assert float(half) == pytest.approx(float(exact), rel=1e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
@@ -149,15 +149,14 @@ def test_bfloat16_computes_close_to_float32(params):
 def test_a_cache_gives_the_hidden_states_of_the_whole_sequence(params):
     batch = random_batch()
     one_document = np.ones_like(batch["segment_ids"])
-    whole = jax.jit(decoder.forward, static_argnums=(4, 5))(
-        params, batch["inputs"], batch["positions"], one_document, MODEL, FLOAT32
-    )
+    inputs = (batch["inputs"], batch["positions"], one_document)
+    whole = jax.jit(decoder.forward, static_argnums=(2, 3))(params, inputs, MODEL, FLOAT32)
     cache = decoder.empty_cache(MODEL, 2, 160, FLOAT32)
-    cached = jax.jit(decoder.forward_cached, static_argnums=(4, 5))
+    cached = jax.jit(decoder.forward_cached, static_argnums=(3, 4))
     parts = []
     for start, stop in ((0, 100), (100, 101), (101, 150)):
-        tokens, positions = batch["inputs"][:, start:stop], batch["positions"][:, start:stop]
-        hidden, cache = cached(params, tokens, positions, cache, MODEL, FLOAT32)
+        tokens = (batch["inputs"][:, start:stop], batch["positions"][:, start:stop])
+        hidden, cache = cached(params, tokens, cache, MODEL, FLOAT32)
         parts.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braeburn.config import Distillation, ModelConfig, Precision, Remat
+from braeburn.config import Distillation, Execution, ModelConfig, Precision
 from braeburn.errors import UserError
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
@@ -17,6 +17,7 @@ from braeburn.objectives.cross_entropy import cross_entropy
 from braeburn.objectives.cross_entropy import loss as loss_of_text
 from braeburn.objectives.distillation import HiddenStates, Likeliest, distillation_loss, likeliest
 
+FLOAT32 = Execution(precision=Precision(compute="float32"))
 VOCAB, K, Z_LOSS = 301, 5, 1e-2
 # Kind of target, temperature, and share of the teacher.
 KINDS = [
@@ -283,8 +284,8 @@ def student_and_teacher():
 
 
 def minimised(params, batch, teacher, settings):
-    precision, teacher_model = Precision(compute="float32"), None if teacher is None else TEACHER
-    return module.loss(params, batch, teacher, STUDENT, teacher_model, settings, precision, Remat())
+    online = None if teacher is None else (TEACHER, teacher)
+    return module.loss(params, batch, online, STUDENT, settings, FLOAT32)
 
 
 @pytest.mark.parametrize("kind", ["label", "top_k", "distribution"])
@@ -296,27 +297,18 @@ def test_a_student_learns_what_its_teacher_says_live_or_from_a_cache(kind):
     )
 
     def by_hand(params, batch, teacher):
-        inputs, precision = (
-            [batch[name] for name in ("inputs", "positions", "segment_ids")],
-            Precision(compute="float32"),
-        )
-        teaching = HiddenStates(
-            decoder.forward(teacher, *inputs, TEACHER, precision), teacher["head"]
-        )
+        inputs = [batch[name] for name in ("inputs", "positions", "segment_ids")]
+        teaching = HiddenStates(decoder.forward(teacher, inputs, TEACHER, FLOAT32), teacher["head"])
         if kind != "distribution":
             teaching = likeliest(*teaching, 3)
         hidden, tokens = (
-            decoder.forward(params, *inputs, STUDENT, precision),
+            decoder.forward(params, inputs, STUDENT, FLOAT32),
             (batch["targets"], batch["weights"]),
         )
         total, _ = distillation_loss(
             hidden, params["embedding"], *tokens, teaching, settings, STUDENT.z_loss
         )
-        return (
-            total,
-            loss_of_text(params, batch, STUDENT, precision, Remat())[1]["loss"],
-            teaching,
-        )
+        return (total, loss_of_text(params, batch, STUDENT, FLOAT32)[1]["loss"], teaching)
 
     live, parts = jax.jit(minimised, static_argnums=3)(params, batch, teacher, settings)
     total, nll, teaching = jax.jit(by_hand)(params, batch, teacher)

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from braeburn.config import Distillation, MeshConfig, ModelConfig, Precision, Remat
+from braeburn.config import Distillation, Execution, MeshConfig, ModelConfig, Precision
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy as chunks
@@ -208,17 +208,15 @@ def test_a_student_and_its_teacher_share_a_mesh(kind):
     }
 
     def minimised(params, batch, teacher, mesh):
-        precision, remat = Precision(compute="float32"), Remat()
-        return module.loss(
-            params, batch, teacher, STUDENT, TEACHING, settings, precision, remat, mesh=mesh
-        )
+        execution = Execution(mesh, precision=Precision(compute="float32"))
+        return module.loss(params, batch, (TEACHING, teacher), STUDENT, settings, execution)
 
     def shares(params, batch, teacher):
         return lax.psum(minimised(params, batch, teacher, mesh), tuple(mesh.sizes))
 
     devices = build(mesh, jax.devices()[:4])
     places = [
-        Layout(mesh, devices, decoder.param_specs(model)).partitions
+        Layout(Execution(mesh), devices, decoder.param_specs(model)).partitions
         for model in (STUDENT, TEACHING)
     ]
     ours = spread(shares, mesh, (places[0], TOKENS, places[1]), P())(params, batch, teacher)

@@ -6,17 +6,16 @@ from typing import Any
 import pytest
 from jax.sharding import PartitionSpec
 
-from braeburn.config import MeshConfig, Run, override
+from braeburn.config import Execution, MeshConfig, Placement, Run, ShardingRules, override
 from braeburn.errors import UserError
-from braeburn.parallel import rules
-from braeburn.parallel.rules import Placement, partition
+from braeburn.parallel.rules import partition
 from braeburn.recipes import load
 from braeburn.train.stages import layout_of
 from support import braeburn
 
 
 def test_each_kind_of_array_has_its_own_mapping() -> None:
-    mesh = MeshConfig(replica=2, data=2, fsdp=4, context=2, tensor=2)
+    mesh = Execution(MeshConfig(replica=2, data=2, fsdp=4, context=2, tensor=2))
     axes, shape = ("layers", "embed", "ffn"), (2, 64, 160)
     assert partition(axes, shape, "parameters", mesh, "matrix") == PartitionSpec(
         None, "fsdp", "tensor"
@@ -32,7 +31,7 @@ def test_each_kind_of_array_has_its_own_mapping() -> None:
 
 
 def test_what_does_not_divide_stays_whole_only_where_the_rule_says_so() -> None:
-    mesh = MeshConfig(fsdp=8, tensor=4)
+    mesh = Execution(MeshConfig(fsdp=8, tensor=4))
     assert partition(("layers", "embed"), (2, 96), "parameters", mesh, "norm") == PartitionSpec(
         None, ("fsdp", "tensor")
     )
@@ -45,13 +44,14 @@ def test_what_does_not_divide_stays_whole_only_where_the_rule_says_so() -> None:
         partition(("heads",), (6,), "parameters", mesh, "matrix")
 
 
-def test_two_dimensions_along_one_axis_clash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rules.RULES, "ffn", Placement(("fsdp",), ("fsdp",)))
+def test_two_dimensions_along_one_axis_clash() -> None:
+    heads = Placement(parameters=("fsdp",), optimizer=("fsdp",))
+    execution = Execution(MeshConfig(fsdp=4), ShardingRules(head_dim=heads))
     with pytest.raises(
         UserError,
-        match="'embed' and 'ffn' of one array of parameters along the mesh axis 'fsdp'; give",
+        match="'embed' and 'head_dim' of one array of parameters along the mesh axis 'fsdp'; give",
     ):
-        partition(("embed", "ffn"), (64, 160), "parameters", MeshConfig(fsdp=4), "matrix")
+        partition(("embed", "head_dim"), (64, 160), "parameters", execution, "matrix")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import math
 import re
 from typing import Any
 
+import jax
 import pytest
 
 from braeburn.config import AdamW, Run, override
+from braeburn.layers import linear
 from braeburn.layers.spec import walk
 from braeburn.layers.weights import gathered
 from braeburn.models import decoder
@@ -183,12 +185,17 @@ def test_nothing_whole_is_ever_held(mesh: dict[str, int], compiled_once: Any) ->
 def test_weights_gathered_before_the_layers_are_noticed(
     monkeypatch: pytest.MonkeyPatch, tiny: Run
 ) -> None:
-    def all_at_once(weights: Any, specs: Any, roles: tuple[str, ...], *rest: Any) -> Any:
-        return (
-            gathered(weights, specs, ("norm", "matrix"), *rest) if roles == ("norm",) else weights
+    def all_at_once(params: Any, specs: Any, execution: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, spec: (
+                leaf if spec.role == "embedding" else gathered(leaf, spec, execution)
+            ),
+            params,
+            specs,
         )
 
-    monkeypatch.setattr(decoder, "gathered", all_at_once)
+    monkeypatch.setattr(decoder, "gathered_norms", all_at_once)
+    monkeypatch.setattr(linear, "gathered", lambda weight, spec, execution: weight)
     text, found = compiled(tiny, {"fsdp": 8})
     assert (L, D, F) in whole_arrays(text, {"fsdp": 8})
     assert max(c.bytes for c in found) == FLOAT * L * D * F

@@ -17,6 +17,7 @@ from test_resume import begin, curve, stage_ends
 
 from braeburn.config import (
     Distillation,
+    Execution,
     MeshConfig,
     Pruning,
     Quantization,
@@ -223,11 +224,12 @@ def test_after_pruning_it_is_an_ordinary_smaller_model(
     assert trained.params["layers"]["gate"].shape == (2, 64, KEEP)
     tokens = np.asarray([trained.tokenizer.encode("def encode(self, text):\n    return text")])
     inputs = (tokens, np.arange(tokens.shape[1])[None], np.zeros_like(tokens))
-    hidden = decoder.forward(trained.params, *inputs, trained.model, trained.run.precision)
+    execution = Execution(precision=trained.run.precision)
+    hidden = decoder.forward(trained.params, inputs, trained.model, execution)
     ours = hidden @ decoder.head_matrix(trained.params).T
     model, params, _ = huggingface.read(exported)
     assert model.ffn_dim == KEEP
-    hidden = decoder.forward(params, *inputs, model, trained.run.precision)
+    hidden = decoder.forward(params, inputs, model, execution)
     theirs = hidden @ decoder.head_matrix(params).T
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from braeburn.config import ModelConfig, Precision
+from braeburn.config import Execution, ModelConfig, Precision
 from braeburn.data.corpus import Document
 from braeburn.data.loader import held_out_batches
 from braeburn.data.store import TokenStore, build_store
@@ -49,7 +49,7 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
     stream = [token for text in TEXTS for token in (tokenizer.begin, *tokenizer.encode(text))]
     assert len(stream) == store.tokens
     starts = {i for i, token in enumerate(stream) if token == tokenizer.begin}
-    forward = jax.jit(decoder.forward, static_argnames=("model", "precision"))
+    forward = jax.jit(decoder.forward, static_argnames=("model", "execution"))
     nll, correct = 0.0, 0
     for start in range(0, len(stream), length):
         # Each document within the window is seen on its own, from position 0; what follows it has
@@ -60,7 +60,10 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
             tokens = np.zeros((1, length), np.int32)
             tokens[0, : end - begin] = inputs[begin:end]
             hidden = forward(
-                params, tokens, np.arange(length)[None], np.ones_like(tokens), model, precision
+                params,
+                (tokens, np.arange(length)[None], np.ones_like(tokens)),
+                model,
+                Execution(precision=precision),
             )
             embedding = np.asarray(params["embedding"], np.float64)
             logits = np.asarray(hidden[0, : end - begin], np.float64) @ embedding.T
@@ -70,7 +73,7 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
             nll += float((log_z - logits[range(len(targets)), targets]).sum())
             correct += int((logits.argmax(-1) == targets).sum())
 
-    evaluate = evaluator(model, precision, tokenizer.token_bytes, one_device(param_specs(model)))
+    evaluate = evaluator(model, tokenizer.token_bytes, one_device(param_specs(model), precision))
     summary = measure(
         evaluate,
         params,

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import braeburn
-from braeburn.config import AdamW, ModelConfig, Precision, Remat, Schedule, Stage
+from braeburn.config import AdamW, Execution, ModelConfig, Precision, Schedule, Stage
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy
@@ -32,6 +32,9 @@ STAGE = Stage(
 )
 
 
+EXECUTION = Execution(precision=Precision(compute="float32"))
+
+
 def batch(weights: np.ndarray) -> dict[str, np.ndarray]:
     tokens = np.random.default_rng(0).integers(64, size=(8, 17), dtype=np.int32)
     return {
@@ -50,7 +53,7 @@ OPTIMIZER = build_optimizer(AdamW(), STAGE, decoder.param_specs(MODEL), MODEL)
 def compiled_step(accumulation_steps: int) -> Any:
 
     def loss(params: Any, part: Any) -> Any:
-        return cross_entropy.loss(params, part, MODEL, Precision(compute="float32"), Remat())
+        return cross_entropy.loss(params, part, MODEL, EXECUTION)
 
     @jax.jit
     def step(state: Any, whole: Any) -> Any:

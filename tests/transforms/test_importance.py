@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braeburn.config import ONE_DEVICE, MeshConfig, ModelConfig, Precision
+from braeburn.config import Execution, MeshConfig, ModelConfig, Precision
 from braeburn.layers.spec import initialize, map_specs
 from braeburn.models import decoder
 from braeburn.parallel.layout import Layout, one_device
@@ -60,12 +60,12 @@ def batch():
 def measured(layout, params, batch, keep=KEEP):
     placed = layout.place(batch, range(ROWS), ROWS)
     params = jax.device_put(params, layout.parameters())
-    return importance.activation_importance(layout, MODEL, FLOAT32, keep)(params, placed)
+    return importance.activation_importance(layout, MODEL, keep)(params, placed)
 
 
 @pytest.fixture(scope="module")
 def alone(params, batch):
-    return measured(one_device(decoder.param_specs(MODEL)), params, batch)
+    return measured(one_device(decoder.param_specs(MODEL), FLOAT32), params, batch)
 
 
 def seen(params, row):
@@ -83,12 +83,11 @@ def seen(params, row):
             found.append(activations[0])
             return state
 
-        def attend(query, key, value, state):
-            return decoder.attention(query, key, value, row["segment_ids"], ONE_DEVICE), state
-
         model = MODEL.model_copy(update={"scan_layers": False})
-        inputs = (row["inputs"], row["positions"])
-        decoder.decoder(params, *inputs, attend, None, model, FLOAT32, observe=observe)
+        tokens = (row["inputs"], row["positions"])
+        execution = Execution(precision=FLOAT32)
+        memory = decoder.Packed(row["segment_ids"], execution)
+        decoder.decoder(params, tokens, memory, None, model, execution, observe)
         return found
 
     found = shown(params, row)
@@ -118,13 +117,13 @@ def test_activations_are_aggregated_as_said(params, batch, alone):
 
 def test_padding_does_not_count(params, batch, alone):
     other = batch | {"inputs": np.where(batch["segment_ids"] == 0, 5, batch["inputs"])}
-    again = measured(one_device(decoder.param_specs(MODEL)), params, other, {"ffn": 8})
+    again = measured(one_device(decoder.param_specs(MODEL), FLOAT32), params, other, {"ffn": 8})
     np.testing.assert_allclose(again["ffn"], alone["ffn"], rtol=1e-6)
     real = batch | {
         "segment_ids": np.maximum(batch["segment_ids"], 1),
         "weights": np.ones_like(batch["weights"]),
     }
-    counted = measured(one_device(decoder.param_specs(MODEL)), params, real, {"ffn": 8})
+    counted = measured(one_device(decoder.param_specs(MODEL), FLOAT32), params, real, {"ffn": 8})
     assert np.abs(counted["ffn"] / alone["ffn"] - 1).max() > 1e-3
 
 
@@ -136,7 +135,13 @@ def test_padding_does_not_count(params, batch, alone):
 def test_a_mesh_changes_nothing(sizes, params, batch, alone):
     mesh = MeshConfig(**{"fsdp": 1} | sizes)
     devices = jax.devices()[: math.prod(mesh.sizes.values())]
-    ours = measured(Layout(mesh, build(mesh, devices), decoder.param_specs(MODEL)), params, batch)
+    ours = measured(
+        Layout(
+            Execution(mesh, precision=FLOAT32), build(mesh, devices), decoder.param_specs(MODEL)
+        ),
+        params,
+        batch,
+    )
     for axis, expected in alone.items():
         np.testing.assert_allclose(ours[axis], expected, rtol=1e-5)
 
@@ -146,10 +151,10 @@ def test_the_hook_costs_nothing(params, batch):
 
     def program(**hook):
         def forward(params, tokens, positions, segments):
-            def attend(query, key, value, state):
-                return decoder.attention(query, key, value, segments, ONE_DEVICE), state
-
-            return decoder.decoder(params, tokens, positions, attend, None, MODEL, FLOAT32, **hook)
+            execution = Execution(precision=FLOAT32)
+            memory = decoder.Packed(segments, execution)
+            tokens = (tokens, positions)
+            return decoder.decoder(params, tokens, memory, None, MODEL, execution, **hook)
 
         arguments = (params, batch["inputs"], batch["positions"], batch["segment_ids"])
         return jax.jit(forward).lower(*arguments).as_text()

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from braeburn.config import AdamW, AfmOptimizer, MeshConfig, ModelConfig, Precision, Pruning, Stage
+from braeburn.config import (
+    AdamW,
+    AfmOptimizer,
+    Execution,
+    MeshConfig,
+    ModelConfig,
+    Precision,
+    Pruning,
+    Stage,
+)
+from braeburn.layers.norm import rms_norm
 from braeburn.layers.spec import initialize, map_params_like, map_specs, walk
 from braeburn.models import decoder
 from braeburn.optim.build import build_optimizer
@@ -30,7 +40,7 @@ MODEL = ModelConfig(
     ffn_dim=48,
     norm_epsilon=1e-9,
 )
-FLOAT32 = Precision(compute="float32")
+FLOAT32 = Execution(precision=Precision(compute="float32"))
 ALL = {"ffn": 20, "heads": 4, "embed": 24}
 KEEPS = [{axis: size} for axis, size in ALL.items()] + [ALL]
 
@@ -62,7 +72,7 @@ def scores_of(model, keep, seed=2):
 def logits(params, model):
     tokens = np.random.default_rng(3).integers(0, model.vocab_size, (2, 24), np.int32)
     positions = np.broadcast_to(np.arange(24, dtype=np.int32), tokens.shape)
-    hidden = decoder.forward(params, tokens, positions, np.ones_like(tokens), model, FLOAT32)
+    hidden = decoder.forward(params, (tokens, positions, np.ones_like(tokens)), model, FLOAT32)
     return jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
 
 
@@ -106,8 +116,8 @@ def test_epsilon_moves_a_narrower_model_by_no_more_than_is_said():
     x, scale = rng.normal(size=(5, 32)).astype(np.float32), np.ones(32, np.float32)
     x[:, 8:] = 0
     mean_square = np.mean(x[:, :8] ** 2, axis=1, keepdims=True)
-    narrow = decoder.rms_norm(x[:, :8], scale[:8], epsilon)
-    wide = decoder.rms_norm(x, scale * math.sqrt(keep["embed"] / 32), epsilon)[:, :8]
+    narrow = rms_norm(x[:, :8], scale[:8], epsilon)
+    wide = rms_norm(x, scale * math.sqrt(keep["embed"] / 32), epsilon)[:, :8]
     np.testing.assert_allclose(
         narrow / wide, 1 + 3 * epsilon / (2 * mean_square) * np.ones((1, 8)), rtol=2e-5
     )
@@ -218,8 +228,8 @@ def test_a_mesh_changes_nothing():
     specs, keep = decoder.param_specs(MODEL), ALL
     mesh = MeshConfig(fsdp=2, tensor=2)
     devices = build(mesh, jax.devices()[:4])
-    layout = Layout(mesh, devices, specs | {"masks": score_specs(MODEL, keep)})
-    small = Layout(mesh, devices, decoder.param_specs(Pruning(keep=keep).pruned(MODEL)))
+    layout = Layout(Execution(mesh), devices, specs | {"masks": score_specs(MODEL, keep)})
+    small = Layout(Execution(mesh), devices, decoder.param_specs(Pruning(keep=keep).pruned(MODEL)))
     params, scores = weights(MODEL), scores_of(MODEL, keep)
 
     def program(tree):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from braeburn.config import MeshConfig, ModelConfig, Quantization
+from braeburn.config import Execution, MeshConfig, ModelConfig, Quantization
 from braeburn.layers.spec import ParamSpec, Tree, abstract, initialize, map_specs, walk
 from braeburn.models import decoder
 from braeburn.parallel import mesh as meshes
@@ -303,7 +303,7 @@ def test_shards_give_what_one_device_gives(kind: str) -> None:
     program = jax.jit(lambda p, f: quantized(p, f, specs, quantization))
     expected = program(params, factors)
     sizes = MeshConfig(fsdp=4, tensor=2)
-    layout = Layout(sizes, meshes.build(sizes), specs)
+    layout = Layout(Execution(sizes), meshes.build(sizes), specs)
     with layout.compiling():
         spread = jax.device_put(params, layout.parameters())
         found = jax.jit(

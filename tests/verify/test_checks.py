@@ -19,6 +19,7 @@ from braeburn.config import (
     Quantization,
     Run,
     Schedule,
+    ShardingRules,
     Stage,
     override,
     validate,
@@ -27,7 +28,6 @@ from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.hardware.targets import parse_target
-from braeburn.parallel.rules import RULES
 from braeburn.recipes import BUILT_IN, load
 from braeburn.verify import checks as verify
 from braeburn.verify.shrink import ENVIRONMENT, STAND_IN, scale_down, shrink
@@ -44,9 +44,11 @@ def small():
     return override(run, {"model.num_layers": 1, "mesh.fsdp": 4, "mesh.tensor": 2})
 """
 WRONG_RULE = """
-from dataclasses import replace
-from braeburn.parallel.rules import BATCH, RULES
-RULES[BATCH] = replace(RULES[BATCH], activations=("replica", "data"))
+from braeburn.config import Placement, ShardingRules
+usual, wrong = ShardingRules.of, Placement(activations=("replica", "data"))
+ShardingRules.of = lambda rules, axis, role="": (
+    wrong if axis == "batch" else usual(rules, axis, role)
+)
 """
 WRONG_POSITION = """
 from braeburn.train import loop
@@ -125,7 +127,7 @@ def test_layouts_that_are_all_refused_are_no_success(run: Run, prepared: Prepare
 def test_a_wrong_rule_is_found(
     run: Run, prepared: Prepared, recipe: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(RULES, "batch", RULES["batch"])  # put back at the end
+    monkeypatch.setattr(ShardingRules, "of", ShardingRules.of)  # put back at the end
     load(recipe(WRONG_RULE))
     (check,) = compare(run, prepared, "fsdp 4 x tensor 2")
     assert check.verdict == "different" and not check.passed

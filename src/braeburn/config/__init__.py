@@ -26,12 +26,23 @@ from braeburn.config.base import (
 )
 from braeburn.config.data import Data, Source
 from braeburn.config.directory import read_identity, read_run
+from braeburn.config.execution import KEEP_ALL, Execution
 from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
 from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
-from braeburn.config.model import LARGEST_SIZES, ModelConfig, RopeScaling
+from braeburn.config.model import LARGEST_SIZES, LayerConfig, ModelConfig, RopeScaling, Segment
 from braeburn.config.optimizers import AdamW, AfmOptimizer, Optimizer, OptimizerConfig
+from braeburn.config.rules import Placement, ShardingRules
 from braeburn.config.run import Checkpoint, Evaluation, Run, StageModels, validate
 from braeburn.config.stage import Schedule, Stage
+from braeburn.config.sublayers import (
+    Attention,
+    AttentionConfig,
+    FeedForward,
+    FeedForwardConfig,
+    FullAttention,
+    QKNorm,
+    SwiGLU,
+)
 from braeburn.config.transforms import (
     PRUNABLE,
     Distillation,
@@ -42,6 +53,7 @@ from braeburn.config.transforms import (
 )
 
 __all__ = [
+    "KEEP_ALL",
     "LARGEST_SIZES",
     "MOST",
     "MOST_STEPS",
@@ -50,13 +62,20 @@ __all__ = [
     "PRUNABLE",
     "AdamW",
     "AfmOptimizer",
+    "Attention",
+    "AttentionConfig",
     "AxisSize",
     "Checkpoint",
     "Count",
     "Data",
     "Distillation",
     "Evaluation",
+    "Execution",
+    "FeedForward",
+    "FeedForwardConfig",
     "Fraction",
+    "FullAttention",
+    "LayerConfig",
     "MeshAxis",
     "MeshConfig",
     "ModelConfig",
@@ -67,21 +86,26 @@ __all__ = [
     "OneOrMore",
     "Optimizer",
     "OptimizerConfig",
+    "Placement",
     "Positive",
     "Precision",
     "PrunedAxis",
     "Pruning",
+    "QKNorm",
     "Quantization",
     "Remat",
     "RopeScaling",
     "Run",
     "Schedule",
     "Seed",
+    "Segment",
+    "ShardingRules",
     "Share",
     "Size",
     "Source",
     "Stage",
     "StageModels",
+    "SwiGLU",
     "check_name",
     "check_pruning",
     "divisors",

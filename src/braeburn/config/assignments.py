@@ -4,17 +4,12 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
-from braeburn.config.base import Frozen, flatten
+from braeburn.config.base import Frozen, configurations, flatten, kinds_of
 from braeburn.config.data import Source
-from braeburn.config.memory import Remat
-from braeburn.config.mesh import MeshConfig
-from braeburn.config.model import RopeScaling
-from braeburn.config.optimizers import KINDS, AfmOptimizer
 from braeburn.config.run import Run, validate
 from braeburn.config.stage import Stage
-from braeburn.config.transforms import Pruning, Quantization
 from braeburn.errors import UserError, did_you_mean
 
 
@@ -54,7 +49,7 @@ def _holds_text(path: str) -> bool:
     *parents, last = path.split(".")
     declared = {
         name
-        for kind in Frozen.__subclasses__()
+        for kind in configurations()
         for name, field in kind.model_fields.items()
         if field.annotation in (str, str | None)
     }
@@ -64,19 +59,15 @@ def _holds_text(path: str) -> bool:
 def override(run: Run, assignments: Mapping[str, Any]) -> Run:
     """A run with the fields at dotted paths replaced, validated again.
 
+    The layers of a pattern are counted from 0, as in `model.pattern.0.attention.kind`.
+
     Raises:
         UserError: a path names no field (the nearest ones are listed) or a value is refused.
     """
-    fields = run.model_dump(exclude_unset=True)
-    kind = assignments.get("optimizer.kind", run.optimizer.kind)
-    if kind != run.optimizer.kind:
-        # The other kind has other fields, which may be assigned before or after it.
-        fields["optimizer"] = {}
-        run = run.model_copy(update={"optimizer": KINDS.get(str(kind), AfmOptimizer)()})
-    # A recipe leaves the kind to the type, and so out of the fields that it sets.
-    fields["optimizer"] = {"kind": kind, **fields.get("optimizer", {})}
-    for path, value in assignments.items():
-        _assign(run, fields, path, value)
+    fields = _set_fields(run)
+    # Another kind has other fields, which may be assigned before or after it.
+    for path in sorted(assignments, key=lambda path: path.rpartition(".")[2] != "kind"):
+        _assign(run, fields, path, assignments[path])
     try:
         changed = validate(fields)
     except UserError as error:
@@ -91,6 +82,31 @@ def override(run: Run, assignments: Mapping[str, Any]) -> Run:
                 f"weight, as --set stages.{first}.mixture.{name}=1"
             )
     return changed
+
+
+def _set_fields(value: Any) -> Any:
+    """The fields of a value that were set, as nested dicts and lists, with the kind of each part
+    that is one of several kinds.
+    """
+    if isinstance(value, Frozen):
+        names = set(value.model_fields_set)
+        if _is_kind(value):
+            names.add("kind")
+        return {
+            name: _set_fields(getattr(value, name))
+            for name in type(value).model_fields
+            if name in names
+        }
+    if isinstance(value, Mapping):
+        return {key: _set_fields(child) for key, child in value.items()}
+    if isinstance(value, tuple):
+        return [_set_fields(child) for child in value]
+    return value
+
+
+def _is_kind(value: Any) -> bool:
+    """Whether a part of the configuration is one of several kinds that a field may hold."""
+    return any("kind" in getattr(base, "model_fields", ()) for base in type(value).__bases__)
 
 
 def _new_stage(run: Run, fields: Mapping[str, Any], error: str) -> str:
@@ -113,43 +129,85 @@ def _added(run: Run, fields: Any, kind: Literal["stages", "sources"]) -> list[st
     return [name for name in there if name not in present] if isinstance(there, Mapping) else []
 
 
-# What a stage or a source has that is begun by assigning to one of its fields.
-_NEW_STAGE = Stage(
-    tokens=1, sequence_length=1, batch_tokens=1, mixture={"any": 1.0}, learning_rate=1.0
-)
-_NEW = {"stages": _NEW_STAGE.model_dump(), "sources": Source.model_construct().model_dump()}
-
-
-def _assign(run: Run, fields: dict[str, Any], path: str, value: Any) -> None:
+def _assign(run: Run, fields: Any, path: str, value: Any) -> None:
     """Sets the leaf at `path` of `fields`, which hold what is set already, if the run has such a
     field.
+
+    Args:
+        run: the run, whose values and types tell what fields there are.
+        fields: of the run, nested dicts and lists.
+        path: dotted.
+        value: of the leaf.
     """
     *parents, last = path.split(".")
-    known: Any = run.model_dump()
+    there: Any = run
     for depth, name in enumerate(parents):
-        begins = parents[depth - 1] if depth and parents[depth - 1] in _NEW and name else None
-        if not isinstance(known, dict) or (name not in known and not begins):
-            raise UserError(_unknown_field(run, path, ".".join(parents[: depth + 1])))
-        optional = {
-            "rope_scaling": RopeScaling(),
-            "mesh": MeshConfig(),
-            "remat": Remat(),
-            "pruning": Pruning.model_construct(keep={}),
-            "quantization": Quantization(),
-        }  # may be None, and assigned into all the same
-        if begins and name not in known:
-            known = _NEW[begins]
-        else:
-            known = optional[name].model_dump() if name in optional else known[name]
+        child = _child(there, name)
+        if not isinstance(child, Frozen | Mapping | tuple):
+            # A field that holds no others has none of the name that follows.
+            known = depth + 1 + _may_hold(there, name)
+            raise UserError(_unknown_field(run, path, ".".join(path.split(".")[:known])))
+        place = int(name) if isinstance(there, tuple) else name
         # A field left at its default is absent, or None where the recipe switched it off.
-        fields[name] = fields = fields.get(name) or {}
-    if parents[-1:] not in (["stages"], ["sources"], ["mixture"], ["keep"]) and (
-        not isinstance(known, dict) or last not in known
-    ):
+        if isinstance(there, tuple) or fields.get(place) is None:
+            fields[place] = fields[place] if isinstance(there, tuple) else _set_fields(child)
+        fields = fields[place]
+        kind = fields.get("kind") if isinstance(fields, dict) else None
+        if _is_kind(child) and kind != getattr(child, "kind", None):
+            child = _other_kind(child, kind)
+        there = child
+    if not _may_hold(there, last):
         raise UserError(_unknown_field(run, path, path))
+    if last == "kind" and _is_kind(there) and value != there.kind:
+        fields.clear()
     if last == "separator" and isinstance(value, str):
         value = _unescaped(value)
-    fields[last] = value
+    if isinstance(there, tuple):
+        fields[int(last)] = value
+    else:
+        fields[last] = value
+
+
+def _other_kind(value: Any, kind: Any) -> Any:
+    """A configuration of another kind that a field may hold; the same where there is no such."""
+    (base,) = type(value).__bases__
+    other = kinds_of(base).get(str(kind))
+    return other.model_construct() if other else value
+
+
+def _child(value: Any, name: str) -> Any:
+    """What a value has under a name, or would have if something was assigned below it; None where
+    it can have nothing there.
+    """
+    if isinstance(value, tuple):
+        return value[int(name)] if name.isdecimal() and int(name) < len(value) else None
+    if isinstance(value, Mapping):
+        # A stage or a source is begun by assigning to one of its fields.
+        return value.get(name, NEW.get(type(next(iter(value.values()), None)))) if name else None
+    field = type(value).model_fields.get(name)
+    if field is None:
+        return None
+    child = getattr(value, name, None)
+    if child is None:
+        if get_origin(field.annotation) is dict:
+            return {}
+        optional = [kind for kind in get_args(field.annotation) if isinstance(kind, type)]
+        parts = [kind for kind in optional if issubclass(kind, Frozen)]
+        return parts[0].model_construct() if parts else None
+    return child
+
+
+# What a dict of stages or sources has for a new name.
+NEW: dict[Any, Frozen] = {Stage: Stage.model_construct(), Source: Source.model_construct()}
+
+
+def _may_hold(value: Any, name: str) -> bool:
+    """Whether a value may hold something under a name."""
+    if isinstance(value, tuple):
+        return name.isdecimal() and int(name) < len(value)
+    return isinstance(value, Mapping) or (
+        isinstance(value, Frozen) and name in type(value).model_fields
+    )
 
 
 def _unescaped(separator: str) -> str:
@@ -170,7 +228,7 @@ def _unknown_field(run: Run, path: str, unknown: str) -> str:
 def provenance(recipe: Run, assignments: Mapping[str, Any]) -> dict[str, str]:
     """Where each leaf of the resolved run came from: "default", "recipe" or "command line"."""
     named = {path for path, _ in flatten(recipe.model_dump(exclude_unset=True))}
-    named |= {"optimizer.kind"} & {f"{field}.kind" for field in recipe.model_fields_set}
+    named |= {path for path, _ in flatten(_set_fields(recipe))}
     resolved = override(recipe, assignments)
     origins = {}
     for path, _ in flatten(resolved.model_dump()):

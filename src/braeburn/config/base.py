@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -78,6 +78,28 @@ class Frozen(BaseModel):
             raise UserError(explain_validation_error(error)) from None
 
 
+def configurations(base: type[Frozen] = Frozen) -> Iterator[type[Frozen]]:
+    """Every part of the configuration that derives from `base`, however far."""
+    for derived in base.__subclasses__():
+        yield derived
+        yield from configurations(derived)
+
+
+def kinds_of(base: type[Frozen]) -> dict[str, type[Any]]:
+    """The configurations derived from one, by the value that their field `kind` always has."""
+    return {config.model_fields["kind"].default: config for config in base.__subclasses__()}
+
+
+def tagged_union(base: type[Frozen]) -> Any:
+    """The type of a field that holds any of the configurations derived from `base`, told apart by
+    their `kind`.
+    """
+    kinds = tuple(kinds_of(base).values())
+    if len(kinds) == 1:
+        return kinds[0]
+    return Annotated[Union[kinds], Field(discriminator="kind")]  # noqa: UP007
+
+
 def divisors(number: int) -> list[int]:
     """All numbers that divide one, in order; in time of its square root."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
@@ -92,7 +114,10 @@ def some(values: Sequence[int]) -> str:
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of nested dicts as (dotted path, value)."""
+    """Every leaf of nested dicts and of lists of them as (dotted path, value)."""
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    if is_list and all(isinstance(child, Mapping) for child in value):
+        value = dict(enumerate(value))
     if isinstance(value, Mapping) and value:
         for key, child in value.items():
             yield from flatten(child, f"{prefix}.{key}" if prefix else str(key))
@@ -103,9 +128,16 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def explain_validation_error(error: ValidationError) -> str:
     """The first problem of a validation as one sentence that names field, value and fix."""
     problem = error.errors()[0]
-    place = list(problem["loc"])
-    if place[:1] == ["optimizer"]:
-        del place[1:2]  # its kind, which tells what other fields it has and is none itself
+    # Behind a field that holds one of several kinds stands the kind, which is no field itself.
+    tagged = {
+        name
+        for configuration in configurations()
+        for name, field in configuration.model_fields.items()
+        if field.discriminator
+    }
+    pairs = zip([None, *problem["loc"]], problem["loc"], strict=False)
+    is_tag = problem["type"] not in ("union_tag_invalid", "union_tag_not_found")
+    place = [part for before, part in pairs if not (is_tag and before in tagged)]
     path = ".".join(map(str, place))
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
@@ -113,7 +145,7 @@ def explain_validation_error(error: ValidationError) -> str:
             return f"{'.'.join(map(str, problem['loc'][:-2]))}: {message}"
         return f"{path}: {message}" if path else message
     if problem["type"] == "extra_forbidden":
-        known = {field for kind in Frozen.__subclasses__() for field in kind.model_fields}
+        known = {field for kind in configurations() for field in kind.model_fields}
         return f"{path!r} is not a field; {did_you_mean(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"{path} is missing; give it a value"

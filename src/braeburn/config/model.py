@@ -1,11 +1,13 @@
-"""The model: its sizes and how positions are rotated."""
+"""The model: its sizes, its layers, and how positions are rotated."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from braeburn.config.base import Count, Frozen, NonNegative, Positive, Size, divisors, some
+from braeburn.config.sublayers import Attention, FeedForward, FullAttention, SwiGLU
 from braeburn.errors import UserError
 
 # Far beyond any model that is published; without a limit, one wrong digit would take all memory
@@ -33,12 +35,52 @@ class RopeScaling(Frozen):
     original_max_position_embeddings: Size = 8192
 
 
-class ModelConfig(Frozen):
-    """A decoder-only transformer: grouped-query attention, rotary positions, RMSNorm before each
-    block, SwiGLU.
+class LayerConfig(Frozen):
+    """One layer: attention, then a feed-forward sublayer, each added to the residual stream.
 
-    `max_position_embeddings` is the longest sequence that weights from elsewhere were made for; 0
-    where none were.
+    Attributes:
+        attention: its kind.
+        feed_forward: its kind.
+        norms: whether an RMSNorm comes before each sublayer, after it (on what is added to the
+            stream), or both.
+    """
+
+    attention: Attention = FullAttention()
+    feed_forward: FeedForward = SwiGLU()
+    norms: Literal["before", "after", "both"] = "before"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers that repeat one pattern, and whose parameters are stacked along the repeats.
+
+    Attributes:
+        name: of their parameters in the tree of all.
+        pattern: the layers of one repeat.
+        repeats: how many there are.
+    """
+
+    name: str
+    pattern: tuple[LayerConfig, ...]
+    repeats: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all repeats."""
+        return len(self.pattern) * self.repeats
+
+
+class ModelConfig(Frozen):
+    """A decoder-only transformer of grouped-query attention with rotary positions.
+
+    Attributes:
+        pattern: the layers that repeat, from the first layer on; the last repeat may be cut short.
+        tail_pattern: the layers that repeat in the last `tail_layers`, if there are any.
+        tail_layers: how many of `num_layers` those are.
+        qk_norm: whether queries and keys are normalised head by head, where a layer does not say.
+        scaled_embedding: whether embeddings are multiplied by sqrt(d_model).
+        max_position_embeddings: the longest sequence that weights from elsewhere were made for; 0
+            where none were.
     """
 
     vocab_size: Annotated[int, Field(gt=0, le=LARGEST_SIZES["vocab_size"])]
@@ -56,6 +98,31 @@ class ModelConfig(Frozen):
     z_loss: NonNegative = 1e-6
     scan_layers: bool = True
     max_position_embeddings: Count = 0
+    pattern: Annotated[tuple[LayerConfig, ...], Field(min_length=1)] = (LayerConfig(),)
+    tail_pattern: tuple[LayerConfig, ...] = ()
+    tail_layers: Count = 0
+    scaled_embedding: bool = False
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The layers from first to last: repeats of the pattern, the rest of one, the tail."""
+        repeats, rest = divmod(self.num_layers - self.tail_layers, len(self.pattern))
+        found = [
+            Segment("layers", self.pattern, repeats),
+            Segment("rest", self.pattern[:rest], 1),
+            Segment("tail", self.tail_pattern, self.tail_layers // max(1, len(self.tail_pattern))),
+        ]
+        return tuple(segment for segment in found if segment.num_layers)
+
+    @property
+    def layer_configs(self) -> tuple[LayerConfig, ...]:
+        """The configuration of each layer, from first to last."""
+        return tuple(
+            layer
+            for segment in self.segments
+            for _ in range(segment.repeats)
+            for layer in segment.pattern
+        )
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "ModelConfig":
@@ -104,5 +171,21 @@ class ModelConfig(Frozen):
             raise ValueError(
                 f"head_dim={self.head_dim} is odd, but rotary positions need pairs; use "
                 f"{self.head_dim + 1}"
+            )
+        if self.tail_layers % max(1, len(self.tail_pattern)):
+            raise ValueError(
+                f"tail_layers={self.tail_layers} is not a multiple of the {len(self.tail_pattern)} "
+                f"layers of tail_pattern; set it to "
+                f"{-(-self.tail_layers // len(self.tail_pattern)) * len(self.tail_pattern)}"
+            )
+        if bool(self.tail_layers) != bool(self.tail_pattern):
+            raise ValueError(
+                f"tail_layers={self.tail_layers} and a tail_pattern of {len(self.tail_pattern)} "
+                f"layers do not agree; give both or neither"
+            )
+        if self.tail_layers >= self.num_layers:
+            raise ValueError(
+                f"tail_layers={self.tail_layers} leaves none of num_layers={self.num_layers} to "
+                f"the pattern; set tail_layers below {self.num_layers}"
             )
         return self

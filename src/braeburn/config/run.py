@@ -7,10 +7,12 @@ from pydantic import ValidationError, model_validator
 
 from braeburn.config.base import MOST_STEPS, Frozen, Name, Seed, Size, explain_validation_error
 from braeburn.config.data import Data
+from braeburn.config.execution import Execution
 from braeburn.config.memory import NO_OFFLOAD, Offload, Precision, Remat
 from braeburn.config.mesh import MeshConfig
 from braeburn.config.model import ModelConfig
 from braeburn.config.optimizers import AfmOptimizer, Optimizer
+from braeburn.config.rules import ShardingRules
 from braeburn.config.stage import Stage
 from braeburn.config.transforms import check_pruning
 from braeburn.errors import UserError, did_you_mean
@@ -59,11 +61,17 @@ class Run(Frozen):
     initial_weights: str | None = None
     seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
+    rules: ShardingRules = ShardingRules()
     checkpoint: Checkpoint = Checkpoint()
     precision: Precision = Precision()
     remat: Remat = Remat()
     offload: Offload = NO_OFFLOAD
     evaluation: Evaluation = Evaluation()
+
+    def execution(self, name: str, mesh: MeshConfig) -> Execution:
+        """How the model of a stage is carried out on a mesh, resolved sizes."""
+        remat = self.stages[name].remat or self.remat
+        return Execution(mesh, self.rules, self.precision, remat, self.offload)
 
     @property
     def total_steps(self) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from braeburn.config import ModelConfig, Precision
+from braeburn.config import Execution, ModelConfig, Precision
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, random_key
 from braeburn.models import decoder
@@ -139,7 +139,8 @@ def generate(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     capacity = round_up(max_new_tokens)
-    logits, cache = prefill(params, tokens, lengths, model, precision, capacity)
+    execution = Execution(precision=precision)
+    logits, cache = prefill(params, tokens, lengths, model, execution, capacity)
     key = random_key(seed)
     # Of few distinct lengths, so that few programs are compiled; -1 equals no token.
     stops = np.full(8 if len(stop_ids) <= 8 else round_up(len(stop_ids)), -1, np.int32)
@@ -153,7 +154,7 @@ def generate(
         max_new_tokens,
         stops,
         model,
-        precision,
+        execution,
         sampling,
         capacity,
     )
@@ -174,15 +175,15 @@ def last_logits(params: Tree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"
     return jnp.einsum("BD,VD->BV", hidden, head, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "precision", "capacity"))
+@functools.partial(jax.jit, static_argnames=("model", "execution", "capacity"))
 def prefill(
     params: Tree,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     model: ModelConfig,
-    precision: Precision,
+    execution: Execution,
     capacity: int,
-) -> tuple[Float[Array, "B V"], tuple[Array, Array]]:
+) -> tuple[Float[Array, "B V"], Any]:
     """Logits after each row's last token, and a cache of the prompts with room for `capacity` more
     positions.
 
@@ -192,24 +193,24 @@ def prefill(
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    cache = decoder.empty_cache(model, batch, length, precision)
-    hidden, cache = decoder.forward_cached(params, tokens, positions, cache, model, precision)
+    cache = decoder.empty_cache(model, batch, length, execution)
+    hidden, cache = decoder.forward_cached(params, (tokens, positions), cache, model, execution)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     room = [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]
     return last_logits(params, last), jax.tree.map(lambda slots: jnp.pad(slots, room), cache)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "precision", "sampling", "capacity"))
+@functools.partial(jax.jit, static_argnames=("model", "execution", "sampling", "capacity"))
 def decode(
     params: Tree,
     logits: Float[Array, "B V"],
-    cache: tuple[Array, Array],
+    cache: Any,
     lengths: Int[Array, " B"],
     key: Key[Array, ""],
     limit: Int[Array, ""],
     stop_ids: Int[Array, " S"],
     model: ModelConfig,
-    precision: Precision,
+    execution: Execution,
     sampling: Sampling,
     capacity: int,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
@@ -219,8 +220,9 @@ def decode(
     batch = logits.shape[0]
     # Matrices in the type that they are multiplied in, so that it is done once and not for each
     # token.
+    dtype = execution.precision.compute
     params = jax.tree.map(
-        lambda spec, leaf: leaf if spec.role == "norm" else leaf.astype(precision.compute),
+        lambda spec, leaf: leaf if spec.role == "norm" else leaf.astype(dtype),
         decoder.param_specs(model),
         params,
     )
@@ -242,7 +244,8 @@ def decode(
         step, generated, counts, cache = state
         newest = jax.lax.dynamic_slice_in_dim(generated, step - 1, 1, axis=1)
         positions = (lengths + step - 1)[:, None]
-        hidden, cache = decoder.forward_cached(params, newest, positions, cache, model, precision)
+        inputs = (newest, positions)
+        hidden, cache = decoder.forward_cached(params, inputs, cache, model, execution)
         return step + 1, *append(generated, counts, last_logits(params, hidden[:, 0]), step), cache
 
     empty = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros(batch, jnp.int32)

@@ -131,9 +131,7 @@ def evaluate_held_out(
 def _evaluate(
     trained: Trained, store: TokenStore, length: int, stride: int, tokens: int
 ) -> dict[str, float]:
-    layout = one_device(param_specs(trained.model))
-    evaluate = evaluator(
-        trained.model, trained.run.precision, trained.tokenizer.token_bytes, layout
-    )
+    layout = one_device(param_specs(trained.model), trained.run.precision)
+    evaluate = evaluator(trained.model, trained.tokenizer.token_bytes, layout)
     batches = evaluation_batches(store, length, stride, tokens, BATCH_TOKENS)
     return measure(evaluate, trained.params, tracked(batches, "evaluating"), store.byte_ratio)

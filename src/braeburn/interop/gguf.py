@@ -22,7 +22,6 @@ from braeburn.extras import how_to_install
 from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.layers import rope
 from braeburn.layers.spec import Tree
-from braeburn.models.decoder import param_specs
 from braeburn.train.progress import tracked
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def write(
         _add(writer, f"tokenizer.ggml.{key}", value)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = tensors_of(param_specs(model), _NAMES)
+        tensors = tensors_of(model, _NAMES)
         _write_tensors(writer, tensors, parameters, model, type_)
         partial.rename(path)
     except OSError as error:

@@ -104,7 +104,7 @@ def write(
             tokenizer.save(partial / "tokenizer.json")
             settings = tokenizer.tokenizer_config() | {"model_max_length": max_position_embeddings}
             _write_json(partial / "tokenizer_config.json", settings)
-        _write_weights(partial, tensors_of(param_specs(model), _NAMES), parameters, max_shard_bytes)
+        _write_weights(partial, tensors_of(model, _NAMES), parameters, max_shard_bytes)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -217,7 +217,7 @@ class _Index(BaseModel):
 
 def _read_weights(directory: Path, files: Sequence[Path], model: ModelConfig) -> Tree:
     specs = param_specs(model)
-    tensors = tensors_of(specs, _NAMES)
+    tensors = tensors_of(model, _NAMES)
     with ExitStack() as stack:
         holders: dict[str, Any] = {}  # name of a tensor -> the open file that holds it
         for file in files:

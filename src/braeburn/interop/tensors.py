@@ -15,7 +15,7 @@ from braeburn.config import ModelConfig
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
-from braeburn.models.decoder import param_specs
+from braeburn.models.decoder import param_specs, stacks
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,32 @@ class Tensor:
         return tensor.T.reshape(self.block) if self.transposed else tensor
 
 
-def tensors_of(specs: Tree, names: Mapping[str, str]) -> list[Tensor]:
+def tensors_of(model: ModelConfig, names: Mapping[str, str]) -> list[Tensor]:
     """Every tensor of a model, layer by layer, the unstacked ones first.
 
     Args:
-        specs: the specs of the parameters.
-        names: path of our parameter -> name of the tensor, with `{}` for the layer's index.
+        model: what the tensors are of.
+        names: our parameter -> name of the tensor. Of a layer's parameters the key is "layers/" and
+            the parameter's own name, whichever stack it is in, and the name has `{}` for the number
+            of the layer.
     """
+    numbers = {"/".join(stack.path): stack.numbers for stack in stacks(model)}
     found = []
-    for path, spec in walk(specs):
+    for path, spec in walk(param_specs(model)):
+        stack, _, own = path.rpartition("/")
+        layers = numbers.get(stack)
+        name = names[f"layers/{own}" if layers else path]
         block = shape = tuple(spec.shape[dim] for dim in spec.block_dims)
         if spec.role == "matrix":
             inputs = math.prod(spec.shape[spec.axes.index(axis)] for axis in spec.fan_in)
             shape = math.prod(block) // inputs, inputs
-        for layer in range(spec.shape[0]) if spec.stacked else [None]:
-            found.append(
-                Tensor(names[path].format(layer), path, layer, block, shape, spec.role == "matrix")
-            )
-    return sorted(found, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
+        is_matrix = spec.role == "matrix"
+        if layers is None:
+            found.append((-1, Tensor(name, path, None, block, shape, is_matrix)))
+        for index, number in enumerate(layers or ()):
+            tensor = Tensor(name.format(number), path, index, block, shape, is_matrix)
+            found.append((number, tensor))
+    return [tensor for _, tensor in sorted(found, key=lambda each: each[0])]
 
 
 def checked(params: Tree, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:

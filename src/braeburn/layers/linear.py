@@ -1,14 +1,14 @@
-"""Matrix products over tokens, with the tokens of all sequences along one dimension.
-
-XLA on CPUs runs a product of a three-dimensional array, and the products of its gradients, at about
-110 GFLOP/s where it runs the same product of a matrix at 180 (two Zen 4 cores;
-`docs/decisions.md`). Elsewhere the two are equal.
-"""
+"""Matrix products, and the one place where a stored weight becomes the matrix that multiplies."""
 
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
+
+from braeburn.config import Execution
+from braeburn.layers.spec import ParamSpec
+from braeburn.layers.weights import gathered
 
 
 def flat(x: Float[Array, "*S D"]) -> Float[Array, "tokens D"]:
@@ -16,11 +16,48 @@ def flat(x: Float[Array, "*S D"]) -> Float[Array, "tokens D"]:
     return x.reshape(-1, x.shape[-1])
 
 
-def linear(
-    x: Float[Array, "*S D"], weight: Float[Array, "D F"], dtype: Any = None
+def product(
+    x: Float[Array, "*S D"], matrix: Float[Array, "D F"], dtype: Any = None
 ) -> Float[Array, "*S F"]:
-    """The product of each token's vector and a matrix; `dtype` is that of the sums and the result,
-    x's by default.
+    """The product of each token's vector and a matrix, with the tokens of all sequences along one
+    dimension.
+
+    XLA on CPUs runs a product of a three-dimensional array, and the products of its gradients, at
+    about 110 GFLOP/s where it runs the same product of a matrix at 180 (two Zen 4 cores;
+    `docs/decisions.md`). Elsewhere the two are equal.
+
+    Args:
+        x: vectors of D numbers.
+        matrix: of the same dtype.
+        dtype: of the sums and the result; that of `x` by default.
     """
-    product = jnp.matmul(flat(x), weight, preferred_element_type=dtype)
-    return product.reshape(*x.shape[:-1], weight.shape[1])
+    result = jnp.matmul(flat(x), matrix, preferred_element_type=dtype)
+    return result.reshape(*x.shape[:-1], matrix.shape[1])
+
+
+def linear(
+    x: Float[Array, "*S"], weight: Float[Array, "*W"], spec: ParamSpec, execution: Execution
+) -> Float[Array, "*S"]:
+    """Multiplies activations by a weight, over the logical axes of the weight's `fan_in`.
+
+    This is the only place where a stored weight is gathered and cast to be multiplied, and where
+    one that is quantised, or that an adapter adds to, would become what is multiplied.
+
+    Args:
+        x: activations in the type to compute in; its last dimensions are those of `spec.fan_in`.
+        weight: this device's part of one layer's weight, as it is stored, float32. The dimensions
+            of `spec.fan_in` come first.
+        spec: of the whole parameter, stacked over layers or not.
+        execution: resolved sizes of the mesh, rules and types.
+
+    Returns:
+        The product, in the type of `x`, whose last dimensions are the other ones of the weight.
+    """
+    weight = gathered(weight, spec, execution).astype(x.dtype)
+    summed = len(spec.fan_in)
+    if weight.ndim == 2:
+        return product(x, weight)
+    # The last dimension first, as einsum has it: the order tells in the last bit of a sum.
+    over_x = tuple(range(x.ndim - 1, x.ndim - summed - 1, -1))
+    over_weight = tuple(range(summed - 1, -1, -1))
+    return lax.dot_general(x, weight, ((over_x, over_weight), ((), ())))

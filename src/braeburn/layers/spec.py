@@ -57,6 +57,10 @@ class ParamSpec:
         """Whether the first dimension runs over layers."""
         return self.axes[:1] == (LAYERS,)
 
+    def stack(self, layers: int) -> "ParamSpec":
+        """The spec of this parameter of several layers, along a leading axis."""
+        return ParamSpec((layers, *self.shape), (LAYERS, *self.axes), self.role, self.fan_in)
+
     @property
     def block_dims(self) -> tuple[int, ...]:
         """The dimensions of one layer's tensor: all but the stacking one."""

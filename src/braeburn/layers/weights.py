@@ -8,51 +8,50 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from braeburn.config import MeshConfig, Precision
-from braeburn.layers.spec import ParamSpec, Role, Tree
+from braeburn.config import Execution
+from braeburn.layers.spec import ParamSpec, Tree, walk
 from braeburn.parallel.collectives import TENSOR, axis_index
 from braeburn.parallel.rules import mesh_axes
 
 
-def gathered(
-    weights: Tree, specs: Tree, roles: tuple[Role, ...], precision: Precision, mesh: MeshConfig
-) -> Tree:
-    """The weights of `roles` joined along what the rules store split but use whole; the others as
-    they are.
+def gathered(weight: Array, spec: ParamSpec, execution: Execution) -> Array:
+    """A weight joined along the axes that the rules store it split along but use it whole.
 
-    Matrices travel in the type that they are multiplied in, norms in float32; the gradient, which
+    A matrix travels in the type that it is multiplied in, a norm in float32. The gradient, which
     takes the way back, is summed in `precision.reduce`.
 
     Args:
-        weights: a tree of this device's shards, of one layer or of all.
-        specs: the specs of the whole parameters, a tree of the same structure.
-        roles: of the parameters to gather.
-        precision: types.
-        mesh: resolved sizes.
+        weight: this device's shard, of one layer or of all.
+        spec: of the whole parameter; a leading axis of layers may be missing from `weight`.
+        execution: resolved sizes of the mesh, rules and types.
     """
-    return jax.tree.map(
-        lambda w, spec: _gather(w, spec, precision, mesh) if spec.role in roles else w,
-        weights,
-        specs,
-    )
-
-
-def _gather(weight: Array, spec: ParamSpec, precision: Precision, mesh: MeshConfig) -> Array:
+    mesh, precision = execution.mesh, execution.precision
     dtype = jnp.dtype(jnp.float32 if spec.role == "norm" else precision.compute)
+    stored = mesh_axes(spec.axes, spec.shape, "parameters", execution, spec.role)
+    used = mesh_axes(spec.axes, spec.shape, "activations", execution, spec.role)
     # One layer's weight has lost the leading axis of its spec.
-    named = zip(spec.axes[-weight.ndim :], spec.shape[-weight.ndim :], strict=True)
-    for dim, (name, size) in enumerate(named):
-        stored = mesh_axes(name, size, "parameters", mesh, spec.role)
-        used = mesh_axes(name, size, "activations", mesh, spec.role)
-        over = tuple(axis for axis in stored if axis not in used)
+    first = len(spec.axes) - weight.ndim
+    for dim, (name, size) in enumerate(zip(spec.axes[first:], spec.shape[first:], strict=True)):
+        over = tuple(axis for axis in stored[first + dim] if axis not in used[first + dim])
         if over:
             weight = gather(weight, over, dim, dtype, jnp.dtype(precision.reduce))
-        if name == "kv_heads" and not used and mesh.tensor > 1:
+        if name == "kv_heads" and not used[first + dim] and mesh.tensor > 1:
             # Fewer heads than shards: each shard stores them all and works with the one that its
             # query heads share.
             head = axis_index(TENSOR, mesh) * size // mesh.tensor
             weight = lax.dynamic_slice_in_dim(weight, head, 1, dim)
     return weight
+
+
+def gathered_norms(params: Tree, specs: Tree, execution: Execution) -> Tree:
+    """The parameters with all norms gathered, those of every layer at once: they are small."""
+    roles = dict(walk(specs))
+
+    def one(path: Any, leaf: Array) -> Array:
+        spec = roles["/".join(key.key for key in path)]
+        return gathered(leaf, spec, execution) if spec.role == "norm" else leaf
+
+    return jax.tree.map_with_path(one, params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -72,10 +71,12 @@ def _gather_forward(
 
 
 def _gather_backward(
-    axes: tuple[str, ...], dim: int, dtype: Any, reduce_dtype: Any, _: None, slope: Array
+    axes: tuple[str, ...], dim: int, dtype: Any, reduce_dtype: Any, _: None, cotangent: Array
 ) -> Any:
-    slope = lax.psum_scatter(slope.astype(reduce_dtype), axes, scatter_dimension=dim, tiled=True)
-    return (slope.astype(jnp.float32),)
+    summed = lax.psum_scatter(
+        cotangent.astype(reduce_dtype), axes, scatter_dimension=dim, tiled=True
+    )
+    return (summed.astype(jnp.float32),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)

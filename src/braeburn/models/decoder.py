@@ -1,15 +1,18 @@
-"""The decoder, top to bottom: embedding, layers of attention and SwiGLU, final norm.
+"""The decoder, top to bottom: embedding, layers of attention and feed-forward, final norm.
 
 Shapes are named by letters: B sequences, T positions, D d_model, N query heads, K key-value heads,
-H head_dim, F ffn_dim, V vocabulary, L layers.
+H head_dim, F ffn_dim, V vocabulary. They name logical dimensions: on a mesh of several devices this
+is the program of each, over its part of everything (`braeburn.parallel`): its sequences, its piece
+of each, its heads, FFN units and vocabulary.
 
-On a mesh of several devices this is the program of each, over its part of everything
-(`braeburn.parallel`): its sequences, its piece of each, its heads, FFN units and vocabulary.
-Between attention and FFN, where every token is for itself, the tensor shards share out the tokens
-(sequence parallelism, arXiv 2205.05198).
+A layer exchanges, forward: its weights, gathered along `fsdp` as each is multiplied (`linear`); the
+tokens of all tensor shards before each sublayer, and the sum of what these make of them after it,
+of which each shard keeps its own tokens (sequence parallelism, arXiv 2205.05198); keys and values
+along `context`, in attention. The backward pass exchanges the transpose of each.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,81 +20,113 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import (
-    NO_OFFLOAD,
-    ONE_DEVICE,
-    MeshConfig,
-    ModelConfig,
-    Offload,
-    Precision,
-    Remat,
-)
-from braeburn.layers import rope
+from braeburn.config import Execution, LayerConfig, ModelConfig, Segment
 from braeburn.layers.attention import attention, cached_attention
-from braeburn.layers.linear import linear
-from braeburn.layers.spec import LAYERS, ParamSpec, Tree
-from braeburn.layers.weights import gathered
-from braeburn.parallel.collectives import (
-    FSDP,
-    TENSOR,
-    all_gather,
-    all_to_all,
-    axis_index,
-    gather_tokens,
-    scatter_tokens,
+from braeburn.layers.embedding import embed
+from braeburn.layers.norm import rms_norm
+from braeburn.layers.spec import ParamSpec, Tree, map_specs
+from braeburn.layers.sublayers.definition import (
+    Context,
+    Memory,
+    Observe,
+    Signals,
+    norm,
+    sublayer_of,
 )
+from braeburn.layers.weights import gathered_norms
+from braeburn.parallel.collectives import FSDP, gather_tokens, scatter_tokens
 
-# (query, key, value, the layer's state) -> (attended values, the layer's new state); the state is a
-# cache or None.
-Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
-# (logical axis, activations whose units it counts, the layer's state) -> the layer's new state.
-Observe = Callable[[str, Array, Any], Any]
+def layer_specs(layer: LayerConfig, model: ModelConfig) -> Tree:
+    """The specs of the parameters of one layer, not stacked."""
+    specs: Tree = {}
+    for name, config in (("attention", layer.attention), ("ffn", layer.feed_forward)):
+        if layer.norms != "after":
+            specs[f"{name}_norm"] = norm(model, "embed")
+        specs |= sublayer_of(config).specs(config, model)
+        if layer.norms != "before":
+            specs[f"{name}_output_norm"] = norm(model, "embed")
+    return specs
 
-KEEP_ALL = Remat(policy="none")
+
+def _stacked(specs: Tree, repeats: int) -> Tree:
+    return map_specs(lambda _, spec: spec.stack(repeats), specs)
 
 
 def param_specs(model: ModelConfig) -> Tree:
-    """The specs of every parameter of a model."""
-    sizes = {
-        "vocab": model.vocab_size,
-        "embed": model.d_model,
-        "heads": model.num_heads,
-        "kv_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "ffn": model.ffn_dim,
-        LAYERS: model.num_layers,
-    }
+    """The specs of every parameter of a model.
 
-    def matrix(*axes: str, fan_in: tuple[str, ...]) -> ParamSpec:
-        axes = (LAYERS, *axes)
-        return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "matrix", fan_in)
-
-    def norm(*axes: str) -> ParamSpec:
-        return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "norm")
-
+    Those of a segment's layers stand under its name, each stacked over the repeats of its pattern:
+    at once where the pattern is one layer, and else under the number of the layer in the pattern.
+    """
     # Rows as long as d_model give logits of unit variance, also where the embedding doubles as the
     # head.
     embedding = ParamSpec(
         (model.vocab_size, model.d_model), ("vocab", "embed"), "embedding", ("embed",)
     )
-    layers = {
-        "attention_norm": norm(LAYERS, "embed"),
-        "query": matrix("embed", "heads", "head_dim", fan_in=("embed",)),
-        "key": matrix("embed", "kv_heads", "head_dim", fan_in=("embed",)),
-        "value": matrix("embed", "kv_heads", "head_dim", fan_in=("embed",)),
-        "attention_output": matrix("heads", "head_dim", "embed", fan_in=("heads", "head_dim")),
-        "ffn_norm": norm(LAYERS, "embed"),
-        "gate": matrix("embed", "ffn", fan_in=("embed",)),
-        "up": matrix("embed", "ffn", fan_in=("embed",)),
-        "down": matrix("ffn", "embed", fan_in=("ffn",)),
-    }
-    if model.qk_norm:
-        layers |= {"query_norm": norm(LAYERS, "head_dim"), "key_norm": norm(LAYERS, "head_dim")}
-    specs: Tree = {"embedding": embedding, "layers": layers, "final_norm": norm("embed")}
+    specs: Tree = {"embedding": embedding}
+    for segment in model.segments:
+        layers = [layer_specs(layer, model) for layer in segment.pattern]
+        specs[segment.name] = _by_layer(segment, [_stacked(one, segment.repeats) for one in layers])
+    specs["final_norm"] = norm(model, "embed")
     if not model.tied_embeddings:
         specs["head"] = embedding
     return specs
+
+
+def _by_layer(segment: Segment, trees: list[Any]) -> Any:
+    """One tree for each layer of a segment's pattern, as they stand under the segment's name."""
+    return trees[0] if len(trees) == 1 else {str(i): tree for i, tree in enumerate(trees)}
+
+
+def _in_pattern(segment: Segment, tree: Any) -> list[Any]:
+    """The inverse of `_by_layer`."""
+    count = len(segment.pattern)
+    return [tree] if count == 1 else [tree[str(i)] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers whose parameters are stacked.
+
+    Attributes:
+        path: of their parameters in the tree of all.
+        layer: what each of them is.
+        numbers: which layers of the model they are, counted from 0.
+    """
+
+    path: tuple[str, ...]
+    layer: LayerConfig
+    numbers: tuple[int, ...]
+
+
+def stacks(model: ModelConfig) -> list[Stack]:
+    """All stacks of a model, in the order of their first layers."""
+    found, first = [], 0
+    for segment in model.segments:
+        count = len(segment.pattern)
+        for i, layer in enumerate(segment.pattern):
+            path = (segment.name,) if count == 1 else (segment.name, str(i))
+            numbers = range(first + i, first + segment.num_layers, count)
+            found.append(Stack(path, layer, tuple(numbers)))
+        first += segment.num_layers
+    return found
+
+
+def layer_states(model: ModelConfig, make: Callable[[LayerConfig, int], Any]) -> dict[str, Any]:
+    """A state for each layer, as `decoder` takes them.
+
+    Args:
+        model: whose layers.
+        make: gives, for a layer of a pattern and its number of repeats, arrays with a leading
+            dimension of that many.
+    """
+    return {
+        segment.name: _by_layer(
+            segment, [make(layer, segment.repeats) for layer in segment.pattern]
+        )
+        for segment in model.segments
+    }
 
 
 def head_matrix(params: Tree) -> Float[Array, "V D"]:
@@ -101,134 +136,149 @@ def head_matrix(params: Tree) -> Float[Array, "V D"]:
     return params["head"] if "head" in params else params["embedding"]
 
 
-def rms_norm(
-    x: Float[Array, "*S D"], scale: Float[Array, " D"], epsilon: float
-) -> Float[Array, "*S D"]:
-    """Root-mean-square normalisation over the last dimension in float32 (arXiv 1910.07467)."""
-    wide = x.astype(jnp.float32)
-    normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (normal * scale).astype(x.dtype)
-
-
-def embed(
-    embedding: Float[Array, "V D"],
-    tokens: Int[Array, "B T"],
-    precision: Precision,
-    mesh: MeshConfig,
-) -> Float[Array, "B T D"]:
-    """The rows of the embedding for this device's tokens.
-
-    The table stays split. Each device looks up, in the part that it has, the tokens of all that
-    share the rest of the table with it, and the rows are exchanged: far less than the table.
-    """
-    tokens = all_gather(tokens, FSDP, 0, mesh)
-    if mesh.tensor == 1:
-        x_BTD = embedding[tokens].astype(precision.compute)
-    else:
-        own = tokens - axis_index(TENSOR, mesh) * embedding.shape[0]
-        x_BTD = (
-            embedding.at[own]
-            .get(mode="fill", fill_value=0, wrap_negative_indices=False)
-            .astype(precision.compute)
-        )
-    return all_to_all(scatter_tokens(x_BTD, mesh), FSDP, 0, 2, mesh)
-
-
 def unobserved(axis: str, activations: Array, state: Any) -> Any:
-    """The state as it is: nobody looks."""
+    """Shows activations to nobody: a layer's state stays as it is."""
     return state
 
 
 def layer(
-    x_BTD: Float[Array, "B T D"],
-    weights: Tree,
-    state: Any,
-    rotation: tuple[Array, Array],
-    attend: Attend,
-    model: ModelConfig,
-    mesh: MeshConfig,
-    observe: Observe = unobserved,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """One pre-norm block: attention, then SwiGLU, each added to the residual stream.
+    x_BTD: Float[Array, "B T D"], signals: Signals, config: LayerConfig, contexts: list[Context]
+) -> tuple[Float[Array, "B T D"], Signals]:
+    """One layer: attention, then the feed-forward sublayer, each added to the residual stream.
 
-    `observe` sees what each block reads ("embed", [B, T, D], twice), each head's result ("heads",
-    [B, T, N, H]) and the FFN's hidden units ("ffn", [B, T, F]).
+    Every token of the stream is for itself, so that the tensor shards share the tokens out. A
+    sublayer needs all of them, and gives each shard's part of a sum over hidden units.
+
+    Args:
+        x_BTD: the residual stream, of this tensor shard's tokens.
+        signals: what passes through layers beside it.
+        config: of the layer.
+        contexts: of the two sublayers.
+
+    Returns:
+        The stream and the signals behind the layer. `observe` was shown what each sublayer reads
+        ("embed", [B, T, D], twice), each head's result ("heads", [B, T, N, H]) and the hidden units
+        ("ffn", [B, T, F]).
     """
-    dtype, epsilon = x_BTD.dtype, model.norm_epsilon
-
-    with jax.named_scope("attention"):
-        normal_BTD = gather_tokens(rms_norm(x_BTD, weights["attention_norm"], epsilon), mesh)
-        state = observe("embed", normal_BTD, state)
-        query_BTNH = jnp.einsum("BTD,DNH->BTNH", normal_BTD, weights["query"].astype(dtype))
-        key_BTKH = jnp.einsum("BTD,DKH->BTKH", normal_BTD, weights["key"].astype(dtype))
-        value_BTKH = jnp.einsum("BTD,DKH->BTKH", normal_BTD, weights["value"].astype(dtype))
-        if model.qk_norm:
-            query_BTNH = rms_norm(query_BTNH, weights["query_norm"], epsilon)
-            key_BTKH = rms_norm(key_BTKH, weights["key_norm"], epsilon)
-        query_BTNH = checkpoint_name(rope.rotate(query_BTNH, *rotation), "query")
-        key_BTKH = checkpoint_name(rope.rotate(key_BTKH, *rotation), "key")
-        value_BTKH = checkpoint_name(value_BTKH, "value")
-        attended_BTNH, state = attend(query_BTNH, key_BTKH, value_BTKH, state)
-        state = observe("heads", attended_BTNH, state)
-        output_BTD = jnp.einsum(
-            "BTNH,NHD->BTD", attended_BTNH, weights["attention_output"].astype(dtype)
-        )
-        output_BTD = scatter_tokens(output_BTD, mesh)
-        x_BTD = x_BTD + checkpoint_name(output_BTD, "attention_output")
-
-    with jax.named_scope("ffn"):
-        normal_BTD = gather_tokens(rms_norm(x_BTD, weights["ffn_norm"], epsilon), mesh)
-        state = observe("embed", normal_BTD, state)
-        gate_BTF = checkpoint_name(linear(normal_BTD, weights["gate"].astype(dtype)), "ffn_gate")
-        up_BTF = checkpoint_name(linear(normal_BTD, weights["up"].astype(dtype)), "ffn_up")
-        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        state = observe("ffn", hidden_BTF, state)
-        output_BTD = scatter_tokens(linear(hidden_BTF, weights["down"].astype(dtype)), mesh)
-        return x_BTD + checkpoint_name(output_BTD, "ffn_output"), state
+    sublayers = (("attention", config.attention), ("ffn", config.feed_forward))
+    for (name, sublayer), context in zip(sublayers, contexts, strict=True):
+        mesh, epsilon = context.execution.mesh, context.model.norm_epsilon
+        with jax.named_scope(name):
+            y_BTD = x_BTD
+            if config.norms != "after":
+                y_BTD = rms_norm(y_BTD, context.weights[f"{name}_norm"], epsilon)
+            y_BTD = gather_tokens(y_BTD, mesh)
+            signals = signals._replace(state=context.observe("embed", y_BTD, signals.state))
+            y_BTD, signals = sublayer_of(sublayer).apply(y_BTD, signals, context)
+            y_BTD = checkpoint_name(scatter_tokens(y_BTD, mesh), f"{name}_output")
+            if config.norms != "before":
+                y_BTD = rms_norm(y_BTD, context.weights[f"{name}_output_norm"], epsilon)
+            x_BTD = x_BTD + y_BTD
+    return x_BTD, signals
 
 
 def decoder(
     params: Tree,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    attend: Attend,
+    tokens: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    memory: Memory,
     states: Any,
     model: ModelConfig,
-    precision: Precision,
-    remat: Remat = KEEP_ALL,
-    offload: Offload = NO_OFFLOAD,
-    mesh: MeshConfig = ONE_DEVICE,
+    execution: Execution,
     observe: Observe = unobserved,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Hidden states after the final norm, of this tensor shard's tokens, and each layer's new
-    state, stacked.
+    """Hidden states after the final norm, and each layer's new state.
+
+    Args:
+        params: this device's part of each parameter, float32.
+        tokens: vocabulary ids and positions of this device's tokens.
+        memory: how queries reach keys and values.
+        states: of the layers, as `layer_states` makes them, or None.
+        model: what is computed.
+        execution: how it is carried out.
+        observe: is shown the activations of each layer.
+
+    Returns:
+        [B, T, D] of this tensor shard's tokens, in the type to compute in, and the new states, in
+        the form of `layer_states`.
     """
+    ids, positions = tokens
     specs = param_specs(model)
-    # The norms of all layers at once: they are small. A layer's matrices are gathered as it is
-    # reached, and again for its backward pass.
-    params = gathered(params, specs, ("norm",), precision, mesh)
-    frequencies = rope.inverse_frequencies(model.head_dim, model.rope_base, model.rope_scaling)
-    rotation = rope.rotation(positions, frequencies)
+    # A layer's matrices are gathered as each is multiplied, and again in its backward pass.
+    params = gathered_norms(params, specs, execution)
+    prepared = {
+        config: sublayer_of(config).prepare(config, model, positions)
+        for layer in dict.fromkeys(model.layer_configs)
+        for config in (layer.attention, layer.feed_forward)
+    }
 
-    def body(x_BTD: Array, weights_and_state: tuple[Tree, Any]) -> tuple[Array, Any]:
-        weights, state = weights_and_state
-        weights = gathered(weights, specs["layers"], ("matrix",), precision, mesh)
-        return layer(x_BTD, weights, state, rotation, attend, model, mesh, observe)
+    def run_layer(config: LayerConfig, specs: Tree) -> Callable:
+        def body(x_BTD: Array, signals: Signals, weights: Tree) -> tuple[Array, Signals]:
+            contexts = [
+                Context(
+                    sublayer, model, execution, specs, weights, prepared[sublayer], memory, observe
+                )
+                for sublayer in (config.attention, config.feed_forward)
+            ]
+            return layer(x_BTD, signals, config, contexts)
 
-    body = rematerialized(body, remat, offload, mesh)
+        return rematerialized(body, execution)
+
     with jax.named_scope("embedding"):
-        x_BTD = embed(params["embedding"], tokens, precision, mesh)
-    stacked = (params["layers"], states)
-    if model.scan_layers:
-        x_BTD, states = jax.lax.scan(body, x_BTD, stacked)
-    else:
-        new_states = []
-        for one_layer in unstack(stacked, model.num_layers):
-            x_BTD, state = body(x_BTD, one_layer)
-            new_states.append(state)
-        states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_states)
+        x_BTD = embed(params["embedding"], ids, execution)
+        if model.scaled_embedding:
+            # Rounded to the type first, as the models that do this were trained.
+            x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
+    new_states = {}
+    shared: Any = None
+    reuses = any(sublayer_of(layer.attention).reuses for layer in model.layer_configs)
+    for segment in model.segments:
+        segment_specs = _in_pattern(segment, specs[segment.name])
+        bodies = [
+            run_layer(config, own)
+            for config, own in zip(segment.pattern, segment_specs, strict=True)
+        ]
+
+        def repeat(
+            carry: tuple[Array, Any], repeated: tuple[Any, Any], bodies: list[Callable] = bodies
+        ) -> tuple[tuple[Array, Any], list[Any]]:
+            x_BTD, shared = carry
+            states = []
+            for body, weights, state in zip(bodies, *repeated, strict=True):
+                x_BTD, signals = body(x_BTD, Signals(state, shared), weights)
+                shared = signals.keys_and_values if reuses else None
+                states.append(signals.state)
+            return (x_BTD, shared), states
+
+        weights = _in_pattern(segment, params[segment.name])
+        state = (
+            [None] * len(bodies) if states is None else _in_pattern(segment, states[segment.name])
+        )
+        (x_BTD, shared), state = _repeated(
+            repeat, (x_BTD, shared), (weights, state), segment.repeats, model.scan_layers
+        )
+        new_states[segment.name] = _by_layer(segment, state)
     with jax.named_scope("final_norm"):
-        return rms_norm(x_BTD, params["final_norm"], model.norm_epsilon), states
+        hidden_BTD = rms_norm(x_BTD, params["final_norm"], model.norm_epsilon)
+    return hidden_BTD, new_states
+
+
+def _repeated(
+    repeat: Callable, carry: tuple[Array, Any], stacked: Any, repeats: int, scan: bool
+) -> tuple[tuple[Array, Any], Any]:
+    """`repeat` over the leading axis of `stacked`, as one loop or written out."""
+    if scan:
+        if carry[1] is None:
+            # What the first layer leaves for later ones is of the form that all of them leave.
+            first = jax.tree.map(lambda leaf: leaf[0], stacked)
+            _, shared = jax.eval_shape(repeat, carry, first)[0]
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shared)
+            carry = carry[0], zeros
+        return jax.lax.scan(repeat, carry, stacked)
+    states = []
+    for one in unstack(stacked, repeats):
+        carry, state = repeat(carry, one)
+        states.append(state)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def unstack(stacked: Any, num_layers: int) -> list[Any]:
@@ -244,11 +294,11 @@ def unstack(stacked: Any, num_layers: int) -> list[Any]:
     ]
 
 
-def rematerialized(body: Callable, remat: Remat, offload: Offload, mesh: MeshConfig) -> Callable:
+def rematerialized(body: Callable, execution: Execution) -> Callable:
     """A layer that keeps for the backward pass only what the policy says, and never its gathered
     weights.
     """
-    policies = jax.checkpoint_policies
+    remat, offload, policies = execution.remat, execution.offload, jax.checkpoint_policies
     if offload.activations:
         kept = [name for name in remat.names if name not in offload.activations]
         policy = policies.save_and_offload_only_these_names(
@@ -261,7 +311,7 @@ def rematerialized(body: Callable, remat: Remat, offload: Offload, mesh: MeshCon
         policy = policies.save_only_these_names(*remat.names)
     elif remat.policy == "full":
         policy = policies.nothing_saveable
-    elif mesh.fsdp == 1:
+    elif execution.mesh.fsdp == 1:
         return body
     else:
 
@@ -271,56 +321,96 @@ def rematerialized(body: Callable, remat: Remat, offload: Offload, mesh: MeshCon
     return jax.checkpoint(body, policy=policy)
 
 
-def forward(
-    params: Tree,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    model: ModelConfig,
-    precision: Precision,
-    remat: Remat = KEEP_ALL,
-    offload: Offload = NO_OFFLOAD,
-    mesh: MeshConfig = ONE_DEVICE,
-) -> Float[Array, "B T D"]:
-    """Final hidden states of packed sequences; a token attends to the earlier ones of its own
+class Packed:
+    """Keys and values of the same packed sequences: a token sees the earlier ones of its own
     segment.
     """
 
-    def attend(query: Array, key: Array, value: Array, state: None) -> tuple[Array, None]:
-        return attention(query, key, value, segment_ids, mesh), state
+    def __init__(self, segment_ids: Int[Array, "B T"], execution: Execution):
+        """Takes the segment of each of this device's tokens."""
+        self._segment_ids = segment_ids
+        self._mesh = execution.mesh
 
-    hidden, _ = decoder(
-        params, tokens, positions, attend, None, model, precision, remat, offload, mesh
-    )
-    return gather_tokens(hidden, mesh)
+    def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
+        """The keys and values as they are."""
+        return (key, value), state
+
+    def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
+        """Attention within segments."""
+        key, value = keys_and_values
+        return attention(query, key, value, self._segment_ids, self._mesh, window)
 
 
-def empty_cache(
-    model: ModelConfig, batch: int, length: int, precision: Precision
-) -> tuple[Array, Array]:
-    """Keys and values of `length` positions for every layer, [L, B, length, K, H]."""
-    shape = (model.num_layers, batch, length, model.num_kv_heads, model.head_dim)
-    return jnp.zeros(shape, precision.compute), jnp.zeros(shape, precision.compute)
+class Cached:
+    """Keys and values of a cache, whose slot s holds position s."""
+
+    def __init__(self, positions: Int[Array, "B T"]):
+        """Takes the positions of the new tokens."""
+        self._positions = positions
+        self._rows = jnp.arange(positions.shape[0])[:, None]
+
+    def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
+        """The caches with the new keys and values at their positions."""
+        keys, values = state
+        at = (self._rows, self._positions)
+        caches = keys.at[at].set(key), values.at[at].set(value)
+        return caches, caches
+
+    def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
+        """Attention of new tokens to all earlier ones."""
+        keys, values = keys_and_values
+        return cached_attention(query, keys, values, self._positions, window)
+
+
+def forward(
+    params: Tree,
+    inputs: tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]],
+    model: ModelConfig,
+    execution: Execution,
+) -> Float[Array, "B T D"]:
+    """Final hidden states of packed sequences; a token attends to the earlier ones of its own
+    segment.
+
+    Args:
+        params: this device's part of each parameter, float32.
+        inputs: vocabulary ids, positions and segments of this device's tokens.
+        model: what is computed.
+        execution: how it is carried out.
+
+    Returns:
+        Those of all tensor shards' tokens, in the type to compute in.
+    """
+    ids, positions, segment_ids = inputs
+    memory = Packed(segment_ids, execution)
+    hidden, _ = decoder(params, (ids, positions), memory, None, model, execution)
+    return gather_tokens(hidden, execution.mesh)
+
+
+def empty_cache(model: ModelConfig, batch: int, length: int, execution: Execution) -> Any:
+    """What layers keep of `length` positions to generate from, zeros [repeats, B, length, ...]."""
+    dtype = execution.precision.compute
+
+    def make(layer: LayerConfig, repeats: int) -> Any:
+        shapes = sublayer_of(layer.attention).cache(layer.attention, model)
+        return tuple(jnp.zeros((repeats, batch, length, *shape), dtype) for shape in shapes)
+
+    return layer_states(model, make)
 
 
 def forward_cached(
     params: Tree,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: tuple[Array, Array],
+    tokens: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    cache: Any,
     model: ModelConfig,
-    precision: Precision,
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-    """Final hidden states of new tokens and the cache with their keys and values at their
-    positions.
+    execution: Execution,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Final hidden states of new tokens, and the cache with their keys and values.
+
+    Args:
+        params: parameters of any float type.
+        tokens: vocabulary ids and positions of the new tokens.
+        cache: from `empty_cache`, or from an earlier call.
+        model: what is computed.
+        execution: on one device.
     """
-    rows = jnp.arange(tokens.shape[0])[:, None]
-
-    def attend(
-        query: Array, key: Array, value: Array, state: tuple[Array, Array]
-    ) -> tuple[Array, Any]:
-        keys, values = state
-        keys, values = keys.at[rows, positions].set(key), values.at[rows, positions].set(value)
-        return cached_attention(query, keys, values, positions), (keys, values)
-
-    return decoder(params, tokens, positions, attend, cache, model, precision)
+    return decoder(params, tokens, Cached(tokens[1]), cache, model, execution)

@@ -18,16 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import (
-    NO_OFFLOAD,
-    ONE_DEVICE,
-    MeshConfig,
-    ModelConfig,
-    Offload,
-    Precision,
-    Remat,
-)
-from braeburn.layers.linear import flat, linear
+from braeburn.config import ONE_DEVICE, Execution, MeshConfig, ModelConfig
+from braeburn.layers.linear import flat, product
 from braeburn.layers.spec import Tree
 from braeburn.models.decoder import forward, head_matrix
 from braeburn.parallel.collectives import (
@@ -91,7 +83,7 @@ def whole(chunks: Array, total: int) -> Array:
 
 def chunk_logits(hidden_BTD: Array, head_DV: Array) -> Float[Array, "B T V"]:
     """Float32 logits of a chunk of tokens."""
-    return linear(hidden_BTD, head_DV, jnp.float32)
+    return product(hidden_BTD, head_DV, jnp.float32)
 
 
 def places(count: int, mesh: MeshConfig) -> Int[Array, " V"]:
@@ -182,7 +174,7 @@ def block_logits(
     """Float32 logits of all tokens at the rows of a gathered block, minus infinity at those that
     fill it up.
     """
-    logits = linear(hidden_BTD, head_RD.T, jnp.float32)
+    logits = product(hidden_BTD, head_RD.T, jnp.float32)
     return jnp.where(rows >= 0, logits, -jnp.inf)
 
 
@@ -302,8 +294,8 @@ def gradients_by_chunks(
     ) -> tuple[Array, tuple[Any, Array]]:
         hidden_BTD, tokens = chunk
         slope, sums = one_chunk(chunk_logits(hidden_BTD, head_DV), *tokens)
-        hidden_gradient = linear(slope, head_VD)
-        head_gradient += linear(flat(slope).T, flat(hidden_BTD), jnp.float32)
+        hidden_gradient = product(slope, head_VD)
+        head_gradient += product(flat(slope).T, flat(hidden_BTD), jnp.float32)
         return head_gradient, (sums, hidden_gradient)
 
     chunks = jax.tree.map(lambda array: chunked(array, length), (hidden, tokens))
@@ -338,8 +330,8 @@ def gradients_by_blocks(
         rows, shard, *others = block
         head_RD = all_gather(shard, FSDP, 1, mesh)
         slope = one_block(block_logits(hidden, rows, head_RD), rows, *others)
-        hidden_gradient += linear(slope, head_RD, jnp.float32)
-        gradient_RD = linear(flat(slope).T, flat(hidden), jnp.float32)
+        hidden_gradient += product(slope, head_RD, jnp.float32)
+        gradient_RD = product(flat(slope).T, flat(hidden), jnp.float32)
         return hidden_gradient, reduce_scatter(
             gradient_RD.astype(reduce_dtype), FSDP, 1, mesh
         ).astype(head.dtype)
@@ -422,13 +414,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def loss(
-    params: Tree,
-    batch: dict[str, Array],
-    model: ModelConfig,
-    precision: Precision,
-    remat: Remat,
-    offload: Offload = NO_OFFLOAD,
-    mesh: MeshConfig = ONE_DEVICE,
+    params: Tree, batch: dict[str, Array], model: ModelConfig, execution: Execution
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """What training minimises on a batch, and its parts.
 
@@ -437,20 +423,17 @@ def loss(
         batch: `inputs`, `targets`, `positions`, `segment_ids`, int32 [B, T], and `weights`, float32
             [B, T].
         model: sizes, and the RoPE base of the stage.
-        precision: the type to compute in.
-        remat: what to keep for the backward pass.
-        offload: what of that to keep on the host.
-        mesh: resolved sizes; on several devices params and batch are this device's parts.
+        execution: how it is carried out; on several devices params and batch are this device's
+            parts.
 
     Returns:
         The weighted sum of nll and z-loss in nats, and {"loss": the weighted sum of nll alone}. On
         several devices, this device's shares of them.
     """
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-    hidden = forward(params, *inputs, model, precision, remat, offload, mesh)
+    hidden = forward(params, inputs, model, execution)
     with jax.named_scope("loss"):
-        head, reduce = head_matrix(params), jnp.dtype(precision.reduce)
-        total, nll = cross_entropy(
-            hidden, head, batch["targets"], batch["weights"], model.z_loss, mesh, reduce
-        )
+        head, reduce = head_matrix(params), jnp.dtype(execution.precision.reduce)
+        token_wise = batch["targets"], batch["weights"]
+        total, nll = cross_entropy(hidden, head, *token_wise, model.z_loss, execution.mesh, reduce)
     return total, {"loss": nll}

@@ -16,16 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import (
-    NO_OFFLOAD,
-    ONE_DEVICE,
-    Distillation,
-    MeshConfig,
-    ModelConfig,
-    Offload,
-    Precision,
-    Remat,
-)
+from braeburn.config import ONE_DEVICE, Distillation, Execution, MeshConfig, ModelConfig
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
@@ -504,47 +495,43 @@ _distilled.defvjp(_forward, _backward)
 def loss(
     params: Tree,
     batch: dict[str, Array],
-    teacher: Tree | None,
+    teacher: tuple[ModelConfig, Tree] | None,
     model: ModelConfig,
-    teacher_model: ModelConfig | None,
     distillation: Distillation,
-    precision: Precision,
-    remat: Remat,
-    offload: Offload = NO_OFFLOAD,
-    mesh: MeshConfig = ONE_DEVICE,
+    execution: Execution,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """What training a student minimises on a batch, and its parts: the counterpart of
     `cross_entropy.loss`.
 
     Args:
         params: the student's float32 parameters.
-        batch: as there; where it holds `teacher_ids`, int32 [B, T, k], and `teacher_log_probs`,
-            float32 [B, T, k], those are what the teacher says.
-        teacher: the teacher's float32 parameters, which get no gradient; None where the batch
-            speaks for it.
+        batch: `inputs`, `targets`, `positions`, `segment_ids`, int32 [B, T], and `weights`, float32
+            [B, T]. Labels that a teacher gave before are its `teacher_ids`, int32 [B, T, k], and
+            `teacher_log_probs`, float32 [B, T, k].
+        teacher: a model with the student's vocabulary and its float32 parameters, which get no
+            gradient; None where the batch holds its labels.
         model: the student's sizes.
-        teacher_model: the teacher's sizes, with the student's vocabulary; None where the batch
-            speaks for it.
-        distillation: what is taught.
-        precision: the type to compute in, of both.
-        remat: as there, of the student.
-        offload: as there, of the student.
-        mesh: resolved sizes; on several devices all arrays are this device's parts.
+        distillation: what the teacher teaches.
+        execution: how both are carried out; on several devices all arrays are this device's parts.
 
     Returns:
         The weighted sum of `distillation_loss`, and {"loss": that of the true tokens' nll alone,
         "distillation_loss": that of what the teacher taught}. On several devices, this device's
         shares of them.
     """
+    mesh = execution.mesh
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
     teaching: Likeliest | HiddenStates
     if "teacher_ids" in batch:
         teaching = Likeliest(batch["teacher_ids"], batch["teacher_log_probs"])
     else:
-        assert teacher is not None and teacher_model is not None
+        assert teacher is not None
+        teacher_model, teacher_params = teacher
         with jax.named_scope("teacher"):
-            head = jax.lax.stop_gradient(decoder.head_matrix(teacher))
-            said: Any = decoder.forward(teacher, *inputs, teacher_model, precision, mesh=mesh)
+            head = jax.lax.stop_gradient(decoder.head_matrix(teacher_params))
+            said: Any = decoder.forward(
+                teacher_params, inputs, teacher_model, execution.forward_only
+            )
             if distillation.target != "distribution":
                 said = likeliest(
                     said, head, 1 if distillation.target == "label" else distillation.top_k, mesh
@@ -553,9 +540,9 @@ def loss(
             # else run both at once, with the activations of both.
             inputs, said = jax.lax.optimization_barrier((inputs, jax.lax.stop_gradient(said)))
             teaching = HiddenStates(said, head) if distillation.target == "distribution" else said
-    hidden = decoder.forward(params, *inputs, model, precision, remat, offload, mesh)
+    hidden = decoder.forward(params, inputs, model, execution)
     with jax.named_scope("loss"):
-        head, reduce = decoder.head_matrix(params), jnp.dtype(precision.reduce)
+        head, reduce = decoder.head_matrix(params), jnp.dtype(execution.precision.reduce)
         token_wise = (batch["targets"], batch["weights"])
         total, parts = distillation_loss(
             hidden, head, *token_wise, teaching, distillation, model.z_loss, mesh, reduce

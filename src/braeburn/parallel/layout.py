@@ -18,7 +18,7 @@ from jax._src.config import (
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from braeburn.config import NO_OFFLOAD, ONE_DEVICE, MeshConfig, Offload
+from braeburn.config import Execution, MeshConfig, Precision
 from braeburn.data.packing import Batch
 from braeburn.parallel.mesh import build
 from braeburn.parallel.rules import BATCH, LENGTH, Kind, partition
@@ -34,20 +34,24 @@ class Layout:
     """Where the arrays of one model lie.
 
     Attributes:
-        sizes: the mesh's sizes, resolved.
+        execution: how the model is carried out: resolved sizes of the mesh, rules and more.
         mesh: its devices.
         specs: tree of the parameters' specs, each with `axes`, `shape` and `role`.
-        offload: what waits in the host's memory.
     """
 
-    sizes: MeshConfig
+    execution: Execution
     mesh: jax.sharding.Mesh
     specs: Tree
-    offload: Offload = NO_OFFLOAD
+
+    @property
+    def sizes(self) -> MeshConfig:
+        """Sizes of the mesh, resolved."""
+        return self.execution.mesh
 
     def _partitions(self, kind: Kind) -> Tree:
         return jax.tree.map(
-            lambda spec: partition(spec.axes, spec.shape, kind, self.sizes, spec.role), self.specs
+            lambda spec: partition(spec.axes, spec.shape, kind, self.execution, spec.role),
+            self.specs,
         )
 
     @cached_property
@@ -98,7 +102,7 @@ class Layout:
             for path, rule in jax.tree.leaves_with_path(self._partitions("optimizer"))
         }
         specs = {_names(path): spec for path, spec in jax.tree.leaves_with_path(self.specs)}
-        memory = HOST if self.offload.optimizer and not on_device else None
+        memory = HOST if self.execution.offload.optimizer and not on_device else None
 
         def place(path: Any, leaf: Any) -> NamedSharding:
             names = _names(path)
@@ -112,7 +116,7 @@ class Layout:
     def batch_partition(self) -> PartitionSpec:
         """How arrays [B, T] of a batch are split."""
         rows, columns = (
-            partition((axis,), (0,), "activations", self.sizes) for axis in (BATCH, LENGTH)
+            partition((axis,), (0,), "activations", self.execution) for axis in (BATCH, LENGTH)
         )
         return PartitionSpec(*rows, *columns)
 
@@ -213,9 +217,10 @@ def can_offload(device: Any) -> bool:
     return HOST in {memory.kind for memory in device.addressable_memories()}
 
 
-def one_device(specs: Tree) -> Layout:
+def one_device(specs: Tree, precision: Precision) -> Layout:
     """Everything on the first of this process's devices."""
-    return Layout(ONE_DEVICE, build(ONE_DEVICE, jax.local_devices()[:1]), specs)
+    execution = Execution(precision=precision)
+    return Layout(execution, build(execution.mesh, jax.local_devices()[:1]), specs)
 
 
 def _names(path: Any) -> tuple[str, ...]:

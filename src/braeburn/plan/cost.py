@@ -428,7 +428,7 @@ def divided_work(run: Run, name: str, target: Target) -> Work:
             run,
             name,
             work.teacher,
-            work.mesh,
+            run.execution(name, work.mesh),
             {path: (spec.axes, spec.shape, spec.role) for path, spec in specs},
         )
     return work

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from braeburn.config import (
     AdamW,
     Checkpoint,
+    Execution,
     ModelConfig,
     Pruning,
     Run,
@@ -133,9 +134,7 @@ def prune(
             batches = (
                 _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
             )
-            scores = scores_of(
-                pruning, model, state.params, layout, run.precision, run.seed, batches
-            )
+            scores = scores_of(pruning, model, state.params, layout, run.seed, batches)
             state = cut(state, scores, pruning, model, of_model(layout, smaller))
     except UserError as error:
         raise UserError(_as_options(str(error)) if text else str(error)) from None
@@ -244,7 +243,8 @@ def _layout(run: Run, model: ModelConfig) -> Layout:
     if run.stages:
         return of_model(layout_of(run, STAGE), model)
     sizes = resolve(run.mesh, len(jax.devices()))
-    return Layout(sizes, build(sizes, jax.devices()), param_specs(model), run.offload)
+    execution = Execution(sizes, run.rules, run.precision, offload=run.offload)
+    return Layout(execution, build(sizes, jax.devices()), param_specs(model))
 
 
 def _state(directory: Path, step: int, run: Run, layout: Layout) -> TrainState:

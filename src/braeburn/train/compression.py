@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from braeburn.config import ModelConfig, Precision, Pruning, Run
+from braeburn.config import ModelConfig, Pruning, Run
 from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, map_params_like, map_specs
 from braeburn.models.decoder import param_specs
@@ -98,9 +98,7 @@ def enter(
         factors = {key: specs for key, specs in layout.specs.items() if key == FACTORS}
         ones = map_specs(lambda _, spec: np.ones(spec.shape, np.float32), factors)
         return _with(state, ones, layout) if factors else state
-    scores = scores_of(
-        pruning, found, state.params, of_model(layout, found), run.precision, run.seed, batches
-    )
+    scores = scores_of(pruning, found, state.params, of_model(layout, found), run.seed, batches)
     if pruning.learned:
         return _with(state, {MASKS: importance.standardised(scores)}, layout)
     return cut(state, scores, pruning, found, layout)
@@ -111,7 +109,6 @@ def scores_of(
     model: ModelConfig,
     params: Tree,
     layout: Layout,
-    precision: Precision,
     seed: int,
     batches: Iterable[Batch],
 ) -> Tree:
@@ -122,8 +119,7 @@ def scores_of(
         pruning: its method, and the axes to look at.
         model: sizes and RoPE base.
         params: its parameters.
-        layout: where they lie.
-        precision: to compute activations in.
+        layout: where they lie, and the type to compute activations in.
         seed: of the random method.
         batches: placed, read where activations are measured.
     """
@@ -132,7 +128,7 @@ def scores_of(
     if pruning.method == "random":
         # As NumPy has it, an array that is alike in all processes belongs to no device.
         return jax.tree.map(np.asarray, importance.random(model, pruning.keep, seed))
-    measure = importance.activation_importance(layout, model, precision, pruning.keep)
+    measure = importance.activation_importance(layout, model, pruning.keep)
     sums = functools.reduce(
         lambda a, b: jax.tree.map(jnp.add, a, b), (measure(params, batch) for batch in batches)
     )
@@ -252,14 +248,14 @@ def _on_device(state: TrainState, layout: Layout) -> TrainState:
     """The state, with an optimizer's state that is kept on the host brought to the device."""
     return (
         jax.device_put(state, _places_on_device(state, layout))
-        if layout.offload.optimizer
+        if layout.execution.offload.optimizer
         else state
     )
 
 
 def _places_on_device(state: TrainState, layout: Layout) -> TrainState:
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    if layout.offload.optimizer:
+    if layout.execution.offload.optimizer:
         on_device = jax.tree.map(lambda place: place.with_memory_kind("device"), places.optimizer)
         places = places._replace(optimizer=on_device)
     return places

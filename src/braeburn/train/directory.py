@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (
     *(
         "name",
         "mesh",
+        "rules",
         "checkpoint",
         "remat",
         "offload",

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from braeburn.background import nothing_to_ask
-from braeburn.config import ModelConfig, Precision
+from braeburn.config import ModelConfig
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
 from braeburn.objectives.cross_entropy import token_losses
@@ -23,14 +23,11 @@ BATCHES_AT_ONCE = 2
 Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
 
 
-def evaluator(
-    model: ModelConfig, precision: Precision, token_bytes: np.ndarray, layout: Layout
-) -> Evaluate:
+def evaluator(model: ModelConfig, token_bytes: np.ndarray, layout: Layout) -> Evaluate:
     """A compiled function from parameters and a batch to sums over the batch's weighted tokens.
 
     Args:
         model: sizes and RoPE base.
-        precision: the type to compute in.
         token_bytes: UTF-8 bytes of each entry of the vocabulary, int32 [V].
         layout: where parameters and batches lie.
     """
@@ -41,15 +38,8 @@ def evaluator(
     mesh = layout.sizes
 
     def sums(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
-        hidden = decoder.forward(
-            params,
-            batch["inputs"],
-            batch["positions"],
-            batch["segment_ids"],
-            model,
-            precision,
-            mesh=mesh,
-        )
+        inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
+        hidden = decoder.forward(params, inputs, model, layout.execution.forward_only)
         losses, _, correct = token_losses(
             hidden, decoder.head_matrix(params), batch["targets"], mesh
         )

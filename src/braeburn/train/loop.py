@@ -733,9 +733,7 @@ class _Loop:
     def _evaluator(self, model: ModelConfig, layout: Layout) -> Evaluate:
         """That of a model on a layout; the last is kept, for a stage to be evaluated often."""
         if self.evaluates[0] != (model, layout.sizes):
-            evaluate = evaluator(
-                model, self.run.precision, self.prepared.tokenizer.token_bytes, layout
-            )
+            evaluate = evaluator(model, self.prepared.tokenizer.token_bytes, layout)
             self.evaluates = (model, layout.sizes), evaluate
         return self.evaluates[1]
 

@@ -67,7 +67,7 @@ def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layo
             f"offload needs host memory that the device can reach, and {devices[0].device_kind} "
             f"has none; set offload.optimizer to false and offload.activations to []"
         )
-    return Layout(sizes, build(sizes, devices), trained_specs(run, name), run.offload)
+    return Layout(run.execution(name, sizes), build(sizes, devices), trained_specs(run, name))
 
 
 def sizes_of(run: Run, name: str, num_devices: int | None = None) -> MeshConfig:
@@ -80,13 +80,14 @@ def sizes_of(run: Run, name: str, num_devices: int | None = None) -> MeshConfig:
     mesh = run.stages[name].mesh or run.mesh
     if num_devices is not None:
         mesh = resolve(mesh, num_devices)
+    execution = run.execution(name, mesh)
     for model in dict.fromkeys(run.models()[name]):
         specs = walk(decoder.param_specs(model))
         check(
             run,
             name,
             model,
-            mesh,
+            execution,
             {path: (spec.axes, spec.shape, spec.role) for path, spec in specs},
         )
     return mesh
@@ -106,16 +107,13 @@ def stage_step(
             cache of its.
     """
     stage, model = run.stages[name], run.models()[name].trained
-    remat = stage.remat or run.remat
+    execution = layout.execution
 
     def loss(params: Tree, batch: Batch, *teaching: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        common = (run.precision, remat, run.offload, layout.sizes)
         if stage.teacher is None:
-            return cross_entropy.loss(params, batch, model, *common)
-        weights = teaching[0] if teaching else None
-        return distillation.loss(
-            params, batch, weights, model, teacher, stage.distillation, *common
-        )
+            return cross_entropy.loss(params, batch, model, execution)
+        online = (teacher, teaching[0]) if teacher else None
+        return distillation.loss(params, batch, online, model, stage.distillation, execution)
 
     others = [of_model(layout, teacher)] if teacher else []
     step = functools.partial(

@@ -135,7 +135,7 @@ def teachers_of(
         specs = walk(decoder.param_specs(teacher.model))
         parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in specs}
         try:
-            check(run, name, teacher.model, layouts[name].sizes, parameters)
+            check(run, name, teacher.model, layouts[name].execution, parameters)
         except UserError as error:
             raise UserError(f"{field} does not fit the stage's mesh: {error}") from None
         found[name] = teacher
@@ -259,7 +259,7 @@ def _labeller(
 
     def local(params: Tree, batch: dict[str, Any]) -> tuple[Any, Any]:
         inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-        hidden = decoder.forward(params, *inputs, teacher.model, run.precision, mesh=layout.sizes)
+        hidden = decoder.forward(params, inputs, teacher.model, layout.execution.forward_only)
         found = likeliest(
             hidden, decoder.head_matrix(params), stage.distillation.kept, layout.sizes
         )

@@ -4,6 +4,9 @@ Scores come by logical axis, in the shapes of `pruning.score_specs`, float32; th
 important.
 """
 
+import functools
+import operator
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from braeburn.config import ModelConfig, Precision
-from braeburn.layers.attention import attention
-from braeburn.layers.spec import LAYERS, Tree, random_key, walk
+from braeburn.config import PRUNABLE, LayerConfig, ModelConfig
+from braeburn.layers.spec import LAYERS, ParamSpec, Tree, map_specs, random_key, walk
 from braeburn.models import decoder
 from braeburn.parallel.collectives import CONTEXT, TENSOR, all_sum, axis_index
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.rules import mesh_axes
-from braeburn.transforms.pruning import RULES, Keep, score_specs
+from braeburn.transforms.pruning import RULES, Keep, by_stack, score_specs
 
 # A unit that never does anything has no logarithm; none counts for less than this share of its
 # layer's largest.
@@ -28,30 +30,44 @@ FLOOR = 1e-6
 
 def magnitude(params: Tree, model: ModelConfig, keep: Keep) -> Tree:
     """The L2 norm of all weights of each unit: of every parameter that has its axis."""
-    squares = {
-        axis: jnp.zeros(spec.shape, jnp.float32) for axis, spec in score_specs(model, keep).items()
-    }
     specs = dict(walk(decoder.param_specs(model)))
+    squares: dict[str, Any] = {}
     for path, weight in walk(params):
         for axis in keep:
             if axis in specs[path].axes:
                 own = (LAYERS, axis) if RULES[axis].per_layer else (axis,)
                 others = tuple(dim for dim, name in enumerate(specs[path].axes) if name not in own)
-                squares[axis] += jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=others)
-    return jax.tree.map(jnp.sqrt, squares)
+                square = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=others)
+                stack = path.rpartition("/")[0] if RULES[axis].per_layer else ""
+                sums = squares.setdefault(axis, {})
+                sums[stack] = sums.get(stack, 0.0) + square
+    return {axis: jax.tree.map(jnp.sqrt, _as_scores(axis, squares[axis], model)) for axis in keep}
+
+
+def _as_scores(axis: str, values: dict[str, Array], model: ModelConfig) -> Any:
+    """Values by the paths of stacks of layers, or at "" for all layers, in the form of scores."""
+    if not RULES[axis].per_layer:
+        return values[""]
+    in_order = iter(["/".join(stack.path) for stack in decoder.stacks(model)])
+    return by_stack(model, lambda layers: values[next(in_order)])
 
 
 def random(model: ModelConfig, keep: Keep, seed: int) -> Tree:
-    """Importance by lot, log-normal: the choice of units that every other must beat."""
+    """Importance drawn at random, log-normal: the choice of units that every other must beat."""
     keys = {axis: jax.random.fold_in(random_key(seed), number) for number, axis in enumerate(RULES)}
-    return {
-        axis: jnp.exp(jax.random.normal(keys[axis], spec.shape, jnp.float32))
-        for axis, spec in score_specs(model, keep).items()
-    }
+
+    def draw(path: str, spec: ParamSpec) -> Array:
+        axis, _, stack = path.partition("/")
+        key = keys[axis]
+        if stack:
+            key = jax.random.fold_in(key, zlib.crc32(stack.encode()))
+        return jnp.exp(jax.random.normal(key, spec.shape, jnp.float32))
+
+    return map_specs(draw, score_specs(model, keep))
 
 
 def activation_importance(
-    layout: Layout, model: ModelConfig, precision: Precision, keep: Keep
+    layout: Layout, model: ModelConfig, keep: Keep
 ) -> Callable[[Tree, dict[str, Any]], Tree]:
     """A compiled function from parameters and a batch to sums, to be added over batches and given
     to `activation`.
@@ -64,30 +80,27 @@ def activation_importance(
     padding (segment 0 or weight 0) does not count.
 
     Args:
-        layout: where parameters and batches lie.
-        model: sizes and RoPE base.
-        precision: the type to compute in; sums are in float32.
+        layout: where parameters and batches lie, and the type to compute in; sums are float32.
+        model: what is computed.
         keep: whose keys are the axes to look at.
     """
-    mesh, specs = layout.sizes, score_specs(model, keep)
+    execution = layout.execution.forward_only
+    mesh, sizes = execution.mesh, {axis: getattr(model, PRUNABLE[axis]) for axis in keep}
     split = {
-        axis: TENSOR in mesh_axes(axis, spec.shape[-1], "activations", mesh)
-        for axis, spec in specs.items()
+        axis: TENSOR in mesh_axes((axis,), (size,), "activations", execution)[0]
+        for axis, size in sizes.items()
     }
 
-    def nothing(axis: str) -> Array:
+    def nothing(layer: LayerConfig, layers: int) -> Tree:
         """Sums over no token yet of the units that this device works with."""
-        units = specs[axis].shape[-1] // (mesh.tensor if split[axis] else 1)
-        return jnp.zeros((model.num_layers, units), jnp.float32)
+        own = {axis: sizes[axis] // (mesh.tensor if split[axis] else 1) for axis in keep}
+        return {axis: jnp.zeros((layers, units), jnp.float32) for axis, units in own.items()}
 
     def sums(params: Tree, batch: dict[str, Array]) -> Tree:
         real_BT = (batch["weights"] > 0) & (batch["segment_ids"] > 0)
         tokens_B = jnp.maximum(
             all_sum(jnp.sum(real_BT, axis=1, dtype=jnp.float32), CONTEXT, mesh), 1.0
         )
-
-        def attend(query: Array, key: Array, value: Array, state: Tree) -> tuple[Array, Tree]:
-            return attention(query, key, value, batch["segment_ids"], mesh), state
 
         def observe(axis: str, activations: Array, state: Tree) -> Tree:
             if axis not in keep:
@@ -100,23 +113,29 @@ def activation_importance(
             return state | {axis: state[axis] + jnp.sum(jnp.square(mean_BU), axis=0)}
 
         def whole(axis: str, shard: Array) -> Array:
-            """This device's share of the sums over all devices, in its place among all units."""
-            if not RULES[axis].per_layer:
-                shard = jnp.sum(shard, axis=0)
+            """This device's part of the sums over all devices, at its units' indices."""
             if not split[axis]:
                 return shard / (mesh.tensor * mesh.context)
             start = axis_index(TENSOR, mesh) * shard.shape[-1]
-            everything = jnp.zeros(specs[axis].shape, jnp.float32)
+            everything = jnp.zeros((*shard.shape[:-1], sizes[axis]), jnp.float32)
             return lax.dynamic_update_slice_in_dim(everything, shard / mesh.context, start, -1)
 
-        inputs, states = (
-            (batch["inputs"], batch["positions"]),
-            {axis: nothing(axis) for axis in keep},
-        )
-        _, states = decoder.decoder(
-            params, *inputs, attend, states, model, precision, mesh=mesh, observe=observe
-        )
-        return {axis: whole(axis, shard) for axis, shard in states.items()}
+        tokens = (batch["inputs"], batch["positions"])
+        memory = decoder.Packed(batch["segment_ids"], execution)
+        states = decoder.layer_states(model, nothing)
+        _, states = decoder.decoder(params, tokens, memory, states, model, execution, observe)
+        by_path = {
+            "/".join(stack.path): functools.reduce(operator.getitem, stack.path, states)
+            for stack in decoder.stacks(model)
+        }
+        found = {}
+        for axis in keep:
+            values = {path: sums[axis] for path, sums in by_path.items()}
+            if not RULES[axis].per_layer:
+                values = {"": sum(jnp.sum(each, axis=0) for each in values.values())}
+            values = {path: whole(axis, shard) for path, shard in values.items()}
+            found[axis] = _as_scores(axis, values, model)
+        return found
 
     compiled = jax.jit(layout.total(sums))
 

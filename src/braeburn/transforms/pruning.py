@@ -6,7 +6,7 @@ of it: `RULES` has one line for each axis that can be pruned. A mask multiplies 
 it is 0 the unit might as well not be there.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from braeburn.config import PRUNABLE, ModelConfig
-from braeburn.layers.spec import LAYERS, ParamSpec, Tree
-from braeburn.models.decoder import param_specs
+from braeburn.layers.spec import LAYERS, ParamSpec, Tree, map_specs, walk
+from braeburn.models.decoder import param_specs, stacks
 from braeburn.transforms.soft_top_k import soft_top_k, top_k_indices
 
 # How many units of each logical axis stay.
@@ -53,15 +53,46 @@ RULES: dict[str, AxisRule] = {
 def score_specs(model: ModelConfig, keep: Iterable[str]) -> Tree:
     """The specs of the units' scores, by axis: [layers, units], or [units] where all layers share
     one choice.
+
+    A model whose layers are in several stacks has a tree of scores for an axis, in which they stand
+    at the paths of the stacks.
     """
-    specs = {}
+    specs: Tree = {}
     for axis in keep:
         units = getattr(model, PRUNABLE[axis])
         if RULES[axis].per_layer:
-            specs[axis] = ParamSpec((model.num_layers, units), (LAYERS, axis), "mask")
+
+            def scores(layers: int, units: int = units, axis: str = axis) -> ParamSpec:
+                return ParamSpec((layers, units), (LAYERS, axis), "mask")
+
+            specs[axis] = by_stack(model, scores)
         else:
             specs[axis] = ParamSpec((units,), (axis,), "mask")
     return specs
+
+
+def by_stack(model: ModelConfig, make: Callable[[int], Any]) -> Any:
+    """`make(number of layers)` of each stack of layers, at its path; alone where there is one."""
+    found = stacks(model)
+    if len(found) == 1:
+        return make(len(found[0].numbers))
+    tree: Tree = {}
+    for stack in found:
+        *parents, last = stack.path
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = make(len(stack.numbers))
+    return tree
+
+
+def at_path(values: Any, path: str) -> Any:
+    """What a value of `by_stack` has for the stack of a parameter."""
+    for name in path.split("/"):
+        if not isinstance(values, dict):
+            break
+        values = values[name]
+    return values
 
 
 def masks(scores: Tree, keep: Keep, model: ModelConfig, temperature: Array | float) -> Tree:
@@ -71,21 +102,29 @@ def masks(scores: Tree, keep: Keep, model: ModelConfig, temperature: Array | flo
     found = {}
     for axis, size in keep.items():
         groups = _groups(axis, model)
-        within = soft_top_k(_grouped(scores[axis], groups), size // groups, temperature)
-        found[axis] = within.reshape(scores[axis].shape)
+
+        def one(scores: Array, groups: int = groups, size: int = size) -> Array:
+            within = soft_top_k(_grouped(scores, groups), size // groups, temperature)
+            return within.reshape(scores.shape)
+
+        found[axis] = jax.tree.map(one, scores[axis])
     return found
 
 
-def kept(scores: Tree, keep: Keep, model: ModelConfig) -> dict[str, Array]:
+def kept(scores: Tree, keep: Keep, model: ModelConfig) -> dict[str, Any]:
     """The units that stay, [layers, kept] or [kept], int32, ascending: those whose `masks` at
     temperature 0 are 1.
     """
     found = {}
     for axis, size in keep.items():
         groups = _groups(axis, model)
-        within = top_k_indices(_grouped(scores[axis], groups), size // groups)
-        first = jnp.arange(groups, dtype=jnp.int32)[:, None] * (scores[axis].shape[-1] // groups)
-        found[axis] = (first + within).reshape(*scores[axis].shape[:-1], size)
+
+        def one(scores: Array, groups: int = groups, size: int = size) -> Array:
+            within = top_k_indices(_grouped(scores, groups), size // groups)
+            first = jnp.arange(groups, dtype=jnp.int32)[:, None] * (scores.shape[-1] // groups)
+            return (first + within).reshape(*scores.shape[:-1], size)
+
+        found[axis] = jax.tree.map(one, scores[axis])
     return found
 
 
@@ -103,28 +142,41 @@ def masked(params: Tree, masks: Tree, model: ModelConfig) -> Tree:
         masks: by axis, of the shapes in `score_specs`.
         model: the larger model.
     """
-    scores = score_specs(model, masks)
+    specs = param_specs(model)
+    # A norm over an axis must not count units that are not there: what writes them is masked too.
+    normed = {
+        (path.rpartition("/")[0], axis)
+        for path, spec in walk(specs)
+        if spec.role == "norm"
+        for axis in spec.axes
+        if axis in masks and RULES[axis].masked == "readers"
+    }
+    weights = dict(walk(params))
 
-    def one(weight: Array, spec: ParamSpec) -> Array:
-        for axis, mask in masks.items():
+    def one(path: str, spec: ParamSpec) -> Array:
+        weight = weights[path]
+        for axis in masks:
             if axis not in spec.axes:
                 continue
+            mask = at_path(masks[axis], path)
+            is_normed = (path.rpartition("/")[0], axis) in normed
             if spec.role == "norm":
                 # The mean of a mask is a given number, not something to learn.
                 weight = weight * jnp.sqrt(jax.lax.stop_gradient(jnp.mean(mask)))
-            elif spec.role == "embedding" or (axis in spec.fan_in) == (
-                RULES[axis].masked == "readers"
+            elif (
+                spec.role == "embedding"
+                or is_normed
+                or (axis in spec.fan_in) == (RULES[axis].masked == "readers")
             ):
-                others = [
-                    dim for dim, name in enumerate(spec.axes) if name not in scores[axis].axes
-                ]
+                own = (LAYERS, axis) if RULES[axis].per_layer else (axis,)
+                others = [dim for dim, name in enumerate(spec.axes) if name not in own]
                 weight = weight * jnp.expand_dims(mask, others)
         return weight
 
-    return jax.tree.map(one, params, param_specs(model))
+    return map_specs(one, specs)
 
 
-def sliced(tree: Tree, indices: Mapping[str, Array], specs: Tree) -> Tree:
+def sliced(tree: Tree, indices: Mapping[str, Any], specs: Tree) -> Tree:
     """A tree with only the kept units of each leaf, along every axis that was pruned.
 
     Args:
@@ -135,10 +187,14 @@ def sliced(tree: Tree, indices: Mapping[str, Array], specs: Tree) -> Tree:
         specs: those of the larger model.
     """
 
-    def one(leaf: Array, spec: ParamSpec) -> Array:
-        for axis, units in indices.items():
+    leaves = dict(walk(tree))
+
+    def one(path: str, spec: ParamSpec) -> Array:
+        leaf = leaves[path]
+        for axis in indices:
             if axis not in spec.axes:
                 continue
+            units = at_path(indices[axis], path)
             dim = spec.axes.index(axis)
             if units.ndim == 1:
                 leaf = jnp.take(leaf, units, axis=dim)
@@ -146,7 +202,7 @@ def sliced(tree: Tree, indices: Mapping[str, Array], specs: Tree) -> Tree:
                 leaf = jax.vmap(partial(jnp.take, axis=dim - 1))(leaf, units)
         return leaf
 
-    return jax.tree.map(one, tree, specs)
+    return map_specs(one, specs)
 
 
 def _groups(axis: str, model: ModelConfig) -> int:

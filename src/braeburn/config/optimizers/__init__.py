@@ -1,20 +1,17 @@
 """The optimizers that a run can name: a module for each, which the imports list."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
+from braeburn.config.base import kinds_of, tagged_union
 from braeburn.config.optimizers.adamw import AdamW
 from braeburn.config.optimizers.afm import AfmOptimizer
 from braeburn.config.optimizers.base import OptimizerConfig
 
-KINDS: dict[str, type[Any]] = {
-    config.model_fields["kind"].default: config for config in OptimizerConfig.__subclasses__()
-}
+KINDS = kinds_of(OptimizerConfig)
 
 if TYPE_CHECKING:
     Optimizer = OptimizerConfig
 else:
-    Optimizer = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]  # noqa: UP007
+    Optimizer = tagged_union(OptimizerConfig)
 
 __all__ = ["KINDS", "AdamW", "AfmOptimizer", "Optimizer", "OptimizerConfig"]

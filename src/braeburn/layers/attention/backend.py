@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from braeburn.config import MeshConfig
 
@@ -29,6 +29,7 @@ class Request:
         head_dim: of each head.
         context_shards: devices that share out a sequence.
         ring: whether keys travel from shard to shard; otherwise they are gathered.
+        window: positions that a query sees, its own among them; None for all earlier ones.
         compute_capability: of an NVIDIA GPU, as (9, 0); None where it is unknown.
     """
 
@@ -40,16 +41,29 @@ class Request:
     head_dim: int
     context_shards: int = 1
     ring: bool = False
+    window: int | None = None
     compute_capability: tuple[int, int] | None = None
+
+
+def is_visible(queries: Array, keys: Array, window: int | None) -> Bool[Array, "..."]:
+    """Whether queries at some positions see keys at others, which broadcast against them."""
+    earlier = queries >= keys
+    return earlier if window is None else earlier & (queries - keys < window)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `why_not` returns the reason that a request is not supported, or None."""
+    """One implementation.
+
+    Attributes:
+        name: for the log.
+        why_not: the reason that a request is not supported, or None.
+        run: (query, key, value, segments, mesh, window) -> attended values.
+    """
 
     name: str
     why_not: Callable[[Request], str | None]
-    run: Callable[[Array, Array, Array, Array, MeshConfig], Array]
+    run: Callable[[Array, Array, Array, Array, MeshConfig, int | None], Array]
 
     def is_supported(self, request: Request) -> bool:
         """Whether this back end can answer the request."""

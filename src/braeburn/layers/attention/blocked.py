@@ -8,23 +8,29 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend
+from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend, is_visible
 from braeburn.layers.attention.ring import gathered_attention
 
 LONG_SEQUENCE = 2048
 
 
 def blocked_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig = ONE_DEVICE
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    mesh: MeshConfig = ONE_DEVICE,
+    window: int | None = None,
 ) -> Array:
     """Attention in plain XLA that skips the causal upper half, span by span of queries.
 
-    A span sees only the keys up to its own end: with 8 spans or more, at most 9/16 of the products
-    are formed. In long sequences a span is worked through in blocks, one after the other, whose
-    weights are formed again in the backward pass: memory stays linear in the length.
+    A span sees only the keys up to its own end, and of these only those in reach of its window:
+    with 8 spans or more, at most 9/16 of the products are formed. In long sequences a span is
+    worked through in blocks, one after the other, whose weights are formed again in the backward
+    pass: memory stays linear in the length.
     """
     if mesh.context > 1:
-        return gathered_attention(query, key, value, segment_ids, mesh)
+        return gathered_attention(query, key, value, segment_ids, mesh, window)
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     query = query.reshape(
@@ -41,13 +47,12 @@ def blocked_attention(
     for start in range(0, length, span):
         stop = min(start + span, length)
         positions = jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start))
+        first = 0 if window is None else max(0, start - window + 1)
         output = attend(
-            query[:, :, :, start:stop],
-            positions,
-            segment_ids[:, start:stop],
-            key[..., :stop],
-            value[..., :stop],
-            segment_ids[:, :stop],
+            (query[:, :, :, start:stop], positions, segment_ids[:, start:stop]),
+            (key[..., first:stop], value[..., first:stop], segment_ids[:, first:stop]),
+            first,
+            window,
         )
         outputs.append(output)
     output = (
@@ -58,23 +63,28 @@ def blocked_attention(
     return checkpoint_name(output, ATTENTION)
 
 
+# Of queries: they [B, K, G, Q, H], their positions and their segments [B, Q].
+Queries = tuple[Array, Array, Array]
+# Of keys that follow one another: they and their values [B, K, H, S], and their segments [B, S].
+Keys = tuple[Array, Array, Array]
+
+
 def _attend_span(
-    query: Float[Array, "B K G Q H"],
-    positions: Int[Array, "B Q"],
-    query_ids: Int[Array, "B Q"],
-    key: Float[Array, "B K H S"],
-    value: Float[Array, "B K H S"],
-    key_ids: Int[Array, "B S"],
+    queries: Queries, keys: Keys, first: int, window: int | None
 ) -> Float[Array, "B K G Q H"]:
-    """Queries at `positions` over the keys from position 0 on."""
-    earlier = positions[:, :, None] >= jnp.arange(key.shape[3])
+    """Queries over keys of which the first is at position `first`."""
+    query, positions, query_ids = queries
+    key, value, key_ids = keys
+    key_positions = jnp.arange(first, first + key.shape[3])
+    earlier = is_visible(positions[:, :, None], key_positions, window)
     return _attend(query, key, value, earlier & (query_ids[:, :, None] == key_ids[:, None, :]))
 
 
 def _attend_span_in_blocks(
-    query: Array, positions: Array, query_ids: Array, key: Array, value: Array, key_ids: Array
-) -> Array:
+    queries: Queries, keys: Keys, first: int, window: int | None
+) -> Float[Array, "B K G Q H"]:
     """`_attend_span`, a block of queries at a time."""
+    query, positions, query_ids = queries
     length = query.shape[3]
 
     def blocks(array: Array, axis: int) -> Array:
@@ -85,8 +95,8 @@ def _attend_span_in_blocks(
         )
 
     @jax.checkpoint
-    def one_block(_: None, block: tuple[Array, Array, Array]) -> tuple[None, Array]:
-        return None, _attend_span(*block, key, value, key_ids)
+    def one_block(_: None, block: Queries) -> tuple[None, Array]:
+        return None, _attend_span(block, keys, first, window)
 
     _, output = jax.lax.scan(
         one_block, None, (blocks(query, 3), blocks(positions, 1), blocks(query_ids, 1))
@@ -112,16 +122,17 @@ def cached_attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     positions: Int[Array, "B T"],
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of new tokens over a cache whose slot s holds position s: query at p sees the slots
-    up to p.
+    up to p, at most the last `window` of them.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     grouped = query.reshape(
         batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim
     ).transpose(0, 2, 3, 1, 4)
-    visible = jnp.arange(key.shape[1])[None, None, :] <= positions[:, :, None]
+    visible = is_visible(positions[:, :, None], jnp.arange(key.shape[1]), window)
     output = _attend(grouped, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1), visible)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 

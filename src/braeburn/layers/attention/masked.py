@@ -5,7 +5,7 @@ from jaxtyping import Array
 
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention import cudnn
-from braeburn.layers.attention.backend import Backend, Request
+from braeburn.layers.attention.backend import Backend, Request, is_visible
 from braeburn.layers.attention.packed import why_no_kernel_of_cudnn
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence, token_indices
@@ -15,15 +15,20 @@ MASKED_LENGTH = 8192
 
 
 def cudnn_masked_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig = ONE_DEVICE
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    mesh: MeshConfig = ONE_DEVICE,
+    window: int | None = None,
 ) -> Array:
     """The fused kernel of cuDNN under a mask of the sequence's length squared, for GPUs before
     Hopper.
     """
     key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
     positions = token_indices(query.shape[1], axis_index(CONTEXT, mesh), mesh.context)
-    causal = positions[:, None] >= jnp.arange(key.shape[1])
-    visible = causal & (segment_ids[:, :, None] == key_ids[:, None, :])
+    earlier = is_visible(positions[:, None], jnp.arange(key.shape[1]), window)
+    visible = earlier & (segment_ids[:, :, None] == key_ids[:, None, :])
     return cudnn.masked_attention(query, key, value, visible)
 
 

@@ -9,15 +9,23 @@ from braeburn.layers.attention.backend import Backend, Request
 
 
 def cudnn_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig = ONE_DEVICE
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    mesh: MeshConfig = ONE_DEVICE,
+    window: int | None = None,
 ) -> Array:
-    """The fused kernel of cuDNN, told where documents begin and end."""
+    """The fused kernel of cuDNN, told where documents begin and end. It knows no window."""
+    assert window is None
     return cudnn.packed_attention(query, key, value, segment_ids, mesh)
 
 
 def _why_not(request: Request) -> str | None:
     if reason := why_no_kernel_of_cudnn(request):
         return reason
+    if request.window is not None:
+        return f"it has no window of {request.window} positions"
     if request.compute_capability and request.compute_capability < (9, 0):
         major, minor = request.compute_capability
         return (

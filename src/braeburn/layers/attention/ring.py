@@ -20,7 +20,7 @@ keys, memory is linear in the device's own tokens.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend
+from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend, is_visible
 from braeburn.parallel.collectives import CONTEXT, all_gather, axis_index, reduce_scatter
 from braeburn.parallel.sequence import token_indices
 
@@ -42,12 +42,25 @@ Places = tuple[Array, Array]
 Pair = tuple[Array | int, Array | int]
 
 
+class Way(NamedTuple):
+    """How keys reach queries, and which of them a query sees.
+
+    Attributes:
+        is_ring: whether keys go round a ring; otherwise they are gathered.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+    """
+
+    is_ring: bool
+    window: int | None
+
+
 def ring_attention(
     query: Float[Array, "B t N H"],
     key: Float[Array, "B t K H"],
     value: Float[Array, "B t K H"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig,
+    window: int | None = None,
 ) -> Float[Array, "B t N H"]:
     """Causal attention within segments, keys and values passed around a ring of two or more context
     shards.
@@ -56,25 +69,30 @@ def ring_attention(
     kept in float32. Keys travel c - 1 hops in either pass, each while the keys at hand are worked
     on; in the backward pass their gradients, in float32, travel along and one hop further, home.
     """
-    return _attention(query, key, value, segment_ids, mesh, True)
+    return _attention(query, key, value, segment_ids, mesh, Way(True, window))
 
 
 def gathered_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    mesh: MeshConfig,
+    window: int | None = None,
 ) -> Array:
     """`ring_attention` with the keys of all shards gathered at once, in either pass."""
-    return _attention(query, key, value, segment_ids, mesh, False)
+    return _attention(query, key, value, segment_ids, mesh, Way(False, window))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, ring: bool
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, way: Way
 ) -> Array:
-    return _forward(query, key, value, segment_ids, mesh, ring)[0]
+    return _forward(query, key, value, segment_ids, mesh, way)[0]
 
 
 def _forward(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, ring: bool
+    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, way: Way
 ) -> tuple[Array, tuple[Array, ...]]:
     queries = (_query_blocks(query, key.shape[2]), _query_places(segment_ids, mesh))
     keys = jax.tree.map(_halves, (key, value, segment_ids))
@@ -85,7 +103,7 @@ def _forward(
 
         def one_block(state: Parts, number: Array) -> tuple[Parts, None]:
             (query, places), (output, log_z) = _at((queries, state), number)
-            scores = _scores(query, places, key, key_places)
+            scores = _scores(query, places, key, key_places, way.window)
             peak = jnp.maximum(log_z, jnp.max(scores, axis=-1))
             weights, old = jnp.exp(scores - peak[..., None]), jnp.exp(log_z - peak)
             total = old + jnp.sum(weights, axis=-1)
@@ -103,7 +121,7 @@ def _forward(
     blocks = queries[0]
     state = (jnp.zeros(blocks.shape, jnp.float32), jnp.full(blocks.shape[:-1], MASKED))
     state = attend(state, keys, index, (0, 0))
-    if ring:
+    if way.is_ring:
 
         def hop(step: Array, carry: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
             state, keys = carry
@@ -126,7 +144,7 @@ def _forward(
 
 
 def _backward(
-    mesh: MeshConfig, ring: bool, residuals: tuple[Array, ...], output_gradient: Array
+    mesh: MeshConfig, way: Way, residuals: tuple[Array, ...], output_gradient: Array
 ) -> tuple[Array, Array, Array, None]:
     query, key, value, segment_ids, output, log_z = residuals
     num_kv_heads, scale = key.shape[2], query.shape[3] ** -0.5
@@ -150,7 +168,8 @@ def _backward(
         def one_block(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], None]:
             gradients, sums = carry
             (query, places, log_z, delta, slope), gradient = _at((queries, gradients), number)
-            weights = jnp.exp(_scores(query, places, key, key_places) - log_z[..., None])
+            scores = _scores(query, places, key, key_places, way.window)
+            weights = jnp.exp(scores - log_z[..., None])
             value_sum = sums[1] + _product("BKGQS,BKGQH->BKHS", weights.astype(value.dtype), slope)
             weights = weights * (_product("BKGQH,BKHS->BKGQS", slope, value) - delta) * scale
             weights = weights.astype(key.dtype)
@@ -169,7 +188,7 @@ def _backward(
         return gradients, sums
 
     gradients = jnp.zeros(queries[0].shape, jnp.float32)
-    if ring:
+    if way.is_ring:
 
         def visit_next(step: Array | int, carry: tuple[Parts, Parts, Parts]) -> tuple[Parts, Parts]:
             gradients, sums, keys = carry
@@ -224,9 +243,11 @@ def _scores(
     places: Places,
     key: Float[Array, "B K H S"],
     key_places: Places,
+    window: int | None,
 ) -> Float[Array, "B K G Q S"]:
     (ids, positions), (key_ids, key_positions) = places, key_places
-    visible = (positions[:, None] >= key_positions) & (ids[:, :, None] == key_ids[:, None, :])
+    visible = is_visible(positions[:, None], key_positions, window)
+    visible = visible & (ids[:, :, None] == key_ids[:, None, :])
     scores = _product("BKGQH,BKHS->BKGQS", query, key)
     return jnp.where(visible[:, None, None], scores * query.shape[-1] ** -0.5, MASKED)
 

@@ -27,11 +27,13 @@ def attention(
     value: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
     mesh: MeshConfig = ONE_DEVICE,
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query
     heads.
 
-    With several context shards, T counts the tokens of this shard, and the call must be inside a
+    A token sees at most the last `window` positions, its own among them. With several context
+    shards, T counts the tokens of this shard, and the call must be inside a
     `shard_map` over `mesh`; the sum of all devices' losses is what it can be differentiated for.
     Each back end gives its result, with what its backward pass needs besides, the name "attention".
     """
@@ -45,9 +47,10 @@ def attention(
         head_dim=query.shape[3],
         context_shards=mesh.context,
         ring=mesh.context > 1 and mesh.context_attention == "ring",
+        window=window,
         compute_capability=compute_capability,
     )
-    return select(request).run(query, key, value, segment_ids, mesh)
+    return select(request).run(query, key, value, segment_ids, mesh, window)
 
 
 def traced_for() -> tuple[str, tuple[int, int] | None]:

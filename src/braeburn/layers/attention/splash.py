@@ -22,6 +22,7 @@ def splash_attention(
     value: Array,
     segment_ids: Array,
     mesh: MeshConfig = ONE_DEVICE,
+    window: int | None = None,
     *,
     interpret: bool = False,
 ) -> Array:
@@ -32,7 +33,7 @@ def splash_attention(
     length, num_heads, head_dim = query.shape[1:]
     shards = mesh.context
     key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
-    mask = masks.MultiHeadMask([splash_mask(zigzag(length * shards, shards))] * num_heads)
+    mask = masks.MultiHeadMask([splash_mask(zigzag(length * shards, shards), window)] * num_heads)
     # As large as divide a run of neighbouring tokens, up to the 512 that suit every TPU's memory.
     run = length // 2 if shards > 1 else length
     tile = next((size for size in (512, 256) if run % size == 0), SPLASH_TILE)
@@ -54,26 +55,39 @@ def splash_attention(
     return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2).astype(query.dtype)
 
 
-def splash_mask(positions: np.ndarray) -> Any:
-    """Splash attention's causal mask for queries at `positions`, int [T], over keys in the order of
-    the sequence.
+def splash_mask(positions: np.ndarray, window: int | None = None) -> Any:
+    """Splash attention's mask for queries at `positions`, int [T], over keys in the order of the
+    sequence: causal, and of the last `window` positions where there is a window.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    class BlockCausalMask(masks.CausalMask):
+    shape = (positions.size, positions.size)
+    left = positions.size if window is None else window - 1
+
+    class ByTiles:
         """Of a tile all of whose entries are equal it gives only one: the rest would take 20 s at
         64k tokens.
         """
 
+        q_sequence: np.ndarray
+
         def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
             rows, columns = self.q_sequence[index[0]], index[1]
-            if rows.min() >= columns.stop - 1:
+            first, last = columns.start, columns.stop - 1
+            if rows.min() >= last and rows.max() - left <= first:
                 return np.ones((1, 1), np.bool_)
-            if rows.max() < columns.start:
+            if rows.max() < first or rows.min() - left > last:
                 return np.zeros((1, 1), np.bool_)
-            return super().__getitem__(index)
+            entries: np.ndarray = super().__getitem__(index)  # type: ignore[misc]
+            return entries
 
-    mask = BlockCausalMask((positions.size, positions.size))
+    class CausalByTiles(ByTiles, masks.CausalMask):
+        """A causal mask."""
+
+    class LocalByTiles(ByTiles, masks.LocalMask):
+        """A causal mask of a window."""
+
+    mask = CausalByTiles(shape) if window is None else LocalByTiles(shape, (left, 0), 0)
     mask.q_sequence = positions.astype(np.int32)
     return mask
 

@@ -1,0 +1,25 @@
+"""The kinds of sublayer that a layer can name: a module for each, which the imports list."""
+
+from typing import TYPE_CHECKING
+
+from braeburn.config.base import tagged_union
+from braeburn.config.sublayers.base import AttentionConfig, FeedForwardConfig, QKNorm
+from braeburn.config.sublayers.full import FullAttention
+from braeburn.config.sublayers.swiglu import SwiGLU
+
+if TYPE_CHECKING:
+    Attention = AttentionConfig
+    FeedForward = FeedForwardConfig
+else:
+    Attention = tagged_union(AttentionConfig)
+    FeedForward = tagged_union(FeedForwardConfig)
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "FeedForward",
+    "FeedForwardConfig",
+    "FullAttention",
+    "QKNorm",
+    "SwiGLU",
+]

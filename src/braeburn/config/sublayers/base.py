@@ -1,0 +1,37 @@
+"""What the configurations of all sublayers of a kind have in common."""
+
+from typing import Any, Literal
+
+from braeburn.config.base import Frozen, Positive
+
+QKNorm = Literal["none", "head", "width"]
+
+
+class AttentionConfig(Frozen):
+    """Grouped-query attention with rotary positions. The number and size of heads are the model's.
+
+    A subclass has a field `kind` of its own, and `braeburn.layers.sublayers` a module of that name.
+
+    Attributes:
+        qk_norm: what the RMSNorm of queries and keys runs over: nothing, each head, or the width of
+            all heads. None leaves it to `model.qk_norm`, which chooses between the first two.
+        qk_norm_first: whether that norm comes before the rotation, as in most models, or after it.
+        rope_base: of these layers alone, whose frequencies are then not scaled; None for the
+            model's base and scaling.
+        scale: of the scores; None for 1 / sqrt(head_dim).
+    """
+
+    kind: Any
+    qk_norm: QKNorm | None = None
+    qk_norm_first: bool = True
+    rope_base: Positive | None = None
+    scale: Positive | None = None
+
+
+class FeedForwardConfig(Frozen):
+    """A feed-forward sublayer, whose hidden units are the model's `ffn_dim`.
+
+    A subclass has a field `kind` of its own, and `braeburn.layers.sublayers` a module of that name.
+    """
+
+    kind: Any

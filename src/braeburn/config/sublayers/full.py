@@ -1,0 +1,11 @@
+"""Attention to all earlier tokens."""
+
+from typing import Literal
+
+from braeburn.config.sublayers.base import AttentionConfig
+
+
+class FullAttention(AttentionConfig):
+    """Each token attends to all earlier tokens of its document."""
+
+    kind: Literal["full"] = "full"

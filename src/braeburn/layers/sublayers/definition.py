@@ -1,0 +1,128 @@
+"""What a kind of sublayer is, beside its configuration: `DEFINITION` in the module of its name."""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Float, Int
+
+from braeburn.config import AttentionConfig, Execution, FeedForwardConfig, ModelConfig
+from braeburn.layers.linear import linear
+from braeburn.layers.spec import ParamSpec, Tree
+
+# (logical axis, activations whose units it counts, a layer's state) -> the layer's new state.
+Observe = Callable[[str, Array, Any], Any]
+
+
+class Signals(NamedTuple):
+    """What passes through the layers beside the hidden states.
+
+    Attributes:
+        state: of this layer, as its cache or what is measured of it.
+        keys_and_values: of the last layer that made its own, where a later one reuses them.
+    """
+
+    state: Any
+    keys_and_values: Any
+
+
+class Memory(Protocol):
+    """How queries reach keys and values: those of the same sequence, or of a cache."""
+
+    def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
+        """Takes the keys and values of new tokens, [B, T, K, H].
+
+        Returns:
+            What `attend` is to be given, and the layer's new state.
+        """
+
+    def attend(
+        self, query: Float[Array, "B T N H"], keys_and_values: Any, window: int | None
+    ) -> Float[Array, "B T N H"]:
+        """The attended values of queries, which see at most the last `window` positions."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a sublayer is applied in.
+
+    Attributes:
+        config: its own configuration.
+        model: that of the whole model.
+        execution: how the model is carried out.
+        specs: of the layer's parameters, stacked over layers.
+        weights: the layer's own, this device's part of each.
+        prepared: what the kind's `prepare` returned.
+        memory: how queries reach keys and values.
+        observe: is shown activations.
+    """
+
+    config: Any
+    model: ModelConfig
+    execution: Execution
+    specs: Mapping[str, ParamSpec]
+    weights: Tree
+    prepared: Any
+    memory: Memory
+    observe: Observe
+
+    def linear(self, x: Array, name: str) -> Array:
+        """The product of activations and one of the layer's weights: see `linear`."""
+        return linear(x, self.weights[name], self.specs[name], self.execution)
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A kind of sublayer.
+
+    Attributes:
+        specs: (its configuration, the model) -> the specs of one layer's parameters by name, not
+            stacked. The names are those of no other sublayer.
+        apply: (hidden states [B, T, D] of all tensor shards' tokens, signals, context) -> (this
+            shard's part of a sum [B, T, D], new signals).
+        prepare: (its configuration, the model, positions int32 [B, T]) -> what follows from these
+            alone, worked out once for all layers of the same configuration.
+        cache: (its configuration, the model) -> shapes, without batch and length, of the arrays
+            [B, length, ...] that it keeps of each token to generate from.
+        reuses: whether it reads the keys and values of an earlier layer.
+    """
+
+    specs: Callable[[Any, ModelConfig], dict[str, ParamSpec]]
+    apply: Callable[[Array, Signals, Context], tuple[Array, Signals]]
+    prepare: Callable[[Any, ModelConfig, Int[Array, "B T"]], Any] = lambda *_: None
+    cache: Callable[[Any, ModelConfig], tuple[tuple[int, ...], ...]] = lambda *_: ()
+    reuses: bool = False
+
+
+@functools.cache
+def sublayer_of(config: AttentionConfig | FeedForwardConfig) -> Sublayer:
+    """The definition of a sublayer by its configuration."""
+    found = importlib.import_module(f"braeburn.layers.sublayers.{config.kind}").DEFINITION
+    assert isinstance(found, Sublayer)
+    return found
+
+
+def sizes_of(model: ModelConfig) -> dict[str, int]:
+    """The size of each logical axis of a model's parameters."""
+    return {
+        "vocab": model.vocab_size,
+        "embed": model.d_model,
+        "heads": model.num_heads,
+        "kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "ffn": model.ffn_dim,
+    }
+
+
+def matrix(model: ModelConfig, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> ParamSpec:
+    """The spec of one layer's matrix, which is multiplied over `inputs`."""
+    axes, sizes = (*inputs, *outputs), sizes_of(model)
+    return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "matrix", inputs)
+
+
+def norm(model: ModelConfig, *axes: str) -> ParamSpec:
+    """The spec of the scales of one layer's norm."""
+    sizes = sizes_of(model)
+    return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "norm")

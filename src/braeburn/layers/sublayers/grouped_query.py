@@ -1,0 +1,138 @@
+"""Grouped-query attention, of which the kinds of attention are made."""
+
+import math
+from collections.abc import Mapping
+
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from braeburn.config import AttentionConfig, ModelConfig, QKNorm
+from braeburn.layers import rope
+from braeburn.layers.norm import rms_norm, rms_norm_of_heads
+from braeburn.layers.spec import ParamSpec
+from braeburn.layers.sublayers.definition import Context, Signals, matrix, norm
+
+# Cosines and sines of every position.
+Rotation = tuple[Array, Array]
+
+
+def qk_norm_of(config: AttentionConfig, model: ModelConfig) -> QKNorm:
+    """What the norm of queries and keys runs over."""
+    if config.qk_norm is not None:
+        return config.qk_norm
+    return "head" if model.qk_norm else "none"
+
+
+def query_specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamSpec]:
+    """The specs of what makes queries, and of the output."""
+    specs = {
+        "query": matrix(model, ("embed",), ("heads", "head_dim")),
+        "attention_output": matrix(model, ("heads", "head_dim"), ("embed",)),
+    }
+    return specs | _norm_spec(config, model, "query_norm", "heads")
+
+
+def key_value_specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamSpec]:
+    """The specs of what makes keys and values."""
+    specs = {
+        "key": matrix(model, ("embed",), ("kv_heads", "head_dim")),
+        "value": matrix(model, ("embed",), ("kv_heads", "head_dim")),
+    }
+    return specs | _norm_spec(config, model, "key_norm", "kv_heads")
+
+
+def _norm_spec(
+    config: AttentionConfig, model: ModelConfig, name: str, heads: str
+) -> dict[str, ParamSpec]:
+    kind = qk_norm_of(config, model)
+    if kind == "none":
+        return {}
+    return {name: norm(model, "head_dim") if kind == "head" else norm(model, heads, "head_dim")}
+
+
+def specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamSpec]:
+    """The specs of a layer that makes its own keys and values."""
+    return query_specs(config, model) | key_value_specs(config, model)
+
+
+def rotation(config: AttentionConfig, model: ModelConfig, positions: Int[Array, "B T"]) -> Rotation:
+    """The rotation of every position, at the layer's own base or the model's."""
+    own = config.rope_base is not None
+    frequencies = rope.inverse_frequencies(
+        model.head_dim,
+        config.rope_base if config.rope_base is not None else model.rope_base,
+        None if own else model.rope_scaling,
+    )
+    return rope.rotation(positions, frequencies)
+
+
+def cache(config: AttentionConfig, model: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a token's key and value."""
+    shape = (model.num_kv_heads, model.head_dim)
+    return shape, shape
+
+
+def _normalised(
+    x_BTNH: Float[Array, "B T N H"], name: str, context: Context
+) -> Float[Array, "B T N H"]:
+    """Queries or keys behind their norm, if they have one."""
+    if name not in context.weights:
+        return x_BTNH
+    scale, epsilon = context.weights[name], context.model.norm_epsilon
+    if qk_norm_of(context.config, context.model) == "head":
+        return rms_norm(x_BTNH, scale, epsilon)
+    return rms_norm_of_heads(x_BTNH, scale, context.specs[name], epsilon, context.execution)
+
+
+def positioned(x: Mapping[str, Array], context: Context) -> dict[str, Array]:
+    """Queries and keys, normalised and rotated.
+
+    Args:
+        x: projections [B, T, heads, H], any of "query" and "key".
+        context: weights and configuration of the layer.
+
+    Returns:
+        Those of the same names. Queries are scaled where the layer's scale is not the usual one.
+    """
+    found = dict(x)
+    steps = [
+        lambda name, value: _normalised(value, f"{name}_norm", context),
+        lambda _, value: rope.rotate(value, *context.prepared),
+    ]
+    for step in steps if context.config.qk_norm_first else reversed(steps):
+        found = {name: step(name, value) for name, value in found.items()}
+    if "query" in found and context.config.scale is not None:
+        # Every back end divides scores by sqrt(head_dim).
+        found["query"] *= context.config.scale * math.sqrt(context.model.head_dim)
+    return {name: checkpoint_name(value, name) for name, value in found.items()}
+
+
+def attend_and_project(
+    query_BTNH: Float[Array, "B T N H"], signals: Signals, context: Context, window: int | None
+) -> tuple[Float[Array, "B T D"], Signals]:
+    """Attention to the keys and values of `signals`, and the output projection."""
+    attended_BTNH = context.memory.attend(query_BTNH, signals.keys_and_values, window)
+    signals = signals._replace(state=context.observe("heads", attended_BTNH, signals.state))
+    return context.linear(attended_BTNH, "attention_output"), signals
+
+
+def self_attention(
+    x_BTD: Float[Array, "B T D"], signals: Signals, context: Context, window: int | None = None
+) -> tuple[Float[Array, "B T D"], Signals]:
+    """Attention of tokens to themselves and earlier ones, at most the last `window` of them.
+
+    Args:
+        x_BTD: normalised hidden states of all tensor shards' tokens.
+        signals: the layer's state among them.
+        context: weights and configuration.
+        window: positions that a token sees, itself among them; None for all earlier ones.
+
+    Returns:
+        This tensor shard's part of a sum, and the new signals.
+    """
+    query_BTNH = context.linear(x_BTD, "query")
+    key_BTKH = context.linear(x_BTD, "key")
+    value_BTKH = checkpoint_name(context.linear(x_BTD, "value"), "value")
+    found = positioned({"query": query_BTNH, "key": key_BTKH}, context)
+    keys_and_values, state = context.memory.store(found["key"], value_BTKH, signals.state)
+    return attend_and_project(found["query"], Signals(state, keys_and_values), context, window)
