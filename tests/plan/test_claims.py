@@ -44,7 +44,7 @@ NINE = [
         [1835 / 989, 3700 / 3350, 1835 / 989 / (900 / 700)],
         "1.4x is within the peak in bf16 1.86x; 1.5x is beyond the memory bandwidth 1.1x; true of "
         "peak per watt 1.44x",
-        "M",
+        "S",
     ),
     (
         "MTT S4000",
@@ -140,7 +140,7 @@ def test_a_claim_can_be_checked_once_its_chip_is_known(tmp_path: Path) -> None:
         claim.verdict
         == "1.5x is within the peak in bf16 1.5x; energy of the same work correct; price correct"
     )
-    assert claim.confidence == "M"  # that of A100's watts
+    assert claim.confidence == "S"  # that of A100's watts
 
 
 def test_every_formula_names_known_fields() -> None:
