@@ -327,8 +327,11 @@ def test_the_command(
     assert listed["gb200"]["price"] is None
     assert listed["v5p"]["flags"][0]["reason"]
 
-    assert len(json.loads(run("--claims", "--json"))) == 9
+    claims = json.loads(run("--claims", "--json"))
+    assert len(claims) == 9
+    assert {check["tolerance"] for claim in claims for check in claim["checks"]} == {0.05}
     text = run("--claims")
+    assert text.count("(tolerance 5%") == 8  # of Chana nothing can be checked
     assert text.count("verdict") == 9 and "wrong: bf16 1.67x, not 2x" in text
 
 
