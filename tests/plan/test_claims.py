@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from braeburn.hardware.catalogue import catalogue, facts
-from braeburn.plan.claims import Claim, claims
+from braeburn.hardware.catalogue import Figure, catalogue, facts
+from braeburn.plan.claims import TOLERANCE, Check, Claim, claims
 
 
 def checked(path: Path | None = None) -> list[Claim]:
@@ -36,7 +36,7 @@ NINE = [
     (
         "v5p has 2.1x",
         [2.8 / (4.20 / 3.22)],
-        "speed for the price correct (with the vendor's claim",
+        "speed for the price correct (tolerance 5%; with the vendor's claim",
         "S",
     ),
     (
@@ -44,7 +44,7 @@ NINE = [
         [1835 / 989, 3700 / 3350, 1835 / 989 / (900 / 700)],
         "1.4x is within the peak in bf16 1.86x; 1.5x is beyond the memory bandwidth 1.1x; true of "
         "peak per watt 1.44x",
-        "M",
+        "S",
     ),
     (
         "MTT S4000",
@@ -61,8 +61,8 @@ NINE = [
     (
         "about 8% of Frontier",
         [1536 / 37_888 * 100, 3072 / 37_888 * 100],
-        "wrong: modules 4.05%, not 8%; true of GCDs counted as modules 8.11% (throughput was "
-        "measured",
+        "wrong: modules 4.05%, not 8%; true of GCDs counted as modules 8.11% (tolerance 5%; "
+        "throughput was measured",
         "S",
     ),
 ]
@@ -138,9 +138,24 @@ def test_a_claim_can_be_checked_once_its_chip_is_known(tmp_path: Path) -> None:
     claim = checked(path)[7]
     assert (
         claim.verdict
-        == "1.5x is within the peak in bf16 1.5x; energy of the same work correct; price correct"
+        == "1.5x is within the peak in bf16 1.5x; energy of the same work correct; price correct "
+        "(tolerance 5%)"
     )
-    assert claim.confidence == "M"  # that of A100's watts
+    assert claim.confidence == "S"  # that of A100's watts
+
+
+def test_a_verdict_says_its_tolerance_where_it_depends_on_one() -> None:
+    for claim in checked():
+        known = any(check.found for check in claim.checks)
+        assert ("(tolerance 5%" in claim.verdict) == known, claim.claim
+        assert all(check.tolerance == TOLERANCE == 0.05 for check in claim.checks)
+
+    def verdict(claimed: float, tolerance: float) -> str:
+        return Check("speed", claimed, "", Figure(1.0), tolerance=tolerance).verdict
+
+    # The same numbers, and another tolerance.
+    assert verdict(1.1, 0.05) == "wrong: speed 1x, not 1.1x"
+    assert verdict(1.1, 0.15) == "speed correct"
 
 
 def test_every_formula_names_known_fields() -> None:

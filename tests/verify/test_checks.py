@@ -265,10 +265,12 @@ def test_the_table_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "verify", lambda *arguments: checks)
     answer = braeburn("verify", "afm-tiny")
     assert answer.code == 0
-    assert [line.split() for line in answer.out.splitlines()][1:3] == [
-        ["layout", "fsdp", "8", "20", "1.5e-07", "same"],
-        ["layout", "tensor", "8", "0", "-", "skipped", "too", "few", "heads"],
+    assert [line.split() for line in answer.out.splitlines()][:3] == [
+        ["check", "layout", "steps", "difference", "tolerance", "verdict"],
+        ["layout", "fsdp", "8", "20", "1.5e-07", "1e-05", "same"],
+        ["layout", "tensor", "8", "0", "-", "1e-05", "skipped", "too", "few", "heads"],
     ]
+    assert answer.out.splitlines()[3].split()[-3:] == ["0", "0", "same"]  # bit for bit
     assert answer.out.endswith("\n3 checks: 2 passed, 1 skipped, 0 failed\n")
 
 
@@ -445,6 +447,9 @@ def test_curves_are_compared_point_by_point() -> None:
         "step 2 loss is 4.4 instead of 4",
     )
     assert judge(math.nan, 4.0).verdict == "different" and judge(math.nan, 4.0).difference is None
+    said: list[str] = []
+    verify._tell(judge(2.0, 4.01), said.append)
+    assert said == ["layout : same (2.5e-03, tolerance 0.01)"]
     assert judge(2.0).reason == "nothing where step 2 loss was due"
     assert judge(2.0, 4.0, 5.0).reason == "step 3 loss where nothing was due"
 

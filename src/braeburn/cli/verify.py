@@ -38,13 +38,16 @@ def verify(
             }
         )
     else:
-        rows = [("check", "layout", "steps", "difference", "verdict", "")]
+        rows = [("check", "layout", "steps", "difference", "tolerance", "verdict", "")]
         for c in checks:
             difference = (
                 "-" if c.difference is None else f"{c.difference:.1e}" if c.difference else "0"
             )
-            rows.append((c.check, c.layout, str(c.steps), difference, c.verdict, c.reason))
-        print_rows(rows, "llrrll")
+            tolerance = f"{c.tolerance:g}"
+            rows.append(
+                (c.check, c.layout, str(c.steps), difference, tolerance, c.verdict, c.reason)
+            )
+        print_rows(rows, "llrrrll")
         skipped = sum(c.verdict == "skipped" for c in checks)
         print(
             f"\n{len(checks)} checks: {len(checks) - wrong - skipped} passed, {skipped} skipped, "

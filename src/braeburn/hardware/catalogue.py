@@ -29,12 +29,21 @@ _NEEDED_OF_TPUS = (*_NEEDED, "link_gb_per_s", "dimensions", "max_slice")
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, how far it is to be trusted (see `LEGEND`) and what else is to be known of it."""
+    """A number and how far it is to be trusted.
+
+    Attributes:
+        value: in the unit that its field's name has.
+        confidence: a letter of `LEGEND`.
+        note: what else is to be known of it.
+        source: title and address of the document that states it, or of several; "" where none is
+            noted.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     value: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
     confidence: Confidence = "U"
     note: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,24 +135,31 @@ def catalogue(extra: Path | None = None) -> Mapping[str, Chip]:
     """Every chip by its name.
 
     `extra` is laid out as `hardware/chips.toml`: it adds chips or replaces figures of one, and its
-    bare numbers are of confidence U.
+    bare numbers are of confidence U. A figure's source names a document of the table `sources`, or
+    is the document itself.
 
     Raises:
         UserError: `extra` cannot be read, has an unknown field or a bad value, or lacks what a plan
             needs of a chip.
     """
     tables = _tables(extra)
-    del tables["facts"]
-    return {name: _chip(name, table) for name, table in tables.items()}
+    documents = _documents(tables)
+    del tables["facts"], tables["sources"]
+    return {
+        name: _chip(name, {field: _cite(given, documents) for field, given in table.items()})
+        for name, table in tables.items()
+    }
 
 
 def facts(extra: Path | None = None) -> Mapping[str, Figure]:
     """Figures that are not of one chip, by name, from the table `facts` of the same files; raises
     as `catalogue`.
     """
+    tables = _tables(extra)
+    documents = _documents(tables)
     return {
-        name: _validate(Known, given, f"facts.{name}")
-        for name, given in _tables(extra)["facts"].items()
+        name: _validate(Known, _cite(given, documents), f"facts.{name}")
+        for name, given in tables["facts"].items()
     }
 
 
@@ -189,6 +205,26 @@ def _tables(extra: Path | None) -> dict[str, dict[str, Any]]:
             )
         tables[name.lower()] = {**tables.get(name.lower(), {}), **table}
     return tables
+
+
+def _documents(tables: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Title and address of each document of the table `sources`, by its name there."""
+    documents: dict[str, str] = _validate(dict[str, str], tables["sources"], "sources")
+    return documents
+
+
+def _cite(given: Any, documents: Mapping[str, str]) -> Any:
+    """A figure as a file gives it, with the titles and addresses of its sources in place of their
+    names.
+    """
+    if not isinstance(given, dict):
+        return given
+    source = given.get("source")
+    named = source if isinstance(source, list) else [source]
+    names = [name for name in named if isinstance(name, str)]
+    if not names or len(names) < len(named):  # the validation that follows says what is wrong
+        return given
+    return {**given, "source": "; ".join(documents.get(name, name) for name in names)}
 
 
 def _chip(name: str, table: dict[str, Any]) -> Chip:

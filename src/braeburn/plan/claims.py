@@ -11,14 +11,15 @@ from typing import Any
 
 from braeburn.hardware.catalogue import Chip, Figure, weakest
 
-# Claims are rounded: 2.76 stands for 2.765, and 8% for 8.1%.
+# By how much a claimed number may be off and still hold. Claims are rounded: 2.76 stands for 2.765,
+# and 8% for 8.1%.
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Check:
     """A claimed number and what was found by the catalogue, None where that is unknown; see
-    `claims.toml`.
+    `claims.toml`. The two may differ by `tolerance`, relative to what was found.
     """
 
     what: str
@@ -27,6 +28,7 @@ class Check:
     found: Figure | None
     unit: str = "x"
     kind: str = "equal"
+    tolerance: float = TOLERANCE
 
     def __str__(self) -> str:
         return f"{self.what} {self._number(self.found.value) if self.found else 'unknown'}"
@@ -40,7 +42,7 @@ class Check:
         if self.found is None:
             return "" if self.kind == "instead" else f"{self.what} cannot be checked"
         off = self.claimed / self.found.value - 1
-        holds = off <= TOLERANCE and (self.kind == "limit" or off >= -TOLERANCE)
+        holds = off <= self.tolerance and (self.kind == "limit" or off >= -self.tolerance)
         if self.kind == "limit":
             return f"{self._number(self.claimed)} is {'within' if holds else 'beyond'} {self}"
         if self.kind == "instead":
@@ -52,8 +54,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, what it comes to by the catalogue, and the confidence of the weakest figure there,
-    None without any.
+    """A claim, what it comes to by the catalogue and at which tolerance, and the confidence of the
+    weakest figure there, None without any.
     """
 
     claim: str
@@ -72,7 +74,11 @@ def claims(chips: Mapping[str, Chip], facts: Mapping[str, Figure]) -> list[Claim
         )
         figures = [check.found for check in checks if check.found]
         verdict = "; ".join(check.verdict for check in checks if check.verdict)
-        verdict += f" ({row['note']})" if "note" in row else ""
+        tolerances = sorted({check.tolerance for check in checks if check.found})
+        allowed = " or ".join(f"{tolerance:.0%}" for tolerance in tolerances)
+        remarks = [f"tolerance {allowed}"] if allowed else []
+        remarks += [row["note"]] if "note" in row else []
+        verdict += f" ({'; '.join(remarks)})" if remarks else ""
         checked.append(Claim(row["claim"], checks, verdict, weakest(*figures) if figures else None))
     return checked
 

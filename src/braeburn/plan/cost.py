@@ -12,7 +12,7 @@ import jax
 
 from braeburn.config import MeshConfig, ModelConfig, Remat, Run
 from braeburn.errors import UserError
-from braeburn.hardware.catalogue import weakest
+from braeburn.hardware.catalogue import Confidence, weakest
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors
@@ -44,6 +44,9 @@ class Efficiency:
         tile: queries and keys that the attention kernel takes at once.
         backward: products of queries and keys that it forms in its backward pass; forward there are
             two.
+        confidence: M where the fractions are guesses, so that no time is trusted more than they
+            are; V where compiled steps and published times bear them out, which leaves the
+            confidence to the figures of the chip.
     """
 
     matrix: float
@@ -53,6 +56,7 @@ class Efficiency:
     tokens_hidden: float
     tile: int
     backward: int
+    confidence: Confidence
 
 
 # TPU: by the cycles of compiled steps matrix products reach 96% of the peak, less 5-10% on
@@ -61,10 +65,10 @@ class Efficiency:
 # cuDNN's attention, forward and backward, half of the peak. AMD: a quarter less. Others: as AMD,
 # for want of anything published. docs/plan.md sets them against published step times.
 EFFICIENCY = {
-    "tpu": Efficiency(0.88, 0.55, 0.5, 0.6, 0.2, 512, 7),
-    "nvidia": Efficiency(0.72, 0.5, 0.5, 0.6, 0.2, 128, 5),
-    "amd": Efficiency(0.55, 0.35, 0.4, 0.5, 0.2, 128, 5),
-    "other": Efficiency(0.55, 0.35, 0.4, 0.5, 0.2, 128, 5),
+    "tpu": Efficiency(0.88, 0.55, 0.5, 0.6, 0.2, 512, 7, "V"),
+    "nvidia": Efficiency(0.72, 0.5, 0.5, 0.6, 0.2, 128, 5, "V"),
+    "amd": Efficiency(0.55, 0.35, 0.4, 0.5, 0.2, 128, 5, "M"),
+    "other": Efficiency(0.55, 0.35, 0.4, 0.5, 0.2, 128, 5, "M"),
 }
 # To the host and back, each way, per chip: PCIe 4.0 x16 at three quarters, shared by two chips.
 HOST_GB_PER_S = 12.0
@@ -501,7 +505,9 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         mfu=flops / (step * target.devices * peak),
         tokens_per_second=stage.batch_tokens / step,
         confidence=weakest(
-            *figures, *(links.confidence((e.axis,)) for e, link, _ in exchanges if link != "PCIe")
+            efficiency.confidence,
+            *figures,
+            *(links.confidence((e.axis,)) for e, link, _ in exchanges if link != "PCIe"),
         ),
         memory_confidence=room.confidence,
         torus=links.torus,

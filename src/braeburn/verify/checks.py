@@ -481,7 +481,11 @@ def _place(run: Run) -> str:
 
 
 def _tell(check: Check, say: Say) -> None:
-    difference = "" if check.difference is None else f" ({check.difference:.1e})"
+    difference = (
+        ""
+        if check.difference is None
+        else f" ({check.difference:.1e}, tolerance {check.tolerance:g})"
+    )
     say(
         f"{check.check} {check.layout}: {check.verdict}{difference}"
         + (f": {check.reason}" if check.reason else "")
