@@ -1,0 +1,31 @@
+"""Families of models that other software knows: a module for each, which the imports list."""
+
+from braeburn.config import ModelConfig
+from braeburn.errors import UserError
+from braeburn.models.families import llama, qwen3
+from braeburn.models.families.definition import Family
+
+FAMILIES = (llama.FAMILY, qwen3.FAMILY)
+
+__all__ = ["FAMILIES", "Family", "families_by_type", "family_of"]
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family that a model is one of.
+
+    Raises:
+        UserError: other software has no such model.
+    """
+    for family in FAMILIES:
+        if family.matches(model):
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise UserError(
+        f"no other software has a model of these layers (known are {known}); keep it as a run "
+        f"directory, or train one whose pattern of layers is that of a family"
+    )
+
+
+def families_by_type() -> dict[str, Family]:
+    """The family that each `model_type` of a `config.json` is read as."""
+    return {type_: family for family in FAMILIES for type_ in family.types}
