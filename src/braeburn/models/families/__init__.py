@@ -1,11 +1,13 @@
-"""Families of models that other software knows: a module for each, which the imports list."""
+"""Families of models that other software knows: every module that has a `FAMILY` is one."""
 
 from braeburn.config import ModelConfig
+from braeburn.discovery import modules_of
 from braeburn.errors import UserError
-from braeburn.models.families import llama, qwen3
 from braeburn.models.families.definition import Family
 
-FAMILIES = (llama.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY for module in modules_of(__name__, __path__) if hasattr(module, "FAMILY")
+)
 
 __all__ = ["FAMILIES", "Family", "families_by_type", "family_of"]
 
