@@ -27,6 +27,10 @@ class AttentionConfig(Frozen):
     rope_base: Positive | None = None
     scale: Positive | None = None
 
+    def reach(self, sequence_length: int) -> int:
+        """The most tokens of a sequence that a token attends to, itself among them."""
+        return sequence_length
+
     def shrunk(self, sequence_length: int) -> Self:
         """The same kind for sequences of a length that are short, as `verify` has them."""
         return self

@@ -4,13 +4,13 @@ Every field that changes the computation is read under each name that transforme
 with the same value winning, and the same default where it is left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from braeburn.config import LARGEST_SIZES, ModelConfig
+from braeburn.config import LARGEST_SIZES, LayerConfig, ModelConfig
 from braeburn.errors import UserError
 from braeburn.reading import shown
 
@@ -277,3 +277,11 @@ def rope_fields(model: ModelConfig) -> dict[str, Any]:
         "rope_theta": model.rope_base,
         "rope_scaling": stretched,
     }
+
+
+def shortest_pattern(layers: Sequence[LayerConfig]) -> tuple[LayerConfig, ...]:
+    """The fewest layers that, repeated from the first layer on, give all of them."""
+    for length in range(1, len(layers)):
+        if all(layer == layers[i % length] for i, layer in enumerate(layers)):
+            return tuple(layers[:length])
+    return tuple(layers)
