@@ -23,6 +23,7 @@ from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.interop import huggingface
 from braeburn.layers.spec import ParamSpec, Tree, map_specs, walk
 from braeburn.models import decoder
+from braeburn.models.families import family_of
 
 # What tests/interop/write_golden_logits.py wrote from transformers: a file for each family.
 GOLDEN = Path(__file__).with_name("golden")
@@ -172,19 +173,22 @@ def random_params(model: ModelConfig, seed: int = 0) -> Tree:
     return map_specs(draw, decoder.param_specs(model))
 
 
-def golden_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+def golden_weights(
+    shapes: Mapping[str, Sequence[int]], model: ModelConfig
+) -> dict[str, np.ndarray]:
     """Weights in float32 for the tensors of a Hugging Face model, the same on every machine and in
     every NumPy.
 
     NumPy keeps the numbers of `RandomState` unchanged for good, and those of `random_sample` need
-    no function of the C library. Norms are from 0.5 to 1.5, and matrices scaled so that logits have
-    about unit deviation.
+    no function of the C library. Norms multiply by 0.5 to 1.5, and matrices are scaled so that
+    logits have about unit deviation.
     """
     generator = np.random.RandomState(0)
     weights = {}
     for name in sorted(shapes):
         drawn = generator.random_sample(tuple(shapes[name]))
-        values = drawn + 0.5 if drawn.ndim == 1 else (2 * drawn - 1) * (3 / drawn.shape[1]) ** 0.5
+        norm = drawn + 0.5 - family_of(model).norm_offset
+        values = norm if drawn.ndim == 1 else (2 * drawn - 1) * (3 / drawn.shape[1]) ** 0.5
         weights[name] = values.astype(np.float32)
     return weights
 

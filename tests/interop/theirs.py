@@ -51,6 +51,7 @@ def their_model(model: ModelConfig):
         for parameter in theirs.parameters():
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
+                parameter -= family_of(model).norm_offset
             else:
                 parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
     return theirs

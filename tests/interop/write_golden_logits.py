@@ -71,7 +71,7 @@ def of_model(model: ModelConfig, length: int, folder: Path) -> tuple[dict[str, A
     their_model(model).save_pretrained(folder)
     file = folder / "model.safetensors"
     shapes = {name: list(tensor.shape) for name, tensor in load_file(file).items()}
-    weights = golden_weights(shapes)
+    weights = golden_weights(shapes, model)
     save_file(weights, file, {"format": "pt"})
     theirs = load(folder, attn_implementation="eager", dtype=torch.float32)
     logits = their_logits(theirs, golden_tokens(model, length))[0]
