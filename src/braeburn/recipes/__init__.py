@@ -20,6 +20,7 @@ MODULES = {
     "afm": ("afm-85m", "afm-on-device", "afm-on-device-scratch", "afm-server"),
     "llama": ("llama2-7b", "llama2-70b", "llama3-8b", "llama3-70b"),
     "qwen": ("qwen3-0.6b", "qwen3-8b"),
+    "gemma": ("gemma3-1b",),
 }
 BUILT_IN = {name: module for module, names in MODULES.items() for name in names}
 
