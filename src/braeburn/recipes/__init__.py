@@ -21,6 +21,7 @@ MODULES = {
     "llama": ("llama2-7b", "llama2-70b", "llama3-8b", "llama3-70b"),
     "qwen": ("qwen3-0.6b", "qwen3-8b"),
     "gemma": ("gemma3-1b",),
+    "olmo": ("olmo2-7b",),
 }
 BUILT_IN = {name: module for module, names in MODULES.items() for name in names}
 
