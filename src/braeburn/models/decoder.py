@@ -211,6 +211,8 @@ def decoder(
         for config in (layer.attention, layer.feed_forward)
     }
 
+    reuses = any(sublayer_of(layer.attention).reuses for layer in model.layer_configs)
+
     def run_layer(config: LayerConfig, specs: Tree) -> Callable:
         def body(x_BTD: Array, signals: Signals, weights: Tree) -> tuple[Array, Signals]:
             contexts = [
@@ -219,7 +221,9 @@ def decoder(
                 )
                 for sublayer in (config.attention, config.feed_forward)
             ]
-            return layer(x_BTD, signals, config, contexts)
+            x_BTD, signals = layer(x_BTD, signals, config, contexts)
+            # What no later layer reuses is no result, which would be kept.
+            return x_BTD, signals if reuses else signals._replace(keys_and_values=None)
 
         return rematerialized(body, execution)
 
@@ -230,7 +234,6 @@ def decoder(
             x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
     new_states = {}
     shared: Any = None
-    reuses = any(sublayer_of(layer.attention).reuses for layer in model.layer_configs)
     for segment in model.segments:
         segment_specs = _in_pattern(segment, specs[segment.name])
         bodies = [
@@ -245,7 +248,7 @@ def decoder(
             states = []
             for body, weights, state in zip(bodies, *repeated, strict=True):
                 x_BTD, signals = body(x_BTD, Signals(state, shared), weights)
-                shared = signals.keys_and_values if reuses else None
+                shared = signals.keys_and_values
                 states.append(signals.state)
             return (x_BTD, shared), states
 
@@ -253,8 +256,14 @@ def decoder(
         state = (
             [None] * len(bodies) if states is None else _in_pattern(segment, states[segment.name])
         )
+        stacked = (weights, state)
+        if reuses and shared is None and model.scan_layers:
+            # The first layer finds nothing to reuse, in the form of what it leaves itself.
+            first = jax.tree.map(lambda leaf: leaf[0], stacked)
+            _, found = jax.eval_shape(repeat, (x_BTD, None), first)[0]
+            shared = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
         (x_BTD, shared), state = _repeated(
-            repeat, (x_BTD, shared), (weights, state), segment.repeats, model.scan_layers
+            repeat, (x_BTD, shared), stacked, segment.repeats, model.scan_layers
         )
         new_states[segment.name] = _by_layer(segment, state)
     with jax.named_scope("final_norm"):
@@ -267,12 +276,6 @@ def _repeated(
 ) -> tuple[tuple[Array, Any], Any]:
     """`repeat` over the leading axis of `stacked`, as one loop or written out."""
     if scan:
-        if carry[1] is None:
-            # What the first layer leaves for later ones is of the form that all of them leave.
-            first = jax.tree.map(lambda leaf: leaf[0], stacked)
-            _, shared = jax.eval_shape(repeat, carry, first)[0]
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shared)
-            carry = carry[0], zeros
         return jax.lax.scan(repeat, carry, stacked)
     states = []
     for one in unstack(stacked, repeats):
