@@ -165,6 +165,7 @@ def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: 
         stage.sequence_length, min(256, SHORTEST * stage.sequence_length // shortest), 2 * DEVICES
     )
     parts = min(stage.accumulation_steps, 4)
+    stable = int((1 - (stage.schedule.decay_fraction or 0.0)) * steps)
     batch_tokens = SEQUENCES // 2 * max(parts, 2) * length
     changes = {
         "tokens": steps * batch_tokens,
@@ -172,7 +173,7 @@ def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: 
         "batch_tokens": batch_tokens,
         "learning_rate": stage.learning_rate * faster,
         "schedule": stage.schedule.model_copy(
-            update={"warmup_steps": min(stage.schedule.warmup_steps, steps // 4)}
+            update={"warmup_steps": min(stage.schedule.warmup_steps, steps // 4, stable)}
         ),
         "accumulation_steps": parts,
         "mesh": stage.mesh and scale_down(stage.mesh, num_devices),
