@@ -13,7 +13,7 @@ along `context`, in attention. The backward pass exchanges the transpose of each
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,31 +177,42 @@ def layer(
     return x_BTD, signals
 
 
+class Surroundings(NamedTuple):
+    """What the layers of a decoder meet beside their weights and hidden states.
+
+    Attributes:
+        memory: how queries reach keys and values.
+        states: of the layers, as `layer_states` makes them, or None.
+        observe: is shown the activations of each layer.
+    """
+
+    memory: Memory
+    states: Any = None
+    observe: Observe = unobserved
+
+
 def decoder(
     params: Tree,
     tokens: tuple[Int[Array, "B T"], Int[Array, "B T"]],
-    memory: Memory,
-    states: Any,
+    surroundings: Surroundings,
     model: ModelConfig,
     execution: Execution,
-    observe: Observe = unobserved,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Hidden states after the final norm, and each layer's new state.
 
     Args:
         params: this device's part of each parameter, float32.
         tokens: vocabulary ids and positions of this device's tokens.
-        memory: how queries reach keys and values.
-        states: of the layers, as `layer_states` makes them, or None.
+        surroundings: what the layers meet beside these.
         model: what is computed.
         execution: how it is carried out.
-        observe: is shown the activations of each layer.
 
     Returns:
         [B, T, D] of this tensor shard's tokens, in the type to compute in, and the new states, in
         the form of `layer_states`.
     """
     ids, positions = tokens
+    memory, states, observe = surroundings
     specs = param_specs(model)
     # A layer's matrices are gathered as each is multiplied, and again in its backward pass.
     params = gathered_norms(params, specs, execution)
@@ -385,12 +396,22 @@ def forward(
     """
     ids, positions, segment_ids = inputs
     memory = Packed(segment_ids, execution)
-    hidden, _ = decoder(params, (ids, positions), memory, None, model, execution)
+    hidden, _ = decoder(params, (ids, positions), Surroundings(memory), model, execution)
     return gather_tokens(hidden, execution.mesh)
 
 
 def empty_cache(model: ModelConfig, batch: int, length: int, execution: Execution) -> Any:
-    """What layers keep of `length` positions to generate from, zeros [repeats, B, length, ...]."""
+    """What layers keep to generate from, before the first token.
+
+    Args:
+        model: whose layers.
+        batch: sequences.
+        length: positions of each.
+        execution: tells the type of keys and values.
+
+    Returns:
+        Zeros [repeats, batch, length, ...], as `layer_states` arranges them.
+    """
     dtype = execution.precision.compute
 
     def make(layer: LayerConfig, repeats: int) -> Any:
@@ -416,4 +437,4 @@ def forward_cached(
         model: what is computed.
         execution: on one device.
     """
-    return decoder(params, tokens, Cached(tokens[1]), cache, model, execution)
+    return decoder(params, tokens, Surroundings(Cached(tokens[1]), cache), model, execution)
