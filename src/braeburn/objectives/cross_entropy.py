@@ -33,7 +33,12 @@ class Targets(NamedTuple):
 
 
 class TargetStatistics(NamedTuple):
-    """What is accumulated of each token: the log-sum-exp of its logits, and its target's logit."""
+    """What is accumulated of each token.
+
+    Attributes:
+        softmax: the running log-sum-exp of its logits.
+        target_logit: the logit of its target, float32.
+    """
 
     softmax: LogSumExp
     target_logit: Float[Array, "B T"]
@@ -80,7 +85,14 @@ class CrossEntropy(Objective[Targets, TargetStatistics]):
     def logit_gradient(
         self, statistics: TargetStatistics, block: LogitBlock, tokens: Targets, dtype: Any
     ) -> Float[Array, "B T R"]:
-        """(softmax * (1 + 2 * z_loss * log Z) - one-hot target) * weight."""
+        """(softmax * (1 + 2 * z_loss * log Z) - one-hot target) * weight.
+
+        Args:
+            statistics: of the tokens, over the whole vocabulary.
+            block: their logits at R rows.
+            tokens: their targets and weights.
+            dtype: of the result.
+        """
         log_z = statistics.softmax.log_z[..., None]
         probabilities = jnp.exp(block.logits - log_z)
         one_hot = tokens.ids[..., None] == block.ids

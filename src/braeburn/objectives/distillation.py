@@ -44,7 +44,12 @@ class Labels(NamedTuple):
 
 
 class _TopKStatistics(NamedTuple):
-    """What is accumulated of each token for `top_k_labels`."""
+    """What is accumulated of each token for `top_k_labels`.
+
+    Attributes:
+        softmax: the running log-sum-exp of its logits.
+        top_k: its k largest logits.
+    """
 
     softmax: LogSumExp
     top_k: TopK
@@ -242,7 +247,10 @@ class _Distilled(Objective[_Tokens, _Statistics[TeacherStatistics]], Generic[Tea
             logits: the student's, at N vocabulary ids.
             is_target: bool [B, T, N], whether these are the text's next tokens.
             teacher_probs: float32 [B, T, N], the teacher's probabilities there at the temperature.
-            weights: of the tokens.
+            weights: of the tokens, float32.
+
+        Returns:
+            float32, as `logits`.
         """
         rest, strength = 1 - self.weight, self.weight * self.temperature
         log_z, tempered_log_z = statistics.log_zs[..., None]
@@ -276,7 +284,14 @@ class LabelDistillation(_Distilled[Array]):
     def logit_gradient(
         self, statistics: _Statistics[Array], block: LogitBlock, tokens: _Tokens, dtype: Any
     ) -> Float[Array, "B T R"]:
-        """The derivative with respect to a block's logits."""
+        """The derivative of the loss with respect to a block's logits.
+
+        Args:
+            statistics: of the tokens, over the whole vocabulary.
+            block: their logits at R rows.
+            tokens: their targets, weights and labels.
+            dtype: of the result.
+        """
         assert tokens.label_ids is not None and tokens.label_probs is not None
         targets, weights = tokens.targets
         is_target = targets[..., None] == block.ids
@@ -319,7 +334,14 @@ class DistributionDistillation(_Distilled[Expectation]):
     def logit_gradient(
         self, statistics: _Statistics[Expectation], block: LogitBlock, tokens: _Tokens, dtype: Any
     ) -> Float[Array, "B T R"]:
-        """The derivative with respect to a block's logits."""
+        """The derivative of the loss with respect to a block's logits.
+
+        Args:
+            statistics: of the tokens, over the whole vocabulary.
+            block: their logits at R rows.
+            tokens: their targets and weights.
+            dtype: of the result.
+        """
         assert block.teacher_logits is not None
         targets, weights = tokens.targets
         log_z = statistics.teacher.log_z[..., None]
@@ -441,6 +463,12 @@ def _online_targets(
         params: its float32 parameters, which get no gradient.
         distillation: the kind of target.
         execution: how it is carried out.
+
+    Returns:
+        Labels for "label" and "top_k", hidden states and head for "distribution".
+
+    Raises:
+        UserError: the vocabulary has fewer tokens than `distillation.top_k`.
     """
     head = jax.lax.stop_gradient(decoder.head_matrix(params))
     hidden = decoder.forward(params, inputs, model, execution.forward_only)

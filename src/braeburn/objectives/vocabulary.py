@@ -9,8 +9,8 @@ array of the size [tokens, vocabulary] is stored or computed twice. There are tw
 * **Blocks of rows**, where rows are split over `fsdp`: the devices gather a block of rows, which
   meets all of the device's tokens, first for the statistics and once more for the gradient.
 
-Over a mesh these are programs of one device. The shards of `tensor` hold the same tokens and share
-the vocabulary out; what they exchange is a few numbers a token, never logits.
+Over a mesh these are programs of one device. The shards of `tensor` hold the same tokens, and each
+has a part of the vocabulary; what they exchange is a few numbers a token, never logits.
 
 **To add an objective**, write one file with a frozen dataclass that derives from `Objective`. Its
 fields are its settings, and its methods are pure functions of one block of logits:
@@ -295,7 +295,10 @@ def _row_blocks(model: Projection, length: int) -> Float[Array, "N R E"]:
     return head.reshape(-1, length, head.shape[1])
 
 
-def _reduce(reduction: Reduction[Tokens, Statistics], inputs: _Inputs, mesh: MeshConfig) -> Any:
+def _reduce(
+    reduction: Reduction[Tokens, Statistics], inputs: _Inputs, mesh: MeshConfig
+) -> Statistics:
+    """The statistics of all tokens over the whole vocabulary, a tree of arrays [B, T, ...]."""
     shape = inputs.projection.hidden.shape[:2]
     if mesh.fsdp > 1:
 
@@ -319,7 +322,17 @@ def _reduce(reduction: Reduction[Tokens, Statistics], inputs: _Inputs, mesh: Mes
 def _of_chunk(
     reduction: Reduction[Tokens, Statistics], block: LogitBlock, tokens: Tokens, mesh: MeshConfig
 ) -> Statistics:
-    """The statistics of tokens that meet all of this shard's rows at once."""
+    """The statistics of tokens that meet all of this shard's rows at once.
+
+    Args:
+        reduction: what is accumulated.
+        block: the tokens' logits at all rows of this tensor shard.
+        tokens: what there is of each token.
+        mesh: resolved sizes.
+
+    Returns:
+        Statistics over the whole vocabulary.
+    """
     met = reduction.update(reduction.start(block.logits.shape[:2]), block, tokens)
     return accumulated.join(met, mesh)
 
@@ -396,7 +409,9 @@ def _forward(
     tokens: Any,
     execution: Execution,
 ) -> tuple[tuple[Array, dict[str, Array]], Projection]:
-    """The results of `vocabulary_loss`, and the gradient for `projection`."""
+    """The results of `vocabulary_loss`, whose arguments these are, and the gradient for
+    `projection`, which the backward pass only scales.
+    """
     differentiate = _by_blocks if execution.mesh.fsdp > 1 else _by_chunks
     sums, gradient = differentiate(objective, _Inputs(projection, teacher, tokens), execution)
     return _local(objective, sums, execution.mesh), gradient
@@ -410,12 +425,12 @@ def _by_chunks(
     head_VD = head.astype(hidden.dtype)
 
     def one_chunk(
-        head_gradient: Array, block: LogitBlock, hidden: Array, tokens: Any
+        head_gradient: Array, block: LogitBlock, chunk_hidden: Array, tokens: Any
     ) -> tuple[Array, tuple[Any, Array]]:
         statistics = _of_chunk(objective, block, tokens, execution.mesh)
         logit_gradient = objective.logit_gradient(statistics, block, tokens, hidden.dtype)
         hidden_gradient = product(logit_gradient, head_VD)
-        head_gradient += product(flat(logit_gradient).T, flat(hidden), jnp.float32)
+        head_gradient += product(flat(logit_gradient).T, flat(chunk_hidden), jnp.float32)
         return head_gradient, (objective.sums(statistics, tokens), hidden_gradient)
 
     head_gradient, (sums, hidden_gradient) = _scan_chunks(
@@ -457,6 +472,14 @@ def _backward(
     gradient: Projection,
     cotangents: tuple[Array, dict[str, Array]],
 ) -> tuple[Projection, None, None]:
+    """The gradient for `projection`, times the loss's cotangent; none for teacher and tokens.
+
+    Args:
+        objective: not used.
+        execution: not used.
+        gradient: from the forward pass.
+        cotangents: of the loss and of the metrics, of which the latter are ignored.
+    """
     scale, _ = cotangents
     hidden = (scale * gradient.hidden).astype(gradient.hidden.dtype)
     return Projection(hidden, scale * gradient.head), None, None
