@@ -62,14 +62,14 @@ def logits_of(hidden, head):
     return np.einsum("btd,vd->btv", np.asarray(hidden, np.float64), np.asarray(head, np.float64))
 
 
-def probabilities(teaching, distillation, vocab=VOCAB):
-    """What the teacher teaches, [B, T, V] in float64."""
+def probabilities(teacher_targets, distillation, vocab=VOCAB):
+    """The targets, [B, T, V] in float64."""
     if distillation.target == "distribution":
-        return np.exp(log_softmax(logits_of(*teaching) / distillation.temperature))
+        return np.exp(log_softmax(logits_of(*teacher_targets) / distillation.temperature))
     k, temperature = (
         (1, 1) if distillation.target == "label" else (distillation.top_k, distillation.temperature)
     )
-    ids, log_probs = (np.asarray(array)[..., :k] for array in teaching)
+    ids, log_probs = (np.asarray(array)[..., :k] for array in teacher_targets)
     found = np.zeros((*ids.shape[:2], vocab))
     np.put_along_axis(
         found, ids, np.exp(log_softmax(log_probs.astype(np.float64) / temperature)), -1
@@ -77,21 +77,28 @@ def probabilities(teaching, distillation, vocab=VOCAB):
     return found
 
 
-def plain(hidden, head, targets, weights, teaching, distillation, z_loss):
+def plain(hidden, head, targets, weights, teacher_targets, distillation, z_loss):
     """(total, nll, distillation), (gradient for hidden, for head), written out."""
     temperature = 1.0 if distillation.target == "label" else distillation.temperature
-    taught, share = probabilities(teaching, distillation), distillation.weight
+    teacher_probs, teacher_weight = (
+        probabilities(teacher_targets, distillation),
+        distillation.weight,
+    )
     hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
     logits = logits_of(hidden, head)
     log_q, log_q_tempered = log_softmax(logits), log_softmax(logits / temperature)
     log_z = (logits - log_q)[..., 0]
     true = np.eye(VOCAB)[np.asarray(targets)]
     nll = np.sum(weights * -np.sum(true * log_q, -1))
-    distilled = temperature**2 * np.sum(weights * -np.sum(taught * log_q_tempered, -1))
-    total = share * distilled + (1 - share) * nll + z_loss * np.sum(weights * log_z**2)
-    logit_gradient = (1 - share) * (np.exp(log_q) - true)
+    distilled = temperature**2 * np.sum(weights * -np.sum(teacher_probs * log_q_tempered, -1))
+    total = (
+        teacher_weight * distilled
+        + (1 - teacher_weight) * nll
+        + z_loss * np.sum(weights * log_z**2)
+    )
+    logit_gradient = (1 - teacher_weight) * (np.exp(log_q) - true)
     logit_gradient += 2 * z_loss * log_z[..., None] * np.exp(log_q)
-    logit_gradient += share * temperature * (np.exp(log_q_tempered) - taught)
+    logit_gradient += teacher_weight * temperature * (np.exp(log_q_tempered) - teacher_probs)
     logit_gradient *= weights[..., None]
     return (total, nll, distilled), (
         np.einsum("btv,vd->btd", logit_gradient, head),
@@ -99,7 +106,7 @@ def plain(hidden, head, targets, weights, teaching, distillation, z_loss):
     )
 
 
-def taught_by(teacher, kind, k=K):
+def targets_by(teacher, kind, k=K):
     return (
         teacher if kind == "distribution" else jax.jit(top_k_labels, static_argnums=2)(*teacher, k)
     )
@@ -110,19 +117,21 @@ def many_chunks(monkeypatch):
     monkeypatch.setattr(vocabulary, "chunk_length", lambda batch, length, vocab: 8)
 
 
-@pytest.mark.parametrize(("kind", "temperature", "share"), KINDS)
-def test_values_and_gradients_are_those_of_whole_distributions(kind, temperature, share):
+@pytest.mark.parametrize(("kind", "temperature", "teacher_weight"), KINDS)
+def test_values_and_gradients_are_those_of_whole_distributions(kind, temperature, teacher_weight):
     hidden, head, targets, weights, teacher = inputs()
-    settings = Distillation(target=kind, weight=share, temperature=temperature, top_k=K)
-    teaching = taught_by(teacher, kind, K + 2)  # more than asked for
+    settings = Distillation(target=kind, weight=teacher_weight, temperature=temperature, top_k=K)
+    teacher_targets = targets_by(teacher, kind, K + 2)  # more than asked for
 
     def chunked(hidden, head):
-        return distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
+        return distillation_loss(hidden, head, targets, weights, teacher_targets, settings, Z_LOSS)
 
     (total, parts), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(
         hidden, head
     )
-    expected, expected_gradients = plain(hidden, head, targets, weights, teaching, settings, Z_LOSS)
+    expected, expected_gradients = plain(
+        hidden, head, targets, weights, teacher_targets, settings, Z_LOSS
+    )
     np.testing.assert_allclose(
         [total, parts["loss"], parts["distillation_loss"]], expected, rtol=1e-6
     )
@@ -135,8 +144,8 @@ def test_values_and_gradients_are_those_of_whole_distributions(kind, temperature
 def test_the_gradient_is_that_of_the_value(kind):
     hidden, head, targets, weights, teacher = inputs(1)
     settings = Distillation(target=kind, weight=0.7, temperature=1.5, top_k=K)
-    teaching = taught_by(teacher, kind)
-    _, (gradient, _) = plain(hidden, head, targets, weights, teaching, settings, Z_LOSS)
+    teacher_targets = targets_by(teacher, kind)
+    _, (gradient, _) = plain(hidden, head, targets, weights, teacher_targets, settings, Z_LOSS)
     direction = np.asarray(gradient / np.linalg.norm(gradient))
     step = 1e-4
 
@@ -144,7 +153,7 @@ def test_the_gradient_is_that_of_the_value(kind):
     def written_out(sign):
         return plain(np.asarray(hidden, np.float64) + sign * step * direction, head, *rest)[0][0]
 
-    rest = (targets, weights, teaching, settings, Z_LOSS)
+    rest = (targets, weights, teacher_targets, settings, Z_LOSS)
     assert (written_out(1) - written_out(-1)) / (2 * step) == pytest.approx(
         np.linalg.norm(gradient), rel=1e-6
     )
@@ -159,14 +168,14 @@ def test_the_gradient_is_that_of_the_value(kind):
     )
 
 
-@pytest.mark.parametrize("share", [0.9, 1.0])
-def test_a_teacher_whose_labels_are_the_true_tokens_is_plain_training(share):
+@pytest.mark.parametrize("teacher_weight", [0.9, 1.0])
+def test_a_teacher_whose_labels_are_the_true_tokens_is_plain_training(teacher_weight):
     hidden, head, targets, weights, _ = inputs(2)
-    teaching = Labels(targets[..., None], jnp.full((*targets.shape, 1), -0.3))
-    settings = Distillation(weight=share, temperature=3.0)
+    teacher_targets = Labels(targets[..., None], jnp.full((*targets.shape, 1), -0.3))
+    settings = Distillation(weight=teacher_weight, temperature=3.0)
 
     def distilled(hidden, head):
-        return distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
+        return distillation_loss(hidden, head, targets, weights, teacher_targets, settings, Z_LOSS)
 
     def text_alone(hidden, head):
         return cross_entropy(Projection(hidden, head), Targets(targets, weights), Z_LOSS, FLOAT32)
@@ -212,7 +221,7 @@ def test_half_precision_keeps_sums_in_float32_and_large_logits_do_not_overflow(k
 
     def chunked(hidden, head):
         return distillation_loss(
-            hidden, head, targets, weights, taught_by(half, kind), settings, 0.0
+            hidden, head, targets, weights, targets_by(half, kind), settings, 0.0
         )
 
     (total, _), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(
@@ -221,7 +230,7 @@ def test_half_precision_keeps_sums_in_float32_and_large_logits_do_not_overflow(k
     rounded = Projection(half.hidden, half.head.astype(jnp.bfloat16))
     expected, expected_gradients = plain(
         hidden.astype(jnp.bfloat16), (30 * head).astype(jnp.bfloat16), targets, weights,
-        taught_by(rounded, kind), settings, 0.0,
+        targets_by(rounded, kind), settings, 0.0,
     )  # fmt: skip
     assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32]
     assert float(total) == pytest.approx(expected[0], rel=1e-5)
@@ -261,12 +270,15 @@ def test_more_tokens_than_there_are_are_refused():
 
 def test_a_cache_of_too_few_tokens_is_refused():
     hidden, head, targets, weights, teacher = inputs()
-    teaching, settings = taught_by(teacher, "top_k", 2), Distillation(target="top_k", top_k=3)
+    teacher_targets, settings = (
+        targets_by(teacher, "top_k", 2),
+        Distillation(target="top_k", top_k=3),
+    )
     with pytest.raises(
         UserError,
         match=r"top_k=3, .* holds 2 tokens a position; set distillation.top_k to at most 2",
     ):
-        distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
+        distillation_loss(hidden, head, targets, weights, teacher_targets, settings, Z_LOSS)
 
 
 STUDENT = ModelConfig(
@@ -311,23 +323,28 @@ def test_online_and_cached_labels_give_the_same_loss(kind):
 
     def by_hand(params, batch, teacher):
         inputs = [batch[name] for name in ("inputs", "positions", "segment_ids")]
-        teaching = Projection(decoder.forward(teacher, inputs, TEACHER, FLOAT32), teacher["head"])
+        teacher_targets = Projection(
+            decoder.forward(teacher, inputs, TEACHER, FLOAT32), teacher["head"]
+        )
         if kind != "distribution":
-            teaching = top_k_labels(*teaching, 3)
+            teacher_targets = top_k_labels(*teacher_targets, 3)
         hidden, tokens = (
             decoder.forward(params, inputs, STUDENT, FLOAT32),
             (batch["targets"], batch["weights"]),
         )
         total, _ = distillation_loss(
-            hidden, params["embedding"], *tokens, teaching, settings, STUDENT.z_loss
+            hidden, params["embedding"], *tokens, teacher_targets, settings, STUDENT.z_loss
         )
-        return (total, loss_of_text(params, batch, STUDENT, FLOAT32)[1]["loss"], teaching)
+        return (total, loss_of_text(params, batch, STUDENT, FLOAT32)[1]["loss"], teacher_targets)
 
     live, parts = jax.jit(minimised, static_argnums=3)(params, batch, teacher, settings)
-    total, nll, teaching = jax.jit(by_hand)(params, batch, teacher)
+    total, nll, teacher_targets = jax.jit(by_hand)(params, batch, teacher)
     np.testing.assert_allclose([live, parts["loss"]], [total, nll], rtol=1e-6)
     if kind != "distribution":
-        batch = batch | {"teacher_ids": teaching.ids, "teacher_log_probs": teaching.log_probs}
+        batch = batch | {
+            "teacher_ids": teacher_targets.ids,
+            "teacher_log_probs": teacher_targets.log_probs,
+        }
         cached, same = jax.jit(minimised, static_argnums=3)(params, batch, None, settings)
         np.testing.assert_allclose([cached, *same.values()], [live, *parts.values()], rtol=1e-6)
 
