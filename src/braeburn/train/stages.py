@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from braeburn.config import MeshConfig, ModelConfig, Run, Stage
+from braeburn.config import Execution, MeshConfig, ModelConfig, Run, Stage
 from braeburn.data.packing import Batch
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, abstract, initialize, walk
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy, distillation
 from braeburn.optim.build import build_optimizer
+from braeburn.optim.definition import ALONE
 from braeburn.parallel.layout import Layout, can_offload
 from braeburn.parallel.mesh import build, resolve
 from braeburn.parallel.rules import check
@@ -44,11 +45,16 @@ class Program:
     compile_seconds: float
 
 
-def stage_optimizer(run: Run, name: str, specs: Tree | None = None) -> optax.GradientTransformation:
-    """The optimizer of a stage, for all that it trains or for parameters of other `specs`."""
+def stage_optimizer(
+    run: Run, name: str, specs: Tree | None = None, execution: Execution = ALONE
+) -> optax.GradientTransformation:
+    """The optimizer of a stage, for all that it trains or for parameters of other `specs`.
+
+    Its state is the same on any mesh; updates are made on that of `execution`.
+    """
     model = run.models()[name].trained
     return build_optimizer(
-        run.optimizer, run.stages[name], specs or trained_specs(run, name), model
+        run.optimizer, run.stages[name], specs or trained_specs(run, name), model, execution
     )
 
 
@@ -119,7 +125,7 @@ def stage_step(
     step = functools.partial(
         train_step,
         loss=loss,
-        optimizer=stage_optimizer(run, name),
+        optimizer=stage_optimizer(run, name, execution=execution),
         accumulation_steps=stage.accumulation_steps,
         spread=lambda function: of_model(layout, model).gradient(function, *others),
         use=use_of(run, name),
