@@ -120,7 +120,7 @@ class Programs:
     """What a step does with a part of a batch.
 
     Attributes:
-        blocks: of layers.
+        blocks: of layers; beside a teacher, its alone.
         around: embedding, final norm and loss, with their gradients.
     """
 
@@ -226,7 +226,12 @@ def programs(shapes: Shapes) -> Programs:
     )
     order = [whole.jaxpr.invars.index(v) if v in whole.jaxpr.invars else None for v in mapped.invars]
     loops = _loops(inner, order, blocks_of, moving)
-    blocks = tuple(_block(eqn, moves, wrap, shapes.marker) for eqn, moves in loops.items())
+    # Beside a teacher the layers that are trained are those that there are without one.
+    blocks = tuple(
+        _block(eqn, moves, wrap, shapes.marker)
+        for eqn, moves in loops.items()
+        if not (shapes.teacher and any(moves))
+    )
 
     def past_layers(equation: Any, inputs: list[Any]) -> Sequence[Any] | None:
         if equation not in loops:

@@ -11,6 +11,7 @@ from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import extent, placements
 from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
+from braeburn.plan.forward import accelerator_of
 
 # What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps
 # norms and more in float32: compiled steps take twice the memory then, and longer.
@@ -71,7 +72,7 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     Raises:
         UserError: the stage's teacher is not there.
     """
-    found, work = [], work_of(run, name, run.mesh)
+    found, work = [], work_of(run, name, run.mesh, accelerator_of(target.facts))
     models = [*run.models()[name], *([work.teacher] if work.teacher else [])]
     for sizes in meshes(models, work.stage, target):
         best: tuple[Work, Estimate] | None = None
