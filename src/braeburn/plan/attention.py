@@ -2,8 +2,8 @@
 traced program does.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,8 @@ from braeburn.plan.graph import Node, Value, needed
 from braeburn.plan.trace import Pass, Program, differentiate, on_each_device, peaks, rematerialize
 
 FLOAT = 4
+# Tokens of half a shard that are traced around a kernel, whatever there are.
+KERNEL_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,55 @@ def backend_of(accelerator: Accelerator, request: Request) -> Backend:
 
 
 @cache
-def attention_of(
-    accelerator: Accelerator,
-    request: Request,
-) -> tuple[Attention, Backend]:
-    """The costs of attention for one sequence and one key head.
+def attention_of(accelerator: Accelerator, request: Request) -> tuple[Attention, Backend]:
+    """The costs of attention for one sequence and one key head, and the back end.
 
     Args:
         accelerator: of the target.
         request: for one key head; `num_heads` are the query heads that share it.
     """
     backend = backend_of(accelerator, request)
+    if backend.kernel is None:
+        return _costs(_traced(request, backend.run)), backend
+    # What there is around a kernel is the same for each token of keys.
+    shards = request.context_shards
+    length = 2 * shards * KERNEL_LENGTH
+    around = _around_kernel(request.dtype, request.head_dim, shards, length)
+    found = _scaled(around, request.sequence_length / length)
+    # A kernel keeps its log-sum-exp, one number for each query and head.
+    statistics = FLOAT * request.num_heads * request.sequence_length / shards
+    kept = replace(found, kept=statistics, kept_whole=found.kept_whole + statistics)
+    return kept, backend
+
+
+@cache
+def _around_kernel(dtype: Any, head_dim: int, shards: int, length: int) -> Attention:
+    request = Request("", dtype, length, 1, 1, head_dim, shards)
+
+    def run(query: Any, key: Any, value: Any, ids: Any, mesh: MeshConfig) -> Any:
+        return attention_call(query, *(gather_sequence(x, mesh) for x in (key, value)))
+
+    return _costs(_traced(request, run))
+
+
+def _scaled(found: Attention, factor: float) -> Attention:
+    """Attention over `factor` times as many tokens in as many calls."""
+
+    def scaled(cost: Cost) -> Cost:
+        moved = {kind: (size * factor, times) for kind, (size, times) in cost.collectives.items()}
+        return replace(cost, element_wise=cost.element_wise * factor, collectives=moved)
+
+    return Attention(
+        *(scaled(cost) for cost in (found.forward, found.again, found.again_whole)),
+        scaled(found.backward),
+        found.kept * factor,
+        found.kept_whole * factor,
+        found.live * factor,
+    )
+
+
+def _traced(request: Request, run: Callable[..., Any]) -> Program:
+    """Attention and its gradient for one sequence."""
     mesh = MeshConfig(
         fsdp=1,
         context=request.context_shards,
@@ -106,25 +146,17 @@ def attention_of(
         for heads in (request.num_heads, request.num_kv_heads)
     )
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-
-    def run(query: Any, key: Any, value: Any, ids: Any) -> list[Any]:
-        if backend.kernel is None:
-            return [backend.run(query, key, value, ids, mesh)]
-        gathered = [gather_sequence(x, mesh) for x in (key, value)]
-        return [attention_call(query, *gathered)]
-
-    program = differentiate(
-        run,
+    return differentiate(
+        lambda *arguments: [run(*arguments, mesh)],
         [query, key, key, ids],
         [True, True, True, False],
         [query],
         lambda function: on_each_device(function, mesh, AbstractDevice("", None, "cpu")),
         0,
     )
-    return _costs(program, request, fused=backend.kernel is not None), backend
 
 
-def _costs(program: Program, request: Request, *, fused: bool) -> Attention:
+def _costs(program: Program) -> Attention:
     def named(primitive: Any, *_: Any, **settings: Any) -> bool:
         return bool(primitive.name == "name" and settings["name"] == ATTENTION)
 
@@ -137,18 +169,14 @@ def _costs(program: Program, request: Request, *, fused: bool) -> Attention:
         [*program.outputs, *(value for node in nothing.again for value in node.outputs)],
     )
     result = set(program.outputs)
-    queries = request.num_heads * (request.sequence_length // request.context_shards)
-    # A kernel keeps its log-sum-exp, one number for each query and head.
-    statistics = FLOAT * queries if fused else 0
     live = max((size.scaled for _, size in peaks(program, saving, ())), default=0.0)
     return Attention(
         forward=_cost(needed(program.forward, program.outputs), program.outputs),
         again=_cost(saving.again, ()),
         again_whole=_cost(again_whole, program.outputs),
         backward=_cost(program.backward, program.gradients),
-        kept=sum(v.bytes.scaled for v, _ in saving.kept if v not in result) + statistics,
-        kept_whole=sum(v.bytes.scaled for v, _ in everything.kept if v not in result)
-        + statistics,
+        kept=sum(v.bytes.scaled for v, _ in saving.kept if v not in result),
+        kept_whole=sum(v.bytes.scaled for v, _ in everything.kept if v not in result),
         live=live,
     )
 

@@ -8,7 +8,7 @@ pattern, its length the number of repeats.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -31,7 +31,9 @@ from braeburn.layers.attention.select import outlined
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy, distillation
+from braeburn.parallel.collectives import CONTEXT
 from braeburn.parallel.rules import partition
+from braeburn.plan.graph import total_collectives
 from braeburn.plan.trace import (
     REMATERIALIZED,
     Policy,
@@ -50,9 +52,11 @@ _LARGEST_PRIME = 127
 FORWARD, BACKWARD = "attention_forward", "attention_backward"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shapes:
     """All that the sizes of a stage's programs on one device depend on, but for the tokens.
+
+    Each is one of its kind: see `shapes_of`.
 
     Attributes:
         model: that is trained.
@@ -77,7 +81,7 @@ class Shapes:
             fsdp=FSDP_TRACED if self.fsdp else 1, context=self.context, tensor=self.tensor
         )
 
-    @property
+    @cached_property
     def marker(self) -> int:
         """A prime that divides none of the models' sizes."""
         models = [self.model, *(self.teacher[:1] if self.teacher else [])]
@@ -89,10 +93,52 @@ class Shapes:
             if all(n % d for d in range(2, n)) and all(size % n for size in sizes)
         )
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens that are traced, on all tensor shards together."""
         return self.tensor * self.marker
+
+
+@cache
+def shapes_of(
+    model: ModelConfig,
+    precision: Precision,
+    tensor: int,
+    fsdp: bool,
+    context: int = 1,
+    teacher: tuple[ModelConfig, Distillation] | None = None,
+) -> Shapes:
+    """The shapes that a model's programs are traced with.
+
+    Args:
+        model: that is trained; see `sized`.
+        precision: of its activations and sums.
+        tensor: devices along `tensor`.
+        fsdp: whether weights are split along `fsdp`.
+        context: devices along `context`, where more than attention depends on them.
+        teacher: a teacher's model with what it teaches, or None.
+    """
+    return Shapes(model, precision, tensor, fsdp, context, teacher)
+
+
+@cache
+def sized(model: ModelConfig) -> ModelConfig:
+    """The model without what changes no size of its programs."""
+    return model.model_copy(update={"rope_base": 1.0, "rope_scaling": None, "scan_layers": True})
+
+
+@cache
+def crosses_context(model: ModelConfig, precision: Precision) -> bool:
+    """Whether anything but attention exchanges along `context`: else its size changes nothing but
+    the tokens of a device.
+    """
+    found = programs(shapes_of(model, precision, 1, False, 2))
+    graphs = [found.around, *(block.program for block in found.blocks)]
+    return any(
+        key.axis == CONTEXT
+        for program in graphs
+        for key in total_collectives(program.forward + program.backward)
+    )
 
 
 @dataclass(frozen=True, eq=False)

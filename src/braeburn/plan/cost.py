@@ -28,11 +28,11 @@ from braeburn.plan.forward import (
     Teaching,
     accelerator_of,
     joined,
-    offloaded,
     specs_of,
 )
 from braeburn.plan.graph import Amount
-from braeburn.plan.layers import Around, Layers, around_of, layers_of
+from braeburn.plan.layers import Around, around_of, layers_of
+from braeburn.plan.totals import Totals, totals_of
 from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
 from braeburn.train.stages import sizes_of
@@ -167,9 +167,9 @@ class Work(Pass):
         return self.stage.remat or self.run.remat
 
     @cached_property
-    def layers(self) -> Layers:
+    def totals(self) -> Totals:
         """What the model's layers do."""
-        return layers_of(self.shapes, self.remat)
+        return totals_of(layers_of(self.shapes, self.remat), self.shapes.tokens, self.sequence)
 
     @cached_property
     def around(self) -> Around:
@@ -200,19 +200,19 @@ class Work(Pass):
         """Of all matrix products but attention's: forward, twice that backward, and what is worked
         out again.
         """
-        each = self.at(self.layers.flops) + self.at(self.around.flops)
+        each = self.at(self.totals.flops) + self.at(self.around.flops)
         return each * self.stage.accumulation_steps
 
     def attention_flops(self, tile: int, backward: int) -> float:
         """Of attention's products in a fused kernel, two forward and so many backward, over the
         tiles that causality leaves.
         """
-        return self.kernel_flops(self.layers, tile, backward)
+        return self.kernel_flops(self.totals, tile, backward)
 
     @cached_property
     def attention_products(self) -> float:
         """Of attention's products in no fused kernel."""
-        return self.plain_flops(self.layers)
+        return self.at(self.totals.plain) * self.stage.accumulation_steps
 
     @cached_property
     def memory_bytes(self) -> float:
@@ -221,18 +221,17 @@ class Work(Pass):
 
         The backward pass is taken to move twice the bytes of the forward pass.
         """
-        layers, steps = self.layers, self.stage.accumulation_steps
-        passes = 3 + layers.repeats
-        once = self.at(Amount(0.0, layers.element_wise.scaled)) * passes
-        once += self.read_and_written(Amount(layers.element_wise.fixed)) * (1 + layers.repeats)
-        once += self.read_and_written(self.around.element_wise)
+        totals, steps = self.totals, self.stage.accumulation_steps
+        fixed, scaled = totals.element_wise
+        once = self.at(Amount(0.0, scaled)) * (3 + totals.repeats)
+        # Stored weights are made those that are multiplied, and once more for the backward pass.
+        once += self.read_and_written(Amount(fixed)) * (1 + totals.repeats)
+        once += self.read_and_written(self.around.element_wise) + self.at(totals.attention_bytes)
         # What is kept is copied into the arrays of all layers, and out of them.
-        once += 4 * self._kept_bytes
-        summed = 3 * FLOAT * self.shard * steps
+        once += 4 * self.at(totals.kept) + self._repacked
+        once += 3 * FLOAT * self.shard  # gradients are added up
         updated = self.shard * self.run.optimizer.update_bytes + self.remade_shard * REMADE
-        return (
-            once * steps + self.attention_bytes(layers) + updated + summed + self._repacked * steps
-        )
+        return once * steps + updated
 
     @cached_property
     def _repacked(self) -> float:
@@ -247,25 +246,16 @@ class Work(Pass):
             return 0.0
         gathered = sum(
             moved.bytes.fixed
-            for key, moved in self.layers.collectives.items()
+            for key, moved in self.totals.collectives
             if (key.axis, key.kind, key.what) == ("fsdp", "all-gather", "weights")
         )
         return gathered / 2 * 64 / width
 
     @cached_property
-    def _kept_bytes(self) -> float:
-        """Kept for the backward pass of a part of the batch, wherever."""
-        total = sum(self.at(size) for size in self.layers.kept.values())
-        for call, times in self.layers.calls.items():
-            found, _ = self.attention(call)
-            kept = {"kept": found.kept, "whole": found.kept_whole}.get(call.state, 0.0)
-            total += kept * times * self.sequences * call.num_kv_heads
-        return total
-
-    @cached_property
     def _offloaded_bytes(self) -> float:
-        """Of these, what waits on the host."""
-        return self.at(offloaded(self.layers.kept, self.run.offload.activations))
+        """Of what is kept, that which waits on the host."""
+        named = self.totals.named
+        return sum(self.at(named.get(name, Amount())) for name in self.run.offload.activations)
 
     @cached_property
     def host_bytes(self) -> float:
@@ -279,11 +269,11 @@ class Work(Pass):
     def memory(self) -> dict[str, float]:
         """GiB on a device at the step's fullest moment, by part."""
         model, stored = self.model, FLOAT * self.shard
-        kept = self._kept_bytes - self._offloaded_bytes
+        kept = self.at(self.totals.kept) - self._offloaded_bytes
         # In a layer's backward pass: its weights gathered twice, their gradient, and its
         # activations with theirs.
-        gathered, scattered = self.layers.weights
-        layer = 2 * gathered + scattered + self.live_bytes(self.layers)
+        gathered, scattered = self.totals.weights
+        layer = 2 * gathered + scattered + max(map(self.at, self.totals.live))
         # In the loss: the hidden states of all tensor shards' tokens with their gradient, and
         # logits of a block.
         logits = FLOAT * MAX_LOGITS
@@ -310,7 +300,7 @@ class Work(Pass):
         return joined(self._exchanges())
 
     def _exchanges(self) -> Iterator[Exchange]:
-        yield from self.collectives(self.layers, self.around)
+        yield from self.collectives(self.totals, self.around)
         if self.teaching:
             yield from self.teaching.exchanges()
         mesh, summed = self.mesh, FLOAT * self.shard

@@ -340,7 +340,8 @@ def needed(
     return found[::-1]
 
 
-# What costs nothing to make again, and is so in each fusion that uses it.
+# What costs nothing to make again, and is so in each fusion that uses it; and what is made again
+# where memory is short.
 _CHEAP = {
     "convert_element_type",
     "broadcast_in_dim",
@@ -348,6 +349,7 @@ _CHEAP = {
     "select_n",
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"),
 }
+_MADE_AGAIN = _CHEAP | {"add", "add_any", "sub", "mul", "neg", "square", "transpose"}
 
 
 class _Step(NamedTuple):
@@ -373,9 +375,11 @@ def _steps(nodes: Sequence[Node]) -> tuple[list[_Step], Callable[[Value], Value]
     return found, lambda value: arrays.get(value, value)
 
 
-def _in_memory(steps: Sequence[_Step], outputs: Iterable[Value]) -> set[Value]:
+def _in_memory(
+    steps: Sequence[_Step], outputs: Iterable[Value], cheap: set[str]
+) -> set[Value]:
     """The arrays that are written to memory: what operations that stand apart read and make, and
-    what more than one of the fusions between them uses.
+    what more than one of the fusions between them uses, unless it is `cheap` to make again.
     """
     users: dict[Value, list[Node]] = {}
     for step in steps:
@@ -391,7 +395,7 @@ def _in_memory(steps: Sequence[_Step], outputs: Iterable[Value]) -> set[Value]:
             continue
         for value in made:
             used_by = {ends.get(user, value) for user in users.get(value, ())}
-            if value in written or (len(used_by) > 1 and node.name not in _CHEAP):
+            if value in written or (len(used_by) > 1 and node.name not in cheap):
                 written.add(value)
                 ends[node] = value
             elif used_by:
@@ -406,7 +410,7 @@ def element_wise_bytes(nodes: Sequence[Node], outputs: Iterable[Value]) -> Amoun
     collectives read and write in their own time.
     """
     steps, array = _steps(nodes)
-    written = _in_memory(steps, {array(value) for value in outputs})
+    written = _in_memory(steps, {array(value) for value in outputs}, _CHEAP)
     total = Amount()
     # What a fusion has read by the time that it has made a value.
     sources: dict[Value, set[Value]] = {}
@@ -440,7 +444,7 @@ def live_bytes(
     """
     steps, array = _steps(nodes)
     results = {array(value) for value in outputs}
-    written = _in_memory(steps, results)
+    written = _in_memory(steps, results, _MADE_AGAIN)
     elsewhere = results | {array(value) for value in inputs}
     last: dict[Value, int] = {}
     for index, step in enumerate(steps):
