@@ -28,11 +28,12 @@ from braeburn.config import (
 )
 from braeburn.layers.attention.backend import ATTENTION
 from braeburn.layers.attention.select import outlined
-from braeburn.layers.spec import Tree
+from braeburn.errors import UserError
+from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy, distillation
 from braeburn.parallel.collectives import CONTEXT
-from braeburn.parallel.rules import partition
+from braeburn.parallel.rules import mesh_axes, partition
 from braeburn.plan.graph import total_collectives
 from braeburn.plan.trace import (
     REMATERIALIZED,
@@ -48,6 +49,9 @@ FSDP_TRACED = 2
 # Tokens that a loss takes in one chunk, whatever it is.
 _MOST_TOKENS = 500
 _LARGEST_PRIME = 127
+
+# Devices along `tensor` that are traced, as far as a model allows.
+SIZES = (2, 4, 8, 16, 32, 64)
 
 FORWARD, BACKWARD = "attention_forward", "attention_backward"
 
@@ -125,6 +129,44 @@ def shapes_of(
 def sized(model: ModelConfig) -> ModelConfig:
     """The model without what changes no size of its programs."""
     return model.model_copy(update={"rope_base": 1.0, "rope_scaling": None, "scan_layers": True})
+
+
+@cache
+def _splits(model: ModelConfig, tensor: int) -> frozenset[str] | None:
+    """The parameters that are split along `tensor`; None where it does not divide the model."""
+    mesh = MeshConfig(fsdp=1, tensor=tensor)
+    try:
+        return frozenset(
+            f"{path} {name}"
+            for path, spec in walk(decoder.param_specs(model))
+            for name, size in zip(spec.axes, spec.shape, strict=True)
+            if spec.role != "norm" and mesh_axes(name, size, "parameters", mesh, spec.role)
+        )
+    except UserError:
+        return None
+
+
+@cache
+def neighbours(shapes: Shapes) -> tuple[Shapes, Shapes, float] | None:
+    """Two shapes with fewer and with more devices along `tensor`, and how far between them these
+    are; None for shapes that are traced themselves.
+
+    Where the same parameters are split, each array either has its part of a dimension, or all of
+    it: what there is for each token is linear in 1 / tensor.
+    """
+    model, tensor = shapes.model, shapes.tensor
+    if tensor == 1:
+        return None
+    splits = _splits(model, tensor)
+    alike = [n for n in SIZES if _splits(model, n) == splits]
+    if splits is None or not alike or not alike[0] < tensor < alike[-1]:
+        return None
+    ends = [
+        shapes_of(model, shapes.precision, n, shapes.fsdp, shapes.context, shapes.teacher)
+        for n in (alike[0], alike[-1])
+    ]
+    share = (1 / alike[0] - 1 / tensor) / (1 / alike[0] - 1 / alike[-1])
+    return ends[0], ends[1], share
 
 
 @cache

@@ -266,6 +266,11 @@ class Work(Pass):
             2 * self.run.optimizer.state_bytes * self.shard if offload.optimizer else 0
         )
 
+    @property
+    def memory_gib(self) -> float:
+        """GiB on a device at the step's fullest moment."""
+        return sum(self.memory().values())
+
     def memory(self) -> dict[str, float]:
         """GiB on a device at the step's fullest moment, by part."""
         model, stored = self.model, FLOAT * self.shard

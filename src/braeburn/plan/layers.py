@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from functools import cache
 
 from braeburn.config import NO_OFFLOAD, Remat
-from braeburn.plan.blocks import BACKWARD, FORWARD, Block, Shapes, policy_of, programs
+from braeburn.plan.blocks import (
+    BACKWARD,
+    FORWARD,
+    Block,
+    Shapes,
+    neighbours,
+    policy_of,
+    programs,
+)
 from braeburn.plan.graph import Amount, Collective, Moved, Node, live_bytes, needed
 from braeburn.plan.trace import Pass, Policy, graph_of, keeps, peaks, rematerialize
 
@@ -41,8 +49,8 @@ class Layers:
         kept: bytes kept for the backward pass by name; "" has what has no name.
         weights: bytes of one repeat's gathered weights, and of their gradients before they are
             scattered.
-        live: the most bytes that the backward pass of one repeat holds otherwise: at each moment
-            that may be the fullest, without attention and within it.
+        live: bytes that the backward pass of one repeat holds otherwise, at each moment; of those
+            within attention, which it is.
     """
 
     flops: Amount
@@ -78,6 +86,12 @@ def layers_of(shapes: Shapes, remat: Remat) -> Layers:
 
 @cache
 def _layers(shapes: Shapes, policy: str, names: tuple[str, ...]) -> Layers:
+    if between := neighbours(shapes):
+        one, other, share = between
+        ends = [
+            _per_token(_layers(each, policy, names), 1 / each.tokens) for each in (one, other)
+        ]
+        return _per_token(_mixed(ends[0], ends[1], share), shapes.tokens)
     remat = Remat(policy=policy, names=names) if names else Remat(policy=policy)  # type: ignore
     keeping = policy_of(remat, NO_OFFLOAD, shapes.fsdp)
     return _sum([_trained(block, keeping) for block in programs(shapes).blocks if block.trained])
@@ -92,9 +106,87 @@ def teacher_layers_of(shapes: Shapes) -> Layers:
 @cache
 def around_of(shapes: Shapes) -> Around:
     """What is around the layers of a stage's models."""
+    if between := neighbours(shapes):
+        one, other, share = between
+        first, second = around_of(one), around_of(other)
+        scales = shapes.tokens / one.tokens, shapes.tokens / other.tokens
+
+        def mixed(here: Amount, there: Amount) -> Amount:
+            return _between(
+                Amount(here.fixed, here.scaled * scales[0]),
+                Amount(there.fixed, there.scaled * scales[1]),
+                share,
+            )
+
+        return Around(
+            mixed(first.flops, second.flops),
+            mixed(first.element_wise, second.element_wise),
+            {
+                key: Moved(mixed(size, second.collectives[key].bytes), times)
+                for key, (size, times) in first.collectives.items()
+            },
+        )
     graph = graph_of(programs(shapes).around)
     found = Pass.of(graph.nodes, graph.outputs)
     return Around(found.flops, found.element_wise, found.collectives)
+
+
+def _between(one: Amount, other: Amount, share: float) -> Amount:
+    return one * (1 - share) + other * share
+
+
+def _mixed(one: Layers, other: Layers, share: float) -> Layers:
+    """Layers between two that differ in nothing but sizes."""
+
+    def between(here: float, there: float) -> float:
+        return here + (there - here) * share
+
+    calls = {
+        here: Call(
+            round(between(here.num_heads, there.num_heads)),
+            round(between(here.num_kv_heads, there.num_kv_heads)),
+            here.head_dim,
+            here.state,
+        )
+        for here, there in zip(one.calls, other.calls, strict=True)
+    }
+    return Layers(
+        _between(one.flops, other.flops, share),
+        _between(one.element_wise, other.element_wise, share),
+        one.repeats,
+        {
+            key: Moved(_between(size, other.collectives[key].bytes, share), times)
+            for key, (size, times) in one.collectives.items()
+        },
+        {calls[call]: times for call, times in one.calls.items()},
+        {name: _between(size, other.kept[name], share) for name, size in one.kept.items()},
+        (
+            between(one.weights[0], other.weights[0]),
+            between(one.weights[1], other.weights[1]),
+        ),
+        tuple(
+            (_between(here[0], there[0], share), calls[here[1]] if here[1] else None)
+            for here, there in zip(one.live, other.live, strict=True)
+        ),
+    )
+
+
+def _per_token(layers: Layers, factor: float) -> Layers:
+    """Layers over `factor` times as many tokens."""
+
+    def over(size: Amount) -> Amount:
+        return Amount(size.fixed, size.scaled * factor)
+
+    return Layers(
+        over(layers.flops),
+        over(layers.element_wise),
+        layers.repeats,
+        {key: Moved(over(size), times) for key, (size, times) in layers.collectives.items()},
+        layers.calls,
+        {name: over(size) for name, size in layers.kept.items()},
+        layers.weights,
+        tuple((over(size), call) for size, call in layers.live),
+    )
 
 
 def _trained(block: Block, policy: Policy) -> Layers:
@@ -133,7 +225,7 @@ def _trained(block: Block, policy: Policy) -> Layers:
             _counted(calls),
             kept,
             _weights(collectives),
-            _fullest(live),
+            tuple(live),
         ),
         block.repeats,
     )
@@ -158,7 +250,7 @@ def _untrained(block: Block) -> Layers:
             _counted(calls),
             {},
             _weights(found.collectives),
-            _fullest(live),
+            tuple(live),
         ),
         block.repeats,
     )
@@ -211,17 +303,6 @@ def _is(key: Collective, kind: str) -> bool:
     return key.kind == kind and key.what == "weights"
 
 
-def _fullest(
-    live: list[tuple[Amount, Call | None]],
-) -> tuple[tuple[Amount, Call | None], ...]:
-    """Of the moments without attention and within each call of it, the fullest."""
-    found: dict[Call | None, Amount] = {}
-    for size, call in live:
-        if call not in found or size.scaled > found[call].scaled:
-            found[call] = size
-    return tuple((size, call) for call, size in found.items())
-
-
 def _repeated(layers: Layers, times: int) -> Layers:
     """Several repeats of a pattern, of which one is worked on at a time."""
     return Layers(
@@ -248,7 +329,7 @@ def _sum(parts: list[Layers]) -> Layers:
             _added(first.calls, other.calls),
             _added(first.kept, other.kept),
             max(first.weights, other.weights, key=sum),
-            _fullest([*first.live, *other.live]),
+            (*first.live, *other.live),
         )
     return first
 

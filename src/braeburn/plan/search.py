@@ -83,14 +83,14 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
                 update={"torus": torus if target.facts.devices_per_chip == 1 else None}
             )
             if best is None:
-                best = _fastest(work, name, placed, target, links)
+                best = _fastest(work, placed, target, links)
                 continue
             # The same work on other links.
             other = estimate_work(best[0], target, links)
             if _rank(other) < _rank(best[1]):
-                best = _changed(best[0], name, {"mesh": placed}), other
+                best = _changed(best[0], {"mesh": placed}), other
         if best:
-            found.append(_candidate(run, name, best[0].run, best[1]))
+            found.append(_candidate(run, name, _run_of(best[0], name), best[1]))
     found.sort(key=lambda candidate: _rank(candidate.estimate))
     return found
 
@@ -168,15 +168,21 @@ def _meshes(
                 )
 
 
-def _changed(work: Work, name: str, changes: dict[str, Any]) -> Work:
-    """The work with some fields of its stage changed; the mesh is among them, resolved."""
-    stage = work.stage.model_copy(update=changes)
-    run = work.run.model_copy(update={"stages": {**work.run.stages, name: stage}})
-    return replace(work, run=run, stage=stage, mesh=changes["mesh"])
+def _changed(work: Work, changes: dict[str, Any]) -> Work:
+    """The work with some fields of its stage changed; the mesh is among them, resolved.
+
+    The run stays as it is: see `_run_of`.
+    """
+    return replace(work, stage=work.stage.model_copy(update=changes), mesh=changes["mesh"])
+
+
+def _run_of(work: Work, name: str) -> Run:
+    """The run with the stage as the work has it."""
+    return work.run.model_copy(update={"stages": {**work.run.stages, name: work.stage}})
 
 
 def _fastest(
-    work: Work, name: str, sizes: MeshConfig, target: Target, links: Links
+    work: Work, sizes: MeshConfig, target: Target, links: Links
 ) -> tuple[Work, Estimate] | None:
     """The fastest of accumulation, remat and offload that fits; or where none does, what lacks
     least.
@@ -195,9 +201,9 @@ def _fastest(
                 ):
                     continue
                 one = _changed(
-                    offloading, name, {"accumulation_steps": steps, "mesh": sizes, "remat": remat}
+                    offloading, {"accumulation_steps": steps, "mesh": sizes, "remat": remat}
                 )
-                needed = sum(one.memory().values())
+                needed = one.memory_gib
                 if needed <= room.value:
                     fits.append((one, estimate_work(one, target, links)))
                     everything |= remat == REMATS[0]

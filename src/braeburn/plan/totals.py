@@ -118,8 +118,17 @@ def totals_of(layers: Layers, tokens: int, sequence: Sequence) -> Totals:
         kept,
         layers.kept,
         layers.weights,
-        tuple(_live(size, call, sequence, traced) for size, call in layers.live),
+        tuple(_live(size, call, sequence, traced) for size, call in _fullest(layers)),
     )
+
+
+def _fullest(layers: Layers) -> list[tuple[Amount, Call | None]]:
+    """Of the moments without attention and within each kind of it, the fullest."""
+    found: dict[Call | None, Amount] = {}
+    for size, call in layers.live:
+        if call not in found or size.scaled > found[call].scaled:
+            found[call] = size
+    return [(size, call) for call, size in found.items()]
 
 
 def _passes(call: Call, found: Attention) -> Iterator[Cost]:
