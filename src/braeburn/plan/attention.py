@@ -96,10 +96,11 @@ def attention_of(accelerator: Accelerator, request: Request) -> tuple[Attention,
     backend = backend_of(accelerator, request)
     if backend.kernel is None:
         return _costs(_traced(request, backend.run)), backend
-    # What there is around a kernel is the same for each token of keys.
+    # What there is around a kernel are the keys of a whole sequence, the same for each token of it
+    # and for any number of devices that share it out.
     shards = request.context_shards
-    length = 2 * shards * KERNEL_LENGTH
-    around = _around_kernel(request.dtype, request.head_dim, shards, length)
+    length = 4 * KERNEL_LENGTH
+    around = _around_kernel(request.dtype, request.head_dim, min(shards, 2), length)
     found = _scaled(around, request.sequence_length / length)
     # A kernel keeps its log-sum-exp, one number for each query and head.
     statistics = FLOAT * request.num_heads * request.sequence_length / shards

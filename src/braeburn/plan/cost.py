@@ -82,6 +82,9 @@ EFFICIENCY = {
 # To the host and back, each way, per chip: PCIe 4.0 x16 at three quarters, shared by two chips.
 HOST_GB_PER_S = 12.0
 
+# Axes along which there are copies of a parameter, in the order in which their gradients are summed.
+COPIES = ("context", "data", "replica")
+
 # Bytes read and written to mask or round a parameter: it is read and written, then its gradient,
 # for which it is read once more.
 REMADE = 5 * FLOAT
@@ -267,6 +270,11 @@ class Work(Pass):
         )
 
     @property
+    def least_gib(self) -> float:
+        """GiB on a device of parameters and gradients alone, which nothing moves elsewhere."""
+        return 2 * FLOAT * self.shard / GIB
+
+    @property
     def memory_gib(self) -> float:
         """GiB on a device at the step's fullest moment."""
         return sum(self.memory().values())
@@ -302,19 +310,21 @@ class Work(Pass):
 
     def exchanges(self) -> list[Exchange]:
         """Every collective of a step, but scalars and indices."""
-        return joined(self._exchanges())
+        return self._exchanges
 
-    def _exchanges(self) -> Iterator[Exchange]:
-        yield from self.collectives(self.totals, self.around)
+    @cached_property
+    def _exchanges(self) -> list[Exchange]:
+        found = list(self.collectives(self.totals, self.around))
         if self.teaching:
-            yield from self.teaching.exchanges()
-        mesh, summed = self.mesh, FLOAT * self.shard
-        for axis in ("context", "data", "replica"):
-            if mesh.sizes[axis] > 1:
+            found = joined([*found, *self.teaching.exchanges()])
+        sizes, summed = self.mesh.sizes, FLOAT * self.shard
+        for axis in COPIES:
+            if sizes[axis] > 1:
                 # Arrays of all layers each.
-                yield Exchange(axis, "all-reduce", summed, 10, "weights")
+                found.append(Exchange(axis, "all-reduce", summed, 10, "weights"))
                 # The sum over several axes is scattered along the first for the next.
-                summed /= mesh.sizes[axis]
+                summed /= sizes[axis]
+        return found
 
 
 def live_teacher(run: Run, name: str) -> ModelConfig | None:

@@ -12,7 +12,7 @@ from braeburn.layers.spec import Role, Tree, count
 from braeburn.models.decoder import param_specs
 from braeburn.plan.attention import Accelerator
 from braeburn.plan.blocks import FSDP_TRACED, Shapes, crosses_context, shapes_of, sized
-from braeburn.plan.graph import Amount, Moved
+from braeburn.plan.graph import Amount, Collective, Moved
 from braeburn.plan.layers import Around, around_of, teacher_layers_of
 from braeburn.plan.totals import Sequence, Totals, totals_of
 
@@ -150,8 +150,17 @@ class Pass:
     def collectives(self, totals: Totals, around: Around) -> Iterator[Exchange]:
         """Those of layers and of what is around them, over all parts of a batch."""
         steps = self.stage.accumulation_steps
-        for key, (size, times) in (*totals.collectives, *around.collectives.items()):
+        for key, (size, times) in _together(totals, around):
             yield Exchange(key.axis, key.kind, self.at(size) * steps, times * steps, key.what)
+
+
+@cache
+def _together(totals: Totals, around: Around) -> tuple[tuple[Collective, Moved], ...]:
+    """The exchanges of layers and of what is around them, those of one kind added up."""
+    found = dict(totals.collectives)
+    for key, moved in around.collectives.items():
+        found[key] = found[key] + moved if key in found else moved
+    return tuple(found.items())
 
 
 @dataclass(frozen=True)

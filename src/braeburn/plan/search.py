@@ -67,14 +67,27 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     """Every mesh that divides a stage on a target, each with what suits it best, the fastest first.
 
     For each mesh: the placement on the torus with the least exchange, and of accumulation, remat
-    and offload the fastest that fits. Meshes that fit in no way come last, by what they lack.
+    and offload the fastest that fits. Meshes that fit in no way come last, by what they lack; those
+    whose parameters and gradients alone do not fit only where no other does.
 
     Raises:
         UserError: the stage's teacher is not there.
     """
-    found, work = [], work_of(run, name, run.mesh, accelerator_of(target.facts))
+    work = work_of(run, name, run.mesh, accelerator_of(target.facts))
     models = [*run.models()[name], *([work.teacher] if work.teacher else [])]
-    for sizes in meshes(models, work.stage, target):
+    every = meshes(models, work.stage, target)
+    room = target.facts.device_memory_gib
+    assert room  # the catalogue refuses chips without it
+    possible = [sizes for sizes in every if replace(work, mesh=sizes).least_gib <= room.value]
+    return _best_of(possible, work, name, target) or _best_of(every, work, name, target)
+
+
+def _best_of(
+    every: Sequence[MeshConfig], work: Work, name: str, target: Target
+) -> list[Candidate]:
+    """Each of some meshes with what suits it best, the fastest first."""
+    run, found = work.run, []
+    for sizes in every:
         best: tuple[Work, Estimate] | None = None
         for torus in _placements(sizes, target):
             links = Links(target, sizes, torus)
