@@ -78,6 +78,9 @@ class Accelerator:
     compute_capability: tuple[int, int] | None = None
 
 
+WITH_KERNEL = Accelerator()
+
+
 def backend_of(accelerator: Accelerator, request: Request) -> Backend:
     """The back end that a device of this kind takes."""
     if accelerator.platform == "other" and not request.ring:
@@ -126,7 +129,9 @@ def _scaled(found: Attention, factor: float) -> Attention:
         return replace(cost, element_wise=cost.element_wise * factor, collectives=moved)
 
     return Attention(
-        *(scaled(cost) for cost in (found.forward, found.again, found.again_whole)),
+        scaled(found.forward),
+        scaled(found.again),
+        scaled(found.again_whole),
         scaled(found.backward),
         found.kept * factor,
         found.kept_whole * factor,
@@ -188,7 +193,5 @@ def _cost(nodes: list[Node], outputs: Iterable[Value]) -> Cost:
     for key, (size, times) in found.collectives.items():
         before = moved.get(key.kind, (0.0, 0.0))
         moved[key.kind] = before[0] + size.scaled, before[1] + times
-    calls = sum(
-        call.equation.params["target_name"] in (FORWARD, BACKWARD) for call in found.calls
-    )
+    calls = sum(call.equation.params["target_name"] in (FORWARD, BACKWARD) for call in found.calls)
     return Cost(found.flops.scaled, calls, found.element_wise.scaled, moved)

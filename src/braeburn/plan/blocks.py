@@ -26,9 +26,9 @@ from braeburn.config import (
     Precision,
     Remat,
 )
+from braeburn.errors import UserError
 from braeburn.layers.attention.backend import ATTENTION
 from braeburn.layers.attention.select import outlined
-from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy, distillation
@@ -305,14 +305,17 @@ def programs(shapes: Shapes) -> Programs:
     leaves = jax.tree.leaves(given)
     moving = [index < len(jax.tree.leaves(params)) for index in range(len(leaves))]
     with outlined(lambda request, query, key, value, *_: attention_call(query, key, value)):
-        whole = jax.make_jaxpr(
-            wrap(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves)))
-        )(*leaves)
+        whole = jax.make_jaxpr(wrap(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves))))(
+            *leaves
+        )
     (mapped,) = whole.jaxpr.eqns
-    inner, constants = mapped.params["jaxpr"], dict(
-        zip(whole.jaxpr.constvars, whole.consts, strict=True)
+    inner, constants = (
+        mapped.params["jaxpr"],
+        dict(zip(whole.jaxpr.constvars, whole.consts, strict=True)),
     )
-    order = [whole.jaxpr.invars.index(v) if v in whole.jaxpr.invars else None for v in mapped.invars]
+    order = [
+        whole.jaxpr.invars.index(v) if v in whole.jaxpr.invars else None for v in mapped.invars
+    ]
     loops = _loops(inner, order, blocks_of, moving)
     # Beside a teacher the layers that are trained are those that there are without one.
     blocks = tuple(
@@ -337,9 +340,7 @@ def programs(shapes: Shapes) -> Programs:
         return evaluate(inner, (), arguments, past_layers)
 
     result = [jax.ShapeDtypeStruct((), jnp.float32)]
-    return Programs(
-        blocks, differentiate(around, leaves, moving, result, wrap, shapes.marker)
-    )
+    return Programs(blocks, differentiate(around, leaves, moving, result, wrap, shapes.marker))
 
 
 def _loops(
@@ -381,8 +382,7 @@ def _block(equation: Any, moves: list[bool], wrap: Callable, marker: int) -> Blo
     first, count = params["num_consts"], params["num_carry"]
     # What one repeat hands on depends on what is trained if anything does.
     moves = [
-        move or (any(moves) and first <= index < first + count)
-        for index, move in enumerate(moves)
+        move or (any(moves) and first <= index < first + count) for index, move in enumerate(moves)
     ]
     program = differentiate(
         lambda *arguments: evaluate(body.jaxpr, body.consts, arguments),

@@ -3,10 +3,10 @@ or measured.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,19 +20,12 @@ from braeburn.layers.spec import abstract, walk
 from braeburn.models.huggingface_config import is_huggingface, read_config
 from braeburn.objectives.cross_entropy import MAX_LOGITS
 from braeburn.parallel.rules import check
-from braeburn.plan.attention import Accelerator
-from braeburn.plan.forward import (
-    FLOAT,
-    Exchange,
-    Pass,
-    Teaching,
-    accelerator_of,
-    joined,
-    specs_of,
-)
-from braeburn.plan.graph import Amount
+from braeburn.plan.attention import WITH_KERNEL, Accelerator
+from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, accelerator_of, joined, specs_of
+from braeburn.plan.graph import Amount, distinct
 from braeburn.plan.layers import Around, around_of, layers_of
 from braeburn.plan.totals import Totals, totals_of
+from braeburn.plan.trace import differentiate, rematerialize
 from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
 from braeburn.train.stages import sizes_of
@@ -82,7 +75,7 @@ EFFICIENCY = {
 # To the host and back, each way, per chip: PCIe 4.0 x16 at three quarters, shared by two chips.
 HOST_GB_PER_S = 12.0
 
-# Axes along which there are copies of a parameter, in the order in which their gradients are summed.
+# Axes along which there are copies of a parameter, in the order in which gradients are summed.
 COPIES = ("context", "data", "replica")
 
 # Bytes read and written to mask or round a parameter: it is read and written, then its gradient,
@@ -350,9 +343,7 @@ def _teacher(run: Run, name: str) -> ModelConfig | None:
         raise UserError(f"stages.{name}.teacher={stage.teacher!r} cannot teach: {error}") from None
 
 
-def work_of(
-    run: Run, name: str, mesh: MeshConfig, accelerator: Accelerator = Accelerator()
-) -> Work:
+def work_of(run: Run, name: str, mesh: MeshConfig, accelerator: Accelerator = WITH_KERNEL) -> Work:
     """The work of a stage over a mesh of resolved sizes, on devices of one kind.
 
     Raises:
@@ -370,14 +361,28 @@ def work_of(
 
 
 def _remade(run: Run, name: str) -> int:
-    """`Work.remade`, by what the masks or the rounding of a stage touch."""
+    """`Work.remade`, by the traced program that makes weights in use of those that are stored."""
     use = use_of(run, name)
     if not use:
         return 0
-    program = jax.make_jaxpr(use)(abstract(trained_specs(run, name)), 0).jaxpr
-    touched = sum(weights.aval.size for weights in program.outvars if weights not in program.invars)
-    quantization = run.stages[name].quantization
-    return 2 * touched if quantization and quantization.kind == "int2" else touched
+    leaves, structure = jax.tree.flatten(abstract(trained_specs(run, name)))
+
+    def used(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(use(jax.tree.unflatten(structure, leaves), 0))
+
+    program = differentiate(
+        used,
+        leaves,
+        [True] * len(leaves),
+        jax.eval_shape(used, *leaves),
+        lambda function: function,
+        0,
+    )
+    kept = rematerialize(program, None, program.inputs).kept
+    # Masks on several axes, and factors, need for their gradients what comes between.
+    made = [*program.outputs, *(value for value, _ in kept if value.floating)]
+    arrays = distinct(program.forward, made) - distinct(program.forward, program.inputs)
+    return round(sum(value.count.scaled for value in arrays))
 
 
 def divided_work(run: Run, name: str, target: Target) -> Work:
@@ -432,9 +437,8 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
     }
     if taught := work.teaching:
         products = (
-            (taught.matrix_flops + taught.attention_products) / efficiency.matrix
-            + taught.attention_flops(efficiency.tile) / efficiency.attention
-        )
+            taught.matrix_flops + taught.attention_products
+        ) / efficiency.matrix + taught.attention_flops(efficiency.tile) / efficiency.attention
         seconds["teacher"] = products / peak + taught.memory_bytes / (bandwidth * efficiency.memory)
     exchanges: list[tuple[Exchange, str, float | None]] = []
     hidden = 0.0

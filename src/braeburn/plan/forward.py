@@ -10,7 +10,7 @@ from braeburn.config import MeshConfig, ModelConfig, Run, Stage
 from braeburn.hardware.catalogue import Chip
 from braeburn.layers.spec import Role, Tree, count
 from braeburn.models.decoder import param_specs
-from braeburn.plan.attention import Accelerator
+from braeburn.plan.attention import WITH_KERNEL, Accelerator
 from braeburn.plan.blocks import FSDP_TRACED, Shapes, crosses_context, shapes_of, sized
 from braeburn.plan.graph import Amount, Collective, Moved
 from braeburn.plan.layers import Around, around_of, teacher_layers_of
@@ -73,7 +73,7 @@ class Pass:
     stage: Stage
     mesh: MeshConfig
     model: ModelConfig
-    accelerator: Accelerator = field(default=Accelerator(), kw_only=True)
+    accelerator: Accelerator = field(default=WITH_KERNEL, kw_only=True)
 
     @property
     def width(self) -> int:

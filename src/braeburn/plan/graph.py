@@ -71,6 +71,9 @@ class Amount(NamedTuple):
         return self.fixed + self.scaled * tokens
 
 
+NOTHING = Amount()
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Value:
     """An array of the program.
@@ -100,7 +103,7 @@ class Moved(NamedTuple):
     bytes: Amount
     times: float
 
-    def __add__(self, other: tuple[Any, ...]) -> "Moved":  # type: ignore[override]
+    def __add__(self, other: tuple[Any, ...]) -> "Moved":
         return Moved(self.bytes + other[0], self.times + other[1])
 
     def __mul__(self, factor: float) -> "Moved":  # type: ignore[override]
@@ -124,10 +127,10 @@ class Node:
     equation: Any
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    flops: Amount = Amount()
-    element_wise: Amount = Amount()
+    flops: Amount = NOTHING
+    element_wise: Amount = NOTHING
     collectives: Mapping[Collective, Moved] = field(default_factory=dict)
-    live: Amount = Amount()
+    live: Amount = NOTHING
 
     @property
     def name(self) -> str:
@@ -247,9 +250,7 @@ class _Flattening:
             live=peak,
         )
 
-    def flops(
-        self, equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]
-    ) -> Amount:
+    def flops(self, equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Amount:
         name, params = equation.primitive.name, equation.params
         shapes = [var.aval.shape for var in equation.invars]
         if name == "dot_general":
@@ -375,9 +376,13 @@ def _steps(nodes: Sequence[Node]) -> tuple[list[_Step], Callable[[Value], Value]
     return found, lambda value: arrays.get(value, value)
 
 
-def _in_memory(
-    steps: Sequence[_Step], outputs: Iterable[Value], cheap: set[str]
-) -> set[Value]:
+def distinct(nodes: Sequence[Node], values: Iterable[Value]) -> set[Value]:
+    """The arrays that some values are, of which others may be further names."""
+    array = _steps(nodes)[1]
+    return {array(value) for value in values}
+
+
+def _in_memory(steps: Sequence[_Step], outputs: Iterable[Value], cheap: set[str]) -> set[Value]:
     """The arrays that are written to memory: what operations that stand apart read and make, and
     what more than one of the fusions between them uses, unless it is `cheap` to make again.
     """

@@ -5,15 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from braeburn.config import NO_OFFLOAD, Remat
-from braeburn.plan.blocks import (
-    BACKWARD,
-    FORWARD,
-    Block,
-    Shapes,
-    neighbours,
-    policy_of,
-    programs,
-)
+from braeburn.plan.blocks import BACKWARD, FORWARD, Block, Shapes, neighbours, policy_of, programs
 from braeburn.plan.graph import Amount, Collective, Moved, Node, live_bytes, needed
 from braeburn.plan.trace import Pass, Policy, graph_of, keeps, peaks, rematerialize
 
@@ -88,9 +80,7 @@ def layers_of(shapes: Shapes, remat: Remat) -> Layers:
 def _layers(shapes: Shapes, policy: str, names: tuple[str, ...]) -> Layers:
     if between := neighbours(shapes):
         one, other, share = between
-        ends = [
-            _per_token(_layers(each, policy, names), 1 / each.tokens) for each in (one, other)
-        ]
+        ends = [_per_token(_layers(each, policy, names), 1 / each.tokens) for each in (one, other)]
         return _per_token(_mixed(ends[0], ends[1], share), shapes.tokens)
     remat = Remat(policy=policy, names=names) if names else Remat(policy=policy)  # type: ignore
     keeping = policy_of(remat, NO_OFFLOAD, shapes.fsdp)
@@ -160,10 +150,7 @@ def _mixed(one: Layers, other: Layers, share: float) -> Layers:
         },
         {calls[call]: times for call, times in one.calls.items()},
         {name: _between(size, other.kept[name], share) for name, size in one.kept.items()},
-        (
-            between(one.weights[0], other.weights[0]),
-            between(one.weights[1], other.weights[1]),
-        ),
+        (between(one.weights[0], other.weights[0]), between(one.weights[1], other.weights[1])),
         tuple(
             (_between(here[0], there[0], share), calls[here[1]] if here[1] else None)
             for here, there in zip(one.live, other.live, strict=True)
@@ -198,9 +185,7 @@ def _trained(block: Block, policy: Policy) -> Layers:
     for value in remade.inputs:
         if value in block.carry:
             kept[""] = kept.get("", Amount()) + value.bytes
-    forward = needed(
-        program.forward, [*program.outputs, *(value for value, _ in remade.kept)]
-    )
+    forward = needed(program.forward, [*program.outputs, *(value for value, _ in remade.kept)])
     once = Pass.of(needed(program.forward, program.outputs), program.outputs)
     passes = [Pass.of(nodes) for nodes in (forward, remade.again, program.backward)]
     collectives: dict[Collective, Moved] = {}

@@ -82,9 +82,7 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     return _best_of(possible, work, name, target) or _best_of(every, work, name, target)
 
 
-def _best_of(
-    every: Sequence[MeshConfig], work: Work, name: str, target: Target
-) -> list[Candidate]:
+def _best_of(every: Sequence[MeshConfig], work: Work, name: str, target: Target) -> list[Candidate]:
     """Each of some meshes with what suits it best, the fastest first."""
     run, found = work.run, []
     for sizes in every:

@@ -100,9 +100,9 @@ def totals_of(layers: Layers, tokens: int, sequence: Sequence) -> Totals:
         for cost in _passes(call, sequence.attention(call)):
             plain += cost.flops * each
             attention_bytes += cost.element_wise * each
-            for kind, (size, count) in cost.collectives.items():
+            for kind, (moved_bytes, count) in cost.collectives.items():
                 key = Collective("context", kind, "tokens")
-                moved = Moved(Amount(0.0, size * each), count * times)
+                moved = Moved(Amount(0.0, moved_bytes * each), count * times)
                 collectives[key] = collectives[key] + moved if key in collectives else moved
         found = sequence.attention(call)
         beside = {"kept": found.kept, "whole": found.kept_whole}.get(call.state, 0.0)
@@ -155,7 +155,8 @@ def _live(size: Amount, call: Call | None, sequence: Sequence, traced: float) ->
         return size
     request = sequence.request(call.num_heads, call.num_kv_heads, call.head_dim)
     found, backend = attention_of(
-        sequence.accelerator, sequence.request(call.num_heads // call.num_kv_heads, 1, call.head_dim)
+        sequence.accelerator,
+        sequence.request(call.num_heads // call.num_kv_heads, 1, call.head_dim),
     )
     if backend.kernel:
         none, one = (backend.kernel(request, count) for count in (0, 1))

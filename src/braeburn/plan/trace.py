@@ -40,13 +40,9 @@ Policy = Callable[..., Any] | None
 
 def on_each_device(function: Callable, mesh: MeshConfig, device: AbstractDevice) -> Callable:
     """A function of what one device has, which may exchange with the others of a mesh."""
-    abstract = AbstractMesh(
-        tuple(mesh.sizes.values()), tuple(mesh.sizes), abstract_device=device
-    )
+    abstract = AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes), abstract_device=device)
     spec = PartitionSpec()
-    return jax.shard_map(
-        function, mesh=abstract, in_specs=spec, out_specs=spec, check_vma=False
-    )
+    return jax.shard_map(function, mesh=abstract, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +225,7 @@ def rematerialize(program: Program, policy: Policy, varying: Iterable[Value]) ->
     made = {value for node in program.backward for value in node.outputs}
     read = {value for node in program.backward for value in node.inputs} - made
     saving = {node for node in program.forward if keeps(policy, node)}
-    again = (
-        [] if policy is None else needed(program.forward, read, lambda node: node in saving)
-    )
+    again = [] if policy is None else needed(program.forward, read, lambda node: node in saving)
     read |= {value for node in again for value in node.inputs}
     changing, kept = set(varying), []
     for node in program.forward:
@@ -281,6 +275,4 @@ def _late(nodes: Sequence[Node]) -> list[Node]:
 def graph_of(program: Program) -> Graph:
     """All operations of a program that its outputs and gradients come from."""
     results = [*program.outputs, *program.gradients]
-    return Graph(
-        needed(program.forward + program.backward, results), program.inputs, results
-    )
+    return Graph(needed(program.forward + program.backward, results), program.inputs, results)
