@@ -324,23 +324,43 @@ def programs(shapes: Shapes) -> Programs:
         if not (shapes.teacher and any(moves))
     )
 
-    def past_layers(equation: Any, inputs: list[Any]) -> Sequence[Any] | None:
-        if equation not in loops:
-            return None
-        first = equation.params["num_consts"]
-        count = equation.params["num_carry"]
-        states = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in equation.outvars[count:]]
-        return [*inputs[first : first + count], *states]
+    # What is made of stacked parameters before the loop, as norms that are gathered at once.
+    prepared = {
+        equation: [
+            index
+            for index, (var, moves) in enumerate(zip(equation.invars, flags, strict=True))
+            if moves and var not in inner.invars and index >= _first_stacked(equation)
+        ]
+        for equation, flags in loops.items()
+    }
 
     def around(*leaves: Any) -> list[Any]:
         arguments = [
             constants[var] if index is None else leaves[index]
             for var, index in zip(mapped.invars, order, strict=True)
         ]
-        return evaluate(inner, (), arguments, past_layers)
+        made: list[Any] = []
 
-    result = [jax.ShapeDtypeStruct((), jnp.float32)]
-    return Programs(blocks, differentiate(around, leaves, moving, result, wrap, shapes.marker))
+        def past_layers(equation: Any, inputs: list[Any]) -> Sequence[Any] | None:
+            if equation not in loops:
+                return None
+            made.extend(inputs[index] for index in prepared[equation])
+            first, count = equation.params["num_consts"], equation.params["num_carry"]
+            states = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in equation.outvars[count:]]
+            return [*inputs[first : first + count], *states]
+
+        return [*evaluate(inner, (), arguments, past_layers), *made]
+
+    results = [jax.ShapeDtypeStruct((), jnp.float32)]
+    for equation, indices in prepared.items():
+        avals = [equation.invars[index].aval for index in indices]
+        results += [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    return Programs(blocks, differentiate(around, leaves, moving, results, wrap, shapes.marker))
+
+
+def _first_stacked(equation: Any) -> int:
+    """The first input of a loop that differs between its rounds."""
+    return int(equation.params["num_consts"] + equation.params["num_carry"])
 
 
 def _loops(
