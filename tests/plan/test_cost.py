@@ -216,7 +216,7 @@ def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None
     )
     # The mask is on the matrices that read the hidden units, one of the FFN's three.
     down = 26 * 23_296 * 3072 * 4 / 64 / 2**30
-    assert found["prune"].memory["weights_in_use"] == pytest.approx(down)
+    assert found["prune"].memory["weights_in_use"] == pytest.approx(down, rel=1e-3)
     assert "weights_in_use" not in found["larger"].memory
     # Forward alone, with what is read of logits beside it, is a third of training but for
     # attention's backward pass.
@@ -227,8 +227,9 @@ def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None
     assert live.mesh == mesh and live.matrix_flops == work_of(chain, "core", mesh).matrix_flops
     assert found["live"].step > found["core"].step
     added = found["live"].step - found["core"].step
+    # Of its likeliest tokens, where the other stage takes the likeliest alone.
     assert labelling_seconds(chain, "kept", mesh, target) == pytest.approx(
-        added * chain.stages["kept"].steps
+        added * chain.stages["kept"].steps, rel=1e-3
     )
     assert (
         labelling_seconds(chain, "live", mesh, target)

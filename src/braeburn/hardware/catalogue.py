@@ -121,6 +121,9 @@ FIGURES = tuple(field.name for field in fields(Chip) if field.type is Known)
 _adapter = cache(TypeAdapter)
 
 
+_ORDER: dict[Any, int] = {letter: order for order, letter in enumerate(get_args(Confidence))}
+
+
 def weakest(*figures: Figure | str) -> Confidence:
     """The confidence of what is computed from figures (or from their confidences): that of the
     weakest.
@@ -128,7 +131,7 @@ def weakest(*figures: Figure | str) -> Confidence:
     letters: Any = (
         figure.confidence if isinstance(figure, Figure) else figure for figure in figures
     )
-    return min(letters, key=get_args(Confidence).index)
+    return min(letters, key=_ORDER.__getitem__)
 
 
 def catalogue(extra: Path | None = None) -> Mapping[str, Chip]:

@@ -52,6 +52,7 @@ class Links:
             UserError: the mesh does not fit the target's slices.
         """
         self._target, self._names, chip = target, list(mesh.sizes), target.facts
+        self._known: dict[tuple[str, ...], tuple[str, str]] = {}
         if chip.family == "tpu":
             outer = across_slices(mesh, target.slices)
             within = {axis: n // k for (axis, n), k in zip(mesh.sizes.items(), outer, strict=True)}
@@ -73,12 +74,18 @@ class Links:
 
     def name(self, axes: tuple[str, ...]) -> str:
         """The slowest kind of link along axes."""
-        legs = [leg for axis in axes for leg in self._legs[axis]]
-        return min(legs, key=lambda leg: leg.gb_per_s or 0).link if legs else "-"
+        return self._facts(axes)[0]
 
     def confidence(self, axes: tuple[str, ...]) -> str:
         """That of the bandwidths that an exchange along axes depends on."""
-        return weakest(*(leg.confidence for axis in axes for leg in self._legs[axis]))
+        return self._facts(axes)[1]
+
+    def _facts(self, axes: tuple[str, ...]) -> tuple[str, str]:
+        if axes not in self._known:
+            legs = [leg for axis in axes for leg in self._legs[axis]]
+            slowest = min(legs, key=lambda leg: leg.gb_per_s or 0).link if legs else "-"
+            self._known[axes] = slowest, weakest(*(leg.confidence for leg in legs))
+        return self._known[axes]
 
     def seconds(self, kind: str, bytes_: float, axes: tuple[str, ...]) -> float | None:
         """How long a collective takes by the bandwidth of links; None where it is unknown.

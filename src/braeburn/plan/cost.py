@@ -3,10 +3,10 @@ or measured.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,9 +18,15 @@ from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors
 from braeburn.layers.spec import abstract, walk
 from braeburn.models.huggingface_config import is_huggingface, read_config
+from braeburn.objectives.vocabulary import MAX_LOGITS
 from braeburn.optim.definition import Parameters, UpdateCost, update_cost
 from braeburn.parallel.rules import check
-from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, specs_of
+from braeburn.plan.attention import WITH_KERNEL, Accelerator
+from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, accelerator_of, joined, specs_of
+from braeburn.plan.graph import Amount, distinct
+from braeburn.plan.layers import Around, around_of, layers_of
+from braeburn.plan.totals import Totals, totals_of
+from braeburn.plan.trace import differentiate, rematerialize
 from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
 from braeburn.train.stages import sizes_of
@@ -77,6 +83,9 @@ HOST_GB_PER_S = 12.0
 # Bytes read and written to update a parameter, beside its optimizer's state: it is read and
 # written, and its gradient is read for its norm, clipped, and read again.
 UPDATED = 6 * FLOAT
+# Axes along which there are copies of a parameter, in the order in which gradients are summed.
+COPIES = ("context", "data", "replica")
+
 # Bytes read and written to mask or round a parameter: it is read and written, then its gradient,
 # for which it is read once more.
 REMADE = 5 * FLOAT
@@ -149,8 +158,8 @@ class Work(Pass):
     Attributes:
         teacher: a model that runs forward on each batch; None where there is none, or what it says
             is stored.
-        remade: parameters that are masked or rounded before they are used, those of `int2` twice:
-            what its factors' gradient needs is kept too.
+        remade: values of parameters that are masked or rounded before they are used, with those
+            that the gradient of masks and factors needs.
     """
 
     teacher: ModelConfig | None = None
@@ -162,9 +171,28 @@ class Work(Pass):
         return self.stage.remat or self.run.remat
 
     @cached_property
+    def totals(self) -> Totals:
+        """What the model's layers do."""
+        return totals_of(layers_of(self.shapes, self.remat), self.shapes.tokens, self.sequence)
+
+    @cached_property
+    def around(self) -> Around:
+        """What embedding, final norm and loss do."""
+        return around_of(self.shapes)
+
+    @cached_property
     def teaching(self) -> Teaching | None:
         """What a device does for the teacher."""
-        return Teaching(self.run, self.stage, self.mesh, self.teacher) if self.teacher else None
+        if not self.teacher:
+            return None
+        return Teaching(
+            self.run,
+            self.stage,
+            self.mesh,
+            self.teacher,
+            accelerator=self.accelerator,
+            student=self.model,
+        )
 
     @cached_property
     def remade_shard(self) -> float:
@@ -179,70 +207,42 @@ class Work(Pass):
         return update_cost(self.run.optimizer, parameters)
 
     @cached_property
-    def saved(self) -> set[str]:
-        """Activations kept for the backward pass, by their names."""
-        remat = self.remat
-        names = (
-            "query",
-            "key",
-            "value",
-            "attention",
-            "attention_output",
-            "ffn_gate",
-            "ffn_up",
-            "ffn_output",
-        )
-        return set({"none": names, "full": (), "save_named": remat.names}[remat.policy])
-
-    @cached_property
     def matrix_flops(self) -> float:
         """Of all matrix products but attention's: forward, twice that backward, what is worked out
         again, and the optimizer's.
         """
-        model, products, again = self.model, self.products, 0
-        if self.remat.policy != "none":
-            # The norm of queries and keys needs what it normalised, which is not kept. Nothing
-            # needs the last product.
-            normalised = {"query", "key"} if model.qk_norm else set()
-            needed = products.keys() - {"ffn_output"} - (self.saved - normalised)
-            again = sum(products[name] for name in needed)
-        layers = self.tokens * self.parts * (3 * sum(products.values()) + again)
-        # Where the head is gathered in blocks, logits are formed once for log Z and again for the
-        # gradient.
-        passes = 4 if self.mesh.fsdp > 1 else 3
-        head = (
-            self.tokens
-            * self.stage.accumulation_steps
-            * passes
-            * 2
-            * model.d_model
-            * model.vocab_size
-        )
-        return (layers + head) / self.mesh.tensor + self.update.matrix_flops
+        each = self.at(self.totals.flops) + self.at(self.around.flops)
+        return each * self.stage.accumulation_steps + self.update.matrix_flops
 
     def attention_flops(self, tile: int, backward: int) -> float:
-        """Of attention's products, two forward and so many backward, over the tiles that causality
-        leaves.
+        """Of attention's products in a fused kernel, two forward and so many backward, over the
+        tiles that causality leaves.
         """
-        passes = backward + (2 if "attention" in self.saved else 4)
-        once = self.model.num_heads * self.model.head_dim * (self.stage.sequence_length + tile)
-        return self.tokens * self.parts * passes * once / self.mesh.tensor
+        return self.kernel_flops(self.totals, tile, backward)
+
+    @cached_property
+    def attention_products(self) -> float:
+        """Of attention's products in no fused kernel."""
+        return self.at(self.totals.plain) * self.stage.accumulation_steps
 
     @cached_property
     def memory_bytes(self) -> float:
         """Read and written by element-wise work: norms, rotations, activation, residuals, logits
         and the update.
+
+        The backward pass is taken to move twice the bytes of the forward pass.
         """
-        again = 0 if self.remat.policy == "none" else 1
-        layers = self.width * self.tokens * self.parts * self.element_wise * (3 + again)
-        logits = 4 * FLOAT * self.tokens * self.stage.accumulation_steps * self.model.vocab_size
-        summed = 3 * FLOAT * self.shard * self.stage.accumulation_steps
+        totals, steps = self.totals, self.stage.accumulation_steps
+        fixed, scaled = totals.element_wise
+        once = self.at(Amount(0.0, scaled)) * (3 + totals.repeats)
+        # Stored weights are made those that are multiplied, and once more for the backward pass.
+        once += self.read_and_written(Amount(fixed)) * (1 + totals.repeats)
+        once += self.read_and_written(self.around.element_wise) + self.at(totals.attention_bytes)
         # What is kept is copied into the arrays of all layers, and out of them.
-        copied = (
-            4 * (self._kept_bytes(self.saved) + self._passed_on) * self.stage.accumulation_steps
-        )
+        once += 4 * self.at(totals.kept) + self._repacked
+        once += 3 * FLOAT * self.shard  # gradients are added up
         updated = UPDATED * self.shard + 2 * self.optimizer_bytes + self.remade_shard * REMADE
-        return (layers + logits) / self.mesh.tensor + updated + summed + copied + self._repacked
+        return once * steps + updated
 
     @cached_property
     def _repacked(self) -> float:
@@ -255,54 +255,56 @@ class Work(Pass):
         width = self.model.d_model // self.mesh.fsdp
         if self.mesh.fsdp == 1 or width % 8 == 0:
             return 0.0
-        return self.parts * self.width * self.layer_parameters / self.mesh.tensor * 64 / width
-
-    def _kept_bytes(self, names: set[str]) -> float:
-        kept = sum(self.widths[name] for name in names)
-        return self.width * self.tokens * self.model.num_layers * kept / self.mesh.tensor
+        gathered = sum(
+            moved.bytes.fixed
+            for key, moved in self.totals.collectives
+            if (key.axis, key.kind, key.what) == ("fsdp", "all-gather", "weights")
+        )
+        return gathered / 2 * 64 / width
 
     @cached_property
-    def _passed_on(self) -> float:
-        """Kept besides what has a name: a layer's input.
-
-        Where nothing is worked out again, also what norms, rotations and SwiGLU leave, most of it
-        in float32: as much as two compiled steps keep.
-        """
-        model, values = self.model, self.model.d_model
-        if self.remat.policy == "none":
-            normalised = 8 * (self.widths["query"] + self.widths["key"]) if model.qk_norm else 0
-            values += 16 * model.d_model + 3 * model.ffn_dim + normalised
-        return self.width * self.tokens * model.num_layers * values / self.mesh.tensor
+    def _offloaded_bytes(self) -> float:
+        """Of what is kept, that which waits on the host."""
+        named = self.totals.named
+        return sum(self.at(named.get(name, Amount())) for name in self.run.offload.activations)
 
     @cached_property
     def host_bytes(self) -> float:
         """Moved between device and host in a step, both ways."""
         offload = self.run.offload
-        activations = 2 * self._kept_bytes(set(offload.activations)) * self.stage.accumulation_steps
+        activations = 2 * self._offloaded_bytes * self.stage.accumulation_steps
         return activations + (2 * self.optimizer_bytes if offload.optimizer else 0)
+
+    @property
+    def least_gib(self) -> float:
+        """GiB on a device of parameters and gradients alone, which nothing moves elsewhere."""
+        return 2 * FLOAT * self.shard / GIB
+
+    @property
+    def memory_gib(self) -> float:
+        """GiB on a device at the step's fullest moment."""
+        return sum(self.memory().values())
 
     def memory(self) -> dict[str, float]:
         """GiB on a device at the step's fullest moment, by part."""
-        model, mesh = self.model, self.mesh
-        kept = self._kept_bytes(self.saved - set(self.run.offload.activations))
-        kept += self._passed_on
+        model, stored = self.model, FLOAT * self.shard
+        kept = self.at(self.totals.kept) - self._offloaded_bytes
         # In a layer's backward pass: its weights gathered twice, their gradient, and its
         # activations with theirs.
-        weights = self.layer_parameters / mesh.tensor * (2 * self.width + FLOAT) * (mesh.fsdp > 1)
-        live = 2 * sum(self.widths.values()) + model.ffn_dim
-        layer = weights + self.width * self.tokens * (live / mesh.tensor + 2 * model.d_model)
+        gathered, scattered = self.totals.weights
+        layer = 2 * gathered + scattered + max(map(self.at, self.totals.live))
         # In the loss: the hidden states of all tensor shards' tokens with their gradient, and
         # logits of a block.
-        logits = FLOAT * 2**26
+        logits = FLOAT * MAX_LOGITS
         loss = self.tokens * model.d_model * (2 * self.width + 2 * FLOAT) + 3 * logits
         # While the teacher works, nothing of the student's is kept yet.
         teacher = self.teaching.working_bytes - kept if self.teaching else 0.0
         # While the optimizer works, nothing is kept any more.
         update = self.update.workspace_bytes - kept
         parts = {
-            "parameters": FLOAT * self.shard,
+            "parameters": stored,
             "optimizer": 0.0 if self.run.offload.optimizer else self.optimizer_bytes,
-            "gradients": FLOAT * self.shard * (1 + (self.stage.accumulation_steps > 1)),
+            "gradients": stored * (1 + (self.stage.accumulation_steps > 1)),
             "activations": kept,
             "workspace": max(layer, loss, teacher, update),
         }
@@ -312,71 +314,27 @@ class Work(Pass):
             parts["teacher"] = self.teaching.stored_bytes
         return {name: value / GIB for name, value in parts.items()}
 
-    def exchanges(self) -> Iterator[Exchange]:
+    def exchanges(self) -> list[Exchange]:
         """Every collective of a step, but scalars and indices."""
-        taught = {(e.axis, e.kind): e for e in self.teaching.exchanges()} if self.teaching else {}
-        for own in self._student_exchanges():
-            also = taught.get((own.axis, own.kind))
-            yield (
-                replace(own, bytes=own.bytes + also.bytes, times=own.times + also.times)
-                if also
-                else own
-            )
-        for asked in self.update.collectives:
-            yield Exchange(asked.axis, asked.kind, asked.bytes, asked.times, "update")
+        return self._exchanges
 
-    def _student_exchanges(self) -> Iterator[Exchange]:
-        """Those of the model that is trained, as `tests/parallel/test_traffic.py` checks them."""
-        model, mesh, parts = self.model, self.mesh, self.parts
-        steps = self.stage.accumulation_steps
-        reduce = 2 if self.run.precision.reduce == "bfloat16" else FLOAT
-        layers = self.layer_parameters / mesh.tensor
-        head = model.vocab_size * model.d_model / mesh.tensor
-        hidden = self.width * self.tokens * model.d_model
-        if mesh.fsdp > 1:
-            gathered = 2 * self.width * (layers * parts + head * steps)
-            # Seven matrices a layer, and eight blocks of the head.
-            yield Exchange("fsdp", "all-gather", gathered, 2 * (7 * parts + 8 * steps), "weights")
-            scattered = reduce * (layers * parts + head * steps)
-            yield Exchange("fsdp", "reduce-scatter", scattered, 7 * parts + 8 * steps, "weights")
-            yield Exchange(
-                "fsdp", "all-to-all", 2 * hidden / mesh.tensor * steps, 2 * steps, "tokens"
-            )
-        if mesh.tensor > 1:
-            # Before attention and FFN, and after; the other way round in the backward pass, which
-            # enters them again.
-            again = 0 if self.remat.policy == "none" else 2
-            leaves = 5 if again and "attention_output" not in self.saved else 4
-            yield Exchange(
-                "tensor", "all-gather", hidden * ((4 + again) * parts + steps), 6 * parts, "tokens"
-            )
-            yield Exchange(
-                "tensor",
-                "reduce-scatter",
-                hidden * (leaves * parts + 2 * steps),
-                4 * parts,
-                "tokens",
-            )
-        if mesh.context > 1:
-            keys = self.width * self.tokens * 2 * self.widths["key"] / mesh.tensor
-            if mesh.context_attention == "ring":
-                hops = (3 + ("attention" not in self.saved)) * (mesh.context - 1) + 2
-                yield Exchange(
-                    "context", "collective-permute", keys * hops * parts, hops * parts, "tokens"
-                )
-            else:
-                whole = keys * mesh.context * parts
-                yield Exchange("context", "all-gather", 2 * whole, 2 * parts, "tokens")
-                yield Exchange("context", "reduce-scatter", whole, parts, "tokens")
-        summed = FLOAT * self.shard
-        for axis in ("context", "data", "replica"):
-            if mesh.sizes[axis] > 1:
-                yield Exchange(
-                    axis, "all-reduce", summed, 10, "weights"
-                )  # arrays of all layers each
-                summed /= mesh.sizes[
-                    axis
-                ]  # the sum over several axes is scattered along the first for the next
+    @cached_property
+    def _exchanges(self) -> list[Exchange]:
+        found = list(self.collectives(self.totals, self.around))
+        if self.teaching:
+            found = joined([*found, *self.teaching.exchanges()])
+        sizes, summed = self.mesh.sizes, FLOAT * self.shard
+        for axis in COPIES:
+            if sizes[axis] > 1:
+                # Arrays of all layers each.
+                found.append(Exchange(axis, "all-reduce", summed, 10, "weights"))
+                # The sum over several axes is scattered along the first for the next.
+                summed /= sizes[axis]
+        found += [
+            Exchange(asked.axis, asked.kind, asked.bytes, asked.times, "update")
+            for asked in self.update.collectives
+        ]
+        return found
 
 
 def live_teacher(run: Run, name: str) -> ModelConfig | None:
@@ -402,8 +360,8 @@ def _teacher(run: Run, name: str) -> ModelConfig | None:
         raise UserError(f"stages.{name}.teacher={stage.teacher!r} cannot teach: {error}") from None
 
 
-def work_of(run: Run, name: str, mesh: MeshConfig) -> Work:
-    """The work of a stage over a mesh of resolved sizes.
+def work_of(run: Run, name: str, mesh: MeshConfig, accelerator: Accelerator = WITH_KERNEL) -> Work:
+    """The work of a stage over a mesh of resolved sizes, on devices of one kind.
 
     Raises:
         UserError: the stage's teacher is not there.
@@ -415,18 +373,33 @@ def work_of(run: Run, name: str, mesh: MeshConfig) -> Work:
         run.models()[name].trained,
         live_teacher(run, name),
         _remade(run, name),
+        accelerator=accelerator,
     )
 
 
 def _remade(run: Run, name: str) -> int:
-    """`Work.remade`, by what the masks or the rounding of a stage touch."""
+    """`Work.remade`, by the traced program that makes weights in use of those that are stored."""
     use = use_of(run, name)
     if not use:
         return 0
-    program = jax.make_jaxpr(use)(abstract(trained_specs(run, name)), 0).jaxpr
-    touched = sum(weights.aval.size for weights in program.outvars if weights not in program.invars)
-    quantization = run.stages[name].quantization
-    return 2 * touched if quantization and quantization.kind == "int2" else touched
+    leaves, structure = jax.tree.flatten(abstract(trained_specs(run, name)))
+
+    def used(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(use(jax.tree.unflatten(structure, leaves), 0))
+
+    program = differentiate(
+        used,
+        leaves,
+        [True] * len(leaves),
+        jax.eval_shape(used, *leaves),
+        lambda function: function,
+        0,
+    )
+    kept = rematerialize(program, None, program.inputs).kept
+    # Masks on several axes, and factors, need for their gradients what comes between.
+    made = [*program.outputs, *(value for value, _ in kept if value.floating)]
+    arrays = distinct(program.forward, made) - distinct(program.forward, program.inputs)
+    return round(sum(value.count.scaled for value in arrays))
 
 
 def divided_work(run: Run, name: str, target: Target) -> Work:
@@ -436,7 +409,8 @@ def divided_work(run: Run, name: str, target: Target) -> Work:
         UserError: the mesh does not fit the target, or divide the stage or its teacher; or that is
             not there.
     """
-    work = work_of(run, name, sizes_of(run, name, target.devices))
+    sizes = sizes_of(run, name, target.devices)
+    work = work_of(run, name, sizes, accelerator_of(target.facts))
     if work.teacher:
         specs = walk(specs_of(work.teacher))
         check(
@@ -474,14 +448,14 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
     seconds = {
         "matrix": work.matrix_flops / (peak * efficiency.matrix),
         "attention": work.attention_flops(efficiency.tile, efficiency.backward)
-        / (peak * efficiency.attention),
+        / (peak * efficiency.attention)
+        + work.attention_products / (peak * efficiency.matrix),
         "memory_bound": work.memory_bytes / (bandwidth * efficiency.memory),
     }
     if taught := work.teaching:
         products = (
-            taught.matrix_flops / efficiency.matrix
-            + taught.attention_flops(efficiency.tile) / efficiency.attention
-        )
+            taught.matrix_flops + taught.attention_products
+        ) / efficiency.matrix + taught.attention_flops(efficiency.tile) / efficiency.attention
         seconds["teacher"] = products / peak + taught.memory_bytes / (bandwidth * efficiency.memory)
     exchanges: list[tuple[Exchange, str, float | None]] = []
     hidden = 0.0
@@ -536,7 +510,8 @@ def labelling_seconds(run: Run, name: str, mesh: MeshConfig, target: Target) -> 
     """
     if not (run.stages[name].distillation.cached and (teacher := _teacher(run, name))):
         return 0.0
-    work, links = work_of(run, name, mesh), Links(target, mesh)
+    work = work_of(run, name, mesh, accelerator_of(target.facts))
+    links = Links(target, mesh)
     alone, taught = (
         estimate_work(each, target, links) for each in (work, replace(work, teacher=teacher))
     )

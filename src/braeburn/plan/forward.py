@@ -1,15 +1,21 @@
-"""What a model's pass over a batch is made of on one device, and what a live teacher's forward pass
-takes there.
+"""What a model's layers and loss take on one device, by its traced program; and what a live teacher
+adds to a step.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 from braeburn.config import MeshConfig, ModelConfig, OptimizerConfig, Run, Stage
+from braeburn.hardware.catalogue import Chip
 from braeburn.layers.spec import Role, Tree, count
 from braeburn.models.decoder import param_specs
 from braeburn.optim.definition import Parameters, state_bytes
+from braeburn.plan.attention import WITH_KERNEL, Accelerator
+from braeburn.plan.blocks import FSDP_TRACED, Shapes, crosses_context, shapes_of, sized
+from braeburn.plan.graph import Amount, Collective, Moved
+from braeburn.plan.layers import Around, around_of, teacher_layers_of
+from braeburn.plan.totals import Sequence, Totals, totals_of
 
 FLOAT = 4
 
@@ -30,7 +36,7 @@ class Exchange:
     axis: str
     kind: str
     bytes: float
-    times: int
+    times: float
     what: str
 
 
@@ -50,14 +56,30 @@ def _state_bytes(optimizer: OptimizerConfig, model: ModelConfig) -> int:
     return state_bytes(optimizer, Parameters(specs_of(model), model))
 
 
+@cache
+def accelerator_of(chip: Chip) -> Accelerator:
+    """What the choice of attention's back end depends on, of a chip of the catalogue."""
+    platform = {"tpu": "tpu", "nvidia": "cuda", "amd": "rocm"}.get(chip.family, "other")
+    return Accelerator(platform, chip.compute_capability)
+
+
 @dataclass(frozen=True)
 class Pass:
-    """A model that works on a stage's batch, over a mesh of resolved sizes."""
+    """A model that works on a stage's batch, over a mesh of resolved sizes.
+
+    Attributes:
+        run: the run.
+        stage: of it.
+        mesh: resolved sizes.
+        model: that works.
+        accelerator: of the devices.
+    """
 
     run: Run
     stage: Stage
     mesh: MeshConfig
     model: ModelConfig
+    accelerator: Accelerator = field(default=WITH_KERNEL, kw_only=True)
 
     @property
     def width(self) -> int:
@@ -72,32 +94,6 @@ class Pass:
         return self.stage.batch_tokens // (shards * self.stage.accumulation_steps)
 
     @cached_property
-    def parts(self) -> int:
-        """Times a step that the model runs: layers of a pass, over all parts of an accumulated
-        batch.
-        """
-        return self.model.num_layers * self.stage.accumulation_steps
-
-    @cached_property
-    def kv_heads(self) -> int:
-        """Key heads worked with on all tensor shards together: at least one on each."""
-        return max(self.model.num_kv_heads, self.mesh.tensor)
-
-    @cached_property
-    def widths(self) -> dict[str, int]:
-        """Values of each named activation for each token."""
-        model = self.model
-        heads, kv_heads = model.num_heads * model.head_dim, self.kv_heads * model.head_dim
-        inner = {"query": heads, "key": kv_heads, "value": kv_heads, "attention": heads}
-        outer = {"attention_output": model.d_model, "ffn_output": model.d_model}
-        return inner | outer | {"ffn_gate": model.ffn_dim, "ffn_up": model.ffn_dim}
-
-    @cached_property
-    def layer_parameters(self) -> int:
-        """Weights of the matrices of one layer."""
-        return _count(self.model, ("matrix",)) // self.model.num_layers
-
-    @cached_property
     def shard(self) -> float:
         """Parameters that a device stores."""
         return _count(self.model) / (self.mesh.fsdp * self.mesh.tensor)
@@ -108,61 +104,149 @@ class Pass:
         whole = _state_bytes(self.run.optimizer, self.model)
         return whole / (self.mesh.fsdp * self.mesh.tensor)
 
-    @cached_property
-    def products(self) -> dict[str, int]:
-        """FLOPs of the matrix product that each named activation comes from, for each token."""
-        model, width = self.model, self.widths
-        products = {
-            name: 2 * model.d_model * size for name, size in width.items() if name != "attention"
-        }
-        products["attention_output"] = 2 * model.d_model * width["query"]
-        products["ffn_output"] = 2 * model.d_model * model.ffn_dim
-        return products
+    def shapes_for(self, model: ModelConfig, teacher: ModelConfig | None = None) -> Shapes:
+        """What the programs of a model are traced with, or of a model beside its teacher."""
+        mesh, precision = self.mesh, self.run.precision
+        model = sized(model)
+        context = mesh.context if crosses_context(model, precision) else 1
+        teaches = (sized(teacher), self.stage.distillation) if teacher else None
+        return shapes_of(model, precision, mesh.tensor, mesh.fsdp > 1, context, teaches)
 
     @cached_property
-    def element_wise(self) -> int:
-        """Values read and written for each token of a layer by norms, rotations, activation and
-        residuals.
+    def shapes(self) -> Shapes:
+        """What its programs are traced with."""
+        return self.shapes_for(self.model)
+
+    @cached_property
+    def scale(self) -> float:
+        """Its tokens, in units of those that are traced."""
+        return self.tokens / self.shapes.tokens
+
+    @cached_property
+    def sequence(self) -> Sequence:
+        """How its sequences are worked on."""
+        mesh = self.mesh
+        return Sequence(
+            self.stage.sequence_length,
+            mesh.context,
+            mesh.context > 1 and mesh.context_attention == "ring",
+            self.run.precision.compute,
+            self.accelerator,
+        )
+
+    def at(self, amount: Amount) -> float:
+        """A quantity for this device's tokens."""
+        return amount.fixed + amount.scaled * self.scale
+
+    def read_and_written(self, amount: Amount) -> float:
+        """Bytes of element-wise work; what does not grow with the tokens is done on the weights as
+        they are stored.
         """
-        model, width = self.model, self.widths
-        # Two norms and two residuals in five passes each; queries and keys, and the three sides of
-        # SwiGLU, in one.
-        return 10 * model.d_model + 2 * (width["query"] + width["key"]) + 3 * model.ffn_dim
+        stored = FSDP_TRACED / self.mesh.fsdp if self.mesh.fsdp > 1 else 1.0
+        return amount.fixed * stored + amount.scaled * self.scale
+
+    def kernel_flops(self, totals: Totals, tile: int, backward: int) -> float:
+        """Of the products in fused kernels of attention, over the tiles that causality leaves.
+
+        Args:
+            totals: of the layers.
+            tile: queries and keys that the kernel takes at once.
+            backward: products that it forms in its backward pass; forward there are two.
+        """
+        keys = self.stage.sequence_length + tile
+        products = sum(
+            self.at(once) * (forward + backward * calls) for once, forward, calls in totals.kernels
+        )
+        return self.stage.accumulation_steps * keys * products
+
+    def collectives(self, totals: Totals, around: Around) -> Iterator[Exchange]:
+        """Those of layers and of what is around them, over all parts of a batch."""
+        steps = self.stage.accumulation_steps
+        for key, (size, times) in _together(totals, around):
+            yield Exchange(key.axis, key.kind, self.at(size) * steps, times * steps, key.what)
+
+
+@cache
+def _together(totals: Totals, around: Around) -> tuple[tuple[Collective, Moved], ...]:
+    """The exchanges of layers and of what is around them, those of one kind added up."""
+    found = dict(totals.collectives)
+    for key, moved in around.collectives.items():
+        found[key] = found[key] + moved if key in found else moved
+    return tuple(found.items())
 
 
 @dataclass(frozen=True)
 class Teaching(Pass):
     """A teacher whose weights are at hand: it runs forward on each part of a batch, before the
     student does.
+
+    Attributes:
+        student: the model that learns.
     """
 
-    @property
-    def head_passes(self) -> int:
-        """Times that its logits are formed: where all are taught and the head is gathered, again
-        for the gradient.
+    student: ModelConfig = field(kw_only=True)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """What the programs of both models are traced with."""
+        return self.shapes_for(self.student, self.model)
+
+    @cached_property
+    def totals(self) -> Totals:
+        """What its own layers do."""
+        return totals_of(teacher_layers_of(self.shapes), self.shapes.tokens, self.sequence)
+
+    @cached_property
+    def _added(self) -> Around:
+        """What there is around the layers of both models, less what there is around the student's
+        alone.
         """
-        return 2 if self.stage.distillation.target == "distribution" and self.mesh.fsdp > 1 else 1
+        alone = self.shapes_for(self.student)
+        both, one = around_of(self.shapes), around_of(alone)
+        factor = self.shapes.tokens / alone.tokens
+
+        def less(one: Amount, other: Amount) -> Amount:
+            return Amount(
+                max(0.0, one.fixed - other.fixed), max(0.0, one.scaled - other.scaled * factor)
+            )
+
+        nothing = Moved(Amount(), 0)
+        return Around(
+            less(both.flops, one.flops),
+            less(both.element_wise, one.element_wise),
+            {
+                key: Moved(
+                    less(moved.bytes, one.collectives.get(key, nothing).bytes),
+                    max(0.0, moved.times - one.collectives.get(key, nothing).times),
+                )
+                for key, moved in both.collectives.items()
+            },
+        )
 
     @cached_property
     def matrix_flops(self) -> float:
         """Of all matrix products but attention's."""
-        layers = self.tokens * self.parts * sum(self.products.values())
-        head = 2 * self.model.d_model * self.model.vocab_size * self.head_passes
-        return (layers + self.tokens * self.stage.accumulation_steps * head) / self.mesh.tensor
+        each = self.at(self.totals.flops) + self.at(self._added.flops)
+        return each * self.stage.accumulation_steps
 
     def attention_flops(self, tile: int) -> float:
-        """Of attention's two products, over the tiles that causality leaves."""
-        once = self.model.num_heads * self.model.head_dim * (self.stage.sequence_length + tile)
-        return self.tokens * self.parts * 2 * once / self.mesh.tensor
+        """Of attention's two products in a fused kernel, over the tiles that causality leaves."""
+        return self.kernel_flops(self.totals, tile, 0)
+
+    @cached_property
+    def attention_products(self) -> float:
+        """Of attention's products in no fused kernel."""
+        return self.at(self.totals.plain) * self.stage.accumulation_steps
 
     @cached_property
     def memory_bytes(self) -> float:
         """Read and written by element-wise work."""
-        layers = self.width * self.parts * self.element_wise
-        logits = (
-            2 * FLOAT * self.stage.accumulation_steps * self.model.vocab_size * self.head_passes
+        each = sum(
+            self.read_and_written(part)
+            for part in (self.totals.element_wise, self._added.element_wise)
         )
-        return self.tokens * (layers + logits) / self.mesh.tensor
+        each += self.at(self.totals.attention_bytes)
+        return each * self.stage.accumulation_steps
 
     @cached_property
     def stored_bytes(self) -> float:
@@ -175,40 +259,21 @@ class Teaching(Pass):
     @cached_property
     def working_bytes(self) -> float:
         """On a device while it runs: a layer's weights gathered, and its activations."""
-        weights = self.layer_parameters / self.mesh.tensor * self.width * (self.mesh.fsdp > 1)
-        live = (
-            sum(self.widths.values()) + self.model.ffn_dim
-        ) / self.mesh.tensor + 2 * self.model.d_model
-        return weights + self.width * self.tokens * live
+        return self.totals.weights[0] + max(map(self.at, self.totals.live))
 
     def exchanges(self) -> Iterator[Exchange]:
-        """Every collective of its pass over all parts of a batch."""
-        model, mesh, parts, steps = self.model, self.mesh, self.parts, self.stage.accumulation_steps
-        hidden = self.width * self.tokens * model.d_model
-        if mesh.fsdp > 1:
-            head = model.vocab_size * model.d_model * steps * self.head_passes
-            gathered = self.width * (self.layer_parameters * parts + head) / mesh.tensor
-            yield Exchange(
-                "fsdp", "all-gather", gathered, 7 * parts + 8 * steps * self.head_passes, "weights"
-            )
-            yield Exchange("fsdp", "all-to-all", hidden / mesh.tensor * steps, steps, "tokens")
-        if mesh.tensor > 1:
-            yield Exchange(
-                "tensor", "all-gather", hidden * (2 * parts + steps), 2 * parts + steps, "tokens"
-            )
-            yield Exchange(
-                "tensor",
-                "reduce-scatter",
-                hidden * (2 * parts + steps),
-                2 * parts + steps,
-                "tokens",
-            )
-        if mesh.context > 1:
-            keys = self.width * self.tokens * 2 * self.widths["key"] / mesh.tensor
-            if mesh.context_attention == "ring":
-                hops = (mesh.context - 1) * parts
-                yield Exchange("context", "collective-permute", keys * hops, hops, "tokens")
-            else:
-                yield Exchange(
-                    "context", "all-gather", keys * mesh.context * parts, parts, "tokens"
-                )
+        """Every collective that it adds to a step."""
+        for exchange in self.collectives(self.totals, self._added):
+            if exchange.bytes > 0:
+                yield exchange
+
+
+def joined(exchanges: Iterable[Exchange]) -> list[Exchange]:
+    """Exchanges with those of one kind along one axis added up."""
+    found: dict[tuple[str, str, str], Exchange] = {}
+    for each in exchanges:
+        key = each.axis, each.kind, each.what
+        if before := found.get(key):
+            each = Exchange(*key[:2], before.bytes + each.bytes, before.times + each.times, key[2])
+        found[key] = each
+    return list(found.values())

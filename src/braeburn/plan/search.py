@@ -11,6 +11,7 @@ from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import extent, placements
 from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
+from braeburn.plan.forward import accelerator_of
 
 # What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps
 # norms and more in float32: compiled steps take twice the memory then, and longer.
@@ -66,14 +67,25 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     """Every mesh that divides a stage on a target, each with what suits it best, the fastest first.
 
     For each mesh: the placement on the torus with the least exchange, and of accumulation, remat
-    and offload the fastest that fits. Meshes that fit in no way come last, by what they lack.
+    and offload the fastest that fits. Meshes that fit in no way come last, by what they lack; those
+    whose parameters and gradients alone do not fit only where no other does.
 
     Raises:
         UserError: the stage's teacher is not there.
     """
-    found, work = [], work_of(run, name, run.mesh)
+    work = work_of(run, name, run.mesh, accelerator_of(target.facts))
     models = [*run.models()[name], *([work.teacher] if work.teacher else [])]
-    for sizes in meshes(models, work.stage, target):
+    every = meshes(models, work.stage, target)
+    room = target.facts.device_memory_gib
+    assert room  # the catalogue refuses chips without it
+    possible = [sizes for sizes in every if replace(work, mesh=sizes).least_gib <= room.value]
+    return _best_of(possible, work, name, target) or _best_of(every, work, name, target)
+
+
+def _best_of(every: Sequence[MeshConfig], work: Work, name: str, target: Target) -> list[Candidate]:
+    """Each of some meshes with what suits it best, the fastest first."""
+    run, found = work.run, []
+    for sizes in every:
         best: tuple[Work, Estimate] | None = None
         for torus in _placements(sizes, target):
             links = Links(target, sizes, torus)
@@ -82,14 +94,14 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
                 update={"torus": torus if target.facts.devices_per_chip == 1 else None}
             )
             if best is None:
-                best = _fastest(work, name, placed, target, links)
+                best = _fastest(work, placed, target, links)
                 continue
             # The same work on other links.
             other = estimate_work(best[0], target, links)
             if _rank(other) < _rank(best[1]):
-                best = _changed(best[0], name, {"mesh": placed}), other
+                best = _changed(best[0], {"mesh": placed}), other
         if best:
-            found.append(_candidate(run, name, best[0].run, best[1]))
+            found.append(_candidate(run, name, _run_of(best[0], name), best[1]))
     found.sort(key=lambda candidate: _rank(candidate.estimate))
     return found
 
@@ -167,15 +179,21 @@ def _meshes(
                 )
 
 
-def _changed(work: Work, name: str, changes: dict[str, Any]) -> Work:
-    """The work with some fields of its stage changed; the mesh is among them, resolved."""
-    stage = work.stage.model_copy(update=changes)
-    run = work.run.model_copy(update={"stages": {**work.run.stages, name: stage}})
-    return replace(work, run=run, stage=stage, mesh=changes["mesh"])
+def _changed(work: Work, changes: dict[str, Any]) -> Work:
+    """The work with some fields of its stage changed; the mesh is among them, resolved.
+
+    The run stays as it is: see `_run_of`.
+    """
+    return replace(work, stage=work.stage.model_copy(update=changes), mesh=changes["mesh"])
+
+
+def _run_of(work: Work, name: str) -> Run:
+    """The run with the stage as the work has it."""
+    return work.run.model_copy(update={"stages": {**work.run.stages, name: work.stage}})
 
 
 def _fastest(
-    work: Work, name: str, sizes: MeshConfig, target: Target, links: Links
+    work: Work, sizes: MeshConfig, target: Target, links: Links
 ) -> tuple[Work, Estimate] | None:
     """The fastest of accumulation, remat and offload that fits; or where none does, what lacks
     least.
@@ -194,9 +212,9 @@ def _fastest(
                 ):
                     continue
                 one = _changed(
-                    offloading, name, {"accumulation_steps": steps, "mesh": sizes, "remat": remat}
+                    offloading, {"accumulation_steps": steps, "mesh": sizes, "remat": remat}
                 )
-                needed = sum(one.memory().values())
+                needed = one.memory_gib
                 if needed <= room.value:
                     fits.append((one, estimate_work(one, target, links)))
                     everything |= remat == REMATS[0]

@@ -59,12 +59,21 @@ class Backend:
         name: for the log.
         why_not: the reason that a request is not supported, or None.
         run: (query, key, value, segments, mesh, window) -> attended values.
+        kernel: of a fused kernel, the bytes that it needs for a batch of so many sequences beside
+            queries, keys, values, its result and a number per query; None of attention in plain
+            XLA.
     """
 
     name: str
     why_not: Callable[[Request], str | None]
     run: Callable[[Array, Array, Array, Array, MeshConfig, int | None], Array]
+    kernel: Callable[[Request, int], int] | None = None
 
     def is_supported(self, request: Request) -> bool:
         """Whether this back end can answer the request."""
         return self.why_not(request) is None
+
+
+def nothing(request: Request, batch: int) -> int:
+    """The bytes of a kernel that keeps no more than a tile of queries and keys at hand."""
+    return 0

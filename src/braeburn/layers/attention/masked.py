@@ -43,4 +43,12 @@ def _why_not(request: Request) -> str | None:
     return None
 
 
-MASKED_CUDNN = Backend("cudnn-masked", _why_not, cudnn_masked_attention)
+def _mask_bytes(request: Request, batch: int) -> int:
+    """Of the mask of each sequence, a byte for each query and key, and of one at a time in 16
+    bits.
+    """
+    pairs = request.sequence_length**2 // request.context_shards
+    return (batch + 2) * pairs
+
+
+MASKED_CUDNN = Backend("cudnn-masked", _why_not, cudnn_masked_attention, _mask_bytes)

@@ -5,7 +5,7 @@ from jaxtyping import Array
 
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention import cudnn
-from braeburn.layers.attention.backend import Backend, Request
+from braeburn.layers.attention.backend import Backend, Request, nothing
 
 
 def cudnn_attention(
@@ -51,4 +51,4 @@ def why_no_kernel_of_cudnn(request: Request) -> str | None:
     return None
 
 
-PACKED = Backend("cudnn", _why_not, cudnn_attention)
+PACKED = Backend("cudnn", _why_not, cudnn_attention, nothing)

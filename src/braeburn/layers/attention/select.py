@@ -2,6 +2,9 @@
 
 import functools
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -19,6 +22,23 @@ logger = logging.getLogger(__name__)
 
 # In the order in which they are asked.
 BACKENDS = (PACKED, MASKED_CUDNN, SPLASH, BLOCKED)
+
+# What takes the place of every back end: see `outlined`.
+Outline = Callable[..., Array]
+_OUTLINE: ContextVar[Outline | None] = ContextVar("outline", default=None)
+
+
+@contextmanager
+def outlined(outline: Outline) -> Iterator[None]:
+    """Within it, `attention` calls `outline` with the request and its own arguments.
+
+    The plan traces programs so: it works out the costs of attention apart.
+    """
+    before = _OUTLINE.set(outline)
+    try:
+        yield
+    finally:
+        _OUTLINE.reset(before)
 
 
 def attention(
@@ -50,6 +70,8 @@ def attention(
         window=window,
         compute_capability=compute_capability,
     )
+    if outline := _OUTLINE.get():
+        return outline(request, query, key, value, segment_ids, mesh)
     return select(request).run(query, key, value, segment_ids, mesh, window)
 
 
@@ -80,19 +102,21 @@ def select(request: Request) -> Backend:
     """The first back end that supports the request; the choice is logged once for each distinct
     request.
     """
+    backend, passed_over = choose(request)
+    over = f" over {request.context_shards} shards" if request.context_shards > 1 else ""
+    because = f" ({'; '.join(passed_over)})" if passed_over else ""
+    logger.info(
+        "attention over %d tokens: %s%s%s", request.sequence_length, backend.name, over, because
+    )
+    return backend
+
+
+def choose(request: Request) -> tuple[Backend, list[str]]:
+    """The first back end that supports the request, and why those before it do not."""
     passed_over: list[str] = []
     for backend in (RING,) if request.ring else BACKENDS:
         reason = backend.why_not(request)
         if reason is None:
-            over = f" over {request.context_shards} shards" if request.context_shards > 1 else ""
-            because = f" ({'; '.join(passed_over)})" if passed_over else ""
-            logger.info(
-                "attention over %d tokens: %s%s%s",
-                request.sequence_length,
-                backend.name,
-                over,
-                because,
-            )
-            return backend
+            return backend, passed_over
         passed_over.append(f"not {backend.name}: {reason}")
     raise NotImplementedError("; ".join(passed_over))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from braeburn.config import ONE_DEVICE, MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, Backend, Request
+from braeburn.layers.attention.backend import ATTENTION, Backend, Request, nothing
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence, zigzag
 
@@ -115,4 +115,4 @@ def _why_not(request: Request) -> str | None:
     return None
 
 
-SPLASH = Backend("splash", _why_not, splash_attention)
+SPLASH = Backend("splash", _why_not, splash_attention, nothing)

@@ -1,0 +1,476 @@
+"""A traced program as a flat graph: its values, and the operations between them with what each
+costs.
+
+Calls within the program, as of `jit`, `jax.checkpoint` and functions with a gradient of their own,
+are replaced by what they do. Loops stay single operations, with the costs of all their rounds.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+# JAX's names of collectives: how HLO names them, and whether the bytes are those of the result.
+_COLLECTIVES = {
+    "all_gather": ("all-gather", True),
+    "reduce_scatter": ("reduce-scatter", False),
+    "all_to_all": ("all-to-all", False),
+    "ppermute": ("collective-permute", False),
+    "psum": ("all-reduce", False),
+    "psum_invariant": ("all-reduce", False),
+    "pmax": ("all-reduce", False),
+    "pmin": ("all-reduce", False),
+}
+# Operations whose operands and results are in memory, whatever stands before and after them.
+_APART = {
+    "dot_general",
+    "ragged_dot",
+    "ragged_dot_general",
+    "conv_general_dilated",
+    "gather",
+    "scatter",
+    "scatter-add",
+    "sort",
+    "top_k",
+    "cumsum",
+    "dynamic_update_slice",
+    "scan",
+    "while",
+    "cond",
+    "ffi_call",
+    "pallas_call",
+    *_COLLECTIVES,
+}
+# Of these, operations that do nothing but move or add up elements, so that their time is that of
+# the memory.
+_MOVED = {"gather", "scatter", "scatter-add", "sort", "top_k", "cumsum", "dynamic_update_slice"}
+# Operations whose result has the elements of their operand.
+ALIASES = {"name", "reshape", "squeeze", "expand_dims", "copy", "optimization_barrier"}
+_OPAQUE = {"pallas_call", "ffi_call"}
+
+
+class Amount(NamedTuple):
+    """A quantity of a program that works on many tokens: `fixed + scaled * tokens`, in units of the
+    tokens that it was traced with.
+    """
+
+    fixed: float = 0.0
+    scaled: float = 0.0
+
+    def __add__(self, other: tuple[float, ...]) -> "Amount":  # type: ignore[override]
+        return Amount(self.fixed + other[0], self.scaled + other[1])
+
+    def __mul__(self, factor: float) -> "Amount":  # type: ignore[override]
+        return Amount(self.fixed * factor, self.scaled * factor)
+
+    def at(self, tokens: float) -> float:
+        """The quantity for `tokens` times as many tokens as were traced."""
+        return self.fixed + self.scaled * tokens
+
+
+NOTHING = Amount()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Value:
+    """An array of the program.
+
+    Attributes:
+        bytes: its size.
+        count: its elements.
+        floating: whether they are floating-point numbers.
+    """
+
+    bytes: Amount
+    count: Amount
+    floating: bool
+
+
+class Collective(NamedTuple):
+    """An exchange between devices: what tells one from another."""
+
+    axis: str
+    kind: str
+    what: str
+
+
+class Moved(NamedTuple):
+    """Bytes on one device as `plan.collectives.Collective.bytes` counts them, and how often."""
+
+    bytes: Amount
+    times: float
+
+    def __add__(self, other: tuple[Any, ...]) -> "Moved":
+        return Moved(self.bytes + other[0], self.times + other[1])
+
+    def __mul__(self, factor: float) -> "Moved":  # type: ignore[override]
+        return Moved(self.bytes * factor, self.times * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One operation.
+
+    Attributes:
+        equation: of the jaxpr that it comes from.
+        inputs: the values that it reads.
+        outputs: those that it makes.
+        flops: of its matrix products.
+        element_wise: bytes that a loop's own element-wise work moves; see `element_wise_bytes`.
+        collectives: its exchanges.
+        live: bytes that a loop holds beside its operands and results.
+    """
+
+    equation: Any
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    flops: Amount = NOTHING
+    element_wise: Amount = NOTHING
+    collectives: Mapping[Collective, Moved] = field(default_factory=dict)
+    live: Amount = NOTHING
+
+    @property
+    def name(self) -> str:
+        """Of its primitive."""
+        return str(self.equation.primitive.name)
+
+    @property
+    def apart(self) -> bool:
+        """Whether it reads and writes memory, and is not part of a fusion."""
+        return self.name in _APART
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The operations of a program in the order of its text."""
+
+    nodes: list[Node]
+    inputs: list[Value]
+    outputs: list[Value]
+
+
+def flatten(closed: Any, marker: int = 0) -> Graph:
+    """The graph of a closed jaxpr.
+
+    Args:
+        closed: the program of one device.
+        marker: a prime that divides the number of tokens that it was traced with, and no other
+            size: arrays whose number of elements it divides grow with the tokens. 0 where all do.
+    """
+    return _Flattening(marker).graph(closed.jaxpr)
+
+
+class _Flattening:
+    def __init__(self, marker: int):
+        self.marker = marker
+
+    def value(self, aval: Any) -> Value:
+        count = math.prod(aval.shape)
+        scales = not self.marker or (count % self.marker == 0 and count > 0)
+        try:
+            width = jnp.dtype(aval.dtype).itemsize
+            floating = jnp.issubdtype(aval.dtype, jnp.floating)
+        except TypeError:  # of a random key
+            width, floating = 4, False
+        size = float(count * width)
+        return Value(
+            Amount(0.0, size) if scales else Amount(size),
+            Amount(0.0, count) if scales else Amount(count),
+            bool(floating),
+        )
+
+    def graph(self, jaxpr: Any) -> Graph:
+        values: dict[Any, Value] = {}
+        for var in (*jaxpr.constvars, *jaxpr.invars):
+            values[var] = self.value(var.aval)
+        nodes: list[Node] = []
+        self.walk(jaxpr, values, nodes)
+        return Graph(
+            nodes,
+            [values[var] for var in jaxpr.invars],
+            [self.read(var, values) for var in jaxpr.outvars],
+        )
+
+    def read(self, var: Any, values: dict[Any, Value]) -> Value:
+        return self.value(var.aval) if isinstance(var, Literal) else values[var]
+
+    def walk(self, jaxpr: Any, values: dict[Any, Value], nodes: list[Node]) -> None:
+        for equation in jaxpr.eqns:
+            inputs = tuple(self.read(var, values) for var in equation.invars)
+            inner = _inlined(equation)
+            if inner is None:
+                outputs = tuple(self.value(var.aval) for var in equation.outvars)
+                values.update(zip(equation.outvars, outputs, strict=True))
+                nodes.append(self.node(equation, inputs, outputs))
+                continue
+            inner_values = dict(zip(inner.invars, inputs, strict=True))
+            inner_values |= {var: self.value(var.aval) for var in inner.constvars}
+            self.walk(inner, inner_values, nodes)
+            for var, made in zip(equation.outvars, inner.outvars, strict=True):
+                values[var] = self.read(made, inner_values)
+
+    def node(self, equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Node:
+        name, params = equation.primitive.name, equation.params
+        if name in _COLLECTIVES:
+            return Node(
+                equation, inputs, outputs, collectives=_exchanged(equation, inputs, outputs)
+            )
+        if name == "scan":
+            return self.loop(equation, inputs, outputs, params["jaxpr"], params["length"])
+        if name == "while":  # how often it runs is not known
+            return self.loop(equation, inputs, outputs, params["body_jaxpr"], 1)
+        if name == "cond":
+            found = [self.loop(equation, inputs, outputs, b, 1) for b in params["branches"]]
+            return max(found, key=lambda node: sum(node.flops))
+        return Node(equation, inputs, outputs, flops=self.flops(equation, inputs, outputs))
+
+    def loop(
+        self,
+        equation: Any,
+        inputs: tuple[Value, ...],
+        outputs: tuple[Value, ...],
+        body: Any,
+        length: int,
+    ) -> Node:
+        graph = self.graph(body.jaxpr)
+        exchanged = total_collectives(graph.nodes)
+        nodes = needed(graph.nodes, graph.outputs)
+        held = live_bytes(nodes, graph.inputs, graph.outputs)
+        peak = max((size for _, size in held), default=Amount(), key=sum)
+        return Node(
+            equation,
+            inputs,
+            outputs,
+            flops=total_flops(graph.nodes) * length,
+            element_wise=element_wise_bytes(nodes, graph.outputs) * length,
+            collectives={key: moved * length for key, moved in exchanged.items()},
+            live=peak,
+        )
+
+    def flops(self, equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Amount:
+        name, params = equation.primitive.name, equation.params
+        shapes = [var.aval.shape for var in equation.invars]
+        if name == "dot_general":
+            (summed, _), _ = params["dimension_numbers"]
+            each = 2.0 * math.prod(shapes[0][dim] for dim in summed)
+        elif name in ("ragged_dot", "ragged_dot_general"):
+            each = 2.0 * shapes[0][-1]
+        elif name == "conv_general_dilated":
+            features = shapes[1][params["dimension_numbers"].rhs_spec[0]]
+            each = 2.0 * math.prod(shapes[1]) / features
+        else:
+            return Amount()
+        # A product summed over the tokens, as the gradient of a weight, grows with them too.
+        total = each * math.prod(equation.outvars[0].aval.shape)
+        scales = any(value.count.scaled for value in (*inputs, *outputs))
+        return Amount(0.0, total) if scales else Amount(total)
+
+
+def _inlined(equation: Any) -> Any:
+    """The jaxpr that an operation stands for; None where it is one of its own."""
+    if equation.primitive.name in _APART | _OPAQUE:
+        return None
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in equation.params:
+            inner = equation.params[key]
+            return inner.jaxpr if hasattr(inner, "jaxpr") else inner
+    return None
+
+
+def _exchanged(
+    equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]
+) -> dict[Collective, Moved]:
+    """The exchange of an operation; none of scalars and indices, which are small."""
+    kind, of_result = _COLLECTIVES[equation.primitive.name]
+    params = equation.params
+    axes = params["axis_name"] if "axis_name" in params else params["axes"]
+    axis = axes if isinstance(axes, str) else axes[0]
+    found: dict[Collective, Moved] = {}
+    for value, var in zip(outputs if of_result else inputs, equation.invars, strict=False):
+        if not value.floating or math.prod(var.aval.shape) <= 1:
+            continue
+        what = "tokens" if value.bytes.scaled else "weights"
+        _add(found, Collective(axis, kind, what), Moved(value.bytes, 1))
+    return found
+
+
+def _add(sums: dict[Collective, Moved], key: Collective, moved: Moved) -> None:
+    sums[key] = sums[key] + moved if key in sums else moved
+
+
+def total_flops(nodes: Iterable[Node]) -> Amount:
+    """Of the matrix products of some operations."""
+    total = Amount()
+    for node in nodes:
+        if node.flops != (0, 0):
+            total = total + node.flops
+    return total
+
+
+def total_collectives(nodes: Iterable[Node]) -> dict[Collective, Moved]:
+    """The exchanges of some operations."""
+    sums: dict[Collective, Moved] = {}
+    for node in nodes:
+        for key, moved in node.collectives.items():
+            _add(sums, key, moved)
+    return sums
+
+
+def needed(
+    nodes: Sequence[Node],
+    values: Iterable[Value],
+    have: Callable[[Node], bool] = lambda node: False,
+) -> list[Node]:
+    """The operations, in order, that some values come from.
+
+    Args:
+        nodes: all operations.
+        values: what is wanted.
+        have: whether the results of an operation are there already.
+    """
+    wanted = set(values)
+    found = []
+    for node in reversed(nodes):
+        if wanted.isdisjoint(node.outputs) or have(node):
+            continue
+        found.append(node)
+        wanted.update(node.inputs)
+    return found[::-1]
+
+
+# What costs nothing to make again, and is so in each fusion that uses it; and what is made again
+# where memory is short.
+_CHEAP = {
+    "convert_element_type",
+    "broadcast_in_dim",
+    "iota",
+    "select_n",
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"),
+}
+_MADE_AGAIN = _CHEAP | {"add", "add_any", "sub", "mul", "neg", "square", "transpose"}
+
+
+class _Step(NamedTuple):
+    """An operation with the arrays that it reads and makes; other names of an array are the array
+    itself.
+    """
+
+    node: Node
+    inputs: list[Value]
+    outputs: list[Value]
+
+
+def _steps(nodes: Sequence[Node]) -> tuple[list[_Step], Callable[[Value], Value]]:
+    """The operations that are more than another name of an array, and the array that a value is."""
+    arrays: dict[Value, Value] = {}
+    found = []
+    for node in nodes:
+        inputs = [arrays.get(value, value) for value in node.inputs]
+        if node.name in ALIASES:
+            arrays.update(zip(node.outputs, inputs, strict=False))
+        else:
+            found.append(_Step(node, inputs, list(node.outputs)))
+    return found, lambda value: arrays.get(value, value)
+
+
+def distinct(nodes: Sequence[Node], values: Iterable[Value]) -> set[Value]:
+    """The arrays that some values are, of which others may be further names."""
+    array = _steps(nodes)[1]
+    return {array(value) for value in values}
+
+
+def _in_memory(steps: Sequence[_Step], outputs: Iterable[Value], cheap: set[str]) -> set[Value]:
+    """The arrays that are written to memory: what operations that stand apart read and make, and
+    what more than one of the fusions between them uses, unless it is `cheap` to make again.
+    """
+    users: dict[Value, list[Node]] = {}
+    for step in steps:
+        for value in step.inputs:
+            users.setdefault(value, []).append(step.node)
+    written = set(outputs)
+    # The array that the fusion ends with which an operation is part of.
+    ends: dict[Node, Value] = {}
+    for node, inputs, made in reversed(steps):
+        if node.apart:
+            written.update(inputs)
+            written.update(made)
+            continue
+        for value in made:
+            used_by = {ends.get(user, value) for user in users.get(value, ())}
+            if value in written or (len(used_by) > 1 and node.name not in cheap):
+                written.add(value)
+                ends[node] = value
+            elif used_by:
+                ends.setdefault(node, next(iter(used_by)))
+    return written
+
+
+def element_wise_bytes(nodes: Sequence[Node], outputs: Iterable[Value]) -> Amount:
+    """The fewest bytes that the element-wise work of some operations reads and writes.
+
+    Each fusion reads what it needs once and writes its result. Matrix products, kernels and
+    collectives read and write in their own time.
+    """
+    steps, array = _steps(nodes)
+    written = _in_memory(steps, {array(value) for value in outputs}, _CHEAP)
+    total = Amount()
+    # What a fusion has read by the time that it has made a value.
+    sources: dict[Value, set[Value]] = {}
+    for node, inputs, made in steps:
+        total = total + node.element_wise
+        if node.apart:
+            if node.name in _MOVED:
+                for value in made:
+                    total = total + value.bytes * 2
+            continue
+        read: set[Value] = set()
+        for value in inputs:
+            read |= {value} if value in written else sources.get(value, {value})
+        for value in made:
+            sources[value] = read
+            if value in written:
+                for each in (value, *read):
+                    total = total + each.bytes
+    return total
+
+
+def live_bytes(
+    nodes: Sequence[Node], inputs: Iterable[Value], outputs: Iterable[Value]
+) -> list[tuple[Node, Amount]]:
+    """Each operation, and the bytes of the arrays that are held while it runs.
+
+    Args:
+        nodes: the operations in order, all of them needed.
+        inputs: values whose memory is counted elsewhere.
+        outputs: others of this kind.
+    """
+    steps, array = _steps(nodes)
+    results = {array(value) for value in outputs}
+    written = _in_memory(steps, results, _MADE_AGAIN)
+    elsewhere = results | {array(value) for value in inputs}
+    last: dict[Value, int] = {}
+    for index, step in enumerate(steps):
+        for value in (*step.inputs, *step.outputs):
+            last[value] = index
+    ending: dict[int, list[Value]] = {}
+    for value, index in last.items():
+        ending.setdefault(index, []).append(value)
+    held: set[Value] = set()
+    fixed = scaled = 0.0
+    found = []
+    for index, (node, _, made) in enumerate(steps):
+        for value in made:
+            if value in written and value not in elsewhere:
+                held.add(value)
+                fixed += value.bytes.fixed
+                scaled += value.bytes.scaled
+        found.append((node, Amount(fixed + node.live.fixed, scaled + node.live.scaled)))
+        for value in ending.get(index, ()):
+            if value in held:
+                held.discard(value)
+                fixed -= value.bytes.fixed
+                scaled -= value.bytes.scaled
+    return found

@@ -1,0 +1,326 @@
+"""What the traced programs of a stage come to, for any number of tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from braeburn.config import NO_OFFLOAD, Remat
+from braeburn.plan.blocks import BACKWARD, FORWARD, Block, Shapes, neighbours, policy_of, programs
+from braeburn.plan.graph import Amount, Collective, Moved, Node, live_bytes, needed
+from braeburn.plan.trace import Pass, Policy, graph_of, keeps, peaks, rematerialize
+
+
+@dataclass(frozen=True)
+class Call:
+    """Attention of one kind in the layers.
+
+    Attributes:
+        num_heads: of the queries on this device.
+        num_kv_heads: of its keys and values.
+        head_dim: of each head.
+        state: what becomes of its result: "kept" for the backward pass, worked out "again" there,
+            kept with all that belongs to it ("whole"), or not needed there ("forward").
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    state: str
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """What all layers of a model do in a pass over a part of a batch, and its gradient.
+
+    Attributes:
+        flops: of their matrix products but attention's.
+        element_wise: bytes that the forward pass reads and writes in element-wise work.
+        repeats: whether the backward pass works some of them out again.
+        collectives: their exchanges but attention's.
+        calls: of attention, and how many of each kind there are.
+        kept: bytes kept for the backward pass by name; "" has what has no name.
+        weights: bytes of one repeat's gathered weights, and of their gradients before they are
+            scattered.
+        live: bytes that the backward pass of one repeat holds otherwise, at each moment; of those
+            within attention, which it is.
+    """
+
+    flops: Amount
+    element_wise: Amount
+    repeats: bool
+    collectives: Mapping[Collective, Moved]
+    calls: Mapping[Call, int]
+    kept: Mapping[str, Amount]
+    weights: tuple[float, float]
+    live: tuple[tuple[Amount, Call | None], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """What embedding, final norm and loss do, with their gradients.
+
+    Attributes:
+        flops: of their matrix products.
+        element_wise: bytes that they read and write in element-wise work.
+        collectives: their exchanges.
+    """
+
+    flops: Amount
+    element_wise: Amount
+    collectives: Mapping[Collective, Moved]
+
+
+def layers_of(shapes: Shapes, remat: Remat) -> Layers:
+    """The layers of a stage's model under a rematerialisation policy."""
+    names = remat.names if remat.policy == "save_named" else ()
+    return _layers(shapes, remat.policy, names)
+
+
+@cache
+def _layers(shapes: Shapes, policy: str, names: tuple[str, ...]) -> Layers:
+    if between := neighbours(shapes):
+        one, other, share = between
+        ends = [_per_token(_layers(each, policy, names), 1 / each.tokens) for each in (one, other)]
+        return _per_token(_mixed(ends[0], ends[1], share), shapes.tokens)
+    remat = Remat(policy=policy, names=names) if names else Remat(policy=policy)  # type: ignore
+    keeping = policy_of(remat, NO_OFFLOAD, shapes.fsdp)
+    return _sum([_trained(block, keeping) for block in programs(shapes).blocks if block.trained])
+
+
+@cache
+def teacher_layers_of(shapes: Shapes) -> Layers:
+    """The layers of a stage's teacher, which run forward alone."""
+    return _sum([_untrained(block) for block in programs(shapes).blocks if not block.trained])
+
+
+@cache
+def around_of(shapes: Shapes) -> Around:
+    """What is around the layers of a stage's models."""
+    if between := neighbours(shapes):
+        one, other, share = between
+        first, second = around_of(one), around_of(other)
+        scales = shapes.tokens / one.tokens, shapes.tokens / other.tokens
+
+        def mixed(here: Amount, there: Amount) -> Amount:
+            return _between(
+                Amount(here.fixed, here.scaled * scales[0]),
+                Amount(there.fixed, there.scaled * scales[1]),
+                share,
+            )
+
+        return Around(
+            mixed(first.flops, second.flops),
+            mixed(first.element_wise, second.element_wise),
+            {
+                key: Moved(mixed(size, second.collectives[key].bytes), times)
+                for key, (size, times) in first.collectives.items()
+            },
+        )
+    graph = graph_of(programs(shapes).around)
+    found = Pass.of(graph.nodes, graph.outputs)
+    return Around(found.flops, found.element_wise, found.collectives)
+
+
+def _between(one: Amount, other: Amount, share: float) -> Amount:
+    return one * (1 - share) + other * share
+
+
+def _mixed(one: Layers, other: Layers, share: float) -> Layers:
+    """Layers between two that differ in nothing but sizes."""
+
+    def between(here: float, there: float) -> float:
+        return here + (there - here) * share
+
+    calls = {
+        here: Call(
+            round(between(here.num_heads, there.num_heads)),
+            round(between(here.num_kv_heads, there.num_kv_heads)),
+            here.head_dim,
+            here.state,
+        )
+        for here, there in zip(one.calls, other.calls, strict=True)
+    }
+    return Layers(
+        _between(one.flops, other.flops, share),
+        _between(one.element_wise, other.element_wise, share),
+        one.repeats,
+        {
+            key: Moved(_between(size, other.collectives[key].bytes, share), times)
+            for key, (size, times) in one.collectives.items()
+        },
+        {calls[call]: times for call, times in one.calls.items()},
+        {name: _between(size, other.kept[name], share) for name, size in one.kept.items()},
+        (between(one.weights[0], other.weights[0]), between(one.weights[1], other.weights[1])),
+        tuple(
+            (_between(here[0], there[0], share), calls[here[1]] if here[1] else None)
+            for here, there in zip(one.live, other.live, strict=True)
+        ),
+    )
+
+
+def _per_token(layers: Layers, factor: float) -> Layers:
+    """Layers over `factor` times as many tokens."""
+
+    def over(size: Amount) -> Amount:
+        return Amount(size.fixed, size.scaled * factor)
+
+    return Layers(
+        over(layers.flops),
+        over(layers.element_wise),
+        layers.repeats,
+        {key: Moved(over(size), times) for key, (size, times) in layers.collectives.items()},
+        layers.calls,
+        {name: over(size) for name, size in layers.kept.items()},
+        layers.weights,
+        tuple((over(size), call) for size, call in layers.live),
+    )
+
+
+def _trained(block: Block, policy: Policy) -> Layers:
+    program = block.program
+    remade = rematerialize(program, policy, block.varying)
+    kept: dict[str, Amount] = {}
+    for value, name in remade.kept:
+        kept[name or ""] = kept.get(name or "", Amount()) + value.bytes
+    for value in remade.inputs:
+        if value in block.carry:
+            kept[""] = kept.get("", Amount()) + value.bytes
+    forward = needed(program.forward, [*program.outputs, *(value for value, _ in remade.kept)])
+    once = Pass.of(needed(program.forward, program.outputs), program.outputs)
+    passes = [Pass.of(nodes) for nodes in (forward, remade.again, program.backward)]
+    collectives: dict[Collective, Moved] = {}
+    for each in passes:
+        for key, moved in each.collectives.items():
+            collectives[key] = collectives[key] + moved if key in collectives else moved
+    states = {node: _state(node, program.forward, policy) for node in once.calls}
+    calls = [_call(node, state) for node, state in states.items()]
+    own = set(program.gradients) - block.carry
+    # What a repeat finds is read out of what was kept, and what it hands on is written beside it.
+    handed_on = sum(v.bytes.scaled for v in block.carry if v in {*program.inputs})
+    live = [
+        (Amount(0.0, size.scaled + handed_on), _backward_call(node, calls))
+        for node, size in peaks(program, remade, own)
+    ]
+    return _repeated(
+        Layers(
+            passes[0].flops + passes[1].flops + passes[2].flops,
+            once.element_wise,
+            bool(remade.again),
+            collectives,
+            _counted(calls),
+            kept,
+            _weights(collectives),
+            tuple(live),
+        ),
+        block.repeats,
+    )
+
+
+def _untrained(block: Block) -> Layers:
+    program = block.program
+    nodes = needed(program.forward, program.outputs)
+    found = Pass.of(nodes, program.outputs)
+    calls = [_call(node, "forward") for node in found.calls]
+    handed_on = sum(v.bytes.scaled for v in block.carry if v in {*program.inputs})
+    live = [
+        (Amount(0.0, size.scaled + 2 * handed_on), _backward_call(node, calls))
+        for node, size in live_bytes(nodes, program.inputs, program.outputs)
+    ]
+    return _repeated(
+        Layers(
+            found.flops,
+            found.element_wise,
+            False,
+            found.collectives,
+            _counted(calls),
+            {},
+            _weights(found.collectives),
+            tuple(live),
+        ),
+        block.repeats,
+    )
+
+
+def _state(call: Node, nodes: list[Node], policy: Policy) -> str:
+    if keeps(policy, call):
+        return "whole"
+    names = [node for node in nodes if node.name == "name" and node.inputs[0] in call.outputs]
+    return "kept" if any(keeps(policy, node) for node in names) else "again"
+
+
+def _call(node: Node, state: str) -> Call:
+    query, key = (var.aval.shape for var in node.equation.invars[:2])
+    return Call(query[2], key[2], query[3], state)
+
+
+def _backward_call(node: Node, calls: list[Call]) -> Call | None:
+    """Attention whose backward pass an operation is."""
+    if node.name != "ffi_call" or node.equation.params["target_name"] not in (FORWARD, BACKWARD):
+        return None
+    shape = _call(node, "")
+    return next(call for call in calls if _sizes(call) == _sizes(shape))
+
+
+def _sizes(call: Call) -> tuple[int, int, int]:
+    return call.num_heads, call.num_kv_heads, call.head_dim
+
+
+def _counted(calls: list[Call]) -> dict[Call, int]:
+    return {call: calls.count(call) for call in calls}
+
+
+def _weights(collectives: Mapping[Collective, Moved]) -> tuple[float, float]:
+    """Bytes of the weights gathered in a pass, and of their gradients.
+
+    They are gathered as often as their gradients are not scattered: once where there is none, else
+    before the forward and before the backward pass.
+    """
+    gathered = [m for key, m in collectives.items() if _is(key, "all-gather")]
+    scattered = [m for key, m in collectives.items() if _is(key, "reduce-scatter")]
+    passes = 2 if scattered else 1
+    return (
+        sum(moved.bytes.fixed for moved in gathered) / passes,
+        sum(moved.bytes.fixed for moved in scattered),
+    )
+
+
+def _is(key: Collective, kind: str) -> bool:
+    return key.kind == kind and key.what == "weights"
+
+
+def _repeated(layers: Layers, times: int) -> Layers:
+    """Several repeats of a pattern, of which one is worked on at a time."""
+    return Layers(
+        layers.flops * times,
+        layers.element_wise * times,
+        layers.repeats,
+        {key: moved * times for key, moved in layers.collectives.items()},
+        {call: count * times for call, count in layers.calls.items()},
+        {name: size * times for name, size in layers.kept.items()},
+        layers.weights,
+        layers.live,
+    )
+
+
+def _sum(parts: list[Layers]) -> Layers:
+    """One segment of layers after another."""
+    first, *others = parts
+    for other in others:
+        first = Layers(
+            first.flops + other.flops,
+            first.element_wise + other.element_wise,
+            first.repeats or other.repeats,
+            _added(first.collectives, other.collectives),
+            _added(first.calls, other.calls),
+            _added(first.kept, other.kept),
+            max(first.weights, other.weights, key=sum),
+            (*first.live, *other.live),
+        )
+    return first
+
+
+def _added(one: Mapping, other: Mapping) -> dict:
+    return {
+        key: one[key] + other[key] if key in one and key in other else one.get(key, other.get(key))
+        for key in {**one, **other}
+    }
