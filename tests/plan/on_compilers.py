@@ -73,22 +73,29 @@ def test_weights_sharded_across_slices_are_named():
     assert any("all_gather" in t["source"] or "dynamic_slice" in t["source"] for t in offenders)
 
 
+# It takes nearly 5 GiB, more than it may unless it is allowed to.
+ROOM = ["--memory-limit", "8"]
+
+
 @pytest.mark.parametrize(
-    ("recipe", "on"),
+    ("recipe", "on", "arguments"),
     [
-        ("llama2-7b", "v5p:256"),
-        ("llama2-70b", "v5p:512"),
-        DEVICE,
-        ("llama3-8b", "v6e:256"),
-        ("llama2-7b", "h100:256"),
-        ("olmo2-7b", "v5p:128"),
-        ("afm-on-device-2025", "v5p:128"),
+        ("llama2-7b", "v5p:256", []),
+        ("llama2-70b", "v5p:512", []),
+        (*DEVICE, []),
+        ("llama3-8b", "v6e:256", []),
+        ("llama2-7b", "h100:256", []),
+        ("gemma3-1b", "v5p:64", ROOM),
+        ("olmo2-7b", "v5p:128", []),
+        ("afm-on-device-2025", "v5p:128", []),
     ],
 )
-def test_steps_that_fit(recipe, on):
-    facts = compiled(recipe, on)
+def test_steps_that_fit(recipe, on, arguments):
+    facts = compiled(recipe, on, *arguments)
     check(facts)
     check_bytes(facts)
+    planned = facts["plan"]["memory_gib"]
+    assert facts["memory_gib"]["required"] == pytest.approx(planned, rel=0.1)
     kernel = "cudnn" if on.startswith("h100") else "splash"
     assert facts["kernels"] and all(
         k["name"].startswith(kernel) and k["seconds"] for k in facts["kernels"]

@@ -399,7 +399,8 @@ def _in_memory(steps: Sequence[_Step], outputs: Iterable[Value], cheap: set[str]
             written.update(made)
             continue
         for value in made:
-            used_by = {ends.get(user, value) for user in users.get(value, ())}
+            # In the order of the program, so that every trace gives the same.
+            used_by = dict.fromkeys(ends.get(user, value) for user in users.get(value, ()))
             if value in written or (len(used_by) > 1 and node.name not in cheap):
                 written.add(value)
                 ends[node] = value
