@@ -32,8 +32,8 @@ from braeburn.config import (
 from braeburn.layers.spec import initialize
 from braeburn.models.decoder import param_specs
 from braeburn.optim.guard import begin_stage
-from braeburn.train.compression import enter
 from braeburn.train.stages import compile_stage, initial_state, layout_of
+from braeburn.train.transitions import enter
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 20

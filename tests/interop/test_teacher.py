@@ -15,8 +15,8 @@ from braeburn.hardware.targets import parse_target
 from braeburn.interop.exchange import find_teacher
 from braeburn.layers.spec import walk
 from braeburn.plan.cost import estimate
-from braeburn.train.compression import of_model
 from braeburn.train.stages import abstract_params, layout_of
+from braeburn.train.transitions import of_model
 from support import braeburn, contents, rows
 
 

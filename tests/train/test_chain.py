@@ -34,11 +34,12 @@ from braeburn.interop import huggingface
 from braeburn.layers.spec import abstract, walk
 from braeburn.models import decoder
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.compression import MASKS, enter, leaving, of_model, trained_specs
 from braeburn.train.loop import calibration, train
-from braeburn.train.stages import abstract_state, layout_of, model_at, stage_optimizer
+from braeburn.train.stages import abstract_state, layout_of, stage_optimizer
 from braeburn.train.state import TrainState
 from braeburn.train.trained import load
+from braeburn.train.transitions import enter, leaving, of_model, trained_specs
+from braeburn.transforms.pruning import MASKS
 from support import braeburn, events, rows
 
 # Steps made when each stage ends; of the pruning stage's five, the last is made with exact masks.
@@ -126,7 +127,7 @@ def test_what_each_stage_leaves(whole: Path, chain: Run) -> None:
     ]
     read = Checkpoints(whole).restore_params
     for step, width in ((LARGER, 160), (PRUNED, KEEP), (ROUNDED, KEEP)):
-        model, _ = model_at(chain, step)
+        model, _ = chain.model_at(step)
         assert model.ffn_dim == width
         params = read(step, abstract(decoder.param_specs(model)))
         assert params["layers"]["down"].shape == (2, width, 64) and MASKS not in params
@@ -159,7 +160,7 @@ def test_stops_within_stages_and_between_leave_no_trace(
     assert train(run, tmp_path).finished
     assert curve(tmp_path) == curve(whole)
     assert stage_ends(tmp_path) == stage_ends(whole)
-    model, _ = model_at(chain, ROUNDED)
+    model, _ = chain.model_at(ROUNDED)
     shape = abstract(decoder.param_specs(model))
     same(*(Checkpoints(folder).restore_params(ROUNDED, shape) for folder in (tmp_path, whole)))
 

@@ -49,6 +49,7 @@ from braeburn.config.transforms import (
     PrunedAxis,
     Pruning,
     Quantization,
+    TransformConfig,
     check_pruning,
 )
 
@@ -106,6 +107,7 @@ __all__ = [
     "Stage",
     "StageModels",
     "SwiGLU",
+    "TransformConfig",
     "check_name",
     "check_pruning",
     "divisors",

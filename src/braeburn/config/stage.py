@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from braeburn.config.base import Count, Frozen, Name, NonNegative, Positive, Size, divisors, some
 from braeburn.config.memory import Remat
 from braeburn.config.mesh import MeshConfig
-from braeburn.config.transforms import Distillation, Pruning, Quantization
+from braeburn.config.transforms import Distillation, Pruning, Quantization, TransformConfig
 
 
 class Schedule(Frozen):
@@ -67,6 +67,14 @@ class Stage(Frozen):
         """Optimizer steps in the stage; the last may pass `tokens` by less than one batch."""
         return math.ceil(self.tokens / self.batch_tokens)
 
+    @property
+    def transforms(self) -> dict[str, TransformConfig]:
+        """The configuration of the stage's transform by the name of its field; empty where it has
+        none.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in fields.items() if isinstance(value, TransformConfig)}
+
     @model_validator(mode="after")
     def _check(self) -> "Stage":
         if self.batch_tokens % self.sequence_length:
@@ -91,9 +99,8 @@ class Stage(Frozen):
                 f"{self.steps} steps to "
                 f"decay; set schedule.warmup_steps below {self.steps} or raise tokens"
             )
-        if self.pruning and self.quantization:
+        if len(names := list(self.transforms)) > 1:
             raise ValueError(
-                "pruning and quantization cannot be in one stage; make another stage of "
-                "quantization"
+                f"{' and '.join(names)} cannot be in one stage; make another stage of {names[-1]}"
             )
         return self

@@ -1,6 +1,6 @@
 """Stages that make a model smaller: pruning, distillation, quantisation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,44 @@ PRUNABLE = {"ffn": "ffn_dim", "heads": "num_heads", "embed": "d_model"}
 PrunedAxis = Literal["ffn", "heads", "embed"]
 
 
-class Pruning(Frozen):
+class TransformConfig(Frozen):
+    """What a stage does to its model besides training it: the base of each kind's configuration.
+
+    A kind of transform is a subclass, the field of `Stage` that holds it, and the module of that
+    field's name in `braeburn.transforms`.
+
+    `rounds` tells whether the effective weights jump where stored weights change by a rounding
+    error, so that runs part which are equal but for such errors.
+    """
+
+    rounds: ClassVar[bool] = False
+
+    @property
+    def summary(self) -> str:
+        """What the stage does to the model, in a few words after the stage's name."""
+        return f"applies {type(self).__name__}"
+
+    def trained(self, model: ModelConfig) -> ModelConfig:
+        """The model that the stage trains, from the one that it finds."""
+        return model
+
+    def left(self, model: ModelConfig) -> ModelConfig:
+        """The model that the stage leaves, from the one that it finds."""
+        return model
+
+    def check(self, path: str, model: ModelConfig) -> None:
+        """Refuses a model that the transform does not fit.
+
+        Args:
+            path: of this configuration in the run, for the message.
+            model: the one that the stage finds.
+
+        Raises:
+            ValueError: naming the field at fault and a value that would work.
+        """
+
+
+class Pruning(TransformConfig):
     """A stage that makes the model narrower: `keep` tells how many units of an axis stay, in each
     layer alike.
 
@@ -42,13 +79,29 @@ class Pruning(Frozen):
         return self
 
     @property
+    def summary(self) -> str:
+        """The units that stay of each axis, and the method."""
+        kept = " ".join(f"{axis}={size}" for axis, size in self.keep.items())
+        return f"prunes to {kept} by {self.method}"
+
+    @property
     def learned(self) -> bool:
         """Whether masks are trained, and the model cut at the end of the stage."""
         return self.method == "soft_top_k"
 
-    def pruned(self, model: ModelConfig) -> ModelConfig:
-        """The model that is left."""
+    def trained(self, model: ModelConfig) -> ModelConfig:
+        """The model that the stage trains: learned masks train the units that they will cut at the
+        end; the other methods cut first.
+        """
+        return model if self.learned else self.left(model)
+
+    def left(self, model: ModelConfig) -> ModelConfig:
+        """The model of the units that stay."""
         return model.model_copy(update={PRUNABLE[axis]: size for axis, size in self.keep.items()})
+
+    def check(self, path: str, model: ModelConfig) -> None:
+        """Refuses sizes that do not fit a model: see `check_pruning`."""
+        check_pruning(f"{path}.keep.", self, model)
 
 
 class Distillation(Frozen):
@@ -82,7 +135,7 @@ class Distillation(Frozen):
         return self
 
 
-class Quantization(Frozen):
+class Quantization(TransformConfig):
     """Training with weights rounded as they will be shipped: gradients pass the rounding by (arXiv
     1308.3432).
 
@@ -91,8 +144,15 @@ class Quantization(Frozen):
     a factor of the scale for each matrix.
     """
 
+    rounds: ClassVar[bool] = True
+
     kind: Literal["int8", "int4", "int2"] = "int4"
     group_size: Size = 32
+
+    @property
+    def summary(self) -> str:
+        """The kind of values, and the size of the groups."""
+        return f"rounds to {self.kind} in groups of {self.group_size}"
 
 
 def check_pruning(prefix: str, pruning: Pruning, model: ModelConfig) -> None:

@@ -20,10 +20,10 @@ from braeburn.layers.spec import abstract, walk
 from braeburn.models.huggingface_config import is_huggingface, read_config
 from braeburn.parallel.rules import check
 from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, specs_of
-from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
 from braeburn.train.stages import sizes_of
 from braeburn.train.teaching import find_in_run
+from braeburn.train.transitions import stage_transform, trained_specs
 
 GIB = 2**30
 
@@ -145,8 +145,8 @@ class Work(Pass):
     Attributes:
         teacher: a model that runs forward on each batch; None where there is none, or what it says
             is stored.
-        remade: parameters that are masked or rounded before they are used, those of `int2` twice:
-            what its factors' gradient needs is kept too.
+        remade: values that a step holds for the parameters whose effective weights are not the
+            stored ones: `Transform.copies` of each.
     """
 
     teacher: ModelConfig | None = None
@@ -408,14 +408,13 @@ def work_of(run: Run, name: str, mesh: MeshConfig) -> Work:
 
 
 def _remade(run: Run, name: str) -> int:
-    """`Work.remade`, by what the masks or the rounding of a stage touch."""
-    use = use_of(run, name)
-    if not use:
+    """`Work.remade`, by what the transform of a stage changes."""
+    transform = stage_transform(run, name)
+    if not transform.use:
         return 0
-    program = jax.make_jaxpr(use)(abstract(trained_specs(run, name)), 0).jaxpr
+    program = jax.make_jaxpr(transform.use)(abstract(trained_specs(run, name)), 0).jaxpr
     touched = sum(weights.aval.size for weights in program.outvars if weights not in program.invars)
-    quantization = run.stages[name].quantization
-    return 2 * touched if quantization and quantization.kind == "int2" else touched
+    return transform.copies * touched
 
 
 def divided_work(run: Run, name: str, target: Target) -> Work:

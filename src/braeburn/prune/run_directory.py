@@ -32,13 +32,15 @@ from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build, resolve
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.compression import cut, of_model, scores_of
 from braeburn.train.directory import RunDirectory
 from braeburn.train.loop import calibration, train
 from braeburn.train.progress import tracked
-from braeburn.train.stages import abstract_params, layout_of, model_at
+from braeburn.train.stages import abstract_params, layout_of
 from braeburn.train.state import TrainState
 from braeburn.train.trained import found_run, ordinary_step, read_tokenizer, received_run
+from braeburn.train.transitions import changed, of_model
+from braeburn.transforms.definition import Found
+from braeburn.transforms.pruning import cutting, importance_of_units
 
 STAGE = "prune"
 TEXT = "text"  # the name of the source that --data names
@@ -103,7 +105,7 @@ def prune(
         )
     run = received_run(directory)
     step, tokenizer = ordinary_step(run, directory), read_tokenizer(directory)
-    model, length = model_at(run, step)
+    model, length = run.model_at(step)
     model = model.model_copy(update={"max_position_embeddings": length})
     try:
         check_pruning("--", pruning, model)
@@ -123,7 +125,7 @@ def prune(
             f"{str(directory)!r} was not trained here and names no text to measure activations on; "
             f"name some with --data FILE, or use --method magnitude without --set"
         )
-    smaller = pruning.pruned(model)
+    smaller = pruning.left(model)
     work = out.absolute().with_name(f".{out.absolute().name}.prune")
     try:
         if pruning.learned:
@@ -134,8 +136,9 @@ def prune(
             batches = (
                 _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
             )
-            scores = scores_of(pruning, model, state.params, layout, run.seed, batches)
-            state = cut(state, scores, pruning, model, of_model(layout, smaller))
+            found = Found(model, state.params, layout, batches, run.seed)
+            scores = importance_of_units(pruning, found)
+            state = changed(state, cutting(pruning, model), scores, of_model(layout, smaller))
     except UserError as error:
         raise UserError(_as_options(str(error)) if text else str(error)) from None
     left = validate(
@@ -198,17 +201,15 @@ def _pruning_run(
     """The run that prunes a model of `run` at `step`: of its first stage, with other tokens and the
     pruning.
     """
-    seen, first = 0, next(iter(run.stages.values()))
-    for stage in run.stages.values():
-        seen += min(step, stage.steps) * stage.batch_tokens
-        step = max(0, step - stage.steps)
-    tokens = tokens or max(round(SHARE_OF_TOKENS * seen), FEWEST_STEPS * first.batch_tokens)
+    first = next(iter(run.stages.values()))
+    fewest = FEWEST_STEPS * first.batch_tokens
+    tokens = tokens or max(round(SHARE_OF_TOKENS * run.tokens_by(step)), fewest)
     steps = -(-tokens // first.batch_tokens)
     changes: dict[str, Any] = {
         "tokens": tokens,
         "schedule": Schedule(warmup_steps=steps // 20, floor=0.1),
+        **dict.fromkeys((*first.transforms, "teacher", "rope_base")),
         "pruning": pruning,
-        **dict.fromkeys(("quantization", "teacher", "rope_base")),
     }
     stages = {STAGE: first.model_copy(update=changes)}
     update = {

@@ -39,7 +39,6 @@ from braeburn.parallel.agreement import (
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.processes import ProcessLost
 from braeburn.train.checkpoint import Checkpoints, Fault
-from braeburn.train.compression import enter, leaving, of_model, use_of
 from braeburn.train.directory import RunDirectory
 from braeburn.train.environment import unused_accelerator
 from braeburn.train.guard import StopRequest, check_share_of_skips
@@ -65,12 +64,12 @@ from braeburn.train.teaching import (
     Teacher,
     check_tokenizers,
     find_in_run,
-    last_step,
     live_model,
     teacher_stores,
     teachers_of,
 )
 from braeburn.train.trained import require_same_model, require_same_tokenizer
+from braeburn.train.transitions import enter, leaving, of_model, stage_transform
 
 SECONDS_BETWEEN_WARNINGS = 60.0
 # For worker processes to end by themselves, and for their reader to see that they are gone; grain
@@ -351,7 +350,7 @@ class _Loop:
         """Runs stages until the run is finished or asked to stop."""
         # Stages that teach a later one do so as they ended.
         lasting = [
-            last_step(self.run, stage.teacher)
+            self.run.last_steps[stage.teacher]
             for stage in self.run.stages.values()
             if stage.teacher in self.models
         ]
@@ -547,7 +546,7 @@ class _Loop:
         )
         if stage.teacher and stage.distillation.cached:
             self._label(name)
-        use = use_of(self.run, name)
+        use = stage_transform(self.run, name).use
         self.use = jax.jit(use) if use else lambda params, step: params
         self.directory.event("compile", stage=name, seconds=round(program.compile_seconds, 3))
         self.display.say(f"stage {name}: compiled in {duration(program.compile_seconds)}")

@@ -167,9 +167,7 @@ class Recorder:
         self._run = run
         self._name = stage
         self._stage = run.stages[stage]
-        earlier = [run.stages[name] for name in list(run.stages)[: list(run.stages).index(stage)]]
-        self._first_step = sum(other.steps for other in earlier)
-        self._first_token = sum(other.steps * other.batch_tokens for other in earlier)
+        self._first_step = run.first_steps[stage]
         model = run.models()[stage].trained
         self._flops = flops_per_token(model, param_specs(model), self._stage.sequence_length)
         self._pending: tuple[int, dict[str, Any], float] | None = None
@@ -218,7 +216,7 @@ class Recorder:
         row: dict[str, Any] = {
             "step": step,
             "stage": self._name,
-            "tokens": self._first_token + (step - self._first_step) * self._stage.batch_tokens,
+            "tokens": self._run.tokens_by(step),
             "loss": values["loss"],
             "loss_average": self._history.loss_average,
             "grad_norm": values["grad_norm"],

@@ -22,16 +22,10 @@ from braeburn.parallel.layout import Layout, can_offload
 from braeburn.parallel.mesh import build, resolve
 from braeburn.parallel.rules import check
 from braeburn.train.compiler_flags import compiler_flags
-from braeburn.train.compression import of_model, trained_specs, use_of
+from braeburn.train.frozen import effective_weights, updating
 from braeburn.train.state import TrainState, new_state
 from braeburn.train.step import train_step
-
-
-def model_at(run: Run, step: int) -> tuple[ModelConfig, int]:
-    """The model as left after `step` steps, and the longest sequence that it was trained on by
-    then.
-    """
-    return run.model_at(step)
+from braeburn.train.transitions import of_model, stage_transform, trained_specs
 
 
 @dataclass(frozen=True)
@@ -47,9 +41,11 @@ class Program:
 def stage_optimizer(run: Run, name: str, specs: Tree | None = None) -> optax.GradientTransformation:
     """The optimizer of a stage, for all that it trains or for parameters of other `specs`."""
     model = run.models()[name].trained
-    return build_optimizer(
-        run.optimizer, run.stages[name], specs or trained_specs(run, name), model
-    )
+    if specs is not None:
+        return build_optimizer(run.optimizer, run.stages[name], specs, model)
+    specs = trained_specs(run, name)
+    optimizer = build_optimizer(run.optimizer, run.stages[name], specs, model)
+    return updating(optimizer, stage_transform(run, name), specs)
 
 
 def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layout:
@@ -122,7 +118,7 @@ def stage_step(
         optimizer=stage_optimizer(run, name),
         accumulation_steps=stage.accumulation_steps,
         spread=lambda function: of_model(layout, model).gradient(function, *others),
-        use=use_of(run, name),
+        use=effective_weights(stage_transform(run, name), layout.specs),
     )
     if not run.offload.optimizer:
         return step

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from braeburn.data.packing import Batch
 from braeburn.train.state import TrainState
+from braeburn.transforms.definition import EffectiveWeights
 
 # (params, batch, ...) -> (what is minimised, metrics); both are weighted sums over tokens, by
 # `weights` of the batch.
@@ -17,8 +18,6 @@ LossFunction = Callable[..., tuple[Array, dict[str, Array]]]
 # A function of each device's parts of parameters and batch made one of the whole; see
 # `Layout.gradient`.
 Spread = Callable[[Callable[..., tuple[Any, Any]]], Callable[..., tuple[Any, Any]]]
-# (parameters, steps of the stage) -> the weights that the loss is given: masked, or rounded.
-Use = Callable[[Any, Any], Any]
 
 
 def train_step(
@@ -29,7 +28,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulation_steps: int,
     spread: Spread = lambda function: function,
-    use: Use | None = None,
+    use: EffectiveWeights | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The next state and the step's metrics: float32 scalars, means over the batch's tokens.
 

@@ -27,9 +27,9 @@ from braeburn.parallel.layout import Layout
 from braeburn.parallel.rules import check
 from braeburn.parallel.sequence import zigzag
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.compression import of_model
-from braeburn.train.stages import abstract_params, model_at
+from braeburn.train.stages import abstract_params
 from braeburn.train.trained import ordinary_step, read_tokenizer
+from braeburn.train.transitions import of_model
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def find_in_run(path: Path) -> Teacher:
     run, checkpoints = read_run(directory), Checkpoints(directory)
     step = ordinary_step(run, directory, int(path.name) if is_checkpoint else None)
     return Teacher(
-        model=model_at(run, step)[0],
+        model=run.model_at(step)[0],
         tokenizer=read_tokenizer(directory),
         identity=lambda: files_identity(directory / "checkpoints" / str(step)),
         read=lambda params: checkpoints.restore_params(step, params),
@@ -158,18 +158,8 @@ def check_tokenizers(run: Run, teachers: Mapping[str, Teacher], tokenizer: Token
             )
 
 
-def last_step(run: Run, name: str) -> int:
-    """Steps made when a stage ends."""
-    steps = 0
-    for other, stage in run.stages.items():
-        steps += stage.steps
-        if other == name:
-            break
-    return steps
-
-
 def _earlier_stage(run: Run, directory: Path, name: str) -> Teacher:
-    step = last_step(run, name)
+    step = run.last_steps[name]
     return Teacher(
         model=run.models()[name].left,
         tokenizer=None,

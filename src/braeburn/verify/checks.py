@@ -28,9 +28,9 @@ from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
 from braeburn.optim.guard import begin_stage
-from braeburn.train.compression import enter
 from braeburn.train.loop import calibration, train
 from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
+from braeburn.train.transitions import enter
 from braeburn.verify.shrink import DEVICES, ENVIRONMENT, STAND_IN, shrink
 
 KILL_AFTER_STEP = 6
@@ -253,10 +253,8 @@ def _first_stage(run: Run, prepared: Prepared, program: Program) -> Curve:
 
 
 def compresses(run: Run) -> bool:
-    """Whether a stage of the run prunes, distils or quantises."""
-    return any(
-        stage.pruning or stage.teacher or stage.quantization for stage in run.stages.values()
-    )
+    """Whether a stage of the run distils, or does something to its model besides training it."""
+    return any(stage.transforms or stage.teacher for stage in run.stages.values())
 
 
 def steps_alike(run: Run) -> int:
@@ -267,12 +265,11 @@ def steps_alike(run: Run) -> int:
     levels, or a label of two that are as likely, goes one way or the other by its last bit: runs
     part that are equal but for rounding errors.
     """
-    steps = 0
-    for stage in run.stages.values():
-        if stage.quantization or (stage.teacher and stage.distillation.target != "distribution"):
-            break
-        steps += stage.steps
-    return steps
+    for name, stage in run.stages.items():
+        rounds = any(transform.rounds for transform in stage.transforms.values())
+        if rounds or (stage.teacher and stage.distillation.target != "distribution"):
+            return run.first_steps[name]
+    return run.total_steps
 
 
 def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[Check]:
