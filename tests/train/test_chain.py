@@ -35,10 +35,11 @@ from braeburn.layers.spec import abstract, walk
 from braeburn.models import decoder
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.loop import calibration, train
-from braeburn.train.stages import abstract_state, layout_of, stage_optimizer
+from braeburn.train.resolved import resolve_stage, trained_specs
+from braeburn.train.stages import abstract_state
 from braeburn.train.state import TrainState
 from braeburn.train.trained import load
-from braeburn.train.transitions import enter, leaving, of_model, trained_specs
+from braeburn.train.transitions import enter, leaving
 from braeburn.transforms.pruning import MASKS
 from support import braeburn, events, rows
 
@@ -104,8 +105,8 @@ def as_of(whole: Path, tmp_path: Path) -> Callable[[int], Path]:
 
 def restored(directory: Path, run: Run, name: str, step: int) -> TrainState:
     """The state saved in the middle of a stage, on the run's mesh."""
-    shape = abstract_state(run, name, layout_of(run, name))
-    return Checkpoints(directory).restore(step, shape, stage_optimizer(run, name).init)
+    resolved = resolve_stage(run, name)
+    return Checkpoints(directory).restore(step, abstract_state(resolved), resolved.optimizer.init)
 
 
 def leaves(tree: Any) -> list[np.ndarray]:
@@ -264,7 +265,7 @@ def test_what_is_cut_is_cut_from_the_optimizer_too(
     scores = np.asarray(state.params[MASKS]["ffn"])
     units = np.sort(np.argsort(-scores, axis=-1, kind="stable")[:, :KEEP], axis=-1)
     before = {path: np.asarray(leaf) for path, leaf in paths(state).items()}
-    leave = leaving(run, "pruned", state, layout_of(run, "pruned"))
+    leave = leaving(resolve_stage(run, "pruned"))
     with compilations() as compiled:
         after = leave(state)
     assert not compiled, "a stop at the stage's last step waits for the compiler"
@@ -317,15 +318,13 @@ def entered(
     run = chain.model_copy(
         update={"mesh": mesh, "stages": chain.stages | {"pruned": stage(chain, 5, pruning=pruning)}}
     )
-    layout = layout_of(run, "pruned")
-    found = of_model(layout, chain.model)
-    shape = abstract_state(run, "pruned", found)
-    state = Checkpoints(whole).restore(
-        LARGER, shape, stage_optimizer(run, "pruned", found.specs).init
-    )
+    resolved = resolve_stage(run, "pruned")
+    layout, found = resolved.layout, resolved.layout_of(chain.model)
+    shape = abstract_state(resolved, found)
+    state = Checkpoints(whole).restore(LARGER, shape, resolved.optimizer_of(found.specs).init)
     part, stores = run.stages["pruned"], prepare(run, lambda line: None).train
     batches = Batches(part, "pruned", run.seed, stores, layout.rows(part.batch_size))
-    return state, enter(run, "pruned", state, layout, calibration(part, batches, layout))
+    return state, enter(resolved, state, calibration(part, batches, layout))
 
 
 @pytest.mark.parametrize("method", ["activation", "magnitude", "random"])

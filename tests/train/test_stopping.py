@@ -22,6 +22,7 @@ from braeburn.train import guard, heartbeat, loop
 from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest
 from braeburn.train.loop import Outcome, train
+from braeburn.train.resolved import ResolvedStage
 from support import events, rows
 
 LIMIT = 5.0
@@ -111,8 +112,8 @@ def test_between_stages(
 ) -> None:
     original = getattr(loop, work)
 
-    def only_first(run: Run, name: str, *rest: Any) -> Any:
-        return original(run, name, *rest) if name == "core" else stuck()
+    def only_first(stage: ResolvedStage, *rest: Any) -> Any:
+        return original(stage, *rest) if stage.name == "core" else stuck()
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, work, only_first)

@@ -21,9 +21,9 @@ from braeburn.models.huggingface_config import is_huggingface, read_config
 from braeburn.parallel.rules import check
 from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, specs_of
 from braeburn.train.metrics import flops_per_token
-from braeburn.train.stages import sizes_of
+from braeburn.train.resolved import sizes_of, trained_specs
 from braeburn.train.teaching import find_in_run
-from braeburn.train.transitions import stage_transform, trained_specs
+from braeburn.transforms.definition import transform_of
 
 GIB = 2**30
 
@@ -409,7 +409,7 @@ def work_of(run: Run, name: str, mesh: MeshConfig) -> Work:
 
 def _remade(run: Run, name: str) -> int:
     """`Work.remade`, by what the transform of a stage changes."""
-    transform = stage_transform(run, name)
+    transform = transform_of(run.stages[name], run.models()[name])
     if not transform.use:
         return 0
     program = jax.make_jaxpr(transform.use)(abstract(trained_specs(run, name)), 0).jaxpr

@@ -35,10 +35,11 @@ from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.loop import calibration, train
 from braeburn.train.progress import tracked
-from braeburn.train.stages import abstract_params, layout_of
+from braeburn.train.resolved import of_model, resolve_stage
+from braeburn.train.stages import abstract_params
 from braeburn.train.state import TrainState
 from braeburn.train.trained import found_run, ordinary_step, read_tokenizer, received_run
-from braeburn.train.transitions import changed, of_model
+from braeburn.train.transitions import changed
 from braeburn.transforms.definition import Found
 from braeburn.transforms.pruning import cutting, importance_of_units
 
@@ -223,26 +224,26 @@ def _pruning_run(
 
 def _learned(directory: Path, step: int, run: Run, tokenizer: Tokenizer, work: Path) -> TrainState:
     """The state that the pruning run leaves, trained in the folder `work` or gone on with there."""
-    layout = layout_of(run, STAGE)
+    stage = resolve_stage(run, STAGE)
     if not RunDirectory(work).begun():
         work.rmdir()
         found_run(
             work,
             run,
-            _state(directory, step, run, of_model(layout, run.model)),
+            _state(directory, step, run, stage.layout_of(stage.models.found)),
             tokenizer,
             "prune",
             directory,
         )
     if not train(run, work).finished:
         raise KeyboardInterrupt  # it has saved, and the same command goes on
-    return _state(work, run.total_steps, run, of_model(layout, run.models()[STAGE].left))
+    return _state(work, stage.last_step, run, stage.layout_of(stage.models.left))
 
 
 def _layout(run: Run, model: ModelConfig) -> Layout:
     """Where a model lies on the mesh of its run."""
     if run.stages:
-        return of_model(layout_of(run, STAGE), model)
+        return resolve_stage(run, STAGE).layout_of(model)
     sizes = resolve(run.mesh, len(jax.devices()))
     execution = Execution(sizes, run.rules, run.precision, offload=run.offload)
     return Layout(execution, build(sizes, jax.devices()), param_specs(model))

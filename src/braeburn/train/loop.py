@@ -5,7 +5,7 @@ left off.
 import functools
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,8 @@ from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.mixture import rounded_shares
 from braeburn.data.packing import Batch
 from braeburn.data.prepare import Prepared, prepare, used_sources
+from braeburn.data.store import TokenStore
+from braeburn.data.teacher_store import TeacherStore
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import check_space, explaining
 from braeburn.errors import Interrupted, UserError
@@ -47,6 +49,7 @@ from braeburn.train.held_out import Evaluate, evaluator, measure
 from braeburn.train.initial import initial_weights
 from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.progress import Display, duration
+from braeburn.train.resolved import ResolvedStage, resolve_stages
 from braeburn.train.same_text import check_text, require_same_text, saved_text
 from braeburn.train.stages import (
     Program,
@@ -54,8 +57,6 @@ from braeburn.train.stages import (
     abstract_state,
     compile_stage,
     initial_state,
-    layout_of,
-    stage_optimizer,
     started_state,
 )
 from braeburn.train.state import TrainState
@@ -64,12 +65,11 @@ from braeburn.train.teaching import (
     Teacher,
     check_tokenizers,
     find_in_run,
-    live_model,
     teacher_stores,
     teachers_of,
 )
 from braeburn.train.trained import require_same_model, require_same_tokenizer
-from braeburn.train.transitions import enter, leaving, of_model, stage_transform
+from braeburn.train.transitions import enter, leaving
 
 SECONDS_BETWEEN_WARNINGS = 60.0
 # For worker processes to end by themselves, and for their reader to see that they are gone; grain
@@ -124,8 +124,10 @@ def train(
     if not run.stages:
         raise UserError(f"stages of the run {run.name!r} is empty; add a stage to train")
     # Of all stages, so that a mesh that does not fit the last is found out before the first.
-    layouts = {name: layout_of(run, name) for name in run.stages}
-    teachers = teachers_of(run, follow[0] if follow else out, layouts, find_teacher)
+    stages = resolve_stages(run)
+    teachers = teachers_of(stages, follow[0] if follow else out, find_teacher)
+    for name, teacher in teachers.items():
+        stages[name] = stages[name].taught_by(teacher.model)
     main, heartbeat = jax.process_index() == 0, Heartbeat()
     heartbeat.phase("preparing")
     stop = StopRequest(tell_to_stop, told_to_stop)
@@ -145,8 +147,8 @@ def train(
             start = initial_weights(run, directory.path, resumed, find_teacher)
             if start and tokenizer is None:
                 tokenizer = start.tokenizer
-            first = next(iter(run.stages))
-            state_shape = abstract_state(run, first, layouts[first])
+            first = next(iter(stages.values()))
+            state_shape = abstract_state(first)
             checkpoint_bytes = sum(
                 leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_shape)
             )
@@ -160,7 +162,7 @@ def train(
                 files(name, source)  # before work begins that an exit would have to wait for
             wait_for_all("the run was checked")
             stop.check()
-            used, present = layouts[first].num_devices, len(jax.devices())
+            used, present = first.layout.num_devices, len(jax.devices())
             if used < present:
                 display.warn(
                     f"warning: using {used} of {present} devices; --set mesh.fsdp=-1 uses all"
@@ -169,7 +171,7 @@ def train(
                 display.warn(unused)
             for line in rounded_shares(run.stages):
                 display.say(line)
-            ahead = _Ahead(run, layouts, teachers, resumed, start)
+            ahead = _Ahead(stages, resumed, start)
 
             def prepared() -> _Loop:
                 # Other processes go on with the tokenizer of the main one, and its token stores
@@ -181,16 +183,7 @@ def train(
                 require_same_text(found)
                 check_tokenizers(run, teachers, found.tokenizer)
                 loop = _Loop(
-                    run,
-                    directory,
-                    layouts,
-                    teachers,
-                    found,
-                    ahead,
-                    display,
-                    stop,
-                    heartbeat,
-                    follow,
+                    run, directory, stages, teachers, found, ahead, display, stop, heartbeat, follow
                 )
                 stop.check()
                 if main:
@@ -221,40 +214,41 @@ class _Ahead:
     """
 
     def __init__(
-        self,
-        run: Run,
-        layouts: dict[str, Layout],
-        teachers: dict[str, Teacher],
-        resumed: int | None,
-        start: Teacher | None = None,
+        self, stages: dict[str, ResolvedStage], resumed: int | None, start: Teacher | None = None
     ):
         """Begins the work.
 
         Args:
-            run: the run.
-            layouts: of its stages.
-            teachers: of its stages that have one.
+            stages: all stages of the run by name.
             resumed: the step to go on from; None to begin.
             start: holds the weights to begin with; None for random ones.
         """
         self.programs: dict[str, Background[Program]] = {}
         self.state: Background[TrainState] | None = None
+        first = next(iter(stages.values()))
+        run = first.run
         if resumed != run.total_steps:
             name = run.stage_at(resumed or 0)[0]
-            teacher = live_model(run, name, teachers)
-            work = functools.partial(compile_stage, run, name, layouts[name], teacher)
+            work = functools.partial(compile_stage, stages[name])
             self.programs[name] = Background(work, "compiling")
         if resumed is None:
 
             def first_state() -> TrainState:
                 for program in self.programs.values():
                     program.ended()  # not both at once, which would take the memory of both
-                layout = layouts[next(iter(run.stages))]
-                return (
-                    started_state(run, layout, start.read) if start else initial_state(run, layout)
-                )
+                return started_state(first, start.read) if start else initial_state(first)
 
             self.state = Background(first_state, "initialising")
+
+
+def _batches(
+    resolved: ResolvedStage,
+    stores: Mapping[str, TokenStore],
+    labels: Mapping[str, TeacherStore] | None = None,
+) -> Batches:
+    """The rows of a stage's batches that this process reads, with a teacher's cached labels."""
+    rows = resolved.layout.rows(resolved.stage.batch_size)
+    return Batches(resolved.stage, resolved.name, resolved.run.seed, stores, rows, labels)
 
 
 def calibration(stage: Stage, batches: Batches, layout: Layout) -> Iterator[Batch]:
@@ -322,7 +316,7 @@ class _Loop:
 
     run: Run
     directory: RunDirectory
-    layouts: dict[str, Layout]
+    stages: dict[str, ResolvedStage]
     teachers: dict[str, Teacher]
     prepared: Prepared
     ahead: _Ahead
@@ -337,14 +331,9 @@ class _Loop:
 
     def __post_init__(self) -> None:
         # Those of all stages, so that text too short for the last is found out before the first.
-        stages, stores = self.run.stages, self.prepared.train
-        self.batches = {
-            name: Batches(
-                stage, name, self.run.seed, stores, self.layouts[name].rows(stage.batch_size)
-            )
-            for name, stage in stages.items()
-        }
-        self.any_process, self.models = AnyProcess(), self.run.models()
+        stores = self.prepared.train
+        self.batches = {name: _batches(stage, stores) for name, stage in self.stages.items()}
+        self.any_process = AnyProcess()
 
     def run_from(self, resumed: int | None, stop_after_steps: int | None) -> Outcome:
         """Runs stages until the run is finished or asked to stop."""
@@ -352,7 +341,7 @@ class _Loop:
         lasting = [
             self.run.last_steps[stage.teacher]
             for stage in self.run.stages.values()
-            if stage.teacher in self.models
+            if stage.teacher in self.stages
         ]
         self.step = resumed or 0
         with closing(
@@ -423,9 +412,7 @@ class _Loop:
             else None
         )
         self.display.begin_stage(name, stage.steps, index)
-        recorder = Recorder(
-            self.run, name, writer, self.display, self.layouts[name].num_devices, self.history
-        )
+        recorder = Recorder(self.stages[name], writer, self.display, self.history)
         if index:
             self._evaluate_left(program, state, writer)
         state = self._steps(program, recorder, state, index, until) if not self.stopping else state
@@ -462,7 +449,8 @@ class _Loop:
         if said_by_main("whether the stage was ended", str(self.step in ends)) == str(True):
             check_share_of_skips(self.run, name, skipped)
             return
-        wanted = abstract_params(of_model(self.layouts[name], self.models[name].left))
+        resolved = self.stages[name]
+        wanted = abstract_params(resolved.layout_of(resolved.models.left))
 
         def end() -> None:
             self._end_stage(
@@ -491,7 +479,7 @@ class _Loop:
         """The state laid out for the next stage: where its mesh is another, by way of the
         checkpoint just begun.
         """
-        if self.layouts[before].sizes == self.layouts[after].sizes:
+        if self.stages[before].layout.sizes == self.stages[after].layout.sizes:
             return state
 
         def laid_out() -> TrainState:
@@ -517,44 +505,41 @@ class _Loop:
     def _read(self, step: int, name: str, checkpoints: Checkpoints | None = None) -> TrainState:
         """The checkpoint of a step, laid out for a stage."""
         self.heartbeat.phase("restoring")
-        layout, models = self.layouts[name], self.models[name]
+        stage, models = self.stages[name], self.stages[name].models
+        layout = stage.layout
         if self._ends_stage(step) or step == 0:
-            layout = of_model(layout, models.left if step == self.run.total_steps else models.found)
-        shape = abstract_state(self.run, name, layout)
+            layout = stage.layout_of(models.left if step == stage.last_step else models.found)
+        shape = abstract_state(stage, layout)
         checkpoints = checkpoints or self.checkpoints
-        return checkpoints.restore(step, shape, stage_optimizer(self.run, name, layout.specs).init)
+        return checkpoints.restore(step, shape, stage.optimizer_of(layout.specs).init)
 
     def _facts(self, name: str) -> dict[str, Any]:
-        return {"processes": jax.process_count(), "mesh": self.layouts[name].sizes.sizes}
+        return {"processes": jax.process_count(), "mesh": self.stages[name].layout.sizes.sizes}
 
     def _compile(self, name: str) -> Program:
         """The program of a stage, with what it needs beside the state: its evaluation, and what its
         teacher says.
         """
         self.heartbeat.phase("compiling")
-        stage, layout, model = (
-            self.run.stages[name],
-            self.layouts[name],
-            live_model(self.run, name, self.teachers),
-        )
+        resolved = self.stages[name]
+        stage, model = resolved.stage, resolved.teacher
         begun = self.ahead.programs.get(name)
-        program = begun.result() if begun else compile_stage(self.run, name, layout, model)
-        if stage.teacher in self.models:
+        program = begun.result() if begun else compile_stage(resolved)
+        if stage.teacher in self.stages:
             self.checkpoints.wait()  # for the one that teaches, if that stage has just ended
         self.teaching = (
-            [self.teachers[name].read(abstract_params(of_model(layout, model)))] if model else []
+            [self.teachers[name].read(abstract_params(resolved.layout_of(model)))] if model else []
         )
         if stage.teacher and stage.distillation.cached:
             self._label(name)
-        use = stage_transform(self.run, name).use
+        use = resolved.transform.use
         self.use = jax.jit(use) if use else lambda params, step: params
         self.directory.event("compile", stage=name, seconds=round(program.compile_seconds, 3))
         self.display.say(f"stage {name}: compiled in {duration(program.compile_seconds)}")
         return program
 
     def _leaving(self, name: str) -> Callable[[TrainState], TrainState]:
-        layout = self.layouts[name]
-        return leaving(self.run, name, abstract_state(self.run, name, layout), layout)
+        return leaving(self.stages[name])
 
     def _label(self, name: str) -> None:
         """Has the stage's batches hold what its teacher says of them."""
@@ -563,12 +548,9 @@ class _Loop:
             self.heartbeat.phase("labelling")
             self._agree_to_stop()
 
-        layout, stage, prepared = self.layouts[name], self.run.stages[name], self.prepared
-        stores = teacher_stores(
-            self.run, name, layout, self.teachers[name], prepared, self.display.say, proceed
-        )
-        rows = layout.rows(stage.batch_size)
-        self.batches[name] = Batches(stage, name, self.run.seed, prepared.train, rows, stores)
+        resolved, prepared = self.stages[name], self.prepared
+        stores = teacher_stores(resolved, self.teachers[name], prepared, self.display.say, proceed)
+        self.batches[name] = _batches(resolved, prepared.train, stores)
 
     def _steps(
         self, program: Program, recorder: Recorder, state: TrainState, index: int, until: int
@@ -577,15 +559,16 @@ class _Loop:
 
         Metrics are read once the next step is on its way.
         """
-        batches, layout = self.batches[program.name], self.layouts[program.name]
+        stage, layout = program.stage, program.stage.layout
+        batches = self.batches[stage.name]
         with recorder.apart():
             if index == 0:
-                found = self._followed(state, program.name)
+                found = self._followed(state, stage.name)
 
                 def entered() -> TrainState:
-                    first = calibration(program.stage, batches, layout)
+                    first = calibration(stage.stage, batches, layout)
                     with layout.compiling():
-                        return enter(self.run, program.name, found, layout, first)
+                        return enter(stage, found, first)
 
                 state = self._unsaving(entered, "entering")
                 state = state._replace(optimizer=begin_stage(state.optimizer))
@@ -593,7 +576,7 @@ class _Loop:
         stream = background.Feed(items, "reading batches", until - index)
         with ending(stream):
             for at in range(index, until):
-                state = self._followed(state, program.name) if at else state
+                state = self._followed(state, stage.name) if at else state
                 state = self._step(program, recorder, state, stream)
                 if self.stopping:
                     break
@@ -604,14 +587,15 @@ class _Loop:
         self, program: Program, recorder: Recorder, state: TrainState, stream: background.Feed
     ) -> TrainState:
         """Makes a step, and evaluates and saves if it is time."""
-        batches, layout = self.batches[program.name], self.layouts[program.name]
+        stage = program.stage
+        batches = self.batches[stage.name]
         began = time.monotonic()
         try:
             batch = stream.next(self._waiting_for_data())
         except Interrupted:
             self.stopping = True
             return state
-        placed = layout.place(batch, batches.rows, program.stage.batch_size)
+        placed = stage.layout.place(batch, batches.rows, stage.stage.batch_size)
         waited = time.monotonic() - began
         state, metrics = program.step(state, placed, *self.teaching)
         self.step += 1
@@ -682,9 +666,9 @@ class _Loop:
         """Evaluates in the middle of a stage, unless a stop comes first."""
 
         def evaluated() -> dict[str, dict[str, float]]:
-            with self.layouts[program.name].compiling():
+            with program.stage.layout.compiling():
                 params = self.use(state.params, state.optimizer.stage_steps)
-            return self._evaluate(program.name, params, self.models[program.name].trained)
+            return self._evaluate(program.stage, params, program.stage.models.trained)
 
         # Steps are not saved: several processes only stop where they agree to, between batches.
         proceed = self.stop.check if jax.process_count() == 1 else background.nothing_to_ask
@@ -694,7 +678,9 @@ class _Loop:
             self.stopping = True
             return
         writer.held_out(self.step, results)
-        self.directory.event("evaluation", stage=program.name, step=self.step, held_out=results)
+        self.directory.event(
+            "evaluation", stage=program.stage.name, step=self.step, held_out=results
+        )
 
     def _ends_stage(self, step: int) -> bool:
         return step == self.run.total_steps or self.run.stage_at(step)[2] == 0
@@ -707,14 +693,16 @@ class _Loop:
         if self.checkpoints.save(step, state, self.run, self.prepared.tokenizer.to_json(), facts):
             self.directory.event("checkpoint", step=step)
 
-    def _evaluate(self, name: str, params: Tree, model: ModelConfig) -> dict[str, dict[str, float]]:
+    def _evaluate(
+        self, resolved: ResolvedStage, params: Tree, model: ModelConfig
+    ) -> dict[str, dict[str, float]]:
         """Results on the held-out text of a stage, by source.
 
         Raises:
             Interrupted: a stop was asked for, and agreed on.
         """
         self.heartbeat.phase("evaluating")
-        stage, layout = self.run.stages[name], of_model(self.layouts[name], model)
+        stage, layout = resolved.stage, resolved.layout_of(model)
         evaluate = self._evaluator(model, layout)
         sequences = max(1, stage.batch_size // stage.accumulation_steps)
         results = {}
@@ -743,8 +731,9 @@ class _Loop:
         Raises:
             UserError: too many of its steps were skipped.
         """
-        results = self._evaluate(name, params, self.models[name].left)
-        stage = self.run.stages[name]
+        resolved = self.stages[name]
+        results = self._evaluate(resolved, params, resolved.models.left)
+        stage = resolved.stage
         self.directory.event(
             "stage_end",
             stage=name,

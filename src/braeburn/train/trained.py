@@ -12,8 +12,9 @@ from braeburn.layers.spec import Tree, abstract
 from braeburn.models import decoder
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
+from braeburn.train.resolved import trained_specs
 from braeburn.train.state import TrainState
-from braeburn.train.transitions import stage_transform, trained_specs
+from braeburn.transforms.definition import transform_of
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 def _params(run: Run, step: int, checkpoints: Checkpoints) -> Tree:
     """Those of a checkpoint; of one from the middle of a stage, as the stage uses them."""
     if step < run.total_steps:
-        name, _, index = run.stage_at(step)
-        use = stage_transform(run, name).use if index else None
+        name, stage, index = run.stage_at(step)
+        use = transform_of(stage, run.models()[name]).use if index else None
         if use:
             return use(checkpoints.restore_params(step, abstract(trained_specs(run, name))), index)
     return checkpoints.restore_params(step, abstract(decoder.param_specs(run.model_at(step)[0])))
@@ -157,8 +158,8 @@ def ordinary_step(run: Run, directory: Path, step: int | None = None) -> int:
     assert step is not None
     checkpoints.require_sound(step, ("params", "run"))
     if step < run.total_steps:
-        name, _, index = run.stage_at(step)
-        if index and stage_transform(run, name).use:
+        name, stage, index = run.stage_at(step)
+        if index and transform_of(stage, run.models()[name]).use:
             raise UserError(
                 f"checkpoint {step} of {str(directory)!r} is from the middle of the stage "
                 f"{name!r}, which cuts or rounds weights at its end; train that stage to its end, "

@@ -1,73 +1,46 @@
 """How the state changes as a stage begins and as it ends, as its transform says."""
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
-from braeburn.config import ModelConfig, Run
 from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, map_params_like
-from braeburn.models.decoder import param_specs
 from braeburn.parallel.layout import Layout
+from braeburn.train.resolved import ResolvedStage
+from braeburn.train.stages import abstract_state
 from braeburn.train.state import TrainState
-from braeburn.transforms.definition import Change, Found, Transform, transform_of
+from braeburn.transforms.definition import Change, Found
 
 
-def of_model(layout: Layout, model: ModelConfig) -> Layout:
-    """Where the parameters of a model lie on the mesh of a layout."""
-    return dataclasses.replace(layout, specs=param_specs(model))
-
-
-def stage_transform(run: Run, name: str) -> Transform:
-    """What a stage of a run does to its model besides training it."""
-    return transform_of(run.stages[name], run.models()[name])
-
-
-def trained_specs(run: Run, name: str) -> Tree:
-    """The specs of all that a stage trains: the model's parameters, and those of its transform."""
-    return param_specs(run.models()[name].trained) | stage_transform(run, name).extra_specs
-
-
-def enter(
-    run: Run, name: str, state: TrainState, layout: Layout, batches: Iterable[Batch]
-) -> TrainState:
+def enter(resolved: ResolvedStage, state: TrainState, batches: Iterable[Batch]) -> TrainState:
     """The state that a stage trains, from the one that it finds.
 
     Args:
-        run: the run.
-        name: of the stage.
+        resolved: the stage.
         state: of an ordinary model, on the stage's mesh.
-        layout: where what the stage trains lies.
         batches: the stage's first, placed; read where the transform measures activations.
     """
-    transform, model = stage_transform(run, name), run.models()[name].found
+    transform, model = resolved.transform, resolved.models.found
     if transform.enter is None:
         return state
-    found = Found(model, state.params, of_model(layout, model), batches, run.seed)
-    return changed(state, transform.enter, transform.measure(found), layout)
+    layout, seed = resolved.layout_of(model), resolved.run.seed
+    decides = transform.measure(Found(model, state.params, layout, batches, seed))
+    return changed(state, transform.enter, decides, resolved.layout)
 
 
-def leaving(
-    run: Run, name: str, state: TrainState, layout: Layout
-) -> Callable[[TrainState], TrainState]:
+def leaving(resolved: ResolvedStage) -> Callable[[TrainState], TrainState]:
     """The program that turns a stage's last state into that of the ordinary model that the stage
     leaves.
 
     It is compiled here: a stop that is asked for once the last step is made would otherwise wait
     for the compiler.
-
-    Args:
-        run: the run.
-        name: of the stage.
-        state: of the stage at any step, or an abstract one; only its shapes and places are read.
-        layout: where what the stage trains lies.
     """
-    change = stage_transform(run, name).leave
+    change = resolved.transform.leave
     if change is None:
         return lambda state: state
-    after = of_model(layout, run.models()[name].left)
+    after, state = resolved.layout_of(resolved.models.left), abstract_state(resolved)
 
     def left(state: TrainState) -> TrainState:
         return _applied(change, state, state.params)

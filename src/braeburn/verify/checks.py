@@ -29,7 +29,8 @@ from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
 from braeburn.optim.guard import begin_stage
 from braeburn.train.loop import calibration, train
-from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
+from braeburn.train.resolved import resolve_stage, resolve_stages
+from braeburn.train.stages import Program, compile_stage, initial_state
 from braeburn.train.transitions import enter
 from braeburn.verify.shrink import DEVICES, ENVIRONMENT, STAND_IN, shrink
 
@@ -191,8 +192,7 @@ def describe(mesh: MeshConfig) -> str:
 def refusal(run: Run) -> str:
     """Why a stage of the run cannot have its mesh; empty where all can."""
     try:
-        for name in run.stages:
-            layout_of(run, name)
+        resolve_stages(run)
     except UserError as error:
         return str(error)
     return ""
@@ -211,12 +211,12 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
         2
     ) as pool:  # compiling takes nine tenths of the time, most of it of one core
         programs = {
-            name: pool.submit(compile_stage, run, first, layout_of(run, first))
+            name: pool.submit(compile_stage, resolve_stage(run, first))
             for name, run in {"": reference, **runs}.items()
             if not refused.get(name)
         }
         try:
-            expected = _first_stage(reference, prepared, programs[""].result())
+            expected = _first_stage(programs[""].result(), prepared)
             checks = []
             for name, run in runs.items():
                 if refused[name]:
@@ -226,7 +226,7 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
                     )
                 else:
                     with _failing("layout", name, tolerance(run), checks):
-                        curve = _first_stage(run, prepared, programs[name].result())
+                        curve = _first_stage(programs[name].result(), prepared)
                         checks.append(_judge("layout", name, curve, expected, tolerance(run)))
                 _tell(checks[-1], say)
         finally:
@@ -234,16 +234,15 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
     return checks
 
 
-def _first_stage(run: Run, prepared: Prepared, program: Program) -> Curve:
+def _first_stage(program: Program, prepared: Prepared) -> Curve:
     """The curve of a run's first stage; of one that rounds, only the figures of its first step can
     be compared.
     """
-    stage, layout = program.stage, layout_of(run, program.name)
+    first = program.stage
+    run, stage, layout = first.run, first.stage, first.layout
     rows = layout.rows(stage.batch_size)
-    batches = Batches(stage, program.name, run.seed, prepared.train, rows)
-    state = enter(
-        run, program.name, initial_state(run, layout), layout, calibration(stage, batches, layout)
-    )
+    batches = Batches(stage, first.name, run.seed, prepared.train, rows)
+    state = enter(first, initial_state(first), calibration(stage, batches, layout))
     state = state._replace(optimizer=begin_stage(state.optimizer))
     curve = []
     for step in range(stage.steps):
