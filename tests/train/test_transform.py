@@ -19,10 +19,12 @@ from braeburn.config import Name, Run, Schedule, Size, Stage, StageModels, Trans
 from braeburn.config import run as run_module
 from braeburn.layers.spec import ParamSpec, Tree, abstract, initialize, walk
 from braeburn.models.decoder import param_specs
+from braeburn.plan.cost import work_of
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.loop import train
 from braeburn.train.trained import load
 from braeburn.transforms.definition import ADDED, Found, Transform, merged, without
+from braeburn.verify.shrink import shrink
 from support import rows
 
 BEFORE, AFTER = 2, 6
@@ -125,6 +127,16 @@ def test_an_adapter_of_ones_own_trains_resumes_and_merges(adapted: Run, tmp_path
     assert np.abs(change).max() > 0
     singular = np.linalg.svd(change, compute_uv=False)
     assert (singular[:, RANK:] < 1e-3 * singular[:, :1]).all()
+
+
+def test_jobs_around_training_take_what_it_declares(adapted: Run) -> None:
+    shape, _ = _gate(adapted.model)
+    assert work_of(adapted, "adapted", adapted.mesh).remade == np.prod(shape)
+    assert work_of(adapted, "before", adapted.mesh).remade == 0
+    assert list(shrink(adapted, 4).stages["adapted"].transforms) == ["adapter"]
+    assert [config.summary for config in adapted.stages["adapted"].transforms.values()] == [
+        "applies Adapter"
+    ]
 
 
 def specs_applied(params: Tree) -> Tree:

@@ -29,6 +29,11 @@ class TransformConfig(Frozen):
         """What the stage does to the model, in a few words after the stage's name."""
         return f"applies {type(self).__name__}"
 
+    @property
+    def measured_tokens(self) -> int:
+        """How many of the stage's first tokens are read to measure activations."""
+        return 0
+
     def trained(self, model: ModelConfig) -> ModelConfig:
         """The model that the stage trains, from the one that it finds."""
         return model
@@ -83,6 +88,11 @@ class Pruning(TransformConfig):
         """The units that stay of each axis, and the method."""
         kept = " ".join(f"{axis}={size}" for axis, size in self.keep.items())
         return f"prunes to {kept} by {self.method}"
+
+    @property
+    def measured_tokens(self) -> int:
+        """`calibration_tokens`, which only two of the methods read."""
+        return self.calibration_tokens
 
     @property
     def learned(self) -> bool:

@@ -22,7 +22,6 @@ from braeburn.config import (
     override,
     validate,
 )
-from braeburn.data.loader import Batches
 from braeburn.data.packing import Batch
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import Tokenizer
@@ -33,9 +32,10 @@ from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build, resolve
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
-from braeburn.train.loop import calibration, train
+from braeburn.train.loop import train
 from braeburn.train.progress import tracked
 from braeburn.train.resolved import of_model, resolve_stage
+from braeburn.train.stage_run import batches_of, calibration
 from braeburn.train.stages import abstract_params
 from braeburn.train.state import TrainState
 from braeburn.train.trained import found_run, ordinary_step, read_tokenizer, received_run
@@ -134,9 +134,7 @@ def prune(
         else:
             layout = _layout(run, model)
             state = _state(directory, step, run, layout)
-            batches = (
-                _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
-            )
+            batches = _batches(run, tokenizer) if pruning.method == "activation" else iter(())
             found = Found(model, state.params, layout, batches, run.seed)
             scores = importance_of_units(pruning, found)
             state = changed(state, cutting(pruning, model), scores, of_model(layout, smaller))
@@ -263,8 +261,8 @@ def _state(directory: Path, step: int, run: Run, layout: Layout) -> TrainState:
     return state._replace(step=jnp.zeros_like(state.step))
 
 
-def _batches(run: Run, layout: Layout, tokenizer: Tokenizer) -> Iterator[Batch]:
+def _batches(run: Run, tokenizer: Tokenizer) -> Iterator[Batch]:
     """The batches that activations are measured on, placed."""
-    stage, prepared = run.stages[STAGE], prepare(run, lambda line: None, tokenizer)
-    batches = Batches(stage, STAGE, run.seed, prepared.train, layout.rows(stage.batch_size))
-    return tracked(calibration(stage, batches, layout), "measuring activations")
+    stage, prepared = resolve_stage(run, STAGE), prepare(run, lambda line: None, tokenizer)
+    batches = batches_of(stage, prepared.train)
+    return tracked(calibration(stage.stage, batches, stage.layout), "measuring activations")

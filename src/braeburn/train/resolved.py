@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -27,9 +28,6 @@ class ResolvedStage:
     Attributes:
         run: the run.
         name: of the stage.
-        models: as the stage finds, trains and leaves them.
-        first_step: steps that the run has made when the stage begins.
-        first_token: tokens that it has been trained on by then.
         layout: where all that the stage trains lies.
         transform: what the stage does to its model besides training it.
         optimizer: of all that the stage trains.
@@ -39,9 +37,6 @@ class ResolvedStage:
 
     run: Run
     name: str
-    models: StageModels
-    first_step: int
-    first_token: int
     layout: Layout
     transform: Transform
     optimizer: optax.GradientTransformation
@@ -51,6 +46,21 @@ class ResolvedStage:
     def stage(self) -> Stage:
         """The stage's configuration."""
         return self.run.stages[self.name]
+
+    @cached_property
+    def models(self) -> StageModels:
+        """The model as the stage finds, trains and leaves it."""
+        return self.run.models()[self.name]
+
+    @cached_property
+    def first_step(self) -> int:
+        """Steps that the run has made when the stage begins."""
+        return self.run.first_steps[self.name]
+
+    @cached_property
+    def first_token(self) -> int:
+        """Tokens that the run has been trained on when the stage begins."""
+        return self.run.tokens_by(self.first_step)
 
     @property
     def last_step(self) -> int:
@@ -106,21 +116,12 @@ def resolve_stage(run: Run, name: str, devices: Sequence[Any] | None = None) -> 
     Raises:
         UserError: the mesh does not fit the devices, or does not divide the stage.
     """
-    models = run.models()
-    own, stage, first_step = models[name], run.stages[name], run.first_steps[name]
-    transform, specs = transform_of(stage, own), trained_specs(run, name)
+    models, stage = run.models(), run.stages[name]
+    transform = transform_of(stage, models[name])
+    specs = param_specs(models[name].trained) | transform.extra_specs
     layout = _layout(run, name, specs, devices)
-    optimizer = build_optimizer(run.optimizer, stage, specs, own.trained)
-    resolved = ResolvedStage(
-        run=run,
-        name=name,
-        models=own,
-        first_step=first_step,
-        first_token=run.tokens_by(first_step),
-        layout=layout,
-        transform=transform,
-        optimizer=updating(optimizer, transform, specs),
-    )
+    optimizer = build_optimizer(run.optimizer, stage, specs, models[name].trained)
+    resolved = ResolvedStage(run, name, layout, transform, updating(optimizer, transform, specs))
     return resolved.taught_by(models[stage.teacher].left if stage.teacher in models else None)
 
 

@@ -130,6 +130,16 @@ def teachers_of(
     return found
 
 
+def taught_stages(
+    stages: Mapping[str, ResolvedStage], teachers: Mapping[str, Teacher]
+) -> dict[str, ResolvedStage]:
+    """The stages with the models of their teachers."""
+    return {
+        name: stage.taught_by(teachers[name].model) if name in teachers else stage
+        for name, stage in stages.items()
+    }
+
+
 def check_tokenizers(run: Run, teachers: Mapping[str, Teacher], tokenizer: Tokenizer) -> None:
     """Refuses teachers that read other tokens.
 

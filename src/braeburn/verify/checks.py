@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import Literal
 
 from braeburn.config import ONE_DEVICE, Checkpoint, MeshConfig, Run
-from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
-from braeburn.optim.guard import begin_stage
-from braeburn.train.loop import calibration, train
+from braeburn.train.loop import train
 from braeburn.train.resolved import resolve_stage, resolve_stages
+from braeburn.train.stage_run import batches_of, equip
 from braeburn.train.stages import Program, compile_stage, initial_state
-from braeburn.train.transitions import enter
+from braeburn.verify.following import Curve, followed_curve
 from braeburn.verify.shrink import DEVICES, ENVIRONMENT, STAND_IN, shrink
 
 KILL_AFTER_STEP = 6
@@ -53,9 +52,6 @@ def run() -> Run:
 FIGURES = ("loss", "grad_norm")
 
 Say = Callable[[str], None]
-# Values by what they are, in order: the loss and the gradient's norm of each step, held-out losses
-# at last.
-Curve = list[tuple[str, float]]
 Kind = Literal["layout", "stages", "resume", "reshard"]
 Verdict = Literal["same", "different", "failed", "skipped"]
 
@@ -239,16 +235,13 @@ def _first_stage(program: Program, prepared: Prepared) -> Curve:
     be compared.
     """
     first = program.stage
-    run, stage, layout = first.run, first.stage, first.layout
-    rows = layout.rows(stage.batch_size)
-    batches = Batches(stage, first.name, run.seed, prepared.train, rows)
-    state = enter(first, initial_state(first), calibration(stage, batches, layout))
-    state = state._replace(optimizer=begin_stage(state.optimizer))
+    stage = equip(program, batches_of(first, prepared.train), None)
+    state = stage.enter(initial_state(first))
     curve = []
-    for step in range(stage.steps):
-        state, metrics = program.step(state, layout.place(batches[step], rows, stage.batch_size))
+    for step in range(first.stage.steps):
+        state, metrics = stage.step(state, stage.place(stage.batches[step]))
         curve += [(f"step {step + 1} {figure}", float(metrics[figure])) for figure in FIGURES]
-    return _compared_until(curve, steps_alike(run) or 1)
+    return _compared_until(curve, steps_alike(first.run) or 1)
 
 
 def compresses(run: Run) -> bool:
@@ -292,9 +285,7 @@ def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[C
             checks.append(Check("stages", place, 0, None, allowed, "skipped", refused))
         else:
             with _failing("stages", place, allowed, checks):
-                found = _train(
-                    other, folder / f"{place}, all stages", follow=(reference, steps_alike(run))
-                )
+                found = followed_curve(other, reference, steps_alike(run), FIGURES)
                 checks.append(_judge("stages", place, found, expected, allowed))
         _tell(checks[-1], say)
     return checks
@@ -388,12 +379,10 @@ def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
     return checks[-1]
 
 
-def _train(
-    run: Run, out: Path, stop_after_steps: int | None = None, follow: tuple[Path, int] | None = None
-) -> Curve:
+def _train(run: Run, out: Path, stop_after_steps: int | None = None) -> Curve:
     """Trains without a word, and returns the curve so far."""
     with contextlib.redirect_stderr(io.StringIO()):
-        outcome = train(run, out, stop_after_steps=stop_after_steps, follow=follow)
+        outcome = train(run, out, stop_after_steps=stop_after_steps)
     if not outcome.finished and stop_after_steps is None:
         raise KeyboardInterrupt  # which training takes as a request to save and stop
     return _curve(out)
