@@ -22,7 +22,7 @@ from braeburn.models import decoder
 from braeburn.objectives import cross_entropy
 from braeburn.train.resolved import resolve_stage
 from braeburn.train.stages import abstract_batch, abstract_state, stage_step
-from braeburn.train.step import train_step
+from braeburn.train.step import accumulated, train_step
 
 WANTED = 5.0
 TOLERANCE = 1e-5
@@ -123,9 +123,8 @@ def main() -> int:
     run = small_run(arguments.vocab_size, arguments.tokens, arguments.sequence_length)
     whole_step = functools.partial(
         train_step,
-        loss=functools.partial(whole_logits_loss, run),
+        gradients=accumulated(functools.partial(whole_logits_loss, run), 1),
         optimizer=resolve_stage(run, "only").optimizer,
-        accumulation_steps=1,
     )
     chunked, whole = (
         peak_bytes(run, stage_step(resolve_stage(run, "only"))),

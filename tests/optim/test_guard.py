@@ -10,7 +10,7 @@ from braeburn.config.optimizers import KINDS
 from braeburn.optim.definition import definition_of
 from braeburn.optim.guard import guarded
 from braeburn.train.state import new_state
-from braeburn.train.step import train_step
+from braeburn.train.step import accumulated, train_step
 
 TRUTH = jnp.asarray([1.0, -2.0, 3.0])
 
@@ -31,7 +31,7 @@ def test_plain_adamw_of_optax_trains_and_skips_bad_steps():
         before = state
         batch = {"inputs": one, "weights": jnp.ones(8)}
         state, metrics = train_step(
-            state, batch, loss=loss, optimizer=optimizer, accumulation_steps=1
+            state, batch, gradients=accumulated(loss, 1), optimizer=optimizer
         )
         if number == 10:
             old, new = before.optimizer.direction, state.optimizer.direction

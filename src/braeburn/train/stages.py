@@ -18,7 +18,7 @@ from braeburn.train.compiler_flags import compiler_flags
 from braeburn.train.frozen import effective_weights
 from braeburn.train.resolved import ResolvedStage
 from braeburn.train.state import TrainState, new_state
-from braeburn.train.step import train_step
+from braeburn.train.step import accumulated, train_step
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ def stage_step(resolved: ResolvedStage) -> Callable[..., tuple[TrainState, dict[
         return distillation.loss(params, batch, online, model, stage.distillation, execution)
 
     others = [resolved.layout_of(teacher)] if teacher else []
+    # Devices sum their gradients once, after all microbatches.
+    local = accumulated(loss, stage.accumulation_steps)
     step = functools.partial(
         train_step,
-        loss=loss,
+        gradients=resolved.layout_of(model).gradient(local, *others),
         optimizer=resolved.optimizer,
-        accumulation_steps=stage.accumulation_steps,
-        spread=lambda function: resolved.layout_of(model).gradient(function, *others),
-        use=effective_weights(resolved.transform, resolved.specs),
+        effective=effective_weights(resolved.transform, resolved.specs),
     )
     if not run.offload.optimizer:
         return step
