@@ -25,7 +25,7 @@ LAYERS = (
     ("config",),
     # What any of them may need, without a word of training.
     ("reading", "atomic", "background", "extras"),
-    ("jsonfile", "disk"),
+    ("jsonfile", "disk", "discovery"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -3,9 +3,13 @@ it nor torch.
 """
 
 import hashlib
+import importlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +23,10 @@ from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.interop import huggingface
 from braeburn.layers.spec import ParamSpec, Tree, map_specs, walk
 from braeburn.models import decoder
+from braeburn.models.families import family_of
 
-# What tests/interop/write_golden_logits.py wrote from transformers.
-GOLDEN = Path(__file__).with_name("golden_logits.json")
+# What tests/interop/write_golden_logits.py wrote from transformers: a file for each family.
+GOLDEN = Path(__file__).with_name("golden")
 TOLERANCE = 1e-4
 FLOAT32 = Precision(compute="float32")
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
@@ -43,45 +48,20 @@ def make(**fields) -> ModelConfig:
     return ModelConfig(**(sizes | fields))
 
 
-# name -> (model, length of the compared sequence)
-MODELS = {
-    "qwen3": (make(), 40),
-    "qwen3-7-heads-1-kv": (
-        make(d_model=48, num_heads=7, num_kv_heads=1, head_dim=10, num_layers=3),
-        33,
-    ),
-    "qwen3-untied-wide-heads": (
-        make(num_heads=3, num_kv_heads=3, head_dim=32, tied_embeddings=False),
-        40,
-    ),
-    "qwen3-odd-sizes": (
-        make(vocab_size=301, d_model=51, ffn_dim=77, num_heads=5, num_kv_heads=5, head_dim=6),
-        17,
-    ),
-    "qwen3-long": (make(rope_base=1e6, num_layers=1, ffn_dim=32), 1500),
-    "qwen3-linear": (make(rope_scaling=LINEAR, norm_epsilon=1e-5), 200),
-    "qwen3-llama3": (make(rope_scaling=LLAMA3, num_kv_heads=1), 300),
-    # As the recipe afm-3b: tied, eight query heads for each key head, wide heads.
-    "afm": (
-        make(d_model=96, num_layers=3, num_heads=16, num_kv_heads=2, head_dim=32, ffn_dim=252),
-        128,
-    ),
-    "llama": (make(qk_norm=False, rope_base=10_000.0), 40),
-    "llama-9-heads-3-kv": (
-        make(qk_norm=False, d_model=72, num_heads=9, num_kv_heads=3, head_dim=8),
-        40,
-    ),
-    "llama-one-kv-wide-heads": (
-        make(qk_norm=False, d_model=60, num_heads=5, num_kv_heads=1, head_dim=20),
-        40,
-    ),
-    "llama-untied": (
-        make(qk_norm=False, num_kv_heads=4, tied_embeddings=False, scan_layers=False),
-        40,
-    ),
-    "llama-llama3-long": (make(qk_norm=False, rope_scaling=LLAMA3, num_layers=1, ffn_dim=32), 1500),
-    "llama-linear": (make(qk_norm=False, rope_scaling=LINEAR, tied_embeddings=False), 300),
-}
+def rope_of(model: ModelConfig) -> dict[str, Any]:
+    """What transformers is told of rotary embeddings that are the same in all layers."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_base}
+    if model.rope_scaling is not None:
+        rope |= {"rope_type": model.rope_scaling.kind, "factor": model.rope_scaling.factor}
+        if model.rope_scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+    return rope
+
+
 # Where the fields of rotary embeddings stand in the config.json of one version or another, and what
 # they say.
 ROPES = [
@@ -159,6 +139,22 @@ LLAMA_AS_MISTRAL = [
     {"sliding_window": 2048},
     {},  # 4096 is the default
 ]
+
+
+def families() -> dict[str, ModuleType]:
+    """The modules of tests/interop/families by their names."""
+    folder = Path(__file__).with_name("families")
+    sys.path.insert(0, str(folder.parent))
+    return {
+        path.stem: importlib.import_module(f"families.{path.stem}")
+        for path in sorted(folder.glob("[a-z]*.py"))
+    }
+
+
+# While `families` imports them, they import this module, which is whole by now.
+FAMILIES = families()
+# name -> (model, length of the compared sequence)
+MODELS = {name: case for family in FAMILIES.values() for name, case in family.MODELS.items()}
 cases = pytest.mark.parametrize(("model", "length"), MODELS.values(), ids=MODELS.keys())
 
 
@@ -177,19 +173,22 @@ def random_params(model: ModelConfig, seed: int = 0) -> Tree:
     return map_specs(draw, decoder.param_specs(model))
 
 
-def golden_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+def golden_weights(
+    shapes: Mapping[str, Sequence[int]], model: ModelConfig
+) -> dict[str, np.ndarray]:
     """Weights in float32 for the tensors of a Hugging Face model, the same on every machine and in
     every NumPy.
 
     NumPy keeps the numbers of `RandomState` unchanged for good, and those of `random_sample` need
-    no function of the C library. Norms are from 0.5 to 1.5, and matrices scaled so that logits have
-    about unit deviation.
+    no function of the C library. Norms multiply by 0.5 to 1.5, and matrices are scaled so that
+    logits have about unit deviation.
     """
     generator = np.random.RandomState(0)
     weights = {}
     for name in sorted(shapes):
         drawn = generator.random_sample(tuple(shapes[name]))
-        values = drawn + 0.5 if drawn.ndim == 1 else (2 * drawn - 1) * (3 / drawn.shape[1]) ** 0.5
+        norm = drawn + 0.5 - family_of(model).norm_offset
+        values = norm if drawn.ndim == 1 else (2 * drawn - 1) * (3 / drawn.shape[1]) ** 0.5
         weights[name] = values.astype(np.float32)
     return weights
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from hf_models import FAMILIES
 
 from braeburn.config import ModelConfig
+from braeburn.models.families import family_of
 
 transformers.logging.set_verbosity_error()
 
@@ -19,17 +21,14 @@ def their_logits(theirs, tokens: np.ndarray) -> np.ndarray:
 
 def their_config(model: ModelConfig):
     """The configuration that a user of transformers would write for the same sizes."""
-    rope = {"rope_type": "default", "rope_theta": model.rope_base}
-    if model.rope_scaling is not None:
-        rope |= {"rope_type": model.rope_scaling.kind, "factor": model.rope_scaling.factor}
-        if model.rope_scaling.kind == "llama3":
-            rope |= {
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-    config_class = transformers.Qwen3Config if model.qk_norm else transformers.LlamaConfig
-    return config_class(
+    model_type = family_of(model).model_type
+    module = next(
+        family
+        for family in FAMILIES.values()
+        if any(family_of(other).model_type == model_type for other, _ in family.MODELS.values())
+    )
+    return transformers.AutoConfig.for_model(
+        model_type,
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         intermediate_size=model.ffn_dim,
@@ -40,7 +39,7 @@ def their_config(model: ModelConfig):
         rms_norm_eps=model.norm_epsilon,
         tie_word_embeddings=model.tied_embeddings,
         max_position_embeddings=2048,
-        rope_parameters=rope,
+        **module.config(model),
     )
 
 
@@ -52,6 +51,7 @@ def their_model(model: ModelConfig):
         for parameter in theirs.parameters():
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
+                parameter -= family_of(model).norm_offset
             else:
                 parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
     return theirs

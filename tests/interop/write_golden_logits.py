@@ -4,13 +4,15 @@ nor torch.
     make extra-hf && PYTHONPATH=tests/interop .venv-hf/bin/python
     tests/interop/write_golden_logits.py
 
-`golden_logits.json` gets each model's config.json and the names and shapes of its tensors as
-transformers writes them, greedy continuations, and the pre-tokenisation of Qwen2;
-`golden_logits.npz` the logits. The weights are not stored, for size: they follow from names, shapes
-and `golden_weights`, and their hash is.
+`golden/FAMILY.json` gets each model's config.json and the names and shapes of its tensors as
+transformers writes them, and greedy continuations; `golden/FAMILY.npz` the logits;
+`golden/qwen2_pattern.json` the pre-tokenisation of Qwen2. The weights are not stored, for size:
+they follow from names, shapes and `golden_weights`, and their hash is. Names of families as
+arguments write the files of these alone.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from hf_models import GOLDEN, MODELS, golden_tokens, golden_weights, hash_of
+from hf_models import FAMILIES, GOLDEN, golden_tokens, golden_weights, hash_of
 from safetensors.numpy import load_file, save_file
 from theirs import load, their_logits, their_model
 from tokenizers import pre_tokenizers
@@ -45,20 +47,23 @@ TEXTS = [
 
 
 def main() -> None:
-    """Asks transformers about every model, and writes both files."""
-    arrays: dict[str, np.ndarray] = {}
-    models = {}
-    for name, (model, length) in MODELS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            models[name], arrays[name] = of_model(model, length, Path(folder))
-    answers = {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "models": models,
-        "qwen2": of_qwen2(),
-    }
-    GOLDEN.write_text(json.dumps(answers, indent=1, ensure_ascii=True) + "\n")
-    np.savez_compressed(GOLDEN.with_suffix(".npz"), **arrays)
+    """Asks transformers about every model, and writes all files."""
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    for family in sys.argv[1:] or FAMILIES:
+        arrays: dict[str, np.ndarray] = {}
+        models = {}
+        for name, (model, length) in FAMILIES[family].MODELS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                models[name], arrays[name] = of_model(model, length, Path(folder))
+        write_json(GOLDEN / f"{family}.json", {**versions, "models": models})
+        np.savez_compressed(GOLDEN / f"{family}.npz", **arrays)
+    if not sys.argv[1:]:
+        write_json(GOLDEN / "qwen2_pattern.json", {**versions, **of_qwen2()})
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Writes a file of one object."""
+    path.write_text(json.dumps(contents, indent=1, ensure_ascii=True) + "\n")
 
 
 def of_model(model: ModelConfig, length: int, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
@@ -66,7 +71,7 @@ def of_model(model: ModelConfig, length: int, folder: Path) -> tuple[dict[str, A
     their_model(model).save_pretrained(folder)
     file = folder / "model.safetensors"
     shapes = {name: list(tensor.shape) for name, tensor in load_file(file).items()}
-    weights = golden_weights(shapes)
+    weights = golden_weights(shapes, model)
     save_file(weights, file, {"format": "pt"})
     theirs = load(folder, attn_implementation="eager", dtype=torch.float32)
     logits = their_logits(theirs, golden_tokens(model, length))[0]

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from braeburn.config import AdamW, AfmOptimizer, ModelConfig, Pruning, Schedule, Stage
+from braeburn.config.optimizers import KINDS
 from braeburn.layers.spec import ParamSpec
 from braeburn.optim.build import build_optimizer
 from braeburn.optim.guard import begin_stage
@@ -149,8 +150,8 @@ def test_afm_equals_the_float64_reference_over_40_steps():
 def test_a_bad_gradient_changes_nothing_but_the_counter(bad):
     rng = np.random.default_rng(1)
     params = jax.tree.map(jnp.asarray, random_tree(rng, 1.0))
-    for config in (AfmOptimizer(), AdamW()):
-        optimizer = build_optimizer(config, make_stage(), SPECS, MODEL)
+    for kind in KINDS.values():
+        optimizer = build_optimizer(kind(), make_stage(), SPECS, MODEL)
         gradients = random_tree(rng, 0.1)
         _, state = optimizer.update(gradients, optimizer.init(params), params)
         gradients["embedding"][0, 0] = bad
@@ -198,8 +199,8 @@ def test_adamw_equals_optax_chain():
     )
 
 
-@pytest.mark.parametrize("config", [AfmOptimizer(), AdamW()])
-def test_scores_move_in_proportion_to_their_gradients(config):
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_move_in_proportion_to_their_gradients(kind):
     """Within a layer; the layers' own sizes, as those of weights' blocks, do not count."""
     pruning = Pruning(keep={"ffn": 3}, learning_rate=0.3)
     stage = make_stage(pruning=pruning, weight_decay=0.1, schedule=Schedule(decay="constant"))
@@ -212,6 +213,7 @@ def test_scores_move_in_proportion_to_their_gradients(config):
     params = random_tree(rng, 1.0) | {"masks": {"ffn": np.float32(rng.normal(size=(3, 6)))}}
     params = jax.tree.map(jnp.asarray, params)
     gradients = random_tree(rng, 0.1) | {"masks": {"ffn": gradient}}
+    config = KINDS[kind]()
     optimizer = build_optimizer(config, stage, specs, MODEL)
     state = optimizer.init(params)
     for _ in range(3):

@@ -6,12 +6,19 @@ import numpy as np
 import optax
 import pytest
 
+from braeburn.config import ONE_DEVICE, Execution, MeshConfig, ModelConfig
 from braeburn.config.optimizers import KINDS
-from braeburn.optim.definition import definition_of
+from braeburn.layers.spec import count
+from braeburn.models.decoder import param_specs
+from braeburn.optim.definition import Parameters, definition_of, state_bytes, update_cost
 from braeburn.optim.guard import guarded
 from braeburn.train.state import new_state
 from braeburn.train.step import accumulated, train_step
 
+FLOAT = 4
+MODEL = ModelConfig(
+    vocab_size=32, d_model=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48
+)
 TRUTH = jnp.asarray([1.0, -2.0, 3.0])
 
 
@@ -48,4 +55,12 @@ def test_a_registered_optimizer_is_whole(kind):
     assert config.kind == kind and config.fine_tuning_rate > 0
     definition = definition_of(config)
     assert definition.no_decay <= {"norm", "embedding", "matrix"}
-    assert config.state_bytes % 4 == config.update_bytes % 4 == 0
+    specs = param_specs(MODEL)
+    moments = state_bytes(config, Parameters(specs, MODEL))
+    assert FLOAT * count(specs) <= moments <= 2 * FLOAT * count(specs)
+    alone, split = (
+        update_cost(config, Parameters(specs, MODEL, Execution(mesh)))
+        for mesh in (ONE_DEVICE, MeshConfig(fsdp=4, tensor=2))
+    )
+    assert not alone.collectives and split.matrix_flops <= alone.matrix_flops
+    assert {collective.axis for collective in split.collectives} <= {"fsdp", "tensor"}

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from braeburn.config import AdamW, MeshConfig, Run, override
+from braeburn.config import MeshConfig, Run, override
+from braeburn.config.optimizers import KINDS
 from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.layers.spec import walk
@@ -59,14 +60,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "fsdp x tensor, untied": {"mesh.fsdp": 2, "mesh.tensor": 4, "model.tied_embeddings": False},
 }
-AFM = ["data", "fsdp", "fsdp x tensor", "ring x tensor", "replica x fsdp x tensor"]
+FEWER = ["data", "fsdp", "fsdp x tensor", "ring x tensor", "replica x fsdp x tensor"]
 # These make up all that layouts are made of; the others combine it otherwise.
 OFTEN = (
     "tensor, fewer key heads than shards",
     "fsdp x gathered context x tensor",
     "fsdp, offloaded",
 )
-OFTEN_AFM = ("replica x fsdp x tensor",)
+OFTEN_OF_FEWER = ("replica x fsdp x tensor",)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,7 @@ def with_optimizer(run: Run, kind: str, **changes: Any) -> Run:
     changes = {"mesh.fsdp": 1, **WIDE, "stages.core.tokens": STEPS * 1024, **changes}
     if kind == "adamw":
         changes |= {"stages.core.learning_rate": 3e-3, "stages.core.weight_decay": 0.1}
-    run = override(run, changes)
-    return run.model_copy(update={"optimizer": AdamW()}) if kind == "adamw" else run
+    return override(run, changes | {"optimizer.kind": kind})
 
 
 def losses(run: Run, prepared: Prepared) -> tuple[list[float], Any]:
@@ -139,11 +139,12 @@ def test_adamw_follows_one_device(
         assert state.optimizer.direction.mu["embedding"].sharding.memory_kind == "pinned_host"
 
 
-@pytest.mark.parametrize("name", deep_but(OFTEN_AFM, AFM))
-def test_afm_optimizer_follows_one_device(
-    name: str, tiny: Run, prepared: Prepared, one_device: Any
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adamw"])
+@pytest.mark.parametrize("name", deep_but(OFTEN_OF_FEWER, FEWER))
+def test_other_optimizers_follow_one_device(
+    name: str, kind: str, tiny: Run, prepared: Prepared, one_device: Any
 ) -> None:
-    assert_follows(name, "afm", 1e-4, tiny, prepared, one_device)
+    assert_follows(name, kind, KINDS[kind].tolerance, tiny, prepared, one_device)
 
 
 def test_layouts_differ_where_they_should(tiny: Run, prepared: Prepared) -> None:

@@ -4,17 +4,20 @@ to the byte.
 
 import math
 import re
+from collections import Counter
 from typing import Any
 
 import jax
 import pytest
 
-from braeburn.config import AdamW, Run, override
+from braeburn.config import MeshConfig, Run, override
+from braeburn.config.optimizers import KINDS
 from braeburn.layers import linear
 from braeburn.layers.spec import walk
 from braeburn.layers.weights import gathered
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy as loss
+from braeburn.optim.definition import Parameters, update_cost
 from braeburn.plan.collectives import Collective, collectives, traffic
 from braeburn.train.resolved import resolve_stage
 from braeburn.train.stages import compile_stage
@@ -106,12 +109,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
 
 
 def compiled(
-    tiny: Run, mesh: dict[str, Any], accumulation_steps: int = 1
+    tiny: Run, mesh: dict[str, Any], accumulation_steps: int = 1, kind: str = "adamw"
 ) -> tuple[str, list[Collective]]:
-    """The text of the train step on a mesh, and its collectives."""
+    """The text of the train step on a mesh under a kind of optimizer, and its collectives."""
     changes = {"mesh.fsdp": 1, "stages.core.accumulation_steps": accumulation_steps}
-    changes |= {f"mesh.{axis}": size for axis, size in mesh.items()}
-    run = override(tiny, SIZES | changes).model_copy(update={"optimizer": AdamW()})
+    changes |= {f"mesh.{axis}": size for axis, size in mesh.items()} | {"optimizer.kind": kind}
+    run = override(tiny, SIZES | changes)
     stage = resolve_stage(run, "core")
     text = compile_stage(stage).step.as_text()
     return text, collectives(text, stage.layout.sizes.sizes)
@@ -156,6 +159,26 @@ def test_accumulated_gradients_cross_replicas_once_a_step(tiny: Run) -> None:
     expected = {(kind, (axis,)): 2 * size for (kind, axis), size in fully_sharded(4, 16).items()}
     expected["all-gather", ("fsdp",)] -= NORMS
     assert traffic(rest) == expected | {("all-reduce", ("replica",)): GRADIENT // 4}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adamw"])
+@pytest.mark.parametrize("mesh", [{"replica": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_an_update_adds_what_its_optimizer_declares(
+    kind: str, mesh: dict[str, Any], tiny: Run, compiled_once: Any
+) -> None:
+    """To the collectives of AdamW, whose update is element-wise; but for a number a layer."""
+    plain, found = (
+        Counter(traffic(c for c in collectives if math.prod(c.shape) > L))
+        for collectives in (compiled_once(mesh)[1], compiled(tiny, mesh, kind=kind)[1])
+    )
+    run = override(tiny, SIZES | {"optimizer.kind": kind})
+    sizes = MeshConfig.model_validate({"fsdp": 1} | mesh)
+    execution = run.execution("core", sizes)
+    parameters = Parameters(decoder.param_specs(run.model), run.model, execution)
+    declared: Counter[tuple[str, tuple[str, ...] | None]] = Counter()
+    for collective in update_cost(run.optimizer, parameters).collectives:
+        declared[collective.kind, (collective.axis,)] += collective.bytes
+    assert found == plain + declared
 
 
 def whole_arrays(text: str, mesh: dict[str, int]) -> list[tuple[int, ...]]:

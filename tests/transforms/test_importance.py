@@ -87,7 +87,8 @@ def seen(params, row):
         tokens = (row["inputs"], row["positions"])
         execution = Execution(precision=FLOAT32)
         memory = decoder.Packed(row["segment_ids"], execution)
-        decoder.decoder(params, tokens, memory, None, model, execution, observe)
+        surroundings = decoder.Surroundings(memory, observe=observe)
+        decoder.decoder(params, tokens, surroundings, model, execution)
         return found
 
     found = shown(params, row)
@@ -154,7 +155,9 @@ def test_the_hook_costs_nothing(params, batch):
             execution = Execution(precision=FLOAT32)
             memory = decoder.Packed(segments, execution)
             tokens = (tokens, positions)
-            return decoder.decoder(params, tokens, memory, None, MODEL, execution, **hook)
+            return decoder.decoder(
+                params, tokens, decoder.Surroundings(memory, **hook), MODEL, execution
+            )
 
         arguments = (params, batch["inputs"], batch["positions"], batch["segment_ids"])
         return jax.jit(forward).lower(*arguments).as_text()

@@ -15,12 +15,18 @@ class Schedule(Frozen):
     """The multiplier of the learning rate over a stage: linear warm-up from 0, then a decay to
     `floor`.
 
-    A constant one decays not at all, and so has no floor.
+    A constant one decays not at all, and so has no floor. "wsd" (warm-up, stable, decay) stays at 1
+    after the warm-up and decays linearly in the last `decay_fraction` of the stage's steps.
     """
 
     warmup_steps: Count = 0
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    def decay_steps(self, total_steps: int) -> int:
+        """Steps at the end of a stage of `total_steps` in which "wsd" decays."""
+        return max(1, round((self.decay_fraction or 0.0) * total_steps))
 
     @model_validator(mode="after")
     def _check(self) -> "Schedule":
@@ -28,6 +34,16 @@ class Schedule(Frozen):
             raise ValueError(
                 f"floor={self.floor} is never reached with decay='constant'; set floor to 0, or "
                 f"decay to 'cosine' or 'linear'"
+            )
+        if self.decay == "wsd" and self.decay_fraction is None:
+            raise ValueError(
+                "decay='wsd' needs decay_fraction, the part of the stage's steps in which the "
+                "rate decays; set decay_fraction to 0.2"
+            )
+        if self.decay != "wsd" and self.decay_fraction is not None:
+            raise ValueError(
+                f"decay_fraction={self.decay_fraction} is of decay='wsd', and decay is "
+                f"{self.decay!r}; set decay to 'wsd', or decay_fraction to null"
             )
         return self
 
@@ -99,6 +115,16 @@ class Stage(Frozen):
                 f"{self.steps} steps to "
                 f"decay; set schedule.warmup_steps below {self.steps} or raise tokens"
             )
+        schedule = self.schedule
+        if schedule.decay == "wsd":
+            stable = self.steps - schedule.decay_steps(self.steps)
+            if schedule.warmup_steps > stable:
+                raise ValueError(
+                    f"schedule.decay_fraction={schedule.decay_fraction} begins to decay after "
+                    f"{stable} of the stage's {self.steps} steps, within the "
+                    f"schedule.warmup_steps={schedule.warmup_steps}; set schedule.warmup_steps to "
+                    f"{stable} or lower schedule.decay_fraction"
+                )
         if len(names := list(self.transforms)) > 1:
             raise ValueError(
                 f"{' and '.join(names)} cannot be in one stage; make another stage of {names[-1]}"

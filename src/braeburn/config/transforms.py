@@ -179,6 +179,11 @@ def check_pruning(prefix: str, pruning: Pruning, model: ModelConfig) -> None:
                 f"{prefix}{axis}={size} is not less than the model's {PRUNABLE[axis]}={present}; "
                 f"set {prefix}{axis} below {present}"
             )
+    if "embed" in pruning.keep and model.scaled_embedding:
+        raise ValueError(
+            f"{prefix}embed={pruning.keep['embed']} would change the sqrt(d_model) that "
+            f"scaled_embedding=true multiplies embeddings by; prune ffn or heads"
+        )
     heads = pruning.keep.get("heads", model.num_heads)
     if heads % model.num_kv_heads:
         fits = some(range(model.num_kv_heads, model.num_heads, model.num_kv_heads))

@@ -1,5 +1,5 @@
-"""GGUF, the one file that llama.cpp reads: weights, sizes and tokenizer of the Llama and Qwen3
-families.
+"""GGUF, the one file that llama.cpp reads: weights, sizes and tokenizer of the families that it
+has.
 
 Keys, names of tensors and the order of rows are those of llama.cpp's own `convert_hf_to_gguf.py`.
 """
@@ -22,30 +22,13 @@ from braeburn.extras import how_to_install
 from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.layers import rope
 from braeburn.layers.spec import Tree
+from braeburn.models.families import family_of
 from braeburn.train.progress import tracked
 
 if TYPE_CHECKING:
     import gguf
 
 Type = Literal["f16", "q8_0", "q4_0"]
-# Path of our parameter -> name of the tensor, with `{}` for the layer's index.
-_NAMES = {
-    "embedding": "token_embd.weight",
-    "layers/attention_norm": "blk.{}.attn_norm.weight",
-    "layers/query": "blk.{}.attn_q.weight",
-    "layers/query_norm": "blk.{}.attn_q_norm.weight",
-    "layers/key": "blk.{}.attn_k.weight",
-    "layers/key_norm": "blk.{}.attn_k_norm.weight",
-    "layers/value": "blk.{}.attn_v.weight",
-    "layers/attention_output": "blk.{}.attn_output.weight",
-    "layers/ffn_norm": "blk.{}.ffn_norm.weight",
-    "layers/gate": "blk.{}.ffn_gate.weight",
-    "layers/up": "blk.{}.ffn_up.weight",
-    "layers/down": "blk.{}.ffn_down.weight",
-    "final_norm": "output_norm.weight",
-    "head": "output.weight",
-}
-_ROTATED = ("layers/query", "layers/key")
 _BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
 # How text is split before merging, and whether a token is taken whole where the merges do not lead
 # to it -> the name under which llama.cpp has the same. "ByteLevel" stands for GPT-2's own pattern.
@@ -80,7 +63,7 @@ def write(
     Args:
         path: the file to write; it must not exist.
         params: arrays of any float type, as `param_specs(model)` describes them.
-        model: the sizes; its family follows from `qk_norm`.
+        model: the sizes, from which its family follows.
         tokenizer: byte-level BPE, with a pattern that llama.cpp knows.
         max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
         type_: of matrices and embeddings.
@@ -102,28 +85,32 @@ def write(
     path = Path(path).expanduser().resolve()
     if path.exists():
         raise UserError(f"{str(path)!r} exists; remove it or name another file")
-    if model.qk_norm and model.rope_scaling is not None and model.rope_scaling.kind == "llama3":
+    family = family_of(model).gguf
+    if family is None:
         raise UserError(
-            "rope_scaling.kind='llama3' together with qk_norm=true is nothing that llama.cpp runs; "
-            "train with one of them, or export with --format hf"
+            f"llama.cpp has no model of type {family_of(model).model_type}; export with --format hf"
         )
+    if refusal := family.refusal(model):
+        raise UserError(refusal)
     remove_stale(path.parent, path.name)
     parameters = checked(params, model, tokenizer)
     vocabulary = _vocabulary(tokenizer, model.vocab_size)
 
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
-    writer = gguf.GGUFWriter(partial, "qwen3" if model.qk_norm else "llama")
+    writer = gguf.GGUFWriter(partial, family.architecture)
     writer.add_name(name)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.tokenizer_config()["chat_template"])
     writer.add_file_type({"f16": 1, "q8_0": 7, "q4_0": 2}[type_])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, model, max_position_embeddings)
+    for key, value in family.keys(model).items():
+        _add(writer, f"{family.architecture}.{key}", value)
     for key, value in vocabulary.items():
         _add(writer, f"tokenizer.ggml.{key}", value)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = tensors_of(model, _NAMES)
+        tensors = tensors_of(model, family.names)
         _write_tensors(writer, tensors, parameters, model, type_)
         partial.rename(path)
     except OSError as error:
@@ -150,6 +137,8 @@ def _add(writer: "gguf.GGUFWriter", key: str, value: Any) -> None:
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
     else:
         writer.add_string(key, value)
 
@@ -184,6 +173,9 @@ def _write_tensors(
 ) -> None:
     import gguf
 
+    family = family_of(model).gguf
+    assert family
+    interleaved = family.interleaved
     types = [gguf.GGMLQuantizationType[_type_of(tensor, type_).upper()] for tensor in tensors]
     factors = _rope_factors(model)
     if factors is not None:
@@ -201,7 +193,7 @@ def _write_tensors(
         writer.write_tensor_data(factors)
     for tensor, kind in tracked(list(zip(tensors, types, strict=True)), "writing weights"):
         values = tensor.exported(parameters)
-        if not model.qk_norm and tensor.path in _ROTATED:
+        if tensor.path.rpartition("/")[2] in interleaved:
             values = _interleaved(values, model.head_dim)
         writer.write_tensor_data(gguf.quants.quantize(values, kind))
 

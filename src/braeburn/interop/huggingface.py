@@ -1,8 +1,7 @@
-"""Hugging Face model directories of the Llama and Qwen3 families, without transformers or torch.
+"""Hugging Face model directories, without transformers or torch.
 
-A table names the tensor that each of our parameters becomes; shapes and transpositions follow from
-the `ParamSpec`. A model that normalises its queries and keys is a Qwen3, one that does not is a
-Llama.
+The family of a model names the tensor that each of our parameters becomes; shapes and
+transpositions follow from the `ParamSpec`.
 """
 
 import json
@@ -27,27 +26,11 @@ from braeburn.errors import UserError
 from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.layers.spec import Tree, map_specs, walk
 from braeburn.models.decoder import param_specs
+from braeburn.models.families import Family, families_by_type, family_of
 from braeburn.models.huggingface_config import read_config, write_config
 from braeburn.reading import is_regular, read_object, shown, validated
 from braeburn.train.progress import tracked
 
-# Path of our parameter -> name of the tensor, with `{}` for the layer's index.
-_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "layers/attention_norm": "model.layers.{}.input_layernorm.weight",
-    "layers/query": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/query_norm": "model.layers.{}.self_attn.q_norm.weight",
-    "layers/key": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/key_norm": "model.layers.{}.self_attn.k_norm.weight",
-    "layers/value": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/attention_output": "model.layers.{}.self_attn.o_proj.weight",
-    "layers/ffn_norm": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/gate": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/up": "model.layers.{}.mlp.up_proj.weight",
-    "layers/down": "model.layers.{}.mlp.down_proj.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
 _READABLE = ("F32", "BF16", "F16")
 
 
@@ -68,7 +51,7 @@ def write(
     Args:
         directory: where to write; it must not exist or be empty.
         params: arrays of any float type, as `param_specs(model)` describes them.
-        model: the sizes; its family follows from `qk_norm`.
+        model: the sizes, from which its family follows.
         tokenizer: is shipped, and tells which tokens begin and end a document; None ships none.
         max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
         max_shard_bytes: tensors beyond this size go to further files.
@@ -82,12 +65,9 @@ def write(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         problem = "is not empty" if directory.is_dir() else "is a file"
         raise UserError(f"{str(directory)!r} {problem}; name a new folder")
-    if not model.qk_norm and model.d_model % model.num_heads:
-        raise UserError(
-            f"d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
-            f"transformers refuses in a Llama; train with "
-            f"d_model={-(-model.d_model // model.num_heads) * model.num_heads} or with qk_norm=true"
-        )
+    family = family_of(model)
+    if refusal := family.refusal(model):
+        raise UserError(refusal)
     remove_stale(directory.parent, directory.name)
     parameters = checked(params, model, tokenizer)
     partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex}")
@@ -104,7 +84,8 @@ def write(
             tokenizer.save(partial / "tokenizer.json")
             settings = tokenizer.tokenizer_config() | {"model_max_length": max_position_embeddings}
             _write_json(partial / "tokenizer_config.json", settings)
-        _write_weights(partial, tensors_of(model, _NAMES), parameters, max_shard_bytes)
+        tensors = tensors_of(model, family.names, family.norm_offset)
+        _write_weights(partial, tensors, parameters, max_shard_bytes)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -217,7 +198,8 @@ class _Index(BaseModel):
 
 def _read_weights(directory: Path, files: Sequence[Path], model: ModelConfig) -> Tree:
     specs = param_specs(model)
-    tensors = tensors_of(model, _NAMES)
+    family = family_of(model)
+    tensors = tensors_of(model, family.names, family.norm_offset)
     with ExitStack() as stack:
         holders: dict[str, Any] = {}  # name of a tensor -> the open file that holds it
         for file in files:
@@ -234,8 +216,9 @@ def _read_weights(directory: Path, files: Sequence[Path], model: ModelConfig) ->
                 ) from None
             holders |= dict.fromkeys(holder.keys(), holder)
         wanted = {tensor.name: tensor.shape for tensor in tensors}
-        stored = _stored_names(wanted, holders, model.tied_embeddings)
-        _check(directory, wanted, stored, holders, model.tied_embeddings)
+        aliases = _aliases(family, model)
+        stored = _stored_names(wanted, holders, aliases)
+        _check(directory, wanted, stored, holders, aliases)
         params = map_specs(lambda _, spec: np.empty(spec.shape, np.float32), specs)
         parameters = dict(walk(params))
         for tensor in tracked(tensors, "reading weights"):
@@ -246,17 +229,25 @@ def _read_weights(directory: Path, files: Sequence[Path], model: ModelConfig) ->
     return params
 
 
-def _stored_names(wanted: Iterable[str], holders: Mapping[str, Any], tied: bool) -> dict[str, str]:
+def _aliases(family: Family, model: ModelConfig) -> dict[str, str]:
+    """The tensor that may also stand under another name: of tied embeddings, the embedding under
+    that of the head.
+    """
+    return {family.names["embedding"]: family.names["head"]} if model.tied_embeddings else {}
+
+
+def _stored_names(
+    wanted: Iterable[str], holders: Mapping[str, Any], aliases: Mapping[str, str]
+) -> dict[str, str]:
     """The name under which each tensor is stored, where it is; names as transformers finds them.
 
     The weights of a model without its head, as `LlamaModel` saves them, lack the prefix "model.".
-    Of tied embeddings one may be stored under the name of the other.
     """
     stored = {}
     for name in wanted:
         candidates = [name, name.removeprefix("model.")]
-        if tied and name == _NAMES["embedding"]:
-            candidates.append(_NAMES["head"])
+        if name in aliases:
+            candidates.append(aliases[name])
         found = [candidate for candidate in candidates if candidate in holders]
         if found:
             stored[name] = found[0]
@@ -268,7 +259,7 @@ def _check(
     wanted: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, str],
     holders: Mapping[str, Any],
-    tied: bool,
+    aliases: Mapping[str, str],
 ) -> None:
     """Refuses tensors that are not exactly those that config.json describes.
 
@@ -277,7 +268,7 @@ def _check(
         wanted: name of a tensor -> the shape that config.json gives it.
         stored: name of a tensor -> the name under which it is stored.
         holders: name under which a tensor is stored -> the open file.
-        tied: whether the embedding is the head, too.
+        aliases: name of a tensor -> another name that it may stand under, too.
     """
 
     def refuse(names: list[str], problem: str) -> None:
@@ -289,20 +280,19 @@ def _check(
             )
 
     refuse(sorted(wanted.keys() - stored.keys()), "is missing; download the weights again")
-    head, embedding = _NAMES["head"], stored[_NAMES["embedding"]]
-    ignored = {head} if tied else set()
-    if tied and head in holders and head != embedding:
-        same = np.array_equal(
-            holders[head].get_tensor(head), holders[embedding].get_tensor(embedding)
-        )
-        refuse(
-            [] if same else [head],
-            f"differs from {embedding}; set tie_word_embeddings to false in config.json",
-        )
+    for name, alias in aliases.items():
+        own = stored[name]
+        if alias in holders and alias != own:
+            same = np.array_equal(holders[alias].get_tensor(alias), holders[own].get_tensor(own))
+            refuse(
+                [] if same else [alias],
+                f"differs from {own}; set tie_word_embeddings to false in config.json",
+            )
     # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
-    others = holders.keys() - set(stored.values()) - ignored
+    others = holders.keys() - set(stored.values()) - set(aliases.values())
     extra = [name for name in others if not name.endswith(".rotary_emb.inv_freq")]
-    refuse(sorted(extra), "has no place; choose a plain llama, mistral or qwen3 model")
+    readable = ", ".join(families_by_type())
+    refuse(sorted(extra), f"has no place; choose a plain model of type {readable}")
     for wanted_name, shape in wanted.items():
         name = stored[wanted_name]
         contents = holders[name].get_slice(name)

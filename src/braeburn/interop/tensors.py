@@ -16,6 +16,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
 from braeburn.models.decoder import param_specs, stacks
+from braeburn.models.families.definition import Names
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Tensor:
     block: tuple[int, ...]  # the shape on our side, without the layers
     shape: tuple[int, ...]  # the shape on the other side
     transposed: bool
+    offset: float = 0.0  # what a value is larger by on our side
 
     def of(self, parameter: Any) -> Any:
         """The part of our parameter that this tensor holds."""
@@ -40,23 +42,26 @@ class Tensor:
     def exported(self, parameters: Mapping[str, Any]) -> np.ndarray:
         """Our values in the other layout, contiguous float32."""
         block = np.asarray(self.of(parameters[self.path]))
-        return np.ascontiguousarray(
-            block.reshape(self.shape[::-1]).T if self.transposed else block, np.float32
-        )
+        if self.transposed:
+            block = block.reshape(self.shape[::-1]).T
+        if self.offset:
+            block = np.asarray(block, np.float32) - np.float32(self.offset)
+        return np.ascontiguousarray(block.reshape(self.shape), np.float32)
 
     def imported(self, tensor: np.ndarray) -> np.ndarray:
         """Values of the other layout in ours."""
-        return tensor.T.reshape(self.block) if self.transposed else tensor
+        if self.offset:
+            tensor = tensor.astype(np.float32) + np.float32(self.offset)
+        return (tensor.T if self.transposed else tensor).reshape(self.block)
 
 
-def tensors_of(model: ModelConfig, names: Mapping[str, str]) -> list[Tensor]:
+def tensors_of(model: ModelConfig, names: Names, norm_offset: float = 0.0) -> list[Tensor]:
     """Every tensor of a model, layer by layer, the unstacked ones first.
 
     Args:
         model: what the tensors are of.
-        names: our parameter -> name of the tensor. Of a layer's parameters the key is "layers/" and
-            the parameter's own name, whichever stack it is in, and the name has `{}` for the number
-            of the layer.
+        names: of its tensors, whichever stack a layer is in.
+        norm_offset: what our norms are larger by than theirs.
     """
     numbers = {"/".join(stack.path): stack.numbers for stack in stacks(model)}
     found = []
@@ -68,11 +73,13 @@ def tensors_of(model: ModelConfig, names: Mapping[str, str]) -> list[Tensor]:
         if spec.role == "matrix":
             inputs = math.prod(spec.shape[spec.axes.index(axis)] for axis in spec.fan_in)
             shape = math.prod(block) // inputs, inputs
-        is_matrix = spec.role == "matrix"
+        if spec.role == "norm":
+            shape = (math.prod(block),)
+        is_matrix, offset = spec.role == "matrix", norm_offset if spec.role == "norm" else 0.0
         if layers is None:
-            found.append((-1, Tensor(name, path, None, block, shape, is_matrix)))
+            found.append((-1, Tensor(name, path, None, block, shape, is_matrix, offset)))
         for index, number in enumerate(layers or ()):
-            tensor = Tensor(name.format(number), path, index, block, shape, is_matrix)
+            tensor = Tensor(name.format(number), path, index, block, shape, is_matrix, offset)
             found.append((number, tensor))
     return [tensor for _, tensor in sorted(found, key=lambda each: each[0])]
 

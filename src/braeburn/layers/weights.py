@@ -31,14 +31,16 @@ def gathered(weight: Array, spec: ParamSpec, execution: Execution) -> Array:
     used = mesh_axes(spec.axes, spec.shape, "activations", execution, spec.role)
     # One layer's weight has lost the leading axis of its spec.
     first = len(spec.axes) - weight.ndim
-    for dim, (name, size) in enumerate(zip(spec.axes[first:], spec.shape[first:], strict=True)):
+    for dim in range(weight.ndim):
         over = tuple(axis for axis in stored[first + dim] if axis not in used[first + dim])
         if over:
             weight = gather(weight, over, dim, dtype, jnp.dtype(precision.reduce))
-        if name == "kv_heads" and not used[first + dim] and mesh.tensor > 1:
+    if "kv_heads" in spec.axes and mesh.tensor > 1:
+        dim = spec.axes.index("kv_heads") - first
+        if not used[first + dim]:
             # Fewer heads than shards: each shard stores them all and works with the one that its
-            # query heads share.
-            head = axis_index(TENSOR, mesh) * size // mesh.tensor
+            # query heads share. Before, those of one shard may have been gathered from others.
+            head = axis_index(TENSOR, mesh) * spec.shape[first + dim] // mesh.tensor
             weight = lax.dynamic_slice_in_dim(weight, head, 1, dim)
     return weight
 

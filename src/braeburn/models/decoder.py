@@ -13,7 +13,7 @@ along `context`, in attention. The backward pass exchanges the transpose of each
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,31 +177,42 @@ def layer(
     return x_BTD, signals
 
 
+class Surroundings(NamedTuple):
+    """What the layers of a decoder meet beside their weights and hidden states.
+
+    Attributes:
+        memory: how queries reach keys and values.
+        states: of the layers, as `layer_states` makes them, or None.
+        observe: is shown the activations of each layer.
+    """
+
+    memory: Memory
+    states: Any = None
+    observe: Observe = unobserved
+
+
 def decoder(
     params: Tree,
     tokens: tuple[Int[Array, "B T"], Int[Array, "B T"]],
-    memory: Memory,
-    states: Any,
+    surroundings: Surroundings,
     model: ModelConfig,
     execution: Execution,
-    observe: Observe = unobserved,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Hidden states after the final norm, and each layer's new state.
 
     Args:
         params: this device's part of each parameter, float32.
         tokens: vocabulary ids and positions of this device's tokens.
-        memory: how queries reach keys and values.
-        states: of the layers, as `layer_states` makes them, or None.
+        surroundings: what the layers meet beside these.
         model: what is computed.
         execution: how it is carried out.
-        observe: is shown the activations of each layer.
 
     Returns:
         [B, T, D] of this tensor shard's tokens, in the type to compute in, and the new states, in
         the form of `layer_states`.
     """
     ids, positions = tokens
+    memory, states, observe = surroundings
     specs = param_specs(model)
     # A layer's matrices are gathered as each is multiplied, and again in its backward pass.
     params = gathered_norms(params, specs, execution)
@@ -211,6 +222,8 @@ def decoder(
         for config in (layer.attention, layer.feed_forward)
     }
 
+    reuses = any(sublayer_of(layer.attention).reuses for layer in model.layer_configs)
+
     def run_layer(config: LayerConfig, specs: Tree) -> Callable:
         def body(x_BTD: Array, signals: Signals, weights: Tree) -> tuple[Array, Signals]:
             contexts = [
@@ -219,7 +232,9 @@ def decoder(
                 )
                 for sublayer in (config.attention, config.feed_forward)
             ]
-            return layer(x_BTD, signals, config, contexts)
+            x_BTD, signals = layer(x_BTD, signals, config, contexts)
+            # What no later layer reuses is no result, which would be kept.
+            return x_BTD, signals if reuses else signals._replace(keys_and_values=None)
 
         return rematerialized(body, execution)
 
@@ -230,7 +245,6 @@ def decoder(
             x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
     new_states = {}
     shared: Any = None
-    reuses = any(sublayer_of(layer.attention).reuses for layer in model.layer_configs)
     for segment in model.segments:
         segment_specs = _in_pattern(segment, specs[segment.name])
         bodies = [
@@ -245,7 +259,7 @@ def decoder(
             states = []
             for body, weights, state in zip(bodies, *repeated, strict=True):
                 x_BTD, signals = body(x_BTD, Signals(state, shared), weights)
-                shared = signals.keys_and_values if reuses else None
+                shared = signals.keys_and_values
                 states.append(signals.state)
             return (x_BTD, shared), states
 
@@ -253,8 +267,14 @@ def decoder(
         state = (
             [None] * len(bodies) if states is None else _in_pattern(segment, states[segment.name])
         )
+        stacked = (weights, state)
+        if reuses and shared is None and model.scan_layers:
+            # The first layer finds nothing to reuse, in the form of what it leaves itself.
+            first = jax.tree.map(lambda leaf: leaf[0], stacked)
+            _, found = jax.eval_shape(repeat, (x_BTD, None), first)[0]
+            shared = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
         (x_BTD, shared), state = _repeated(
-            repeat, (x_BTD, shared), (weights, state), segment.repeats, model.scan_layers
+            repeat, (x_BTD, shared), stacked, segment.repeats, model.scan_layers
         )
         new_states[segment.name] = _by_layer(segment, state)
     with jax.named_scope("final_norm"):
@@ -267,12 +287,6 @@ def _repeated(
 ) -> tuple[tuple[Array, Any], Any]:
     """`repeat` over the leading axis of `stacked`, as one loop or written out."""
     if scan:
-        if carry[1] is None:
-            # What the first layer leaves for later ones is of the form that all of them leave.
-            first = jax.tree.map(lambda leaf: leaf[0], stacked)
-            _, shared = jax.eval_shape(repeat, carry, first)[0]
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shared)
-            carry = carry[0], zeros
         return jax.lax.scan(repeat, carry, stacked)
     states = []
     for one in unstack(stacked, repeats):
@@ -382,12 +396,22 @@ def forward(
     """
     ids, positions, segment_ids = inputs
     memory = Packed(segment_ids, execution)
-    hidden, _ = decoder(params, (ids, positions), memory, None, model, execution)
+    hidden, _ = decoder(params, (ids, positions), Surroundings(memory), model, execution)
     return gather_tokens(hidden, execution.mesh)
 
 
 def empty_cache(model: ModelConfig, batch: int, length: int, execution: Execution) -> Any:
-    """What layers keep of `length` positions to generate from, zeros [repeats, B, length, ...]."""
+    """What layers keep to generate from, before the first token.
+
+    Args:
+        model: whose layers.
+        batch: sequences.
+        length: positions of each.
+        execution: tells the type of keys and values.
+
+    Returns:
+        Zeros [repeats, batch, length, ...], as `layer_states` arranges them.
+    """
     dtype = execution.precision.compute
 
     def make(layer: LayerConfig, repeats: int) -> Any:
@@ -413,4 +437,4 @@ def forward_cached(
         model: what is computed.
         execution: on one device.
     """
-    return decoder(params, tokens, Cached(tokens[1]), cache, model, execution)
+    return decoder(params, tokens, Surroundings(Cached(tokens[1]), cache), model, execution)

@@ -2,17 +2,16 @@
 
 import optax
 
-from braeburn.config import AdamW, ModelConfig
-from braeburn.layers.spec import Tree
-from braeburn.optim.definition import Definition
+from braeburn.config import AdamW
+from braeburn.optim.definition import Definition, Parameters
 
 
-def _direction(config: AdamW, specs: Tree, model: ModelConfig) -> optax.GradientTransformation:
+def _scale_by_adam(config: AdamW, parameters: Parameters) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
 
 
 DEFINITION = Definition(
-    direction=_direction,
+    transformation=_scale_by_adam,
     second_moment=lambda state: state.nu,
     weight_decay=lambda stage: stage.learning_rate * stage.weight_decay,
     no_decay=frozenset({"norm"}),

@@ -1,4 +1,4 @@
-"""The direction of the optimizer of the Apple Foundation Models (AXLearn's `adastar_optimizer`)."""
+"""The optimizer of the Apple Foundation Models (AXLearn's `adastar_optimizer`)."""
 
 import math
 from typing import NamedTuple
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from braeburn.config import AfmOptimizer, ModelConfig
+from braeburn.config import AfmOptimizer
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
-from braeburn.optim.definition import Definition
+from braeburn.optim.definition import Definition, Parameters
 
 
 class AfmState(NamedTuple):
@@ -21,9 +21,7 @@ class AfmState(NamedTuple):
     momentum: Tree
 
 
-def scale_by_afm(
-    optimizer: AfmOptimizer, specs: Tree, model: ModelConfig
-) -> optax.GradientTransformation:
+def scale_by_afm(optimizer: AfmOptimizer, parameters: Parameters) -> optax.GradientTransformation:
     """Clipped gradients to updates before the learning rate.
 
     The second moment is bias-corrected with its epsilon inside the average; the normalised gradient
@@ -31,7 +29,8 @@ def scale_by_afm(
     without bias correction. Matrices are scaled by min(mup_base_width / d_model, 1): muP-simple,
     arXiv 2309.14322, section 3.2.4.
     """
-    mup_scale = min(optimizer.mup_base_width / model.d_model, 1.0)
+    specs = parameters.specs
+    mup_scale = min(optimizer.mup_base_width / parameters.model.d_model, 1.0)
 
     def init(params: Tree) -> AfmState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -66,7 +65,7 @@ def scale_by_afm(
 
 
 DEFINITION = Definition(
-    direction=scale_by_afm,
+    transformation=scale_by_afm,
     second_moment=lambda state: state.second_moment,
     weight_decay=lambda stage: stage.weight_decay,
     no_decay=frozenset(),

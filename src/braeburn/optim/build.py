@@ -1,4 +1,4 @@
-"""The complete optimizer of a stage: guard, direction, schedule and weight decay.
+"""The complete optimizer of a stage: guard, transformation, schedule and weight decay.
 
 Its state has the same structure in every stage, so that it carries over; `guard.begin_stage`
 restarts the schedule alone.
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import ModelConfig, OptimizerConfig, Stage
+from braeburn.config import Execution, ModelConfig, OptimizerConfig, Stage
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
-from braeburn.optim.definition import definition_of
+from braeburn.optim.definition import ALONE, Parameters, by_path, definition_of
 from braeburn.optim.guard import guarded
 from braeburn.optim.schedules import multiplier
 
@@ -20,7 +20,11 @@ NO_WEIGHTS = frozenset({"mask", "scale"})
 
 
 def build_optimizer(
-    config: OptimizerConfig, stage: Stage, specs: Tree, model: ModelConfig
+    config: OptimizerConfig,
+    stage: Stage,
+    specs: Tree,
+    model: ModelConfig,
+    execution: Execution = ALONE,
 ) -> optax.GradientTransformation:
     """The transformation from raw gradients to additive updates for one stage.
 
@@ -33,6 +37,8 @@ def build_optimizer(
         stage: its learning rate, weight decay, schedule and pruning.
         specs: of the parameters.
         model: that they are of.
+        execution: the mesh that updates are made on, and its rules. The state does not depend on
+            it.
 
     Returns:
         A transformation with the state `guard.OptimizerState`.
@@ -45,8 +51,8 @@ def build_optimizer(
     no_decay, weight_decay = definition.no_decay | NO_WEIGHTS, definition.weight_decay(stage)
     decay = map_specs(lambda _, spec: 0.0 if spec.role in no_decay else weight_decay, specs)
 
-    def in_proportion(spec: ParamSpec, update: Array, second_moment: Array) -> Array:
-        if spec.role != "mask":
+    def in_proportion(spec: ParamSpec, update: Array, second_moment: Array | None) -> Array:
+        if spec.role != "mask" or second_moment is None:
             return update
         mean = jnp.mean(second_moment, axis=spec.block_dims, keepdims=True)
         return update * jnp.sqrt(second_moment / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
@@ -54,9 +60,10 @@ def build_optimizer(
     def finish(
         updates: Tree, moved: optax.OptState, params: Tree, steps: Int[Array, ""]
     ) -> tuple[Tree, Float[Array, ""]]:
-        second_moment = definition.second_moment(moved)
-        if second_moment is not None:
-            updates = jax.tree.map(in_proportion, specs, updates, second_moment)
+        update_of, moment_of = by_path(updates), by_path(definition.second_moment(moved))
+        updates = map_specs(
+            lambda path, spec: in_proportion(spec, update_of[path], moment_of.get(path)), specs
+        )
         sigma = multiplier(stage.schedule, stage.steps, steps + 1)
 
         def delta(update: Array, rate: float, decay: float, param: Array) -> Array:
@@ -65,7 +72,7 @@ def build_optimizer(
         return jax.tree.map(delta, updates, rates, decay, params), sigma * stage.learning_rate
 
     return guarded(
-        definition.direction(config, specs, model),
+        definition.transformation(config, Parameters(specs, model, execution)),
         clip_norm=config.clip_norm,
         skip_norm=config.skip_norm,
         finish=finish,

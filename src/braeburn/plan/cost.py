@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from braeburn.config import MeshConfig, ModelConfig, Remat, Run
+from braeburn.config import Execution, MeshConfig, ModelConfig, Remat, Run
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import Confidence, weakest
 from braeburn.hardware.links import Links
@@ -18,6 +18,7 @@ from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors
 from braeburn.layers.spec import abstract, walk
 from braeburn.models.huggingface_config import is_huggingface, read_config
+from braeburn.optim.definition import Parameters, UpdateCost, update_cost
 from braeburn.parallel.rules import check
 from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, specs_of
 from braeburn.train.metrics import flops_per_token
@@ -73,6 +74,9 @@ EFFICIENCY = {
 # To the host and back, each way, per chip: PCIe 4.0 x16 at three quarters, shared by two chips.
 HOST_GB_PER_S = 12.0
 
+# Bytes read and written to update a parameter, beside its optimizer's state: it is read and
+# written, and its gradient is read for its norm, clipped, and read again.
+UPDATED = 6 * FLOAT
 # Bytes read and written to mask or round a parameter: it is read and written, then its gradient,
 # for which it is read once more.
 REMADE = 5 * FLOAT
@@ -168,6 +172,13 @@ class Work(Pass):
         return self.remade / (self.mesh.fsdp * self.mesh.tensor)
 
     @cached_property
+    def update(self) -> UpdateCost:
+        """What the optimizer's update takes beyond element-wise work."""
+        execution = Execution(self.mesh, self.run.rules)
+        parameters = Parameters(specs_of(self.model), self.model, execution)
+        return update_cost(self.run.optimizer, parameters)
+
+    @cached_property
     def saved(self) -> set[str]:
         """Activations kept for the backward pass, by their names."""
         remat = self.remat
@@ -185,8 +196,8 @@ class Work(Pass):
 
     @cached_property
     def matrix_flops(self) -> float:
-        """Of all matrix products but attention's: forward, twice that backward, and what is worked
-        out again.
+        """Of all matrix products but attention's: forward, twice that backward, what is worked out
+        again, and the optimizer's.
         """
         model, products, again = self.model, self.products, 0
         if self.remat.policy != "none":
@@ -207,7 +218,7 @@ class Work(Pass):
             * model.d_model
             * model.vocab_size
         )
-        return (layers + head) / self.mesh.tensor
+        return (layers + head) / self.mesh.tensor + self.update.matrix_flops
 
     def attention_flops(self, tile: int, backward: int) -> float:
         """Of attention's products, two forward and so many backward, over the tiles that causality
@@ -230,7 +241,7 @@ class Work(Pass):
         copied = (
             4 * (self._kept_bytes(self.saved) + self._passed_on) * self.stage.accumulation_steps
         )
-        updated = self.shard * self.run.optimizer.update_bytes + self.remade_shard * REMADE
+        updated = UPDATED * self.shard + 2 * self.optimizer_bytes + self.remade_shard * REMADE
         return (layers + logits) / self.mesh.tensor + updated + summed + copied + self._repacked
 
     @cached_property
@@ -268,9 +279,7 @@ class Work(Pass):
         """Moved between device and host in a step, both ways."""
         offload = self.run.offload
         activations = 2 * self._kept_bytes(set(offload.activations)) * self.stage.accumulation_steps
-        return activations + (
-            2 * self.run.optimizer.state_bytes * self.shard if offload.optimizer else 0
-        )
+        return activations + (2 * self.optimizer_bytes if offload.optimizer else 0)
 
     def memory(self) -> dict[str, float]:
         """GiB on a device at the step's fullest moment, by part."""
@@ -288,14 +297,14 @@ class Work(Pass):
         loss = self.tokens * model.d_model * (2 * self.width + 2 * FLOAT) + 3 * logits
         # While the teacher works, nothing of the student's is kept yet.
         teacher = self.teaching.working_bytes - kept if self.teaching else 0.0
+        # While the optimizer works, nothing is kept any more.
+        update = self.update.workspace_bytes - kept
         parts = {
             "parameters": FLOAT * self.shard,
-            "optimizer": 0.0
-            if self.run.offload.optimizer
-            else self.run.optimizer.state_bytes * self.shard,
+            "optimizer": 0.0 if self.run.offload.optimizer else self.optimizer_bytes,
             "gradients": FLOAT * self.shard * (1 + (self.stage.accumulation_steps > 1)),
             "activations": kept,
-            "workspace": max(layer, loss, teacher),
+            "workspace": max(layer, loss, teacher, update),
         }
         if self.remade:
             parts["weights_in_use"] = FLOAT * self.remade_shard
@@ -313,6 +322,8 @@ class Work(Pass):
                 if also
                 else own
             )
+        for asked in self.update.collectives:
+            yield Exchange(asked.axis, asked.kind, asked.bytes, asked.times, "update")
 
     def _student_exchanges(self) -> Iterator[Exchange]:
         """Those of the model that is trained, as `tests/parallel/test_traffic.py` checks them."""

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from braeburn.config import MeshConfig, ModelConfig, Run, Stage
+from braeburn.config import MeshConfig, ModelConfig, OptimizerConfig, Run, Stage
 from braeburn.layers.spec import Role, Tree, count
 from braeburn.models.decoder import param_specs
+from braeburn.optim.definition import Parameters, state_bytes
 
 FLOAT = 4
 
@@ -23,7 +24,7 @@ class Exchange:
         bytes: on one device, as `plan.collectives.Collective.bytes` counts them.
         times: how many there are.
         what: "weights", with gradients and what waits on the host, which can be had early; or
-            "tokens".
+            "tokens" or "update", which computing waits for.
     """
 
     axis: str
@@ -42,6 +43,11 @@ def specs_of(model: ModelConfig) -> Tree:
 @cache
 def _count(model: ModelConfig, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")) -> int:
     return count(specs_of(model), roles)
+
+
+@cache
+def _state_bytes(optimizer: OptimizerConfig, model: ModelConfig) -> int:
+    return state_bytes(optimizer, Parameters(specs_of(model), model))
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,12 @@ class Pass:
     def shard(self) -> float:
         """Parameters that a device stores."""
         return _count(self.model) / (self.mesh.fsdp * self.mesh.tensor)
+
+    @cached_property
+    def optimizer_bytes(self) -> float:
+        """Bytes of what the optimizer remembers of the parameters that a device stores."""
+        whole = _state_bytes(self.run.optimizer, self.model)
+        return whole / (self.mesh.fsdp * self.mesh.tensor)
 
     @cached_property
     def products(self) -> dict[str, int]:

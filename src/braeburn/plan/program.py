@@ -103,7 +103,12 @@ class Compilation:
         stage = self.run.stages[self.stage]
 
         def least(model: ModelConfig) -> int:
-            masked = 6 * model.num_layers * model.num_heads * model.head_dim * stage.sequence_length
+            # Of a window, which most tokens see whole, causality masks nothing.
+            lengths = [
+                layer.attention.reach(stage.sequence_length) for layer in model.layer_configs
+            ]
+            full = sum(length for length in lengths if length == stage.sequence_length)
+            masked = 6 * model.num_heads * model.head_dim * full
             return flops_per_token(model, param_specs(model), stage.sequence_length) - masked
 
         teacher = live_teacher(self.run, self.stage)

@@ -94,11 +94,8 @@ def _plan(
         labelling = labelling_seconds(first.run, name, first.sizes, target)
         seconds += best.step * stage.steps + labelling
         confidences.append(best.confidence)
-        state = max(
-            state,
-            (FLOAT + run.optimizer.state_bytes)
-            * Pass(run, stage, first.sizes, run.models()[name].trained).shard,
-        )
+        stored = Pass(run, stage, first.sizes, run.models()[name].trained)
+        state = max(state, FLOAT * stored.shard + stored.optimizer_bytes)
         stages[name] = {
             "layouts": [
                 describe(candidate, name) | {"compiled": said}

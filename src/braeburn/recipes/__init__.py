@@ -17,9 +17,12 @@ from braeburn.errors import UserError
 # The modules of this package and the recipes in each; `qwen3-0.6b` is the function `qwen3_0_6b`.
 MODULES = {
     "quickstart": ("quickstart", "afm-tiny", "afm-on-device-tiny"),
+    "afm_2025": ("afm-on-device-2025", "afm-on-device-2025-tiny"),
     "afm": ("afm-85m", "afm-on-device", "afm-on-device-scratch", "afm-server"),
     "llama": ("llama2-7b", "llama2-70b", "llama3-8b", "llama3-70b"),
     "qwen": ("qwen3-0.6b", "qwen3-8b"),
+    "gemma": ("gemma3-1b",),
+    "olmo": ("olmo2-7b",),
 }
 BUILT_IN = {name: module for module, names in MODULES.items() for name in names}
 

@@ -38,10 +38,11 @@ def flops_per_token(model: ModelConfig, specs: Tree, sequence_length: int) -> in
     """Model FLOPs of one training token, 6 N + 12 L d S (PaLM, arXiv 2204.02311, appendix B).
 
     N counts the weights that multiply: all but an embedding that is only looked up. d is the width
-    of attention.
+    of attention, and S what a token of each layer can attend to, without regard to causality.
     """
     weights = count(specs) - (0 if model.tied_embeddings else model.vocab_size * model.d_model)
-    return 6 * weights + 12 * model.num_layers * model.num_heads * model.head_dim * sequence_length
+    reached = sum(layer.attention.reach(sequence_length) for layer in model.layer_configs)
+    return 6 * weights + 12 * model.num_heads * model.head_dim * reached
 
 
 class MetricsWriter:

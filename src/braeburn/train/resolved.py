@@ -88,7 +88,9 @@ class ResolvedStage:
         return of_model(self.layout, model)
 
     def optimizer_of(self, specs: Tree) -> optax.GradientTransformation:
-        """The stage's optimizer for parameters of other specs, as of the model that it finds."""
+        """The stage's optimizer for parameters of other specs, as of the model that it finds: for
+        its state, which is the same on any mesh.
+        """
         return build_optimizer(self.run.optimizer, self.stage, specs, self.models.trained)
 
     def taught_by(self, teacher: ModelConfig | None) -> "ResolvedStage":
@@ -120,7 +122,8 @@ def resolve_stage(run: Run, name: str, devices: Sequence[Any] | None = None) -> 
     transform = transform_of(stage, models[name])
     specs = param_specs(models[name].trained) | transform.extra_specs
     layout = _layout(run, name, specs, devices)
-    optimizer = build_optimizer(run.optimizer, stage, specs, models[name].trained)
+    model, execution = models[name].trained, layout.execution
+    optimizer = build_optimizer(run.optimizer, stage, specs, model, execution)
     resolved = ResolvedStage(run, name, layout, transform, updating(optimizer, transform, specs))
     return resolved.taught_by(models[stage.teacher].left if stage.teacher in models else None)
 

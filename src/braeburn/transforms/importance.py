@@ -123,7 +123,9 @@ def activation_importance(
         tokens = (batch["inputs"], batch["positions"])
         memory = decoder.Packed(batch["segment_ids"], execution)
         states = decoder.layer_states(model, nothing)
-        _, states = decoder.decoder(params, tokens, memory, states, model, execution, observe)
+        _, states = decoder.decoder(
+            params, tokens, decoder.Surroundings(memory, states, observe), model, execution
+        )
         by_path = {
             "/".join(stack.path): functools.reduce(operator.getitem, stack.path, states)
             for stack in decoder.stacks(model)

@@ -180,17 +180,18 @@ def sliced(tree: Tree, indices: Mapping[str, Any], specs: Tree) -> Tree:
     """A tree with only the kept units of each leaf, along every axis that was pruned.
 
     Args:
-        tree: arrays of the shapes that `specs` has, as parameters or moments of them. Under jit
-            they may be global arrays split over a mesh; how the results lie is then the caller's to
-            say.
+        tree: arrays of the shapes that `specs` has, as parameters or moments of all or some of
+            them. Under jit they may be global arrays split over a mesh; how the results lie is then
+            the caller's to say.
         indices: of the units that stay, by axis, as from `kept`.
         specs: those of the larger model.
     """
 
-    leaves = dict(walk(tree))
+    spec_of = dict(walk(specs))
 
-    def one(path: str, spec: ParamSpec) -> Array:
-        leaf = leaves[path]
+    def one(keys: Any, leaf: Array) -> Array:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        spec = spec_of[path]
         for axis in indices:
             if axis not in spec.axes:
                 continue
@@ -202,7 +203,7 @@ def sliced(tree: Tree, indices: Mapping[str, Any], specs: Tree) -> Tree:
                 leaf = jax.vmap(partial(jnp.take, axis=dim - 1))(leaf, units)
         return leaf
 
-    return map_specs(one, specs)
+    return jax.tree.map_with_path(one, tree)
 
 
 def _groups(axis: str, model: ModelConfig) -> int:

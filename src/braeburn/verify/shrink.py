@@ -8,6 +8,7 @@ from braeburn.config import (
     Checkpoint,
     Distillation,
     Evaluation,
+    LayerConfig,
     MeshConfig,
     ModelConfig,
     Pruning,
@@ -32,6 +33,7 @@ ENVIRONMENT = {
 }
 FIRST_STEPS, LATER_STEPS = 20, 8
 FILES, FILE_BYTES = 12, range(8 * 1024, 48 * 1024)
+SHORTEST = 64  # tokens of a sequence
 SEQUENCES = 2 * DEVICES  # in a batch
 # The stage that is put first where a teacher is on disk: that one has another vocabulary than the
 # small run.
@@ -129,7 +131,7 @@ def _model(model: ModelConfig) -> ModelConfig:
     sizes = {
         "vocab_size": _small(model.vocab_size, 512),
         "d_model": width,
-        "num_layers": min(model.num_layers, 2),
+        **_layers(model),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": min(model.head_dim, max(8, 64 // heads // 2 * 2)),  # even, for rotary positions
@@ -138,12 +140,35 @@ def _model(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update=sizes)
 
 
+def _layers(model: ModelConfig) -> dict[str, Any]:
+    """As few layers as have every kind of them: two, or a repeat of each pattern and what is left
+    of the last.
+    """
+    repeats, rest = divmod(model.num_layers - model.tail_layers, len(model.pattern))
+    fewest = 2 if len(model.pattern) == 1 and not model.tail_layers else 1
+    tail = len(model.tail_pattern)
+
+    def shrunk(layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
+        return tuple(
+            layer.model_copy(update={"attention": layer.attention.shrunk(SHORTEST)})
+            for layer in layers
+        )
+
+    return {
+        "num_layers": len(model.pattern) * min(repeats, fewest) + rest + tail,
+        "tail_layers": tail,
+        "pattern": shrunk(model.pattern),
+        "tail_pattern": shrunk(model.tail_pattern),
+    }
+
+
 def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: int) -> Stage:
     # Twice as many pieces as devices, where each holds an early and a late one.
     length = _small(
-        stage.sequence_length, min(256, 64 * stage.sequence_length // shortest), 2 * DEVICES
+        stage.sequence_length, min(256, SHORTEST * stage.sequence_length // shortest), 2 * DEVICES
     )
     parts = min(stage.accumulation_steps, 4)
+    stable = int((1 - (stage.schedule.decay_fraction or 0.0)) * steps)
     batch_tokens = SEQUENCES // 2 * max(parts, 2) * length
     changes = {
         "tokens": steps * batch_tokens,
@@ -151,7 +176,7 @@ def _stage(stage: Stage, steps: int, shortest: int, faster: float, num_devices: 
         "batch_tokens": batch_tokens,
         "learning_rate": stage.learning_rate * faster,
         "schedule": stage.schedule.model_copy(
-            update={"warmup_steps": min(stage.schedule.warmup_steps, steps // 4)}
+            update={"warmup_steps": min(stage.schedule.warmup_steps, steps // 4, stable)}
         ),
         "accumulation_steps": parts,
         "mesh": stage.mesh and scale_down(stage.mesh, num_devices),

@@ -15,15 +15,11 @@ class OptimizerConfig(Frozen):
     A subclass has a field `kind` of its own, and `braeburn.optim` a module of that name.
 
     Attributes:
-        state_bytes: of what is remembered of each parameter, which is float32.
-        update_bytes: that an update reads and writes for each parameter.
         tolerance: what losses in float32 may differ by between layouts, relatively.
         fine_tuning_rate: the learning rate for a trained model where none is given.
         is_width_free: whether the best learning rate is the same for all widths of a model.
     """
 
-    state_bytes: ClassVar[int] = 8
-    update_bytes: ClassVar[int] = 40
     tolerance: ClassVar[float] = 1e-5
     fine_tuning_rate: ClassVar[float]
     is_width_free: ClassVar[bool] = False

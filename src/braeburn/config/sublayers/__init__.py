@@ -1,4 +1,4 @@
-"""The kinds of sublayer that a layer can name: a module for each, which the imports list."""
+"""The kinds of sublayer that a layer can name: every module of this package is one."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,9 @@ from braeburn.config.base import tagged_union
 from braeburn.config.sublayers.base import AttentionConfig, FeedForwardConfig, QKNorm
 from braeburn.config.sublayers.full import FullAttention
 from braeburn.config.sublayers.swiglu import SwiGLU
+from braeburn.discovery import modules_of
+
+modules_of(__name__, __path__)
 
 if TYPE_CHECKING:
     Attention = AttentionConfig

@@ -1,6 +1,6 @@
 """What the configurations of all sublayers of a kind have in common."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from braeburn.config.base import Frozen, Positive
 
@@ -26,6 +26,14 @@ class AttentionConfig(Frozen):
     qk_norm_first: bool = True
     rope_base: Positive | None = None
     scale: Positive | None = None
+
+    def reach(self, sequence_length: int) -> int:
+        """The most tokens of a sequence that a token attends to, itself among them."""
+        return sequence_length
+
+    def shrunk(self, sequence_length: int) -> Self:
+        """The same kind for sequences of a length that are short, as `verify` has them."""
+        return self
 
 
 class FeedForwardConfig(Frozen):

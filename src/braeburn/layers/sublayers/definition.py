@@ -4,7 +4,7 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +28,7 @@ class Signals(NamedTuple):
     keys_and_values: Any
 
 
+@runtime_checkable
 class Memory(Protocol):
     """How queries reach keys and values: those of the same sequence, or of a cache."""
 

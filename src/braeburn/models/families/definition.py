@@ -1,0 +1,70 @@
+"""What a family of models is: how other software names its parameters, and describes its sizes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from braeburn.config import ModelConfig
+from braeburn.models.families.fields import Contents, Defaults
+
+# Our parameter -> name of the tensor. Of a layer's parameters the key is "layers/" and the
+# parameter's own name, and the tensor's name has `{}` for the number of the layer.
+Names = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A family in GGUF, the files that llama.cpp reads.
+
+    Attributes:
+        architecture: the name that llama.cpp has for it.
+        names: of its tensors.
+        interleaved: matrices whose outputs llama.cpp rotates by neighbours, where we rotate halves.
+        keys: (model) -> keys below the architecture's name beside those of all families.
+        refusal: (model) -> why llama.cpp would not run it, with a way out; None where it would.
+    """
+
+    architecture: str
+    names: Names
+    interleaved: tuple[str, ...] = ()
+    keys: Callable[[ModelConfig], Mapping[str, Any]] = lambda model: {}
+    refusal: Callable[[ModelConfig], str | None] = lambda model: None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models as transformers has it.
+
+    Attributes:
+        model_type: that a `config.json` of ours has.
+        architecture: the class of transformers.
+        matches: whether a model is one of the family. The first family that matches is taken.
+        types: the values of `model_type` that are read as this family, each with what transformers
+            takes for fields that a file leaves out.
+        names: of its tensors.
+        parse: the fields of a `ModelConfig` that a `config.json` describes.
+        fields: (model) -> the fields of a `config.json` beside those of all families.
+        refusal: (model) -> why transformers would refuse it, with a way out; None where it would
+            not.
+        norm_offset: what a norm multiplies by beyond the value that is stored.
+        gguf: how it stands in GGUF files; None where llama.cpp has no such family.
+    """
+
+    model_type: str
+    architecture: str
+    matches: Callable[[ModelConfig], bool]
+    types: Mapping[str, Defaults]
+    names: Names
+    parse: Callable[[Contents, Defaults], dict[str, Any]]
+    fields: Callable[[ModelConfig], Mapping[str, Any]] = lambda model: {}
+    refusal: Callable[[ModelConfig], str | None] = lambda model: None
+    norm_offset: float = 0.0
+    gguf: Gguf | None = field(default=None)
+
+
+def is_plain(model: ModelConfig) -> bool:
+    """Whether all layers are as the configuration has them by default, and the embedding as well:
+    full attention and SwiGLU behind a norm each.
+    """
+    usual = ModelConfig.model_fields["pattern"].default[0]
+    return all(layer == usual for layer in model.layer_configs) and not model.scaled_embedding
