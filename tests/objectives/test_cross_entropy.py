@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one."""
+"""The loss in chunks of tokens against the plain one."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from braeburn.config import Execution
 from braeburn.objectives import cross_entropy as loss
+from braeburn.objectives import vocabulary
+from braeburn.objectives.vocabulary import Projection
 
 
 def plain(hidden, head, targets, weights, z_loss):
@@ -15,6 +18,11 @@ def plain(hidden, head, targets, weights, z_loss):
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(weights * (nll + z_loss * log_z**2))
+
+
+def cross_entropy(hidden, head, targets, weights, z_loss):
+    model, tokens = Projection(hidden, head), loss.Targets(targets, weights)
+    return loss.cross_entropy(model, tokens, z_loss, Execution())
 
 
 def inputs(seed, batch, length, width, vocab):
@@ -34,11 +42,11 @@ def test_value_and_gradients_equal_the_plain_loss(
     monkeypatch, batch, length, tokens_per_chunk, z_loss
 ):
     monkeypatch.setattr(
-        loss, "chunk_length", lambda batch, length, vocab: max(1, tokens_per_chunk // batch)
+        vocabulary, "chunk_length", lambda batch, length, vocab: max(1, tokens_per_chunk // batch)
     )
     hidden, head, targets, weights = inputs(0, batch, length, 48, 301)
     chunked = jax.value_and_grad(
-        lambda h, w: loss.cross_entropy(h, w, targets, weights, z_loss)[0], argnums=(0, 1)
+        lambda h, w: cross_entropy(h, w, targets, weights, z_loss)[0], argnums=(0, 1)
     )
     value, gradients = jax.jit(chunked)(hidden, head)
     expected, expected_gradients = jax.value_and_grad(plain, argnums=(0, 1))(
@@ -54,7 +62,7 @@ def test_gradient_scales_with_what_comes_from_above():
     hidden, head, targets, weights = inputs(1, 2, 20, 16, 50)
 
     def chunked(h):
-        return 3.0 * loss.cross_entropy(h, head, targets, weights, 1e-3)[0] ** 2
+        return 3.0 * cross_entropy(h, head, targets, weights, 1e-3)[0] ** 2
 
     def whole(h):
         return 3.0 * plain(h, head, targets, weights, 1e-3) ** 2
@@ -64,18 +72,18 @@ def test_gradient_scales_with_what_comes_from_above():
 
 def test_undifferentiated_value_is_that_of_the_differentiated_one():
     hidden, head, targets, weights = inputs(2, 2, 33, 16, 50)
-    alone = loss.cross_entropy(hidden, head, targets, weights, 1e-3)
-    differentiated, _ = jax.value_and_grad(
-        lambda h: loss.cross_entropy(h, head, targets, weights, 1e-3), has_aux=True
+    alone, metrics = cross_entropy(hidden, head, targets, weights, 1e-3)
+    (differentiated, same), _ = jax.value_and_grad(
+        lambda h: cross_entropy(h, head, targets, weights, 1e-3), has_aux=True
     )(hidden)
-    np.testing.assert_allclose(alone, differentiated, rtol=1e-6)
+    np.testing.assert_allclose([alone, metrics["loss"]], [differentiated, same["loss"]], rtol=1e-6)
 
 
 def test_half_precision_keeps_the_sums_in_float32():
     hidden, head, targets, weights = inputs(3, 2, 64, 32, 200)
     half = hidden.astype(jnp.bfloat16)
     value, gradient = jax.value_and_grad(
-        lambda w: loss.cross_entropy(half, w, targets, weights, 0.0)[0]
+        lambda w: cross_entropy(half, w, targets, weights, 0.0)[0]
     )(head)
     assert value.dtype == gradient.dtype == jnp.float32
     assert float(value) == pytest.approx(
@@ -99,7 +107,7 @@ def test_token_losses_and_accuracy():
 @given(st.integers(1, 4096), st.integers(1, 32768), st.integers(1, 300_000))
 @settings(max_examples=200)
 def test_a_chunk_is_small_and_never_empty(batch, length, vocab):
-    chunk = loss.chunk_length(batch, length, vocab)
+    chunk = vocabulary.chunk_length(batch, length, vocab)
     assert 1 <= chunk <= length
     assert chunk == 1 or batch * chunk <= 4096
     assert chunk == 1 or batch * chunk * vocab <= max(2**26, batch * length * vocab / 16)

@@ -1,4 +1,4 @@
-"""The chunked distillation losses against whole distributions in float64."""
+"""Distillation in chunks of tokens against whole distributions in float64."""
 
 import functools
 import re
@@ -13,13 +13,15 @@ from braeburn.errors import UserError
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
 from braeburn.objectives import distillation as module
-from braeburn.objectives.cross_entropy import cross_entropy
+from braeburn.objectives import vocabulary
+from braeburn.objectives.cross_entropy import Targets, cross_entropy
 from braeburn.objectives.cross_entropy import loss as loss_of_text
-from braeburn.objectives.distillation import HiddenStates, Likeliest, distillation_loss, likeliest
+from braeburn.objectives.distillation import Labels, top_k_labels
+from braeburn.objectives.vocabulary import Projection
 
 FLOAT32 = Execution(precision=Precision(compute="float32"))
 VOCAB, K, Z_LOSS = 301, 5, 1e-2
-# Kind of target, temperature, and share of the teacher.
+# Kind of target, temperature, and weight of the teacher.
 KINDS = [
     ("label", 2.0, 0.9),
     ("label", 1.0, 1.0),
@@ -28,6 +30,11 @@ KINDS = [
     ("distribution", 1.0, 1.0),
     ("distribution", 2.0, 0.9),
 ]
+
+
+def distillation_loss(hidden, head, targets, weights, teacher, settings, z_loss):
+    student, text = Projection(hidden, head), Targets(targets, weights)
+    return module.distillation_loss(student, text, teacher, settings, z_loss, FLOAT32)
 
 
 def inputs(seed=0, batch=3, length=37, width=24, teacher_width=40):
@@ -39,7 +46,7 @@ def inputs(seed=0, batch=3, length=37, width=24, teacher_width=40):
     hidden, head = normal(batch, length, width), normal(VOCAB, width, scale=width**-0.5)
     targets = jnp.asarray(rng.integers(0, VOCAB, (batch, length)), jnp.int32)
     weights = rng.random((batch, length)).astype(np.float32)
-    teacher = HiddenStates(
+    teacher = Projection(
         normal(batch, length, teacher_width),
         normal(VOCAB, teacher_width, scale=teacher_width**-0.5),
     )
@@ -55,14 +62,14 @@ def logits_of(hidden, head):
     return np.einsum("btd,vd->btv", np.asarray(hidden, np.float64), np.asarray(head, np.float64))
 
 
-def probabilities(teaching, distillation, vocab=VOCAB):
-    """What the teacher teaches, [B, T, V] in float64."""
+def probabilities(teacher_targets, distillation, vocab=VOCAB):
+    """The targets, [B, T, V] in float64."""
     if distillation.target == "distribution":
-        return np.exp(log_softmax(logits_of(*teaching) / distillation.temperature))
+        return np.exp(log_softmax(logits_of(*teacher_targets) / distillation.temperature))
     k, temperature = (
         (1, 1) if distillation.target == "label" else (distillation.top_k, distillation.temperature)
     )
-    ids, log_probs = (np.asarray(array)[..., :k] for array in teaching)
+    ids, log_probs = (np.asarray(array)[..., :k] for array in teacher_targets)
     found = np.zeros((*ids.shape[:2], vocab))
     np.put_along_axis(
         found, ids, np.exp(log_softmax(log_probs.astype(np.float64) / temperature)), -1
@@ -70,71 +77,85 @@ def probabilities(teaching, distillation, vocab=VOCAB):
     return found
 
 
-def plain(hidden, head, targets, weights, teaching, distillation, z_loss):
+def plain(hidden, head, targets, weights, teacher_targets, distillation, z_loss):
     """(total, nll, distillation), (gradient for hidden, for head), written out."""
     temperature = 1.0 if distillation.target == "label" else distillation.temperature
-    taught, share = probabilities(teaching, distillation), distillation.weight
+    teacher_probs, teacher_weight = (
+        probabilities(teacher_targets, distillation),
+        distillation.weight,
+    )
     hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
     logits = logits_of(hidden, head)
     log_q, log_q_tempered = log_softmax(logits), log_softmax(logits / temperature)
     log_z = (logits - log_q)[..., 0]
     true = np.eye(VOCAB)[np.asarray(targets)]
     nll = np.sum(weights * -np.sum(true * log_q, -1))
-    distilled = temperature**2 * np.sum(weights * -np.sum(taught * log_q_tempered, -1))
-    total = share * distilled + (1 - share) * nll + z_loss * np.sum(weights * log_z**2)
-    slope = (1 - share) * (np.exp(log_q) - true) + 2 * z_loss * log_z[..., None] * np.exp(log_q)
-    slope += share * temperature * (np.exp(log_q_tempered) - taught)
-    slope *= weights[..., None]
+    distilled = temperature**2 * np.sum(weights * -np.sum(teacher_probs * log_q_tempered, -1))
+    total = (
+        teacher_weight * distilled
+        + (1 - teacher_weight) * nll
+        + z_loss * np.sum(weights * log_z**2)
+    )
+    logit_gradient = (1 - teacher_weight) * (np.exp(log_q) - true)
+    logit_gradient += 2 * z_loss * log_z[..., None] * np.exp(log_q)
+    logit_gradient += teacher_weight * temperature * (np.exp(log_q_tempered) - teacher_probs)
+    logit_gradient *= weights[..., None]
     return (total, nll, distilled), (
-        np.einsum("btv,vd->btd", slope, head),
-        np.einsum("btv,btd->vd", slope, hidden),
+        np.einsum("btv,vd->btd", logit_gradient, head),
+        np.einsum("btv,btd->vd", logit_gradient, hidden),
     )
 
 
-def taught_by(teacher, kind, k=K):
-    return teacher if kind == "distribution" else jax.jit(likeliest, static_argnums=2)(*teacher, k)
+def targets_by(teacher, kind, k=K):
+    return (
+        teacher if kind == "distribution" else jax.jit(top_k_labels, static_argnums=2)(*teacher, k)
+    )
 
 
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
-    monkeypatch.setattr(module, "chunk_length", lambda batch, length, vocab: 8)
+    monkeypatch.setattr(vocabulary, "chunk_length", lambda batch, length, vocab: 8)
 
 
-@pytest.mark.parametrize(("kind", "temperature", "share"), KINDS)
-def test_values_and_gradients_are_those_of_whole_distributions(kind, temperature, share):
+@pytest.mark.parametrize(("kind", "temperature", "teacher_weight"), KINDS)
+def test_values_and_gradients_are_those_of_whole_distributions(kind, temperature, teacher_weight):
     hidden, head, targets, weights, teacher = inputs()
-    settings = Distillation(target=kind, weight=share, temperature=temperature, top_k=K)
-    teaching = taught_by(teacher, kind, K + 2)  # more than asked for
+    settings = Distillation(target=kind, weight=teacher_weight, temperature=temperature, top_k=K)
+    teacher_targets = targets_by(teacher, kind, K + 2)  # more than asked for
 
     def chunked(hidden, head):
-        return distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
+        return distillation_loss(hidden, head, targets, weights, teacher_targets, settings, Z_LOSS)
 
     (total, parts), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(
         hidden, head
     )
-    expected, expected_gradients = plain(hidden, head, targets, weights, teaching, settings, Z_LOSS)
-    np.testing.assert_allclose([total, parts["nll"], parts["distillation"]], expected, rtol=1e-6)
+    expected, expected_gradients = plain(
+        hidden, head, targets, weights, teacher_targets, settings, Z_LOSS
+    )
+    np.testing.assert_allclose(
+        [total, parts["loss"], parts["distillation_loss"]], expected, rtol=1e-6
+    )
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
         assert np.linalg.norm(ours - theirs) < 1e-6 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "distribution"])
-def test_the_gradient_is_the_slope_of_the_value(kind):
+def test_the_gradient_is_that_of_the_value(kind):
     hidden, head, targets, weights, teacher = inputs(1)
     settings = Distillation(target=kind, weight=0.7, temperature=1.5, top_k=K)
-    teaching = taught_by(teacher, kind)
-    _, (slope, _) = plain(hidden, head, targets, weights, teaching, settings, Z_LOSS)
-    direction = np.asarray(slope / np.linalg.norm(slope))
+    teacher_targets = targets_by(teacher, kind)
+    _, (gradient, _) = plain(hidden, head, targets, weights, teacher_targets, settings, Z_LOSS)
+    direction = np.asarray(gradient / np.linalg.norm(gradient))
     step = 1e-4
 
     # The gradient written out in float64, to which others are compared.
     def written_out(sign):
         return plain(np.asarray(hidden, np.float64) + sign * step * direction, head, *rest)[0][0]
 
-    rest = (targets, weights, teaching, settings, Z_LOSS)
+    rest = (targets, weights, teacher_targets, settings, Z_LOSS)
     assert (written_out(1) - written_out(-1)) / (2 * step) == pytest.approx(
-        np.linalg.norm(slope), rel=1e-6
+        np.linalg.norm(gradient), rel=1e-6
     )
 
     # Ours, in steps that float32 can tell apart.
@@ -147,26 +168,27 @@ def test_the_gradient_is_the_slope_of_the_value(kind):
     )
 
 
-@pytest.mark.parametrize("share", [0.9, 1.0])
-def test_a_teacher_that_says_the_true_tokens_is_plain_training(share):
+@pytest.mark.parametrize("teacher_weight", [0.9, 1.0])
+def test_a_teacher_whose_labels_are_the_true_tokens_is_plain_training(teacher_weight):
     hidden, head, targets, weights, _ = inputs(2)
-    teaching = Likeliest(targets[..., None], jnp.full((*targets.shape, 1), -0.3))
-    settings = Distillation(weight=share, temperature=3.0)
+    teacher_targets = Labels(targets[..., None], jnp.full((*targets.shape, 1), -0.3))
+    settings = Distillation(weight=teacher_weight, temperature=3.0)
 
     def distilled(hidden, head):
-        return distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
+        return distillation_loss(hidden, head, targets, weights, teacher_targets, settings, Z_LOSS)
 
     def text_alone(hidden, head):
-        return cross_entropy(hidden, head, targets, weights, Z_LOSS)
+        return cross_entropy(Projection(hidden, head), Targets(targets, weights), Z_LOSS, FLOAT32)
 
     (total, parts), ours = jax.jit(jax.value_and_grad(distilled, (0, 1), has_aux=True))(
         hidden, head
     )
-    (expected, nll), theirs = jax.jit(jax.value_and_grad(text_alone, (0, 1), has_aux=True))(
+    (expected, plain_parts), theirs = jax.jit(jax.value_and_grad(text_alone, (0, 1), has_aux=True))(
         hidden, head
     )
+    nll = plain_parts["loss"]
     np.testing.assert_allclose(
-        [total, parts["nll"], parts["distillation"]], [expected, nll, nll], rtol=5e-7
+        [total, parts["loss"], parts["distillation_loss"]], [expected, nll, nll], rtol=5e-7
     )
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-7)
@@ -183,8 +205,8 @@ def test_gradients_scale_with_what_comes_from_above_and_none_reaches_the_teacher
         )
 
     ours, teachers = jax.jit(jax.grad(squared, (0, 1)))(hidden, teacher)
-    (total, _, _), (slope, _) = plain(hidden, head, targets, weights, teacher, settings, Z_LOSS)
-    np.testing.assert_allclose(ours, 6 * total * slope, atol=1e-5)
+    (total, _, _), (gradient, _) = plain(hidden, head, targets, weights, teacher, settings, Z_LOSS)
+    np.testing.assert_allclose(ours, 6 * total * gradient, atol=1e-5)
     assert not any(np.any(array) for array in teachers)
 
 
@@ -195,31 +217,31 @@ def test_half_precision_keeps_sums_in_float32_and_large_logits_do_not_overflow(k
         teacher._replace(head=30 * teacher.head),
         Distillation(target=kind, temperature=2.0, top_k=K),
     )
-    half = HiddenStates(teacher.hidden.astype(jnp.bfloat16), teacher.head)
+    half = Projection(teacher.hidden.astype(jnp.bfloat16), teacher.head)
 
     def chunked(hidden, head):
         return distillation_loss(
-            hidden, head, targets, weights, taught_by(half, kind), settings, 0.0
+            hidden, head, targets, weights, targets_by(half, kind), settings, 0.0
         )
 
     (total, _), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(
         hidden.astype(jnp.bfloat16), 30 * head
     )
-    rounded = HiddenStates(half.hidden, half.head.astype(jnp.bfloat16))
-    expected, slopes = plain(
+    rounded = Projection(half.hidden, half.head.astype(jnp.bfloat16))
+    expected, expected_gradients = plain(
         hidden.astype(jnp.bfloat16), (30 * head).astype(jnp.bfloat16), targets, weights,
-        taught_by(rounded, kind), settings, 0.0,
+        targets_by(rounded, kind), settings, 0.0,
     )  # fmt: skip
     assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32]
     assert float(total) == pytest.approx(expected[0], rel=1e-5)
-    for ours, theirs in zip(gradients, slopes, strict=True):
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) < 6e-3 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("k", [1, 4, VOCAB])
-def test_the_likeliest_tokens_and_their_probabilities(k):
+def test_top_k_labels_are_those_of_the_whole_distribution(k):
     *_, teacher = inputs(5)
-    ids, log_probs = jax.jit(likeliest, static_argnums=2)(*teacher, k)
+    ids, log_probs = jax.jit(top_k_labels, static_argnums=2)(*teacher, k)
     expected = log_softmax(logits_of(*teacher))
     assert ids.dtype == jnp.int32 and log_probs.dtype == jnp.float32
     assert ids.shape == log_probs.shape == (3, 37, k)
@@ -235,7 +257,7 @@ def test_the_likeliest_tokens_and_their_probabilities(k):
 
 def test_of_equals_the_lower_token_is_first():
     hidden, head = jnp.ones((1, 3, 4)), jnp.ones((VOCAB, 4)).at[7].set(2.0)
-    np.testing.assert_array_equal(likeliest(hidden, head, 4).ids[0, 2], [7, 0, 1, 2])
+    np.testing.assert_array_equal(top_k_labels(hidden, head, 4).ids[0, 2], [7, 0, 1, 2])
 
 
 def test_more_tokens_than_there_are_are_refused():
@@ -243,17 +265,20 @@ def test_more_tokens_than_there_are_are_refused():
     with pytest.raises(
         UserError, match=r"distillation.top_k=302 is more than .* 301 tokens; set .* to at most 301"
     ):
-        likeliest(*teacher, VOCAB + 1)
+        top_k_labels(*teacher, VOCAB + 1)
 
 
 def test_a_cache_of_too_few_tokens_is_refused():
     hidden, head, targets, weights, teacher = inputs()
-    teaching, settings = taught_by(teacher, "top_k", 2), Distillation(target="top_k", top_k=3)
+    teacher_targets, settings = (
+        targets_by(teacher, "top_k", 2),
+        Distillation(target="top_k", top_k=3),
+    )
     with pytest.raises(
         UserError,
         match=r"top_k=3, .* holds 2 tokens a position; set distillation.top_k to at most 2",
     ):
-        distillation_loss(hidden, head, targets, weights, teaching, settings, Z_LOSS)
+        distillation_loss(hidden, head, targets, weights, teacher_targets, settings, Z_LOSS)
 
 
 STUDENT = ModelConfig(
@@ -289,7 +314,7 @@ def minimised(params, batch, teacher, settings):
 
 
 @pytest.mark.parametrize("kind", ["label", "top_k", "distribution"])
-def test_a_student_learns_what_its_teacher_says_live_or_from_a_cache(kind):
+def test_online_and_cached_labels_give_the_same_loss(kind):
     settings, batch, (params, teacher) = (
         Distillation(target=kind, top_k=3),
         batch_of(),
@@ -298,23 +323,28 @@ def test_a_student_learns_what_its_teacher_says_live_or_from_a_cache(kind):
 
     def by_hand(params, batch, teacher):
         inputs = [batch[name] for name in ("inputs", "positions", "segment_ids")]
-        teaching = HiddenStates(decoder.forward(teacher, inputs, TEACHER, FLOAT32), teacher["head"])
+        teacher_targets = Projection(
+            decoder.forward(teacher, inputs, TEACHER, FLOAT32), teacher["head"]
+        )
         if kind != "distribution":
-            teaching = likeliest(*teaching, 3)
+            teacher_targets = top_k_labels(*teacher_targets, 3)
         hidden, tokens = (
             decoder.forward(params, inputs, STUDENT, FLOAT32),
             (batch["targets"], batch["weights"]),
         )
         total, _ = distillation_loss(
-            hidden, params["embedding"], *tokens, teaching, settings, STUDENT.z_loss
+            hidden, params["embedding"], *tokens, teacher_targets, settings, STUDENT.z_loss
         )
-        return (total, loss_of_text(params, batch, STUDENT, FLOAT32)[1]["loss"], teaching)
+        return (total, loss_of_text(params, batch, STUDENT, FLOAT32)[1]["loss"], teacher_targets)
 
     live, parts = jax.jit(minimised, static_argnums=3)(params, batch, teacher, settings)
-    total, nll, teaching = jax.jit(by_hand)(params, batch, teacher)
+    total, nll, teacher_targets = jax.jit(by_hand)(params, batch, teacher)
     np.testing.assert_allclose([live, parts["loss"]], [total, nll], rtol=1e-6)
     if kind != "distribution":
-        batch = batch | {"teacher_ids": teaching.ids, "teacher_log_probs": teaching.log_probs}
+        batch = batch | {
+            "teacher_ids": teacher_targets.ids,
+            "teacher_log_probs": teacher_targets.log_probs,
+        }
         cached, same = jax.jit(minimised, static_argnums=3)(params, batch, None, settings)
         np.testing.assert_allclose([cached, *same.values()], [live, *parts.values()], rtol=1e-6)
 

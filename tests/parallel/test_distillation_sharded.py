@@ -14,9 +14,11 @@ from jax.sharding import PartitionSpec as P
 from braeburn.config import Distillation, Execution, MeshConfig, ModelConfig, Precision
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
-from braeburn.objectives import cross_entropy as chunks
 from braeburn.objectives import distillation as module
-from braeburn.objectives.distillation import HiddenStates, distillation_loss, likeliest
+from braeburn.objectives import vocabulary
+from braeburn.objectives.cross_entropy import Targets
+from braeburn.objectives.distillation import distillation_loss, top_k_labels
+from braeburn.objectives.vocabulary import Projection
 from braeburn.parallel.collectives import gather_tokens
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build
@@ -28,7 +30,7 @@ HIDDEN, HEAD, TOKENS = (
     P("tensor", "fsdp"),
     P(BATCH_AXES, "context"),
 )
-TEACHER = HiddenStates(HIDDEN, HEAD)
+TEACHER = Projection(HIDDEN, HEAD)
 
 # Mesh sizes and a vocabulary that they divide; blocks and chunks need not divide it.
 LAYOUTS = [
@@ -46,8 +48,8 @@ kinds = pytest.mark.parametrize(("kind", "temperature"), [("top_k", 2.0), ("dist
 
 @pytest.fixture(autouse=True)
 def many_blocks_and_chunks(monkeypatch):
-    monkeypatch.setattr(chunks, "MAX_LOGITS", 2**12)
-    monkeypatch.setattr(module, "chunk_length", lambda batch, length, vocab: 3)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 2**12)
+    monkeypatch.setattr(vocabulary, "chunk_length", lambda batch, length, vocab: 3)
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def inputs(vocab):
     hidden, head = normal(BATCH, LENGTH, WIDTH), normal(vocab, WIDTH)
     targets = jnp.asarray(rng.integers(0, vocab, (BATCH, LENGTH)), jnp.int32)
     weights = rng.random((BATCH, LENGTH)).astype(np.float32)
-    teacher = HiddenStates(normal(BATCH, LENGTH, TEACHER_WIDTH), 0.5 * normal(vocab, TEACHER_WIDTH))
+    teacher = Projection(normal(BATCH, LENGTH, TEACHER_WIDTH), 0.5 * normal(vocab, TEACHER_WIDTH))
     return hidden, head, targets, jnp.asarray(weights / weights.sum()), teacher
 
 
@@ -68,7 +70,7 @@ def mesh_of(sizes):
     return MeshConfig(**{"fsdp": 1} | sizes)
 
 
-def spread(function, mesh, in_specs, out_specs):
+def shard_mapped(function, mesh, in_specs, out_specs):
     devices = jax.devices()[: math.prod(mesh.sizes.values())]
     return jax.jit(
         jax.shard_map(
@@ -81,21 +83,21 @@ def spread(function, mesh, in_specs, out_specs):
     )
 
 
-def share(hidden, head, targets, weights, teacher, settings, mesh):
-    """This device's share of the loss, the teacher being asked live."""
-    teaching = HiddenStates(gather_tokens(teacher.hidden, mesh), teacher.head)
+def local_loss(hidden, head, ids, weights, teacher, settings, mesh):
+    """This device's local loss, with an online teacher."""
+    targets = Projection(gather_tokens(teacher.hidden, mesh), teacher.head)
     if settings.target != "distribution":
-        teaching = likeliest(*teaching, K, mesh)
-    return distillation_loss(
-        gather_tokens(hidden, mesh), head, targets, weights, teaching, settings, Z_LOSS, mesh
-    )
+        targets = top_k_labels(*targets, K, mesh)
+    student = Projection(gather_tokens(hidden, mesh), head)
+    text = Targets(ids, weights)
+    return distillation_loss(student, text, targets, settings, Z_LOSS, Execution(mesh))
 
 
 def differentiated(mesh, settings):
     """(sums, gradients) of whole arrays, as the train step works them out."""
 
     def local(*arguments):
-        sums, (d_hidden, d_head) = jax.value_and_grad(share, (0, 1), has_aux=True)(
+        sums, (d_hidden, d_head) = jax.value_and_grad(local_loss, (0, 1), has_aux=True)(
             *arguments, settings, mesh
         )
         return lax.psum(sums, tuple(mesh.sizes)), (
@@ -103,7 +105,7 @@ def differentiated(mesh, settings):
             lax.psum(d_head, ("replica", "data", "context")),
         )
 
-    return spread(local, mesh, (HIDDEN, HEAD, TOKENS, TOKENS, TEACHER), (P(), (HIDDEN, HEAD)))
+    return shard_mapped(local, mesh, (HIDDEN, HEAD, TOKENS, TOKENS, TEACHER), (P(), (HIDDEN, HEAD)))
 
 
 def settings_of(kind, temperature):
@@ -112,7 +114,7 @@ def settings_of(kind, temperature):
 
 @functools.cache
 def alone(vocab, kind, temperature):
-    function = jax.jit(jax.value_and_grad(share, (0, 1), has_aux=True), static_argnums=(5, 6))
+    function = jax.jit(jax.value_and_grad(local_loss, (0, 1), has_aux=True), static_argnums=(5, 6))
     return function(*inputs(vocab), settings_of(kind, temperature), mesh_of({}))
 
 
@@ -141,11 +143,11 @@ def test_each_device_names_the_same_tokens(sizes, vocab):
     # Each tensor shard's answer apart, side by side along the batch.
     out = P((*BATCH_AXES, "tensor"), "context")
     k = min(K, vocab)
-    function = spread(
-        lambda h, w: likeliest(gather_tokens(h, mesh), w, k, mesh), mesh, tuple(TEACHER), out
+    function = shard_mapped(
+        lambda h, w: top_k_labels(gather_tokens(h, mesh), w, k, mesh), mesh, tuple(TEACHER), out
     )
     ids, log_probs = function(*teacher)
-    expected, expected_log_probs = likeliest(*teacher, k)
+    expected, expected_log_probs = top_k_labels(*teacher, k)
     assert np.any(np.asarray(expected)[..., 0] == 1) and not np.any(
         np.asarray(expected)[..., 0] == vocab - 1
     )
@@ -211,15 +213,17 @@ def test_a_student_and_its_teacher_share_a_mesh(kind):
         execution = Execution(mesh, precision=Precision(compute="float32"))
         return module.loss(params, batch, (TEACHING, teacher), STUDENT, settings, execution)
 
-    def shares(params, batch, teacher):
+    def local(params, batch, teacher):
         return lax.psum(minimised(params, batch, teacher, mesh), tuple(mesh.sizes))
 
     devices = build(mesh, jax.devices()[:4])
-    places = [
+    partitions = [
         Layout(Execution(mesh), devices, decoder.param_specs(model)).partitions
         for model in (STUDENT, TEACHING)
     ]
-    ours = spread(shares, mesh, (places[0], TOKENS, places[1]), P())(params, batch, teacher)
+    ours = shard_mapped(local, mesh, (partitions[0], TOKENS, partitions[1]), P())(
+        params, batch, teacher
+    )
     theirs = jax.jit(functools.partial(minimised, mesh=mesh_of({})))(params, batch, teacher)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert float(one) == pytest.approx(float(other), rel=1e-5)

@@ -10,8 +10,10 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from braeburn.config import MeshConfig
+from braeburn.config import Execution, MeshConfig, Precision
 from braeburn.objectives import cross_entropy as loss
+from braeburn.objectives import vocabulary
+from braeburn.objectives.vocabulary import Projection
 from braeburn.parallel.collectives import gather_tokens
 from braeburn.parallel.mesh import build
 
@@ -46,8 +48,8 @@ layouts = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def many_blocks_and_chunks(monkeypatch):
-    monkeypatch.setattr(loss, "MAX_LOGITS", 2**12)
-    monkeypatch.setattr(loss, "chunk_length", lambda batch, length, vocab: 3)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 2**12)
+    monkeypatch.setattr(vocabulary, "chunk_length", lambda batch, length, vocab: 3)
 
 
 def inputs(vocab, dtype=jnp.float32):
@@ -63,7 +65,7 @@ def mesh_of(sizes):
     return MeshConfig(**{"fsdp": 1} | sizes)
 
 
-def spread(function, mesh, out_specs, in_specs=(HIDDEN, HEAD, TOKENS, TOKENS)):
+def shard_mapped(function, mesh, out_specs, in_specs=(HIDDEN, HEAD, TOKENS, TOKENS)):
     devices = jax.devices()[: math.prod(mesh.sizes.values())]
     return jax.jit(
         jax.shard_map(
@@ -76,28 +78,35 @@ def spread(function, mesh, out_specs, in_specs=(HIDDEN, HEAD, TOKENS, TOKENS)):
     )
 
 
-def differentiated(mesh, z_loss=1e-2, reduce_dtype=jnp.float32):
+def differentiated(mesh, z_loss=1e-2, reduce="float32"):
     """(sums, gradients) of whole arrays, as the train step works them out."""
 
-    def local(hidden, head, targets, weights):
-        def share(hidden, head):
-            hidden = gather_tokens(hidden, mesh)
-            return loss.cross_entropy(hidden, head, targets, weights, z_loss, mesh, reduce_dtype)
+    execution = Execution(mesh, precision=Precision(reduce=reduce))
 
-        (total, nll), (d_hidden, d_head) = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)(
+    def local(hidden, head, targets, weights):
+        def local_loss(hidden, head):
+            model = Projection(gather_tokens(hidden, mesh), head)
+            tokens = loss.Targets(targets, weights)
+            return loss.cross_entropy(model, tokens, z_loss, execution)
+
+        results, (d_hidden, d_head) = jax.value_and_grad(local_loss, argnums=(0, 1), has_aux=True)(
             hidden, head
         )
-        return lax.psum((total, nll), tuple(mesh.sizes)), (
+        return lax.psum(results, tuple(mesh.sizes)), (
             d_hidden,
             lax.psum(d_head, ("replica", "data", "context")),
         )
 
-    return spread(local, mesh, (P(), (HIDDEN, HEAD)))
+    return shard_mapped(local, mesh, (P(), (HIDDEN, HEAD)))
 
 
 def alone(hidden, head, targets, weights, z_loss=1e-2):
-    function = jax.value_and_grad(loss.cross_entropy, argnums=(0, 1), has_aux=True)
-    return jax.jit(function, static_argnums=4)(hidden, head, targets, weights, z_loss)
+    def whole(hidden, head):
+        tokens = loss.Targets(targets, weights)
+        return loss.cross_entropy(Projection(hidden, head), tokens, z_loss, Execution())
+
+    function = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)
+    return jax.jit(function)(hidden, head)
 
 
 def distance(ours, theirs):
@@ -119,7 +128,7 @@ def test_token_losses_are_whole_on_each_shard_of_the_vocabulary(sizes, vocab):
     mesh, (hidden, head, targets, _) = mesh_of(sizes), inputs(vocab)
     # Each tensor shard's answer apart, side by side along the batch.
     out = P((*BATCH_AXES, "tensor"), "context")
-    function = spread(
+    function = shard_mapped(
         lambda h, w, t: loss.token_losses(gather_tokens(h, mesh), w, t, mesh),
         mesh,
         (out,) * 3,
@@ -136,11 +145,11 @@ def test_token_losses_are_whole_on_each_shard_of_the_vocabulary(sizes, vocab):
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 4}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}])
-def test_likeliest_tokens_are_found(sizes):
+def test_top_1_tokens_are_found(sizes):
     mesh, (hidden, head, _, _) = mesh_of(sizes), inputs(1004)
     best = jnp.argmax(jnp.einsum("BTD,VD->BTV", hidden, head), axis=-1).astype(jnp.int32)
     targets = best.at[::2].add(1) % 1004
-    function = spread(
+    function = shard_mapped(
         lambda h, w, t: loss.token_losses(gather_tokens(h, mesh), w, t, mesh)[2],
         mesh,
         TOKENS,
@@ -163,10 +172,10 @@ def test_half_precision_is_near_and_large_logits_do_not_overflow(sizes):
             assert distance(ours, theirs) < tolerance
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(jnp.float32, "f32"), (jnp.bfloat16, "bf16")])
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "f32"), ("bfloat16", "bf16")])
 def test_the_heads_gradient_is_summed_in_the_type_asked_for(dtype, name):
     arguments = inputs(1003)
-    text = differentiated(mesh_of({"fsdp": 4}), reduce_dtype=dtype).lower(*arguments).as_text()
+    text = differentiated(mesh_of({"fsdp": 4}), reduce=dtype).lower(*arguments).as_text()
     types = re.findall(r"reduce_scatter.*?\}\) : \(tensor<\d+x\d+x(\w+)>\)", text, re.DOTALL)
     assert types == [name]
 
@@ -197,7 +206,7 @@ def test_a_block_is_small_and_never_empty():
         (65536, 4096, 153_600),
         (2**27, 64, 9),
     ]:
-        rows = loss.block_length(tokens, width, vocab)
+        rows = vocabulary.block_length(tokens, width, vocab)
         assert 1 <= rows <= vocab
-        assert rows == 1 or rows * max(tokens, width) <= loss.MAX_LOGITS
+        assert rows == 1 or rows * max(tokens, width) <= vocabulary.MAX_LOGITS
         assert -(-vocab // rows) >= min(5, vocab)

@@ -16,7 +16,7 @@ from braeburn.layers import linear
 from braeburn.layers.spec import walk
 from braeburn.layers.weights import gathered
 from braeburn.models import decoder
-from braeburn.objectives import cross_entropy as loss
+from braeburn.objectives import vocabulary
 from braeburn.optim.definition import Parameters, update_cost
 from braeburn.plan.collectives import Collective, collectives, traffic
 from braeburn.train.resolved import resolve_stage
@@ -227,7 +227,7 @@ def test_weights_gathered_before_the_layers_are_noticed(
 
 
 def test_a_whole_head_is_noticed(monkeypatch: pytest.MonkeyPatch, tiny: Run) -> None:
-    monkeypatch.setattr(loss, "block_length", lambda tokens, width, vocab_size: vocab_size)
+    monkeypatch.setattr(vocabulary, "block_length", lambda tokens, width, vocab_size: vocab_size)
     assert (V, D) in whole_arrays(compiled(tiny, {"fsdp": 8})[0], {"fsdp": 8})
 
 

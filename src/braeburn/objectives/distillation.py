@@ -1,16 +1,12 @@
-"""What a student learns from a teacher, in chunks: the logits of neither ever exist whole.
+"""Distillation: what a student learns from a teacher, whose logits never exist whole either.
 
-Three kinds of target: the teacher's likeliest token (arXiv 2407.21075), its k likeliest with their
-probabilities renormalised (as in the Gemma 3 report, arXiv 2503.19786), and all of the vocabulary
-(arXiv 1503.02531).
-
-As in `braeburn.objectives.cross_entropy`, whose loops and conventions these are, the gradient is
-worked out in the forward pass. No gradient flows to the teacher.
+There are three kinds of target: the teacher's top-1 token (arXiv 2407.21075), its top-k tokens with
+their probabilities renormalised (as in the Gemma 3 report, arXiv 2503.19786), and its distribution
+over the whole vocabulary (arXiv 1503.02531). No gradient flows to the teacher.
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,62 +16,82 @@ from braeburn.config import ONE_DEVICE, Distillation, Execution, MeshConfig, Mod
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
-from braeburn.objectives.cross_entropy import (
-    Normaliser,
-    block_length,
-    block_logits,
-    blocked,
-    chunk_length,
-    chunk_logits,
-    chunked,
-    gradients_by_blocks,
-    gradients_by_chunks,
-    no_logits,
-    normalise,
-    places,
-    scaled,
-    whole,
+from braeburn.objectives.cross_entropy import Targets
+from braeburn.objectives.statistics import Expectation, LogSumExp, TopK
+from braeburn.objectives.vocabulary import (
+    LogitBlock,
+    Objective,
+    Projection,
+    Reduction,
+    reduce_vocabulary,
+    vocabulary_loss,
 )
-from braeburn.parallel.collectives import FSDP, TENSOR, all_gather, all_max, all_sum
 
-# What float16 keeps of a number.
+# Bits of a number in float16.
 HALF_EXPONENT, HALF_MANTISSA = 5, 10
 
 
-class Likeliest(NamedTuple):
-    """The tokens that a teacher holds likeliest, in falling order, and the logarithms of their
-    probabilities.
+class Labels(NamedTuple):
+    """The top-k tokens of a teacher at each position, the most probable first.
 
-    A token's `ids` differ from one another.
+    Attributes:
+        ids: vocabulary ids, int32, which differ from one another at each position.
+        log_probs: log-softmax over the whole vocabulary, float32.
     """
 
     ids: Int[Array, "B T K"]
     log_probs: Float[Array, "B T K"]
 
 
-class HiddenStates(NamedTuple):
-    """What all of a teacher's probabilities follow from: final hidden states, and this device's
-    part of the head.
+class _TopKStatistics(NamedTuple):
+    """What is accumulated of each token for `top_k_labels`.
 
-    They are laid out as the student's in `cross_entropy`, and may be of another width.
+    Attributes:
+        softmax: the running log-sum-exp of its logits.
+        top_k: its k largest logits.
     """
 
-    hidden: Float[Array, "B T D"]
-    head: Float[Array, "V E"]
+    softmax: LogSumExp
+    top_k: TopK
 
 
-def likeliest(
+@dataclass(frozen=True)
+class _TopKReduction(Reduction[None, _TopKStatistics]):
+    """The `k` largest logits of each token, and the log-sum-exp of all."""
+
+    k: int
+
+    def start(self, shape: tuple[int, ...]) -> _TopKStatistics:
+        return _TopKStatistics(LogSumExp.empty(shape), TopK.empty(shape, self.k))
+
+    def update(
+        self, statistics: _TopKStatistics, block: LogitBlock, tokens: None
+    ) -> _TopKStatistics:
+        return _TopKStatistics(
+            statistics.softmax.update(block.logits),
+            statistics.top_k.update(block.logits, block.ids),
+        )
+
+
+def top_k_labels(
     hidden: Float[Array, "B T D"], head: Float[Array, "V E"], k: int, mesh: MeshConfig = ONE_DEVICE
-) -> Likeliest:
-    """The `k` likeliest next tokens of each position, the lower of equals first, with float32 [B,
-    T, k] log-softmax.
+) -> Labels:
+    """The `k` most probable next tokens of each position, the lower vocabulary id of equals first.
 
-    The logarithms are rounded to what float16 holds, because a cache stores them so and a live
-    teacher is to say the same. Over a mesh the answer is the same on each shard of `tensor`;
-    arguments as in `cross_entropy`.
+    The log-probabilities are rounded to what float16 holds, because a cache stores them so, and an
+    online teacher's labels must equal cached ones.
+
+    Args:
+        hidden: final hidden states of this device's tokens, in the type to compute in.
+        head: float32, this device's [V / tensor, D / fsdp] of the whole [V, D].
+        k: labels per position.
+        mesh: resolved sizes; with several devices, called inside `shard_map`.
+
+    Returns:
+        The labels, the same on each shard of `tensor`. They are not to be differentiated.
 
     Raises:
-        UserError: there are fewer than `k` tokens.
+        UserError: the vocabulary has fewer than `k` tokens.
     """
     vocab_size = head.shape[0] * mesh.tensor
     if k > vocab_size:
@@ -83,242 +99,266 @@ def likeliest(
             f"distillation.top_k={k} is more than the vocabulary's {vocab_size} tokens; "
             f"set distillation.top_k to at most {vocab_size}"
         )
-    batch, total, width = hidden.shape
-    if mesh.fsdp > 1:
-        blocks = blocked(
-            head, block_length(batch * total, width, head.shape[0]), hidden.dtype, mesh
-        )
-
-        def one_block(found: tuple[Normaliser, Likeliest], block: tuple[Array, Array]) -> Any:
-            (normaliser, (ids, values)), (rows, shard) = found, block
-            logits = block_logits(hidden, rows, all_gather(shard, FSDP, 1, mesh))
-            more_ids, more_values = _best(logits, rows, k)
-            best = _best_of(
-                jnp.concatenate([ids, more_ids], -1), jnp.concatenate([values, more_values], -1), k
-            )
-            return (normalise(normaliser, logits), best), None
-
-        nothing = Likeliest(jnp.full((batch, total, k), -1), jnp.full((batch, total, k), -jnp.inf))
-        found, _ = jax.lax.scan(one_block, (no_logits((batch, total)), nothing), blocks)
-        return _of_all_shards(*found, k, mesh)
-
-    every_row, head_DV = places(head.shape[0], mesh), head.astype(hidden.dtype).T
-
-    def one_chunk(_: None, hidden_BTD: Array) -> Any:
-        logits = chunk_logits(hidden_BTD, head_DV)
-        normaliser = normalise(no_logits(logits.shape[:2]), logits)
-        return None, _of_all_shards(normaliser, _best(logits, every_row, k), k, mesh)
-
-    _, (ids, log_probs) = jax.lax.scan(
-        one_chunk, None, chunked(hidden, chunk_length(batch, total, head.shape[0]))
-    )
-    return Likeliest(whole(ids, total), whole(log_probs, total))
-
-
-def _best(logits: Array, rows: Array, k: int) -> Likeliest:
-    """The likeliest of some rows of the vocabulary, at most `k`, with logits in place of
-    logarithms.
-    """
-    values, indices = jax.lax.top_k(logits, min(k, rows.size))
-    return Likeliest(rows[indices], values)
-
-
-def _best_of(ids: Array, logits: Array, k: int) -> Likeliest:
-    """The likeliest of some tokens."""
-    values, indices = jax.lax.top_k(logits, k)
-    return Likeliest(jnp.take_along_axis(ids, indices, axis=-1), values)
-
-
-def _of_all_shards(normaliser: Normaliser, best: Likeliest, k: int, mesh: MeshConfig) -> Likeliest:
-    """The likeliest of the whole vocabulary, from what each tensor shard knows of its rows."""
-    largest, total = normaliser
-    scale, largest = _to_all_shards(largest, mesh)
-    log_z = largest + jnp.log(all_sum(total * scale, TENSOR, mesh))
-    ids, logits = best
-    if mesh.tensor > 1:
-        ids, logits = _best_of(
-            all_gather(ids, TENSOR, 2, mesh), all_gather(logits, TENSOR, 2, mesh), k
-        )
+    found = reduce_vocabulary(_TopKReduction(k), Projection(hidden, head), None, mesh)
+    log_probs = found.top_k.logits - found.softmax.log_z[..., None]
     # Not by a cast there and back, which XLA may leave out.
-    return Likeliest(
-        ids, jax.lax.reduce_precision(logits - log_z[..., None], HALF_EXPONENT, HALF_MANTISSA)
+    return Labels(
+        found.top_k.ids, jax.lax.reduce_precision(log_probs, HALF_EXPONENT, HALF_MANTISSA)
     )
 
 
-def _to_all_shards(largest: Array, mesh: MeshConfig) -> tuple[Array, Array]:
-    """What this tensor shard's sums of exponentials are scaled with before all are added, and the
-    largest logit.
+class _Tokens(NamedTuple):
+    """What there is of each token besides its hidden state.
+
+    Attributes:
+        targets: the text's next tokens and the weights of the loss.
+        label_ids: vocabulary ids of the teacher's top-k tokens, int32; None where the teacher's
+            logits are at hand.
+        label_probs: their probabilities at the temperature, float32, which sum to 1; None likewise.
     """
-    of_all = all_max(largest, TENSOR, mesh)
-    return jnp.exp(largest - of_all), of_all
+
+    targets: Targets
+    label_ids: Int[Array, "B T K"] | None = None
+    label_probs: Float[Array, "B T K"] | None = None
+
+
+# The teacher's part of the statistics.
+TeacherStatistics = TypeVar("TeacherStatistics")
+
+
+class _Statistics(NamedTuple, Generic[TeacherStatistics]):
+    """What is accumulated of each token.
+
+    Attributes:
+        softmax: of the student's logits.
+        tempered: of the student's logits / temperature.
+        target_logit: the student's logit of the text's next token.
+        teacher: what gives the mean of the student's logits / temperature under the teacher's
+            probabilities: that sum itself for labels, an `Expectation` for the whole distribution.
+    """
+
+    softmax: LogSumExp
+    tempered: LogSumExp
+    target_logit: Float[Array, "B T"]
+    teacher: TeacherStatistics
+
+    @property
+    def log_zs(self) -> Float[Array, "2 B T"]:
+        """log Z of the student's logits, and of its logits / temperature.
+
+        They are stacked, so that XLA does not find them equal at temperature 1: it would then
+        contract the products of the gradient in another order, which changes last bits.
+        """
+        largest = jnp.stack([self.softmax.largest, self.tempered.largest])
+        return largest + jnp.log(jnp.stack([self.softmax.total, self.tempered.total]))
+
+
+class _Sums(NamedTuple):
+    """Weighted sums over tokens.
+
+    Attributes:
+        nll: of the text's next tokens, in nats.
+        distillation: cross-entropy between the teacher and the student at the temperature, in nats,
+            times the temperature's square.
+        squared_log_z: of log(Z)^2.
+    """
+
+    nll: Float[Array, ""]
+    distillation: Float[Array, ""]
+    squared_log_z: Float[Array, ""]
 
 
 @dataclass(frozen=True)
-class _Terms:
-    """What the loss is made of: the share of the teacher, at which temperature, and the coefficient
-    of the z-loss.
+class _Distilled(Objective[_Tokens, _Statistics[TeacherStatistics]], Generic[TeacherStatistics]):
+    """What the kinds of target have in common.
+
+    Attributes:
+        weight: of the teacher's targets; the text has the rest of 1.
+        temperature: that both models' logits are divided by.
+        z_loss: the coefficient of log(Z)^2.
     """
 
-    share: float
+    weight: float
     temperature: float
     z_loss: float
 
+    def _mean_logit(self, teacher: TeacherStatistics) -> Float[Array, "B T"]:
+        """The mean of the student's logits / temperature under the teacher's probabilities."""
+        raise NotImplementedError
 
-class _Aims(NamedTuple):
-    """Single tokens that a teacher teaches, and their probabilities."""
+    def _start(
+        self, shape: tuple[int, ...], teacher: TeacherStatistics
+    ) -> _Statistics[TeacherStatistics]:
+        empty = LogSumExp.empty(shape)
+        return _Statistics(empty, empty, jnp.zeros(shape), teacher)
 
-    ids: Int[Array, "B T K"]
-    probabilities: Float[Array, "B T K"]
+    def _update(
+        self,
+        statistics: _Statistics[TeacherStatistics],
+        block: LogitBlock,
+        tokens: _Tokens,
+        teacher: TeacherStatistics,
+    ) -> _Statistics[TeacherStatistics]:
+        """The statistics with a further block taken in.
 
+        Args:
+            statistics: before the block.
+            block: its logits.
+            tokens: what there is of each token.
+            teacher: the teacher's part of the statistics, with the block taken in already.
+        """
+        softmax = tempered = statistics.softmax.update(block.logits)
+        if self.temperature != 1:
+            tempered = statistics.tempered.update(block.logits / self.temperature)
+        further = block.logits_at(tokens.targets.ids[..., None])[..., 0]
+        return _Statistics(softmax, tempered, statistics.target_logit + further, teacher)
 
-class _Block(NamedTuple):
-    """Some rows of the vocabulary, their places there (-1 where they fill a block up), and the
-    logits of some tokens.
+    def sums(self, statistics: _Statistics[TeacherStatistics], tokens: _Tokens) -> _Sums:
+        """Weighted sums over tokens of the loss's terms."""
+        weights, log_z = tokens.targets.weights, statistics.softmax.log_z
+        cross_entropy = statistics.tempered.log_z - self._mean_logit(statistics.teacher)
+        return _Sums(
+            nll=jnp.sum(weights * (log_z - statistics.target_logit)),
+            distillation=self.temperature**2 * jnp.sum(weights * cross_entropy),
+            squared_log_z=jnp.sum(weights * jnp.square(log_z)),
+        )
 
-    `taught` are the teacher's logits, None where it teaches single tokens.
-    """
+    def loss(self, sums: _Sums) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The weighted mean of the teacher's term and the text's plus the z-loss; both by name."""
+        total = (
+            self.weight * sums.distillation
+            + (1 - self.weight) * sums.nll
+            + self.z_loss * sums.squared_log_z
+        )
+        return total, {"loss": sums.nll, "distillation_loss": sums.distillation}
 
-    rows: Int[Array, " R"]
-    logits: Float[Array, "B T R"]
-    taught: Float[Array, "B T R"] | None
+    def _gradient(
+        self,
+        statistics: _Statistics[TeacherStatistics],
+        logits: Float[Array, "B T N"],
+        is_target: Any,
+        teacher_probs: Array | float,
+        weights: Float[Array, "B T"],
+    ) -> Float[Array, "B T N"]:
+        """The derivative of the loss with respect to some logits of each token.
 
+        Args:
+            statistics: of the tokens.
+            logits: the student's, at N vocabulary ids.
+            is_target: bool [B, T, N], whether these are the text's next tokens.
+            teacher_probs: float32 [B, T, N], the teacher's probabilities there at the temperature.
+            weights: of the tokens, float32.
 
-class _Seen(NamedTuple):
-    """What the logits met so far come to for each token; all but `student` at the temperature.
-
-    `true` is the true token's logit, and `aimed` the sum of the logits times the teacher's
-    probabilities: where all tokens are taught, times the exponentials that `teacher` sums, which is
-    None else.
-    """
-
-    student: Normaliser
-    tempered: Normaliser
-    teacher: Normaliser | None
-    true: Float[Array, "B T"]
-    aimed: Float[Array, "B T"]
-
-
-class _Known(NamedTuple):
-    """As `_Seen`, of the whole vocabulary: logarithms of the sums of exponentials, and logits."""
-
-    student: Float[Array, "B T"]
-    tempered: Float[Array, "B T"]
-    teacher: Float[Array, "B T"] | None
-    true: Float[Array, "B T"]
-    aimed: Float[Array, "B T"]
-
-
-def _nothing(shape: tuple[int, ...], whole_distribution: bool) -> _Seen:
-    empty = no_logits(shape)
-    return _Seen(
-        empty, empty, empty if whole_distribution else None, jnp.zeros(shape), jnp.zeros(shape)
-    )
-
-
-def _within(ids: Int[Array, "B T K"], rows: Int[Array, " R"]) -> Int[Array, "B T K"]:
-    """Where in a block the tokens are, R where they are in another."""
-    indices = ids - rows[0]
-    return jnp.where((indices >= 0) & (indices < jnp.sum(rows >= 0)), indices, rows.size)
-
-
-def _logits_of(ids: Int[Array, "B T K"], block: _Block) -> Float[Array, "B T K"]:
-    """The logits of tokens, 0 where the block does not have them."""
-    indices = _within(ids, block.rows)
-    return jnp.take_along_axis(block.logits, indices, axis=-1, mode="fill", fill_value=0)
-
-
-def _meet(
-    seen: _Seen, block: _Block, targets: Array, aims: _Aims | None, temperature: float
-) -> _Seen:
-    """What is seen with a further block."""
-    tempered = block.logits / temperature
-    student = normalise(seen.student, block.logits)
-    normaliser = student if temperature == 1 else normalise(seen.tempered, tempered)
-    true = seen.true + _logits_of(targets[..., None], block)[..., 0]
-    if seen.teacher is None or block.taught is None:
-        assert aims is not None
-        further = jnp.sum(aims.probabilities * _logits_of(aims.ids, block), axis=-1)
-        return _Seen(student, normaliser, None, true, seen.aimed + further / temperature)
-    taught = block.taught / temperature
-    teacher = normalise(seen.teacher, taught)
-    # Rows that fill a block up have logits of minus infinity, and no number times that is zero.
-    further = jnp.sum(
-        jnp.exp(taught - teacher[0][..., None]) * jnp.where(block.rows >= 0, tempered, 0), axis=-1
-    )
-    aimed = seen.aimed * jnp.exp(seen.teacher[0] - teacher[0]) + further
-    return _Seen(student, normaliser, teacher, true, aimed)
+        Returns:
+            float32, as `logits`.
+        """
+        rest, strength = 1 - self.weight, self.weight * self.temperature
+        log_z, tempered_log_z = statistics.log_zs[..., None]
+        softmax = jnp.exp(logits - log_z) * (rest + 2 * self.z_loss * log_z)
+        tempered = jnp.exp(logits / self.temperature - tempered_log_z)
+        return (softmax + strength * (tempered - teacher_probs) - rest * is_target) * weights[
+            ..., None
+        ]
 
 
-def _join(seen: _Seen, mesh: MeshConfig) -> _Known:
-    """What is known of the whole vocabulary, from what all tensor shards have seen of theirs."""
-    normalisers = [seen.student, seen.tempered] + ([] if seen.teacher is None else [seen.teacher])
-    largest, total = (jnp.stack(part) for part in zip(*normalisers, strict=True))
-    scale, largest = _to_all_shards(largest, mesh)
-    aimed = seen.aimed if seen.teacher is None else seen.aimed * scale[2]
-    *totals, true, aimed = all_sum(
-        jnp.concatenate([total * scale, jnp.stack([seen.true, aimed])]), TENSOR, mesh
-    )
-    student, tempered, *teacher = largest + jnp.log(jnp.stack(totals))
-    if teacher:
-        return _Known(student, tempered, teacher[0], true, aimed / totals[2])
-    return _Known(student, tempered, None, true, aimed)
+@dataclass(frozen=True)
+class LabelDistillation(_Distilled[Array]):
+    """Distillation from the teacher's top-k tokens, online or cached."""
+
+    def start(self, shape: tuple[int, ...]) -> _Statistics[Array]:
+        """The statistics of tokens of a shape [B, T] that have met no logits."""
+        return self._start(shape, jnp.zeros(shape))
+
+    def update(
+        self, statistics: _Statistics[Array], block: LogitBlock, tokens: _Tokens
+    ) -> _Statistics[Array]:
+        """The statistics with a further block of logits taken in."""
+        assert tokens.label_ids is not None and tokens.label_probs is not None
+        further = jnp.sum(tokens.label_probs * block.logits_at(tokens.label_ids), axis=-1)
+        teacher = statistics.teacher + further / self.temperature
+        return self._update(statistics, block, tokens, teacher)
+
+    def _mean_logit(self, teacher: Array) -> Float[Array, "B T"]:
+        return teacher
+
+    def logit_gradient(
+        self, statistics: _Statistics[Array], block: LogitBlock, tokens: _Tokens, dtype: Any
+    ) -> Float[Array, "B T R"]:
+        """The derivative of the loss with respect to a block's logits.
+
+        Args:
+            statistics: of the tokens, over the whole vocabulary.
+            block: their logits at R rows.
+            tokens: their targets, weights and labels.
+            dtype: of the result.
+        """
+        assert tokens.label_ids is not None and tokens.label_probs is not None
+        targets, weights = tokens.targets
+        is_target = targets[..., None] == block.ids
+        unlabelled = self._gradient(statistics, block.logits, is_target, 0.0, weights)
+        # The few labels' gradients replace those that assume no label. To add the difference
+        # instead, the whole array would be needed before it is rounded to `dtype`.
+        labelled = self._gradient(
+            statistics,
+            block.logits_at(tokens.label_ids),
+            targets[..., None] == tokens.label_ids,
+            tokens.label_probs,
+            weights,
+        )
+        sequences, positions, _ = jnp.indices((*targets.shape, 1), sparse=True)
+        at = (sequences, positions, block.indices(tokens.label_ids))
+        return unlabelled.astype(dtype).at[at].set(labelled.astype(dtype), mode="drop")
 
 
-def _sums(known: _Known, weights: Array, temperature: float) -> tuple[Array, Array, Array]:
-    """Over tokens: the true tokens' negative log-likelihood, what the teacher taught, and the
-    square of log Z.
-    """
-    nll = jnp.sum(weights * (known.student - known.true))
-    distilled = temperature**2 * jnp.sum(weights * (known.tempered - known.aimed))
-    return nll, distilled, jnp.sum(weights * jnp.square(known.student))
+@dataclass(frozen=True)
+class DistributionDistillation(_Distilled[Expectation]):
+    """Distillation from the teacher's distribution over the whole vocabulary."""
 
+    def start(self, shape: tuple[int, ...]) -> _Statistics[Expectation]:
+        """The statistics of tokens of a shape [B, T] that have met no logits."""
+        return self._start(shape, Expectation.empty(shape))
 
-def _slope(
-    block: _Block,
-    known: _Known,
-    targets: Array,
-    weights: Array,
-    aims: _Aims | None,
-    terms: _Terms,
-    dtype: Any,
-) -> Array:
-    """The gradient with respect to a block's logits."""
-    rest, strength = 1 - terms.share, terms.share * terms.temperature
+    def update(
+        self, statistics: _Statistics[Expectation], block: LogitBlock, tokens: _Tokens
+    ) -> _Statistics[Expectation]:
+        """The statistics with a further block of logits taken in."""
+        assert block.teacher_logits is not None
+        # The student's logits at padding are minus infinity, and no number times that is zero.
+        values = jnp.where(block.ids >= 0, block.logits / self.temperature, 0)
+        teacher = statistics.teacher.update(block.teacher_logits / self.temperature, values)
+        return self._update(statistics, block, tokens, teacher)
 
-    def slope(logits: Array, rows: Array, taught: Array | float) -> Array:
-        log_z = known.student[..., None]
-        student = jnp.exp(logits - log_z) * (rest + 2 * terms.z_loss * log_z)
-        tempered = jnp.exp(logits / terms.temperature - known.tempered[..., None])
-        true = targets[..., None] == rows
-        return (
-            (student + strength * (tempered - taught) - rest * true) * weights[..., None]
-        ).astype(dtype)
+    def _mean_logit(self, teacher: Expectation) -> Float[Array, "B T"]:
+        return teacher.mean
 
-    if block.taught is not None and known.teacher is not None:
-        taught = jnp.exp(block.taught / terms.temperature - known.teacher[..., None])
-        return slope(block.logits, block.rows, taught)
-    assert aims is not None
-    untaught = slope(block.logits, block.rows, 0.0)
-    # Few places differ. They are put in whole: to add to them would need them all before they are
-    # rounded.
-    exact = slope(_logits_of(aims.ids, block), aims.ids, aims.probabilities)
-    sequences, positions, _ = jnp.indices((*targets.shape, 1), sparse=True)
-    return untaught.at[sequences, positions, _within(aims.ids, block.rows)].set(exact, mode="drop")
+    def logit_gradient(
+        self, statistics: _Statistics[Expectation], block: LogitBlock, tokens: _Tokens, dtype: Any
+    ) -> Float[Array, "B T R"]:
+        """The derivative of the loss with respect to a block's logits.
+
+        Args:
+            statistics: of the tokens, over the whole vocabulary.
+            block: their logits at R rows.
+            tokens: their targets and weights.
+            dtype: of the result.
+        """
+        assert block.teacher_logits is not None
+        targets, weights = tokens.targets
+        log_z = statistics.teacher.log_z[..., None]
+        probs = jnp.exp(block.teacher_logits / self.temperature - log_z)
+        is_target = targets[..., None] == block.ids
+        return self._gradient(statistics, block.logits, is_target, probs, weights).astype(dtype)
 
 
 def distillation_loss(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "V E"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    teaching: Likeliest | HiddenStates,
+    student: Projection,
+    targets: Targets,
+    teacher: Labels | Projection,
     distillation: Distillation,
     z_loss: float,
-    mesh: MeshConfig = ONE_DEVICE,
-    reduce_dtype: Any = jnp.float32,
+    execution: Execution,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Weighted sums over tokens: what a distilled student minimises, and its parts, which have no
-    gradient.
+    """Weighted sums over tokens of what a distilled student minimises.
 
     With q the student's probabilities, p the teacher's, w the `weight` and t the `temperature`, a
     token costs w t^2 H(p_t, q_t) + (1 - w) H(true token, q) + z_loss log(Z)^2, in nats, where H is
@@ -326,170 +366,39 @@ def distillation_loss(
     temperature; "top_k" renormalises p_t over k tokens.
 
     Args:
-        hidden: this and all that is not named here, and what a mesh makes of gradients, as in
-            `cross_entropy`.
-        head: see there.
-        targets: see there.
-        weights: see there.
-        teaching: `Likeliest` for "label" and "top_k", of which more than asked for are left out, or
-            `HiddenStates` for "distribution".
-        distillation: the kind of target.
-        z_loss: see there.
-        mesh: see there.
-        reduce_dtype: see there.
+        student: hidden states and head, on each device its own part.
+        targets: the text's next tokens, of this device, the same on each shard of `tensor`.
+        teacher: `Labels` for "label" and "top_k", of which more than asked for are left out, or the
+            teacher's hidden states and head for "distribution".
+        distillation: the kind of target, its weight and temperature.
+        z_loss: the coefficient of log(Z)^2.
+        execution: resolved mesh, and the type in which gradients are summed over `fsdp`.
 
     Returns:
-        The sum, and {"nll": the negative log-likelihood of the true tokens, "distillation": t^2
-        H(p_t, q_t)}.
+        The local loss, to be differentiated, and metrics, which have no gradient: {"loss": the
+        local negative log-likelihood of the true tokens, "distillation_loss": t^2 H(p_t, q_t)}.
+        `vocabulary_loss` says what a mesh makes of these and of gradients.
 
     Raises:
-        UserError: `Likeliest` has fewer tokens than `distillation` asks for.
+        UserError: `Labels` has fewer tokens than `distillation` asks for.
     """
-    # One token is all of its own distribution, at any temperature: the student's then has none
+    if isinstance(teacher, Projection):
+        whole = DistributionDistillation(distillation.weight, distillation.temperature, z_loss)
+        return vocabulary_loss(whole, student, teacher, _Tokens(targets), execution)
+    # The distribution of one token is the same at any temperature, so the student's has none
     # either.
     temperature = 1.0 if distillation.target == "label" else distillation.temperature
-    aims: _Aims | HiddenStates
-    if isinstance(teaching, HiddenStates):
-        aims = teaching
-    else:
-        count = 1 if distillation.target == "label" else distillation.top_k
-        known = teaching.ids.shape[-1]
-        if known < count:
-            raise UserError(
-                f"distillation.top_k={count}, but the teacher's cache holds {known} tokens a "
-                f"position; set distillation.top_k to at most {known}, or build the cache anew"
-            )
-        ids, log_probs = (array[..., :count] for array in teaching)
-        aims = _Aims(ids, jax.nn.softmax(log_probs / temperature))
-    terms = _Terms(distillation.weight, temperature, z_loss)
-    return _distilled(hidden, head, targets, weights, aims, terms, mesh, reduce_dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _distilled(
-    hidden: Array,
-    head: Array,
-    targets: Array,
-    weights: Array,
-    teaching: _Aims | HiddenStates,
-    terms: _Terms,
-    mesh: MeshConfig,
-    reduce_dtype: Any,
-) -> tuple[Array, dict[str, Array]]:
-    return _forward(hidden, head, targets, weights, teaching, terms, mesh, reduce_dtype)[0]
-
-
-def _share(
-    sums: tuple[Array, Array, Array], terms: _Terms, mesh: MeshConfig
-) -> tuple[Array, dict[str, Array]]:
-    """This tensor shard's equal part of the loss and its parts."""
-    nll, distilled, penalty = sums
-    total = terms.share * distilled + (1 - terms.share) * nll + terms.z_loss * penalty
-    return total / mesh.tensor, {"nll": nll / mesh.tensor, "distillation": distilled / mesh.tensor}
-
-
-def _forward(
-    hidden: Array,
-    head: Array,
-    targets: Array,
-    weights: Array,
-    teaching: _Aims | HiddenStates,
-    terms: _Terms,
-    mesh: MeshConfig,
-    reduce_dtype: Any,
-) -> tuple[tuple[Array, dict[str, Array]], tuple[Array, Array]]:
-    if mesh.fsdp > 1:
-        return _forward_by_blocks(
-            hidden, head, targets, weights, teaching, terms, mesh, reduce_dtype
+    count = 1 if distillation.target == "label" else distillation.top_k
+    known = teacher.ids.shape[-1]
+    if known < count:
+        raise UserError(
+            f"distillation.top_k={count}, but the teacher's cache holds {known} tokens a "
+            f"position; set distillation.top_k to at most {known}, or build the cache anew"
         )
-    rows, length = (
-        places(head.shape[0], mesh),
-        chunk_length(targets.shape[0], targets.shape[1], head.shape[0]),
-    )
-    aims, teacher = (None, teaching) if isinstance(teaching, HiddenStates) else (teaching, None)
-    if teacher:
-        length = max(1, length // 2)  # a token has the logits of two models
-        teacher_DV = teacher.head.astype(teacher.hidden.dtype).T
-
-    def one_chunk(
-        logits: Array,
-        targets: Array,
-        weights: Array,
-        aims: _Aims | None,
-        teacher_hidden: Array | None,
-    ) -> tuple[Array, Any]:
-        block = _Block(
-            rows,
-            logits,
-            None if teacher_hidden is None else chunk_logits(teacher_hidden, teacher_DV),
-        )
-        seen = _meet(_nothing(targets.shape, aims is None), block, targets, aims, terms.temperature)
-        known = _join(seen, mesh)
-        slope = _slope(block, known, targets, weights, aims, terms, hidden.dtype)
-        return slope, _sums(known, weights, terms.temperature)
-
-    tokens = (targets, weights, aims, teacher.hidden if teacher else None)
-    gradients, sums = gradients_by_chunks(hidden, head, tokens, length, one_chunk)
-    return _share(sums, terms, mesh), gradients
-
-
-def _forward_by_blocks(
-    hidden: Array,
-    head: Array,
-    targets: Array,
-    weights: Array,
-    teaching: _Aims | HiddenStates,
-    terms: _Terms,
-    mesh: MeshConfig,
-    reduce_dtype: Any,
-) -> tuple[tuple[Array, dict[str, Array]], tuple[Array, Array]]:
-    aims, teacher = (None, teaching) if isinstance(teaching, HiddenStates) else (teaching, None)
-    blocks: tuple[Array, ...]
-    if teacher:  # a token has the logits of two models, and a block the rows of two heads
-        width = hidden.shape[-1] + teacher.hidden.shape[-1]
-        length = block_length(2 * targets.size, width, head.shape[0])
-        _, teacher_head = blocked(teacher.head, length, teacher.hidden.dtype, mesh)
-        blocks = *blocked(head, length, hidden.dtype, mesh), teacher_head
-    else:
-        blocks = blocked(
-            head, block_length(targets.size, hidden.shape[-1], head.shape[0]), hidden.dtype, mesh
-        )
-
-    def of(logits: Array, rows: Array, teacher_shard: Array | None = None) -> _Block:
-        if not teacher or teacher_shard is None:
-            return _Block(rows, logits, None)
-        return _Block(
-            rows,
-            logits,
-            block_logits(teacher.hidden, rows, all_gather(teacher_shard, FSDP, 1, mesh)),
-        )
-
-    def see(seen: _Seen, block: tuple[Array, ...]) -> tuple[_Seen, None]:
-        rows, shard, *others = block
-        logits = block_logits(hidden, rows, all_gather(shard, FSDP, 1, mesh))
-        return _meet(seen, of(logits, rows, *others), targets, aims, terms.temperature), None
-
-    seen, _ = jax.lax.scan(see, _nothing(targets.shape, aims is None), blocks)
-    known = _join(seen, mesh)
-
-    def one_block(logits: Array, rows: Array, *others: Array) -> Array:
-        return _slope(of(logits, rows, *others), known, targets, weights, aims, terms, hidden.dtype)
-
-    gradients = gradients_by_blocks(hidden, head, blocks, one_block, mesh, reduce_dtype)
-    return _share(_sums(known, weights, terms.temperature), terms, mesh), gradients
-
-
-def _backward(
-    terms: _Terms,
-    mesh: MeshConfig,
-    reduce_dtype: Any,
-    gradients: tuple[Array, Array],
-    cotangents: tuple[Array, dict[str, Array]],
-) -> tuple[Array, Array, None, None, None]:
-    return *scaled(gradients, cotangents[0]), None, None, None
-
-
-_distilled.defvjp(_forward, _backward)
+    ids, log_probs = (array[..., :count] for array in teacher)
+    tokens = _Tokens(targets, ids, jax.nn.softmax(log_probs / temperature))
+    labels = LabelDistillation(distillation.weight, temperature, z_loss)
+    return vocabulary_loss(labels, student, None, tokens, execution)
 
 
 def loss(
@@ -500,51 +409,70 @@ def loss(
     distillation: Distillation,
     execution: Execution,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """What training a student minimises on a batch, and its parts: the counterpart of
-    `cross_entropy.loss`.
+    """What training a student minimises on a batch, and its metrics.
 
     Args:
         params: the student's float32 parameters.
         batch: `inputs`, `targets`, `positions`, `segment_ids`, int32 [B, T], and `weights`, float32
-            [B, T]. Labels that a teacher gave before are its `teacher_ids`, int32 [B, T, k], and
+            [B, T]. Cached labels of a teacher are its `teacher_ids`, int32 [B, T, k], and
             `teacher_log_probs`, float32 [B, T, k].
         teacher: a model with the student's vocabulary and its float32 parameters, which get no
             gradient; None where the batch holds its labels.
         model: the student's sizes.
-        distillation: what the teacher teaches.
+        distillation: the kind of target, its weight and temperature.
         execution: how both are carried out; on several devices all arrays are this device's parts.
 
     Returns:
-        The weighted sum of `distillation_loss`, and {"loss": that of the true tokens' nll alone,
-        "distillation_loss": that of what the teacher taught}. On several devices, this device's
-        shares of them.
+        The loss of `distillation_loss`, in nats, and {"loss": the weighted sum of the true tokens'
+        nll, "distillation_loss": that of the teacher's term}. On several devices these are local
+        losses, which sum to those of the whole batch.
+
+    Raises:
+        UserError: the vocabulary or the batch has fewer tokens than `distillation.top_k`.
     """
-    mesh = execution.mesh
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-    teaching: Likeliest | HiddenStates
+    targets: Labels | Projection
     if "teacher_ids" in batch:
-        teaching = Likeliest(batch["teacher_ids"], batch["teacher_log_probs"])
+        targets = Labels(batch["teacher_ids"], batch["teacher_log_probs"])
     else:
         assert teacher is not None
-        teacher_model, teacher_params = teacher
         with jax.named_scope("teacher"):
-            head = jax.lax.stop_gradient(decoder.head_matrix(teacher_params))
-            said: Any = decoder.forward(
-                teacher_params, inputs, teacher_model, execution.forward_only
-            )
-            if distillation.target != "distribution":
-                said = likeliest(
-                    said, head, 1 if distillation.target == "label" else distillation.top_k, mesh
-                )
-            # The student begins when the teacher is done: a scheduler that hides exchanges could
+            targets = _online_targets(inputs, *teacher, distillation, execution)
+            # The student begins when the teacher is done: a scheduler that hides collectives could
             # else run both at once, with the activations of both.
-            inputs, said = jax.lax.optimization_barrier((inputs, jax.lax.stop_gradient(said)))
-            teaching = HiddenStates(said, head) if distillation.target == "distribution" else said
+            inputs, targets = jax.lax.optimization_barrier((inputs, targets))
     hidden = decoder.forward(params, inputs, model, execution)
     with jax.named_scope("loss"):
-        head, reduce = decoder.head_matrix(params), jnp.dtype(execution.precision.reduce)
-        token_wise = (batch["targets"], batch["weights"])
-        total, parts = distillation_loss(
-            hidden, head, *token_wise, teaching, distillation, model.z_loss, mesh, reduce
-        )
-    return total, {"loss": parts["nll"], "distillation_loss": parts["distillation"]}
+        student = Projection(hidden, decoder.head_matrix(params))
+        text = Targets(batch["targets"], batch["weights"])
+        return distillation_loss(student, text, targets, distillation, model.z_loss, execution)
+
+
+def _online_targets(
+    inputs: tuple[Array, Array, Array],
+    model: ModelConfig,
+    params: Tree,
+    distillation: Distillation,
+    execution: Execution,
+) -> Labels | Projection:
+    """What an online teacher's forward pass gives: labels, or hidden states and head.
+
+    Args:
+        inputs: token ids, positions and segment ids, int32 [B, T].
+        model: the teacher's sizes.
+        params: its float32 parameters, which get no gradient.
+        distillation: the kind of target.
+        execution: how it is carried out.
+
+    Returns:
+        Labels for "label" and "top_k", hidden states and head for "distribution".
+
+    Raises:
+        UserError: the vocabulary has fewer tokens than `distillation.top_k`.
+    """
+    head = jax.lax.stop_gradient(decoder.head_matrix(params))
+    hidden = decoder.forward(params, inputs, model, execution.forward_only)
+    if distillation.target == "distribution":
+        return jax.lax.stop_gradient(Projection(hidden, head))
+    k = 1 if distillation.target == "label" else distillation.top_k
+    return jax.lax.stop_gradient(top_k_labels(hidden, head, k, execution.mesh))

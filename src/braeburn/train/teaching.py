@@ -21,7 +21,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
-from braeburn.objectives.distillation import likeliest
+from braeburn.objectives.distillation import top_k_labels
 from braeburn.parallel.agreement import main_first
 from braeburn.parallel.rules import check
 from braeburn.parallel.sequence import zigzag
@@ -244,7 +244,7 @@ def _labeller(
     def local(params: Tree, batch: dict[str, Any]) -> tuple[Any, Any]:
         inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
         hidden = decoder.forward(params, inputs, teacher.model, layout.execution.forward_only)
-        found = likeliest(
+        found = top_k_labels(
             hidden, decoder.head_matrix(params), stage.distillation.kept, layout.sizes
         )
         return found.ids, found.log_probs
