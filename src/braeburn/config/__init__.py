@@ -26,6 +26,7 @@ from braeburn.config.base import (
 )
 from braeburn.config.data import Data, Source
 from braeburn.config.directory import read_identity, read_run
+from braeburn.config.distillation import Distillation
 from braeburn.config.execution import KEEP_ALL, Execution
 from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
 from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
@@ -45,7 +46,6 @@ from braeburn.config.sublayers import (
 )
 from braeburn.config.transforms import (
     PRUNABLE,
-    Distillation,
     PrunedAxis,
     Pruning,
     Quantization,

@@ -1,14 +1,15 @@
 """A stage of training and its learning rate schedule."""
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from braeburn.config.base import Count, Frozen, Name, NonNegative, Positive, Size, divisors, some
+from braeburn.config.distillation import Distillation
 from braeburn.config.memory import Remat
 from braeburn.config.mesh import MeshConfig
-from braeburn.config.transforms import Distillation, Pruning, Quantization, TransformConfig
+from braeburn.config.transforms import TRANSFORMS, Pruning, Quantization, TransformConfig
 
 
 class Schedule(Frozen):
@@ -130,3 +131,16 @@ class Stage(Frozen):
                 f"{' and '.join(names)} cannot be in one stage; make another stage of {names[-1]}"
             )
         return self
+
+
+if not TYPE_CHECKING:
+    # A field for each further kind of transform.
+    _further = {
+        name: (config | None, None)
+        for name, config in TRANSFORMS.items()
+        if name not in Stage.model_fields
+    }
+    if _further:
+        Stage = create_model(
+            "Stage", __base__=Stage, __module__=__name__, __doc__=Stage.__doc__, **_further
+        )

@@ -1,57 +1,16 @@
-"""Stages that make a model smaller: pruning, distillation, quantisation."""
+"""Stages that make a model narrower."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from braeburn.config.base import Frozen, Positive, Size, some
+from braeburn.config.base import Positive, Size, some
 from braeburn.config.model import ModelConfig
+from braeburn.config.transforms.base import TransformConfig
 
 # Logical axes whose units can be cut, and the field of the model that counts them.
 PRUNABLE = {"ffn": "ffn_dim", "heads": "num_heads", "embed": "d_model"}
 PrunedAxis = Literal["ffn", "heads", "embed"]
-
-
-class TransformConfig(Frozen):
-    """What a stage does to its model besides training it: the base of each kind's configuration.
-
-    A kind of transform is a subclass, the field of `Stage` that holds it, and the module of that
-    field's name in `braeburn.transforms`.
-
-    `rounds` tells whether the effective weights jump where stored weights change by a rounding
-    error, so that runs part which are equal but for such errors.
-    """
-
-    rounds: ClassVar[bool] = False
-
-    @property
-    def summary(self) -> str:
-        """What the stage does to the model, in a few words after the stage's name."""
-        return f"applies {type(self).__name__}"
-
-    @property
-    def measured_tokens(self) -> int:
-        """How many of the stage's first tokens are read to measure activations."""
-        return 0
-
-    def trained(self, model: ModelConfig) -> ModelConfig:
-        """The model that the stage trains, from the one that it finds."""
-        return model
-
-    def left(self, model: ModelConfig) -> ModelConfig:
-        """The model that the stage leaves, from the one that it finds."""
-        return model
-
-    def check(self, path: str, model: ModelConfig) -> None:
-        """Refuses a model that the transform does not fit.
-
-        Args:
-            path: of this configuration in the run, for the message.
-            model: the one that the stage finds.
-
-        Raises:
-            ValueError: naming the field at fault and a value that would work.
-        """
 
 
 class Pruning(TransformConfig):
@@ -112,57 +71,6 @@ class Pruning(TransformConfig):
     def check(self, path: str, model: ModelConfig) -> None:
         """Refuses sizes that do not fit a model: see `check_pruning`."""
         check_pruning(f"{path}.keep.", self, model)
-
-
-class Distillation(Frozen):
-    """What a stage's teacher teaches, with a share of `weight` in the targets; the rest is the text
-    itself.
-
-    `label` is the teacher's likeliest token (arXiv 2407.21075), `top_k` its likeliest `top_k` with
-    their probabilities, renormalised, `distribution` all of them. Probabilities are at
-    `temperature`. With `cached`, labels and top-k come from one pass over the text, stored beside
-    it for all students of this teacher.
-    """
-
-    target: Literal["label", "top_k", "distribution"] = "label"
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
-    temperature: Positive = 1.0
-    top_k: Size = 8
-    cached: bool = False
-
-    @property
-    def kept(self) -> int:
-        """Tokens that a cache holds for each position."""
-        return self.top_k if self.target == "top_k" else 1
-
-    @model_validator(mode="after")
-    def _check(self) -> "Distillation":
-        if self.cached and self.target == "distribution":
-            raise ValueError(
-                "cached=true cannot hold whole distributions; set target to 'top_k', or cached to "
-                "false"
-            )
-        return self
-
-
-class Quantization(TransformConfig):
-    """Training with weights rounded as they will be shipped: gradients pass the rounding by (arXiv
-    1308.3432).
-
-    Along what a matrix is multiplied over, each `group_size` weights share a scale: `int8` and
-    `int4` as llama.cpp's Q8_0 and Q4_0, which have groups of 32; `int2` has four levels and learns
-    a factor of the scale for each matrix.
-    """
-
-    rounds: ClassVar[bool] = True
-
-    kind: Literal["int8", "int4", "int2"] = "int4"
-    group_size: Size = 32
-
-    @property
-    def summary(self) -> str:
-        """The kind of values, and the size of the groups."""
-        return f"rounds to {self.kind} in groups of {self.group_size}"
 
 
 def check_pruning(prefix: str, pruning: Pruning, model: ModelConfig) -> None:
