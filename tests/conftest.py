@@ -40,7 +40,7 @@ NOT_COUNTED = (
     "tests/parallel/test_traffic.py",
     "tests/parallel/test_distillation_sharded.py",
     "tests/parallel/test_loss_sharded.py",
-    "tests/transforms/test_pruning.py",
+    "tests/transforms/test_units.py",
     "tests/transforms/test_importance.py",
     "tests/objectives/test_cross_entropy.py",
     "tests/data/test_cutting.py",

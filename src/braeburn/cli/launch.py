@@ -97,7 +97,7 @@ def kubernetes(
 
 def _job(recipe: str, on: str, out: Path, assignments: list[str] | None) -> Any:
     """The run, the target, and the arguments of `train` there, once the mesh is known to fit."""
-    from braeburn.train.stages import sizes_of
+    from braeburn.train.resolved import sizes_of
 
     run, target, assignments = on_target(recipe, on, assignments)
     for stage in run.stages:

@@ -26,6 +26,7 @@ from braeburn.config.base import (
 )
 from braeburn.config.data import Data, Source
 from braeburn.config.directory import read_identity, read_run
+from braeburn.config.distillation import Distillation
 from braeburn.config.execution import KEEP_ALL, Execution
 from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
 from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
@@ -45,10 +46,10 @@ from braeburn.config.sublayers import (
 )
 from braeburn.config.transforms import (
     PRUNABLE,
-    Distillation,
     PrunedAxis,
     Pruning,
     Quantization,
+    TransformConfig,
     check_pruning,
 )
 
@@ -106,6 +107,7 @@ __all__ = [
     "Stage",
     "StageModels",
     "SwiGLU",
+    "TransformConfig",
     "check_name",
     "check_pruning",
     "divisors",

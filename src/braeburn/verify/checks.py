@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Literal
 
 from braeburn.config import ONE_DEVICE, Checkpoint, MeshConfig, Run
-from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
-from braeburn.optim.guard import begin_stage
-from braeburn.train.compression import enter
-from braeburn.train.loop import calibration, train
-from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
+from braeburn.train.loop import train
+from braeburn.train.resolved import resolve_stage, resolve_stages
+from braeburn.train.stage_run import batches_of, equip
+from braeburn.train.stages import Program, compile_stage, initial_state
+from braeburn.verify.following import Curve, followed_curve
 from braeburn.verify.shrink import DEVICES, ENVIRONMENT, STAND_IN, shrink
 
 KILL_AFTER_STEP = 6
@@ -52,9 +52,6 @@ def run() -> Run:
 FIGURES = ("loss", "grad_norm")
 
 Say = Callable[[str], None]
-# Values by what they are, in order: the loss and the gradient's norm of each step, held-out losses
-# at last.
-Curve = list[tuple[str, float]]
 Kind = Literal["layout", "stages", "resume", "reshard"]
 Verdict = Literal["same", "different", "failed", "skipped"]
 
@@ -191,8 +188,7 @@ def describe(mesh: MeshConfig) -> str:
 def refusal(run: Run) -> str:
     """Why a stage of the run cannot have its mesh; empty where all can."""
     try:
-        for name in run.stages:
-            layout_of(run, name)
+        resolve_stages(run)
     except UserError as error:
         return str(error)
     return ""
@@ -211,12 +207,12 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
         2
     ) as pool:  # compiling takes nine tenths of the time, most of it of one core
         programs = {
-            name: pool.submit(compile_stage, run, first, layout_of(run, first))
+            name: pool.submit(compile_stage, resolve_stage(run, first))
             for name, run in {"": reference, **runs}.items()
             if not refused.get(name)
         }
         try:
-            expected = _first_stage(reference, prepared, programs[""].result())
+            expected = _first_stage(programs[""].result(), prepared)
             checks = []
             for name, run in runs.items():
                 if refused[name]:
@@ -226,7 +222,7 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
                     )
                 else:
                     with _failing("layout", name, tolerance(run), checks):
-                        curve = _first_stage(run, prepared, programs[name].result())
+                        curve = _first_stage(programs[name].result(), prepared)
                         checks.append(_judge("layout", name, curve, expected, tolerance(run)))
                 _tell(checks[-1], say)
         finally:
@@ -234,29 +230,23 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
     return checks
 
 
-def _first_stage(run: Run, prepared: Prepared, program: Program) -> Curve:
+def _first_stage(program: Program, prepared: Prepared) -> Curve:
     """The curve of a run's first stage; of one that rounds, only the figures of its first step can
     be compared.
     """
-    stage, layout = program.stage, layout_of(run, program.name)
-    rows = layout.rows(stage.batch_size)
-    batches = Batches(stage, program.name, run.seed, prepared.train, rows)
-    state = enter(
-        run, program.name, initial_state(run, layout), layout, calibration(stage, batches, layout)
-    )
-    state = state._replace(optimizer=begin_stage(state.optimizer))
+    first = program.stage
+    stage = equip(program, batches_of(first, prepared.train), None)
+    state = stage.enter(initial_state(first))
     curve = []
-    for step in range(stage.steps):
-        state, metrics = program.step(state, layout.place(batches[step], rows, stage.batch_size))
+    for step in range(first.stage.steps):
+        state, metrics = stage.step(state, stage.place(stage.batches[step]))
         curve += [(f"step {step + 1} {figure}", float(metrics[figure])) for figure in FIGURES]
-    return _compared_until(curve, steps_alike(run) or 1)
+    return _compared_until(curve, steps_alike(first.run) or 1)
 
 
 def compresses(run: Run) -> bool:
-    """Whether a stage of the run prunes, distils or quantises."""
-    return any(
-        stage.pruning or stage.teacher or stage.quantization for stage in run.stages.values()
-    )
+    """Whether a stage of the run distils, or does something to its model besides training it."""
+    return any(stage.transforms or stage.teacher for stage in run.stages.values())
 
 
 def steps_alike(run: Run) -> int:
@@ -267,12 +257,11 @@ def steps_alike(run: Run) -> int:
     levels, or a label of two that are as likely, goes one way or the other by its last bit: runs
     part that are equal but for rounding errors.
     """
-    steps = 0
-    for stage in run.stages.values():
-        if stage.quantization or (stage.teacher and stage.distillation.target != "distribution"):
-            break
-        steps += stage.steps
-    return steps
+    for name, stage in run.stages.items():
+        rounds = any(transform.rounds for transform in stage.transforms.values())
+        if rounds or (stage.teacher and stage.distillation.target != "distribution"):
+            return run.first_steps[name]
+    return run.total_steps
 
 
 def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[Check]:
@@ -296,9 +285,7 @@ def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[C
             checks.append(Check("stages", place, 0, None, allowed, "skipped", refused))
         else:
             with _failing("stages", place, allowed, checks):
-                found = _train(
-                    other, folder / f"{place}, all stages", follow=(reference, steps_alike(run))
-                )
+                found = followed_curve(other, reference, steps_alike(run), FIGURES)
                 checks.append(_judge("stages", place, found, expected, allowed))
         _tell(checks[-1], say)
     return checks
@@ -392,12 +379,10 @@ def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
     return checks[-1]
 
 
-def _train(
-    run: Run, out: Path, stop_after_steps: int | None = None, follow: tuple[Path, int] | None = None
-) -> Curve:
+def _train(run: Run, out: Path, stop_after_steps: int | None = None) -> Curve:
     """Trains without a word, and returns the curve so far."""
     with contextlib.redirect_stderr(io.StringIO()):
-        outcome = train(run, out, stop_after_steps=stop_after_steps, follow=follow)
+        outcome = train(run, out, stop_after_steps=stop_after_steps)
     if not outcome.finished and stop_after_steps is None:
         raise KeyboardInterrupt  # which training takes as a request to save and stop
     return _curve(out)
