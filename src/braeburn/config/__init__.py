@@ -31,6 +31,7 @@ from braeburn.config.execution import KEEP_ALL, Execution
 from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
 from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
 from braeburn.config.model import LARGEST_SIZES, LayerConfig, ModelConfig, RopeScaling, Segment
+from braeburn.config.objectives import NextToken, Objective, ObjectiveConfig
 from braeburn.config.optimizers import AdamW, AfmOptimizer, Optimizer, OptimizerConfig
 from braeburn.config.rules import Placement, ShardingRules
 from braeburn.config.run import Checkpoint, Evaluation, Run, StageModels, validate
@@ -82,7 +83,10 @@ __all__ = [
     "ModelConfig",
     "Name",
     "NamedActivation",
+    "NextToken",
     "NonNegative",
+    "Objective",
+    "ObjectiveConfig",
     "Offload",
     "OneOrMore",
     "Optimizer",

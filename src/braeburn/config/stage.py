@@ -9,6 +9,7 @@ from braeburn.config.base import Count, Frozen, Name, NonNegative, Positive, Siz
 from braeburn.config.distillation import Distillation
 from braeburn.config.memory import Remat
 from braeburn.config.mesh import MeshConfig
+from braeburn.config.objectives import NextToken, Objective
 from braeburn.config.transforms import TRANSFORMS, Pruning, Quantization, TransformConfig
 
 
@@ -69,6 +70,7 @@ class Stage(Frozen):
     accumulation_steps: Size = 1
     mesh: MeshConfig | None = None
     remat: Remat | None = None
+    objective: Objective = NextToken()
     teacher: str | None = None
     distillation: Distillation = Distillation()
     pruning: Pruning | None = None
@@ -126,6 +128,11 @@ class Stage(Frozen):
                     f"schedule.warmup_steps={schedule.warmup_steps}; set schedule.warmup_steps to "
                     f"{stable} or lower schedule.decay_fraction"
                 )
+        if self.teacher is not None and not isinstance(self.objective, NextToken):
+            raise ValueError(
+                f"objective.kind={self.objective.kind!r} is for text alone, and teacher="
+                f"{self.teacher!r} teaches by cross-entropy; leave one of them out"
+            )
         if len(names := list(self.transforms)) > 1:
             raise ValueError(
                 f"{' and '.join(names)} cannot be in one stage; make another stage of {names[-1]}"

@@ -12,7 +12,8 @@ import numpy as np
 
 from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, abstract, initialize
-from braeburn.objectives import cross_entropy, distillation
+from braeburn.objectives import distillation
+from braeburn.objectives.definition import objective_of, text_loss
 from braeburn.parallel.layout import Layout
 from braeburn.train.compiler_flags import compiler_flags
 from braeburn.train.frozen import effective_weights
@@ -38,9 +39,11 @@ def stage_step(resolved: ResolvedStage) -> Callable[..., tuple[TrainState, dict[
     model, teacher = resolved.models.trained, resolved.teacher
     execution = resolved.execution
 
+    objective = objective_of(stage.objective, model)
+
     def loss(params: Tree, batch: Batch, *teaching: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         if stage.teacher is None:
-            return cross_entropy.loss(params, batch, model, execution)
+            return text_loss(params, batch, objective, model, execution)
         online = (teacher, teaching[0]) if teacher else None
         return distillation.loss(params, batch, online, model, stage.distillation, execution)
 
