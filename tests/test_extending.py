@@ -42,7 +42,7 @@ def write(folder: Path, title: str) -> list[str]:
     commands: list[str] = []
     for language, text in SECTIONS[title]:
         if language == "sh":
-            commands += text.strip().splitlines()
+            commands += text.replace("\\\n", "").strip().splitlines()
             continue
         path = folder / text.splitlines()[0].removeprefix("# ")
         assert not path.exists(), f"{path} is edited, not added"
