@@ -38,6 +38,8 @@ from braeburn.parallel.sequence import token_indices
 Parts = Any
 # Segments [B, tokens] and indices in the whole sequence [tokens].
 Places = tuple[Array, Array]
+# Half of a device's keys and values [B, K, H, S], their segments and indices.
+HalfOfKeys = tuple[Array, Array, Places]
 # Half of the queries, half of the keys: each 0 or 1, known when tracing or not.
 Pair = tuple[Array | int, Array | int]
 
@@ -66,21 +68,45 @@ def ring_attention(
     shards.
 
     Each of the K key heads serves N/K neighbouring query heads; scores are scaled by 1/sqrt(H) and
-    kept in float32. Keys travel c - 1 hops in either pass, each while the keys at hand are worked
-    on; in the backward pass their gradients, in float32, travel along and one hop further, home.
+    kept in float32. Keys take c - 1 ring steps in either pass, each while the keys at hand are
+    worked on; in the backward pass their gradients, in float32, travel along and one ring step
+    further, home.
+
+    Args:
+        query: this context shard's queries; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; the call is inside a `shard_map` over it.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `query`.
     """
     return _attention(query, key, value, segment_ids, mesh, Way(True, window))
 
 
 def gathered_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
     mesh: MeshConfig,
     window: int | None = None,
-) -> Array:
-    """`ring_attention` with the keys of all shards gathered at once, in either pass."""
+) -> Float[Array, "B t N H"]:
+    """`ring_attention` with the keys of all shards gathered at once, in either pass.
+
+    Args:
+        query: this context shard's queries; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; the call is inside a `shard_map` over it.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `query`.
+    """
     return _attention(query, key, value, segment_ids, mesh, Way(False, window))
 
 
@@ -98,8 +124,8 @@ def _forward(
     keys = jax.tree.map(_halves, (key, value, segment_ids))
     index = axis_index(CONTEXT, mesh)
 
-    def attend(state: Parts, keys: Parts, source: Array | int, pair: Pair) -> Parts:
-        key, value, key_places = _half_of_keys(keys, source, pair[1], mesh)
+    def attend(state: Parts, keys: HalfOfKeys, half: Array | int) -> Parts:
+        key, value, key_places = keys
 
         def one_block(state: Parts, number: Array) -> tuple[Parts, None]:
             (query, places), (output, log_z) = _at((queries, state), number)
@@ -111,16 +137,16 @@ def _forward(
             output = (output * old[..., None] + new) / total[..., None]
             return _put(state, (output, peak + jnp.log(total)), number), None
 
-        return lax.scan(one_block, state, _block_numbers(queries, pair[0]))[0]
+        return lax.scan(one_block, state, _block_numbers(queries, half))[0]
 
     def visit(state: Parts, keys: Parts, source: Array | int) -> Parts:
-        for pair in _pairs(source, index):
-            state = attend(state, keys, source, pair)
+        for half, half_of_keys in _pairs(source, index):
+            state = attend(state, _half_of_keys(keys, source, half_of_keys, mesh), half)
         return state
 
     blocks = queries[0]
     state = (jnp.zeros(blocks.shape, jnp.float32), jnp.full(blocks.shape[:-1], MASKED))
-    state = attend(state, keys, index, (0, 0))
+    state = attend(state, _half_of_keys(keys, index, 0, mesh), 0)
     if way.is_ring:
 
         def hop(step: Array, carry: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
@@ -160,10 +186,9 @@ def _backward(
     index = axis_index(CONTEXT, mesh)
     nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
 
-    def attend(
-        gradients: Parts, sums: Parts, keys: Parts, source: Array | int, pair: Pair
-    ) -> tuple[Parts, Parts]:
-        key, value, key_places = _half_of_keys(keys, source, pair[1], mesh)
+    def attend(carry: tuple[Parts, Any], keys: HalfOfKeys, half: Array | int) -> tuple[Parts, Any]:
+        """Gradients of all queries, and those of one half of the keys and values."""
+        key, value, key_places = keys
 
         def one_block(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], None]:
             gradients, sums = carry
@@ -177,14 +202,14 @@ def _backward(
             gradient += _product("BKGQS,BKHS->BKGQH", weights, key)
             return (_put(gradients, gradient, number), (key_sum, value_sum)), None
 
-        carry = gradients, _at(sums, pair[1])
-        (gradients, new), _ = lax.scan(one_block, carry, _block_numbers(queries, pair[0]))
-        return gradients, _put(sums, new, pair[1])
+        return lax.scan(one_block, carry, _block_numbers(queries, half))[0]
 
     def visit(gradients: Parts, keys: Parts, source: Array | int) -> tuple[Parts, Parts]:
         sums = nothing
-        for pair in _pairs(source, index):
-            gradients, sums = attend(gradients, sums, keys, source, pair)
+        for half, half_of_keys in _pairs(source, index):
+            own = _half_of_keys(keys, source, half_of_keys, mesh)
+            gradients, new = attend((gradients, _at(sums, half_of_keys)), own, half)
+            sums = _put(sums, new, half_of_keys)
         return gradients, sums
 
     gradients = jnp.zeros(queries[0].shape, jnp.float32)
@@ -212,8 +237,9 @@ def _backward(
         )
         sums = jax.tree.map(lambda x: reduce_scatter(x, CONTEXT, 0, mesh)[0], sums)
     # Last and apart from the sums that come home, so that it can be worked on meanwhile.
-    gradients, own = attend(gradients, nothing, keys, index, (0, 0))
-    key_sum, value_sum = jax.tree.map(jnp.add, sums, own)
+    first = _half_of_keys(keys, index, 0, mesh)
+    gradients, new = attend((gradients, _at(nothing, 0)), first, 0)
+    key_sum, value_sum = jax.tree.map(jnp.add, sums, _put(nothing, new, 0))
     return (
         _joined_blocks(gradients).astype(query.dtype),
         _joined_halves(key_sum).astype(key.dtype),
@@ -309,7 +335,7 @@ def _query_places(segment_ids: Int[Array, "B t"], mesh: MeshConfig) -> Places:
 
 def _half_of_keys(
     keys: Parts, source: Array | int, half: Array | int, mesh: MeshConfig
-) -> tuple[Array, Array, Places]:
+) -> HalfOfKeys:
     """One half of the keys and values of the shard `source`, their segments and positions."""
     key, value, ids = _at(keys, half)
     positions = token_indices(2 * ids.shape[1], source, mesh.context)
