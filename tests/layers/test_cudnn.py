@@ -124,7 +124,7 @@ def inputs(lengths, heads=4, kv_heads=2, head_dim=8, seed=0):
         np.int32
     )
     segments[-1, segments[-1] == segments[-1, -1]] = 0
-    return query, key, value, segments
+    return tuple(map(jnp.asarray, (query, key, value, segments)))
 
 
 def results(run, query, key, value, segments):

@@ -297,7 +297,7 @@ def test_a_student_learns_what_its_teacher_says_live_or_from_a_cache(kind):
     )
 
     def by_hand(params, batch, teacher):
-        inputs = [batch[name] for name in ("inputs", "positions", "segment_ids")]
+        inputs = tuple(batch[name] for name in ("inputs", "positions", "segment_ids"))
         teaching = HiddenStates(decoder.forward(teacher, inputs, TEACHER, FLOAT32), teacher["head"])
         if kind != "distribution":
             teaching = likeliest(*teaching, 3)
