@@ -89,9 +89,8 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
     params = Checkpoints(directory).restore_params(run.last_steps[stage], abstract(specs))
     file = directory / f"{name.replace(' ', '-')}.gguf"
     file.unlink(missing_ok=True)
-    gguf.write(
-        file, params, model, prepared.tokenizer, run.stages[stage].sequence_length, kind, name
-    )
+    described = gguf.File(run.stages[stage].sequence_length, kind, name)
+    gguf.write(file, params, model, prepared.tokenizer, described)
 
     store = prepared.held_out[SOURCE]
     if store is None:

@@ -233,6 +233,7 @@ def test_after_pruning_it_is_an_ordinary_smaller_model(
     ours = hidden @ decoder.head_matrix(trained.params).T
     model, params, _ = huggingface.read(exported)
     assert model.ffn_dim == KEEP
+    params = jax.tree.map(jax.numpy.asarray, params)
     hidden = decoder.forward(params, inputs, model, execution)
     theirs = hidden @ decoder.head_matrix(params).T
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -108,6 +108,7 @@ def test_epsilon_moves_a_narrower_model_by_no_more_than_is_said():
     x, scale = rng.normal(size=(5, 32)).astype(np.float32), np.ones(32, np.float32)
     x[:, 8:] = 0
     mean_square = np.mean(x[:, :8] ** 2, axis=1, keepdims=True)
+    x, scale = jnp.asarray(x), jnp.asarray(scale)
     narrow = rms_norm(x[:, :8], scale[:8], epsilon)
     wide = rms_norm(x, scale * math.sqrt(keep["embed"] / 32), epsilon)[:, :8]
     np.testing.assert_allclose(

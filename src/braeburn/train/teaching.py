@@ -16,7 +16,7 @@ import numpy as np
 from braeburn.config import ModelConfig, Run, read_run
 from braeburn.data.packing import Batch
 from braeburn.data.prepare import Prepared
-from braeburn.data.teacher_store import TeacherStore, build_teacher_store
+from braeburn.data.teacher_store import Labelling, TeacherStore, Writer, build_teacher_store
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
@@ -208,21 +208,22 @@ def teacher_stores(
         label = _labeller(resolved, teacher, proceed)
         for source in missing:
             log(f"stage {name}: the teacher labels {source}")
-            build_teacher_store(
-                places[source],
-                prepared.train[source],
-                stage.sequence_length,
-                stage.distillation.kept,
-                teacher.model.vocab_size,
-                identity,
-                stage.batch_size // stage.accumulation_steps,
-                label,
+            labelling = Labelling(
+                sequence_length=stage.sequence_length,
+                k=stage.distillation.kept,
+                vocab_size=teacher.model.vocab_size,
+                identity=identity,
+                batch_size=stage.batch_size // stage.accumulation_steps,
+                label=label,
+            )
+            writer = Writer(
                 log=log,
                 writes=jax.process_index() == 0,
                 first_part=functools.partial(
                     main_first, f"labels of {source} for {name} were begun"
                 ),
             )
+            build_teacher_store(places[source], prepared.train[source], labelling, writer)
     return main_first(
         f"labels for {name} were made",
         lambda: {
