@@ -108,6 +108,12 @@ _NOT_COMPARED = {"scan_layers", "max_position_embeddings", "z_loss"}
 def require_same_model(run: Run, saved: Run, step: int, directory: Path) -> None:
     """Refuses a run whose model is not that which a checkpoint was trained with.
 
+    Args:
+        run: the run, as it is now.
+        saved: the run that the checkpoint holds.
+        step: of the checkpoint.
+        directory: of the run; named in errors.
+
     Raises:
         UserError: naming the first field that differs.
     """
@@ -129,6 +135,12 @@ def require_same_model(run: Run, saved: Run, step: int, directory: Path) -> None
 
 def require_same_tokenizer(present: Tokenizer, saved: Tokenizer, path: Path, step: int) -> None:
     """Refuses a tokenizer other than the one that a checkpoint was trained with.
+
+    Args:
+        present: the run directory's.
+        saved: the checkpoint's.
+        path: of the former; named in errors.
+        step: of the checkpoint.
 
     Raises:
         UserError: naming the file and the checkpoint.

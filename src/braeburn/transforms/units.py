@@ -96,8 +96,16 @@ def at_path(values: Any, path: str) -> Any:
 
 
 def masks(scores: Tree, keep: Keep, model: ModelConfig, temperature: Array | float) -> Tree:
-    """Masks of the scores' shapes, float32, each summing to what is kept of its axis: see
-    `soft_top_k`.
+    """The masks of units, by `soft_top_k`.
+
+    Args:
+        scores: float32, of the shapes of `score_specs`.
+        keep: how many units stay of each axis.
+        model: that they are units of.
+        temperature: of the masks; at 0 they are zeros and ones.
+
+    Returns:
+        Masks of the scores' shapes, float32. Those of one layer sum to what is kept.
     """
     found = {}
     for axis, size in keep.items():

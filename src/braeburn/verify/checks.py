@@ -200,7 +200,17 @@ def tolerance(run: Run) -> float:
 
 
 def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) -> list[Check]:
-    """The curves of the first stage on each layout against that of `reference`."""
+    """Compares the first stage on several layouts with that of one run.
+
+    Args:
+        reference: the run to compare with.
+        runs: the same run on other layouts, by a name for each.
+        prepared: the text.
+        say: takes a line of progress.
+
+    Returns:
+        A check of each layout.
+    """
     first = next(iter(reference.stages))
     refused = {name: refusal(run) for name, run in runs.items()}
     with ThreadPoolExecutor(
@@ -265,10 +275,19 @@ def steps_alike(run: Run) -> int:
 
 
 def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[Check]:
-    """The curves of all stages on several meshes against one device's.
+    """Compares all stages on several meshes with those on one device.
 
     From `steps_alike` on, each step is made from the state that the one device had before it, and
     with its teachers.
+
+    Args:
+        run: the run, shrunk.
+        num_devices: that the meshes take.
+        folder: for run directories.
+        say: takes a line of progress.
+
+    Returns:
+        A check of each mesh.
     """
     checks: list[Check] = []
     others = {_place(other): other for other in all_stages_split(run, num_devices)}
@@ -339,8 +358,16 @@ def train_and_kill(run: Run, recipe: str, folder: Path) -> None:
 
 
 def resume(run: Run, folder: Path, killed: Future[None], say: Say) -> Check:
-    """The curve of a run killed in `folder` and resumed against one left alone, made in `folder /
-    "whole"`.
+    """Compares a run that is killed and resumed with one that is left alone.
+
+    Args:
+        run: the run, shrunk.
+        folder: for run directories: the latter run is made in "whole" there.
+        killed: done when the run in "killed" there has been killed.
+        say: takes a line of progress.
+
+    Returns:
+        A check whose tolerance is 0.
     """
     checks: list[Check] = []
     with _failing("resume", _place(run), 0.0, checks):
@@ -361,8 +388,16 @@ def resume(run: Run, folder: Path, killed: Future[None], say: Say) -> Check:
 
 
 def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
-    """The curve of a run stopped and resumed on other layouts against the one in `folder /
-    "whole"`.
+    """Compares a run that is stopped and resumed on other layouts with one that is left alone.
+
+    Args:
+        run: the run, shrunk.
+        other: the same on another mesh, where the run begins.
+        folder: for run directories: "whole" there holds the run that was left alone.
+        say: takes a line of progress.
+
+    Returns:
+        A check of all the steps.
     """
     places = [other, run, on_mesh(run, ONE_DEVICE)]
     name = " -> ".join(dict.fromkeys(_place(place) for place in places))
