@@ -81,6 +81,8 @@ def test_weights_sharded_across_slices_are_named():
         DEVICE,
         ("llama3-8b", "v6e:256"),
         ("llama2-7b", "h100:256"),
+        ("olmo2-7b", "v5p:128"),
+        ("afm-on-device-2025", "v5p:128"),
     ],
 )
 def test_steps_that_fit(recipe, on):

@@ -227,7 +227,19 @@ def test_kernels_of_tpus_by_their_flops():
     # One sequence a chip: no batch dimension. Keys of other context shards as well.
     single = SPLASH.replace("bf16[2,32,4096,128]{3,2,1,0}", "bf16[32,1024,128]{2,1,0}")
     single = single.replace("bf16[2,8,4096,128]{3,2,1,0}", "bf16[8,4096,128]{2,1,0}")
+    single = single.replace("s8[1,8,8]", "s8[1,2,8]")
     assert computing(parse(straight(single)), V5P).seconds == pytest.approx(2 * once / 8)
+
+
+def test_kernels_with_a_window_multiply_less():
+    # A window of 1024 tokens: of 8 blocks of keys each block of queries sees 3 at most.
+    forward, gradients = SPLASH, DQ.replace("dq", "dkv")
+    whole = [k.seconds for k in computing(parse(straight(forward, gradients)), V5P).kernels]
+    forward = forward.replace("s8[1,8,8]", "s8[1,8,3]")
+    gradients = gradients.replace("s8[1,8,8]", "s8[1,3,8]")
+    found = computing(parse(straight(forward, gradients)), V5P)
+    part = 3 / 8 * (2 - 3 / 8)
+    assert [k.seconds for k in found.kernels] == pytest.approx([part * each for each in whole])
 
 
 def test_what_has_no_time_is_told():

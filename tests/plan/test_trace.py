@@ -2,6 +2,7 @@
 formulas.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice
 
-from braeburn.config import NO_OFFLOAD, Pruning, Remat, override
+from braeburn.config import LayerConfig, ModelConfig, Pruning, Remat, override
+from braeburn.config.sublayers.reused import ReusedAttention
+from braeburn.config.sublayers.sliding import SlidingAttention
 from braeburn.hardware.targets import parse_target
 from braeburn.layers.attention.select import outlined
 from braeburn.objectives import cross_entropy
@@ -24,16 +27,34 @@ SIZES = {"model.num_layers": 3, "model.d_model": 512, "model.ffn_dim": 1024}
 MESHES = [(1, False), (4, True)]
 
 
-def shapes(tensor: int, fsdp: bool, recipe: str = "llama3-8b") -> blocks.Shapes:
-    """Of a model that is large enough for its dimensions to be divided."""
-    run = override(load(recipe), SIZES)
-    return blocks.shapes_of(blocks.sized(run.model), run.precision, tensor, fsdp)
+FULL, LAST = LayerConfig(), LayerConfig(attention=SlidingAttention(window=512))
+REUSED = LayerConfig(attention=ReusedAttention())
+# Patterns of several layers, of several segments, and with layers that reuse keys and values.
+PATTERNS: dict[str, dict[str, Any]] = {
+    "one": {"num_layers": 3},
+    "windows": {"num_layers": 8, "pattern": (LAST, LAST, FULL)},
+    "reuse": {"num_layers": 7, "pattern": (FULL,), "tail_pattern": (REUSED,), "tail_layers": 3},
+    "reuse in turn": {"num_layers": 4, "pattern": (FULL, REUSED)},
+}
+
+
+def model_of(pattern: str) -> ModelConfig:
+    """A model that is large enough for its dimensions to be divided."""
+    return override(load("llama3-8b"), SIZES).model.replace(**PATTERNS[pattern])
+
+
+def shapes(tensor: int, fsdp: bool, pattern: str = "one") -> blocks.Shapes:
+    """What the programs of such a model are traced with."""
+    precision, stored = load("llama3-8b").precision, ("fsdp",) if fsdp else ()
+    rules = blocks.USUAL_RULES
+    return blocks.shapes_of(blocks.sized(model_of(pattern)), precision, rules, tensor, stored)
 
 
 def whole_gradient(of: blocks.Shapes, remat: Remat) -> Any:
     """The graph of the gradient that JAX makes of a stage's loss under a policy."""
     mesh = of.mesh
-    params, _ = blocks._parameters(of.model, mesh)
+    execution = replace(of.execution, remat=remat)
+    params, _ = blocks._parameters(of.model, execution)
     integers = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32)
     batch = {
         name: jax.ShapeDtypeStruct((1, of.tokens), dtype)
@@ -41,22 +62,32 @@ def whole_gradient(of: blocks.Shapes, remat: Remat) -> Any:
     }
 
     def loss(params: Any, batch: Any) -> Any:
-        settings = of.precision, remat, NO_OFFLOAD, mesh
-        return cross_entropy.loss(params, batch, of.model, *settings)[0]
+        return cross_entropy.loss(params, batch, of.model, execution)[0]
 
     program = on_each_device(jax.grad(loss), mesh, AbstractDevice("", None, "cpu"))
-    with outlined(lambda request, query, key, value, *_: blocks.attention_call(query, key, value)):
+    with outlined(lambda request, q, k, v, *_: blocks.attention_call(request, q, k, v)):
         return flatten(jax.make_jaxpr(program)(params, batch), of.marker)
 
 
-@pytest.mark.parametrize(("tensor", "fsdp"), MESHES)
 @pytest.mark.parametrize(
-    "remat", [Remat(policy="none"), REMATS[1], REMATS[-2], REMATS[-1]], ids=str
+    ("pattern", "remat"),
+    [
+        *(("one", remat) for remat in (Remat(policy="none"), REMATS[1], REMATS[-2], REMATS[-1])),
+        *((pattern, REMATS[-2]) for pattern in PATTERNS if pattern != "one"),
+        *(
+            pytest.param(pattern, remat, marks=pytest.mark.deep)
+            for pattern in PATTERNS
+            for remat in (Remat(policy="none"), REMATS[1], REMATS[-1])
+            if pattern != "one"
+        ),
+    ],
+    ids=str,
 )
+@pytest.mark.parametrize(("tensor", "fsdp"), MESHES)
 def test_products_and_exchanges_are_those_of_the_rematerialised_program(
-    tensor: int, fsdp: bool, remat: Remat
+    tensor: int, fsdp: bool, remat: Remat, pattern: str
 ) -> None:
-    of = shapes(tensor, fsdp)
+    of = shapes(tensor, fsdp, pattern)
     graph = whole_gradient(of, remat)
     nodes = needed(graph.nodes, graph.outputs)
     found, around = layers.layers_of(of, remat), layers.around_of(of)
@@ -123,7 +154,7 @@ def test_sizes_between_two_that_are_traced_are_those_of_a_trace(
 
 def test_nothing_but_attention_crosses_context() -> None:
     run = override(load("llama3-8b"), SIZES)
-    assert not blocks.crosses_context(blocks.sized(run.model), run.precision)
+    assert not blocks.crosses_context(blocks.sized(run.model), run.precision, run.rules)
 
 
 def test_attention_without_a_kernel_takes_the_memory_that_it_was_compiled_to() -> None:

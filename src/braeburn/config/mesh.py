@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from braeburn.config.base import Frozen, OneOrMore, Size
 
 MeshAxis = Literal["replica", "data", "fsdp", "context", "tensor"]
+AXES: tuple[str, ...] = get_args(MeshAxis)
 # -1 stands for as many as the devices allow.
 AxisSize = Annotated[int, Field(ge=-1, le=2**24)]
 
@@ -37,7 +38,7 @@ class MeshConfig(Frozen):
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each axis by its name, in the order of the mesh."""
-        return {axis: getattr(self, axis) for axis in get_args(MeshAxis)}
+        return {axis: getattr(self, axis) for axis in AXES}
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":

@@ -251,10 +251,12 @@ def decoder(
     shared: Any = None
     for segment in model.segments:
         segment_specs = _in_pattern(segment, specs[segment.name])
-        bodies = [
-            run_layer(config, own)
+        # Equal layers are one function, so that they are traced once.
+        body_of = {
+            config: run_layer(config, own)
             for config, own in zip(segment.pattern, segment_specs, strict=True)
-        ]
+        }
+        bodies = [body_of[config] for config in segment.pattern]
 
         def repeat(
             carry: tuple[Array, Any], repeated: tuple[Any, Any], bodies: list[Callable] = bodies

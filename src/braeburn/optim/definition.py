@@ -133,10 +133,15 @@ def definition_of(config: OptimizerConfig) -> Definition:
     return found
 
 
+def initial_state(config: OptimizerConfig, parameters: Parameters) -> Any:
+    """The types of what an optimizer remembers of parameters, over all devices."""
+    transformation = definition_of(config).transformation(config, parameters)
+    return jax.eval_shape(transformation.init, abstract(parameters.specs))
+
+
 def state_bytes(config: OptimizerConfig, parameters: Parameters) -> int:
     """Bytes that an optimizer remembers of parameters, over all devices, but for scalars."""
-    transformation = definition_of(config).transformation(config, parameters)
-    state = jax.eval_shape(transformation.init, abstract(parameters.specs))
+    state = initial_state(config, parameters)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
 
 

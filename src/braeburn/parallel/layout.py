@@ -3,7 +3,7 @@ them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,15 +101,12 @@ class Layout:
             _names(path): rule
             for path, rule in jax.tree.leaves_with_path(self._partitions("optimizer"))
         }
-        specs = {_names(path): spec for path, spec in jax.tree.leaves_with_path(self.specs)}
+        shapes = {_names(path): spec.shape for path, spec in jax.tree.leaves_with_path(self.specs)}
         memory = HOST if self.execution.offload.optimizer and not on_device else None
 
         def place(path: Any, leaf: Any) -> NamedSharding:
-            names = _names(path)
-            for start in range(len(names)):
-                if names[start:] in specs and specs[names[start:]].shape == leaf.shape:
-                    return self._place(rules[names[start:]], memory)
-            return self.everywhere()
+            names = parameter_of(path, leaf, shapes)
+            return self.everywhere() if names is None else self._place(rules[names], memory)
 
         return jax.tree.map_with_path(place, state)
 
@@ -221,6 +218,24 @@ def one_device(specs: Tree, precision: Precision) -> Layout:
     """Everything on the first of this process's devices."""
     execution = Execution(precision=precision)
     return Layout(execution, build(execution.mesh, jax.local_devices()[:1]), specs)
+
+
+def parameter_of(
+    path: Any, leaf: Any, shapes: Mapping[tuple[str, ...], tuple[int, ...]]
+) -> tuple[str, ...] | None:
+    """The names of the parameter that an array of an optimizer's state lies like; None where it is
+    like none.
+
+    Args:
+        path: of the array in the state.
+        leaf: the array, or its type.
+        shapes: of the parameters, by the names on their paths.
+    """
+    names = _names(path)
+    for start in range(len(names)):
+        if shapes.get(names[start:]) == leaf.shape:
+            return names[start:]
+    return None
 
 
 def _names(path: Any) -> tuple[str, ...]:

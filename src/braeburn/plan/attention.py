@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 
 from braeburn.config import MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, Backend, Request
+from braeburn.layers.attention.backend import ATTENTION, Backend, Request, nothing
+from braeburn.layers.attention.blocked import blocked_attention
 from braeburn.layers.attention.select import choose
 from braeburn.parallel.sequence import gather_sequence
-from braeburn.plan.blocks import BACKWARD, FORWARD, attention_call
+from braeburn.plan.blocks import attention_call, request_of
 from braeburn.plan.graph import Node, Value, needed
 from braeburn.plan.trace import Pass, Program, differentiate, on_each_device, peaks, rematerialize
 
@@ -81,10 +82,14 @@ class Accelerator:
 WITH_KERNEL = Accelerator()
 
 
+# Stands for a fused kernel of a chip that JAX has no compiler for; it is never run.
+OTHER = Backend("other", lambda _: None, blocked_attention, nothing)
+
+
 def backend_of(accelerator: Accelerator, request: Request) -> Backend:
     """The back end that a device of this kind takes."""
     if accelerator.platform == "other" and not request.ring:
-        return Backend("other", lambda _: None, attention_call, lambda request, batch: 0)
+        return OTHER
     return choose(request)[0]
 
 
@@ -115,8 +120,8 @@ def attention_of(accelerator: Accelerator, request: Request) -> tuple[Attention,
 def _around_kernel(dtype: Any, head_dim: int, shards: int, length: int) -> Attention:
     request = Request("", dtype, length, 1, 1, head_dim, shards)
 
-    def run(query: Any, key: Any, value: Any, ids: Any, mesh: MeshConfig) -> Any:
-        return attention_call(query, *(gather_sequence(x, mesh) for x in (key, value)))
+    def run(query: Any, key: Any, value: Any, ids: Any, mesh: MeshConfig, window: Any) -> Any:
+        return attention_call(request, query, *(gather_sequence(x, mesh) for x in (key, value)))
 
     return _costs(_traced(request, run))
 
@@ -153,7 +158,7 @@ def _traced(request: Request, run: Callable[..., Any]) -> Program:
     )
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     return differentiate(
-        lambda *arguments: [run(*arguments, mesh)],
+        lambda *arguments: [run(*arguments, mesh, request.window)],
         [query, key, key, ids],
         [True, True, True, False],
         [query],
@@ -193,5 +198,5 @@ def _cost(nodes: list[Node], outputs: Iterable[Value]) -> Cost:
     for key, (size, times) in found.collectives.items():
         before = moved.get(key.kind, (0.0, 0.0))
         moved[key.kind] = before[0] + size.scaled, before[1] + times
-    calls = sum(call.equation.params["target_name"] in (FORWARD, BACKWARD) for call in found.calls)
+    calls = sum(request_of(call.equation) is not None for call in found.calls)
     return Cost(found.flops.scaled, calls, found.element_wise.scaled, moved)

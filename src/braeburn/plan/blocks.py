@@ -2,13 +2,14 @@
 that is around them.
 
 This module alone knows how the loss of a stage is called. What the layers are it reads from the
-traced program: a loop over stacked parameters is a block, its body one repeat of the block's
-pattern, its length the number of repeats.
+traced program: the body of a loop over stacked parameters is one repeat of a pattern, and each part
+of it that is rematerialised by itself is a layer of that pattern.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -25,27 +26,32 @@ from braeburn.config import (
     Offload,
     Precision,
     Remat,
+    ShardingRules,
 )
 from braeburn.errors import UserError
-from braeburn.layers.attention.backend import ATTENTION
+from braeburn.layers.attention.backend import ATTENTION, Request
 from braeburn.layers.attention.select import outlined
 from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy, distillation
-from braeburn.parallel.collectives import CONTEXT
-from braeburn.parallel.rules import mesh_axes, partition
+from braeburn.parallel.collectives import CONTEXT, TENSOR
+from braeburn.parallel.rules import Kind, mesh_axes
 from braeburn.plan.graph import total_collectives
 from braeburn.plan.trace import (
     REMATERIALIZED,
     Policy,
     Program,
+    carry_out,
     differentiate,
     evaluate,
     on_each_device,
 )
 
+USUAL_RULES = ShardingRules()
 # Of an axis along which weights are split: what is gathered does not depend on it.
-FSDP_TRACED = 2
+SPLIT_TRACED = 2
+# Each layer is traced as a part of its own; what is kept of it is decided later.
+EACH_LAYER = Remat(policy="full")
 # Tokens that a loss takes in one chunk, whatever it is.
 _MOST_TOKENS = 500
 _LARGEST_PRIME = 127
@@ -65,25 +71,32 @@ class Shapes:
     Attributes:
         model: that is trained.
         precision: of its activations and sums.
+        rules: what lies where.
         tensor: devices along `tensor`.
-        fsdp: whether weights are split along `fsdp`.
+        stored: other axes but `context` that weights are stored split along; see `stored_along`.
         context: devices along `context`.
         teacher: a model that runs forward beside it, and what it teaches; None where there is none.
     """
 
     model: ModelConfig
     precision: Precision
+    rules: ShardingRules = USUAL_RULES
     tensor: int = 1
-    fsdp: bool = False
+    stored: tuple[str, ...] = ()
     context: int = 1
     teacher: tuple[ModelConfig, Distillation] | None = None
 
     @property
     def mesh(self) -> MeshConfig:
         """The mesh that is traced."""
-        return MeshConfig(
-            fsdp=FSDP_TRACED if self.fsdp else 1, context=self.context, tensor=self.tensor
-        )
+        split = dict.fromkeys(self.stored, SPLIT_TRACED)
+        sizes = {"fsdp": 1, **split, "context": self.context, "tensor": self.tensor}
+        return MeshConfig.model_validate(sizes)
+
+    @property
+    def execution(self) -> Execution:
+        """How the programs that are traced are carried out."""
+        return Execution(self.mesh, self.rules, self.precision, EACH_LAYER)
 
     @cached_property
     def marker(self) -> int:
@@ -107,8 +120,9 @@ class Shapes:
 def shapes_of(
     model: ModelConfig,
     precision: Precision,
-    tensor: int,
-    fsdp: bool,
+    rules: ShardingRules = USUAL_RULES,
+    tensor: int = 1,
+    stored: tuple[str, ...] = (),
     context: int = 1,
     teacher: tuple[ModelConfig, Distillation] | None = None,
 ) -> Shapes:
@@ -117,12 +131,28 @@ def shapes_of(
     Args:
         model: that is trained; see `sized`.
         precision: of its activations and sums.
+        rules: what lies where.
         tensor: devices along `tensor`.
-        fsdp: whether weights are split along `fsdp`.
+        stored: other axes but `context` that weights are stored split along.
         context: devices along `context`, where more than attention depends on them.
         teacher: a teacher's model with what it teaches, or None.
     """
-    return Shapes(model, precision, tensor, fsdp, context, teacher)
+    return Shapes(model, precision, rules, tensor, stored, context, teacher)
+
+
+@cache
+def axes_of(rules: ShardingRules, kind: Kind) -> frozenset[str]:
+    """All axes of the mesh that a column of the rules names."""
+    placements = [getattr(rules, name) for name in type(rules).model_fields]
+    return frozenset(axis for placement in placements for axis in getattr(placement, kind))
+
+
+def stored_along(rules: ShardingRules, mesh: MeshConfig) -> tuple[str, ...]:
+    """The axes of more than one device, but for `tensor` and `context`, that weights are stored
+    split along.
+    """
+    axes = axes_of(rules, "parameters") - {TENSOR, CONTEXT}
+    return tuple(axis for axis, size in mesh.sizes.items() if size > 1 and axis in axes)
 
 
 @cache
@@ -132,17 +162,20 @@ def sized(model: ModelConfig) -> ModelConfig:
 
 
 @cache
-def _splits(model: ModelConfig, tensor: int) -> frozenset[str] | None:
+def _splits(model: ModelConfig, rules: ShardingRules, tensor: int) -> frozenset[str] | None:
     """The parameters that are split along `tensor`; None where it does not divide the model."""
-    execution = Execution(MeshConfig(fsdp=1, tensor=tensor))
+    execution = Execution(MeshConfig(fsdp=1, tensor=tensor), rules)
     split = set()
     try:
         for path, spec in walk(decoder.param_specs(model)):
-            axes = mesh_axes(spec.axes, spec.shape, "parameters", execution, spec.role)
-            if spec.role != "norm":
-                split |= {
-                    f"{path} {name}" for name, along in zip(spec.axes, axes, strict=True) if along
-                }
+            # Where a norm that is used in parts has one row, JAX sums nothing over its rows.
+            kind: Kind = "activations" if spec.role == "norm" else "parameters"
+            axes = mesh_axes(spec.axes, spec.shape, kind, execution, spec.role)
+            split |= {
+                f"{path} {name}{' of one' if spec.role == 'norm' and size == tensor else ''}"
+                for name, size, along in zip(spec.axes, spec.shape, axes, strict=True)
+                if along
+            }
     except UserError:
         return None
     return frozenset(split)
@@ -159,12 +192,14 @@ def neighbours(shapes: Shapes) -> tuple[Shapes, Shapes, float] | None:
     model, tensor = shapes.model, shapes.tensor
     if tensor == 1:
         return None
-    splits = _splits(model, tensor)
-    alike = [n for n in SIZES if _splits(model, n) == splits]
+    splits = _splits(model, shapes.rules, tensor)
+    alike = [n for n in SIZES if _splits(model, shapes.rules, n) == splits]
     if splits is None or not alike or not alike[0] < tensor < alike[-1]:
         return None
     ends = [
-        shapes_of(model, shapes.precision, n, shapes.fsdp, shapes.context, shapes.teacher)
+        shapes_of(
+            model, shapes.precision, shapes.rules, n, shapes.stored, shapes.context, shapes.teacher
+        )
         for n in (alike[0], alike[-1])
     ]
     share = (1 / alike[0] - 1 / tensor) / (1 / alike[0] - 1 / alike[-1])
@@ -172,11 +207,11 @@ def neighbours(shapes: Shapes) -> tuple[Shapes, Shapes, float] | None:
 
 
 @cache
-def crosses_context(model: ModelConfig, precision: Precision) -> bool:
+def crosses_context(model: ModelConfig, precision: Precision, rules: ShardingRules) -> bool:
     """Whether anything but attention exchanges along `context`: else its size changes nothing but
     the tokens of a device.
     """
-    found = programs(shapes_of(model, precision, 1, False, 2))
+    found = programs(shapes_of(model, precision, rules, context=2))
     graphs = [found.around, *(block.program for block in found.blocks)]
     return any(
         key.axis == CONTEXT
@@ -187,14 +222,16 @@ def crosses_context(model: ModelConfig, precision: Precision) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A loop over layers.
+    """Equal layers.
 
     Attributes:
-        program: one repeat of its pattern.
+        program: one of them.
         repeats: how many there are.
-        carry: the inputs and gradients of the program that go from one repeat to the next: values
-            of both kinds.
-        varying: its inputs that differ between repeats.
+        carry: the inputs and gradients of the program that go from one layer to the next: values of
+            both kinds.
+        varying: its inputs that differ between layers.
+        shared: its inputs that all of them have in common and that are worked out of tokens and
+            trained, as keys and values that are reused.
         trained: whether it has a gradient; a teacher's has none.
     """
 
@@ -202,6 +239,7 @@ class Block:
     repeats: int
     carry: frozenset[Any]
     varying: frozenset[Any]
+    shared: frozenset[Any]
     trained: bool
 
 
@@ -222,8 +260,7 @@ def _loss(shapes: Shapes) -> Callable[..., Any]:
     """The loss of a stage as its train step differentiates it: of parameters, batch and a teacher's
     parameters.
     """
-    model = shapes.model
-    execution = Execution(shapes.mesh, precision=shapes.precision)
+    model, execution = shapes.model, shapes.execution
     if shapes.teacher is None:
         return lambda params, batch: cross_entropy.loss(params, batch, model, execution)[0]
     taught_by, targets = shapes.teacher
@@ -235,7 +272,7 @@ def _loss(shapes: Shapes) -> Callable[..., Any]:
 @cache
 def policy_of(remat: Remat, offload: Offload, fsdp: bool) -> Policy:
     """What a rematerialised layer keeps, as `jax.checkpoint` is told."""
-    mesh = MeshConfig(fsdp=FSDP_TRACED if fsdp else 1)
+    mesh = MeshConfig(fsdp=SPLIT_TRACED if fsdp else 1)
     execution = Execution(mesh, remat=remat, offload=offload)
     body = decoder.rematerialized(lambda x: x, execution)
     for equation in jax.make_jaxpr(body)(0.0).eqns:
@@ -245,41 +282,57 @@ def policy_of(remat: Remat, offload: Offload, fsdp: bool) -> Policy:
     return None
 
 
-def _parameters(model: ModelConfig, mesh: MeshConfig) -> tuple[Tree, list[bool]]:
+def _parameters(model: ModelConfig, execution: Execution) -> tuple[Tree, list[bool]]:
     """The types of one device's part of the parameters, and whether each is stacked over layers."""
+    sizes = execution.mesh.sizes
 
     def part(spec: Any) -> Any:
-        split = tuple(partition(spec.axes, spec.shape, "parameters", Execution(mesh), spec.role))
-        shape = list(spec.shape)
-        for dim, axes in enumerate(split):
-            for axis in (axes,) if isinstance(axes, str) else axes or ():
-                shape[dim] //= mesh.sizes[axis]
-        return jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        split = mesh_axes(spec.axes, spec.shape, "parameters", execution, spec.role)
+        shape = tuple(
+            size // math.prod(sizes[axis] for axis in along)
+            for size, along in zip(spec.shape, split, strict=True)
+        )
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     specs = decoder.param_specs(model)
     return jax.tree.map(part, specs), [spec.stacked for spec in jax.tree.leaves(specs)]
 
 
-@jax.custom_vjp
-def attention_call(query: Any, key: Any, value: Any) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention_call(request: Request, query: Any, key: Any, value: Any) -> Any:
     """What stands for attention in a traced program: one call forward and one backward, whose costs
-    are worked out apart.
+    are worked out apart, by the request that both carry.
     """
-    return _attention_forward(query, key, value)[0]
+    return _attention_forward(request, query, key, value)[0]
 
 
-def _attention_forward(query: Any, key: Any, value: Any) -> tuple[Any, tuple[Any, ...]]:
+def _attention_forward(
+    request: Request, query: Any, key: Any, value: Any
+) -> tuple[Any, tuple[Any, ...]]:
     result = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    output = checkpoint_name(jax.ffi.ffi_call(FORWARD, result)(query, key, value), ATTENTION)
+    made = jax.ffi.ffi_call(FORWARD, result)(query, key, value, request=request)
+    output = checkpoint_name(made, ATTENTION)
     return output, (query, key, value, output)
 
 
-def _attention_backward(residuals: tuple[Any, ...], above: Any) -> tuple[Any, ...]:
+def _attention_backward(
+    request: Request, residuals: tuple[Any, ...], above: Any
+) -> tuple[Any, ...]:
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in residuals[:3]]
-    return tuple(jax.ffi.ffi_call(BACKWARD, results)(*residuals, above))
+    return tuple(jax.ffi.ffi_call(BACKWARD, results)(*residuals, above, request=request))
 
 
 attention_call.defvjp(_attention_forward, _attention_backward)
+
+
+def request_of(equation: Any) -> Request | None:
+    """What a call of attention in a traced program asks for; None of other operations."""
+    if equation.primitive.name != "ffi_call":
+        return None
+    if equation.params["target_name"] not in (FORWARD, BACKWARD):
+        return None
+    request: Request = dict(equation.params["attributes"])["request"]
+    return request
 
 
 @cache
@@ -287,7 +340,7 @@ def programs(shapes: Shapes) -> Programs:
     """The programs of a stage for a mesh, traced for any device."""
     mesh = shapes.mesh
     device = AbstractDevice("", None, "cpu")
-    params, stacked = _parameters(shapes.model, mesh)
+    params, stacked = _parameters(shapes.model, shapes.execution)
     given, blocks_of = [params], list(stacked)
     types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32)
     batch = {
@@ -297,7 +350,7 @@ def programs(shapes: Shapes) -> Programs:
     given.append(batch)
     blocks_of += [False] * len(batch)
     if shapes.teacher:
-        taught_by, stacked = _parameters(shapes.teacher[0], mesh)
+        taught_by, stacked = _parameters(shapes.teacher[0], shapes.execution)
         given.append(taught_by)
         blocks_of += stacked
 
@@ -307,7 +360,7 @@ def programs(shapes: Shapes) -> Programs:
     loss, structure = _loss(shapes), jax.tree.structure(given)
     leaves = jax.tree.leaves(given)
     moving = [index < len(jax.tree.leaves(params)) for index in range(len(leaves))]
-    with outlined(lambda request, query, key, value, *_: attention_call(query, key, value)):
+    with outlined(lambda request, q, k, v, *_: attention_call(request, q, k, v)):
         whole = jax.make_jaxpr(wrap(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves))))(
             *leaves
         )
@@ -322,9 +375,10 @@ def programs(shapes: Shapes) -> Programs:
     loops = _loops(inner, order, blocks_of, moving)
     # Beside a teacher the layers that are trained are those that there are without one.
     blocks = tuple(
-        _block(eqn, moves, wrap, shapes.marker)
+        block
         for eqn, moves in loops.items()
         if not (shapes.teacher and any(moves))
+        for block in _blocks(eqn, moves, wrap, shapes.marker)
     )
 
     # What is made of stacked parameters before the loop, as norms that are gathered at once.
@@ -348,7 +402,7 @@ def programs(shapes: Shapes) -> Programs:
             if equation not in loops:
                 return None
             made.extend(inputs[index] for index in prepared[equation])
-            first, count = equation.params["num_consts"], equation.params["num_carry"]
+            first, count = _common_and_carried(equation)
             states = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in equation.outvars[count:]]
             return [*inputs[first : first + count], *states]
 
@@ -363,7 +417,17 @@ def programs(shapes: Shapes) -> Programs:
 
 def _first_stacked(equation: Any) -> int:
     """The first input of a loop that differs between its rounds."""
-    return int(equation.params["num_consts"] + equation.params["num_carry"])
+    return sum(_common_and_carried(equation))
+
+
+def _common_and_carried(equation: Any) -> tuple[int, int]:
+    """How many inputs of a loop all rounds have in common, and how many one hands to the next."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # From JAX 0.12 on.
+    common, carried, _ = params["ft_in"].unpack()
+    return len(common), len(carried)
 
 
 def _loops(
@@ -400,32 +464,108 @@ def _loops(
     return found
 
 
-def _block(equation: Any, moves: list[bool], wrap: Callable, marker: int) -> Block:
-    params, body = equation.params, equation.params["jaxpr"]
-    first, count = params["num_consts"], params["num_carry"]
-    # What one repeat hands on depends on what is trained if anything does.
-    moves = [
-        move or (any(moves) and first <= index < first + count) for index, move in enumerate(moves)
-    ]
-    program = differentiate(
-        lambda *arguments: evaluate(body.jaxpr, body.consts, arguments),
-        [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in body.in_avals],
-        moves,
-        [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in body.out_avals],
-        wrap,
-        marker,
+def _layers(body: Any) -> Iterator[list[Any]]:
+    """The equations of each layer of a loop's body: a layer ends with what is rematerialised."""
+    found: list[Any] = []
+    last = max(
+        (i for i, eqn in enumerate(body.eqns) if eqn.primitive.name in REMATERIALIZED), default=-1
     )
-    indices = [index for index, move in enumerate(moves) if move]
-    handed_on = {program.inputs[index] for index in range(first, first + count)}
-    handed_on |= {
+    for index, equation in enumerate(body.eqns):
+        found.append(equation)
+        if equation.primitive.name in REMATERIALIZED and index < last:
+            yield found
+            found = []
+    yield found
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, Literal)]
+
+
+def _blocks(equation: Any, flags: list[bool], wrap: Callable, marker: int) -> list[Block]:
+    """The layers of a loop, the equal ones of a pattern as one block.
+
+    Args:
+        equation: the loop.
+        flags: whether each of its inputs depends on what is trained.
+        wrap: see `differentiate`.
+        marker: see `flatten`.
+    """
+    params, body = equation.params, equation.params["jaxpr"]
+    first, count = _common_and_carried(equation)
+    constants = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
+    index_of = {var: index for index, var in enumerate(body.jaxpr.invars)}
+    equations = list(_layers(body.jaxpr))
+    read_later: set[Any] = set(_variables(body.jaxpr.outvars))
+    outputs: list[list[Any]] = []
+    for layer in reversed(equations):
+        made = [var for eqn in layer for var in eqn.outvars]
+        outputs.append([var for var in made if var in read_later])
+        read_later |= {var for eqn in layer for var in _variables(eqn.invars)}
+    found: dict[Any, Block] = {}
+    for layer, results in zip(equations, reversed(outputs), strict=True):
+        made_here = {var for eqn in layer for var in eqn.outvars}
+        read = dict.fromkeys(var for eqn in layer for var in _variables(eqn.invars))
+        inputs = [var for var in read if var not in made_here and var not in constants]
+        # What a layer hands on depends on what is trained if anything does.
+        places = [index_of.get(var, first) for var in inputs]
+        moves = [
+            flags[place]
+            or (
+                any(flags)
+                and first <= place < first + count
+                and bool(jnp.issubdtype(var.aval.dtype, jnp.floating))
+            )
+            for var, place in zip(inputs, places, strict=True)
+        ]
+        kinds = tuple((place >= first) + (place >= first + count) for place in places)
+        # Layers that the program has in common are one object in it.
+        same = layer[0].params.get("jaxpr") if len(layer) == 1 else layer[0]
+        key = id(same), kinds, tuple(moves)
+        if key in found:
+            found[key] = replace(found[key], repeats=found[key].repeats + params["length"])
+            continue
+        found[key] = _block(
+            differentiate(
+                lambda *arguments, layer=layer, inputs=inputs, results=results: carry_out(
+                    layer, constants | dict(zip(inputs, arguments, strict=True)), results
+                ),
+                [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in inputs],
+                moves,
+                [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in results],
+                wrap,
+                marker,
+            ),
+            moves,
+            kinds,
+            params["length"],
+        )
+    return list(found.values())
+
+
+def _block(program: Program, moves: list[bool], kinds: Sequence[int], length: int) -> Block:
+    """The block of a layer's program.
+
+    Args:
+        program: the layer.
+        moves: whether each of its inputs has a gradient.
+        kinds: 0 of inputs that all repeats share, 1 of those that one hands to the next, 2 of those
+            that each has of its own.
+        length: repeats.
+    """
+    kind_of = dict(zip(program.inputs, kinds, strict=True))
+    moving = [value for value, move in zip(program.inputs, moves, strict=True) if move]
+    carry = {value for value, kind in kind_of.items() if kind == 1}
+    carry |= {
         gradient
-        for index, gradient in zip(indices, program.gradients, strict=False)
-        if first <= index < first + count
+        for value, gradient in zip(moving, program.gradients, strict=False)
+        if kind_of[value] == 1
     }
     return Block(
         program,
-        params["length"],
-        frozenset(handed_on),
-        frozenset(program.inputs[first:]),
+        length,
+        frozenset(carry),
+        frozenset(value for value, kind in kind_of.items() if kind),
+        frozenset(value for value in moving if not kind_of[value] and value.bytes.scaled),
         any(moves),
     )

@@ -10,7 +10,15 @@ from typing import Any
 
 import jax
 
-from braeburn.config import Execution, MeshConfig, ModelConfig, Remat, Run
+from braeburn.config import (
+    Execution,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Remat,
+    Run,
+    ShardingRules,
+)
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import Confidence, weakest
 from braeburn.hardware.links import Links
@@ -22,9 +30,10 @@ from braeburn.objectives.vocabulary import MAX_LOGITS
 from braeburn.optim.definition import Parameters, UpdateCost, update_cost
 from braeburn.parallel.rules import check
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
-from braeburn.plan.forward import FLOAT, Exchange, Pass, Teaching, accelerator_of, joined, specs_of
+from braeburn.plan.forward import Exchange, Pass, Teaching, accelerator_of, joined
 from braeburn.plan.graph import Amount, distinct
 from braeburn.plan.layers import Around, around_of, layers_of
+from braeburn.plan.storage import FLOAT, by_identity, specs_of
 from braeburn.plan.totals import Totals, totals_of
 from braeburn.plan.trace import differentiate, rematerialize
 from braeburn.train.metrics import flops_per_token
@@ -83,8 +92,6 @@ HOST_GB_PER_S = 12.0
 # Bytes read and written to update a parameter, beside its optimizer's state: it is read and
 # written, and its gradient is read for its norm, clipped, and read again.
 UPDATED = 6 * FLOAT
-# Axes along which there are copies of a parameter, in the order in which gradients are summed.
-COPIES = ("context", "data", "replica")
 
 # Bytes read and written to mask or round a parameter: it is read and written, then its gradient,
 # for which it is read once more.
@@ -151,6 +158,13 @@ def _flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     return flops_per_token(model, specs_of(model), sequence_length)
 
 
+@by_identity
+def _update(
+    optimizer: OptimizerConfig, model: ModelConfig, rules: ShardingRules, mesh: MeshConfig
+) -> UpdateCost:
+    return update_cost(optimizer, Parameters(specs_of(model), model, Execution(mesh, rules)))
+
+
 @dataclass(frozen=True)
 class Work(Pass):
     """What one device does in a step of a stage, in FLOPs and bytes.
@@ -197,14 +211,12 @@ class Work(Pass):
     @cached_property
     def remade_shard(self) -> float:
         """Of the parameters that a device stores, those that are remade."""
-        return self.remade / (self.mesh.fsdp * self.mesh.tensor)
+        return self.remade * self.storage.part
 
     @cached_property
     def update(self) -> UpdateCost:
         """What the optimizer's update takes beyond element-wise work."""
-        execution = Execution(self.mesh, self.run.rules)
-        parameters = Parameters(specs_of(self.model), self.model, execution)
-        return update_cost(self.run.optimizer, parameters)
+        return _update(self.run.optimizer, self.model, self.run.rules, self.mesh)
 
     @cached_property
     def matrix_flops(self) -> float:
@@ -323,13 +335,15 @@ class Work(Pass):
         found = list(self.collectives(self.totals, self.around))
         if self.teaching:
             found = joined([*found, *self.teaching.exchanges()])
-        sizes, summed = self.mesh.sizes, FLOAT * self.shard
-        for axis in COPIES:
-            if sizes[axis] > 1:
-                # Arrays of all layers each.
-                found.append(Exchange(axis, "all-reduce", summed, 10, "weights"))
-                # The sum over several axes is scattered along the first for the next.
-                summed /= sizes[axis]
+        copies = (
+            ("all-reduce", "weights", self.storage.summed),
+            ("all-gather", "update", self.storage.updated),
+        )
+        found += [
+            Exchange(shared.axis, kind, shared.bytes, shared.times, what)
+            for kind, what, exchanged in copies
+            for shared in exchanged
+        ]
         found += [
             Exchange(asked.axis, asked.kind, asked.bytes, asked.times, "update")
             for asked in self.update.collectives

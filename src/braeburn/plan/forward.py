@@ -2,22 +2,34 @@
 adds to a step.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
-from braeburn.config import MeshConfig, ModelConfig, OptimizerConfig, Run, Stage
+from braeburn.config import (
+    Distillation,
+    MeshConfig,
+    ModelConfig,
+    Precision,
+    Run,
+    ShardingRules,
+    Stage,
+)
 from braeburn.hardware.catalogue import Chip
-from braeburn.layers.spec import Role, Tree, count
-from braeburn.models.decoder import param_specs
-from braeburn.optim.definition import Parameters, state_bytes
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
-from braeburn.plan.blocks import FSDP_TRACED, Shapes, crosses_context, shapes_of, sized
+from braeburn.plan.blocks import (
+    SPLIT_TRACED,
+    Shapes,
+    crosses_context,
+    shapes_of,
+    sized,
+    stored_along,
+)
 from braeburn.plan.graph import Amount, Collective, Moved
 from braeburn.plan.layers import Around, around_of, teacher_layers_of
+from braeburn.plan.storage import FLOAT, Storage, by_identity, storage_of
 from braeburn.plan.totals import Sequence, Totals, totals_of
-
-FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -41,26 +53,32 @@ class Exchange:
 
 
 @cache
-def specs_of(model: ModelConfig) -> Tree:
-    """The specs of a model's parameters."""
-    return param_specs(model)
-
-
-@cache
-def _count(model: ModelConfig, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")) -> int:
-    return count(specs_of(model), roles)
-
-
-@cache
-def _state_bytes(optimizer: OptimizerConfig, model: ModelConfig) -> int:
-    return state_bytes(optimizer, Parameters(specs_of(model), model))
-
-
-@cache
 def accelerator_of(chip: Chip) -> Accelerator:
     """What the choice of attention's back end depends on, of a chip of the catalogue."""
     platform = {"tpu": "tpu", "nvidia": "cuda", "amd": "rocm"}.get(chip.family, "other")
     return Accelerator(platform, chip.compute_capability)
+
+
+@by_identity
+def _shapes(
+    model: ModelConfig,
+    precision: Precision,
+    rules: ShardingRules,
+    mesh: MeshConfig,
+    teacher: ModelConfig | None = None,
+    distillation: Distillation | None = None,
+) -> Shapes:
+    model = sized(model)
+    crosses = mesh.context > 1 and crosses_context(model, precision, rules)
+    return shapes_of(
+        model,
+        precision,
+        rules,
+        mesh.tensor,
+        stored_along(rules, mesh),
+        mesh.context if crosses else 1,
+        (sized(teacher), distillation) if teacher and distillation else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -94,23 +112,24 @@ class Pass:
         return self.stage.batch_tokens // (shards * self.stage.accumulation_steps)
 
     @cached_property
+    def storage(self) -> Storage:
+        """What a device stores of the model and of what the optimizer remembers."""
+        return storage_of(self.model, self.run.optimizer, self.run.rules, self.mesh)
+
+    @property
     def shard(self) -> float:
         """Parameters that a device stores."""
-        return _count(self.model) / (self.mesh.fsdp * self.mesh.tensor)
+        return self.storage.parameters
 
-    @cached_property
+    @property
     def optimizer_bytes(self) -> float:
-        """Bytes of what the optimizer remembers of the parameters that a device stores."""
-        whole = _state_bytes(self.run.optimizer, self.model)
-        return whole / (self.mesh.fsdp * self.mesh.tensor)
+        """Bytes of what the optimizer remembers on a device."""
+        return self.storage.optimizer_bytes
 
     def shapes_for(self, model: ModelConfig, teacher: ModelConfig | None = None) -> Shapes:
         """What the programs of a model are traced with, or of a model beside its teacher."""
-        mesh, precision = self.mesh, self.run.precision
-        model = sized(model)
-        context = mesh.context if crosses_context(model, precision) else 1
-        teaches = (sized(teacher), self.stage.distillation) if teacher else None
-        return shapes_of(model, precision, mesh.tensor, mesh.fsdp > 1, context, teaches)
+        teaching = (teacher, self.stage.distillation) if teacher else ()
+        return _shapes(model, self.run.precision, self.run.rules, self.mesh, *teaching)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -130,7 +149,6 @@ class Pass:
             self.stage.sequence_length,
             mesh.context,
             mesh.context > 1 and mesh.context_attention == "ring",
-            self.run.precision.compute,
             self.accelerator,
         )
 
@@ -142,22 +160,24 @@ class Pass:
         """Bytes of element-wise work; what does not grow with the tokens is done on the weights as
         they are stored.
         """
-        stored = FSDP_TRACED / self.mesh.fsdp if self.mesh.fsdp > 1 else 1.0
+        sizes = self.mesh.sizes
+        stored = math.prod(SPLIT_TRACED / sizes[axis] for axis in self.shapes.stored)
         return amount.fixed * stored + amount.scaled * self.scale
 
     def kernel_flops(self, totals: Totals, tile: int, backward: int) -> float:
-        """Of the products in fused kernels of attention, over the tiles that causality leaves.
+        """Of the products in fused kernels of attention, over the tiles that causality and windows
+        leave.
 
         Args:
             totals: of the layers.
             tile: queries and keys that the kernel takes at once.
             backward: products that it forms in its backward pass; forward there are two.
         """
-        keys = self.stage.sequence_length + tile
-        products = sum(
-            self.at(once) * (forward + backward * calls) for once, forward, calls in totals.kernels
+        length, steps = self.stage.sequence_length, self.stage.accumulation_steps
+        return steps * sum(
+            self.at(each.once) * (each.forward + backward * each.backward) * each.keys(length, tile)
+            for each in totals.kernels
         )
-        return self.stage.accumulation_steps * keys * products
 
     def collectives(self, totals: Totals, around: Around) -> Iterator[Exchange]:
         """Those of layers and of what is around them, over all parts of a batch."""
@@ -230,7 +250,9 @@ class Teaching(Pass):
         return each * self.stage.accumulation_steps
 
     def attention_flops(self, tile: int) -> float:
-        """Of attention's two products in a fused kernel, over the tiles that causality leaves."""
+        """Of attention's two products in a fused kernel, over the tiles that causality and windows
+        leave.
+        """
         return self.kernel_flops(self.totals, tile, 0)
 
     @cached_property

@@ -88,16 +88,15 @@ def computing(module: Module, chip: Chip) -> Computing:
 
 def _attention_flops(name: str, instruction: Instruction) -> float | None:
     """FLOPs of one call of a known attention kernel, forward or backward, over the half that
-    causality leaves.
+    causality leaves, of which Splash's windows leave less.
     """
+    operands = list(arrays(instruction.attributes["operand_layout_constraints"]))
     # Queries [..., positions, head_dim] and keys come before all other floats.
-    shapes = [
-        shape
-        for dtype, shape in arrays(instruction.attributes["operand_layout_constraints"])
-        if "f" in dtype
-    ]
+    shapes = [shape for dtype, shape in operands if "f" in dtype]
     if name in _SPLASH and len(shapes) > 1:
-        return _SPLASH[name] * math.prod(shapes[0]) * shapes[1][-2]
+        flops = _SPLASH[name] * math.prod(shapes[0]) * shapes[1][-2]
+        reached = _reached(name, operands[0][1], shapes[0][-2], shapes[1][-2])
+        return flops * reached * (2 - reached)
     scores = re.search(
         r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', instruction.rest
     )
@@ -105,6 +104,24 @@ def _attention_flops(name: str, instruction: Instruction) -> float | None:
         return None
     products = _CUDNN_BACKWARD if name.endswith("Backward") else _CUDNN_FORWARD
     return products * math.prod(int(size) for size in re.findall(r"\d+", scores[1])) * shapes[0][-1]
+
+
+def _reached(name: str, blocks: tuple[int, ...], queries: int, keys: int) -> float:
+    """The part of all keys that a query of a call of Splash reaches through its window.
+
+    Args:
+        name: of the kernel.
+        blocks: its first operand, for each head and block of queries the blocks of keys that are
+            visited; for gradients of keys and values, for each block of keys those of queries,
+            along the last dimension but one. They are square.
+        queries: of the call.
+        keys: of the call.
+    """
+    if len(blocks) != 3:
+        return 1.0
+    rows, columns = blocks[1:]
+    visited = columns / rows * queries / keys
+    return min(1.0, 1 / visited if name.endswith("dkv") else visited)
 
 
 def _gpu_seconds(module: Module, run: Execution, speed: float) -> float:

@@ -1,13 +1,25 @@
 """What the traced programs of a stage come to, for any number of tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from braeburn.config import NO_OFFLOAD, Remat
-from braeburn.plan.blocks import BACKWARD, FORWARD, Block, Shapes, neighbours, policy_of, programs
+from braeburn.layers.attention.backend import Request
+from braeburn.parallel.collectives import FSDP
+from braeburn.plan.blocks import Block, Shapes, neighbours, policy_of, programs, request_of
 from braeburn.plan.graph import Amount, Collective, Moved, Node, live_bytes, needed
 from braeburn.plan.trace import Pass, Policy, graph_of, keeps, peaks, rematerialize
+
+# What of a request depends on the target alone.
+TARGETS: dict[str, Any] = {
+    "platform": "",
+    "sequence_length": 0,
+    "context_shards": 1,
+    "ring": False,
+    "compute_capability": None,
+}
 
 
 @dataclass(frozen=True)
@@ -15,16 +27,12 @@ class Call:
     """Attention of one kind in the layers.
 
     Attributes:
-        num_heads: of the queries on this device.
-        num_kv_heads: of its keys and values.
-        head_dim: of each head.
+        request: what its layer asks for; all that depends on the target is left open.
         state: what becomes of its result: "kept" for the backward pass, worked out "again" there,
             kept with all that belongs to it ("whole"), or not needed there ("forward").
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    request: Request
     state: str
 
 
@@ -39,9 +47,9 @@ class Layers:
         collectives: their exchanges but attention's.
         calls: of attention, and how many of each kind there are.
         kept: bytes kept for the backward pass by name; "" has what has no name.
-        weights: bytes of one repeat's gathered weights, and of their gradients before they are
+        weights: bytes of one layer's gathered weights, and of their gradients before they are
             scattered.
-        live: bytes that the backward pass of one repeat holds otherwise, at each moment; of those
+        live: bytes that the backward pass of one layer holds otherwise, at each moment; of those
             within attention, which it is.
     """
 
@@ -81,9 +89,11 @@ def _layers(shapes: Shapes, policy: str, names: tuple[str, ...]) -> Layers:
     if between := neighbours(shapes):
         one, other, share = between
         ends = [_per_token(_layers(each, policy, names), 1 / each.tokens) for each in (one, other)]
-        return _per_token(_mixed(ends[0], ends[1], share), shapes.tokens)
+        # Where they are other programs, this one is traced as well.
+        if len(ends[0].live) == len(ends[1].live):
+            return _per_token(_mixed(ends[0], ends[1], share), shapes.tokens)
     remat = Remat(policy=policy, names=names) if names else Remat(policy=policy)  # type: ignore
-    keeping = policy_of(remat, NO_OFFLOAD, shapes.fsdp)
+    keeping = policy_of(remat, NO_OFFLOAD, FSDP in shapes.stored)
     return _sum([_trained(block, keeping) for block in programs(shapes).blocks if block.trained])
 
 
@@ -132,13 +142,15 @@ def _mixed(one: Layers, other: Layers, share: float) -> Layers:
         return here + (there - here) * share
 
     calls = {
-        here: Call(
-            round(between(here.num_heads, there.num_heads)),
-            round(between(here.num_kv_heads, there.num_kv_heads)),
-            here.head_dim,
-            here.state,
+        call: replace(
+            call,
+            request=replace(
+                call.request,
+                num_heads=round(between(call.request.num_heads, end.request.num_heads)),
+                num_kv_heads=round(between(call.request.num_kv_heads, end.request.num_kv_heads)),
+            ),
         )
-        for here, there in zip(one.calls, other.calls, strict=True)
+        for call, end in zip(one.calls, other.calls, strict=True)
     }
     return Layers(
         _between(one.flops, other.flops, share),
@@ -201,7 +213,7 @@ def _trained(block: Block, policy: Policy) -> Layers:
         (Amount(0.0, size.scaled + handed_on), _backward_call(node, calls))
         for node, size in peaks(program, remade, own)
     ]
-    return _repeated(
+    found = _repeated(
         Layers(
             passes[0].flops + passes[1].flops + passes[2].flops,
             once.element_wise,
@@ -214,6 +226,9 @@ def _trained(block: Block, policy: Policy) -> Layers:
         ),
         block.repeats,
     )
+    # What all layers have in common is kept once, with its gradient.
+    once_kept = [value.bytes * 2 for value in remade.inputs if value in block.shared]
+    return replace(found, kept=_added(found.kept, {"": sum(once_kept, Amount())}))
 
 
 def _untrained(block: Block) -> Layers:
@@ -249,20 +264,17 @@ def _state(call: Node, nodes: list[Node], policy: Policy) -> str:
 
 
 def _call(node: Node, state: str) -> Call:
-    query, key = (var.aval.shape for var in node.equation.invars[:2])
-    return Call(query[2], key[2], query[3], state)
+    request = request_of(node.equation)
+    assert request
+    return Call(replace(request, **TARGETS), state)
 
 
 def _backward_call(node: Node, calls: list[Call]) -> Call | None:
     """Attention whose backward pass an operation is."""
-    if node.name != "ffi_call" or node.equation.params["target_name"] not in (FORWARD, BACKWARD):
+    if request_of(node.equation) is None:
         return None
-    shape = _call(node, "")
-    return next(call for call in calls if _sizes(call) == _sizes(shape))
-
-
-def _sizes(call: Call) -> tuple[int, int, int]:
-    return call.num_heads, call.num_kv_heads, call.head_dim
+    asked = _call(node, "").request
+    return next(call for call in calls if call.request == asked)
 
 
 def _counted(calls: list[Call]) -> dict[Call, int]:
@@ -289,7 +301,7 @@ def _is(key: Collective, kind: str) -> bool:
 
 
 def _repeated(layers: Layers, times: int) -> Layers:
-    """Several repeats of a pattern, of which one is worked on at a time."""
+    """Several equal layers, of which one is worked on at a time."""
     return Layers(
         layers.flops * times,
         layers.element_wise * times,
@@ -303,7 +315,7 @@ def _repeated(layers: Layers, times: int) -> Layers:
 
 
 def _sum(parts: list[Layers]) -> Layers:
-    """One segment of layers after another."""
+    """Some layers after others."""
     first, *others = parts
     for other in others:
         first = Layers(

@@ -14,9 +14,10 @@ from braeburn.hardware.catalogue import Chip, Figure, weakest
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.plan.cost import Estimate, divided_work, estimate_work, labelling_seconds
-from braeburn.plan.forward import FLOAT, Pass
+from braeburn.plan.forward import Pass
 from braeburn.plan.goodput import Interruptions, goodput
 from braeburn.plan.search import Candidate, candidates, larger_targets
+from braeburn.plan.storage import FLOAT
 
 HOURS_PER_DAY, SECONDS_PER_HOUR = 24, 3600
 

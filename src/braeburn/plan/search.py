@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from braeburn.config import MeshConfig, ModelConfig, Offload, Remat, Run, Stage
+from braeburn.config import MeshConfig, ModelConfig, Offload, Remat, Run, ShardingRules, Stage
+from braeburn.errors import UserError
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import extent, placements
 from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
 from braeburn.plan.forward import accelerator_of
+from braeburn.plan.storage import axes_of_parameters
 
 # What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps
 # norms and more in float32: compiled steps take twice the memory then, and longer.
@@ -75,11 +77,24 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     """
     work = work_of(run, name, run.mesh, accelerator_of(target.facts))
     models = [*run.models()[name], *([work.teacher] if work.teacher else [])]
-    every = meshes(models, work.stage, target)
+    every = [
+        sizes for sizes in meshes(models, work.stage, target) if _allowed(models, run.rules, sizes)
+    ]
     room = target.facts.device_memory_gib
     assert room  # the catalogue refuses chips without it
     possible = [sizes for sizes in every if replace(work, mesh=sizes).least_gib <= room.value]
     return _best_of(possible, work, name, target) or _best_of(every, work, name, target)
+
+
+def _allowed(models: Sequence[ModelConfig], rules: ShardingRules, sizes: MeshConfig) -> bool:
+    """Whether a mesh divides all parameters as the rules split them."""
+    try:
+        for model in models:
+            axes_of_parameters(model, rules, "parameters", sizes)
+            axes_of_parameters(model, rules, "optimizer", sizes)
+    except UserError:
+        return False
+    return True
 
 
 def _best_of(every: Sequence[MeshConfig], work: Work, name: str, target: Target) -> list[Candidate]:

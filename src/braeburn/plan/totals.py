@@ -2,54 +2,84 @@
 of a device.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
-from braeburn.layers.attention.backend import Request
+from braeburn.layers.attention.backend import Backend, Request
 from braeburn.plan.attention import Accelerator, Attention, Cost, attention_of
 from braeburn.plan.graph import Amount, Collective, Moved
 from braeburn.plan.layers import Call, Layers
 
 
 class Sequence(NamedTuple):
-    """How sequences are worked on: what attention depends on but for its heads.
+    """How sequences are worked on: what attention depends on beside its layer.
 
     Attributes:
         length: tokens of a whole one.
         context: devices that share it out.
         ring: whether keys are passed around a ring; otherwise they are gathered.
-        dtype: of activations.
         accelerator: that they are worked on.
     """
 
     length: int
     context: int
     ring: bool
-    dtype: str
     accelerator: Accelerator
 
-    def request(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Request:
-        """What a back end of attention is asked for."""
-        return Request(
+    def request(self, call: Call) -> Request:
+        """What a layer asks a back end for."""
+        return replace(
+            call.request,
             platform=self.accelerator.platform,
-            dtype=jnp.dtype(self.dtype),
             sequence_length=self.length,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
             context_shards=self.context,
             ring=self.ring,
             compute_capability=self.accelerator.compute_capability,
         )
 
-    def attention(self, call: Call) -> Attention:
-        """The costs of attention for one sequence and one key head."""
-        request = self.request(call.num_heads // call.num_kv_heads, 1, call.head_dim)
-        return attention_of(self.accelerator, request)[0]
+    def attention(self, call: Call) -> tuple[Attention, Backend]:
+        """The costs of attention for one sequence and one key head, and what answers."""
+        request, heads = self.request(call), call.request
+        one = replace(request, num_heads=heads.num_heads // heads.num_kv_heads, num_kv_heads=1)
+        return attention_of(self.accelerator, one)
+
+
+class Kernels(NamedTuple):
+    """Calls of one kind of attention in a fused kernel.
+
+    Attributes:
+        once: FLOPs of one product of queries and keys for each two keys, of all calls.
+        forward: products in the forward pass and in what is repeated.
+        backward: calls of the backward pass, for each of the forward pass.
+        window: positions that a query sees; None for all earlier ones.
+        skips: whether tiles in which no query sees a key are passed over.
+    """
+
+    once: Amount
+    forward: int
+    backward: int
+    window: int | None
+    skips: bool
+
+    def keys(self, length: int, tile: int) -> float:
+        """Twice the keys that a query is multiplied with, on average over a sequence.
+
+        Args:
+            length: tokens of the sequence.
+            tile: queries and keys that the kernel takes at once; 0 for single ones.
+        """
+        if not self.skips:
+            return 2.0 * length
+        tile = min(tile, length)
+        # Beside its own tile, a tile of queries has earlier ones to see: at most those, in tokens.
+        earlier = float(length - tile)
+        if self.window is not None:
+            reached = math.ceil((self.window - 1) / tile) * tile if tile else self.window
+            earlier = min(earlier, reached)
+        return (earlier + tile) * (2 - earlier / length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +89,7 @@ class Totals:
     Attributes:
         flops: of matrix products but attention's.
         plain: of attention's products in no fused kernel.
-        kernels: for each kind of attention in a fused kernel: FLOPs of one product of queries and
-            keys for each key, products in the forward pass and in what is repeated, and calls of
-            the backward pass.
+        kernels: each kind of attention in a fused kernel.
         element_wise: bytes that the forward pass reads and writes in element-wise work.
         attention_bytes: those of attention in all passes.
         repeats: whether the backward pass works some of them out again.
@@ -74,7 +102,7 @@ class Totals:
 
     flops: Amount
     plain: Amount
-    kernels: tuple[tuple[Amount, int, int], ...]
+    kernels: tuple[Kernels, ...]
     element_wise: Amount
     attention_bytes: Amount
     repeats: bool
@@ -96,15 +124,15 @@ def totals_of(layers: Layers, tokens: int, sequence: Sequence) -> Totals:
     for size in layers.kept.values():
         kept = kept + size
     for call, times in layers.calls.items():
-        each = times * traced * call.num_kv_heads
-        for cost in _passes(call, sequence.attention(call)):
+        each = times * traced * call.request.num_kv_heads
+        found, _ = sequence.attention(call)
+        for cost in _passes(call, found):
             plain += cost.flops * each
             attention_bytes += cost.element_wise * each
             for kind, (moved_bytes, count) in cost.collectives.items():
                 key = Collective("context", kind, "tokens")
                 moved = Moved(Amount(0.0, moved_bytes * each), count * times)
                 collectives[key] = collectives[key] + moved if key in collectives else moved
-        found = sequence.attention(call)
         beside = {"kept": found.kept, "whole": found.kept_whole}.get(call.state, 0.0)
         kept = kept + Amount(0.0, beside * each)
     return Totals(
@@ -118,17 +146,17 @@ def totals_of(layers: Layers, tokens: int, sequence: Sequence) -> Totals:
         kept,
         layers.kept,
         layers.weights,
-        tuple(_live(size, call, sequence, traced) for size, call in _fullest(layers)),
+        tuple(_live(size, call, sequence, traced) for call, size in _fullest(layers).items()),
     )
 
 
-def _fullest(layers: Layers) -> list[tuple[Amount, Call | None]]:
+def _fullest(layers: Layers) -> dict[Call | None, Amount]:
     """Of the moments without attention and within each kind of it, the fullest."""
     found: dict[Call | None, Amount] = {}
     for size, call in layers.live:
         if call not in found or size.scaled > found[call].scaled:
             found[call] = size
-    return [(size, call) for call, size in found.items()]
+    return found
 
 
 def _passes(call: Call, found: Attention) -> Iterator[Cost]:
@@ -141,26 +169,24 @@ def _passes(call: Call, found: Attention) -> Iterator[Cost]:
     yield found.backward
 
 
-def _kernel(call: Call, times: int, sequence: Sequence, tokens: int) -> tuple[Amount, int, int]:
-    found = sequence.attention(call)
-    once = Amount(0.0, float(times * call.num_heads * call.head_dim * tokens))
-    if call.state == "forward":
-        return once, 2 * found.forward.calls, 0
-    again = found.again_whole.calls if call.state == "again" else 0
-    return once, 2 * (found.forward.calls + again), found.backward.calls
+def _kernel(call: Call, times: int, sequence: Sequence, tokens: int) -> Kernels:
+    (found, backend), request = sequence.attention(call), call.request
+    once = Amount(0.0, float(times * request.num_heads * request.head_dim * tokens))
+    forward, backward = found.forward.calls, 0
+    if call.state != "forward":
+        forward += found.again_whole.calls if call.state == "again" else 0
+        backward = found.backward.calls
+    return Kernels(once, 2 * forward, backward, request.window, backend.skips)
 
 
 def _live(size: Amount, call: Call | None, sequence: Sequence, traced: float) -> Amount:
     if call is None:
         return size
-    request = sequence.request(call.num_heads, call.num_kv_heads, call.head_dim)
-    found, backend = attention_of(
-        sequence.accelerator,
-        sequence.request(call.num_heads // call.num_kv_heads, 1, call.head_dim),
-    )
+    request = sequence.request(call)
+    found, backend = sequence.attention(call)
     if backend.kernel:
         none, one = (backend.kernel(request, count) for count in (0, 1))
         return size + Amount(none, (one - none) * traced)
     if call.state == "forward":
         return size
-    return size + Amount(0.0, found.live * call.num_kv_heads * traced)
+    return size + Amount(0.0, found.live * request.num_kv_heads * traced)

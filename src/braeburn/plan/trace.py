@@ -135,17 +135,34 @@ def evaluate(
     """
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
     values |= dict(zip(jaxpr.invars, arguments, strict=True))
+    return carry_out(jaxpr.eqns, values, jaxpr.outvars, instead)
+
+
+def carry_out(
+    equations: Iterable[Any],
+    values: dict[Any, Any],
+    wanted: Sequence[Any],
+    instead: Callable[[Any, list[Any]], Sequence[Any] | None] = lambda equation, inputs: None,
+) -> list[Any]:
+    """The values of some variables, without rematerialisation.
+
+    Args:
+        equations: of a jaxpr, in order.
+        values: of the variables that these do not make; those that they make are added.
+        wanted: the variables.
+        instead: see `evaluate`.
+    """
 
     def read(var: Any) -> Any:
         return var.val if isinstance(var, Literal) else values[var]
 
-    for equation in jaxpr.eqns:
+    for equation in equations:
         inputs = [read(var) for var in equation.invars]
         results = instead(equation, inputs)
         if results is None:
             results = _results(equation, inputs, instead)
         values.update(zip(equation.outvars, results, strict=True))
-    return [read(var) for var in jaxpr.outvars]
+    return [read(var) for var in wanted]
 
 
 def _results(equation: Any, inputs: list[Any], instead: Callable) -> Sequence[Any]:

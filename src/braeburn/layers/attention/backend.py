@@ -62,12 +62,15 @@ class Backend:
         kernel: of a fused kernel, the bytes that it needs for a batch of so many sequences beside
             queries, keys, values, its result and a number per query; None of attention in plain
             XLA.
+        skips: whether a kernel passes over the tiles of queries and keys in which no query sees a
+            key.
     """
 
     name: str
     why_not: Callable[[Request], str | None]
     run: Callable[[Array, Array, Array, Array, MeshConfig, int | None], Array]
     kernel: Callable[[Request, int], int] | None = None
+    skips: bool = True
 
     def is_supported(self, request: Request) -> bool:
         """Whether this back end can answer the request."""

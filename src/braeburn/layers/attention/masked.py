@@ -62,4 +62,4 @@ def _mask_bytes(request: Request, batch: int) -> int:
     return (batch + 2) * pairs
 
 
-MASKED_CUDNN = Backend("cudnn-masked", _why_not, cudnn_masked_attention, _mask_bytes)
+MASKED_CUDNN = Backend("cudnn-masked", _why_not, cudnn_masked_attention, _mask_bytes, skips=False)
