@@ -37,6 +37,7 @@ from braeburn.objectives import cross_entropy, distillation
 from braeburn.parallel.collectives import CONTEXT, TENSOR
 from braeburn.parallel.rules import Kind, mesh_axes
 from braeburn.plan.graph import total_collectives
+from braeburn.plan.identity import by_identity
 from braeburn.plan.trace import (
     REMATERIALIZED,
     Policy,
@@ -140,7 +141,7 @@ def shapes_of(
     return Shapes(model, precision, rules, tensor, stored, context, teacher)
 
 
-@cache
+@by_identity
 def axes_of(rules: ShardingRules, kind: Kind) -> frozenset[str]:
     """All axes of the mesh that a column of the rules names."""
     placements = [getattr(rules, name) for name in type(rules).model_fields]

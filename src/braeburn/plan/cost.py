@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -32,8 +32,9 @@ from braeburn.parallel.rules import check
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
 from braeburn.plan.forward import Exchange, Pass, Teaching, accelerator_of, joined
 from braeburn.plan.graph import Amount, distinct
+from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, layers_of
-from braeburn.plan.storage import FLOAT, by_identity, specs_of
+from braeburn.plan.storage import FLOAT, specs_of
 from braeburn.plan.totals import Totals, totals_of
 from braeburn.plan.trace import differentiate, rematerialize
 from braeburn.train.metrics import flops_per_token
@@ -178,6 +179,7 @@ class Work(Pass):
 
     teacher: ModelConfig | None = None
     remade: int = 0
+    of_mesh: ClassVar[tuple[str, ...]] = (*Pass.of_mesh, "update", "around")
 
     @property
     def remat(self) -> Remat:

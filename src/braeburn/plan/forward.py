@@ -4,8 +4,9 @@ adds to a step.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from typing import Any, ClassVar, Self
 
 from braeburn.config import (
     Distillation,
@@ -27,8 +28,9 @@ from braeburn.plan.blocks import (
     stored_along,
 )
 from braeburn.plan.graph import Amount, Collective, Moved
+from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, teacher_layers_of
-from braeburn.plan.storage import FLOAT, Storage, by_identity, storage_of
+from braeburn.plan.storage import FLOAT, Storage, storage_of
 from braeburn.plan.totals import Sequence, Totals, totals_of
 
 
@@ -98,6 +100,17 @@ class Pass:
     mesh: MeshConfig
     model: ModelConfig
     accelerator: Accelerator = field(default=WITH_KERNEL, kw_only=True)
+    # What does not depend on all that `varied` may change.
+    of_mesh: ClassVar[tuple[str, ...]] = ("shapes", "storage", "sequence")
+
+    def varied(self, **changes: Any) -> Self:
+        """The same with another stage or run, which may differ in what is kept for the backward
+        pass, in parts of a batch and in what waits on the host; or on a mesh of the same sizes.
+        """
+        found = replace(self, **changes)
+        known = ((name, self.__dict__.get(name)) for name in self.of_mesh)
+        found.__dict__.update((name, value) for name, value in known if value is not None)
+        return found
 
     @property
     def width(self) -> int:

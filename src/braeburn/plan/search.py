@@ -77,8 +77,11 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     """
     work = work_of(run, name, run.mesh, accelerator_of(target.facts))
     models = [*run.models()[name], *([work.teacher] if work.teacher else [])]
+    distinct = list(dict.fromkeys(models))
     every = [
-        sizes for sizes in meshes(models, work.stage, target) if _allowed(models, run.rules, sizes)
+        sizes
+        for sizes in meshes(models, work.stage, target)
+        if _allowed(distinct, run.rules, sizes)
     ]
     room = target.facts.device_memory_gib
     assert room  # the catalogue refuses chips without it
@@ -195,11 +198,12 @@ def _meshes(
 
 
 def _changed(work: Work, changes: dict[str, Any]) -> Work:
-    """The work with some fields of its stage changed; the mesh is among them, resolved.
+    """The work with some fields of its stage changed; a mesh of the same sizes is among them,
+    resolved.
 
     The run stays as it is: see `_run_of`.
     """
-    return replace(work, stage=work.stage.model_copy(update=changes), mesh=changes["mesh"])
+    return work.varied(stage=work.stage.model_copy(update=changes), mesh=changes["mesh"])
 
 
 def _run_of(work: Work, name: str) -> Run:
@@ -218,8 +222,11 @@ def _fastest(
     fits: list[tuple[Work, Estimate]] = []
     least: tuple[float, Work] | None = None
     everything = False
+    work = replace(work, mesh=sizes)
     for offload in OFFLOADS:
-        offloading = replace(work, run=work.run.model_copy(update={"offload": offload}))
+        offloading = work.varied(run=work.run.model_copy(update={"offload": offload}))
+        # Worked out here, for all that is varied below.
+        assert offloading.shapes and offloading.storage and offloading.update
         for steps in _accumulations(work.stage, sizes):
             for remat in REMATS:
                 if not set(offload.activations) <= set(

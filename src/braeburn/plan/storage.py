@@ -3,22 +3,20 @@ the rules of a run, and what copies of both exchange in a step.
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 
 from braeburn.config import Execution, MeshConfig, ModelConfig, OptimizerConfig, ShardingRules
-from braeburn.config.base import Frozen
 from braeburn.layers.spec import ParamSpec, Tree, walk
 from braeburn.models.decoder import param_specs
 from braeburn.optim.definition import Parameters, initial_state
 from braeburn.parallel.layout import parameter_of
 from braeburn.parallel.rules import Kind, mesh_axes
 from braeburn.plan.blocks import axes_of
+from braeburn.plan.identity import by_identity
 
-Found = TypeVar("Found")
 FLOAT = 4
 # Axes of the mesh in the order in which the gradients of copies are summed.
 COPIES = ("tensor", "context", "fsdp", "data", "replica")
@@ -77,29 +75,6 @@ def _state(
         for path, leaf in jax.tree.leaves_with_path(state)
         if leaf.ndim
     )
-
-
-def by_identity(function: Callable[..., Found]) -> Callable[..., Found]:
-    """A function of configurations and other values that remembers its results.
-
-    Configurations, which take longer to hash than most results to work out, are told apart by which
-    object they are; meshes by their sizes, on which alone the result may depend.
-    """
-    found: dict[Any, tuple[Found, Any]] = {}
-
-    def identity(argument: Any) -> Any:
-        if isinstance(argument, MeshConfig):
-            return tuple(argument.sizes.values())
-        return id(argument) if isinstance(argument, Frozen) else argument
-
-    def remembering(*arguments: Any) -> Found:
-        key = tuple(map(identity, arguments))
-        if key not in found:
-            # With the arguments, so that no other object gets the identity of one of them.
-            found[key] = function(*arguments), arguments
-        return found[key][0]
-
-    return remembering
 
 
 @by_identity

@@ -29,9 +29,9 @@ class Sequence(NamedTuple):
     ring: bool
     accelerator: Accelerator
 
-    def request(self, call: Call) -> Request:
-        """What a layer asks a back end for."""
-        return replace(
+    def answer(self, call: Call) -> "Answer":
+        """What a layer asks a back end for, and what answers."""
+        request = replace(
             call.request,
             platform=self.accelerator.platform,
             sequence_length=self.length,
@@ -40,11 +40,23 @@ class Sequence(NamedTuple):
             compute_capability=self.accelerator.compute_capability,
         )
 
-    def attention(self, call: Call) -> tuple[Attention, Backend]:
-        """The costs of attention for one sequence and one key head, and what answers."""
-        request, heads = self.request(call), call.request
-        one = replace(request, num_heads=heads.num_heads // heads.num_kv_heads, num_kv_heads=1)
-        return attention_of(self.accelerator, one)
+        shared = request.num_heads // request.num_kv_heads
+        one = replace(request, num_heads=shared, num_kv_heads=1)
+        return Answer(request, *attention_of(self.accelerator, one))
+
+
+class Answer(NamedTuple):
+    """Attention of a layer on a target.
+
+    Attributes:
+        request: of the layer.
+        costs: for one sequence and one key head.
+        backend: that answers.
+    """
+
+    request: Request
+    costs: Attention
+    backend: Backend
 
 
 class Kernels(NamedTuple):
@@ -123,9 +135,10 @@ def totals_of(layers: Layers, tokens: int, sequence: Sequence) -> Totals:
     kept = Amount()
     for size in layers.kept.values():
         kept = kept + size
+    answers = {call: sequence.answer(call) for call in layers.calls}
     for call, times in layers.calls.items():
         each = times * traced * call.request.num_kv_heads
-        found, _ = sequence.attention(call)
+        found = answers[call].costs
         for cost in _passes(call, found):
             plain += cost.flops * each
             attention_bytes += cost.element_wise * each
@@ -138,7 +151,7 @@ def totals_of(layers: Layers, tokens: int, sequence: Sequence) -> Totals:
     return Totals(
         layers.flops,
         Amount(0.0, plain),
-        tuple(_kernel(call, times, sequence, tokens) for call, times in layers.calls.items()),
+        tuple(_kernel(c, times, answers[c], tokens) for c, times in layers.calls.items()),
         layers.element_wise,
         Amount(0.0, attention_bytes),
         layers.repeats,
@@ -146,10 +159,14 @@ def totals_of(layers: Layers, tokens: int, sequence: Sequence) -> Totals:
         kept,
         layers.kept,
         layers.weights,
-        tuple(_live(size, call, sequence, traced) for call, size in _fullest(layers).items()),
+        tuple(
+            _live(size, call.state, answers[call], traced) if call else size
+            for call, size in _fullest(layers).items()
+        ),
     )
 
 
+@cache
 def _fullest(layers: Layers) -> dict[Call | None, Amount]:
     """Of the moments without attention and within each kind of it, the fullest."""
     found: dict[Call | None, Amount] = {}
@@ -169,8 +186,8 @@ def _passes(call: Call, found: Attention) -> Iterator[Cost]:
     yield found.backward
 
 
-def _kernel(call: Call, times: int, sequence: Sequence, tokens: int) -> Kernels:
-    (found, backend), request = sequence.attention(call), call.request
+def _kernel(call: Call, times: int, answer: Answer, tokens: int) -> Kernels:
+    request, found, backend = answer
     once = Amount(0.0, float(times * request.num_heads * request.head_dim * tokens))
     forward, backward = found.forward.calls, 0
     if call.state != "forward":
@@ -179,14 +196,11 @@ def _kernel(call: Call, times: int, sequence: Sequence, tokens: int) -> Kernels:
     return Kernels(once, 2 * forward, backward, request.window, backend.skips)
 
 
-def _live(size: Amount, call: Call | None, sequence: Sequence, traced: float) -> Amount:
-    if call is None:
-        return size
-    request = sequence.request(call)
-    found, backend = sequence.attention(call)
+def _live(size: Amount, state: str, answer: Answer, traced: float) -> Amount:
+    request, found, backend = answer
     if backend.kernel:
         none, one = (backend.kernel(request, count) for count in (0, 1))
         return size + Amount(none, (one - none) * traced)
-    if call.state == "forward":
+    if state == "forward":
         return size
     return size + Amount(0.0, found.live * request.num_kv_heads * traced)

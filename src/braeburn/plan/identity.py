@@ -1,0 +1,32 @@
+"""Remembering the results of functions of configurations, which a search asks for many times."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from braeburn.config import MeshConfig
+from braeburn.config.base import Frozen
+
+Found = TypeVar("Found")
+
+
+def by_identity(function: Callable[..., Found]) -> Callable[..., Found]:
+    """A function of configurations and other values that remembers its results.
+
+    Configurations, which take longer to hash than most results to work out, are told apart by which
+    object they are; meshes by their sizes, on which alone the result may depend.
+    """
+    found: dict[Any, tuple[Found, Any]] = {}
+
+    def identity(argument: Any) -> Any:
+        if isinstance(argument, MeshConfig):
+            return tuple(argument.sizes.values())
+        return id(argument) if isinstance(argument, Frozen) else argument
+
+    def remembering(*arguments: Any) -> Found:
+        key = tuple(map(identity, arguments))
+        if key not in found:
+            # With the arguments, so that no other object gets the identity of one of them.
+            found[key] = function(*arguments), arguments
+        return found[key][0]
+
+    return remembering
