@@ -11,6 +11,7 @@
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
+#   make docs   the site of docs/, in site/; a link to nowhere is an error
 #   make setup   .venv with everything that tests and checks need
 #   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-chat, -data, -docs, -gguf, -rocm and -tpu
 #   make extra-compile, make extra-hf    the same in .venv-compile and .venv-hf
@@ -50,7 +51,7 @@ CONSTRAINTS_hf := constraints-hf.txt
 PINS := pyproject.toml $(wildcard constraints*.txt)
 EXTRAS := chat cuda data docs gguf rocm tpu
 
-.PHONY: fuzz demo demo-on-device test test-all test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
+.PHONY: docs fuzz demo demo-on-device test test-all test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
 .PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))
 .DEFAULT_GOAL := test
 
@@ -81,6 +82,10 @@ demo: $(VENV)/.core
 # Beside what the demo needs, the package that writes the models' files.
 demo-on-device: extra-gguf
 	$(BIN)/python benchmarks/on_device.py
+
+# The site, in site/; a link to nowhere is an error.
+docs: extra-docs
+	$(BIN)/mkdocs build --strict
 
 # How many processes the tests are dealt out to. Each has eight simulated devices and takes up to 3 GB.
 WORKERS := 2

@@ -24,7 +24,8 @@ from braeburn.config import Run, override
 from braeburn.recipes import load
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.loop import train
-from braeburn.train.stages import abstract_state, layout_of, stage_optimizer
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import abstract_state
 from braeburn.train.state import TrainState
 
 STEP = 3
@@ -82,10 +83,8 @@ def flip(run: Run, directory: Path, flips: int, chance: random.Random) -> Counte
 
 def restore(run: Run, directory: Path) -> TrainState:
     """The whole state of the checkpoint."""
-    name = next(iter(run.stages))
-    layout = layout_of(run, name)
-    optimizer = stage_optimizer(run, name, layout.specs)
-    return Checkpoints(directory).restore(STEP, abstract_state(run, name, layout), optimizer.init)
+    first = resolve_stage(run, next(iter(run.stages)))
+    return Checkpoints(directory).restore(STEP, abstract_state(first), first.optimizer.init)
 
 
 def leaves(state: TrainState) -> list[np.ndarray]:

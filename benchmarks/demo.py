@@ -40,21 +40,15 @@ def held_out_files(run: Run) -> list[bytes]:
 
 def sample(directory: Path, max_new_tokens: int) -> str:
     """What the newest checkpoint writes after the prompt."""
-    from braeburn.evaluate.generate import generate
+    from braeburn.evaluate.generate import Generation, Sampling, generate
     from braeburn.train.trained import load
 
     trained = load(directory)
     prompt = trained.tokenizer.encode_prompt(PROMPT)
-    (tokens,) = generate(
-        trained.params,
-        [prompt],
-        trained.model,
-        trained.run.precision,
-        max_new_tokens=max_new_tokens,
-        temperature=0.8,
-        seed=0,
-        stop_ids=trained.tokenizer.stops,
+    generation = Generation(
+        max_new_tokens, Sampling(temperature=0.8), stop_ids=trained.tokenizer.stops
     )
+    (tokens,) = generate(trained.params, [prompt], trained.model, trained.run.precision, generation)
     return PROMPT + trained.tokenizer.decode(tokens)
 
 

@@ -20,14 +20,9 @@ from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, initialize
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy
-from braeburn.train.stages import (
-    abstract_batch,
-    abstract_state,
-    layout_of,
-    stage_optimizer,
-    stage_step,
-)
-from braeburn.train.step import train_step
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import abstract_batch, abstract_state, stage_step
+from braeburn.train.step import accumulated, train_step
 
 WANTED = 5.0
 TOLERANCE = 1e-5
@@ -75,9 +70,8 @@ def whole_logits_loss(
 
 def peak_bytes(run: Run, step: Any) -> int:
     """The most memory that a compiled train step holds at once, its arguments included."""
-    stage = run.stages["only"]
-    layout = layout_of(run, "only")
-    shapes = (abstract_state(run, "only", layout), abstract_batch(stage, layout))
+    resolved = resolve_stage(run, "only")
+    shapes = (abstract_state(resolved), abstract_batch(resolved))
     compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
     analysis = compiled.memory_analysis()
     # Results that take an argument's place are among the arguments. XLA's own peak leaves
@@ -129,12 +123,11 @@ def main() -> int:
     run = small_run(arguments.vocab_size, arguments.tokens, arguments.sequence_length)
     whole_step = functools.partial(
         train_step,
-        loss=functools.partial(whole_logits_loss, run),
-        optimizer=stage_optimizer(run, "only"),
-        accumulation_steps=1,
+        gradients=accumulated(functools.partial(whole_logits_loss, run), 1),
+        optimizer=resolve_stage(run, "only").optimizer,
     )
     chunked, whole = (
-        peak_bytes(run, stage_step(run, "only", layout_of(run, "only"))),
+        peak_bytes(run, stage_step(resolve_stage(run, "only"))),
         peak_bytes(run, whole_step),
     )
     difference = largest_difference(run)

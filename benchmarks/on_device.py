@@ -82,17 +82,15 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
     from braeburn.parallel.layout import one_device
     from braeburn.train.checkpoint import Checkpoints
     from braeburn.train.held_out import evaluator, measure
-    from braeburn.train.teaching import last_step
 
     _, stage, kind = ROWS[name]
     model, length = run.models()[stage].left, run.stages["core"].sequence_length
     specs = param_specs(model)
-    params = Checkpoints(directory).restore_params(last_step(run, stage), abstract(specs))
+    params = Checkpoints(directory).restore_params(run.last_steps[stage], abstract(specs))
     file = directory / f"{name.replace(' ', '-')}.gguf"
     file.unlink(missing_ok=True)
-    gguf.write(
-        file, params, model, prepared.tokenizer, run.stages[stage].sequence_length, kind, name
-    )
+    described = gguf.File(run.stages[stage].sequence_length, kind, name)
+    gguf.write(file, params, model, prepared.tokenizer, described)
 
     store = prepared.held_out[SOURCE]
     if store is None:

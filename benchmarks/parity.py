@@ -27,7 +27,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from braeburn.config import Precision
-    from braeburn.evaluate.generate import generate
+    from braeburn.evaluate.generate import Generation, Sampling, generate
     from braeburn.interop.exchange import export_huggingface
     from braeburn.train.trained import load
 
@@ -48,8 +48,7 @@ def main() -> None:
             [tokens],
             trained.model,
             Precision(compute="float32"),
-            max_new_tokens=arguments.tokens,
-            temperature=0.0,
+            Generation(arguments.tokens, Sampling(temperature=0.0)),
         )[0]
         batch = torch.tensor([tokens])
         # Without a mask transformers takes the begin token for padding, whose id it shares, and

@@ -93,8 +93,7 @@ def curve(directory: Path, run: Run, name: str) -> list[tuple[int, float]]:
     """Tokens seen in a stage and the held-out loss there, at each evaluation and at the stage's
     end.
     """
-    names = list(run.stages)
-    first = sum(run.stages[other].steps for other in names[: names.index(name)])
+    first = run.first_steps[name]
     return [
         ((event["step"] - first) * run.stages[name].batch_tokens, mean_loss(event["held_out"]))
         for event in json_lines(directory / "events.jsonl")

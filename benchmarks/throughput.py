@@ -81,15 +81,16 @@ def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
     from braeburn.layers.spec import count
     from braeburn.models.decoder import param_specs
     from braeburn.train.metrics import flops_per_token, peak_flops
-    from braeburn.train.stages import compile_stage, initial_state, layout_of
+    from braeburn.train.resolved import resolve_stage
+    from braeburn.train.stages import compile_stage, initial_state
 
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
     stage, specs = run.stages[name], param_specs(run.model)
     began = time.perf_counter()
-    layout = layout_of(run, name)
-    program = compile_stage(run, name, layout)
+    resolved = resolve_stage(run, name)
+    layout, program = resolved.layout, compile_stage(resolved)
     compile_seconds = time.perf_counter() - began
-    state = initial_state(run, layout)
+    state = initial_state(resolved)
     rows = range(stage.batch_size)
     batches = [
         layout.place(random_batch(stage, run.model.vocab_size, seed), rows, stage.batch_size)

@@ -40,7 +40,7 @@ NOT_COUNTED = (
     "tests/parallel/test_traffic.py",
     "tests/parallel/test_distillation_sharded.py",
     "tests/parallel/test_loss_sharded.py",
-    "tests/transforms/test_pruning.py",
+    "tests/transforms/test_units.py",
     "tests/transforms/test_importance.py",
     "tests/objectives/test_cross_entropy.py",
     "tests/data/test_cutting.py",
@@ -57,7 +57,13 @@ else:
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Shapes and types that functions of these packages are annotated with are checked at every call,
+# which under `jit` is once for each compilation.
+CHECKED = ("braeburn.layers", "braeburn.models", "braeburn.parallel")
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 from braeburn.config import Run, override  # noqa: E402
 from braeburn.recipes import load  # noqa: E402

@@ -32,8 +32,9 @@ from braeburn.config import (
 from braeburn.layers.spec import initialize
 from braeburn.models.decoder import param_specs
 from braeburn.optim.guard import begin_stage
-from braeburn.train.compression import enter
-from braeburn.train.stages import compile_stage, initial_state, layout_of
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import compile_stage, initial_state
+from braeburn.train.transitions import enter
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 20
@@ -158,18 +159,19 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 def losses(run: Run) -> list[float]:
     """The loss of each step."""
-    stage, layout = run.stages["core"], layout_of(run, "core")
+    teacher = run.model if run.stages["core"].teacher else None
+    stage = resolve_stage(run, "core").taught_by(teacher)
+    layout = stage.layout
     rows = layout.rows(SEQUENCES)
 
     def placed(step: int) -> Any:
         own = {name: values[rows] for name, values in batch(step).items()}
         return layout.place(own, rows, SEQUENCES)
 
-    teacher = run.model if stage.teacher else None
     teaching = [initialize(param_specs(run.model), 77)] if teacher else []
-    program = compile_stage(run, "core", layout, teacher)
+    program = compile_stage(stage)
     calibration = (placed(step) for step in range(2))
-    state = enter(run, "core", initial_state(run, layout), layout, calibration)
+    state = enter(stage, initial_state(stage), calibration)
     state = state._replace(optimizer=begin_stage(state.optimizer))
     found = []
     for step in range(STEPS):

@@ -42,7 +42,7 @@ def write(folder: Path, title: str) -> list[str]:
     commands: list[str] = []
     for language, text in SECTIONS[title]:
         if language == "sh":
-            commands += text.strip().splitlines()
+            commands += text.replace("\\\n", "").strip().splitlines()
             continue
         path = folder / text.splitlines()[0].removeprefix("# ")
         assert not path.exists(), f"{path} is edited, not added"
@@ -76,6 +76,6 @@ def test_an_example_runs(title: str, copy: Path) -> None:
 
 
 def test_every_kind_has_its_section() -> None:
-    kinds = ["A kind of layer", "A family", "An optimizer", "A chip"]
+    kinds = ["A kind of layer", "A family", "An objective", "An optimizer", "A transform", "A chip"]
     assert list(SECTIONS) == kinds
     assert all(any(language == "sh" for language, _ in blocks) for blocks in SECTIONS.values())

@@ -22,7 +22,7 @@ from braeburn.data.corpus import Document
 from braeburn.data.loader import Batches, prefetch
 from braeburn.data.packing import Batch, windows
 from braeburn.data.store import TokenStore, build_store
-from braeburn.data.teacher_store import TeacherStore, build_teacher_store
+from braeburn.data.teacher_store import Labelling, TeacherStore, Writer, build_teacher_store
 from braeburn.data.tokenizer import train
 from braeburn.errors import UserError
 
@@ -42,15 +42,16 @@ def label(batch: Batch, k: int = K, vocab_size: int = 257) -> tuple[np.ndarray, 
 
 
 def build(
-    directory: Path, store: TokenStore, label: Callable[..., Any] = label, **fields: Any
+    directory: Path,
+    store: TokenStore,
+    label: Callable[..., Any] = label,
+    *,
+    batch_size: int = BATCH_SIZE,
+    **fields: Any,
 ) -> None:
-    fields = {
-        "batch_size": BATCH_SIZE,
-        "log": lambda line: None,
-        "part_tokens": PART_TOKENS,
-        **fields,
-    }
-    build_teacher_store(directory, store, LENGTH, K, 257, IDENTITY, label=label, **fields)
+    labelling = Labelling(LENGTH, K, 257, IDENTITY, batch_size, label)
+    writer = Writer(**({"log": lambda line: None, "part_tokens": PART_TOKENS} | fields))
+    build_teacher_store(directory, store, labelling, writer)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -200,9 +201,8 @@ def test_bytes_per_token(tmp_path: Path, vocab_size: int, width: int) -> None:
     def label_all(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         return label(batch, 8, vocab_size)
 
-    build_teacher_store(
-        tmp_path / "t", store, 64, 8, vocab_size, IDENTITY, 4, label_all, log=lambda line: None
-    )
+    labelling = Labelling(64, 8, vocab_size, IDENTITY, 4, label_all)
+    build_teacher_store(tmp_path / "t", store, labelling, Writer(log=lambda line: None))
     teacher = TeacherStore.open(tmp_path / "t", IDENTITY)
     assert teacher.bytes_per_token == width
     size = sum(path.stat().st_size for path in (tmp_path / "t").iterdir())

@@ -2,6 +2,8 @@
 filtered distribution.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from braeburn.config import Execution, ModelConfig, Precision, RopeScaling
 from braeburn.errors import UserError
 from braeburn.evaluate.generate import (
+    Generation,
     Sampling,
     choose,
     decode,
@@ -41,6 +44,7 @@ LLAMA = ModelConfig(
     rope_scaling=RopeScaling(original_max_position_embeddings=32),
 )
 models = pytest.mark.parametrize("model", [QWEN3, LLAMA], ids=["qwen3", "llama"])
+SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
 PROMPTS = [[5, 17, 3], [42], list(range(1, 71)), [9] * 12]
 
 
@@ -80,8 +84,10 @@ def all_logits(params: Tree, tokens: list[int], model: ModelConfig) -> np.ndarra
 def greedy(
     params: Tree, prompts: list[list[int]], model: ModelConfig, **options
 ) -> list[list[int]]:
+    options = {"max_new_tokens": 40, "temperature": 0.0} | options
+    drawn = {name: options.pop(name) for name in SAMPLING if name in options}
     return generate(
-        params, prompts, model, FLOAT32, **({"max_new_tokens": 40, "temperature": 0.0} | options)
+        params, prompts, model, FLOAT32, Generation(sampling=Sampling(**drawn), **options)
     )
 
 
@@ -102,8 +108,9 @@ def test_each_step_of_the_cache_gives_the_same_logits(model):
     for length in (1, 37, 70):
         rows = np.zeros((4, 128), np.int32)
         rows[0, :length] = tokens[:length]
-        logits, _ = prefill(params, rows, np.array([length, 1, 1, 1]), model, FLOAT32, 64)
-        np.testing.assert_allclose(logits[0], expected[length - 1], atol=1e-5)
+        lengths = np.array([length, 1, 1, 1], np.int32)
+        read = prefill(params, rows, lengths, model, Execution(precision=FLOAT32), 64)
+        np.testing.assert_allclose(read.logits[0], expected[length - 1], atol=1e-5)
 
 
 @models
@@ -119,14 +126,18 @@ def test_prompts_together_continue_as_each_alone(model):
 
 def test_sampling_does_not_depend_on_the_other_rows():
     params = make_params(QWEN3)
-    options = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 11}
-    first = generate(params, PROMPTS, QWEN3, FLOAT32, **options)
-    assert first == generate(params, PROMPTS, QWEN3, FLOAT32, **options)
-    others = generate(params, [[1] * 90, PROMPTS[1], [2, 3], PROMPTS[3]], QWEN3, FLOAT32, **options)
+    generation = Generation(30, Sampling(temperature=0.9, top_k=50, top_p=0.95), seed=11)
+
+    def drawn(prompts, generation=generation):
+        return generate(params, prompts, QWEN3, FLOAT32, generation)
+
+    first = drawn(PROMPTS)
+    assert first == drawn(PROMPTS)
+    others = drawn([[1] * 90, PROMPTS[1], [2, 3], PROMPTS[3]])
     assert (others[1], others[3]) == (first[1], first[3])
-    assert generate(params, PROMPTS[:1], QWEN3, FLOAT32, **options) == first[:1]
-    assert generate(params, PROMPTS, QWEN3, FLOAT32, **(options | {"seed": 12})) != first
-    same_prompt = generate(params, [[7] * 65] * 4, QWEN3, FLOAT32, **options)
+    assert drawn(PROMPTS[:1]) == first[:1]
+    assert drawn(PROMPTS, dataclasses.replace(generation, seed=12)) != first
+    same_prompt = drawn([[7] * 65] * 4)
     assert len(set(map(tuple, same_prompt))) == 4
 
 
@@ -172,9 +183,9 @@ def test_other_prompts_and_limits_reuse_the_compiled_programs():
 
 def test_bfloat16_generates():
     params = make_params(QWEN3)
-    assert [
-        len(row) for row in generate(params, PROMPTS, QWEN3, Precision(), max_new_tokens=5)
-    ] == [5] * 4
+    assert [len(row) for row in generate(params, PROMPTS, QWEN3, Precision(), Generation(5))] == [
+        5
+    ] * 4
 
 
 def naive_filter(logits: np.ndarray, top_k: int | None, top_p: float) -> tuple[list[int], float]:
@@ -284,9 +295,8 @@ def test_extreme_temperatures_and_masses_still_write() -> None:
 @pytest.mark.parametrize("seed", [2**32, 2**63, 2**64 - 1, 2**200])
 def test_any_seed_samples(seed: int) -> None:
     params = make_params(QWEN3)
-    options = {"max_new_tokens": 8, "temperature": 1.0}
     drawn = [
-        generate(params, [[5, 17, 3]], QWEN3, FLOAT32, **options, seed=s)
+        generate(params, [[5, 17, 3]], QWEN3, FLOAT32, Generation(8, seed=s))
         for s in (seed, seed, seed % 2**32)
     ]
     assert drawn[0] == drawn[1] != drawn[2]

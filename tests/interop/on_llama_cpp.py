@@ -270,7 +270,7 @@ def test_an_imported_model_keeps_its_begin_and_end_tokens(
     source = chat_model(tmp_path / "source", prefix)
     model, params, tokenizer_file = huggingface.read(source)
     tokenizer = Tokenizer.load(tokenizer_file)
-    gguf.write(tmp_path / "a.gguf", params, model, tokenizer, 512)
+    gguf.write(tmp_path / "a.gguf", params, model, tokenizer, gguf.File(512))
     theirs = Theirs(tmp_path / "a.gguf", vocab_only=True)
     check_tokens(theirs, tokenizer, PROMPTS)
     chat = CHAT_TEXT.encode()
@@ -319,7 +319,7 @@ def test_each_way_to_split_text_is_theirs(
         ),
     )
     tokenizer, model = Tokenizer(own, begins_prompts=True), small(vocab_size=1000)
-    gguf.write(tmp_path / "a.gguf", draw(model), model, tokenizer, 512)
+    gguf.write(tmp_path / "a.gguf", draw(model), model, tokenizer, gguf.File(512))
     check_tokens(Theirs(tmp_path / "a.gguf", vocab_only=True), tokenizer, TEXTS)
 
 
@@ -371,9 +371,8 @@ def draw(model: ModelConfig) -> Tree:
 def test_logits_are_ours(model: ModelConfig, tmp_path: Path) -> None:
     """Up to llama.cpp's products, whose activations are float16 where weights are."""
     params = draw(model)
-    gguf.write(
-        tmp_path / "a.gguf", params, model, train(["the cat sat on the mat " * 20], 300), 512
-    )
+    tokenizer = train(["the cat sat on the mat " * 20], 300)
+    gguf.write(tmp_path / "a.gguf", params, model, tokenizer, gguf.File(512))
     tokens = np.random.default_rng(1).integers(0, 300, 200, np.int32)
     expected = np.asarray(our_logits(params, tokens[None], model))[0]
     difference = np.abs(Theirs(tmp_path / "a.gguf").logits(tokens) - expected)

@@ -36,7 +36,7 @@ from theirs import load, their_logits, their_model
 
 from braeburn.data.tokenizer import PATTERN
 from braeburn.evaluate.chat import encode_chat
-from braeburn.evaluate.generate import generate
+from braeburn.evaluate.generate import Generation, Sampling, generate
 from braeburn.interop import huggingface
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
@@ -285,8 +285,8 @@ def test_greedy_text_is_theirs(name, tmp_path):
     params = random_params(model)
     theirs = load(write(tmp_path / "out", params, model, None))
     prompts = [[5, 17, 3], [42], list(range(1, 71)), [9] * 12]
-    options = {"max_new_tokens": 64, "temperature": 0.0}
-    ours = generate(jax.tree.map(jax.numpy.asarray, params), prompts, model, FLOAT32, **options)
+    greedy = Generation(64, Sampling(temperature=0.0))
+    ours = generate(jax.tree.map(jax.numpy.asarray, params), prompts, model, FLOAT32, greedy)
     for prompt, new in zip(prompts, ours, strict=True):
         tokens = torch.tensor([prompt])
         output = theirs.generate(

@@ -64,7 +64,7 @@ def write(
     path: Path, model: ModelConfig, tokenizer: Tokenizer, type_: Any = "f16"
 ) -> tuple[Tree, gguf.GGUFReader]:
     params = draw(model)
-    ours.write(path, params, model, tokenizer, 512, type_, "a name")
+    ours.write(path, params, model, tokenizer, ours.File(512, type_, "a name"))
     return params, gguf.GGUFReader(path)
 
 
@@ -130,7 +130,7 @@ def test_tensors_are_the_parameters(
 
 def test_rows_that_are_no_multiple_of_32_stay_float16(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = make(d_model=64, head_dim=10, ffn_dim=72)
-    uneven = ours.write(tmp_path / "a.gguf", draw(model), model, tokenizer, 512, "q4_0")
+    uneven = ours.write(tmp_path / "a.gguf", draw(model), model, tokenizer, ours.File(512, "q4_0"))
     assert uneven == ["attention_output", "down"]
     kinds = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     half = {name for name, kind in kinds.items() if kind == GGMLQuantizationType.F16}
@@ -147,7 +147,7 @@ def test_weights_trained_on_the_grid_lose_nothing(
     quantization = Quantization(kind=kind)
     specs = decoder.param_specs(model)
     params = jax.device_get(jax.jit(lambda p: quantized(p, {}, specs, quantization))(draw(model)))
-    ours.write(tmp_path / "a.gguf", params, model, tokenizer, 512, type_)
+    ours.write(tmp_path / "a.gguf", params, model, tokenizer, ours.File(512, type_))
     found = values(gguf.GGUFReader(tmp_path / "a.gguf"))
     for name, value in expected(params, model).items():
         exact = value if "ffn_down" not in name else value.astype(np.float16).astype(np.float32)
@@ -329,7 +329,7 @@ def test_files_that_cannot_be_written(
     with pytest.raises(UserError, match=r"the token \d+, which vocab_size=100 has no row for"):
         write(tmp_path / "a.gguf", make(vocab_size=100), tokenizer)
     with pytest.raises(ValueError, match=r"params\['layers/query_norm'\] has the shape None"):
-        ours.write(tmp_path / "a.gguf", draw(LLAMA), QWEN3, tokenizer, 512)
+        ours.write(tmp_path / "a.gguf", draw(LLAMA), QWEN3, tokenizer, ours.File(512))
 
     # An interruption in the middle of the weights.
     real, written = gguf.GGUFWriter.write_tensor_data, []
@@ -348,7 +348,7 @@ def test_files_that_cannot_be_written(
     with pytest.raises(
         UserError, match=r"needs the gguf package; run `make extra-gguf.*` in a clone of Braeburn"
     ):
-        ours.write(tmp_path / "a.gguf", draw(QWEN3), QWEN3, tokenizer, 512)
+        ours.write(tmp_path / "a.gguf", draw(QWEN3), QWEN3, tokenizer, ours.File(512))
 
 
 def test_the_command(finished: Path, tmp_path: Path) -> None:

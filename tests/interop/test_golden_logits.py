@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from braeburn.config import ModelConfig
 from braeburn.data.tokenizer import PATTERN, Tokenizer
-from braeburn.evaluate.generate import generate
+from braeburn.evaluate.generate import Generation, Sampling, generate
 from braeburn.interop import huggingface
 from braeburn.layers.spec import Tree
 from braeburn.models.families import family_of
@@ -121,8 +121,7 @@ def test_greedy_text_is_theirs(name, tokenizer_file, tmp_path):
         prompts,
         model,
         FLOAT32,
-        max_new_tokens=32,
-        temperature=0.0,
+        Generation(32, Sampling(temperature=0.0)),
     )
     for row, new in zip(answer["greedy"], found, strict=True):
         assert new[: len(row["continued"])] == row["continued"]

@@ -236,7 +236,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     [
         (
             config_with(model_type="mixtral"),
-            "model_type='mixtral' cannot be imported; choose a model of type llama, mistral or",
+            "model_type='mixtral' cannot be imported; choose a model of type gemma3_text, llama, ",
         ),
         (config_without("model_type"), "model_type=None cannot be imported"),
         (config_with(attention_bias=True), "attention_bias=True cannot be imported; choose"),

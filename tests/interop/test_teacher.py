@@ -15,8 +15,8 @@ from braeburn.hardware.targets import parse_target
 from braeburn.interop.exchange import find_teacher
 from braeburn.layers.spec import walk
 from braeburn.plan.cost import estimate
-from braeburn.train.compression import of_model
-from braeburn.train.stages import abstract_params, layout_of
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import abstract_params
 from support import braeburn, contents, rows
 
 
@@ -67,7 +67,8 @@ def test_weights_lie_where_and_as_they_are_wanted(
         == ours.model
     )
     assert theirs.tokenizer.hash == ours.tokenizer.hash
-    wanted = abstract_params(of_model(layout_of(run, "core", jax.devices()[:4]), theirs.model))
+    stage = resolve_stage(run, "core", jax.devices()[:4])
+    wanted = abstract_params(stage.layout_of(theirs.model))
     found, expected = (dict(walk(teacher.read(wanted))) for teacher in (theirs, ours))
     assert found.keys() == expected.keys()
     for path, value in found.items():

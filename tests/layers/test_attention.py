@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from braeburn.config import MeshConfig
 from braeburn.layers import attention as A
-from braeburn.layers.attention import blocked
+from braeburn.layers.attention import blocked, splash
 
 
 def inputs(seed, batch, length, num_heads, num_kv_heads, head_dim, documents=3):
@@ -20,10 +20,11 @@ def inputs(seed, batch, length, num_heads, num_kv_heads, head_dim, documents=3):
     key, value = rng.normal(size=(2, batch, length, num_kv_heads, head_dim)).astype(np.float32)
     starts = rng.random((batch, length)) < documents / length
     segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
-    return query, key, value, segments
+    return tuple(map(jnp.asarray, (query, key, value, segments)))
 
 
 def reference(query, key, value, segments):
+    query, key, value, segments = map(np.asarray, (query, key, value, segments))
     _, length, num_heads, head_dim = query.shape
     group = num_heads // key.shape[2]
     key, value = (np.repeat(x.astype(np.float64), group, axis=2) for x in (key, value))
@@ -81,19 +82,21 @@ def test_a_long_sequence_needs_memory_in_proportion_to_its_length():
 
 def test_padding_gives_no_nan():
     query, key, value, segments = inputs(2, 1, 64, 2, 2, 8)
-    segments[:, 40:] = 0
+    segments = segments.at[:, 40:].set(0)
     assert np.isfinite(A.blocked_attention(query, key, value, segments)).all()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1)])
-def test_splash_attention_equals_the_reference_in_interpret_mode(heads, kv_heads):
+def test_splash_attention_equals_the_reference_in_interpret_mode(monkeypatch, heads, kv_heads):
+    monkeypatch.setattr(splash, "INTERPRET", True)
     arrays = inputs(3, 2, 256, heads, kv_heads, 128)
-    output = A.splash_attention(*map(jnp.asarray, arrays), interpret=True)
+    output = A.splash_attention(*arrays)
     np.testing.assert_allclose(output, reference(*arrays), atol=2e-5)
 
 
-def test_splash_attention_gradients_equal_those_of_blocked_attention_in_interpret_mode():
-    query, key, value, segments = map(jnp.asarray, inputs(4, 1, 128, 2, 1, 128))
+def test_splash_attention_gradients_equal_those_of_blocked_attention_in_interpret_mode(monkeypatch):
+    monkeypatch.setattr(splash, "INTERPRET", True)
+    query, key, value, segments = inputs(4, 1, 128, 2, 1, 128)
 
     def gradients(run):
         def loss(query, key, value):
@@ -101,9 +104,8 @@ def test_splash_attention_gradients_equal_those_of_blocked_attention_in_interpre
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
 
-    splash = gradients(lambda *a: A.splash_attention(*a, interpret=True))
-    blocked = gradients(A.blocked_attention)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), splash, blocked)
+    found, expected = gradients(A.splash_attention), gradients(A.blocked_attention)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), found, expected)
 
 
 @pytest.mark.parametrize("context", [1, 2])

@@ -29,10 +29,11 @@ def span_rows(array, lengths, offsets):
     return tokens, own
 
 
-def emulated(query, key, value, given, causal):
+def emulated(heads, given, causal):
     """What one call computes, written from the operands alone: each span's output and log-sum-exp,
     in float32.
     """
+    query, key, value = heads
     group = query.shape[2] // key.shape[2]
     query_tokens, own = span_rows(query, given.query_lengths, given.query_offsets)
     key_tokens, visible = span_rows(key, given.key_lengths, given.key_offsets)
@@ -61,8 +62,9 @@ def scatter(shape, tokens, own, rows, dtype):
     return flat[:-1].reshape(shape).astype(dtype)
 
 
-def forward_call(query, key, value, given, causal):
-    _, _, v, scores, tokens, own, *_ = emulated(query, key, value, given, causal)
+def forward_call(heads, given, causal):
+    query = heads.query
+    _, _, v, scores, tokens, own, *_ = emulated(heads, given, causal)
     log_z = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(log_z), log_z, 0)[..., None])
     output = scatter(
@@ -71,10 +73,9 @@ def forward_call(query, key, value, given, causal):
     return output, jnp.where(own[:, None], log_z, jnp.nan)
 
 
-def backward_call(query, key, value, given, statistics, output, output_gradient, causal):
-    q, k, v, scores, tokens, own, key_tokens, visible, group = emulated(
-        query, key, value, given, causal
-    )
+def backward_call(heads, given, causal, statistics, output, output_gradient):
+    query, key, value = heads
+    q, k, v, scores, tokens, own, key_tokens, visible, group = emulated(heads, given, causal)
     rows = jnp.clip(tokens, 0, query.shape[0] * query.shape[1] - 1)
     o, g = (
         x.reshape(-1, *x.shape[2:]).astype(jnp.float32)[rows] for x in (output, output_gradient)
@@ -123,7 +124,7 @@ def inputs(lengths, heads=4, kv_heads=2, head_dim=8, seed=0):
         np.int32
     )
     segments[-1, segments[-1] == segments[-1, -1]] = 0
-    return query, key, value, segments
+    return tuple(map(jnp.asarray, (query, key, value, segments)))
 
 
 def results(run, query, key, value, segments):
@@ -205,9 +206,12 @@ def test_batches_whose_offsets_would_overflow_are_split(emulation, monkeypatch):
     arrays = inputs([[20, 30, 14], [64], [1, 63]])
     monkeypatch.setattr(cudnn, "MAX_ELEMENTS", 64 * 4 * 8 * 2)
     calls = []
-    monkeypatch.setattr(
-        cudnn, "forward_call", lambda *x: calls.append(x[0].shape[0]) or forward_call(*x)
-    )
+
+    def counted(heads, *others):
+        calls.append(heads.query.shape[0])
+        return forward_call(heads, *others)
+
+    monkeypatch.setattr(cudnn, "forward_call", counted)
     output = jax.jit(lambda *x: cudnn.packed_attention(*x, ONE_DEVICE))(*arrays)
     np.testing.assert_allclose(output, jax.jit(attention.blocked_attention)(*arrays), atol=2e-6)
     assert set(calls) == {2, 1}

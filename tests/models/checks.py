@@ -127,7 +127,7 @@ def assert_pruned_is_masked(model: ModelConfig, keep: Mapping[str, int]) -> None
         score_specs(model, keep),
         is_leaf=lambda node: isinstance(node, ParamSpec),
     )
-    small = Pruning.model_validate({"keep": dict(keep)}).pruned(model)
+    small = Pruning.model_validate({"keep": dict(keep)}).left(model)
     params, batch = params_of(model), batch_of(model)
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
     soft = masked(params, masks(scores, keep, model, 0.0), model)

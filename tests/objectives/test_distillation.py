@@ -322,7 +322,7 @@ def test_online_and_cached_labels_give_the_same_loss(kind):
     )
 
     def by_hand(params, batch, teacher):
-        inputs = [batch[name] for name in ("inputs", "positions", "segment_ids")]
+        inputs = tuple(batch[name] for name in ("inputs", "positions", "segment_ids"))
         teacher_targets = Projection(
             decoder.forward(teacher, inputs, TEACHER, FLOAT32), teacher["head"]
         )

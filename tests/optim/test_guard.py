@@ -13,7 +13,7 @@ from braeburn.models.decoder import param_specs
 from braeburn.optim.definition import Parameters, definition_of, state_bytes, update_cost
 from braeburn.optim.guard import guarded
 from braeburn.train.state import new_state
-from braeburn.train.step import train_step
+from braeburn.train.step import accumulated, train_step
 
 FLOAT = 4
 MODEL = ModelConfig(
@@ -38,7 +38,7 @@ def test_plain_adamw_of_optax_trains_and_skips_bad_steps():
         before = state
         batch = {"inputs": one, "weights": jnp.ones(8)}
         state, metrics = train_step(
-            state, batch, loss=loss, optimizer=optimizer, accumulation_steps=1
+            state, batch, gradients=accumulated(loss, 1), optimizer=optimizer
         )
         if number == 10:
             old, new = before.optimizer.direction, state.optimizer.direction

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from braeburn.config import MeshConfig
 from braeburn.layers import attention as A
-from braeburn.layers.attention import cudnn, ring
+from braeburn.layers.attention import cudnn, ring, splash
 from braeburn.parallel import sequence as C
 
 LENGTH = 96
@@ -141,12 +141,14 @@ def test_zigzag_names_what_does_not_divide():
 
 
 @pytest.mark.parametrize(("context", "tensor"), [(1, 2), (2, 2), (4, 1)])
-def test_splash_attention_works_on_shards_in_interpret_mode(context, tensor):
+def test_splash_attention_works_on_shards_in_interpret_mode(monkeypatch, context, tensor):
+    monkeypatch.setattr(splash, "INTERPRET", True)
     # Chunks of 128 tokens with two context shards; with four, 64 tokens, so that a tile has two of
     # them.
     arrays = sequences(512, 4, 2, 128)
-    splash = functools.partial(A.splash_attention, interpret=True)
-    results = outputs_and_gradients(splash, mesh_of(context, tensor, "all_gather"), arrays)
+    results = outputs_and_gradients(
+        A.splash_attention, mesh_of(context, tensor, "all_gather"), arrays
+    )
     assert_close(results, outputs_and_gradients(A.attention, mesh_of(1), arrays), 1e-5)
 
 

@@ -15,7 +15,8 @@ from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.layers.spec import walk
 from braeburn.optim.guard import begin_stage
-from braeburn.train.stages import compile_stage, initial_state, layout_of
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import compile_stage, initial_state
 from support import deep_but
 
 STEPS = 20
@@ -83,10 +84,11 @@ def with_optimizer(run: Run, kind: str, **changes: Any) -> Run:
 
 def losses(run: Run, prepared: Prepared) -> tuple[list[float], Any]:
     """The loss of each step of the first stage, and the state after the last."""
-    layout, stage = layout_of(run, "core"), run.stages["core"]
+    resolved = resolve_stage(run, "core")
+    layout, stage = resolved.layout, resolved.stage
     rows = layout.rows(stage.batch_size)
     batches = Batches(stage, "core", run.seed, prepared.train, rows)
-    program, state = compile_stage(run, "core", layout), initial_state(run, layout)
+    program, state = compile_stage(resolved), initial_state(resolved)
     state = state._replace(optimizer=begin_stage(state.optimizer))
     result = []
     for step in range(STEPS):
@@ -147,7 +149,8 @@ def test_other_optimizers_follow_one_device(
 
 def test_layouts_differ_where_they_should(tiny: Run, prepared: Prepared) -> None:
     """Each process reads the rows that its devices work on; those of all make up the batch."""
-    layout = layout_of(with_optimizer(tiny, "adamw", **LAYOUTS["fsdp x tensor"]), "core")
+    run = with_optimizer(tiny, "adamw", **LAYOUTS["fsdp x tensor"])
+    layout = resolve_stage(run, "core").layout
     assert layout.rows(16) == list(range(16))
     batch = {"inputs": np.arange(16 * 64, dtype=np.int32).reshape(16, 64)}
     placed = layout.place(batch, range(16), 16)["inputs"]

@@ -15,9 +15,14 @@ from jaxtyping import Array
 
 from braeburn.config import Execution, MeshConfig
 from braeburn.objectives import vocabulary
-from braeburn.objectives.cross_entropy import Targets
 from braeburn.objectives.statistics import Expectation, LogSumExp
-from braeburn.objectives.vocabulary import LogitBlock, Objective, Projection, vocabulary_loss
+from braeburn.objectives.vocabulary import (
+    LogitBlock,
+    Objective,
+    Projection,
+    Targets,
+    vocabulary_loss,
+)
 from braeburn.parallel.collectives import gather_tokens
 from braeburn.parallel.mesh import build
 

@@ -10,7 +10,7 @@ from braeburn.config import Execution, MeshConfig, Placement, Run, ShardingRules
 from braeburn.errors import UserError
 from braeburn.parallel.rules import partition
 from braeburn.recipes import load
-from braeburn.train.stages import layout_of
+from braeburn.train.resolved import resolve_stage
 from support import braeburn
 
 
@@ -96,28 +96,28 @@ def test_a_mesh_that_does_not_divide_is_one_sentence(
     changes: dict[str, Any], sentence: str, tiny: Run
 ) -> None:
     with pytest.raises(UserError) as refusal:
-        layout_of(override(tiny, {"mesh.fsdp": 1, **changes}), "core")
+        resolve_stage(override(tiny, {"mesh.fsdp": 1, **changes}), "core")
     assert sentence in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_the_sizes_that_it_names_work(tiny: Run) -> None:
     with pytest.raises(UserError) as refusal:
-        layout_of(override(tiny, {"mesh.fsdp": 1, "mesh.tensor": 8}), "core")
+        resolve_stage(override(tiny, {"mesh.fsdp": 1, "mesh.tensor": 8}), "core")
     for size in json.loads(str(refusal.value).partition("one of ")[2]):
-        layout_of(override(tiny, {"mesh.fsdp": 1, "mesh.tensor": size}), "core")
+        resolve_stage(override(tiny, {"mesh.fsdp": 1, "mesh.tensor": size}), "core")
 
 
 def test_a_stage_may_have_a_mesh_of_its_own(tiny: Run) -> None:
     run = override(
         tiny, {"mesh.fsdp": 8, "stages.context.mesh.context": 2, "stages.context.mesh.fsdp": 4}
     )
-    assert layout_of(run, "core").sizes.fsdp == 8
-    assert layout_of(run, "context").sizes.context == 2
+    assert resolve_stage(run, "core").layout.sizes.fsdp == 8
+    assert resolve_stage(run, "context").layout.sizes.context == 2
     with pytest.raises(
         UserError, match=r"stages.context: the 4 sequences of a batch cannot be split into 8"
     ):
-        layout_of(override(tiny, {"mesh.fsdp": 8}), "context")
+        resolve_stage(override(tiny, {"mesh.fsdp": 8}), "context")
 
 
 def test_the_command_line_tells_it_before_anything_is_written(tmp_path: Any) -> None:

@@ -19,7 +19,8 @@ from braeburn.models import decoder
 from braeburn.objectives import vocabulary
 from braeburn.optim.definition import Parameters, update_cost
 from braeburn.plan.collectives import Collective, collectives, traffic
-from braeburn.train.stages import compile_stage, layout_of
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import compile_stage
 from support import deep_but
 
 # Sizes whose products differ, so that an array tells by its size what it is. Floats that are
@@ -114,9 +115,9 @@ def compiled(
     changes = {"mesh.fsdp": 1, "stages.core.accumulation_steps": accumulation_steps}
     changes |= {f"mesh.{axis}": size for axis, size in mesh.items()} | {"optimizer.kind": kind}
     run = override(tiny, SIZES | changes)
-    layout = layout_of(run, "core")
-    text = compile_stage(run, "core", layout).step.as_text()
-    return text, collectives(text, layout.sizes.sizes)
+    stage = resolve_stage(run, "core")
+    text = compile_stage(stage).step.as_text()
+    return text, collectives(text, stage.layout.sizes.sizes)
 
 
 @pytest.fixture(scope="module")

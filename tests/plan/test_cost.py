@@ -28,7 +28,8 @@ from braeburn.plan.collectives import collectives, traffic
 from braeburn.plan.cost import Work, estimate, labelling_seconds, work_of
 from braeburn.plan.search import candidates
 from braeburn.recipes import load
-from braeburn.train.stages import compile_stage, layout_of
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import compile_stage
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["query", "key", "value", "attention", "ffn_gate", "ffn_up"]
@@ -106,9 +107,9 @@ def test_exchanges_are_those_of_the_compiled_step(
     changes: dict[str, Any] = {"mesh.fsdp": 1, "remat.policy": policy, "remat.names": NAMES}
     changes |= {"stages.core.batch_tokens": 4096, "stages.core.tokens": 40_960}
     run = override(tiny, SIZES | changes | {f"mesh.{axis}": size for axis, size in mesh.items()})
-    layout = layout_of(run, "core")
-    compiled: Any = compile_stage(run, "core", layout).step
-    check_exchanges(compiled, work_of(run, "core", layout.sizes), 0.1)
+    stage = resolve_stage(run, "core")
+    compiled: Any = compile_stage(stage).step
+    check_exchanges(compiled, work_of(run, "core", stage.layout.sizes), 0.1)
 
 
 def check_exchanges(compiled: Any, work: Work, tolerance: float) -> None:
@@ -157,10 +158,11 @@ def test_a_teacher_exchanges_and_takes_what_it_does_in_the_compiled_step(
     )
     live = {"teacher": "larger", "distillation": distillation}
     run = staged(run, run.stages["core"], larger={}, cut={"pruning": NARROWER}, taught=live)
-    layout = layout_of(run, "taught")
-    work = work_of(run, "taught", layout.sizes)
+    stage = resolve_stage(run, "taught")
+    work = work_of(run, "taught", stage.layout.sizes)
+    assert stage.teacher == work.teacher
     assert (work.model.d_model, work.teacher and work.teacher.d_model) == (64, 128)
-    compiled: Any = compile_stage(run, "taught", layout, work.teacher).step
+    compiled: Any = compile_stage(stage).step
     check_exchanges(compiled, work, 0.05)
     # Parameters, two moments of each and the teacher; and five numbers for each token.
     batch = 5 * 4 * work.tokens
@@ -186,11 +188,11 @@ def test_masked_and_rounded_weights_are_as_large_as_compiled(tiny: Run) -> None:
     temporary = {}
     for name, fields in stages.items():
         alone = staged(run, run.stages["core"], **{name: fields})
-        layout = layout_of(alone, name)
-        compiled: Any = compile_stage(alone, name, layout).step
+        stage = resolve_stage(alone, name)
+        compiled: Any = compile_stage(stage).step
         temporary[name] = compiled.memory_analysis().temp_size_in_bytes
         if fields:
-            planned = work_of(alone, name, layout.sizes).memory()["weights_in_use"] * 2**30
+            planned = work_of(alone, name, stage.layout.sizes).memory()["weights_in_use"] * 2**30
             assert temporary[name] - temporary["plain"] == pytest.approx(planned, rel=0.1), name
 
 

@@ -8,7 +8,13 @@ import math
 import pytest
 
 from braeburn.errors import UserError
-from braeburn.plan.goodput import FAILURES_PER_CHIP_HOUR, daly_interval, expected_seconds, goodput
+from braeburn.plan.goodput import (
+    FAILURES_PER_CHIP_HOUR,
+    Interruptions,
+    daly_interval,
+    expected_seconds,
+    goodput,
+)
 
 DAY = 86_400.0
 
@@ -27,7 +33,8 @@ DAY = 86_400.0
 def test_the_simulation_agrees_with_the_formula(mean, checkpoint, restart, seed):
     chips, productive = 100, 20_000.0 * mean
     # So many failures that the standard error is a sixth of what is allowed, or less.
-    result = goodput(chips, productive, 1e9, 3600 / mean / chips, checkpoint, restart, seed)
+    interruptions = Interruptions(3600 / mean / chips, checkpoint, restart)
+    result = goodput(chips, productive, 1e9, interruptions, seed)
     assert result.simulated == pytest.approx(result.expected, rel=0.01)
     assert result.simulated != result.expected
     assert result.wall_seconds == pytest.approx(productive / result.expected)
@@ -45,7 +52,7 @@ def test_the_interval_is_that_of_dalys_examples():
 @pytest.mark.parametrize("checkpoint", [1.0, 10.0, 100.0, 1000.0, 5000.0])
 def test_no_other_interval_is_better(checkpoint):
     mean, restart, productive = 3600.0, 780.0, 1000 * DAY
-    chosen = goodput(1, productive, 0, 1.0, checkpoint, restart)
+    chosen = goodput(1, productive, 0, Interruptions(1.0, checkpoint, restart))
 
     def wall(interval):
         return expected_seconds(productive, interval, checkpoint, restart, mean)
@@ -65,20 +72,20 @@ def test_a_run_is_cut_into_equal_parts():
     # The number of parts above the best interval's, or below it, whichever is better.
     interval = daly_interval(60, 3600)
     for length, parts in ((1.1, 1), (1.9, 2), (2.1, 2), (2.9, 3)):
-        assert goodput(1, length * interval, 0, 1.0, 60).interval_seconds == pytest.approx(
-            length * interval / parts
-        )
+        result = goodput(1, length * interval, 0, Interruptions(1.0, 60))
+        assert result.interval_seconds == pytest.approx(length * interval / parts)
     # No interval is longer than the run.
     assert goodput(1, 60.0, 2e9).interval_seconds == 60
 
 
 def test_without_failures_only_the_checkpoint_is_lost():
-    result = goodput(8192, 1000.0, 2e9, failures_per_chip_hour=0)
+    result = goodput(8192, 1000.0, 2e9, Interruptions(failures_per_chip_hour=0))
     assert result.interval_seconds == 1000
     assert result.checkpoint_seconds == pytest.approx(5 + 0.2)
     assert result.expected == result.simulated == pytest.approx(1000 / 1005.2)
     # The limit, from the other side.
-    assert goodput(1, 1000.0, 2e9, 1e-12).expected == pytest.approx(result.expected, rel=1e-9)
+    hardly_any = goodput(1, 1000.0, 2e9, Interruptions(1e-12))
+    assert hardly_any.expected == pytest.approx(result.expected, rel=1e-9)
 
 
 def test_more_failures_and_longer_restarts_cost_more():
@@ -90,8 +97,8 @@ def test_more_failures_and_longer_restarts_cost_more():
     for worse in (
         goodput(16_384, 30 * DAY, 2e9),
         goodput(8192, 30 * DAY, 2e10),
-        goodput(8192, 30 * DAY, 2e9, restart_seconds=3600),
-        goodput(8192, 30 * DAY, 2e9, failures_per_chip_hour=1e-4),
+        goodput(8192, 30 * DAY, 2e9, Interruptions(restart_seconds=3600)),
+        goodput(8192, 30 * DAY, 2e9, Interruptions(failures_per_chip_hour=1e-4)),
     ):
         assert worse.expected < usual.expected
         assert worse.simulated < usual.simulated
@@ -131,14 +138,14 @@ def test_the_seed_decides():
     ],
 )
 def test_what_is_out_of_range_is_refused(field, value):
-    arguments = {"chips": 8, "productive_seconds": DAY, "state_bytes_per_chip": 1e9} | {
-        field: value
-    }
+    arguments = {"chips": 8, "productive_seconds": DAY, "state_bytes_per_chip": 1e9}
+    interruptions = {}
+    (arguments if field in arguments else interruptions)[field] = value
     with pytest.raises(UserError, match=f"^{field}: {value} must be a number "):
-        goodput(**arguments)
+        goodput(**arguments, interruptions=Interruptions(**interruptions))
 
 
 @pytest.mark.parametrize("rate", [1.0, 1e-2, 1e300])
 def test_a_run_that_hardly_advances_is_refused(rate):
     with pytest.raises(UserError, match=r"^failures_per_chip_hour: .* hardly advances; lower it"):
-        goodput(8192, 300 * DAY, 2e9, failures_per_chip_hour=rate)
+        goodput(8192, 300 * DAY, 2e9, Interruptions(failures_per_chip_hour=rate))

@@ -23,7 +23,8 @@ from braeburn.plan.graph import Amount
 from braeburn.plan.search import candidates
 from braeburn.plan.totals import Kernels
 from braeburn.recipes import load
-from braeburn.train.stages import compile_stage, layout_of
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import compile_stage
 
 TPU = accelerator_of(parse_target("v5p:64").facts)
 
@@ -85,10 +86,17 @@ def test_memory_is_that_of_one_layer_of_a_pattern_at_a_time() -> None:
     pattern, one = (work_of(each, "pretrain", mesh, TPU) for each in (run, same))
     assert pattern.at(pattern.totals.kept) == pytest.approx(one.at(one.totals.kept))
     assert pattern.totals.weights == one.totals.weights
+    assert pattern.matrix_flops == pytest.approx(one.matrix_flops)
+
+
+def test_a_layer_of_a_pattern_holds_what_it_holds_alone() -> None:
+    run, mesh = load("gemma3-1b"), MeshConfig(fsdp=64)
+    alone = run.model.replace(pattern=run.model.pattern[-1:])
+    same = run.model_copy(update={"model": alone})
+    pattern, one = (work_of(each, "pretrain", mesh, TPU) for each in (run, same))
     assert max(map(pattern.at, pattern.totals.live)) == pytest.approx(
         max(map(one.at, one.totals.live))
     )
-    assert pattern.matrix_flops == pytest.approx(one.matrix_flops)
 
 
 def test_attention_without_a_kernel_multiplies_what_its_spans_reach() -> None:
@@ -147,8 +155,9 @@ def test_exchanges_of_layers_that_differ_are_those_of_the_compiled_step(
 ) -> None:
     run = small(tiny, mesh, policy, {})
     run = run.model_copy(update={"model": run.model.replace(**MODELS[model])})
-    layout = layout_of(run, "core")
-    compiled: Any = compile_stage(run, "core", layout).step
+    stage = resolve_stage(run, "core")
+    layout = stage.layout
+    compiled: Any = compile_stage(stage).step
     check_exchanges(compiled, work_of(run, "core", layout.sizes), 0.1)
 
 
@@ -169,8 +178,9 @@ def test_memory_and_exchanges_follow_the_rules(
     mesh: dict[str, int], rules: dict[str, Any], tiny: Run
 ) -> None:
     run = small(tiny, mesh, "full", rules)
-    layout = layout_of(run, "core")
-    compiled: Any = compile_stage(run, "core", layout).step
+    stage = resolve_stage(run, "core")
+    layout = stage.layout
+    compiled: Any = compile_stage(stage).step
     work = work_of(run, "core", layout.sizes)
     check_exchanges(compiled, work, 0.02)
     stored = 4 * work.shard + work.optimizer_bytes

@@ -14,7 +14,7 @@ from braeburn.plan.cost import estimate
 from braeburn.plan.ranking import why_nothing_fits
 from braeburn.plan.search import candidates, larger_targets, meshes
 from braeburn.recipes import load
-from braeburn.train.stages import sizes_of
+from braeburn.train.resolved import sizes_of
 
 
 @pytest.mark.parametrize("stage", ["core", "continued", "context"])

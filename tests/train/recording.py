@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from braeburn.train import loop
+from braeburn.train import feed
 
-original = loop.prefetch
+original = feed.prefetch
 
 
 def prefetch(batches: Any, start: int, workers: int, ahead: int) -> Iterator[Any]:
@@ -28,7 +28,7 @@ def prefetch(batches: Any, start: int, workers: int, ahead: int) -> Iterator[Any
 
 
 if __name__ == "__main__":
-    loop.prefetch = prefetch
+    feed.prefetch = prefetch
     from braeburn.cli import main
 
     main()

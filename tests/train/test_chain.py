@@ -27,23 +27,27 @@ from braeburn.config import (
     override,
     validate,
 )
-from braeburn.data.loader import Batches
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import train as train_tokenizer
 from braeburn.interop import huggingface
 from braeburn.layers.spec import abstract, walk
 from braeburn.models import decoder
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.compression import MASKS, enter, leaving, of_model, trained_specs
-from braeburn.train.loop import calibration, train
-from braeburn.train.stages import abstract_state, layout_of, model_at, stage_optimizer
+from braeburn.train.loop import train
+from braeburn.train.resolved import resolve_stage, trained_specs
+from braeburn.train.stage_run import batches_of, calibration
+from braeburn.train.stages import abstract_state
 from braeburn.train.state import TrainState
 from braeburn.train.trained import load
+from braeburn.train.transitions import enter, leaving
+from braeburn.transforms.pruning import MASKS
+from braeburn.verify.following import followed_curve
 from support import braeburn, events, rows
 
 # Steps made when each stage ends; of the pruning stage's five, the last is made with exact masks.
 LARGER, PRUNED, TAUGHT, ROUNDED = 3, 8, 11, 14
 KEEP = 80
+FIGURES = ("loss", "grad_norm")
 
 
 def stage(run: Run, steps: int, **changes: Any) -> Stage:
@@ -103,8 +107,8 @@ def as_of(whole: Path, tmp_path: Path) -> Callable[[int], Path]:
 
 def restored(directory: Path, run: Run, name: str, step: int) -> TrainState:
     """The state saved in the middle of a stage, on the run's mesh."""
-    shape = abstract_state(run, name, layout_of(run, name))
-    return Checkpoints(directory).restore(step, shape, stage_optimizer(run, name).init)
+    resolved = resolve_stage(run, name)
+    return Checkpoints(directory).restore(step, abstract_state(resolved), resolved.optimizer.init)
 
 
 def leaves(tree: Any) -> list[np.ndarray]:
@@ -126,7 +130,7 @@ def test_what_each_stage_leaves(whole: Path, chain: Run) -> None:
     ]
     read = Checkpoints(whole).restore_params
     for step, width in ((LARGER, 160), (PRUNED, KEEP), (ROUNDED, KEEP)):
-        model, _ = model_at(chain, step)
+        model, _ = chain.model_at(step)
         assert model.ffn_dim == width
         params = read(step, abstract(decoder.param_specs(model)))
         assert params["layers"]["down"].shape == (2, width, 64) and MASKS not in params
@@ -159,7 +163,7 @@ def test_stops_within_stages_and_between_leave_no_trace(
     assert train(run, tmp_path).finished
     assert curve(tmp_path) == curve(whole)
     assert stage_ends(tmp_path) == stage_ends(whole)
-    model, _ = model_at(chain, ROUNDED)
+    model, _ = chain.model_at(ROUNDED)
     shape = abstract(decoder.param_specs(model))
     same(*(Checkpoints(folder).restore_params(ROUNDED, shape) for folder in (tmp_path, whole)))
 
@@ -229,6 +233,7 @@ def test_after_pruning_it_is_an_ordinary_smaller_model(
     ours = hidden @ decoder.head_matrix(trained.params).T
     model, params, _ = huggingface.read(exported)
     assert model.ffn_dim == KEEP
+    params = jax.tree.map(jax.numpy.asarray, params)
     hidden = decoder.forward(params, inputs, model, execution)
     theirs = hidden @ decoder.head_matrix(params).T
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -263,7 +268,7 @@ def test_what_is_cut_is_cut_from_the_optimizer_too(
     scores = np.asarray(state.params[MASKS]["ffn"])
     units = np.sort(np.argsort(-scores, axis=-1, kind="stable")[:, :KEEP], axis=-1)
     before = {path: np.asarray(leaf) for path, leaf in paths(state).items()}
-    leave = leaving(run, "pruned", state, layout_of(run, "pruned"))
+    leave = leaving(resolve_stage(run, "pruned"))
     with compilations() as compiled:
         after = leave(state)
     assert not compiled, "a stop at the stage's last step waits for the compiler"
@@ -316,15 +321,13 @@ def entered(
     run = chain.model_copy(
         update={"mesh": mesh, "stages": chain.stages | {"pruned": stage(chain, 5, pruning=pruning)}}
     )
-    layout = layout_of(run, "pruned")
-    found = of_model(layout, chain.model)
-    shape = abstract_state(run, "pruned", found)
-    state = Checkpoints(whole).restore(
-        LARGER, shape, stage_optimizer(run, "pruned", found.specs).init
-    )
-    part, stores = run.stages["pruned"], prepare(run, lambda line: None).train
-    batches = Batches(part, "pruned", run.seed, stores, layout.rows(part.batch_size))
-    return state, enter(run, "pruned", state, layout, calibration(part, batches, layout))
+    resolved = resolve_stage(run, "pruned")
+    found = resolved.layout_of(chain.model)
+    shape = abstract_state(resolved, found)
+    state = Checkpoints(whole).restore(LARGER, shape, resolved.optimizer_of(found.specs).init)
+    batches = batches_of(resolved, prepare(run, lambda line: None).train)
+    first = calibration(resolved.stage, batches, resolved.layout)
+    return state, enter(resolved, state, first)
 
 
 @pytest.mark.parametrize("method", ["activation", "magnitude", "random"])
@@ -392,21 +395,20 @@ def test_the_chain_on_a_mesh_is_that_of_one_device(chain: Run, tmp_path: Path) -
     # rounding errors, the runs would part where a label of two that are as likely, or a weight
     # half-way between two levels, goes by them.
     split = override(one, {"mesh": {"fsdp": 2, "tensor": 2}, "stages.taught.mesh": {"fsdp": 4}})
-    train(split, tmp_path / "split", follow=(tmp_path / "one", PRUNED))
-    expected, found = (rows(tmp_path / name) for name in ("one", "split"))
-    for figure in ("loss", "grad_norm"):
-        np.testing.assert_allclose(
-            [row[figure] for row in found], [row[figure] for row in expected], rtol=1e-5
-        )
-    ends = [
-        [
-            values["loss"]
-            for end in stage_ends(tmp_path / name)
-            for values in end["held_out"].values()
-        ]
-        for name in ("one", "split")
-    ]
-    np.testing.assert_allclose(ends[1], ends[0], rtol=1e-5)
+    train(split, tmp_path / "split", stop_after_steps=PRUNED)
+    expected = [[row[figure] for row in rows(tmp_path / "one")] for figure in FIGURES]
+    own = [[row[figure] for row in rows(tmp_path / "split")] for figure in FIGURES]
+    np.testing.assert_allclose(own, [values[:PRUNED] for values in expected], rtol=1e-5)
+    found = dict(followed_curve(split, tmp_path / "one", PRUNED, FIGURES))
+    for figure, values in zip(FIGURES, expected, strict=True):
+        steps = [found.pop(f"step {step + 1} {figure}") for step in range(ROUNDED)]
+        np.testing.assert_allclose(steps, values, rtol=1e-5)
+    ends = {
+        f"held-out {source} after step {end['step']}": values["loss"]
+        for end in stage_ends(tmp_path / "one")
+        for source, values in end["held_out"].items()
+    }
+    assert found == pytest.approx(ends, rel=1e-5) and len(found) == 8
 
 
 def test_teachers_that_cannot_teach(

@@ -9,7 +9,8 @@ from braeburn.config import Run
 from braeburn.hardware.catalogue import catalogue
 from braeburn.train import compiler_flags as module
 from braeburn.train.compiler_flags import compiler_flags
-from braeburn.train.stages import compile_stage, layout_of
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import compile_stage
 
 
 def test_flags_of_devices() -> None:
@@ -23,11 +24,11 @@ def test_flags_reach_the_compiler(tiny: Run, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         jax.stages.Lowered, "compile", lambda lowered, options=None: given.append(options)
     )
-    layout = layout_of(tiny, "core", jax.devices()[:1])
-    compile_stage(tiny, "core", layout)
+    stage = resolve_stage(tiny, "core", jax.devices()[:1])
+    compile_stage(stage)
     assert given == [None]  # on CPUs
     asked: list[str] = []
     monkeypatch.setattr(module, "chip_of", lambda kind: (asked.append(kind), catalogue()["v5p"])[1])
-    compile_stage(tiny, "core", layout)
+    compile_stage(stage)
     assert given[1:] == [compiler_flags("TPU v5p")] and given[1]
     assert asked[0] == jax.devices()[0].device_kind

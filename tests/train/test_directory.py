@@ -18,7 +18,7 @@ from braeburn.config import Run, read_identity, read_run
 from braeburn.disk import explained, explaining, naming, remove_stale, scratch
 from braeburn.errors import UserError
 from braeburn.jsonfile import Unreadable, json_lines, parse_json, read_json
-from braeburn.train import loop
+from braeburn.train import feed, loop
 from braeburn.train.directory import RunDirectory
 from braeburn.train.records import Records
 from support import events, rows
@@ -237,7 +237,7 @@ def test_words_of_a_message_blame_nobody(tmp_path: Path) -> None:
 
 def at_batch(number: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Has something happen while a run trains."""
-    prefetch = loop.prefetch
+    prefetch = feed.prefetch
 
     def hooked(*arguments: Any) -> Iterator[Any]:
         for index, batch in enumerate(prefetch(*arguments)):
@@ -245,7 +245,7 @@ def at_batch(number: int, action: Callable[[], object], monkeypatch: pytest.Monk
                 action()
             yield batch
 
-    monkeypatch.setattr(loop, "prefetch", hooked)
+    monkeypatch.setattr(feed, "prefetch", hooked)
 
 
 def test_metrics_that_are_deleted_while_a_run_trains(

@@ -13,7 +13,7 @@ import pytest
 import recording
 
 from braeburn.config import Checkpoint, Run, override
-from braeburn.train import loop
+from braeburn.train import feed, loop
 from braeburn.train.record import check_content, check_names
 from braeburn.train.record import read as read_record
 from support import events, rows
@@ -131,7 +131,7 @@ def test_four_processes_then_two_then_one(
     # The undisturbed run, on one device of this process.
     undisturbed = tmp_path / "undisturbed"
     monkeypatch.setenv("BRAEBURN_TEST_RECORD", str(tmp_path / "record-undisturbed.0"))
-    monkeypatch.setattr(loop, "prefetch", recording.prefetch)
+    monkeypatch.setattr(feed, "prefetch", recording.prefetch)
     loop.train(run, undisturbed)
     assert seen == [step[0] for step in recorded(tmp_path / "record-undisturbed", 1)]
 

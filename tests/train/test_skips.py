@@ -21,6 +21,7 @@ from braeburn.train.guard import check_share_of_skips, check_skips_in_a_row
 from braeburn.train.loop import train
 from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.progress import Display
+from braeburn.train.resolved import resolve_stage
 from support import Answer, braeburn, events, rows, scalars
 
 
@@ -135,7 +136,8 @@ def arrays(**metrics: Any) -> dict[str, jax.Array]:
 def test_whatever_a_step_returns_is_written(tiny: Run, tmp_path: Path) -> None:
     display = Display(14, Console(file=io.StringIO()))
     writer = MetricsWriter(tmp_path, 0, print)
-    recorder = Recorder(tiny, "core", writer, display, 1, History())
+    stage = resolve_stage(tiny, "core", jax.devices()[:1])
+    recorder = Recorder(stage, writer, display, History())
     usual = {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 0.5, "skipped": 0}
     recorder.observe(1, arrays(**usual, z_loss=0.25, load=[0.5, float("nan"), 1.0]), 0.0)
     recorder.flush()
@@ -152,7 +154,8 @@ def test_whatever_a_step_returns_is_written(tiny: Run, tmp_path: Path) -> None:
 def test_the_time_of_a_step_is_that_of_steps_alone(tiny: Run) -> None:
     written = Rows()
     display = Display(14, Console(file=io.StringIO()))
-    recorder = Recorder(tiny, "core", written, display, 1, History())  # type: ignore[arg-type]
+    stage = resolve_stage(tiny, "core", jax.devices()[:1])
+    recorder = Recorder(stage, written, display, History())  # type: ignore[arg-type]
     figures = arrays(loss=1.0, grad_norm=1.0, learning_rate=0.1, skipped=0)
     time.sleep(0.3)  # the stage is entered
     with recorder.apart():

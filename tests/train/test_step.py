@@ -16,7 +16,7 @@ from braeburn.objectives import cross_entropy
 from braeburn.optim.build import build_optimizer
 from braeburn.optim.guard import OptimizerState
 from braeburn.train.state import new_state
-from braeburn.train.step import train_step
+from braeburn.train.step import accumulated, train_step
 
 SOURCE = Path(braeburn.__file__).parent
 MODEL = ModelConfig(
@@ -58,7 +58,7 @@ def compiled_step(accumulation_steps: int) -> Any:
     @jax.jit
     def step(state: Any, whole: Any) -> Any:
         return train_step(
-            state, whole, loss=loss, optimizer=OPTIMIZER, accumulation_steps=accumulation_steps
+            state, whole, gradients=accumulated(loss, accumulation_steps), optimizer=OPTIMIZER
         )
 
     return step
@@ -105,13 +105,13 @@ def test_step_knows_no_model() -> None:
     )
     state = new_state({"w": jnp.zeros(3)}, optimizer)
     data = {"x": jnp.ones((4, 3)), "weights": jnp.array([1.0, 1.0, 1.0, 5.0])}
-    state, metrics = train_step(state, data, loss=loss, optimizer=optimizer, accumulation_steps=2)
+    state, metrics = train_step(state, data, gradients=accumulated(loss, 2), optimizer=optimizer)
     np.testing.assert_allclose(state.params["w"], 0.2 * target, rtol=1e-6)
     assert float(metrics["loss"]) == pytest.approx(14.0)
     assert float(metrics["grad_norm"]) == pytest.approx(2 * 14**0.5)
     for _ in range(60):
         state, metrics = train_step(
-            state, data, loss=loss, optimizer=optimizer, accumulation_steps=1
+            state, data, gradients=accumulated(loss, 1), optimizer=optimizer
         )
     np.testing.assert_allclose(state.params["w"], target, atol=1e-4)
     assert int(state.step) == 61

@@ -18,13 +18,21 @@ from braeburn import background
 from braeburn.background import Background, Feed
 from braeburn.config import Run, override
 from braeburn.errors import Interrupted
-from braeburn.train import guard, heartbeat, loop
+from braeburn.train import ahead, feed, guard, heartbeat, held_out, preparation, stage_run
 from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest
 from braeburn.train.loop import Outcome, train
+from braeburn.train.resolved import ResolvedStage
 from support import events, rows
 
 LIMIT = 5.0
+# The module that calls each piece of work.
+MODULES = {
+    "prepare": preparation,
+    "compile_stage": ahead,
+    "initial_state": ahead,
+    "enter": stage_run,
+}
 
 
 class Stuck:
@@ -88,7 +96,7 @@ def test_before_the_first_step(
             RunDirectory, "event", lambda *a, **k: (written(*a, **k), stuck.once.set())
         )
     with monkeypatch.context() as patched:
-        patched.setattr(loop, work, stuck)
+        patched.setattr(MODULES[work], work, stuck)
         assert interrupted(tiny, tmp_path, stuck).step == 0
     assert (tmp_path / "config.json").exists() == (work != "prepare")
     if work != "prepare":
@@ -109,13 +117,13 @@ def test_between_stages(
     monkeypatch: pytest.MonkeyPatch,
     work: str,
 ) -> None:
-    original = getattr(loop, work)
+    original = getattr(MODULES[work], work)
 
-    def only_first(run: Run, name: str, *rest: Any) -> Any:
-        return original(run, name, *rest) if name == "core" else stuck()
+    def only_first(stage: ResolvedStage, *rest: Any) -> Any:
+        return original(stage, *rest) if stage.name == "core" else stuck()
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, work, only_first)
+        patched.setattr(MODULES[work], work, only_first)
         assert interrupted(tiny, tmp_path, stuck).step == 6
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6"]
     assert train(tiny, tmp_path, stop_after_steps=2).step == 8
@@ -126,7 +134,7 @@ def test_while_evaluating_what_a_stage_has_left(
     tiny: Run, finished: Path, tmp_path: Path, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "measure", stuck)
+        patched.setattr(held_out, "measure", stuck)
         outcome = interrupted(tiny, tmp_path, stuck, stop_after_steps=6)
         assert (outcome.step, outcome.stages) == (6, [])
     # What was left out is made up for, once, before anything else.
@@ -140,7 +148,7 @@ def test_while_evaluating_within_a_stage(
 ) -> None:
     run = override(tiny, {"evaluation.every_steps": 3})
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "measure", stuck)
+        patched.setattr(held_out, "measure", stuck)
         assert interrupted(run, tmp_path, stuck).step == 3
     # The steps that no checkpoint had yet were saved.
     assert (tmp_path / "checkpoints" / "3").is_dir()
@@ -161,9 +169,9 @@ def test_while_a_batch_does_not_come(
         yield next(batches)
         stuck()
 
-    original = loop.prefetch
+    original = feed.prefetch
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "prefetch", stops_after_two)
+        patched.setattr(feed, "prefetch", stops_after_two)
         step = interrupted(tiny, tmp_path, stuck).step
     assert 1 <= step <= 2  # batches are read ahead
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
@@ -182,8 +190,8 @@ def test_a_batch_that_does_not_come_is_told_of(
         time.sleep(1.0)
         yield stuck()
 
-    monkeypatch.setattr(loop, "prefetch", slow)
-    monkeypatch.setattr(loop, "SECONDS_BETWEEN_WARNINGS", 0.3)
+    monkeypatch.setattr(feed, "prefetch", slow)
+    monkeypatch.setattr(feed, "SECONDS_BETWEEN_WARNINGS", 0.3)
     interrupted(override(tiny, {"data.workers": 2}), tmp_path, stuck)
     assert "warning: the batch of step 1 has not come for " in capfd.readouterr().err
     assert not any((tmp_path / "checkpoints").iterdir())
@@ -192,13 +200,13 @@ def test_a_batch_that_does_not_come_is_told_of(
 def test_a_batch_that_does_not_come_at_the_start_of_a_stage(
     tiny: Run, finished: Path, tmp_path: Path, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop.prefetch
+    original = feed.prefetch
     with monkeypatch.context() as patched:
 
         def only_first(batches: Any, *rest: Any) -> Iterator[Any]:
             yield from original(batches, *rest) if len(batches) == 6 else iter(stuck, None)
 
-        patched.setattr(loop, "prefetch", only_first)
+        patched.setattr(feed, "prefetch", only_first)
         assert interrupted(tiny, tmp_path, stuck).step == 6
     assert train(tiny, tmp_path, stop_after_steps=2).step == 8
     assert curve(tmp_path) == curve(finished)[:8]
@@ -241,14 +249,14 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from braeburn.background import ending_process
 from braeburn.config import Run
-from braeburn.train import loop
+from braeburn.train import ahead
 
 def compile_stage(*_):
     os.kill(os.getpid(), signal.{signal})
     time.sleep(1000)
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
-loop.compile_stage = compile_stage
+ahead.compile_stage = compile_stage
 from braeburn import cli
 sys.argv = ["braeburn", "train", *sys.argv[1:]]
 os.environ["GLIBC_TUNABLES"] = ""
@@ -411,7 +419,7 @@ def test_the_first_compilation_is_told_from_preparing(
     beats = tmp_path / "beats"
     beats.touch()
     monkeypatch.setenv(heartbeat.VARIABLE, str(beats))
-    phases, make = [], loop.initial_state
+    phases, make = [], ahead.initial_state
 
     def watched(*arguments: Any) -> Any:
         deadline = time.monotonic() + 10
@@ -420,6 +428,6 @@ def test_the_first_compilation_is_told_from_preparing(
             time.sleep(0.01)
         return make(*arguments)
 
-    monkeypatch.setattr(loop, "initial_state", watched)
+    monkeypatch.setattr(ahead, "initial_state", watched)
     train(tiny, tmp_path / "run", stop_after_steps=1)
     assert phases[-1] == "compiling"

@@ -13,7 +13,7 @@ from braeburn.models import decoder
 from braeburn.parallel.layout import Layout, one_device
 from braeburn.parallel.mesh import build
 from braeburn.transforms import importance
-from braeburn.transforms.pruning import score_specs
+from braeburn.transforms.units import score_specs
 
 MODEL = ModelConfig(
     vocab_size=64, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24

@@ -51,9 +51,9 @@ ShardingRules.of = lambda rules, axis, role="": (
 )
 """
 WRONG_POSITION = """
-from braeburn.train import loop
-prefetch = loop.prefetch
-loop.prefetch = lambda batches, start, *rest: prefetch(batches, start - 1 if start else 0, *rest)
+from braeburn.train import feed
+prefetch = feed.prefetch
+feed.prefetch = lambda batches, start, *rest: prefetch(batches, start - 1 if start else 0, *rest)
 """
 
 
@@ -176,13 +176,14 @@ def test_stages_that_differ_are_found(
     """
     due = [("step 1 loss", 6.0), ("step 21 loss", 5.0), ("held-out code after step 28", 5.5)]
 
-    def curve(run: Run, out: Path, follow: tuple[Path, int] | None = None) -> verify.Curve:
-        assert follow is None or follow[1] == 20
+    def followed(run: Run, reference: Path, start: int, figures: Any) -> verify.Curve:
+        assert reference == tmp_path / "one device, all stages" and start == 20
         if run.mesh.fsdp == 4:
             raise ValueError("no such thing")
         return [due[0], ("step 21 loss", 5.1), due[2]] if run.mesh.fsdp == 2 else due
 
-    monkeypatch.setattr(verify, "_train", curve)
+    monkeypatch.setattr(verify, "_train", lambda run, out: due)
+    monkeypatch.setattr(verify, "followed_curve", followed)
     three_heads = override(
         run, {"model.num_heads": 6, "model.num_kv_heads": 3, "mesh.fsdp": 8, "mesh.tensor": 1}
     )
@@ -239,9 +240,9 @@ def test_a_run_that_begins_again_has_not_resumed(
 def test_a_shuffled_position_is_found_by_the_command(
     recipe: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from braeburn.train import loop
+    from braeburn.train import feed
 
-    monkeypatch.setattr(loop, "prefetch", loop.prefetch)
+    monkeypatch.setattr(feed, "prefetch", feed.prefetch)
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, ENVIRONMENT[name])
     answer = braeburn("verify", recipe(WRONG_POSITION), "--on", "cpu:1", "--json")
@@ -296,8 +297,14 @@ def test_shrinking_keeps_the_structure(name: str) -> None:
         "num_heads",
         "num_kv_heads",
     }
-    for field in same - {"head_dim", "ffn_dim"}:
+    for field in same - {"head_dim", "ffn_dim", "pattern", "tail_pattern", "tail_layers"}:
         assert getattr(after, field) == getattr(before, field)
+    # Every kind of layer is there still; windows are shorter, as sequences are.
+    kinds = [
+        {(layer.attention.kind, layer.feed_forward.kind) for layer in model.layer_configs}
+        for model in (before, after)
+    ]
+    assert kinds[0] == kinds[1]
     assert (small.optimizer, small.remat, small.offload) == (
         large.optimizer,
         large.remat,

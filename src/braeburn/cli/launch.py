@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from braeburn.cli.options import AsJson, MaxRestarts, On, Out, Recipe, Set, Subm
 from braeburn.cli.output import print_json
 from braeburn.cli.resolve import on_target, resolve, train_arguments
 from braeburn.parallel import processes
+
+if TYPE_CHECKING:
+    from braeburn.launch.job import Job
 
 commands = typer.Typer(help="Several processes here, or the script or manifest for a cluster.")
 
@@ -64,8 +67,8 @@ def slurm(
     """Print the script that trains on a SLURM cluster, or submit it."""
     from braeburn.launch.slurm import script
 
-    run, target, arguments = _job(recipe, on, out, assignments)
-    text = script(run.name, arguments, out, target, time, partition, account, max_restarts)
+    job = _job(recipe, on, out, assignments, max_restarts)
+    text = script(job, time, partition, account)
     _print_job("script", text, ["sbatch"] if submit else None, as_json)
 
 
@@ -90,19 +93,23 @@ def kubernetes(
     """Print the JobSet that trains on TPUs, GPUs or CPUs of a Kubernetes cluster, or apply it."""
     from braeburn.launch.kubernetes import manifest
 
-    run, target, arguments = _job(recipe, on, out, assignments)
-    text = manifest(run.name, arguments, out, target, image, claim, max_restarts)
+    job = _job(recipe, on, out, assignments, max_restarts)
+    text = manifest(job, image, claim)
     _print_job("manifest", text, ["kubectl", "apply", "-f", "-"] if submit else None, as_json)
 
 
-def _job(recipe: str, on: str, out: Path, assignments: list[str] | None) -> Any:
-    """The run, the target, and the arguments of `train` there, once the mesh is known to fit."""
-    from braeburn.train.stages import sizes_of
+def _job(
+    recipe: str, on: str, out: Path, assignments: list[str] | None, max_restarts: int
+) -> "Job":
+    """The job that trains a recipe on a target, once the mesh is known to fit."""
+    from braeburn.launch.job import Job
+    from braeburn.train.resolved import sizes_of
 
     run, target, assignments = on_target(recipe, on, assignments)
     for stage in run.stages:
         sizes_of(run, stage, target.devices)
-    return run, target, train_arguments(recipe, out, assignments)
+    arguments = train_arguments(recipe, out, assignments)
+    return Job(run.name, arguments, out, target, max_restarts)
 
 
 def _print_job(kind: str, text: str, command: list[str] | None, as_json: bool) -> None:

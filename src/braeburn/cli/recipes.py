@@ -81,20 +81,13 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
 
 
 def _besides_training(stage: Any) -> str:
-    """What a stage prunes, who teaches it, and how it rounds weights, in a few words."""
-    said = []
-    if stage.pruning:
-        kept = " ".join(f"{axis}={size}" for axis, size in stage.pruning.keep.items())
-        said.append(f"prunes to {kept} by {stage.pruning.method}")
+    """What a stage does to its model besides training it, and who teaches it, in a few words."""
+    said = [transform.summary for transform in stage.transforms.values()]
     if stage.teacher:
         how = stage.distillation
         target = f"top {how.top_k}" if how.target == "top_k" else how.target
         said.append(
             f"taught by {stage.teacher}: {target}{', cached' if how.cached else ''}, weight "
             f"{how.weight:g}"
-        )
-    if stage.quantization:
-        said.append(
-            f"rounds to {stage.quantization.kind} in groups of {stage.quantization.group_size}"
         )
     return "; ".join(said)

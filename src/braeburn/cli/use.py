@@ -112,7 +112,7 @@ def generate(
     """Continue prompts with the newest checkpoint."""
     begin_computing()
     from braeburn.evaluate.chat import encode_chat
-    from braeburn.evaluate.generate import generate, sampling_defaults
+    from braeburn.evaluate.generate import Generation, Sampling, generate, sampling_defaults
     from braeburn.train.trained import load
 
     trained = load(directory)
@@ -147,17 +147,14 @@ def generate(
         )
     if greedy:
         temperature = 0.0
-    continuations = generate(
-        trained.params,
-        prompts,
-        trained.model,
-        trained.run.precision,
-        max_new_tokens=max_new_tokens,
+    sampling = Sampling(
         temperature=default.temperature if temperature is None else temperature,
         top_k=default.top_k if top_k is None else top_k or None,
         top_p=default.top_p if top_p is None else top_p,
-        seed=seed,
-        stop_ids=tokenizer.stops,
+    )
+    generation = Generation(max_new_tokens, sampling, seed, tokenizer.stops)
+    continuations = generate(
+        trained.params, prompts, trained.model, trained.run.precision, generation
     )
     texts = [tokenizer.decode(tokens) for tokens in continuations]
     if as_json:

@@ -26,10 +26,12 @@ from braeburn.config.base import (
 )
 from braeburn.config.data import Data, Source
 from braeburn.config.directory import read_identity, read_run
+from braeburn.config.distillation import Distillation
 from braeburn.config.execution import KEEP_ALL, Execution
 from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
 from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
 from braeburn.config.model import LARGEST_SIZES, LayerConfig, ModelConfig, RopeScaling, Segment
+from braeburn.config.objectives import NextToken, Objective, ObjectiveConfig
 from braeburn.config.optimizers import AdamW, AfmOptimizer, Optimizer, OptimizerConfig
 from braeburn.config.rules import Placement, ShardingRules
 from braeburn.config.run import Checkpoint, Evaluation, Run, StageModels, validate
@@ -45,10 +47,10 @@ from braeburn.config.sublayers import (
 )
 from braeburn.config.transforms import (
     PRUNABLE,
-    Distillation,
     PrunedAxis,
     Pruning,
     Quantization,
+    TransformConfig,
     check_pruning,
 )
 
@@ -81,7 +83,10 @@ __all__ = [
     "ModelConfig",
     "Name",
     "NamedActivation",
+    "NextToken",
     "NonNegative",
+    "Objective",
+    "ObjectiveConfig",
     "Offload",
     "OneOrMore",
     "Optimizer",
@@ -106,6 +111,7 @@ __all__ = [
     "Stage",
     "StageModels",
     "SwiGLU",
+    "TransformConfig",
     "check_name",
     "check_pruning",
     "divisors",

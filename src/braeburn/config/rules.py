@@ -70,8 +70,11 @@ class ShardingRules(Frozen):
     )
 
     def of(self, axis: str, role: str = "") -> Placement:
-        """The placement of a logical axis, in a parameter of a role or elsewhere."""
-        placement = getattr(self, f"{role}_{axis}", None) or getattr(self, axis)
+        """The placement of a logical axis, in a parameter of a role or elsewhere.
+
+        An axis without a field, as a transform's parameters may have, is not split.
+        """
+        placement = getattr(self, f"{role}_{axis}", None) or getattr(self, axis, Placement())
         assert isinstance(placement, Placement)
         return placement
 

@@ -1,5 +1,6 @@
 """The run: all parts together, checked against each other."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from braeburn.config.model import ModelConfig
 from braeburn.config.optimizers import AfmOptimizer, Optimizer
 from braeburn.config.rules import ShardingRules
 from braeburn.config.stage import Stage
-from braeburn.config.transforms import check_pruning
 from braeburn.errors import UserError, did_you_mean
 
 
@@ -78,45 +78,68 @@ class Run(Frozen):
         """Optimizer steps over all stages."""
         return sum(stage.steps for stage in self.stages.values())
 
+    @property
+    def first_steps(self) -> dict[str, int]:
+        """Steps made in all before each stage begins."""
+        before = itertools.accumulate((stage.steps for stage in self.stages.values()), initial=0)
+        return dict(zip(self.stages, before, strict=False))
+
+    @property
+    def last_steps(self) -> dict[str, int]:
+        """Steps made in all when each stage ends."""
+        first = self.first_steps
+        return {name: first[name] + stage.steps for name, stage in self.stages.items()}
+
+    def begun_by(self, step: int) -> list[str]:
+        """The names of the stages that have made a step after `step` steps in all, in order."""
+        return [name for name, first in self.first_steps.items() if first < step]
+
+    def tokens_by(self, step: int) -> int:
+        """The tokens that the run has been trained on after `step` steps in all."""
+        first = self.first_steps
+        return sum(
+            min(step - first[name], stage.steps) * stage.batch_tokens
+            for name, stage in self.stages.items()
+            if first[name] < step
+        )
+
     def stage_at(self, step: int) -> tuple[str, Stage, int]:
         """The stage that runs the 0-based global `step`: its name, the stage and the step's index
         within it.
         """
-        first = 0
-        for name, stage in self.stages.items():
-            if step < first + stage.steps:
-                return name, stage, step - first
-            first += stage.steps
-        raise IndexError(f"step {step} lies beyond the run's {first} steps")
+        if step >= self.total_steps:
+            raise IndexError(f"step {step} lies beyond the run's {self.total_steps} steps")
+        name = self.begun_by(step + 1)[-1]
+        return name, self.stages[name], step - self.first_steps[name]
 
     def model_at(self, step: int) -> tuple[ModelConfig, int]:
         """The model as left after `step` steps, and the longest sequence that it was trained on by
         then, in tokens.
         """
-        model = self.model
-        length = model.max_position_embeddings
-        first = 0
-        for stage, models in zip(self.stages.values(), self.models().values(), strict=True):
-            if first < step:
-                model = models.left if step >= first + stage.steps else models.trained
-                length = max(length, stage.sequence_length)
-            first += stage.steps
-        return model, length
+        begun = self.begun_by(step)
+        if not begun:
+            return self.model, self.model.max_position_embeddings
+        lengths = [self.stages[name].sequence_length for name in begun]
+        models = self.models()[begun[-1]]
+        model = models.left if step >= self.last_steps[begun[-1]] else models.trained
+        return model, max(self.model.max_position_embeddings, *lengths)
 
     def models(self) -> dict[str, StageModels]:
-        """The model of each stage: pruning makes it narrower for all that follow, a RoPE base holds
-        for its stage.
+        """The model of each stage: what a transform leaves is what all later stages find, and a
+        RoPE base holds for its stage.
         """
-        found, model = {}, self.model
+        models: dict[str, StageModels] = {}
+        model = self.model
         for name, stage in self.stages.items():
-            wide, model = model, stage.pruning.pruned(model) if stage.pruning else model
-            # Soft-Top-K trains the units that it will cut at the end; the other methods cut first.
-            trained = wide if stage.pruning and stage.pruning.learned else model
+            found, trained = model, model
+            for transform in stage.transforms.values():
+                trained = transform.trained(found)
+                model = transform.left(found)
             base = {"rope_base": stage.rope_base} if stage.rope_base else {}
-            found[name] = StageModels(
-                *(each.model_copy(update=base) for each in (wide, trained, model))
+            models[name] = StageModels(
+                *(each.model_copy(update=base) for each in (found, trained, model))
             )
-        return found
+        return models
 
     @model_validator(mode="after")
     def _check(self) -> "Run":
@@ -128,9 +151,9 @@ class Run(Frozen):
                     f"stages.{name}.teacher={stage.teacher!r} is not an earlier stage; set it to "
                     f"{remedy}"
                 )
-            if stage.pruning:
-                check_pruning(f"stages.{name}.pruning.keep.", stage.pruning, model)
-                model = stage.pruning.pruned(model)
+            for field, transform in stage.transforms.items():
+                transform.check(f"stages.{name}.{field}", model)
+                model = transform.left(model)
         if self.total_steps > MOST_STEPS:
             raise ValueError(
                 f"stages have {self.total_steps:,} steps in all, and a run has at most "

@@ -1,14 +1,16 @@
 """A stage of training and its learning rate schedule."""
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from braeburn.config.base import Count, Frozen, Name, NonNegative, Positive, Size, divisors, some
+from braeburn.config.distillation import Distillation
 from braeburn.config.memory import Remat
 from braeburn.config.mesh import MeshConfig
-from braeburn.config.transforms import Distillation, Pruning, Quantization
+from braeburn.config.objectives import NextToken, Objective
+from braeburn.config.transforms import TRANSFORMS, Pruning, Quantization, TransformConfig
 
 
 class Schedule(Frozen):
@@ -68,6 +70,7 @@ class Stage(Frozen):
     accumulation_steps: Size = 1
     mesh: MeshConfig | None = None
     remat: Remat | None = None
+    objective: Objective = NextToken()
     teacher: str | None = None
     distillation: Distillation = Distillation()
     pruning: Pruning | None = None
@@ -82,6 +85,14 @@ class Stage(Frozen):
     def steps(self) -> int:
         """Optimizer steps in the stage; the last may pass `tokens` by less than one batch."""
         return math.ceil(self.tokens / self.batch_tokens)
+
+    @property
+    def transforms(self) -> dict[str, TransformConfig]:
+        """The configuration of the stage's transform by the name of its field; empty where it has
+        none.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in fields.items() if isinstance(value, TransformConfig)}
 
     @model_validator(mode="after")
     def _check(self) -> "Stage":
@@ -117,9 +128,26 @@ class Stage(Frozen):
                     f"schedule.warmup_steps={schedule.warmup_steps}; set schedule.warmup_steps to "
                     f"{stable} or lower schedule.decay_fraction"
                 )
-        if self.pruning and self.quantization:
+        if self.teacher is not None and not isinstance(self.objective, NextToken):
             raise ValueError(
-                "pruning and quantization cannot be in one stage; make another stage of "
-                "quantization"
+                f"objective.kind={self.objective.kind!r} is for text alone, and teacher="
+                f"{self.teacher!r} teaches by cross-entropy; leave one of them out"
+            )
+        if len(names := list(self.transforms)) > 1:
+            raise ValueError(
+                f"{' and '.join(names)} cannot be in one stage; make another stage of {names[-1]}"
             )
         return self
+
+
+if not TYPE_CHECKING:
+    # A field for each further kind of transform.
+    _further = {
+        name: (config | None, None)
+        for name, config in TRANSFORMS.items()
+        if name not in Stage.model_fields
+    }
+    if _further:
+        Stage = create_model(
+            "Stage", __base__=Stage, __module__=__name__, __doc__=Stage.__doc__, **_further
+        )

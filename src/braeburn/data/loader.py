@@ -162,10 +162,18 @@ def _end_with_parent(worker: int, workers: int) -> None:
 def held_out_batches(
     store: TokenStore, sequence_length: int, batch_size: int, max_tokens: int
 ) -> Iterator[Batch]:
-    """Batches [B, T] of the first windows of a held-out store, at most `max_tokens` but one window
-    at least.
+    """Batches [B, T] of the first windows of a held-out store.
 
     The last batch is filled up with rows of zero weight, so that all have one shape.
+
+    Args:
+        store: the held-out text.
+        sequence_length: T, tokens of a window.
+        batch_size: B, windows of a batch.
+        max_tokens: the most tokens of all batches together; there is one window at least.
+
+    Returns:
+        Batches as `braeburn.data.packing` makes them.
     """
     return batched(
         islice(windows(store, sequence_length), max(1, max_tokens // sequence_length)), batch_size

@@ -380,8 +380,17 @@ def allow_open_files(count: int) -> None:
 
 
 def pieces_of(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[np.ndarray]:
-    """What shards of `size` values each, the last of fewer, hold of the positions [start, stop), in
-    pieces.
+    """The values of a range of positions, in pieces, a piece of each shard that it touches.
+
+    Args:
+        shards: arrays with `size` entries each along their first dimension, the last with as many
+            or fewer.
+        size: entries of a shard.
+        start: the first position, counted over all shards.
+        stop: the position behind the last.
+
+    Returns:
+        Views of the shards, which joined along their first dimension are the range.
     """
     first = start // size
     return [

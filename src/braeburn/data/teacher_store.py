@@ -1,9 +1,9 @@
-"""What a teacher says of every position of a token store: its k likeliest tokens there, and their
-log-probabilities.
+"""The cached labels of a teacher for every position of a token store: its top-k tokens there, and
+their log-probabilities.
 
-It is computed once, kept beside the tokens, and read by position like them, so that many students
-share one pass. The teacher sees windows that start at multiples of the sequence length, and so must
-those who learn from it.
+They are computed once, stored beside the tokens, and read by position like them, so that many
+students share one pass. The teacher sees windows that start at multiples of the sequence length,
+and its students must see the same.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,20 +46,50 @@ LOG_SECONDS = 60.0
 Label = Callable[[Batch], tuple[np.ndarray, np.ndarray]]
 
 
+@dataclass(frozen=True)
+class Labelling:
+    """What a teacher labels, and how.
+
+    Attributes:
+        sequence_length: T, tokens of the windows that the teacher sees.
+        k: labels of each position.
+        vocab_size: of the teacher; up to 65,536 its ids take two bytes.
+        identity: all that the labels depend on, as JSON: the teacher, tokenizer, sequence length,
+            k.
+        batch_size: B, windows that are labelled at once.
+        label: of a batch [B, T], the ids [B, T, k] and log-probabilities [B, T, k] of the top-k
+            tokens. The latter are stored as float16.
+    """
+
+    sequence_length: int
+    k: int
+    vocab_size: int
+    identity: Mapping[str, Any]
+    batch_size: int
+    label: Label
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One of the processes that label together, of which one writes.
+
+    Attributes:
+        log: takes a line now and then that tells how far the labelling is.
+        writes: whether this process writes.
+        first_part: given what claims the folder and counts the complete parts in it, calls it and
+            returns the part to go on from, the same in all processes; the claim may raise.
+            `main_first` of `parallel.agreement` is one.
+        part_tokens: tokens in a part, but whole windows and at least one.
+    """
+
+    log: Callable[[str], None]
+    writes: bool = True
+    first_part: Callable[[Callable[[], int]], int] = lambda begin: begin()
+    part_tokens: int = PART_TOKENS
+
+
 def build_teacher_store(
-    directory: Path,
-    store: TokenStore,
-    sequence_length: int,
-    k: int,
-    vocab_size: int,
-    identity: Mapping[str, Any],
-    batch_size: int,
-    label: Label,
-    *,
-    log: Callable[[str], None],
-    writes: bool = True,
-    first_part: Callable[[Callable[[], int]], int] = lambda begin: begin(),
-    part_tokens: int = PART_TOKENS,
+    directory: Path, store: TokenStore, labelling: Labelling, writer: Writer
 ) -> None:
     """Lets a teacher label a token store, in order, into a teacher store that then appears at
     `directory`.
@@ -66,8 +97,8 @@ def build_teacher_store(
     It is written in parts. A killed builder leaves the complete ones in a folder beside
     `directory`, and the next builder goes on after them, whatever its batch size.
 
-    The text is read as `windows` cuts it, and every real token's labels are kept; those of padding
-    are dropped.
+    The text is read as `windows` cuts it. The labels of every real token are stored; those of
+    padding are dropped.
 
     Several processes that run `label` together all call this. All but the one that writes label the
     same batches and write nothing; they may return before the store is complete.
@@ -76,31 +107,20 @@ def build_teacher_store(
         directory: where the store appears once it is complete. Nothing is done if something is
             there.
         store: the tokens.
-        sequence_length: T.
-        k: tokens for each position.
-        vocab_size: of the teacher; up to 65,536 its ids take two bytes.
-        identity: all that decides what the teacher says, as JSON: the teacher, tokenizer, sequence
-            length, k.
-        batch_size: B, windows that are labelled at once.
-        label: of a batch [B, T], the ids [B, T, k] and log-probabilities [B, T, k] of the k
-            likeliest tokens. The latter are kept as float16.
-        log: takes a line now and then that tells how far this is.
-        writes: whether this process writes.
-        first_part: given what claims the folder and counts the complete parts in it, calls it and
-            returns the part to go on from, the same in all processes; the claim may raise.
-            `main_first` of `parallel.agreement` is one.
-        part_tokens: tokens in a part, but whole windows and at least one.
+        labelling: what is labelled, and by what function.
+        writer: whether this process writes, and where it tells of its progress.
 
     Raises:
         UserError: another process is building the same, a part is corrupt, the disk has no room for
             all labels or must not be written.
     """
-    windows_per_part = max(1, part_tokens // sequence_length)
-    size = windows_per_part * sequence_length
+    length = labelling.sequence_length
+    windows_per_part = max(1, writer.part_tokens // length)
+    size = windows_per_part * length
     header = TeacherManifest(
-        identity=json.loads(json.dumps(dict(identity))),
-        ids="uint16" if vocab_size <= 2**16 else "uint32",
-        k=k,
+        identity=json.loads(json.dumps(dict(labelling.identity))),
+        ids="uint16" if labelling.vocab_size <= 2**16 else "uint32",
+        k=labelling.k,
         tokens=store.tokens,
         part_tokens=size,
         parts=[],
@@ -112,27 +132,28 @@ def build_teacher_store(
         parts: list[TeacherPart] = []
 
         def begin() -> int:
-            if writes and not directory.exists():
+            if writer.writes and not directory.exists():
                 claim.enter_context(_claim(partial, directory))
             parts[:] = _complete_parts(partial)
             complete = len(parts)
             # Asked last: the folder may have been finished and renamed meanwhile.
             if directory.exists():
                 return -(-store.tokens // size)
-            if writes:
+            if writer.writes:
                 needed = (store.tokens - complete * size) * dtype.itemsize
                 remedy = "free some, or set data.cache to a folder with more"
                 check_space(directory.parent, needed, "the teacher's labels take", remedy)
             return complete
 
-        first = first_part(begin)
-        batches = batched(windows(store, sequence_length, first * windows_per_part), batch_size)
-        if not writes:
+        first = writer.first_part(begin)
+        cut = windows(store, length, first * windows_per_part)
+        batches = batched(cut, labelling.batch_size)
+        if not writer.writes:
             for batch in batches:
-                label(batch)
+                labelling.label(batch)
         elif not directory.exists():
-            entries = _entries(batches, label, dtype)
-            told = _tell_progress(entries, first * size, store.tokens, directory, log)
+            entries = _entries(batches, labelling.label, dtype)
+            told = _tell_progress(entries, first * size, store.tokens, directory, writer.log)
             _write_parts(partial, header, (parts or _complete_parts(partial))[:first], told)
             with writing(directory.parent):
                 partial.rename(directory)
@@ -173,7 +194,7 @@ def _complete_parts(partial: Path) -> list[TeacherPart]:
 
 
 def _entries(batches: Iterable[Batch], label: Label, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """What `label` says of the real tokens of each batch, in order."""
+    """The labels of the real tokens of each batch, in order."""
     for batch in batches:
         ids, log_probs = map(np.asarray, label(batch))
         real = batch["weights"] > 0
@@ -259,12 +280,13 @@ def _files(directory: Path, manifest: TeacherManifest) -> Iterator[tuple[Path, i
 
 
 class TeacherStore:
-    """A teacher's words on every token of one source, read from files mapped into memory. It can be
-    pickled.
+    """The labels of every token of one source, read from files mapped into memory.
+
+    It can be pickled.
 
     Attributes:
         tokens: how many positions there are.
-        k: likeliest tokens for each.
+        k: labels of each.
         bytes_per_token: of a position's ids and log-probabilities.
     """
 

@@ -2,15 +2,17 @@
 compiled programs.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from braeburn.config import Execution, ModelConfig, Precision
 from braeburn.errors import UserError
@@ -26,13 +28,83 @@ DEFAULT_TEMPERATURE = 0.8
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: greedily at temperature 0, otherwise from what top-k and then
-    top-p leave.
+    """How the next token is drawn: from what top-k and then top-p leave.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the top-1 token, as does anything below 1e-30.
+        top_k: how many of the most probable tokens to draw from; None for all.
+        top_p: draws from the fewest of the most probable tokens whose probabilities sum to this.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+
+
+UNFILTERED = Sampling()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How prompts are continued.
+
+    Attributes:
+        max_new_tokens: the most tokens to add to a prompt.
+        sampling: how each is drawn.
+        seed: of the sampling, of any size.
+        stop_ids: the tokens that end a row; they are not returned.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling = UNFILTERED
+    seed: int = 0
+    stop_ids: Sequence[int] = ()
+
+
+class Rows(NamedTuple):
+    """Prompts that the model has read, and room for what it writes.
+
+    Attributes:
+        lengths: tokens of each prompt, int32 [B].
+        logits: after the last token of each, float32 [B, V].
+        cache: keys and values of the prompts, with slots for N more positions.
+        tokens: zeros where the new tokens go, int32 [B, N].
+    """
+
+    lengths: Int[Array, " B"]
+    logits: Float[Array, "B V"]
+    cache: Any
+    tokens: Int[Array, "B N"]
+
+
+class Draws(NamedTuple):
+    """What decides which tokens are drawn, and how many; other values need no other program.
+
+    Attributes:
+        key: a random key.
+        limit: the most new tokens of a row, int32, at most N of `Rows`.
+        stop_ids: the tokens that end a row, int32 [S]; -1 equals no token.
+    """
+
+    key: Key[Array, ""]
+    limit: Int[Array, ""]
+    stop_ids: Int[Array, " S"]
+
+
+class Written(NamedTuple):
+    """What is written after a number of steps.
+
+    Attributes:
+        step: the number, int32.
+        tokens: those of each row, int32 [B, N]; only the first `step` are drawn yet.
+        counts: how many of them come before the row's first stop token, int32 [B].
+        cache: keys and values of the prompts and of all tokens but the newest.
+    """
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "B N"]
+    counts: Int[Array, " B"]
+    cache: Any
 
 
 # Defaults of a model that `Sampling` has no field for, each with the value at which it changes
@@ -74,17 +146,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     model: ModelConfig,
     precision: Precision,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_ids: Sequence[int] = (),
+    generation: Generation,
 ) -> list[list[int]]:
     """Continues every prompt, all at once.
 
-    What a row samples depends on `seed`, its index and its prompt, not on the rows beside it.
+    What a row samples depends on the seed, its index and its prompt, not on the rows beside it.
     Lengths are rounded up, so other prompts of about the same length reuse the compiled programs.
 
     Args:
@@ -92,12 +158,7 @@ def generate(
         prompts: token ids of each prompt, of any lengths.
         model: sizes.
         precision: the type to compute in; logits are float32.
-        max_new_tokens: the most tokens to add to a prompt.
-        temperature: divides the logits; 0 takes the likeliest token, as does anything below 1e-30.
-        top_k: how many of the likeliest tokens to sample from; None for all.
-        top_p: samples from the fewest likeliest tokens whose probabilities sum to this.
-        seed: of the sampling, of any size.
-        stop_ids: the tokens that end a row; they are not returned.
+        generation: how tokens are drawn, and how many.
 
     Returns:
         The new tokens of each prompt.
@@ -105,24 +166,7 @@ def generate(
     Raises:
         UserError: a prompt is empty or names no token of the model, or a setting is out of range.
     """
-    sampling = Sampling(float(temperature), top_k, float(top_p))
-    for allowed, sentence in (
-        (
-            0 <= temperature < float("inf"),
-            f"temperature={temperature} is not 0 or more; set it to 0 for greedy text",
-        ),
-        (
-            top_k is None or top_k >= 1,
-            f"top_k={top_k} leaves no token; set top_k to 1 or more, or to None for all",
-        ),
-        (0 < top_p <= 1, f"top_p={top_p} is not in (0, 1]; set top_p to 1 to keep all tokens"),
-        (
-            max_new_tokens >= 1,
-            f"max_new_tokens={max_new_tokens} adds nothing; set max_new_tokens to 1 or more",
-        ),
-    ):
-        if not allowed:
-            raise UserError(sentence)
+    _check(generation)
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompts[{index}] is empty; start it with the tokenizer's begin token")
@@ -138,30 +182,43 @@ def generate(
     tokens = np.zeros((len(prompts), round_up(lengths.max())), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    capacity = round_up(max_new_tokens)
     execution = Execution(precision=precision)
-    logits, cache = prefill(params, tokens, lengths, model, execution, capacity)
-    key = random_key(seed)
-    # Of few distinct lengths, so that few programs are compiled; -1 equals no token.
-    stops = np.full(8 if len(stop_ids) <= 8 else round_up(len(stop_ids)), -1, np.int32)
-    stops[: len(stop_ids)] = stop_ids
-    generated, counts = decode(
-        params,
-        logits,
-        cache,
-        lengths,
-        key,
-        max_new_tokens,
-        stops,
-        model,
-        execution,
-        sampling,
-        capacity,
+    capacity = round_up(generation.max_new_tokens)
+    rows = prefill(params, jnp.asarray(tokens), jnp.asarray(lengths), model, execution, capacity)
+    ids = generation.stop_ids
+    # Of few distinct lengths, so that few programs are compiled.
+    stops = np.full(8 if len(ids) <= 8 else round_up(len(ids)), -1, np.int32)
+    stops[: len(ids)] = ids
+    draws = Draws(
+        random_key(generation.seed), jnp.int32(generation.max_new_tokens), jnp.asarray(stops)
     )
+    sampling = generation.sampling
+    sampling = Sampling(float(sampling.temperature), sampling.top_k, float(sampling.top_p))
+    written, counts = decode(params, rows, draws, model, execution, sampling)
     return [
         row[:count].tolist()
-        for row, count in zip(np.asarray(generated), np.asarray(counts), strict=True)
+        for row, count in zip(np.asarray(written), np.asarray(counts), strict=True)
     ]
+
+
+def _check(generation: Generation) -> None:
+    """Refuses settings that are out of range.
+
+    Raises:
+        UserError: naming the setting and a value that would work.
+    """
+    temperature, top_k, top_p = dataclasses.astuple(generation.sampling)
+    limit = generation.max_new_tokens
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature={temperature} is not 0 or more; set it to 0 for greedy text")
+    if top_k is not None and top_k < 1:
+        raise UserError(
+            f"top_k={top_k} leaves no token; set top_k to 1 or more, or to None for all"
+        )
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p} is not in (0, 1]; set top_p to 1 to keep all tokens")
+    if limit < 1:
+        raise UserError(f"max_new_tokens={limit} adds nothing; set max_new_tokens to 1 or more")
 
 
 def round_up(length: int) -> int:
@@ -183,13 +240,23 @@ def prefill(
     model: ModelConfig,
     execution: Execution,
     capacity: int,
-) -> tuple[Float[Array, "B V"], Any]:
-    """Logits after each row's last token, and a cache of the prompts with room for `capacity` more
-    positions.
+) -> Rows:
+    """Reads the prompts.
 
     Rows are padded on the right. The slots of the padding hold its keys and values, but a query
     sees only the slots up to its own position, and a row overwrites each of them before it gets
     there.
+
+    Args:
+        params: parameters of any float type.
+        tokens: vocabulary ids of the prompts, int32 [B, T].
+        lengths: tokens of each prompt without its padding, int32 [B].
+        model: what is computed.
+        execution: on one device.
+        capacity: N, the most new tokens that there shall be room for.
+
+    Returns:
+        The rows that `decode` goes on from.
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -197,27 +264,34 @@ def prefill(
     hidden, cache = decoder.forward_cached(params, (tokens, positions), cache, model, execution)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     room = [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]
-    return last_logits(params, last), jax.tree.map(lambda slots: jnp.pad(slots, room), cache)
+    cache = jax.tree.map(lambda slots: jnp.pad(slots, room), cache)
+    tokens = jnp.zeros((batch, capacity), jnp.int32)
+    return Rows(lengths, last_logits(params, last), cache, tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "execution", "sampling", "capacity"))
+@functools.partial(jax.jit, static_argnames=("model", "execution", "sampling"))
 def decode(
     params: Tree,
-    logits: Float[Array, "B V"],
-    cache: Any,
-    lengths: Int[Array, " B"],
-    key: Key[Array, ""],
-    limit: Int[Array, ""],
-    stop_ids: Int[Array, " S"],
+    rows: Rows,
+    draws: Draws,
     model: ModelConfig,
     execution: Execution,
     sampling: Sampling,
-    capacity: int,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """Up to `limit` <= `capacity` new tokens of each row, and how many come before the first of
-    `stop_ids`.
+    """Writes up to `draws.limit` new tokens of each row.
+
+    Args:
+        params: parameters of any float type.
+        rows: the prompts that were read, of `prefill`.
+        draws: the random key, the limit and the stop tokens.
+        model: what is computed.
+        execution: on one device.
+        sampling: how a token is drawn.
+
+    Returns:
+        The tokens, and how many of each row come before its first stop token.
     """
-    batch = logits.shape[0]
+    batch = rows.tokens.shape[0]
     # Matrices in the type that they are multiplied in, so that it is done once and not for each
     # token.
     dtype = execution.precision.compute
@@ -226,32 +300,29 @@ def decode(
         decoder.param_specs(model),
         params,
     )
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(draws.key, jnp.arange(batch))
 
-    def append(
-        generated: Array, counts: Array, logits: Array, step: Int[Array, ""] | int
-    ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-        token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(row_keys, step), sampling)
-        running = (counts == step) & ~jnp.isin(token, stop_ids)
-        return generated.at[:, step].set(token), counts + running
+    def append(logits: Float[Array, "B V"], written: Written) -> Written:
+        """One more token of each row."""
+        step, tokens, counts, cache = written
+        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
+        token = choose(logits, keys, sampling)
+        # A row still runs while it has as many tokens as there were steps.
+        running = (counts == step) & ~jnp.isin(token, draws.stop_ids)
+        return Written(step + 1, tokens.at[:, step].set(token), counts + running, cache)
 
-    # A row still runs while it has as many tokens as there were steps.
-    def unfinished(state: tuple) -> Array:
-        step, _, counts, _ = state
-        return (step < limit) & jnp.any(counts == step)
+    def unfinished(written: Written) -> Bool[Array, ""]:
+        return (written.step < draws.limit) & jnp.any(written.counts == written.step)
 
-    def advance(state: tuple) -> tuple:
-        step, generated, counts, cache = state
-        newest = jax.lax.dynamic_slice_in_dim(generated, step - 1, 1, axis=1)
-        positions = (lengths + step - 1)[:, None]
-        inputs = (newest, positions)
-        hidden, cache = decoder.forward_cached(params, inputs, cache, model, execution)
-        return step + 1, *append(generated, counts, last_logits(params, hidden[:, 0]), step), cache
+    def advance(written: Written) -> Written:
+        newest = jax.lax.dynamic_slice_in_dim(written.tokens, written.step - 1, 1, axis=1)
+        inputs = (newest, (rows.lengths + written.step - 1)[:, None])
+        hidden, cache = decoder.forward_cached(params, inputs, written.cache, model, execution)
+        return append(last_logits(params, hidden[:, 0]), written._replace(cache=cache))
 
-    empty = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros(batch, jnp.int32)
-    state = (jnp.int32(1), *append(*empty, logits, 0), cache)
-    _, generated, counts, _ = jax.lax.while_loop(unfinished, advance, state)
-    return generated, counts
+    nothing = Written(jnp.int32(0), rows.tokens, jnp.zeros(batch, jnp.int32), rows.cache)
+    written = jax.lax.while_loop(unfinished, advance, append(rows.logits, nothing))
+    return written.tokens, written.counts
 
 
 def choose(
@@ -269,8 +340,8 @@ def filter_logits(
 ) -> Float[Array, "*B V"]:
     """The logits with -inf for every token but those to sample from.
 
-    Top-k keeps the `top_k` likeliest, the lower id first among equals. Top-p then keeps the fewest
-    of these, likeliest first, whose probabilities among them sum to at least `top_p`.
+    Top-k keeps the `top_k` largest, the lower id first among equals. Top-p then keeps the fewest
+    of these, the largest first, whose probabilities among them sum to at least `top_p`.
     """
     vocab_size = logits.shape[-1]
     if (top_k is None or top_k >= vocab_size) and top_p >= 1:

@@ -57,15 +57,8 @@ def export_gguf(directory: Path, out: Path, type_: gguf.Type) -> tuple[int, Path
     """
     trained = load(directory)
     path = out if out.suffix == ".gguf" else out / f"{trained.run.name}-{type_}.gguf"
-    uneven = gguf.write(
-        path,
-        trained.params,
-        trained.model,
-        trained.tokenizer,
-        max_position_embeddings=trained.sequence_length or DEFAULT_POSITIONS,
-        type_=type_,
-        name=trained.run.name,
-    )
+    file = gguf.File(trained.sequence_length or DEFAULT_POSITIONS, type_, trained.run.name)
+    uneven = gguf.write(path, trained.params, trained.model, trained.tokenizer, file)
     return trained.step, path, uneven
 
 

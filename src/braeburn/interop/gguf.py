@@ -9,6 +9,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,14 +45,23 @@ _ELSEWHERE = (
 )
 
 
+@dataclass(frozen=True)
+class File:
+    """What a GGUF file tells of a model beside its sizes, and how it holds the weights.
+
+    Attributes:
+        max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
+        type_: of matrices and embeddings.
+        name: what the model calls itself.
+    """
+
+    max_position_embeddings: int
+    type_: Type = "f16"
+    name: str = "braeburn"
+
+
 def write(
-    path: str | Path,
-    params: Tree,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    max_position_embeddings: int,
-    type_: Type = "f16",
-    name: str = "braeburn",
+    path: str | Path, params: Tree, model: ModelConfig, tokenizer: Tokenizer, file: File
 ) -> list[str]:
     """Writes a file that llama.cpp loads.
 
@@ -65,13 +75,11 @@ def write(
         params: arrays of any float type, as `param_specs(model)` describes them.
         model: the sizes, from which its family follows.
         tokenizer: byte-level BPE, with a pattern that llama.cpp knows.
-        max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
-        type_: of matrices and embeddings.
-        name: what the model calls itself.
+        file: the type of the weights, and what the file tells beside them.
 
     Returns:
-        The parameters that are float16 though `type_` is another, since their rows are no multiple
-        of 32.
+        The parameters that are float16 though `file.type_` is another, since their rows are no
+        multiple of 32.
 
     Raises:
         UserError: the `gguf` package is missing, the file exists or cannot be written, or llama.cpp
@@ -82,7 +90,7 @@ def write(
         import gguf
     except ImportError:
         raise UserError(f"--format gguf needs the gguf package; {how_to_install('gguf')}") from None
-    path = Path(path).expanduser().resolve()
+    path, type_ = Path(path).expanduser().resolve(), file.type_
     if path.exists():
         raise UserError(f"{str(path)!r} exists; remove it or name another file")
     family = family_of(model).gguf
@@ -98,12 +106,12 @@ def write(
 
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     writer = gguf.GGUFWriter(partial, family.architecture)
-    writer.add_name(name)
+    writer.add_name(file.name)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.tokenizer_config()["chat_template"])
     writer.add_file_type({"f16": 1, "q8_0": 7, "q4_0": 2}[type_])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_sizes(writer, model, max_position_embeddings)
+    _add_sizes(writer, model, file.max_position_embeddings)
     for key, value in family.keys(model).items():
         _add(writer, f"{family.architecture}.{key}", value)
     for key, value in vocabulary.items():

@@ -6,12 +6,10 @@ Its text is written out, so that it can carry comments.
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from braeburn import extras
 from braeburn.errors import UserError
-from braeburn.hardware.targets import Target
-from braeburn.launch.submit import check_line
+from braeburn.launch.job import Job
 
 PORT = 8476
 
@@ -82,35 +80,26 @@ metadata:
 {volumes}"""
 
 
-def manifest(
-    name: str,
-    arguments: Sequence[str],
-    out: Path,
-    target: Target,
-    image: str,
-    claim: str,
-    max_restarts: int,
-) -> str:
+def manifest(job: Job, image: str, claim: str) -> str:
     """A commented JobSet: one Job for each slice of TPUs and a pod for each of its hosts, or a pod
     for each GPU node.
 
     Args:
-        name: of the run.
-        arguments: those of `braeburn train`.
-        out: the run directory within the containers, in a folder where the volume is mounted.
-        target: what to run on.
+        job: whose run directory is a path within the containers, in a folder where the volume is
+            mounted.
         image: of the containers.
         claim: name of the PersistentVolumeClaim.
-        max_restarts: how often all pods are started anew, after failures.
+
+    Returns:
+        The text of the manifest.
 
     Raises:
-        UserError: `out` is no absolute path below a folder, there is no such slice of TPUs, or no
-            JAX that could be installed for the target, or a value would not stay within its line of
-            the manifest.
+        UserError: the run directory is no absolute path below a folder, there is no such slice of
+            TPUs, or no JAX that could be installed for the target, or a value would not stay within
+            its line of the manifest.
     """
-    target.check_installable()
-    for option, value in (("--out", str(out)), ("RECIPE", arguments[0]), ("the name", name)):
-        check_line(option, value)
+    job.check()
+    name, out, target = job.name, job.out, job.target
     for option, value in (("--image", image), ("--claim", claim)):
         if not re.fullmatch(r"[\w./:@-]+", value, re.ASCII):
             raise UserError(
@@ -120,7 +109,7 @@ def manifest(
         raise UserError(
             f"--out {str(out)!r} must lie in the folder of the volume; give a path as /runs/{name}"
         )
-    facts, job = target.facts, "slice" if target.facts.maker == "google" else "node"
+    facts, job_name = target.facts, "slice" if target.facts.maker == "google" else "node"
     jobset = ("braeburn-" + re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))[:40].rstrip("-")
     pods, replicas, each = target.nodes_per_slice, target.slices, target.chips_per_node
     extra = (
@@ -132,7 +121,7 @@ def manifest(
     resources = {"google": "google.com/tpu", "nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(
         facts.maker
     )
-    arguments = list(arguments)
+    arguments = list(job.arguments)
     if facts.maker == "google":
         shape = (
             f"{replicas} slice{'s' * (replicas > 1)} of {target.topology} chips, {pods} hosts each"
@@ -170,7 +159,7 @@ def manifest(
         if pods > 1:
             arguments += [
                 "--coordinator",
-                f"{jobset}-{job}-0-0.{jobset}:{PORT}",
+                f"{jobset}-{job_name}-0-0.{jobset}:{PORT}",
                 "--num-processes",
                 f"{pods}",
             ]
@@ -195,9 +184,9 @@ def manifest(
         shape=shape,
         out=out,
         jobset=jobset,
-        job=job,
+        job=job_name,
         annotations=_lines(annotations, 2),
-        max_restarts=max_restarts,
+        max_restarts=job.max_restarts,
         replicas_comment=comments[0],
         replicas=replicas,
         pods_comment=comments[1],

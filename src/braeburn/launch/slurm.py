@@ -2,12 +2,9 @@
 
 import re
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
 
 from braeburn.errors import UserError
-from braeburn.hardware.targets import Target
-from braeburn.launch.submit import check_line
+from braeburn.launch.job import Job
 
 # Minutes, hours and days as sbatch reads them.
 TIME_LIMIT = re.compile(
@@ -81,35 +78,25 @@ done
 """
 
 
-def script(
-    name: str,
-    arguments: Sequence[str],
-    out: Path,
-    target: Target,
-    time: str,
-    partition: str | None,
-    account: str | None,
-    max_restarts: int,
-) -> str:
+def script(job: Job, time: str, partition: str | None, account: str | None) -> str:
     """A commented sbatch script: one task for each GPU, or for each CPU process.
 
     Args:
-        name: of the run.
-        arguments: those of `braeburn train`.
-        out: the run directory, on storage that all nodes share.
-        target: what to run on.
-        time: limit of the job, as SLURM writes it.
-        partition: left to fill in where it is None, as is `account`.
-        account: to be charged.
-        max_restarts: restarts within one job, after failures.
+        job: whose run directory is on storage that all nodes share, and whose restarts are within
+            one job of SLURM.
+        time: limit of the job, as SLURM writes it: minutes, HH:MM:SS or D-HH:MM:SS.
+        partition: of the cluster; None leaves a line to fill in.
+        account: to be charged; None leaves a line to fill in.
+
+    Returns:
+        The text of the script.
 
     Raises:
         UserError: the target is one of TPUs, or has no JAX that could be installed, or a value
             would not stay within its line of the script.
     """
-    target.check_installable()
-    for option, value in (("--out", str(out)), ("RECIPE", arguments[0]), ("the name", name)):
-        check_line(option, value)
+    job.check()
+    target = job.target
     if not TIME_LIMIT.fullmatch(time):
         raise UserError(
             f"--time {time[:80]!a} is no limit that SLURM reads; write HH:MM:SS or D-HH:MM:SS, as "
@@ -146,12 +133,12 @@ def script(
         # JAX takes the GPU of the task's number on its node, so a task must see them all.
         srun = " --gpu-bind=none"
     return _TEMPLATE.format(
-        name=name,
+        name=job.name,
         # Spaces would end the name.
-        job_name="braeburn-" + re.sub(r"[^\w.+=@-]+", "-", name),
+        job_name="braeburn-" + re.sub(r"[^\w.+=@-]+", "-", job.name),
         target=target,
         shape=shape,
-        out=shlex.quote(str(out)),
+        out=shlex.quote(str(job.out)),
         resources="\n".join(resources),
         time=time,
         partition=f"#SBATCH --partition={partition}"
@@ -161,7 +148,7 @@ def script(
         if account
         else "##SBATCH --account=NAME  # to fill in",
         environment=environment,
-        max_restarts=max_restarts,
+        max_restarts=job.max_restarts,
         srun=srun,
-        arguments=shlex.join(arguments),
+        arguments=shlex.join(job.arguments),
     )

@@ -7,23 +7,6 @@ from collections.abc import Sequence
 from braeburn.errors import UserError
 
 
-def check_line(option: str, value: str) -> None:
-    """Refuses a value that would be more than one line of a script, or hide what follows it.
-
-    Args:
-        option: that the value was given with.
-        value: as given.
-
-    Raises:
-        UserError: it has a line break or another control character.
-    """
-    if not value.isprintable():
-        shown = value if len(value) <= 80 else f"{value[:80]}..."
-        raise UserError(
-            f"{option} {shown!a} has a line break or control character; write it without"
-        )
-
-
 def submit(command: Sequence[str], text: str) -> str:
     """Gives `text` to a command on its standard input and returns its answer.
 

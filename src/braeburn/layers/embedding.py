@@ -14,20 +14,20 @@ from braeburn.parallel.collectives import (
 
 
 def embed(
-    embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], execution: Execution
-) -> Float[Array, "B T D"]:
+    embedding: Float[Array, "v d"], tokens: Int[Array, "B T"], execution: Execution
+) -> Float[Array, "B t D"]:
     """The rows of the embedding for this device's tokens, in the type to compute in.
 
     Each device looks up, in the part of the table that it has, the tokens of all that share the
     rest of the table with it, and the rows are exchanged: far less than the table.
 
     Args:
-        embedding: this device's part, float32.
+        embedding: this device's part of the table, float32.
         tokens: this device's tokens, the same on each shard of `tensor`.
         execution: resolved sizes of the mesh, and types.
 
     Returns:
-        The rows, of which each shard of `tensor` has those of its own tokens, [B, T / tensor, D].
+        The rows, of which each shard of `tensor` has those of its own tokens, t = T / tensor.
     """
     mesh, dtype = execution.mesh, execution.precision.compute
     tokens = all_gather(tokens, FSDP, 0, mesh)

@@ -30,14 +30,20 @@ def product(
         x: vectors of D numbers.
         matrix: of the same dtype.
         dtype: of the sums and the result; that of `x` by default.
+
+    Returns:
+        Vectors of F numbers.
     """
     result = jnp.matmul(flat(x), matrix, preferred_element_type=dtype)
     return result.reshape(*x.shape[:-1], matrix.shape[1])
 
 
 def linear(
-    x: Float[Array, "*S"], weight: Float[Array, "*W"], spec: ParamSpec, execution: Execution
-) -> Float[Array, "*S"]:
+    x: Float[Array, "*inputs"],
+    weight: Float[Array, "*stored"],
+    spec: ParamSpec,
+    execution: Execution,
+) -> Float[Array, "*outputs"]:
     """Multiplies activations by a weight, over the logical axes of the weight's `fan_in`.
 
     This is the only place where a stored weight is gathered and cast to be multiplied, and where

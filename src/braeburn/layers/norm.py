@@ -37,6 +37,9 @@ def rms_norm_of_heads(
         spec: of the scales of all heads, [..., heads, head_dim].
         epsilon: added to the mean square.
         execution: resolved sizes of the mesh, and rules.
+
+    Returns:
+        This device's heads, normalised, in the type of `x_BTNH`.
     """
     mesh, heads = execution.mesh, spec.shape[-2]
     wide = x_BTNH.astype(jnp.float32)

@@ -24,6 +24,10 @@ def gathered(weight: Array, spec: ParamSpec, execution: Execution) -> Array:
         weight: this device's shard, of one layer or of all.
         spec: of the whole parameter; a leading axis of layers may be missing from `weight`.
         execution: resolved sizes of the mesh, rules and types.
+
+    Returns:
+        This device's part of the weight that it multiplies by, in the type that it travelled in,
+        or as it was stored where nothing was gathered.
     """
     mesh, precision = execution.mesh, execution.precision
     dtype = jnp.dtype(jnp.float32 if spec.role == "norm" else precision.compute)
@@ -58,8 +62,17 @@ def gathered_norms(params: Tree, specs: Tree, execution: Execution) -> Tree:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def gather(shard: Array, axes: tuple[str, ...], dim: int, dtype: Any, reduce_dtype: Any) -> Array:
-    """The shards of a float32 weight joined along `dim`, in `dtype`; its gradient is summed in
-    `reduce_dtype`.
+    """Joins the shards of a weight.
+
+    Args:
+        shard: this device's, float32.
+        axes: the mesh axes that the weight is split along.
+        dim: the dimension that is split.
+        dtype: that the shards travel in.
+        reduce_dtype: that the shards of the gradient are summed in.
+
+    Returns:
+        The whole weight, in `dtype`.
     """
     return lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True)
 

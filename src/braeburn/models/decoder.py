@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -35,6 +36,9 @@ from braeburn.layers.sublayers.definition import (
 )
 from braeburn.layers.weights import gathered_norms
 from braeburn.parallel.collectives import FSDP, gather_tokens, scatter_tokens
+
+# Vocabulary ids, positions or segments, in NumPy too.
+Tokens = Int[Array | np.ndarray, "B T"]
 
 
 def layer_specs(layer: LayerConfig, model: ModelConfig) -> Tree:
@@ -193,11 +197,11 @@ class Surroundings(NamedTuple):
 
 def decoder(
     params: Tree,
-    tokens: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    tokens: tuple[Tokens, Tokens],
     surroundings: Surroundings,
     model: ModelConfig,
     execution: Execution,
-) -> tuple[Float[Array, "B T D"], Any]:
+) -> tuple[Float[Array, "B t D"], Any]:
     """Hidden states after the final norm, and each layer's new state.
 
     Args:
@@ -208,10 +212,10 @@ def decoder(
         execution: how it is carried out.
 
     Returns:
-        [B, T, D] of this tensor shard's tokens, in the type to compute in, and the new states, in
-        the form of `layer_states`.
+        [B, t, D] of this tensor shard's tokens, t = T / tensor, in the type to compute in, and the
+        new states, in the form of `layer_states`.
     """
-    ids, positions = tokens
+    ids, positions = map(jnp.asarray, tokens)
     memory, states, observe = surroundings
     specs = param_specs(model)
     # A layer's matrices are gathered as each is multiplied, and again in its backward pass.
@@ -342,9 +346,9 @@ class Packed:
     segment.
     """
 
-    def __init__(self, segment_ids: Int[Array, "B T"], execution: Execution):
+    def __init__(self, segment_ids: Tokens, execution: Execution):
         """Takes the segment of each of this device's tokens."""
-        self._segment_ids = segment_ids
+        self._segment_ids = jnp.asarray(segment_ids)
         self._mesh = execution.mesh
 
     def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
@@ -360,9 +364,9 @@ class Packed:
 class Cached:
     """Keys and values of a cache, whose slot s holds position s."""
 
-    def __init__(self, positions: Int[Array, "B T"]):
+    def __init__(self, positions: Tokens):
         """Takes the positions of the new tokens."""
-        self._positions = positions
+        self._positions = jnp.asarray(positions)
         self._rows = jnp.arange(positions.shape[0])[:, None]
 
     def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
@@ -379,10 +383,7 @@ class Cached:
 
 
 def forward(
-    params: Tree,
-    inputs: tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]],
-    model: ModelConfig,
-    execution: Execution,
+    params: Tree, inputs: tuple[Tokens, Tokens, Tokens], model: ModelConfig, execution: Execution
 ) -> Float[Array, "B T D"]:
     """Final hidden states of packed sequences; a token attends to the earlier ones of its own
     segment.
@@ -425,7 +426,7 @@ def empty_cache(model: ModelConfig, batch: int, length: int, execution: Executio
 
 def forward_cached(
     params: Tree,
-    tokens: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    tokens: tuple[Tokens, Tokens],
     cache: Any,
     model: ModelConfig,
     execution: Execution,
@@ -438,5 +439,8 @@ def forward_cached(
         cache: from `empty_cache`, or from an earlier call.
         model: what is computed.
         execution: on one device.
+
+    Returns:
+        [B, T, D] in the type to compute in, and the cache.
     """
     return decoder(params, tokens, Surroundings(Cached(tokens[1]), cache), model, execution)

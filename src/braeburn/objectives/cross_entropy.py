@@ -3,33 +3,21 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import ONE_DEVICE, Execution, MeshConfig, ModelConfig
+from braeburn.config import ONE_DEVICE, Execution, MeshConfig, ModelConfig, NextToken
 from braeburn.layers.spec import Tree
-from braeburn.models.decoder import forward, head_matrix
+from braeburn.objectives.definition import Definition, text_loss
 from braeburn.objectives.statistics import LogSumExp
 from braeburn.objectives.vocabulary import (
     LogitBlock,
     Objective,
     Projection,
+    Targets,
     reduce_vocabulary,
     vocabulary_loss,
 )
-
-
-class Targets(NamedTuple):
-    """What a model is to predict at each position.
-
-    Attributes:
-        ids: vocabulary ids, int32.
-        weights: what the loss of each token counts, float32; they usually sum to 1 over a batch.
-    """
-
-    ids: Int[Array, "B T"]
-    weights: Float[Array, "B T"]
 
 
 class TargetStatistics(NamedTuple):
@@ -159,9 +147,11 @@ def loss(
         The weighted sum of nll and z-loss in nats, and {"loss": the weighted sum of nll alone}. On
         several devices these are local losses, which sum to those of the whole batch.
     """
-    inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-    hidden = forward(params, inputs, model, execution)
-    with jax.named_scope("loss"):
-        projection = Projection(hidden, head_matrix(params))
-        targets = Targets(batch["targets"], batch["weights"])
-        return cross_entropy(projection, targets, model.z_loss, execution)
+    return text_loss(params, batch, CrossEntropy(model.z_loss), model, execution)
+
+
+def _cross_entropy(config: NextToken, model: ModelConfig) -> CrossEntropy:
+    return CrossEntropy(model.z_loss)
+
+
+DEFINITION: Definition = _cross_entropy

@@ -60,6 +60,18 @@ class Projection(NamedTuple):
     head: Float[Array, "V E"]
 
 
+class Targets(NamedTuple):
+    """What a model is to predict at each position.
+
+    Attributes:
+        ids: vocabulary ids, int32.
+        weights: what the loss of each token counts, float32; they usually sum to 1 over a batch.
+    """
+
+    ids: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+
+
 class LogitBlock(NamedTuple):
     """The logits of some tokens at R consecutive rows of the vocabulary.
 

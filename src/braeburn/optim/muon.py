@@ -206,9 +206,9 @@ def update_cost(config: Muon, parameters: Parameters) -> UpdateCost:
         step = 4 * rows**2 * columns + 2 * rows**3
         flops += stack.dealt * config.newton_schulz_steps * step
         whole = FLOAT * stack.dealt * rows * columns
-        # Momentum with its look-ahead, and the update.
+        # Momentum with its look-ahead, and the update; of one stack also what is dealt out.
         workspace += 2 * whole
-        largest = max(largest, 2 * whole)
+        largest = max(largest, 3 * whole)
         for _, axis in stack.exchanged:
             moved[axis] += 2 * whole
             times[axis] += 2

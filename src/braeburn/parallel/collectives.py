@@ -20,20 +20,49 @@ def axis_index(axis: str, mesh: MeshConfig) -> Array | int:
 
 
 def all_gather(x: Array, axis: str, dim: int, mesh: MeshConfig) -> Array:
-    """The shards of dimension `dim`, joined on every device of `axis`."""
+    """Joins the shards of a dimension on every device of a mesh axis.
+
+    Args:
+        x: this device's shard, of any type.
+        axis: the mesh axis.
+        dim: the dimension to join.
+        mesh: resolved sizes.
+
+    Returns:
+        The whole array, `mesh.sizes[axis]` times as long in `dim`.
+    """
     return lax.all_gather(x, axis, axis=dim, tiled=True) if mesh.sizes[axis] > 1 else x
 
 
 def reduce_scatter(x: Array, axis: str, dim: int, mesh: MeshConfig) -> Array:
-    """The sum over the devices of `axis`, of which each keeps its shard of dimension `dim`."""
+    """Sums over the devices of a mesh axis; each keeps its shard of the sum.
+
+    Args:
+        x: this device's term, of any type.
+        axis: the mesh axis.
+        dim: the dimension that the sum is split along.
+        mesh: resolved sizes, of which that of `axis` divides the dimension.
+
+    Returns:
+        This device's shard of the sum, in the type of `x`.
+    """
     return (
         lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if mesh.sizes[axis] > 1 else x
     )
 
 
 def all_to_all(x: Array, axis: str, split: int, join: int, mesh: MeshConfig) -> Array:
-    """Dimension `split` is dealt out over the devices of `axis`, and what they deal is joined along
-    `join`.
+    """Splits one dimension over the devices of a mesh axis, and joins another.
+
+    Args:
+        x: this device's shard, of any type.
+        axis: the mesh axis, whose devices hold the shards of dimension `join`.
+        split: the dimension to split.
+        join: the dimension to join.
+        mesh: resolved sizes, of which that of `axis` divides dimension `split`.
+
+    Returns:
+        This device's shard of the same array, split along `split` in place of `join`.
     """
     return lax.all_to_all(x, axis, split, join, tiled=True) if mesh.sizes[axis] > 1 else x
 

@@ -173,13 +173,13 @@ class Layout:
             gradients, sums = function(params, batch, *further)
             return jax.tree.map(self._sum_over_copies, gradients, self.partitions), self._sum(sums)
 
-        return self._spread(local, (self.partitions, PartitionSpec()), *others)
+        return self._shard_mapped(local, (self.partitions, PartitionSpec()), *others)
 
     def total(self, function: Callable[[Tree, Batch], Tree]) -> Callable[[Tree, Batch], Tree]:
         """A program (parameters, batch) -> sums over whole arrays from one that gives each device's
         shares of them.
         """
-        return self._spread(
+        return self._shard_mapped(
             lambda params, batch: self._sum(function(params, batch)), PartitionSpec()
         )
 
@@ -187,9 +187,9 @@ class Layout:
         """A program (parameters, batch) -> arrays [B, T, ...] from one that gives them for each
         device's part.
         """
-        return self._spread(function, self.batch_partition())
+        return self._shard_mapped(function, self.batch_partition())
 
-    def _spread(self, function: Callable, out_specs: Any, *others: "Layout") -> Callable:
+    def _shard_mapped(self, function: Callable, out_specs: Any, *others: "Layout") -> Callable:
         # What lies where is told by the specs: the kernels for attention do not carry the types
         # that check it.
         inputs = (self.partitions, self.batch_partition(), *(other.partitions for other in others))

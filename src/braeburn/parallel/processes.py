@@ -56,6 +56,15 @@ def find(
     Flags count before JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and these
     before what SLURM, Open MPI or GKE tell the processes that they start.
 
+    Args:
+        coordinator: HOST:PORT where process 0 listens, if a flag names it.
+        num_processes: of the run, if a flag names them.
+        process_id: from 0, if a flag names it.
+        environ: the environment variables.
+
+    Returns:
+        The place, or None for a process without others.
+
     Raises:
         UserError: what is known is incomplete or contradictory.
     """
@@ -150,8 +159,17 @@ def connect(
     Where they do not all meet within `join_seconds`, the process ends with one sentence and code 1:
     no mistake of the user's need be behind it, so whoever restarts processes should.
 
+    Args:
+        coordinator: HOST:PORT where process 0 listens, if a flag names it.
+        num_processes: of the run, if a flag names them.
+        process_id: from 0, if a flag names it.
+        join_seconds: the longest time until all processes have met.
+
+    Returns:
+        This process's place among them, or None where it runs alone.
+
     Raises:
-        UserError: see `find`.
+        UserError: what is known of the processes is incomplete or contradictory.
     """
     global _joined
     membership = find(coordinator, num_processes, process_id)

@@ -30,6 +30,9 @@ def mesh_axes(
         execution: resolved sizes of the mesh, and the rules.
         role: that of the parameter, if it is one.
 
+    Returns:
+        The names of the mesh axes for each dimension, none for a dimension that is not split.
+
     Raises:
         UserError: the mesh does not divide a dimension, or two dimensions are split along one axis
             of it.
@@ -71,7 +74,22 @@ def mesh_axes(
 def partition(
     axes: tuple[str, ...], shape: tuple[int, ...], kind: Kind, execution: Execution, role: str = ""
 ) -> PartitionSpec:
-    """How an array with these logical axes is split over the mesh; arguments as of `mesh_axes`."""
+    """How an array with these logical axes is split over the mesh.
+
+    Args:
+        axes: the logical axis of each dimension.
+        shape: sizes over all devices.
+        kind: the column of the rules.
+        execution: resolved sizes of the mesh, and the rules.
+        role: that of the parameter, if it is one.
+
+    Returns:
+        The same as `mesh_axes`, as JAX's shardings take it.
+
+    Raises:
+        UserError: the mesh does not divide a dimension, or two dimensions are split along one axis
+            of it.
+    """
     split = mesh_axes(axes, shape, kind, execution, role)
     return PartitionSpec(*(along[0] if len(along) == 1 else along or None for along in split))
 

@@ -29,7 +29,8 @@ from braeburn.hardware.targets import Target, parse_target
 from braeburn.parallel.layout import Layout
 from braeburn.plan.cost import live_teacher
 from braeburn.train.compiler_flags import options
-from braeburn.train.stages import layout_of, lower_stage
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import lower_stage
 
 GIB = 2**30
 # The text that tells programs apart holds no names of scopes, which `hlo` and the report read in
@@ -106,8 +107,9 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     chips = catalogue(Path(request["chips"])) if request["chips"] else None
     target = parse_target(request["target"], chips)
     devices = topology(target).devices
-    layout = layout_of(run, request["stage"], devices)
-    lowered = lower_stage(run, request["stage"], layout, live_teacher(run, request["stage"]))
+    stage = resolve_stage(run, request["stage"], devices)
+    layout = stage.layout
+    lowered = lower_stage(stage.taught_by(live_teacher(run, request["stage"])))
     flags: dict[str, Any] = options(target.facts.flags)
     packages = ["jax", "jaxlib", "libtpu" if target.facts.family == "tpu" else "jax-cuda13-pjrt"]
     if target.facts.family == "nvidia":

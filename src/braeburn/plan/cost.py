@@ -37,10 +37,10 @@ from braeburn.plan.layers import Around, around_of, layers_of
 from braeburn.plan.storage import FLOAT, specs_of
 from braeburn.plan.totals import Totals, totals_of
 from braeburn.plan.trace import differentiate, rematerialize
-from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.metrics import flops_per_token
-from braeburn.train.stages import sizes_of
+from braeburn.train.resolved import sizes_of, trained_specs
 from braeburn.train.teaching import find_in_run
+from braeburn.transforms.definition import transform_of
 
 GIB = 2**30
 
@@ -395,7 +395,7 @@ def work_of(run: Run, name: str, mesh: MeshConfig, accelerator: Accelerator = WI
 
 def _remade(run: Run, name: str) -> int:
     """`Work.remade`, by the traced program that makes weights in use of those that are stored."""
-    use = use_of(run, name)
+    use = transform_of(run.stages[name], run.models()[name]).use
     if not use:
         return 0
     leaves, structure = jax.tree.flatten(abstract(trained_specs(run, name)))

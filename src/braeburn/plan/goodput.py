@@ -32,6 +32,25 @@ _MAX_FAILURES = 1e6
 
 
 @dataclass(frozen=True)
+class Interruptions:
+    """What keeps a run from training.
+
+    Attributes:
+        failures_per_chip_hour: of chips and all that belongs to them.
+        checkpoint_seconds: that training stands still for one checkpoint; None for as long as the
+            state takes to the host.
+        restart_seconds: from a failure until training goes on, restoring included.
+    """
+
+    failures_per_chip_hour: float = FAILURES_PER_CHIP_HOUR
+    checkpoint_seconds: float | None = None
+    restart_seconds: float = RESTART_SECONDS
+
+
+USUAL = Interruptions()
+
+
+@dataclass(frozen=True)
 class Goodput:
     """What a run loses to failures and checkpoints, with the best time between these.
 
@@ -42,7 +61,8 @@ class Goodput:
         interval_seconds: of training between two checkpoints.
         expected: productive time / wall time, by Daly's equation.
         simulated: the same, of simulated runs.
-        days: of `wall_seconds`, which the run is expected to take.
+        days: that the run is expected to take.
+        wall_seconds: the same, in seconds.
     """
 
     failures_per_chip_hour: float
@@ -59,9 +79,7 @@ def goodput(
     chips: int,
     productive_seconds: float,
     state_bytes_per_chip: float,
-    failures_per_chip_hour: float = FAILURES_PER_CHIP_HOUR,
-    checkpoint_seconds: float | None = None,
-    restart_seconds: float = RESTART_SECONDS,
+    interruptions: Interruptions = USUAL,
     seed: int = 0,
 ) -> Goodput:
     """The best checkpoint interval of a run, and the part of its wall time that trains.
@@ -70,16 +88,19 @@ def goodput(
         chips: that the run needs: it fails where one of them does.
         productive_seconds: that the run would take without checkpoints and failures.
         state_bytes_per_chip: of parameters and optimizer.
-        failures_per_chip_hour: of chips and all that belongs to them.
-        checkpoint_seconds: that training stands still for one; None: as long as the state takes to
-            the host.
-        restart_seconds: from a failure until training goes on, restoring included.
+        interruptions: how frequent failures are, and how long they and checkpoints take.
         seed: of the simulation.
+
+    Returns:
+        The best interval, and what the run loses with it.
 
     Raises:
         UserError: a value is out of range, or failures are so frequent that the run hardly
             advances.
     """
+    failures_per_chip_hour = interruptions.failures_per_chip_hour
+    restart_seconds = interruptions.restart_seconds
+    checkpoint_seconds = interruptions.checkpoint_seconds
     if checkpoint_seconds is None:
         checkpoint_seconds = CHECKPOINT_FIXED_SECONDS + state_bytes_per_chip / HOST_BYTES_PER_SECOND
     positive = {
@@ -114,10 +135,8 @@ def goodput(
     if wall / mean > _MAX_FAILURES:
         raise UserError(
             f"failures_per_chip_hour: at {failures_per_chip_hour:.3g}, {chips} chips fail every "
-            f"{mean:.3g} s and the"
-            f" run hardly advances; lower it, restart_seconds ({restart_seconds:.3g}) or the "
-            f"{checkpoint_seconds:.3g} s"
-            " of a checkpoint"
+            f"{mean:.3g} s and the run hardly advances; lower it, restart_seconds "
+            f"({restart_seconds:.3g}) or the {checkpoint_seconds:.3g} s of a checkpoint"
         )
     generator = np.random.default_rng(seed)
     runs = [
@@ -136,8 +155,8 @@ def goodput(
 
 
 def daly_interval(checkpoint_seconds: float, mean: float) -> float:
-    """Daly's higher-order estimate of the best seconds of training between checkpoints, `mean`
-    those between failures.
+    """Daly's higher-order estimate of the best seconds of training between two checkpoints, where
+    `mean` seconds pass between two failures.
 
     Its first factor is that of J. W. Young, "A first order approximation to the optimum checkpoint
     interval" (1974).
@@ -154,9 +173,17 @@ def daly_interval(checkpoint_seconds: float, mean: float) -> float:
 def expected_seconds(
     productive: float, interval: float, checkpoint: float, restart: float, mean: float
 ) -> float:
-    """Wall seconds by Daly's complete equation, exact where the interval divides the run.
+    """The expected wall time by Daly's complete equation, exact where the interval divides the run.
 
-    All arguments in seconds.
+    Args:
+        productive: seconds of training in the run.
+        interval: seconds of training between two checkpoints.
+        checkpoint: seconds that training stands still for one checkpoint.
+        restart: seconds from a failure until training goes on.
+        mean: seconds between two failures, infinite where there are none.
+
+    Returns:
+        Seconds, infinite where the run would hardly advance.
     """
     if mean == math.inf:
         return productive / interval * (interval + checkpoint)

@@ -15,7 +15,7 @@ from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.plan.cost import Estimate, divided_work, estimate_work, labelling_seconds
 from braeburn.plan.forward import Pass
-from braeburn.plan.goodput import goodput
+from braeburn.plan.goodput import Interruptions, goodput
 from braeburn.plan.search import Candidate, candidates, larger_targets
 from braeburn.plan.storage import FLOAT
 
@@ -66,7 +66,7 @@ def compare(
         runs: the run as it is set for each target, and the target.
         chips: the catalogue.
         stages: of the run that are planned.
-        failures: arguments of `goodput` that take the place of its defaults.
+        failures: fields of `Interruptions` that take the place of its defaults.
         ranked: orders the layouts of a stage anew, with what a compiler says of them.
     """
     planned = [_plan(run, target, failures, stages, ranked) for run, target in runs]
@@ -110,7 +110,7 @@ def _plan(
             "idle_chips": target.chips
             - math.prod(first.sizes.sizes.values()) // chip.devices_per_chip,
         }
-    expected = goodput(target.chips, seconds, state, **failures)
+    expected = goodput(target.chips, seconds, state, Interruptions(**failures))
     hours = expected.wall_seconds / SECONDS_PER_HOUR
     confidence = weakest(*confidences)
 

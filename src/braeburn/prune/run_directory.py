@@ -22,7 +22,6 @@ from braeburn.config import (
     override,
     validate,
 )
-from braeburn.data.loader import Batches
 from braeburn.data.packing import Batch
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import Tokenizer
@@ -32,13 +31,17 @@ from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build, resolve
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.compression import cut, of_model, scores_of
 from braeburn.train.directory import RunDirectory
-from braeburn.train.loop import calibration, train
+from braeburn.train.loop import train
 from braeburn.train.progress import tracked
-from braeburn.train.stages import abstract_params, layout_of, model_at
+from braeburn.train.resolved import of_model, resolve_stage
+from braeburn.train.stage_run import batches_of, calibration
+from braeburn.train.stages import abstract_params
 from braeburn.train.state import TrainState
 from braeburn.train.trained import found_run, ordinary_step, read_tokenizer, received_run
+from braeburn.train.transitions import changed
+from braeburn.transforms.definition import Found
+from braeburn.transforms.pruning import cutting, importance_of_units
 
 STAGE = "prune"
 TEXT = "text"  # the name of the source that --data names
@@ -103,7 +106,7 @@ def prune(
         )
     run = received_run(directory)
     step, tokenizer = ordinary_step(run, directory), read_tokenizer(directory)
-    model, length = model_at(run, step)
+    model, length = run.model_at(step)
     model = model.model_copy(update={"max_position_embeddings": length})
     try:
         check_pruning("--", pruning, model)
@@ -123,7 +126,7 @@ def prune(
             f"{str(directory)!r} was not trained here and names no text to measure activations on; "
             f"name some with --data FILE, or use --method magnitude without --set"
         )
-    smaller = pruning.pruned(model)
+    smaller = pruning.left(model)
     work = out.absolute().with_name(f".{out.absolute().name}.prune")
     try:
         if pruning.learned:
@@ -131,11 +134,10 @@ def prune(
         else:
             layout = _layout(run, model)
             state = _state(directory, step, run, layout)
-            batches = (
-                _batches(run, layout, tokenizer) if pruning.method == "activation" else iter(())
-            )
-            scores = scores_of(pruning, model, state.params, layout, run.seed, batches)
-            state = cut(state, scores, pruning, model, of_model(layout, smaller))
+            batches = _batches(run, tokenizer) if pruning.method == "activation" else iter(())
+            found = Found(model, state.params, layout, batches, run.seed)
+            scores = importance_of_units(pruning, found)
+            state = changed(state, cutting(pruning, model), scores, of_model(layout, smaller))
     except UserError as error:
         raise UserError(_as_options(str(error)) if text else str(error)) from None
     left = validate(
@@ -198,17 +200,15 @@ def _pruning_run(
     """The run that prunes a model of `run` at `step`: of its first stage, with other tokens and the
     pruning.
     """
-    seen, first = 0, next(iter(run.stages.values()))
-    for stage in run.stages.values():
-        seen += min(step, stage.steps) * stage.batch_tokens
-        step = max(0, step - stage.steps)
-    tokens = tokens or max(round(SHARE_OF_TOKENS * seen), FEWEST_STEPS * first.batch_tokens)
+    first = next(iter(run.stages.values()))
+    fewest = FEWEST_STEPS * first.batch_tokens
+    tokens = tokens or max(round(SHARE_OF_TOKENS * run.tokens_by(step)), fewest)
     steps = -(-tokens // first.batch_tokens)
     changes: dict[str, Any] = {
         "tokens": tokens,
         "schedule": Schedule(warmup_steps=steps // 20, floor=0.1),
+        **dict.fromkeys((*first.transforms, "teacher", "rope_base")),
         "pruning": pruning,
-        **dict.fromkeys(("quantization", "teacher", "rope_base")),
     }
     stages = {STAGE: first.model_copy(update=changes)}
     update = {
@@ -222,26 +222,26 @@ def _pruning_run(
 
 def _learned(directory: Path, step: int, run: Run, tokenizer: Tokenizer, work: Path) -> TrainState:
     """The state that the pruning run leaves, trained in the folder `work` or gone on with there."""
-    layout = layout_of(run, STAGE)
+    stage = resolve_stage(run, STAGE)
     if not RunDirectory(work).begun():
         work.rmdir()
         found_run(
             work,
             run,
-            _state(directory, step, run, of_model(layout, run.model)),
+            _state(directory, step, run, stage.layout_of(stage.models.found)),
             tokenizer,
             "prune",
             directory,
         )
     if not train(run, work).finished:
         raise KeyboardInterrupt  # it has saved, and the same command goes on
-    return _state(work, run.total_steps, run, of_model(layout, run.models()[STAGE].left))
+    return _state(work, stage.last_step, run, stage.layout_of(stage.models.left))
 
 
 def _layout(run: Run, model: ModelConfig) -> Layout:
     """Where a model lies on the mesh of its run."""
     if run.stages:
-        return of_model(layout_of(run, STAGE), model)
+        return resolve_stage(run, STAGE).layout_of(model)
     sizes = resolve(run.mesh, len(jax.devices()))
     execution = Execution(sizes, run.rules, run.precision, offload=run.offload)
     return Layout(execution, build(sizes, jax.devices()), param_specs(model))
@@ -261,8 +261,8 @@ def _state(directory: Path, step: int, run: Run, layout: Layout) -> TrainState:
     return state._replace(step=jnp.zeros_like(state.step))
 
 
-def _batches(run: Run, layout: Layout, tokenizer: Tokenizer) -> Iterator[Batch]:
+def _batches(run: Run, tokenizer: Tokenizer) -> Iterator[Batch]:
     """The batches that activations are measured on, placed."""
-    stage, prepared = run.stages[STAGE], prepare(run, lambda line: None, tokenizer)
-    batches = Batches(stage, STAGE, run.seed, prepared.train, layout.rows(stage.batch_size))
-    return tracked(calibration(stage, batches, layout), "measuring activations")
+    stage, prepared = resolve_stage(run, STAGE), prepare(run, lambda line: None, tokenizer)
+    batches = batches_of(stage, prepared.train)
+    return tracked(calibration(stage.stage, batches, stage.layout), "measuring activations")

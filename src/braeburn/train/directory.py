@@ -130,7 +130,7 @@ class RunDirectory:
             UserError: naming the first field that differs.
         """
         earlier = read_run(self.path)
-        begun = _begun_stages(earlier, step)
+        begun = earlier.begun_by(step)
         before, after = (dict(flatten(r.model_dump(mode="json"))) for r in (earlier, run))
         # The order of the stages that have begun counts too.
         before = {"stages": begun, **before}
@@ -261,16 +261,6 @@ def _number(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _begun_stages(run: Run, step: int) -> list[str]:
-    """The names of the stages that have made a step by `step`."""
-    first, names = 0, []
-    for name, stage in run.stages.items():
-        if first < step:
-            names.append(name)
-        first += stage.steps
-    return names
 
 
 def _may_change(path: str, begun: list[str], step: int) -> bool:

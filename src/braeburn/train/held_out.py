@@ -12,10 +12,13 @@ from jaxtyping import Array
 
 from braeburn.background import nothing_to_ask
 from braeburn.config import ModelConfig
+from braeburn.data.loader import held_out_batches
+from braeburn.data.prepare import Prepared
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
 from braeburn.objectives.cross_entropy import token_losses
 from braeburn.parallel.layout import Layout
+from braeburn.train.resolved import ResolvedStage
 
 # Enough for devices never to wait, and few enough to stop soon.
 BATCHES_AT_ONCE = 2
@@ -106,3 +109,50 @@ def measure(
         "tokens": int(sums["tokens"]),
         "bytes": text_bytes,
     }
+
+
+class HeldOut:
+    """The held-out text of a run, on which stages are evaluated."""
+
+    def __init__(
+        self, prepared: Prepared, tokens: int, proceed: Callable[[], None] = nothing_to_ask
+    ):
+        """Takes the text.
+
+        Args:
+            prepared: the text.
+            tokens: of each source that are read at most.
+            proceed: called before each batch; what it raises ends an evaluation.
+        """
+        self._prepared = prepared
+        self._tokens = tokens
+        self._proceed = proceed
+        self._last: tuple[Any, Evaluate] | None = None
+
+    def results(
+        self, resolved: ResolvedStage, params: Tree, model: ModelConfig
+    ) -> dict[str, dict[str, float]]:
+        """Results of a model on the text of each source that a stage draws from.
+
+        Args:
+            resolved: the stage.
+            params: of the model, on the stage's mesh.
+            model: as the stage trains or leaves it.
+        """
+        stage, layout = resolved.stage, resolved.layout_of(model)
+        evaluate = self._evaluator(model, layout)
+        sequences = max(1, stage.batch_size // stage.accumulation_steps)
+        results = {}
+        for source, store in self._prepared.held_out.items():
+            if store is not None and stage.mixture.get(source):
+                batches = held_out_batches(store, stage.sequence_length, sequences, self._tokens)
+                placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
+                results[source] = measure(evaluate, params, placed, store.byte_ratio, self._proceed)
+        return results
+
+    def _evaluator(self, model: ModelConfig, layout: Layout) -> Evaluate:
+        """That of a model on a layout; the last is kept, for a stage to be evaluated often."""
+        key = (model, layout.sizes)
+        if self._last is None or self._last[0] != key:
+            self._last = key, evaluator(model, self._prepared.tokenizer.token_bytes, layout)
+        return self._last[1]

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from braeburn.config import ModelConfig, Run
+from braeburn.config import ModelConfig
 from braeburn.hardware.catalogue import chip_of
 from braeburn.layers.spec import Tree, count
 from braeburn.models.decoder import param_specs
 from braeburn.train.guard import check_skips_in_a_row
 from braeburn.train.progress import Display
 from braeburn.train.records import Records, json_line
+from braeburn.train.resolved import ResolvedStage
 from braeburn.train.tensorboard import EventFile
 
 # What every step returns; the row has places of their own for these.
@@ -143,36 +144,23 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        run: Run,
-        stage: str,
-        writer: MetricsWriter,
-        display: Display,
-        num_devices: int,
-        history: History,
+        self, resolved: ResolvedStage, writer: MetricsWriter, display: Display, history: History
     ):
         """Begins to time the next step.
 
         Args:
-            run: the run.
-            stage: the name of the stage.
+            resolved: the stage.
             writer: takes the rows.
             display: shows them.
-            num_devices: that the stage trains on.
             history: of the run's steps so far, which those of this stage are added to.
         """
-        self._num_devices = num_devices
         self.writer = writer
         self._display = display
         self._history = history
-        self._run = run
-        self._name = stage
-        self._stage = run.stages[stage]
-        earlier = [run.stages[name] for name in list(run.stages)[: list(run.stages).index(stage)]]
-        self._first_step = sum(other.steps for other in earlier)
-        self._first_token = sum(other.steps * other.batch_tokens for other in earlier)
-        model = run.models()[stage].trained
-        self._flops = flops_per_token(model, param_specs(model), self._stage.sequence_length)
+        self._stage = resolved
+        self._batch_tokens = resolved.stage.batch_tokens
+        model = resolved.models.trained
+        self._flops = flops_per_token(model, param_specs(model), resolved.stage.sequence_length)
         self._pending: tuple[int, dict[str, Any], float] | None = None
         self._last = time.monotonic()
 
@@ -212,20 +200,20 @@ class Recorder:
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        tokens_per_second = self._stage.batch_tokens / seconds
+        tokens_per_second = self._batch_tokens / seconds
         peak = peak_flops(jax.devices()[0].device_kind)
-        skipped = int(values["skipped"])
-        self._history.observe(self._name, values["loss"], skipped)
+        devices, skipped = self._stage.layout.num_devices, int(values["skipped"])
+        self._history.observe(self._stage.name, values["loss"], skipped)
         row: dict[str, Any] = {
             "step": step,
-            "stage": self._name,
-            "tokens": self._first_token + (step - self._first_step) * self._stage.batch_tokens,
+            "stage": self._stage.name,
+            "tokens": self._stage.tokens_by(step),
             "loss": values["loss"],
             "loss_average": self._history.loss_average,
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self._flops / (peak * self._num_devices) if peak else None,
+            "mfu": tokens_per_second * self._flops / (peak * devices) if peak else None,
             "step_seconds": seconds,
             "data_seconds": data_seconds,
             "skipped": skipped,
@@ -235,6 +223,7 @@ class Recorder:
             raise ValueError(f"the step returns {sorted(taken)}, which are names of the row's own")
         row |= others
         self.writer.write(row)
-        self._display.step(row, step - self._first_step)
+        self._display.step(row, step - self._stage.first_step)
         in_a_row = self._history.skipped_in_a_row
-        check_skips_in_a_row(self._run, self._name, step, in_a_row, values["grad_norm"])
+        run, name = self._stage.run, self._stage.name
+        check_skips_in_a_row(run, name, step, in_a_row, values["grad_norm"])

@@ -58,12 +58,8 @@ def check_text(
             f"text as it is now"
         )
         return
-    first = 0
-    drawn: set[str] = set()
-    for stage in run.stages.values():
-        if first < step:
-            drawn |= {name for name, weight in stage.mixture.items() if weight > 0}
-        first += stage.steps
+    mixtures = [run.stages[stage].mixture for stage in run.begun_by(step)]
+    drawn = {name for mixture in mixtures for name, weight in mixture.items() if weight > 0}
     changed = {name: prepared.fingerprints[name] for name in sorted(drawn) if name in saved}
     changed = {name: now for name, now in changed.items() if now != saved[name]}
     if not changed:

@@ -1,134 +1,60 @@
-"""What a stage of a run is made of: its model, optimizer and compiled programs."""
+"""The programs of a stage, and the shapes of what they work on."""
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from braeburn.config import Execution, MeshConfig, ModelConfig, Run, Stage
 from braeburn.data.packing import Batch
-from braeburn.errors import UserError
-from braeburn.layers.spec import Tree, abstract, initialize, walk
-from braeburn.models import decoder
-from braeburn.objectives import cross_entropy, distillation
-from braeburn.optim.build import build_optimizer
-from braeburn.optim.definition import ALONE
-from braeburn.parallel.layout import Layout, can_offload
-from braeburn.parallel.mesh import build, resolve
-from braeburn.parallel.rules import check
+from braeburn.layers.spec import Tree, abstract, initialize
+from braeburn.objectives import distillation
+from braeburn.objectives.definition import objective_of, text_loss
+from braeburn.parallel.layout import Layout
 from braeburn.train.compiler_flags import compiler_flags
-from braeburn.train.compression import of_model, trained_specs, use_of
+from braeburn.train.frozen import effective_weights
+from braeburn.train.resolved import ResolvedStage
 from braeburn.train.state import TrainState, new_state
-from braeburn.train.step import train_step
-
-
-def model_at(run: Run, step: int) -> tuple[ModelConfig, int]:
-    """The model as left after `step` steps, and the longest sequence that it was trained on by
-    then.
-    """
-    return run.model_at(step)
+from braeburn.train.step import accumulated, train_step
 
 
 @dataclass(frozen=True)
 class Program:
     """A stage ready to run."""
 
-    name: str
-    stage: Stage
+    stage: ResolvedStage
     step: Callable[..., tuple[TrainState, dict[str, Any]]]
     compile_seconds: float
 
 
-def stage_optimizer(
-    run: Run, name: str, specs: Tree | None = None, execution: Execution = ALONE
-) -> optax.GradientTransformation:
-    """The optimizer of a stage, for all that it trains or for parameters of other `specs`.
-
-    Its state is the same on any mesh; updates are made on that of `execution`.
+def stage_step(resolved: ResolvedStage) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """The train step of a stage as a traceable function of state and batch, and of the weights of
+    an online teacher.
     """
-    model = run.models()[name].trained
-    return build_optimizer(
-        run.optimizer, run.stages[name], specs or trained_specs(run, name), model, execution
-    )
+    run, stage, layout = resolved.run, resolved.stage, resolved.layout
+    model, teacher = resolved.models.trained, resolved.teacher
+    execution = resolved.execution
 
-
-def layout_of(run: Run, name: str, devices: Sequence[Any] | None = None) -> Layout:
-    """Where the arrays that a stage trains lie on `devices`, all that there are by default.
-
-    Raises:
-        UserError: the mesh does not fit the devices, or does not divide the stage.
-    """
-    if -1 not in (run.stages[name].mesh or run.mesh).sizes.values():
-        sizes_of(run, name)  # before the devices are looked for
-    devices = jax.devices() if devices is None else devices
-    sizes = sizes_of(run, name, len(devices))
-    if (run.offload.optimizer or run.offload.activations) and not can_offload(devices[0]):
-        raise UserError(
-            f"offload needs host memory that the device can reach, and {devices[0].device_kind} "
-            f"has none; set offload.optimizer to false and offload.activations to []"
-        )
-    return Layout(run.execution(name, sizes), build(sizes, devices), trained_specs(run, name))
-
-
-def sizes_of(run: Run, name: str, num_devices: int | None = None) -> MeshConfig:
-    """The sizes of a stage's mesh, resolved for a number of devices unless none is inferred.
-
-    Raises:
-        UserError: the mesh does not fit the devices, or does not divide the stage or the model that
-            it leaves.
-    """
-    mesh = run.stages[name].mesh or run.mesh
-    if num_devices is not None:
-        mesh = resolve(mesh, num_devices)
-    execution = run.execution(name, mesh)
-    for model in dict.fromkeys(run.models()[name]):
-        specs = walk(decoder.param_specs(model))
-        check(
-            run,
-            name,
-            model,
-            execution,
-            {path: (spec.axes, spec.shape, spec.role) for path, spec in specs},
-        )
-    return mesh
-
-
-def stage_step(
-    run: Run, name: str, layout: Layout, teacher: ModelConfig | None = None
-) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The train step of a stage as a traceable function of state and batch, and of the weights of a
-    live teacher.
-
-    Args:
-        run: the run.
-        name: of the stage.
-        layout: where what it trains lies.
-        teacher: the model of a teacher whose weights are at hand; None where there is none, or a
-            cache of its.
-    """
-    stage, model = run.stages[name], run.models()[name].trained
-    execution = layout.execution
+    objective = objective_of(stage.objective, model)
 
     def loss(params: Tree, batch: Batch, *teaching: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         if stage.teacher is None:
-            return cross_entropy.loss(params, batch, model, execution)
+            return text_loss(params, batch, objective, model, execution)
         online = (teacher, teaching[0]) if teacher else None
         return distillation.loss(params, batch, online, model, stage.distillation, execution)
 
-    others = [of_model(layout, teacher)] if teacher else []
+    others = [resolved.layout_of(teacher)] if teacher else []
+    # Devices sum their gradients once, after all microbatches.
+    local = accumulated(loss, stage.accumulation_steps)
     step = functools.partial(
         train_step,
-        loss=loss,
-        optimizer=stage_optimizer(run, name, execution=execution),
-        accumulation_steps=stage.accumulation_steps,
-        spread=lambda function: of_model(layout, model).gradient(function, *others),
-        use=use_of(run, name),
+        gradients=resolved.layout_of(model).gradient(local, *others),
+        optimizer=resolved.optimizer,
+        effective=effective_weights(resolved.transform, resolved.specs),
     )
     if not run.offload.optimizer:
         return step
@@ -144,9 +70,10 @@ def stage_step(
     return fetch_and_step
 
 
-def abstract_batch(stage: Stage, layout: Layout) -> Batch:
-    """Shapes, types and places of a stage's batches."""
-    shape, place = (stage.batch_size, stage.sequence_length), layout.batch()
+def abstract_batch(resolved: ResolvedStage) -> Batch:
+    """Shapes, types and shardings of a stage's batches."""
+    stage = resolved.stage
+    shape, place = (stage.batch_size, stage.sequence_length), resolved.layout.batch()
     types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {
         "weights": jnp.float32
     }
@@ -161,17 +88,23 @@ def abstract_batch(stage: Stage, layout: Layout) -> Batch:
 
 
 def abstract_params(layout: Layout) -> Tree:
-    """Shapes, types and places of parameters."""
+    """Shapes, types and shardings of parameters."""
     places, params = layout.parameters(), abstract(layout.specs)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
     )
 
 
-def abstract_state(run: Run, name: str, layout: Layout) -> TrainState:
-    """Shapes, types and places of the train state of the parameters of a layout in a stage."""
+def abstract_state(resolved: ResolvedStage, layout: Layout | None = None) -> TrainState:
+    """Shapes, types and shardings of the train state of a stage.
+
+    Args:
+        resolved: the stage.
+        layout: of the parameters in the state; by default of all that the stage trains.
+    """
+    layout = layout or resolved.layout
     params = abstract_params(layout)
-    optimizer = jax.eval_shape(stage_optimizer(run, name, layout.specs).init, params)
+    optimizer = jax.eval_shape(resolved.optimizer_of(layout.specs).init, params)
     places = layout.optimizer_state(optimizer)
     optimizer = jax.tree.map(
         lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), optimizer, places
@@ -181,70 +114,68 @@ def abstract_state(run: Run, name: str, layout: Layout) -> TrainState:
     )
 
 
-def started_state(run: Run, layout: Layout, read: Callable[[Tree], Tree]) -> TrainState:
+def started_state(first: ResolvedStage, read: Callable[[Tree], Tree]) -> TrainState:
     """The state before the run's first step with weights from elsewhere, and a fresh optimizer.
 
     Args:
-        run: the run.
-        layout: of its first stage.
-        read: gives the parameters, in the types and places of abstract ones.
+        first: the run's first stage.
+        read: gives the parameters, in the types and shardings of abstract ones.
     """
-    first = next(iter(run.stages))
-    layout = of_model(layout, run.model)
-    shape = abstract_state(run, first, layout)
+    layout = first.layout_of(first.models.found)
+    shape = abstract_state(first, layout)
     params = read(abstract_params(layout))
     with layout.compiling():
         make = jax.jit(
-            stage_optimizer(run, first, layout.specs).init, out_shardings=places_of(shape.optimizer)
+            first.optimizer_of(layout.specs).init, out_shardings=shardings_of(shape.optimizer)
         )
         optimizer = make(params)
     step = jax.make_array_from_callback((), shape.step.sharding, lambda _: np.int32(0))
     return TrainState(step, params, optimizer)
 
 
-def places_of(tree: Any) -> Any:
+def initial_state(first: ResolvedStage) -> TrainState:
+    """The state before the run's first step, with random weights, on the mesh of its first
+    stage.
+    """
+    layout = first.layout_of(first.models.found)
+    optimizer = first.optimizer_of(layout.specs)
+    # It runs once: on CPUs, whose compiler takes seconds to make random numbers fast, fast is not
+    # worth it.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    make = jax.jit(
+        lambda: new_state(initialize(layout.specs, first.run.seed), optimizer),
+        compiler_options=options,
+        out_shardings=shardings_of(abstract_state(first, layout)),
+    )
+    with layout.compiling():
+        return make()
+
+
+def shardings_of(tree: Any) -> Any:
     """The shardings of abstract arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def lower_stage(
-    run: Run, name: str, layout: Layout, teacher: ModelConfig | None = None
-) -> jax.stages.Lowered:
-    """A stage's train step for the devices of a layout, which need not be there, before it is
+def lower_stage(resolved: ResolvedStage) -> jax.stages.Lowered:
+    """A stage's train step for the devices of its layout, which need not be there, before it is
     compiled.
     """
-    state = abstract_state(run, name, layout)
-    out = (places_of(state), layout.everywhere())
-    step = jax.jit(stage_step(run, name, layout, teacher), donate_argnums=0, out_shardings=out)
-    teaching = [abstract_params(of_model(layout, teacher))] if teacher else []
-    return step.lower(state, abstract_batch(run.stages[name], layout), *teaching)
+    state = abstract_state(resolved)
+    out = (shardings_of(state), resolved.layout.everywhere())
+    step = jax.jit(stage_step(resolved), donate_argnums=0, out_shardings=out)
+    teacher = resolved.teacher
+    teaching = [abstract_params(resolved.layout_of(teacher))] if teacher else []
+    return step.lower(state, abstract_batch(resolved), *teaching)
 
 
-def compile_stage(
-    run: Run, name: str, layout: Layout, teacher: ModelConfig | None = None
-) -> Program:
+def compile_stage(resolved: ResolvedStage) -> Program:
     """Compiles a stage's train step.
 
     The state passed to it is given up, the one it returns takes its memory.
     """
     began = time.monotonic()
+    layout = resolved.layout
     flags = compiler_flags(layout.mesh.devices.flat[0].device_kind)
     with layout.compiling():
-        compiled = lower_stage(run, name, layout, teacher).compile(flags or None)
-    return Program(name, run.stages[name], compiled, time.monotonic() - began)
-
-
-def initial_state(run: Run, layout: Layout) -> TrainState:
-    """The state before the run's first step, on the mesh of a layout of its first stage."""
-    first, layout = next(iter(run.stages)), of_model(layout, run.model)
-    optimizer = stage_optimizer(run, first, layout.specs)
-    # It runs once: on CPUs, whose compiler takes seconds to make random numbers fast, fast is not
-    # worth it.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    make = jax.jit(
-        lambda: new_state(initialize(layout.specs, run.seed), optimizer),
-        compiler_options=options,
-        out_shardings=places_of(abstract_state(run, first, layout)),
-    )
-    with layout.compiling():
-        return make()
+        compiled = lower_stage(resolved).compile(flags or None)
+    return Program(resolved, compiled, time.monotonic() - began)

@@ -1,4 +1,7 @@
-"""One optimizer step, as a pure function of state and batch that knows no model and no mesh."""
+"""One optimizer step, as a pure function of state and batch.
+
+It knows no model, no axis of a mesh, no optimizer and no transform of weights.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,50 +14,47 @@ from jaxtyping import Array
 from braeburn.data.packing import Batch
 from braeburn.train.state import TrainState
 
-# (params, batch, ...) -> (what is minimised, metrics); both are weighted sums over tokens, by
+# (weights, batch, ...) -> (what is minimised, metrics); both are weighted sums over tokens, by
 # `weights` of the batch.
 LossFunction = Callable[..., tuple[Array, dict[str, Array]]]
-# A function of each device's parts of parameters and batch made one of the whole; see
-# `Layout.gradient`.
-Spread = Callable[[Callable[..., tuple[Any, Any]]], Callable[..., tuple[Any, Any]]]
-# (parameters, steps of the stage) -> the weights that the loss is given: masked, or rounded.
-Use = Callable[[Any, Any], Any]
+# (weights, batch, ...) -> (gradients with respect to the weights, metrics), both summed over the
+# batch.
+Gradients = Callable[..., tuple[Any, dict[str, Array]]]
+# (parameters, steps of the stage) -> the effective weights, which the loss is given.
+EffectiveWeights = Callable[[Any, Any], Any]
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
     *fixed: Any,
-    loss: LossFunction,
+    gradients: Gradients,
     optimizer: optax.GradientTransformation,
-    accumulation_steps: int,
-    spread: Spread = lambda function: function,
-    use: Use | None = None,
+    effective: EffectiveWeights | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The next state and the step's metrics: float32 scalars, means over the batch's tokens.
+    """Makes a step.
 
-    With `accumulation_steps` A, the batch of B sequences is worked through in A parts of B / A,
-    whose gradients are summed before the one update: the result is that of the whole batch. Devices
-    sum theirs once, after all parts.
+    Args:
+        state: before the step.
+        batch: its `weights` are those of the tokens, of any scale.
+        fixed: what the loss takes besides, such as a teacher's weights.
+        gradients: of the loss; see `accumulated`.
+        optimizer: turns gradients into updates of the parameters.
+        effective: where the loss is given other weights than the stored ones; gradients of the
+            parameters are taken through it.
 
-    The loss also takes what is `fixed`, such as a teacher's weights. Where weights are used
-    otherwise than they are stored, `use` tells how, and the gradient is taken through it.
+    Returns:
+        The next state and the step's metrics: float32 scalars, means over the batch's tokens.
     """
     batch = batch | {"weights": batch["weights"] / jnp.sum(batch["weights"])}
-    params, back = (
-        jax.vjp(lambda p: use(p, state.optimizer.stage_steps), state.params)
-        if use
-        else (state.params, None)
-    )
-
-    def local(params: Any, own: Batch, *fixed: Any) -> tuple[Any, dict[str, Array]]:
-        return gradient(lambda p, part: loss(p, part, *fixed), params, own, accumulation_steps)
-
-    gradients, metrics = spread(local)(params, batch, *fixed)
-    gradients = back(gradients)[0] if back else gradients
+    weights, back = state.params, None
+    if effective:
+        weights, back = jax.vjp(lambda p: effective(p, state.optimizer.stage_steps), state.params)
+    found, metrics = gradients(weights, batch, *fixed)
+    found = back(found)[0] if back else found
 
     with jax.named_scope("optimizer"):
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        updates, optimizer_state = optimizer.update(found, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
 
     metrics = metrics | {
@@ -65,15 +65,23 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
-def gradient(
-    loss: LossFunction, params: Any, batch: Batch, accumulation_steps: int
-) -> tuple[Any, dict[str, Array]]:
-    """The gradient of `loss` over a batch, worked through in parts, and the metrics, both summed
-    over the parts.
+def accumulated(loss: LossFunction, accumulation_steps: int) -> Gradients:
+    """The gradients of a loss over a batch, worked through in `accumulation_steps` A microbatches
+    of B / A sequences each: the result is that of the whole batch.
     """
+
+    def gradients(weights: Any, batch: Batch, *fixed: Any) -> tuple[Any, dict[str, Array]]:
+        return _summed(lambda w, part: loss(w, part, *fixed), weights, batch, accumulation_steps)
+
+    return gradients
+
+
+def _summed(
+    loss: LossFunction, weights: Any, batch: Batch, accumulation_steps: int
+) -> tuple[Any, dict[str, Array]]:
     differentiate = jax.value_and_grad(loss, has_aux=True)
     if accumulation_steps == 1:
-        (_, metrics), gradients = differentiate(params, batch)
+        (_, metrics), gradients = differentiate(weights, batch)
         return gradients, metrics
 
     # Part i takes the sequences i, i + A, ...: which they are does not depend on the number of
@@ -83,11 +91,11 @@ def gradient(
     )
 
     def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
-        (_, metrics), gradients = differentiate(params, part)
+        (_, metrics), gradients = differentiate(weights, part)
         return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
 
     (_, metrics), gradients = jax.eval_shape(
-        differentiate, params, jax.tree.map(lambda x: x[0], parts)
+        differentiate, weights, jax.tree.map(lambda x: x[0], parts)
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
     return jax.lax.scan(accumulate, zeros, parts)[0]

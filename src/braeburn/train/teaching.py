@@ -16,19 +16,18 @@ import numpy as np
 from braeburn.config import ModelConfig, Run, read_run
 from braeburn.data.packing import Batch
 from braeburn.data.prepare import Prepared
-from braeburn.data.teacher_store import TeacherStore, build_teacher_store
+from braeburn.data.teacher_store import Labelling, TeacherStore, Writer, build_teacher_store
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives.distillation import top_k_labels
 from braeburn.parallel.agreement import main_first
-from braeburn.parallel.layout import Layout
 from braeburn.parallel.rules import check
 from braeburn.parallel.sequence import zigzag
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.compression import of_model
-from braeburn.train.stages import abstract_params, model_at
+from braeburn.train.resolved import ResolvedStage
+from braeburn.train.stages import abstract_params
 from braeburn.train.trained import ordinary_step, read_tokenizer
 
 
@@ -65,7 +64,7 @@ def find_in_run(path: Path) -> Teacher:
     run, checkpoints = read_run(directory), Checkpoints(directory)
     step = ordinary_step(run, directory, int(path.name) if is_checkpoint else None)
     return Teacher(
-        model=model_at(run, step)[0],
+        model=run.model_at(step)[0],
         tokenizer=read_tokenizer(directory),
         identity=lambda: files_identity(directory / "checkpoints" / str(step)),
         read=lambda params: checkpoints.restore_params(step, params),
@@ -83,26 +82,14 @@ def files_identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def live_model(run: Run, name: str, teachers: Mapping[str, Teacher]) -> ModelConfig | None:
-    """The model of the teacher whose weights a stage needs at hand; None where it has none, or what
-    it says is kept.
-    """
-    return (
-        teachers[name].model
-        if name in teachers and not run.stages[name].distillation.cached
-        else None
-    )
-
-
 def teachers_of(
-    run: Run, directory: Path, layouts: Mapping[str, Layout], find: FindTeacher
+    stages: Mapping[str, ResolvedStage], directory: Path, find: FindTeacher
 ) -> dict[str, Teacher]:
     """The teacher of each stage that has one, of which earlier stages are still to be trained.
 
     Args:
-        run: the run.
-        directory: its folder.
-        layouts: of its stages.
+        stages: all stages of a run by name.
+        directory: the run's folder.
         find: for teachers that are no stage.
 
     Raises:
@@ -110,7 +97,8 @@ def teachers_of(
             divide it.
     """
     found = {}
-    for name, stage in run.stages.items():
+    for name, resolved in stages.items():
+        run, stage = resolved.run, resolved.stage
         if stage.teacher is None:
             continue
         field = f"stages.{name}.teacher={stage.teacher!r}"
@@ -135,11 +123,21 @@ def teachers_of(
         specs = walk(decoder.param_specs(teacher.model))
         parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in specs}
         try:
-            check(run, name, teacher.model, layouts[name].execution, parameters)
+            check(run, name, teacher.model, resolved.execution, parameters)
         except UserError as error:
             raise UserError(f"{field} does not fit the stage's mesh: {error}") from None
         found[name] = teacher
     return found
+
+
+def taught_stages(
+    stages: Mapping[str, ResolvedStage], teachers: Mapping[str, Teacher]
+) -> dict[str, ResolvedStage]:
+    """The stages with the models of their teachers."""
+    return {
+        name: stage.taught_by(teachers[name].model) if name in teachers else stage
+        for name, stage in stages.items()
+    }
 
 
 def check_tokenizers(run: Run, teachers: Mapping[str, Teacher], tokenizer: Tokenizer) -> None:
@@ -158,18 +156,8 @@ def check_tokenizers(run: Run, teachers: Mapping[str, Teacher], tokenizer: Token
             )
 
 
-def last_step(run: Run, name: str) -> int:
-    """Steps made when a stage ends."""
-    steps = 0
-    for other, stage in run.stages.items():
-        steps += stage.steps
-        if other == name:
-            break
-    return steps
-
-
 def _earlier_stage(run: Run, directory: Path, name: str) -> Teacher:
-    step = last_step(run, name)
+    step = run.last_steps[name]
     return Teacher(
         model=run.models()[name].left,
         tokenizer=None,
@@ -179,9 +167,7 @@ def _earlier_stage(run: Run, directory: Path, name: str) -> Teacher:
 
 
 def teacher_stores(
-    run: Run,
-    name: str,
-    layout: Layout,
+    resolved: ResolvedStage,
     teacher: Teacher,
     prepared: Prepared,
     log: Callable[[str], None],
@@ -191,9 +177,7 @@ def teacher_stores(
     is not kept yet.
 
     Args:
-        run: the run.
-        name: of the stage.
-        layout: of the stage.
+        resolved: the stage.
         teacher: that of the stage.
         prepared: the text.
         log: takes lines of progress.
@@ -203,13 +187,13 @@ def teacher_stores(
     Raises:
         UserError: a store is corrupt, in use, or cannot be written.
     """
-    stage = run.stages[name]
+    name, stage = resolved.name, resolved.stage
     identity = {
         "teacher": teacher.identity(),
         "model": teacher.model.model_dump(mode="json"),
         "tokenizer": prepared.tokenizer.hash,
         "sequence_length": stage.sequence_length,
-        "compute": run.precision.compute,
+        "compute": resolved.execution.precision.compute,
         "k": stage.distillation.kept,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
@@ -221,24 +205,25 @@ def teacher_stores(
     # Asked of the main process, so that all go the same way.
     missing = [source for source, place in places.items() if not place.exists()]
     if missing:
-        label = _labeller(run, name, layout, teacher, proceed)
+        label = _labeller(resolved, teacher, proceed)
         for source in missing:
             log(f"stage {name}: the teacher labels {source}")
-            build_teacher_store(
-                places[source],
-                prepared.train[source],
-                stage.sequence_length,
-                stage.distillation.kept,
-                teacher.model.vocab_size,
-                identity,
-                stage.batch_size // stage.accumulation_steps,
-                label,
+            labelling = Labelling(
+                sequence_length=stage.sequence_length,
+                k=stage.distillation.kept,
+                vocab_size=teacher.model.vocab_size,
+                identity=identity,
+                batch_size=stage.batch_size // stage.accumulation_steps,
+                label=label,
+            )
+            writer = Writer(
                 log=log,
                 writes=jax.process_index() == 0,
                 first_part=functools.partial(
                     main_first, f"labels of {source} for {name} were begun"
                 ),
             )
+            build_teacher_store(places[source], prepared.train[source], labelling, writer)
     return main_first(
         f"labels for {name} were made",
         lambda: {
@@ -249,12 +234,12 @@ def teacher_stores(
 
 
 def _labeller(
-    run: Run, name: str, layout: Layout, teacher: Teacher, proceed: Callable[[], None]
+    resolved: ResolvedStage, teacher: Teacher, proceed: Callable[[], None]
 ) -> Callable[[Batch], tuple[np.ndarray, np.ndarray]]:
     """What gives a batch's likeliest tokens and their log-probabilities, [B, T, k], in every
     process.
     """
-    stage, place = run.stages[name], of_model(layout, teacher.model)
+    stage, layout, place = resolved.stage, resolved.layout, resolved.layout_of(teacher.model)
     params = teacher.read(abstract_params(place))
 
     def local(params: Tree, batch: dict[str, Any]) -> tuple[Any, Any]:

@@ -11,10 +11,10 @@ from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, abstract
 from braeburn.models import decoder
 from braeburn.train.checkpoint import Checkpoints
-from braeburn.train.compression import trained_specs, use_of
 from braeburn.train.directory import RunDirectory
-from braeburn.train.stages import model_at
+from braeburn.train.resolved import trained_specs
 from braeburn.train.state import TrainState
+from braeburn.transforms.definition import transform_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def load(directory: Path) -> Trained:
     checkpoints.require_sound(step, ("params", "run"))
     fields, saved_tokenizer = checkpoints.restore_run(step)
     require_same_model(run, validate(fields), step, directory)
-    model, sequence_length = model_at(run, step)
+    model, sequence_length = run.model_at(step)
     params = _params(run, step, checkpoints)
     saved = Tokenizer.from_json(saved_tokenizer)
     tokenizer = read_tokenizer(directory)
@@ -93,11 +93,11 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 def _params(run: Run, step: int, checkpoints: Checkpoints) -> Tree:
     """Those of a checkpoint; of one from the middle of a stage, as the stage uses them."""
     if step < run.total_steps:
-        name, _, index = run.stage_at(step)
-        use = use_of(run, name) if index else None
+        name, stage, index = run.stage_at(step)
+        use = transform_of(stage, run.models()[name]).use if index else None
         if use:
             return use(checkpoints.restore_params(step, abstract(trained_specs(run, name))), index)
-    return checkpoints.restore_params(step, abstract(decoder.param_specs(model_at(run, step)[0])))
+    return checkpoints.restore_params(step, abstract(decoder.param_specs(run.model_at(step)[0])))
 
 
 # What may differ between the model of a configuration and that of a checkpoint: how it is computed,
@@ -108,6 +108,12 @@ _NOT_COMPARED = {"scan_layers", "max_position_embeddings", "z_loss"}
 def require_same_model(run: Run, saved: Run, step: int, directory: Path) -> None:
     """Refuses a run whose model is not that which a checkpoint was trained with.
 
+    Args:
+        run: the run, as it is now.
+        saved: the run that the checkpoint holds.
+        step: of the checkpoint.
+        directory: of the run; named in errors.
+
     Raises:
         UserError: naming the first field that differs.
     """
@@ -116,7 +122,7 @@ def require_same_model(run: Run, saved: Run, step: int, directory: Path) -> None
             f"checkpoint {step} of {str(directory)!r} lies beyond the run's {run.total_steps} steps"
         )
     ours, theirs = (
-        model_at(each, step)[0].model_dump(exclude=_NOT_COMPARED) for each in (run, saved)
+        each.model_at(step)[0].model_dump(exclude=_NOT_COMPARED) for each in (run, saved)
     )
     for field, value in ours.items():
         if value != theirs[field]:
@@ -129,6 +135,12 @@ def require_same_model(run: Run, saved: Run, step: int, directory: Path) -> None
 
 def require_same_tokenizer(present: Tokenizer, saved: Tokenizer, path: Path, step: int) -> None:
     """Refuses a tokenizer other than the one that a checkpoint was trained with.
+
+    Args:
+        present: the run directory's.
+        saved: the checkpoint's.
+        path: of the former; named in errors.
+        step: of the checkpoint.
 
     Raises:
         UserError: naming the file and the checkpoint.
@@ -158,8 +170,8 @@ def ordinary_step(run: Run, directory: Path, step: int | None = None) -> int:
     assert step is not None
     checkpoints.require_sound(step, ("params", "run"))
     if step < run.total_steps:
-        name, _, index = run.stage_at(step)
-        if index and use_of(run, name):
+        name, stage, index = run.stage_at(step)
+        if index and transform_of(stage, run.models()[name]).use:
             raise UserError(
                 f"checkpoint {step} of {str(directory)!r} is from the middle of the stage "
                 f"{name!r}, which cuts or rounds weights at its end; train that stage to its end, "

@@ -1,6 +1,6 @@
 """How important each unit of a model is, told without training.
 
-Scores come by logical axis, in the shapes of `pruning.score_specs`, float32; the higher, the more
+Scores come by logical axis, in the shapes of `units.score_specs`, float32; the higher, the more
 important.
 """
 
@@ -21,7 +21,7 @@ from braeburn.models import decoder
 from braeburn.parallel.collectives import CONTEXT, TENSOR, all_sum, axis_index
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.rules import mesh_axes
-from braeburn.transforms.pruning import RULES, Keep, by_stack, score_specs
+from braeburn.transforms.units import RULES, Keep, by_stack, score_specs
 
 # A unit that never does anything has no logarithm; none counts for less than this share of its
 # layer's largest.

@@ -8,14 +8,20 @@ parameter stays as it is, as in the files that are shipped.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from braeburn.config import Quantization
-from braeburn.layers.spec import LAYERS, ParamSpec, Tree, walk
+from braeburn.config import Quantization, StageModels
+from braeburn.layers.spec import LAYERS, ParamSpec, Tree, map_specs, walk
+from braeburn.models.decoder import param_specs
+from braeburn.transforms.definition import ADDED, Definition, Found, Transform, merged, without
 
+# Of the learned factors of scales, at the top of the tree of what a stage trains.
+FACTORS = "factors"
 # Largest magnitude of the balanced four levels -1.5, -0.5, 0.5 and 1.5, in steps.
 _OUTERMOST = 1.5
 _EDGE = 5e-7  # relative: a few roundings
@@ -179,3 +185,26 @@ def _as_float16(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     exponent = jnp.maximum(lax.bitcast_convert_type(scale, jnp.int32) >> 23 & 0xFF, 127 - 14)
     last_place = lax.bitcast_convert_type((exponent - 10) << 23, jnp.float32)
     return jnp.round(scale / last_place) * last_place
+
+
+def _transform(quantization: Quantization, models: StageModels, steps: int) -> Transform:
+    specs = param_specs(models.trained)
+    factors = factor_specs(specs, quantization)
+    extras = {FACTORS: factors} if factors else {}
+
+    def use(params: Tree, step: Any) -> Tree:
+        return quantized(without(params, extras), params.get(FACTORS, {}), specs, quantization)
+
+    def ones(found: Found) -> Tree:
+        return map_specs(lambda _, spec: np.ones(spec.shape, np.float32), extras)
+
+    return Transform(
+        extra_specs=extras,
+        use=use,
+        measure=ones,
+        enter=ADDED if extras else None,
+        leave=merged(use, steps, extras),
+    )
+
+
+DEFINITION: Definition = _transform

@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Literal
 
 from braeburn.config import ONE_DEVICE, Checkpoint, MeshConfig, Run
-from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
-from braeburn.optim.guard import begin_stage
-from braeburn.train.compression import enter
-from braeburn.train.loop import calibration, train
-from braeburn.train.stages import Program, compile_stage, initial_state, layout_of
+from braeburn.train.loop import train
+from braeburn.train.resolved import resolve_stage, resolve_stages
+from braeburn.train.stage_run import batches_of, equip
+from braeburn.train.stages import Program, compile_stage, initial_state
+from braeburn.verify.following import Curve, followed_curve
 from braeburn.verify.shrink import DEVICES, ENVIRONMENT, STAND_IN, shrink
 
 KILL_AFTER_STEP = 6
@@ -52,9 +52,6 @@ def run() -> Run:
 FIGURES = ("loss", "grad_norm")
 
 Say = Callable[[str], None]
-# Values by what they are, in order: the loss and the gradient's norm of each step, held-out losses
-# at last.
-Curve = list[tuple[str, float]]
 Kind = Literal["layout", "stages", "resume", "reshard"]
 Verdict = Literal["same", "different", "failed", "skipped"]
 
@@ -191,8 +188,7 @@ def describe(mesh: MeshConfig) -> str:
 def refusal(run: Run) -> str:
     """Why a stage of the run cannot have its mesh; empty where all can."""
     try:
-        for name in run.stages:
-            layout_of(run, name)
+        resolve_stages(run)
     except UserError as error:
         return str(error)
     return ""
@@ -204,19 +200,29 @@ def tolerance(run: Run) -> float:
 
 
 def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) -> list[Check]:
-    """The curves of the first stage on each layout against that of `reference`."""
+    """Compares the first stage on several layouts with that of one run.
+
+    Args:
+        reference: the run to compare with.
+        runs: the same run on other layouts, by a name for each.
+        prepared: the text.
+        say: takes a line of progress.
+
+    Returns:
+        A check of each layout.
+    """
     first = next(iter(reference.stages))
     refused = {name: refusal(run) for name, run in runs.items()}
     with ThreadPoolExecutor(
         2
     ) as pool:  # compiling takes nine tenths of the time, most of it of one core
         programs = {
-            name: pool.submit(compile_stage, run, first, layout_of(run, first))
+            name: pool.submit(compile_stage, resolve_stage(run, first))
             for name, run in {"": reference, **runs}.items()
             if not refused.get(name)
         }
         try:
-            expected = _first_stage(reference, prepared, programs[""].result())
+            expected = _first_stage(programs[""].result(), prepared)
             checks = []
             for name, run in runs.items():
                 if refused[name]:
@@ -226,7 +232,7 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
                     )
                 else:
                     with _failing("layout", name, tolerance(run), checks):
-                        curve = _first_stage(run, prepared, programs[name].result())
+                        curve = _first_stage(programs[name].result(), prepared)
                         checks.append(_judge("layout", name, curve, expected, tolerance(run)))
                 _tell(checks[-1], say)
         finally:
@@ -234,29 +240,23 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
     return checks
 
 
-def _first_stage(run: Run, prepared: Prepared, program: Program) -> Curve:
+def _first_stage(program: Program, prepared: Prepared) -> Curve:
     """The curve of a run's first stage; of one that rounds, only the figures of its first step can
     be compared.
     """
-    stage, layout = program.stage, layout_of(run, program.name)
-    rows = layout.rows(stage.batch_size)
-    batches = Batches(stage, program.name, run.seed, prepared.train, rows)
-    state = enter(
-        run, program.name, initial_state(run, layout), layout, calibration(stage, batches, layout)
-    )
-    state = state._replace(optimizer=begin_stage(state.optimizer))
+    first = program.stage
+    stage = equip(program, batches_of(first, prepared.train), None)
+    state = stage.enter(initial_state(first))
     curve = []
-    for step in range(stage.steps):
-        state, metrics = program.step(state, layout.place(batches[step], rows, stage.batch_size))
+    for step in range(first.stage.steps):
+        state, metrics = stage.step(state, stage.place(stage.batches[step]))
         curve += [(f"step {step + 1} {figure}", float(metrics[figure])) for figure in FIGURES]
-    return _compared_until(curve, steps_alike(run) or 1)
+    return _compared_until(curve, steps_alike(first.run) or 1)
 
 
 def compresses(run: Run) -> bool:
-    """Whether a stage of the run prunes, distils or quantises."""
-    return any(
-        stage.pruning or stage.teacher or stage.quantization for stage in run.stages.values()
-    )
+    """Whether a stage of the run distils, or does something to its model besides training it."""
+    return any(stage.transforms or stage.teacher for stage in run.stages.values())
 
 
 def steps_alike(run: Run) -> int:
@@ -267,19 +267,27 @@ def steps_alike(run: Run) -> int:
     levels, or a label of two that are as likely, goes one way or the other by its last bit: runs
     part that are equal but for rounding errors.
     """
-    steps = 0
-    for stage in run.stages.values():
-        if stage.quantization or (stage.teacher and stage.distillation.target != "distribution"):
-            break
-        steps += stage.steps
-    return steps
+    for name, stage in run.stages.items():
+        rounds = any(transform.rounds for transform in stage.transforms.values())
+        if rounds or (stage.teacher and stage.distillation.target != "distribution"):
+            return run.first_steps[name]
+    return run.total_steps
 
 
 def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[Check]:
-    """The curves of all stages on several meshes against one device's.
+    """Compares all stages on several meshes with those on one device.
 
     From `steps_alike` on, each step is made from the state that the one device had before it, and
     with its teachers.
+
+    Args:
+        run: the run, shrunk.
+        num_devices: that the meshes take.
+        folder: for run directories.
+        say: takes a line of progress.
+
+    Returns:
+        A check of each mesh.
     """
     checks: list[Check] = []
     others = {_place(other): other for other in all_stages_split(run, num_devices)}
@@ -296,9 +304,7 @@ def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[C
             checks.append(Check("stages", place, 0, None, allowed, "skipped", refused))
         else:
             with _failing("stages", place, allowed, checks):
-                found = _train(
-                    other, folder / f"{place}, all stages", follow=(reference, steps_alike(run))
-                )
+                found = followed_curve(other, reference, steps_alike(run), FIGURES)
                 checks.append(_judge("stages", place, found, expected, allowed))
         _tell(checks[-1], say)
     return checks
@@ -352,8 +358,16 @@ def train_and_kill(run: Run, recipe: str, folder: Path) -> None:
 
 
 def resume(run: Run, folder: Path, killed: Future[None], say: Say) -> Check:
-    """The curve of a run killed in `folder` and resumed against one left alone, made in `folder /
-    "whole"`.
+    """Compares a run that is killed and resumed with one that is left alone.
+
+    Args:
+        run: the run, shrunk.
+        folder: for run directories: the latter run is made in "whole" there.
+        killed: done when the run in "killed" there has been killed.
+        say: takes a line of progress.
+
+    Returns:
+        A check whose tolerance is 0.
     """
     checks: list[Check] = []
     with _failing("resume", _place(run), 0.0, checks):
@@ -374,8 +388,16 @@ def resume(run: Run, folder: Path, killed: Future[None], say: Say) -> Check:
 
 
 def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
-    """The curve of a run stopped and resumed on other layouts against the one in `folder /
-    "whole"`.
+    """Compares a run that is stopped and resumed on other layouts with one that is left alone.
+
+    Args:
+        run: the run, shrunk.
+        other: the same on another mesh, where the run begins.
+        folder: for run directories: "whole" there holds the run that was left alone.
+        say: takes a line of progress.
+
+    Returns:
+        A check of all the steps.
     """
     places = [other, run, on_mesh(run, ONE_DEVICE)]
     name = " -> ".join(dict.fromkeys(_place(place) for place in places))
@@ -392,12 +414,10 @@ def reshard(run: Run, other: Run, folder: Path, say: Say) -> Check:
     return checks[-1]
 
 
-def _train(
-    run: Run, out: Path, stop_after_steps: int | None = None, follow: tuple[Path, int] | None = None
-) -> Curve:
+def _train(run: Run, out: Path, stop_after_steps: int | None = None) -> Curve:
     """Trains without a word, and returns the curve so far."""
     with contextlib.redirect_stderr(io.StringIO()):
-        outcome = train(run, out, stop_after_steps=stop_after_steps, follow=follow)
+        outcome = train(run, out, stop_after_steps=stop_after_steps)
     if not outcome.finished and stop_after_steps is None:
         raise KeyboardInterrupt  # which training takes as a request to save and stop
     return _curve(out)

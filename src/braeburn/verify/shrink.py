@@ -69,7 +69,9 @@ def shrink(run: Run, num_devices: int) -> Run:
             stage, LATER_STEPS if stages else FIRST_STEPS, shortest, faster, num_devices
         )
         shrunk = _compression(shrunk, run.models()[name].found, small)
-        stages[name], small = shrunk, shrunk.pruning.pruned(small) if shrunk.pruning else small
+        stages[name] = shrunk
+        for transform in shrunk.transforms.values():
+            small = transform.left(small)
     changes: dict[str, Any] = {
         "model": model,
         "initial_weights": None,
@@ -96,8 +98,9 @@ def with_stand_in(run: Run) -> Run:
     """
     if not any(stage.teacher and stage.teacher not in run.stages for stage in run.stages.values()):
         return run
-    plain = {"teacher": None, "distillation": Distillation(), "pruning": None, "quantization": None}
-    stages = {STAND_IN: next(iter(run.stages.values())).model_copy(update=plain)}
+    first = next(iter(run.stages.values()))
+    plain = {"teacher": None, "distillation": Distillation(), **dict.fromkeys(first.transforms)}
+    stages = {STAND_IN: first.model_copy(update=plain)}
     for name, stage in run.stages.items():
         on_disk = stage.teacher and stage.teacher not in run.stages
         stages[name] = stage.model_copy(update={"teacher": STAND_IN}) if on_disk else stage

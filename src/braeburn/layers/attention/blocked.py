@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend, is_visible
@@ -15,25 +15,36 @@ LONG_SEQUENCE = 2048
 
 
 def blocked_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
     window: int | None = None,
-) -> Array:
+) -> Float[Array, "B t N H"]:
     """Attention in plain XLA that skips the causal upper half, span by span of queries.
 
     A span sees only the keys up to its own end, and of these only those in reach of its window:
     with 8 spans or more, at most 9/16 of the products are formed. In long sequences a span is
     worked through in blocks, one after the other, whose weights are formed again in the backward
     pass: memory stays linear in the length.
+
+    Args:
+        query: this context shard's queries; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `query`.
     """
     if mesh.context > 1:
         return gathered_attention(query, key, value, segment_ids, mesh, window)
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
-    query = query.reshape(
+    grouped = query.reshape(
         batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim
     ).transpose(0, 2, 3, 1, 4)
     # Positions last: on CPUs the products and their gradients are up to twice as fast as with
@@ -49,7 +60,7 @@ def blocked_attention(
         positions = jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start))
         first = 0 if window is None else max(0, start - window + 1)
         output = attend(
-            (query[:, :, :, start:stop], positions, segment_ids[:, start:stop]),
+            (grouped[:, :, :, start:stop], positions, segment_ids[:, start:stop]),
             (key[..., first:stop], value[..., first:stop], segment_ids[:, first:stop]),
             first,
             window,
@@ -109,7 +120,7 @@ def _attend(
     query: Float[Array, "B K G Q H"],
     key: Float[Array, "B K H S"],
     value: Float[Array, "B K H S"],
-    visible: Array,  # bool [B, Q, S]
+    visible: Bool[Array, "B Q S"],
 ) -> Float[Array, "B K G Q H"]:
     scale = query.shape[-1] ** -0.5
     scores = jnp.einsum("BKGQH,BKHS->BKGQS", query, key, preferred_element_type=jnp.float32) * scale
@@ -124,8 +135,17 @@ def cached_attention(
     positions: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of new tokens over a cache whose slot s holds position s: query at p sees the slots
-    up to p, at most the last `window` of them.
+    """Attention of new tokens over a cache whose slot s holds position s.
+
+    Args:
+        query: of the new tokens; N is a multiple of K.
+        key: the cached keys, those of the new tokens among them.
+        value: the cached values.
+        positions: of the new tokens; a query at position p sees no slot behind p.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `value`.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]

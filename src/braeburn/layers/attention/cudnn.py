@@ -56,15 +56,57 @@ class Spans(NamedTuple):
     length: Int[Array, "B M"]
 
 
+class Heads(NamedTuple):
+    """What attention is computed of; N is a multiple of K."""
+
+    query: Float[Array, "B t N H"]
+    key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
+
+
+class Pairs(NamedTuple):
+    """Spans of queries, and the span of keys that each of them attends to.
+
+    Attributes:
+        queries: M spans in each sequence.
+        keys: as many.
+        causal: whether a query sees only the keys of its span that are not behind it, both counted
+            from the start of their spans; otherwise it sees all.
+    """
+
+    queries: Spans
+    keys: Spans
+    causal: bool
+
+
+class Result(NamedTuple):
+    """What a forward pass gave, and the gradient of its output.
+
+    Attributes:
+        output: [B, t, N, H].
+        log_z: the log-sum-exp of each query's scores, float32 [B, t, N].
+        output_gradient: in the shape and type of `output`.
+    """
+
+    output: Float[Array, "B t N H"]
+    log_z: Float[Array, "B t N"]
+    output_gradient: Float[Array, "B t N H"]
+
+
 class Operands(NamedTuple):
-    """One call's spans of queries, and those of the keys that each of them attends to, as cuDNN
-    reads them.
+    """The spans of one call as cuDNN reads them, int32.
+
+    Attributes:
+        query_lengths: tokens of each span of queries, [B, M].
+        key_lengths: tokens of each span of keys, [B, M].
+        query_offsets: elements from the first of the batch to each span, [B, M + 1].
+        key_offsets: the same of keys.
     """
 
     query_lengths: Int[Array, "B M"]
     key_lengths: Int[Array, "B M"]
-    query_offsets: Int[Array, "B M+1"]
-    key_offsets: Int[Array, "B M+1"]
+    query_offsets: Int[Array, "B edges"]
+    key_offsets: Int[Array, "B edges"]
 
 
 def packed_attention(
@@ -83,6 +125,9 @@ def packed_attention(
         segment_ids: its tokens' segments, each of which is one run of neighbouring tokens in the
             whole sequence.
         mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
+
+    Returns:
+        The attended values, in the type of `query`.
     """
     gathered: tuple[Array, ...] = ()
     if mesh.context > 1:
@@ -115,6 +160,15 @@ def masked_attention(
 
     The mask of one sequence takes 2 t T bytes; it has no gradient, which spares the backward pass
     as much again.
+
+    Args:
+        query: float16 or bfloat16; N is a multiple of K.
+        key: of the same type.
+        value: of the same type.
+        visible: whether a query sees a key; each query sees at least one.
+
+    Returns:
+        The attended values, in the type of `query`.
     """
     return lax.map(lambda row: _masked(*(x[None] for x in row))[0], (query, key, value, visible))
 
@@ -146,7 +200,7 @@ def _attention_forward(
 
     def attend(call: Array | int) -> tuple[Array, Array]:
         spans = documents.spans(call)
-        return _forward(query, key, value, spans, spans, causal=True)
+        return _forward(Heads(query, key, value), Pairs(spans, spans, causal=True))
 
     def one_more(call: Array, result: tuple[Array, Array]) -> tuple[Array, Array]:
         (output, log_z), own = attend(call), documents.tokens(call)
@@ -158,9 +212,9 @@ def _attention_forward(
     first = attend(0)
     with jax.named_scope(FURTHER_DOCUMENTS):
         output, log_z = lax.fori_loop(1, documents.calls, one_more, first)
-    for queries, keys in _earlier_spans(segment_ids, gathered, mesh):
-        more = _forward(query, gathered[0], gathered[1], queries, keys, causal=False)
-        output, log_z = _merge((output, log_z), more, _inside(queries, query.shape[1]))
+    for pairs in _earlier_spans(segment_ids, gathered, mesh):
+        more = _forward(Heads(query, *gathered[:2]), pairs)
+        output, log_z = _merge((output, log_z), more, _inside(pairs.queries, query.shape[1]))
     # Named here, so that a backward pass that keeps the result need not attend again for what
     # belongs to it.
     output, log_z = checkpoint_name(output, ATTENTION), checkpoint_name(log_z, ATTENTION)
@@ -171,12 +225,12 @@ def _attention_backward(
     mesh: MeshConfig, residuals: tuple[Any, ...], output_gradient: Array
 ) -> tuple[Any, ...]:
     query, key, value, segment_ids, gathered, output, log_z = residuals
-    result = (output, log_z, output_gradient)
+    result = Result(output, log_z, output_gradient)
     documents = find_documents(segment_ids, halves=mesh.context > 1)
 
     def differentiate(call: Array | int) -> tuple[Array, Array, Array]:
         spans = documents.spans(call)
-        return _backward(query, key, value, spans, spans, result, causal=True)
+        return _backward(Heads(query, key, value), Pairs(spans, spans, causal=True), result)
 
     def one_more(call: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
         new, own = differentiate(call), documents.tokens(call)
@@ -192,9 +246,10 @@ def _attention_backward(
 
     query_gradient = gradients[0].astype(jnp.float32)
     sums = [jnp.zeros(x.shape, jnp.float32) for x in gathered[:2]]
-    for queries, keys in _earlier_spans(segment_ids, gathered, mesh):
-        new = _backward(query, gathered[0], gathered[1], queries, keys, result, causal=False)
-        own, visible = _inside(queries, query.shape[1]), _inside(keys, gathered[0].shape[1])
+    for pairs in _earlier_spans(segment_ids, gathered, mesh):
+        new = _backward(Heads(query, *gathered[:2]), pairs, result)
+        own = _inside(pairs.queries, query.shape[1])
+        visible = _inside(pairs.keys, gathered[0].shape[1])
         query_gradient += jnp.where(own[..., None, None], new[0], 0)
         sums = [
             total + jnp.where(visible[..., None, None], x, 0)
@@ -247,7 +302,7 @@ def find_documents(segment_ids: Int[Array, "B t"], *, halves: bool = False) -> D
 
 def _earlier_spans(
     segment_ids: Int[Array, "B t"], gathered: tuple[Array, ...], mesh: MeshConfig
-) -> list[tuple[Spans, Spans]]:
+) -> list[Pairs]:
     """For each chunk of this context shard, the queries that see keys before it, and those keys in
     the whole sequence.
 
@@ -270,7 +325,8 @@ def _earlier_spans(
         queries = _one_span(
             jnp.full(batch, start, jnp.int32), jnp.where(earlier > 0, continued, 0), length
         )
-        found.append((queries, _one_span(chunk * half - earlier, earlier, positions.size)))
+        keys = _one_span(chunk * half - earlier, earlier, positions.size)
+        found.append(Pairs(queries, keys, causal=False))
     return found
 
 
@@ -310,9 +366,18 @@ def operands(query: Array, key: Array, queries: Spans, keys: Spans) -> Operands:
 
     Of the [B, M + 1] offsets it reads the first B M + 1, row after row: one for each span, and the
     end.
+
+    Args:
+        query: [B, t, N, H], of which only the shape matters.
+        key: [B, T, K, H], of which only the shape matters.
+        queries: M spans of each sequence.
+        keys: those of the keys that each of them attends to.
+
+    Returns:
+        What a call is given beside the arrays.
     """
 
-    def offsets(array: Array, spans: Spans) -> Int[Array, "B M+1"]:
+    def offsets(array: Array, spans: Spans) -> Int[Array, "B edges"]:
         batch, length, heads, head_dim = array.shape
         tokens = spans.start + jnp.arange(batch, dtype=jnp.int32)[:, None] * length
         flat = jnp.concatenate([tokens.reshape(-1), jnp.full(batch, batch * length, jnp.int32)])
@@ -321,18 +386,16 @@ def operands(query: Array, key: Array, queries: Spans, keys: Spans) -> Operands:
     return Operands(queries.length, keys.length, offsets(query, queries), offsets(key, keys))
 
 
-def _forward(
-    query: Array, key: Array, value: Array, queries: Spans, keys: Spans, *, causal: bool
-) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
+def _forward(heads: Heads, pairs: Pairs) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
     """Each span of queries attends to its span of keys: the result and the log-sum-exp, undefined
     outside spans.
     """
-    output, statistics = forward_call(
-        query, key, value, operands(query, key, queries, keys), causal
-    )
-    batch, length, heads, _ = query.shape
+    queries = pairs.queries
+    given = operands(heads.query, heads.key, queries, pairs.keys)
+    output, statistics = forward_call(heads, given, pairs.causal)
+    batch, length, num_heads, _ = heads.query.shape
     # [B M, N, t] for the tokens of each span, counted from its first.
-    statistics = statistics.reshape(batch, -1, heads, length)
+    statistics = statistics.reshape(batch, -1, num_heads, length)
     positions = jnp.arange(length)
     span = jnp.sum(positions[:, None] >= (queries.start + queries.length)[:, None, :-1], axis=2)
     place = positions - jnp.take_along_axis(queries.start, span, axis=1)
@@ -340,77 +403,62 @@ def _forward(
     return output, log_z
 
 
-def _backward(
-    query: Array,
-    key: Array,
-    value: Array,
-    queries: Spans,
-    keys: Spans,
-    result: tuple[Array, Array, Array],
-    *,
-    causal: bool,
-) -> tuple[Array, Array, Array]:
+def _backward(heads: Heads, pairs: Pairs, result: Result) -> tuple[Array, Array, Array]:
     """Gradients for queries, keys and values of what the spans contribute, undefined outside them.
 
     Args:
-        query: [B, t, N, H].
-        key: [B, T, K, H].
-        value: [B, T, K, H].
-        queries: their spans.
-        keys: the keys that each span of queries attends to.
-        result: of the whole attention: output [B, t, N, H], log-sum-exp [B, t, N], gradient of the
-            output.
-        causal: whether a query sees the keys of its span up to its own place alone.
+        heads: queries, keys and values.
+        pairs: the spans.
+        result: of the attention over all keys, not over those of the spans alone.
     """
     output, log_z, output_gradient = result
-    batch, length, heads, _ = query.shape
-    tokens = jnp.clip(queries.start[..., None] + jnp.arange(length), 0, length - 1)  # [B, M, t]
+    batch, length, num_heads, _ = heads.query.shape
+    starts = pairs.queries.start[..., None]
+    tokens = jnp.clip(starts + jnp.arange(length), 0, length - 1)  # [B, M, t]
     statistics = jnp.moveaxis(log_z[jnp.arange(batch)[:, None, None], tokens], 3, 2)
-    statistics = statistics.reshape(-1, heads, length)
-    given = operands(query, key, queries, keys)
-    return backward_call(query, key, value, given, statistics, output, output_gradient, causal)
+    statistics = statistics.reshape(-1, num_heads, length)
+    given = operands(heads.query, heads.key, pairs.queries, pairs.keys)
+    return backward_call(heads, given, pairs.causal, statistics, output, output_gradient)
 
 
 def forward_call(
-    query: Array, key: Array, value: Array, given: Operands, causal: bool
-) -> tuple[Float[Array, "B t N H"], Float[Array, "BM N t"]]:
-    """One call of cuDNN: its output, and the log-sum-exp of each span's queries."""
-    unused = jnp.zeros(0, query.dtype)
+    heads: Heads, given: Operands, causal: bool
+) -> tuple[Float[Array, "B t N H"], Float[Array, "spans N t"]]:
+    """One call of cuDNN: its output, and the log-sum-exp of each span's queries, float32."""
     fused = _fused()
+    unused = jnp.zeros(0, heads.query.dtype)
     mask = fused.MaskType.PADDING_CAUSAL if causal else fused.MaskType.PADDING
-    settings = _settings(query, mask, bias=False, forward=True)
-    return fused._dot_product_attention_fwd_p.bind(
-        query, key, value, unused, *given, unused, unused, **settings
-    )
+    settings = _settings(heads.query, mask, bias=False, forward=True)
+    arrays = (*heads, unused, *given, unused, unused)
+    return tuple(fused._dot_product_attention_fwd_p.bind(*arrays, **settings))
 
 
 def backward_call(
-    query: Array,
-    key: Array,
-    value: Array,
+    heads: Heads,
     given: Operands,
-    statistics: Array,
-    output: Array,
-    output_gradient: Array,
     causal: bool,
-) -> tuple[Array, Array, Array]:
-    """The call that belongs to `forward_call`."""
-    unused = jnp.zeros(0, query.dtype)
+    statistics: Float[Array, "spans N t"],
+    output: Float[Array, "B t N H"],
+    output_gradient: Float[Array, "B t N H"],
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """The call for the gradients of what `forward_call` computes.
+
+    Args:
+        heads: what the forward call was given.
+        given: what it was given.
+        causal: as it was given.
+        statistics: the log-sum-exp of each span's queries, float32, over all keys that they see.
+        output: of the forward pass.
+        output_gradient: its gradient, in the same type.
+
+    Returns:
+        The gradients of queries, keys and values, in the types of these.
+    """
     fused = _fused()
+    unused = jnp.zeros(0, heads.query.dtype)
     mask = fused.MaskType.PADDING_CAUSAL if causal else fused.MaskType.PADDING
-    settings = _settings(query, mask, bias=False, forward=False)
-    arrays = (
-        query,
-        key,
-        value,
-        unused,
-        *given,
-        unused,
-        unused,
-        statistics,
-        output,
-        output_gradient,
-    )
+    settings = _settings(heads.query, mask, bias=False, forward=False)
+    arrays = (*heads, unused, *given, unused, unused, statistics, output, output_gradient)
     return tuple(fused._dot_product_attention_bwd_p.bind(*arrays, **settings))
 
 

@@ -1,7 +1,7 @@
 """The back end "cudnn-masked": the fused kernel of cuDNN under a mask, for older GPUs."""
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention import cudnn
@@ -15,15 +15,26 @@ MASKED_LENGTH = 8192
 
 
 def cudnn_masked_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
     window: int | None = None,
-) -> Array:
+) -> Float[Array, "B t N H"]:
     """The fused kernel of cuDNN under a mask of the sequence's length squared, for GPUs before
     Hopper.
+
+    Args:
+        query: this context shard's queries, float16 or bfloat16; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `query`.
     """
     key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
     positions = token_indices(query.shape[1], axis_index(CONTEXT, mesh), mesh.context)

@@ -1,7 +1,7 @@
 """The back end "cudnn": the fused kernel of cuDNN on documents in packed layout."""
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention import cudnn
@@ -9,14 +9,26 @@ from braeburn.layers.attention.backend import Backend, Request, nothing
 
 
 def cudnn_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
     window: int | None = None,
-) -> Array:
-    """The fused kernel of cuDNN, told where documents begin and end. It knows no window."""
+) -> Float[Array, "B t N H"]:
+    """The fused kernel of cuDNN, told where documents begin and end.
+
+    Args:
+        query: this context shard's queries, float16 or bfloat16; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
+        window: None, as the kernel knows no window.
+
+    Returns:
+        The attended values, in the type of `query`.
+    """
     assert window is None
     return cudnn.packed_attention(query, key, value, segment_ids, mesh)
 

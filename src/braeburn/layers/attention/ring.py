@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from braeburn.config import MeshConfig
 from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend, is_visible
@@ -37,7 +37,9 @@ from braeburn.parallel.sequence import token_indices
 # halves of keys.
 Parts = Any
 # Segments [B, tokens] and indices in the whole sequence [tokens].
-Places = tuple[Array, Array]
+Indices = tuple[Array, Array]
+# Half of a device's keys and values [B, K, H, S], their segments and indices.
+HalfOfKeys = tuple[Array, Array, Indices]
 # Half of the queries, half of the keys: each 0 or 1, known when tracing or not.
 Pair = tuple[Array | int, Array | int]
 
@@ -66,21 +68,45 @@ def ring_attention(
     shards.
 
     Each of the K key heads serves N/K neighbouring query heads; scores are scaled by 1/sqrt(H) and
-    kept in float32. Keys travel c - 1 hops in either pass, each while the keys at hand are worked
-    on; in the backward pass their gradients, in float32, travel along and one hop further, home.
+    kept in float32. Keys take c - 1 ring steps in either pass, each while the keys at hand are
+    worked on; in the backward pass their gradients, in float32, travel along and one ring step
+    further, home.
+
+    Args:
+        query: this context shard's queries; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; the call is inside a `shard_map` over it.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `query`.
     """
     return _attention(query, key, value, segment_ids, mesh, Way(True, window))
 
 
 def gathered_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
     mesh: MeshConfig,
     window: int | None = None,
-) -> Array:
-    """`ring_attention` with the keys of all shards gathered at once, in either pass."""
+) -> Float[Array, "B t N H"]:
+    """`ring_attention` with the keys of all shards gathered at once, in either pass.
+
+    Args:
+        query: this context shard's queries; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; the call is inside a `shard_map` over it.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `query`.
+    """
     return _attention(query, key, value, segment_ids, mesh, Way(False, window))
 
 
@@ -94,16 +120,16 @@ def _attention(
 def _forward(
     query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, way: Way
 ) -> tuple[Array, tuple[Array, ...]]:
-    queries = (_query_blocks(query, key.shape[2]), _query_places(segment_ids, mesh))
+    queries = (_query_blocks(query, key.shape[2]), _query_indices(segment_ids, mesh))
     keys = jax.tree.map(_halves, (key, value, segment_ids))
     index = axis_index(CONTEXT, mesh)
 
-    def attend(state: Parts, keys: Parts, source: Array | int, pair: Pair) -> Parts:
-        key, value, key_places = _half_of_keys(keys, source, pair[1], mesh)
+    def attend(state: Parts, keys: HalfOfKeys, half: Array | int) -> Parts:
+        key, value, key_indices = keys
 
         def one_block(state: Parts, number: Array) -> tuple[Parts, None]:
-            (query, places), (output, log_z) = _at((queries, state), number)
-            scores = _scores(query, places, key, key_places, way.window)
+            (query, indices), (output, log_z) = _at((queries, state), number)
+            scores = _scores(query, indices, key, key_indices, way.window)
             peak = jnp.maximum(log_z, jnp.max(scores, axis=-1))
             weights, old = jnp.exp(scores - peak[..., None]), jnp.exp(log_z - peak)
             total = old + jnp.sum(weights, axis=-1)
@@ -111,24 +137,24 @@ def _forward(
             output = (output * old[..., None] + new) / total[..., None]
             return _put(state, (output, peak + jnp.log(total)), number), None
 
-        return lax.scan(one_block, state, _block_numbers(queries, pair[0]))[0]
+        return lax.scan(one_block, state, _block_numbers(queries, half))[0]
 
     def visit(state: Parts, keys: Parts, source: Array | int) -> Parts:
-        for pair in _pairs(source, index):
-            state = attend(state, keys, source, pair)
+        for half, half_of_keys in _pairs(source, index):
+            state = attend(state, _half_of_keys(keys, source, half_of_keys, mesh), half)
         return state
 
     blocks = queries[0]
     state = (jnp.zeros(blocks.shape, jnp.float32), jnp.full(blocks.shape[:-1], MASKED))
-    state = attend(state, keys, index, (0, 0))
+    state = attend(state, _half_of_keys(keys, index, 0, mesh), 0)
     if way.is_ring:
 
-        def hop(step: Array, carry: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
+        def ring_step(step: Array, carry: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
             state, keys = carry
-            arriving = _pass_on(keys, mesh)
+            arriving = _to_next_device(keys, mesh)
             return visit(state, keys, (index - step) % mesh.context), arriving
 
-        state, keys = lax.fori_loop(0, mesh.context - 1, hop, (state, keys))
+        state, keys = lax.fori_loop(0, mesh.context - 1, ring_step, (state, keys))
         state = visit(state, keys, (index + 1) % mesh.context)
     else:
         state, _ = lax.scan(
@@ -151,7 +177,7 @@ def _backward(
     delta = jnp.sum(output_gradient.astype(jnp.float32) * output, axis=-1, keepdims=True)
     queries = (
         _query_blocks(query, num_kv_heads),
-        _query_places(segment_ids, mesh),
+        _query_indices(segment_ids, mesh),
         log_z,
         _query_blocks(delta, num_kv_heads),
         _query_blocks(output_gradient, num_kv_heads),
@@ -160,31 +186,32 @@ def _backward(
     index = axis_index(CONTEXT, mesh)
     nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
 
-    def attend(
-        gradients: Parts, sums: Parts, keys: Parts, source: Array | int, pair: Pair
-    ) -> tuple[Parts, Parts]:
-        key, value, key_places = _half_of_keys(keys, source, pair[1], mesh)
+    def attend(carry: tuple[Parts, Any], keys: HalfOfKeys, half: Array | int) -> tuple[Parts, Any]:
+        """Gradients of all queries, and those of one half of the keys and values."""
+        key, value, key_indices = keys
 
         def one_block(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], None]:
             gradients, sums = carry
-            (query, places, log_z, delta, slope), gradient = _at((queries, gradients), number)
-            scores = _scores(query, places, key, key_places, way.window)
+            (query, indices, log_z, delta, cotangent), gradient = _at((queries, gradients), number)
+            scores = _scores(query, indices, key, key_indices, way.window)
             weights = jnp.exp(scores - log_z[..., None])
-            value_sum = sums[1] + _product("BKGQS,BKGQH->BKHS", weights.astype(value.dtype), slope)
-            weights = weights * (_product("BKGQH,BKHS->BKGQS", slope, value) - delta) * scale
+            value_sum = sums[1] + _product(
+                "BKGQS,BKGQH->BKHS", weights.astype(value.dtype), cotangent
+            )
+            weights = weights * (_product("BKGQH,BKHS->BKGQS", cotangent, value) - delta) * scale
             weights = weights.astype(key.dtype)
             key_sum = sums[0] + _product("BKGQS,BKGQH->BKHS", weights, query)
             gradient += _product("BKGQS,BKHS->BKGQH", weights, key)
             return (_put(gradients, gradient, number), (key_sum, value_sum)), None
 
-        carry = gradients, _at(sums, pair[1])
-        (gradients, new), _ = lax.scan(one_block, carry, _block_numbers(queries, pair[0]))
-        return gradients, _put(sums, new, pair[1])
+        return lax.scan(one_block, carry, _block_numbers(queries, half))[0]
 
     def visit(gradients: Parts, keys: Parts, source: Array | int) -> tuple[Parts, Parts]:
         sums = nothing
-        for pair in _pairs(source, index):
-            gradients, sums = attend(gradients, sums, keys, source, pair)
+        for half, half_of_keys in _pairs(source, index):
+            own = _half_of_keys(keys, source, half_of_keys, mesh)
+            gradients, new = attend((gradients, _at(sums, half_of_keys)), own, half)
+            sums = _put(sums, new, half_of_keys)
         return gradients, sums
 
     gradients = jnp.zeros(queries[0].shape, jnp.float32)
@@ -193,27 +220,28 @@ def _backward(
         def visit_next(step: Array | int, carry: tuple[Parts, Parts, Parts]) -> tuple[Parts, Parts]:
             gradients, sums, keys = carry
             # What earlier devices found for these keys comes in while this one works on them.
-            sums = _pass_on(sums, mesh)
+            sums = _to_next_device(sums, mesh)
             gradients, new = visit(gradients, keys, (index - step) % mesh.context)
             return gradients, jax.tree.map(jnp.add, sums, new)
 
-        def hop(step: Array, carry: tuple[Parts, Parts, Parts]) -> tuple[Parts, Parts, Parts]:
-            arriving = _pass_on(carry[2], mesh)
+        def ring_step(step: Array, carry: tuple[Parts, Parts, Parts]) -> tuple[Parts, Parts, Parts]:
+            arriving = _to_next_device(carry[2], mesh)
             return *visit_next(step, carry), arriving
 
-        arriving = _pass_on(keys, mesh)
+        arriving = _to_next_device(keys, mesh)
         carry = (*visit(gradients, keys, index), arriving)
-        carry = lax.fori_loop(1, mesh.context - 1, hop, carry)
+        carry = lax.fori_loop(1, mesh.context - 1, ring_step, carry)
         gradients, sums = visit_next(mesh.context - 1, carry)
-        sums = _pass_on(sums, mesh)
+        sums = _to_next_device(sums, mesh)
     else:
         gradients, sums = lax.scan(
             lambda gradients, x: visit(gradients, *x), gradients, _everyones(keys, mesh)
         )
         sums = jax.tree.map(lambda x: reduce_scatter(x, CONTEXT, 0, mesh)[0], sums)
     # Last and apart from the sums that come home, so that it can be worked on meanwhile.
-    gradients, own = attend(gradients, nothing, keys, index, (0, 0))
-    key_sum, value_sum = jax.tree.map(jnp.add, sums, own)
+    first = _half_of_keys(keys, index, 0, mesh)
+    gradients, new = attend((gradients, _at(nothing, 0)), first, 0)
+    key_sum, value_sum = jax.tree.map(jnp.add, sums, _put(nothing, new, 0))
     return (
         _joined_blocks(gradients).astype(query.dtype),
         _joined_halves(key_sum).astype(key.dtype),
@@ -240,19 +268,19 @@ def _product(subscripts: str, x: Array, y: Array) -> Array:
 
 def _scores(
     query: Float[Array, "B K G Q H"],
-    places: Places,
+    indices: Indices,
     key: Float[Array, "B K H S"],
-    key_places: Places,
+    key_indices: Indices,
     window: int | None,
 ) -> Float[Array, "B K G Q S"]:
-    (ids, positions), (key_ids, key_positions) = places, key_places
+    (ids, positions), (key_ids, key_positions) = indices, key_indices
     visible = is_visible(positions[:, None], key_positions, window)
     visible = visible & (ids[:, :, None] == key_ids[:, None, :])
     scores = _product("BKGQH,BKHS->BKGQS", query, key)
     return jnp.where(visible[:, None, None], scores * query.shape[-1] ** -0.5, MASKED)
 
 
-def _pass_on(tree: Parts, mesh: MeshConfig) -> Parts:
+def _to_next_device(tree: Parts, mesh: MeshConfig) -> Parts:
     """Every device's arrays, one device further along the ring."""
     ring = [(i, (i + 1) % mesh.context) for i in range(mesh.context)]
     return jax.tree.map(lambda x: lax.ppermute(x, CONTEXT, ring), tree)
@@ -299,7 +327,7 @@ def _joined_blocks(x: Float[Array, "blocks B K G Q H"]) -> Float[Array, "B t N H
     )
 
 
-def _query_places(segment_ids: Int[Array, "B t"], mesh: MeshConfig) -> Places:
+def _query_indices(segment_ids: Int[Array, "B t"], mesh: MeshConfig) -> Indices:
     """Segments and positions of the queries of each block, with a leading dimension of blocks."""
     batch, length = segment_ids.shape
     size = _block_length(length)
@@ -309,14 +337,14 @@ def _query_places(segment_ids: Int[Array, "B t"], mesh: MeshConfig) -> Places:
 
 def _half_of_keys(
     keys: Parts, source: Array | int, half: Array | int, mesh: MeshConfig
-) -> tuple[Array, Array, Places]:
+) -> HalfOfKeys:
     """One half of the keys and values of the shard `source`, their segments and positions."""
     key, value, ids = _at(keys, half)
     positions = token_indices(2 * ids.shape[1], source, mesh.context)
     return key, value, (ids, _at(positions.reshape(2, -1), half))
 
 
-def _halves(x: Float[Array, "B t *KH"]) -> Float[Array, "2 B *KH S"]:
+def _halves(x: Shaped[Array, "B t *KH"]) -> Shaped[Array, "2 B *KH S"]:
     # Positions last: on CPUs the products and their gradients are up to twice as fast as with
     # positions first.
     return jnp.moveaxis(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), (1, 2), (0, -1))

@@ -42,20 +42,30 @@ def outlined(outline: Outline) -> Iterator[None]:
 
 
 def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"],
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
     window: int | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B t N H"]:
     """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query
     heads.
 
-    A token sees at most the last `window` positions, its own among them. With several context
-    shards, T counts the tokens of this shard, and the call must be inside a
-    `shard_map` over `mesh`; the sum of all devices' losses is what it can be differentiated for.
-    Each back end gives its result, with what its backward pass needs besides, the name "attention".
+    With several context shards, the sum of all devices' losses is what it can be differentiated
+    for. Each back end gives its result, with what its backward pass needs besides, the name
+    "attention".
+
+    Args:
+        query: this context shard's queries; N is a multiple of K.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `query`.
     """
     platform, compute_capability = traced_for()
     request = Request(

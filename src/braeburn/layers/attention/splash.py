@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention.backend import ATTENTION, Backend, Request, nothing
@@ -14,19 +14,31 @@ from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence, zigzag
 
 SPLASH_TILE = 128
+# Whether the kernel is interpreted, as tests have it, instead of compiled for a TPU.
+INTERPRET = False
 
 
 def splash_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
     window: int | None = None,
-    *,
-    interpret: bool = False,
-) -> Array:
-    """The block-sparse Pallas kernel for TPU, one call for each sequence of the batch."""
+) -> Float[Array, "B t N H"]:
+    """The block-sparse Pallas kernel for TPU, one call for each sequence of the batch.
+
+    Args:
+        query: this context shard's queries; N is a multiple of K, and H of 128.
+        key: its keys.
+        value: its values.
+        segment_ids: the segment of each of its tokens.
+        mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
+        window: positions that a query sees, its own among them; None for all earlier ones.
+
+    Returns:
+        The attended values, in the type of `query`.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -45,7 +57,7 @@ def splash_attention(
         q_seq_shards=shards,
         block_sizes=splash.BlockSizes(**tiles),
         residual_checkpoint_name=ATTENTION,
-        interpret=interpret,
+        interpret=INTERPRET,
     )
     if shards > 1:
         kernel = jax.tree.map(lambda array: _own_queries(array, mesh), kernel)

@@ -110,7 +110,17 @@ def positioned(x: Mapping[str, Array], context: Context) -> dict[str, Array]:
 def attend_and_project(
     query_BTNH: Float[Array, "B T N H"], signals: Signals, context: Context, window: int | None
 ) -> tuple[Float[Array, "B T D"], Signals]:
-    """Attention to the keys and values of `signals`, and the output projection."""
+    """Attention to given keys and values, and the output projection.
+
+    Args:
+        query_BTNH: normalised and rotated queries.
+        signals: the keys and values, and the layer's state.
+        context: weights and configuration.
+        window: positions that a token sees, itself among them; None for all earlier ones.
+
+    Returns:
+        This tensor shard's part of a sum, and the signals with the layer's new state.
+    """
     attended_BTNH = context.memory.attend(query_BTNH, signals.keys_and_values, window)
     signals = signals._replace(state=context.observe("heads", attended_BTNH, signals.state))
     return context.linear(attended_BTNH, "attention_output"), signals

@@ -19,7 +19,7 @@ from braeburn.models import decoder
 from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build
-from braeburn.transforms.pruning import kept, masked, masks, score_specs, sliced
+from braeburn.transforms.units import kept, masked, masks, score_specs, sliced
 
 # Epsilon is all that the two models differ by: see `masked`.
 MODEL = ModelConfig(
@@ -80,7 +80,7 @@ def logits(params, model):
 )
 def test_the_pruned_models_logits_are_those_of_the_masked_one(keep, form):
     model = MODEL.model_copy(update=form)
-    small, specs = Pruning(keep=keep).pruned(model), decoder.param_specs(model)
+    small, specs = Pruning(keep=keep).left(model), decoder.param_specs(model)
     params, scores = weights(model), scores_of(model, keep)
 
     @jax.jit
@@ -108,6 +108,7 @@ def test_epsilon_moves_a_narrower_model_by_no_more_than_is_said():
     x, scale = rng.normal(size=(5, 32)).astype(np.float32), np.ones(32, np.float32)
     x[:, 8:] = 0
     mean_square = np.mean(x[:, :8] ** 2, axis=1, keepdims=True)
+    x, scale = jnp.asarray(x), jnp.asarray(scale)
     narrow = rms_norm(x[:, :8], scale[:8], epsilon)
     wide = rms_norm(x, scale * math.sqrt(keep["embed"] / 32), epsilon)[:, :8]
     np.testing.assert_allclose(
@@ -166,7 +167,7 @@ def test_masks_are_learned_through_the_weights():
 
 
 def test_moments_are_sliced_like_parameters_and_counts_are_left_alone():
-    specs, small = decoder.param_specs(MODEL), Pruning(keep=ALL).pruned(MODEL)
+    specs, small = decoder.param_specs(MODEL), Pruning(keep=ALL).left(MODEL)
     small_specs = decoder.param_specs(small)
     params = weights(MODEL)
     indices = kept(scores_of(MODEL, ALL), ALL, MODEL)
@@ -220,7 +221,7 @@ def test_a_mesh_changes_nothing():
     mesh = MeshConfig(fsdp=2, tensor=2)
     devices = build(mesh, jax.devices()[:4])
     layout = Layout(Execution(mesh), devices, specs | {"masks": score_specs(MODEL, keep)})
-    small = Layout(Execution(mesh), devices, decoder.param_specs(Pruning(keep=keep).pruned(MODEL)))
+    small = Layout(Execution(mesh), devices, decoder.param_specs(Pruning(keep=keep).left(MODEL)))
     params, scores = weights(MODEL), scores_of(MODEL, keep)
 
     def program(tree):

@@ -1,18 +1,19 @@
-"""Stages that make a model smaller: pruning, distillation, quantisation."""
+"""Stages that make a model narrower."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from braeburn.config.base import Frozen, Positive, Size, some
+from braeburn.config.base import Positive, Size, some
 from braeburn.config.model import ModelConfig
+from braeburn.config.transforms.base import TransformConfig
 
 # Logical axes whose units can be cut, and the field of the model that counts them.
 PRUNABLE = {"ffn": "ffn_dim", "heads": "num_heads", "embed": "d_model"}
 PrunedAxis = Literal["ffn", "heads", "embed"]
 
 
-class Pruning(Frozen):
+class Pruning(TransformConfig):
     """A stage that makes the model narrower: `keep` tells how many units of an axis stay, in each
     layer alike.
 
@@ -42,57 +43,34 @@ class Pruning(Frozen):
         return self
 
     @property
+    def summary(self) -> str:
+        """The units that stay of each axis, and the method."""
+        kept = " ".join(f"{axis}={size}" for axis, size in self.keep.items())
+        return f"prunes to {kept} by {self.method}"
+
+    @property
+    def measured_tokens(self) -> int:
+        """`calibration_tokens`, which only two of the methods read."""
+        return self.calibration_tokens
+
+    @property
     def learned(self) -> bool:
         """Whether masks are trained, and the model cut at the end of the stage."""
         return self.method == "soft_top_k"
 
-    def pruned(self, model: ModelConfig) -> ModelConfig:
-        """The model that is left."""
+    def trained(self, model: ModelConfig) -> ModelConfig:
+        """The model that the stage trains: learned masks train the units that they will cut at the
+        end; the other methods cut first.
+        """
+        return model if self.learned else self.left(model)
+
+    def left(self, model: ModelConfig) -> ModelConfig:
+        """The model of the units that stay."""
         return model.model_copy(update={PRUNABLE[axis]: size for axis, size in self.keep.items()})
 
-
-class Distillation(Frozen):
-    """What a stage's teacher teaches, with a share of `weight` in the targets; the rest is the text
-    itself.
-
-    `label` is the teacher's likeliest token (arXiv 2407.21075), `top_k` its likeliest `top_k` with
-    their probabilities, renormalised, `distribution` all of them. Probabilities are at
-    `temperature`. With `cached`, labels and top-k come from one pass over the text, stored beside
-    it for all students of this teacher.
-    """
-
-    target: Literal["label", "top_k", "distribution"] = "label"
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
-    temperature: Positive = 1.0
-    top_k: Size = 8
-    cached: bool = False
-
-    @property
-    def kept(self) -> int:
-        """Tokens that a cache holds for each position."""
-        return self.top_k if self.target == "top_k" else 1
-
-    @model_validator(mode="after")
-    def _check(self) -> "Distillation":
-        if self.cached and self.target == "distribution":
-            raise ValueError(
-                "cached=true cannot hold whole distributions; set target to 'top_k', or cached to "
-                "false"
-            )
-        return self
-
-
-class Quantization(Frozen):
-    """Training with weights rounded as they will be shipped: gradients pass the rounding by (arXiv
-    1308.3432).
-
-    Along what a matrix is multiplied over, each `group_size` weights share a scale: `int8` and
-    `int4` as llama.cpp's Q8_0 and Q4_0, which have groups of 32; `int2` has four levels and learns
-    a factor of the scale for each matrix.
-    """
-
-    kind: Literal["int8", "int4", "int2"] = "int4"
-    group_size: Size = 32
+    def check(self, path: str, model: ModelConfig) -> None:
+        """Refuses sizes that do not fit a model: see `check_pruning`."""
+        check_pruning(f"{path}.keep.", self, model)
 
 
 def check_pruning(prefix: str, pruning: Pruning, model: ModelConfig) -> None:

@@ -1,0 +1,38 @@
+"""What the teacher of a stage teaches."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from braeburn.config.base import Frozen, Positive, Size
+
+
+class Distillation(Frozen):
+    """What a stage's teacher teaches, with a share of `weight` in the targets; the rest is the text
+    itself.
+
+    `label` is the teacher's likeliest token (arXiv 2407.21075), `top_k` its likeliest `top_k` with
+    their probabilities, renormalised, `distribution` all of them. Probabilities are at
+    `temperature`. With `cached`, labels and top-k come from one pass over the text, stored beside
+    it for all students of this teacher.
+    """
+
+    target: Literal["label", "top_k", "distribution"] = "label"
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
+    temperature: Positive = 1.0
+    top_k: Size = 8
+    cached: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Tokens that a cache holds for each position."""
+        return self.top_k if self.target == "top_k" else 1
+
+    @model_validator(mode="after")
+    def _check(self) -> "Distillation":
+        if self.cached and self.target == "distribution":
+            raise ValueError(
+                "cached=true cannot hold whole distributions; set target to 'top_k', or cached to "
+                "false"
+            )
+        return self

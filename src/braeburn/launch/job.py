@@ -1,0 +1,56 @@
+"""What is launched on a cluster, whatever the cluster's scheduler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from braeburn.errors import UserError
+from braeburn.hardware.targets import Target
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of `braeburn train` on a cluster.
+
+    Attributes:
+        name: of the run.
+        arguments: those of `braeburn train`, the recipe first.
+        out: the run directory, as the processes of the job see it.
+        target: the hardware to run on.
+        max_restarts: restarts of all processes after failures, at most.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    out: Path
+    target: Target
+    max_restarts: int
+
+    def check(self) -> None:
+        """Refuses a job that no script or manifest can be written for.
+
+        Raises:
+            UserError: no JAX can be installed for the target, or a value would not stay within its
+                line of the text.
+        """
+        self.target.check_installable()
+        check_line("--out", str(self.out))
+        check_line("RECIPE", self.arguments[0])
+        check_line("the name", self.name)
+
+
+def check_line(option: str, value: str) -> None:
+    """Refuses a value that would be more than one line of a script, or hide what follows it.
+
+    Args:
+        option: that the value was given with.
+        value: as given.
+
+    Raises:
+        UserError: it has a line break or another control character.
+    """
+    if not value.isprintable():
+        shown = value if len(value) <= 80 else f"{value[:80]}..."
+        raise UserError(
+            f"{option} {shown!a} has a line break or control character; write it without"
+        )

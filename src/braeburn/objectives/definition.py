@@ -1,0 +1,58 @@
+"""What a stage minimises where it learns from its text alone: `DEFINITION` in the module of the
+objective's kind.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from braeburn.config import Execution, ModelConfig, ObjectiveConfig
+from braeburn.layers.spec import Tree
+from braeburn.models.decoder import forward, head_matrix
+from braeburn.objectives.vocabulary import Objective, Projection, Targets, vocabulary_loss
+
+# (configuration, model) -> the objective, whose tokens are `Targets`.
+Definition = Callable[[Any, ModelConfig], Objective[Targets, Any]]
+
+
+def objective_of(config: ObjectiveConfig, model: ModelConfig) -> Objective[Targets, Any]:
+    """The objective of a stage by its configuration."""
+    definition: Definition = importlib.import_module(
+        f"braeburn.objectives.{config.kind}"
+    ).DEFINITION
+    found = definition(config, model)
+    assert isinstance(found, Objective)
+    return found
+
+
+def text_loss(
+    params: Tree,
+    batch: dict[str, Array],
+    objective: Objective[Targets, Any],
+    model: ModelConfig,
+    execution: Execution,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """What training minimises on a batch, and its metrics.
+
+    Args:
+        params: float32 parameters.
+        batch: `inputs`, `targets`, `positions`, `segment_ids`, int32 [B, T], and `weights`, float32
+            [B, T].
+        objective: of the tokens of the batch.
+        model: sizes, and the RoPE base of the stage.
+        execution: how it is carried out; on several devices params and batch are this device's
+            parts.
+
+    Returns:
+        The loss and the metrics of the objective. On several devices these are local losses, which
+        sum to those of the whole batch.
+    """
+    inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
+    hidden = forward(params, inputs, model, execution)
+    with jax.named_scope("loss"):
+        projection = Projection(hidden, head_matrix(params))
+        targets = Targets(batch["targets"], batch["weights"])
+        return vocabulary_loss(objective, projection, None, targets, execution)
