@@ -88,7 +88,7 @@ def restore(run: Run, directory: Path) -> TrainState:
 
 
 def leaves(state: TrainState) -> list[np.ndarray]:
-    """The state's arrays as bytes, in which not even two kinds of NaN are alike."""
+    """The state's arrays as bytes, in which even two kinds of NaN differ."""
     return [
         np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint8)
         for leaf in jax.tree.leaves(state)

@@ -2,10 +2,10 @@
 ways and not at all.
 
 One teacher, wider and trained for longer, is made once. For each seed the same student then sees
-the same number of tokens without it, with its likeliest token as the label (0.9, and 0.1 of the
-text: AFM, arXiv 2407.21075), with its 8 likeliest tokens, and with its whole distribution. Stages
+the same number of tokens without it, with its top-1 token as the label (0.9, and 0.1 of the
+text: AFM, arXiv 2407.21075), with its top 8 tokens, and with its whole distribution. Stages
 with a teacher cut text at fixed places, and the one without does not: apart from that and the
-targets, the arms are alike.
+targets, the arms are the same.
 """
 
 import argparse

@@ -69,7 +69,7 @@ def base_run(arguments: argparse.Namespace, found: dict[str, Source], seed: int)
 def stage(
     run: Run, arguments: argparse.Namespace, tokens: int, pruning: Pruning | None = None
 ) -> Stage:
-    """A stage of so many tokens on all sources alike."""
+    """A stage of so many tokens spread evenly over the sources."""
     return Stage(
         tokens=tokens,
         sequence_length=64,

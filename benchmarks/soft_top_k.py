@@ -2,10 +2,10 @@
 as many distractors.
 
 The teacher is a random SwiGLU FFN. The student holds the teacher's hidden units, each a little off,
-at random places among distractors drawn alike, whose output is only in the way. Scores start at
-zero, so that nothing tells the two apart, and are learned jointly with the weights from the
-teacher's outputs while the temperature falls, as in a stage that prunes. Beside it stands what the
-norms of the student's first weights would keep.
+at random places among distractors drawn from the same distribution, whose output is only in the
+way. Scores start at zero, so that nothing tells the two apart, and are learned jointly with the
+weights from the teacher's outputs while the temperature falls, as in a stage that prunes. Beside it
+stands what the norms of the student's first weights would keep.
 
 Masks are also checked by themselves: their sums at each temperature, and their gradients against
 finite differences of a float64 bisection.

@@ -9,8 +9,6 @@ import braeburn
 SOURCE = Path(braeburn.__file__).parent
 # An argument of a command is an option of the command line, and its help describes it.
 COMMANDS = "cli"
-# Packages that are not held to this yet.
-EXEMPT = {"plan"}
 
 # More than these belong together in small frozen values with names of their own.
 MOST_ARGUMENTS = 6
@@ -22,7 +20,7 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
     """The path and the tree of each module that is held to this."""
     for path in sorted(SOURCE.rglob("*.py")):
         inside = path.relative_to(SOURCE)
-        if inside.parts[0] not in {COMMANDS, *EXEMPT}:
+        if inside.parts[0] != COMMANDS:
             yield str(inside), ast.parse(path.read_text())
 
 
@@ -58,7 +56,3 @@ def test_public_functions_with_more_than_three_arguments_describe_them() -> None
         for function in public(tree)
         if count(function) > MOST_UNDESCRIBED and "Args:" not in (ast.get_docstring(function) or "")
     ]
-
-
-def test_packages_that_are_exempt_exist() -> None:
-    assert all((SOURCE / name).is_dir() for name in EXEMPT)

@@ -131,7 +131,7 @@ class Theirs:
         return np.array(self.llama.scores[: len(tokens)])
 
     def greedy(self, tokens: Sequence[int], count: int, stops: Sequence[int]) -> list[int]:
-        """The likeliest continuation."""
+        """The most probable continuation."""
         self.llama.reset()
         self.llama.eval(list(tokens))
         found: list[int] = []

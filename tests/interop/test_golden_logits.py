@@ -40,7 +40,7 @@ LOGITS = {
     for family in FAMILIES
     for name, logits in np.load(GOLDEN / f"{family}.npz").items()
 }
-# What an export may say otherwise than transformers itself does without changing what is computed.
+# Where an export may differ from transformers' own file without changing what is computed.
 FREE = {
     "dtype",
     "torch_dtype",

@@ -229,7 +229,7 @@ def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None
     assert live.mesh == mesh and live.matrix_flops == work_of(chain, "core", mesh).matrix_flops
     assert found["live"].step > found["core"].step
     added = found["live"].step - found["core"].step
-    # Of its likeliest tokens, where the other stage takes the likeliest alone.
+    # Of its top tokens, where the other stage takes the top one alone.
     assert labelling_seconds(chain, "kept", mesh, target) == pytest.approx(
         added * chain.stages["kept"].steps, rel=1e-3
     )

@@ -46,8 +46,8 @@ def model_of(pattern: str) -> ModelConfig:
 def shapes(tensor: int, fsdp: bool, pattern: str = "one") -> blocks.Shapes:
     """What the programs of such a model are traced with."""
     precision, stored = load("llama3-8b").precision, ("fsdp",) if fsdp else ()
-    rules = blocks.USUAL_RULES
-    return blocks.shapes_of(blocks.sized(model_of(pattern)), precision, rules, tensor, stored)
+    split = blocks.Split(tensor, stored)
+    return blocks.shapes_of(blocks.sized(model_of(pattern)), precision, split=split)
 
 
 def whole_gradient(of: blocks.Shapes, remat: Remat) -> Any:

@@ -220,7 +220,7 @@ def test_standardised_scores_have_no_scale_and_keep_the_order():
     dead = importance.standardised({"embed": jnp.asarray([0.0, 1.0, 2.0, 3.0])})["embed"]
     assert np.isfinite(dead).all()
     assert np.argmin(dead) == 0
-    for alike in (np.full(5, 0.1, np.float32), np.zeros(5, np.float32)):
+    for equal in (np.full(5, 0.1, np.float32), np.zeros(5, np.float32)):
         np.testing.assert_array_equal(
-            importance.standardised({"embed": jnp.asarray(alike)})["embed"], 0
+            importance.standardised({"embed": jnp.asarray(equal)})["embed"], 0
         )

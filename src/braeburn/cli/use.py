@@ -92,14 +92,16 @@ def generate(
     top_k: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Sample among the k likeliest tokens only; 0 is all, unless the model says."
+            min=0, help="Sample among the top k tokens only; 0 is all, unless the model says."
         ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass."),
+        typer.Option(min=0.0, max=1.0, help="Sample among the most probable tokens of this mass."),
     ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Always the most probable token.")
+    ] = False,
     chat: Annotated[
         bool,
         typer.Option(

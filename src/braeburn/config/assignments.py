@@ -149,8 +149,8 @@ def _assign(run: Run, fields: Any, path: str, value: Any) -> None:
             raise UserError(_unknown_field(run, path, ".".join(path.split(".")[:known])))
         place = int(name) if isinstance(there, tuple) else name
         # A field left at its default is absent, or None where the recipe switched it off.
-        if isinstance(there, tuple) or fields.get(place) is None:
-            fields[place] = fields[place] if isinstance(there, tuple) else _set_fields(child)
+        if not isinstance(there, tuple) and fields.get(place) is None:
+            fields[place] = _set_fields(child)
         fields = fields[place]
         kind = fields.get("kind") if isinstance(fields, dict) else None
         if _is_kind(child) and kind != getattr(child, "kind", None):

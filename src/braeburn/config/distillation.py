@@ -11,7 +11,7 @@ class Distillation(Frozen):
     """What a stage's teacher teaches, with a share of `weight` in the targets; the rest is the text
     itself.
 
-    `label` is the teacher's likeliest token (arXiv 2407.21075), `top_k` its likeliest `top_k` with
+    `label` is the teacher's top-1 token (arXiv 2407.21075), `top_k` its top `top_k` tokens with
     their probabilities, renormalised, `distribution` all of them. Probabilities are at
     `temperature`. With `cached`, labels and top-k come from one pass over the text, stored beside
     it for all students of this teacher.

@@ -144,7 +144,7 @@ def _end_with_parent(worker: int, workers: int) -> None:
     """Ends this worker when the process that started it is gone, even killed; grain leaves it
     waiting for ever.
 
-    Signals that a terminal or a service manager sends to all processes alike are for that process
+    Signals that a terminal or a service manager sends to every process are for that process
     to heed: it still needs batches, or ends the workers itself.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

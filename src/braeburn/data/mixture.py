@@ -17,7 +17,7 @@ _WORD = (1 << 64) - 1
 
 
 def derive_key(*parts: int | str) -> int:
-    """64 bits that the parts determine, alike in every process and version of Python."""
+    """64 bits that the parts determine, the same in every process and version of Python."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
 
 

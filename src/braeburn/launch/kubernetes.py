@@ -148,7 +148,7 @@ def manifest(job: Job, image: str, claim: str) -> str:
                 "dnsPolicy: ClusterFirstWithHostNet",
             ]
     else:
-        # Slices say nothing to nodes: they are all alike.
+        # Slices say nothing to nodes: they are all the same.
         pods, replicas, each = pods * replicas, 1, each * facts.devices_per_chip
         kind = "GPU node" if resources else "CPU process"
         shape = f"{pods} {kind}{'s' * (pods > 1)}" + (f" of {each}" if resources else "")

@@ -431,9 +431,9 @@ class _Attempt:
         # The one that hangs is behind those that wait for it. At the same step it cannot be told
         # from them: which of them was the last to say so is chance.
         furthest_behind = min(child.watch.order for child in hung)
-        alike = [child for child in hung if child.watch.order == furthest_behind]
-        first = min(alike, key=lambda child: child.watch.since)
-        others = [str(child.index) for child in alike if child is not first]
+        suspects = [child for child in hung if child.watch.order == furthest_behind]
+        first = min(suspects, key=lambda child: child.watch.since)
+        others = [str(child.index) for child in suspects if child is not first]
         waiting = (
             f" (so it seems; process{'es' * (len(others) > 1)} {', '.join(others)} fell "
             f"silent with it)"

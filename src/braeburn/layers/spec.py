@@ -154,7 +154,9 @@ def map_params_like(
     """
     names = set(params_keys)
 
-    def alike(node: Any) -> bool:
+    def mirrors(node: Any) -> bool:
         return isinstance(node, dict) and node.keys() == names
 
-    return jax.tree.map(lambda node: function(node) if alike(node) else node, state, is_leaf=alike)
+    return jax.tree.map(
+        lambda node: function(node) if mirrors(node) else node, state, is_leaf=mirrors
+    )

@@ -16,13 +16,13 @@ from braeburn.config import ONE_DEVICE, Distillation, Execution, MeshConfig, Mod
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
-from braeburn.objectives.cross_entropy import Targets
 from braeburn.objectives.statistics import Expectation, LogSumExp, TopK
 from braeburn.objectives.vocabulary import (
     LogitBlock,
     Objective,
     Projection,
     Reduction,
+    Targets,
     reduce_vocabulary,
     vocabulary_loss,
 )

@@ -109,7 +109,7 @@ class Definition:
             updates, before the learning rate and without weight decay. It runs under jit on whole
             arrays, which lie as `Parameters.partition` says. Each tree in its state that has the
             parameters' names at its top holds arrays of the shapes of the parameters, of all or of
-            some: pruning cuts them alike.
+            some: pruning cuts all of them in the same way.
         second_moment: (state of the transformation) -> the running mean of squared gradients, as a
             tree like the parameters that holds at least those of the role "mask"; None where it
             keeps none.

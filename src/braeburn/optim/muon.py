@@ -125,7 +125,7 @@ def matrix_form(spec: ParamSpec, parameters: Parameters) -> MatrixForm:
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of one shape that are split alike, of all layers and several parameters.
+    """Matrices of one shape that are split the same way, of all layers and several parameters.
 
     Attributes:
         forms: of the parameters, by path.
@@ -179,13 +179,13 @@ class Stack:
 
 def stacks(parameters: Parameters) -> Sequence[Stack]:
     """All matrices of a model, in stacks of one shape."""
-    alike: dict[tuple, dict[str, MatrixForm]] = {}
+    groups: dict[tuple, dict[str, MatrixForm]] = {}
     for path, spec in walk(parameters.specs):
         if is_matrix(spec):
             form = matrix_form(spec, parameters)
-            alike.setdefault((form.sizes, form.axes), {})[path] = form
+            groups.setdefault((form.sizes, form.axes), {})[path] = form
     found = []
-    for (sizes, axes), forms in alike.items():
+    for (sizes, axes), forms in groups.items():
         # What an inner axis has split is joined first.
         exchanged = [(side, axis) for side in (1, 2) for axis in reversed(axes[side - 1])]
         shards = math.prod(parameters.mesh.sizes[axis] for _, axis in exchanged)

@@ -48,8 +48,8 @@ def arrange(mesh: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 
     Args:
         mesh: resolved sizes.
-        devices: as many as the mesh has, of JAX or alike: with `id`, and where there are any
-            `slice_index`, `coords`.
+        devices: as many as the mesh has, of JAX or of the same form: with `id`, and with
+            `slice_index` and `coords` where there are any.
 
     Raises:
         UserError: slices of unequal size, or a torus that is not the devices'.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from braeburn.config import (
     Remat,
     ShardingRules,
 )
+from braeburn.config.execution import USUAL_RULES
 from braeburn.errors import UserError
 from braeburn.layers.attention.backend import ATTENTION, Request
 from braeburn.layers.attention.select import outlined
@@ -48,7 +49,6 @@ from braeburn.plan.trace import (
     on_each_device,
 )
 
-USUAL_RULES = ShardingRules()
 # Of an axis along which weights are split: what is gathered does not depend on it.
 SPLIT_TRACED = 2
 # Each layer is traced as a part of its own; what is kept of it is decided later.
@@ -63,6 +63,23 @@ SIZES = (2, 4, 8, 16, 32, 64)
 FORWARD, BACKWARD = "attention_forward", "attention_backward"
 
 
+class Split(NamedTuple):
+    """Over which devices a stage is spread, as far as sizes on one of them depend on it.
+
+    Attributes:
+        tensor: devices along `tensor`.
+        stored: other axes but `context` that weights are stored split along; see `stored_along`.
+        context: devices along `context`, where more than attention depends on them.
+    """
+
+    tensor: int = 1
+    stored: tuple[str, ...] = ()
+    context: int = 1
+
+
+ONE_PART = Split()
+
+
 @dataclass(frozen=True, eq=False)
 class Shapes:
     """All that the sizes of a stage's programs on one device depend on, but for the tokens.
@@ -73,26 +90,22 @@ class Shapes:
         model: that is trained.
         precision: of its activations and sums.
         rules: what lies where.
-        tensor: devices along `tensor`.
-        stored: other axes but `context` that weights are stored split along; see `stored_along`.
-        context: devices along `context`.
+        split: over which devices.
         teacher: a model that runs forward beside it, and what it teaches; None where there is none.
     """
 
     model: ModelConfig
     precision: Precision
     rules: ShardingRules = USUAL_RULES
-    tensor: int = 1
-    stored: tuple[str, ...] = ()
-    context: int = 1
+    split: Split = ONE_PART
     teacher: tuple[ModelConfig, Distillation] | None = None
 
     @property
     def mesh(self) -> MeshConfig:
         """The mesh that is traced."""
-        split = dict.fromkeys(self.stored, SPLIT_TRACED)
-        sizes = {"fsdp": 1, **split, "context": self.context, "tensor": self.tensor}
-        return MeshConfig.model_validate(sizes)
+        tensor, stored, context = self.split
+        sizes = {"fsdp": 1, **dict.fromkeys(stored, SPLIT_TRACED)}
+        return MeshConfig.model_validate({**sizes, "context": context, "tensor": tensor})
 
     @property
     def execution(self) -> Execution:
@@ -104,7 +117,7 @@ class Shapes:
         """A prime that divides none of the models' sizes."""
         models = [self.model, *(self.teacher[:1] if self.teacher else [])]
         sizes = {v for m in models for v in m.model_dump().values() if isinstance(v, int) and v > 1}
-        largest = max(5, min(_LARGEST_PRIME, _MOST_TOKENS // self.tensor))
+        largest = max(5, min(_LARGEST_PRIME, _MOST_TOKENS // self.split.tensor))
         return next(
             n
             for n in range(largest, 1, -1)
@@ -114,7 +127,7 @@ class Shapes:
     @cached_property
     def tokens(self) -> int:
         """Tokens that are traced, on all tensor shards together."""
-        return self.tensor * self.marker
+        return self.split.tensor * self.marker
 
 
 @cache
@@ -122,9 +135,7 @@ def shapes_of(
     model: ModelConfig,
     precision: Precision,
     rules: ShardingRules = USUAL_RULES,
-    tensor: int = 1,
-    stored: tuple[str, ...] = (),
-    context: int = 1,
+    split: Split = ONE_PART,
     teacher: tuple[ModelConfig, Distillation] | None = None,
 ) -> Shapes:
     """The shapes that a model's programs are traced with.
@@ -133,12 +144,10 @@ def shapes_of(
         model: that is trained; see `sized`.
         precision: of its activations and sums.
         rules: what lies where.
-        tensor: devices along `tensor`.
-        stored: other axes but `context` that weights are stored split along.
-        context: devices along `context`, where more than attention depends on them.
+        split: over which devices.
         teacher: a teacher's model with what it teaches, or None.
     """
-    return Shapes(model, precision, rules, tensor, stored, context, teacher)
+    return Shapes(model, precision, rules, split, teacher)
 
 
 @by_identity
@@ -163,7 +172,9 @@ def sized(model: ModelConfig) -> ModelConfig:
 
 
 @cache
-def _splits(model: ModelConfig, rules: ShardingRules, tensor: int) -> frozenset[str] | None:
+def _split_along_tensor(
+    model: ModelConfig, rules: ShardingRules, tensor: int
+) -> frozenset[str] | None:
     """The parameters that are split along `tensor`; None where it does not divide the model."""
     execution = Execution(MeshConfig(fsdp=1, tensor=tensor), rules)
     split = set()
@@ -190,20 +201,21 @@ def neighbours(shapes: Shapes) -> tuple[Shapes, Shapes, float] | None:
     Where the same parameters are split, each array either has its part of a dimension, or all of
     it: what there is for each token is linear in 1 / tensor.
     """
-    model, tensor = shapes.model, shapes.tensor
+    model, split, tensor = shapes.model, shapes.split, shapes.split.tensor
     if tensor == 1:
         return None
-    splits = _splits(model, shapes.rules, tensor)
-    alike = [n for n in SIZES if _splits(model, shapes.rules, n) == splits]
-    if splits is None or not alike or not alike[0] < tensor < alike[-1]:
+    along_tensor = _split_along_tensor(model, shapes.rules, tensor)
+    sizes = [n for n in SIZES if _split_along_tensor(model, shapes.rules, n) == along_tensor]
+    if along_tensor is None or not sizes or not sizes[0] < tensor < sizes[-1]:
         return None
+    fewer, more = sizes[0], sizes[-1]
     ends = [
         shapes_of(
-            model, shapes.precision, shapes.rules, n, shapes.stored, shapes.context, shapes.teacher
+            model, shapes.precision, shapes.rules, split._replace(tensor=size), shapes.teacher
         )
-        for n in (alike[0], alike[-1])
+        for size in (fewer, more)
     ]
-    share = (1 / alike[0] - 1 / tensor) / (1 / alike[0] - 1 / alike[-1])
+    share = (1 / fewer - 1 / tensor) / (1 / fewer - 1 / more)
     return ends[0], ends[1], share
 
 
@@ -212,7 +224,7 @@ def crosses_context(model: ModelConfig, precision: Precision, rules: ShardingRul
     """Whether anything but attention exchanges along `context`: else its size changes nothing but
     the tokens of a device.
     """
-    found = programs(shapes_of(model, precision, rules, context=2))
+    found = programs(shapes_of(model, precision, rules, Split(context=2)))
     graphs = [found.around, *(block.program for block in found.blocks)]
     return any(
         key.axis == CONTEXT
@@ -303,6 +315,15 @@ def _parameters(model: ModelConfig, execution: Execution) -> tuple[Tree, list[bo
 def attention_call(request: Request, query: Any, key: Any, value: Any) -> Any:
     """What stands for attention in a traced program: one call forward and one backward, whose costs
     are worked out apart, by the request that both carry.
+
+    Args:
+        request: what is asked for.
+        query: [B, t, N, H].
+        key: [B, t, K, H].
+        value: [B, t, K, H].
+
+    Returns:
+        What is attended to, of the shape and type of `query`.
     """
     return _attention_forward(request, query, key, value)[0]
 

@@ -379,6 +379,15 @@ def _teacher(run: Run, name: str) -> ModelConfig | None:
 def work_of(run: Run, name: str, mesh: MeshConfig, accelerator: Accelerator = WITH_KERNEL) -> Work:
     """The work of a stage over a mesh of resolved sizes, on devices of one kind.
 
+    Args:
+        run: the run.
+        name: of the stage.
+        mesh: of resolved sizes.
+        accelerator: what the choice of attention's back end depends on.
+
+    Returns:
+        The FLOPs, bytes and exchanges of one step on one device.
+
     Raises:
         UserError: the stage's teacher is not there.
     """
@@ -520,6 +529,12 @@ def labelling_seconds(run: Run, name: str, mesh: MeshConfig, target: Target) -> 
 
     It is taken to label as many tokens as the stage reads, each once, in the time that it would add
     to the steps if it were at hand.
+
+    Args:
+        run: the run.
+        name: of the stage.
+        mesh: of resolved sizes.
+        target: whose chips the teacher runs on.
 
     Raises:
         UserError: the stage's teacher is not there.

@@ -22,6 +22,7 @@ from braeburn.plan.attention import WITH_KERNEL, Accelerator
 from braeburn.plan.blocks import (
     SPLIT_TRACED,
     Shapes,
+    Split,
     crosses_context,
     shapes_of,
     sized,
@@ -76,9 +77,7 @@ def _shapes(
         model,
         precision,
         rules,
-        mesh.tensor,
-        stored_along(rules, mesh),
-        mesh.context if crosses else 1,
+        Split(mesh.tensor, stored_along(rules, mesh), mesh.context if crosses else 1),
         (sized(teacher), distillation) if teacher and distillation else None,
     )
 
@@ -174,7 +173,7 @@ class Pass:
         they are stored.
         """
         sizes = self.mesh.sizes
-        stored = math.prod(SPLIT_TRACED / sizes[axis] for axis in self.shapes.stored)
+        stored = math.prod(SPLIT_TRACED / sizes[axis] for axis in self.shapes.split.stored)
         return amount.fixed * stored + amount.scaled * self.scale
 
     def kernel_flops(self, totals: Totals, tile: int, backward: int) -> float:

@@ -235,6 +235,18 @@ class _Flattening:
         body: Any,
         length: int,
     ) -> Node:
+        """What an equation with a body takes in all that it runs.
+
+        Args:
+            equation: of the traced program.
+            inputs: the values that it reads.
+            outputs: the values that it gives.
+            body: the program that runs each time, a closed jaxpr.
+            length: how often it runs.
+
+        Returns:
+            The sum over all times, and what one time holds at most.
+        """
         graph = self.graph(body.jaxpr)
         exchanged = total_collectives(graph.nodes)
         nodes = needed(graph.nodes, graph.outputs)

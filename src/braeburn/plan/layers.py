@@ -93,7 +93,7 @@ def _layers(shapes: Shapes, policy: str, names: tuple[str, ...]) -> Layers:
         if len(ends[0].live) == len(ends[1].live):
             return _per_token(_mixed(ends[0], ends[1], share), shapes.tokens)
     remat = Remat(policy=policy, names=names) if names else Remat(policy=policy)  # type: ignore
-    keeping = policy_of(remat, NO_OFFLOAD, FSDP in shapes.stored)
+    keeping = policy_of(remat, NO_OFFLOAD, FSDP in shapes.split.stored)
     return _sum([_trained(block, keeping) for block in programs(shapes).blocks if block.trained])
 
 

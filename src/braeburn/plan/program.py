@@ -306,8 +306,17 @@ def changes_that_fit(
 def compile_step(
     run: Run, stage: str, target: Target, chips: Path | None = None, memory_gb: float = 5.0
 ) -> Compilation:
-    """A stage's train step compiled for a target, now or before; arguments and errors are
-    `compile_in_child`'s.
+    """A stage's train step compiled for a target, now or before.
+
+    Args:
+        run: the run.
+        stage: which of its stages.
+        target: of TPUs or NVIDIA GPUs; none of them needs to be there.
+        chips: a catalogue of the user's.
+        memory_gb: what the compiler may take of this machine's memory.
+
+    Raises:
+        UserError: as `compile_in_child` does.
     """
     return Compilation(run, stage, target, compile_in_child(run, stage, target, chips, memory_gb))
 

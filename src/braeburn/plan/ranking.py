@@ -140,7 +140,15 @@ def _own(run: Run, name: str, target: Target) -> dict[str, Any] | None:
 
 
 def why_nothing_fits(run: Run, name: str, target: Target, found: Sequence[Candidate]) -> str:
-    """One sentence on why a stage does not run on a target, and what it would run on."""
+    """One sentence on why a stage does not run on a target, and what it would run on.
+
+    Args:
+        run: the run.
+        name: of the stage.
+        target: on which nothing fits.
+        found: the layouts that were tried, the nearest to fitting first; none where no mesh
+            divides the model.
+    """
     batch = run.stages[name].batch_size
     if not found:
         return (

@@ -128,7 +128,7 @@ def afm_on_device() -> Run:
 
     Published are that the larger model has 6.4B parameters and the server's recipe, that Soft-Top-K
     cuts its FFN alone, on 188B tokens of the core mixture, that the core stage takes all its 6.3T
-    tokens, and its labels: 0.9 of the teacher's likeliest token and 0.1 of the text. Assumed are
+    tokens, and its labels: 0.9 of the teacher's top-1 token and 0.1 of the text. Assumed are
     the larger FFN, the multiple of 128 that gives 6.4B parameters, the larger model's 6.3T tokens,
     the rates and batches of pruning, those of the core stage, and the teacher, which the report
     does not name: the larger model. What it says is computed once and kept, so that a step of the

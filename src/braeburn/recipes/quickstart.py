@@ -96,7 +96,7 @@ def afm_on_device_tiny() -> Run:
 
     Published are the order of the stages and the method of pruning; sizes, rates and what is taught
     are of this recipe. A teacher of minutes knows little more than the student that was cut from
-    it: half of its distribution helps, 0.9 of its likeliest tokens would hold the student back. It
+    it: half of its distribution helps, 0.9 of its top-1 tokens would hold the student back. It
     is asked as the student trains, since the core stage reads only some of the text that a pass
     would label.
     """

@@ -236,7 +236,7 @@ def teacher_stores(
 def _labeller(
     resolved: ResolvedStage, teacher: Teacher, proceed: Callable[[], None]
 ) -> Callable[[Batch], tuple[np.ndarray, np.ndarray]]:
-    """What gives a batch's likeliest tokens and their log-probabilities, [B, T, k], in every
+    """What gives a batch's top-k tokens and their log-probabilities, [B, T, k], in every
     process.
     """
     stage, layout, place = resolved.stage, resolved.layout, resolved.layout_of(teacher.model)

@@ -59,7 +59,7 @@ def changed(state: TrainState, change: Change, decides: Tree, after: Layout) -> 
 
     Args:
         state: on the mesh of `after`.
-        change: of its parameters and of the optimizer's state alike.
+        change: of its parameters, and of the optimizer's state in the same way.
         decides: what the change is given beside the state's trees.
         after: where the new parameters lie.
     """

@@ -158,7 +158,7 @@ def standardised(importance: Tree) -> Tree:
     Soft-Top-K starts with.
 
     Each layer is standardised by itself and as a whole, so that heads of different groups stay
-    comparable in spread. Where all units are alike, their scores are 0.
+    comparable in spread. Where all units have one value, their scores are 0.
     """
 
     def one(values: Array) -> Array:

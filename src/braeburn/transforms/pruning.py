@@ -39,7 +39,7 @@ def importance_of_units(pruning: Pruning, found: Found) -> Tree:
     if pruning.method == "magnitude":
         return jax.jit(lambda params: importance.magnitude(params, model, keep))(found.params)
     if pruning.method == "random":
-        # As NumPy has it, an array that is alike in all processes belongs to no device.
+        # As NumPy has it, an array that is the same in all processes belongs to no device.
         return jax.tree.map(np.asarray, importance.random(model, keep, found.seed))
     measure = importance.activation_importance(found.layout, model, keep)
     sums = functools.reduce(

@@ -260,7 +260,7 @@ def compresses(run: Run) -> bool:
 
 
 def steps_alike(run: Run) -> int:
-    """Steps before the first stage that rounds weights, or learns the likeliest tokens of a
+    """Steps before the first stage that rounds weights, or learns the top tokens of a
     teacher.
 
     Up to there curves on different layouts stay together. Then a weight half-way between two

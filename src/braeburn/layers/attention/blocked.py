@@ -42,11 +42,8 @@ def blocked_attention(
     """
     if mesh.context > 1:
         return gathered_attention(query, key, value, segment_ids, mesh, window)
-    batch, length, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
-    grouped = query.reshape(
-        batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim
-    ).transpose(0, 2, 3, 1, 4)
+    batch, length = query.shape[:2]
+    grouped = _by_key_head(query, key.shape[2])
     # Positions last: on CPUs the products and their gradients are up to twice as fast as with
     # positions first.
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
@@ -66,12 +63,20 @@ def blocked_attention(
             window,
         )
         outputs.append(output)
-    output = (
-        jnp.concatenate(outputs, axis=3)
-        .transpose(0, 3, 1, 2, 4)
-        .reshape(batch, length, num_heads, head_dim)
-    )
-    return checkpoint_name(output, ATTENTION)
+    return checkpoint_name(_by_head(jnp.concatenate(outputs, axis=3)), ATTENTION)
+
+
+def _by_key_head(query: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K G T H"]:
+    """Queries by the key head that serves them."""
+    batch, length, num_heads, head_dim = query.shape
+    grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    return grouped.transpose(0, 2, 3, 1, 4)
+
+
+def _by_head(output: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    """What `_by_key_head` separated, together again."""
+    batch, _, _, length, head_dim = output.shape
+    return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, head_dim)
 
 
 # Of queries: they [B, K, G, Q, H], their positions and their segments [B, Q].
@@ -147,14 +152,10 @@ def cached_attention(
     Returns:
         The attended values, in the type of `value`.
     """
-    batch, length, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
-    grouped = query.reshape(
-        batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim
-    ).transpose(0, 2, 3, 1, 4)
+    grouped = _by_key_head(query, key.shape[2])
     visible = is_visible(positions[:, :, None], jnp.arange(key.shape[1]), window)
     output = _attend(grouped, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1), visible)
-    return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
+    return _by_head(output)
 
 
 BLOCKED = Backend("blocked", lambda request: None, blocked_attention)

@@ -176,12 +176,7 @@ def check_windows(contents: Contents, defaults: Defaults, sliding: str | None) -
         UserError: naming the field at fault.
     """
     config = contents.config
-    for kind in config.layer_types or ():
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UserError(
-                f"layer_types={shown(kind)} cannot be imported; choose a model with "
-                f"layer_types='full_attention'"
-            )
+    check_layer_types(config.layer_types or (), "'full_attention'")
     window = window_of(contents, defaults)
     longest = config.max_position_embeddings or defaults.max_position_embeddings
     if sliding and (window is None or window < longest):
@@ -189,6 +184,24 @@ def check_windows(contents: Contents, defaults: Defaults, sliding: str | None) -
             f"{sliding} with sliding_window={window} cannot be imported, since "
             f"max_position_embeddings={longest} is more; choose a model with full attention"
         )
+
+
+def check_layer_types(kinds: Sequence[str], allowed: str) -> None:
+    """Refuses kinds of layers that are not known.
+
+    Args:
+        kinds: of the layers.
+        allowed: the kinds that the family has, as the advice names them.
+
+    Raises:
+        UserError: naming the first that is not known.
+    """
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UserError(
+                f"layer_types={shown(kind)} cannot be imported; choose a model with "
+                f"layer_types={allowed}"
+            )
 
 
 def window_of(contents: Contents, defaults: Defaults) -> int | None:
@@ -265,18 +278,40 @@ def common_fields(model: ModelConfig, max_position_embeddings: int) -> dict[str,
 
 def rope_fields(model: ModelConfig) -> dict[str, Any]:
     """The fields of a `config.json` of rotary embeddings that are the same in all layers."""
-    scaling, stretched = model.rope_scaling, None
-    if scaling is not None:
-        stretched = {"rope_type": scaling.kind}
-        stretched |= {field: getattr(scaling, field) for field in SCALINGS[scaling.kind]}
+    stretched = scaling_fields(model)
     return {
         # transformers 5 reads the first of these, transformers 4 and what was built on it the other
         # two.
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base}
-        | (stretched or {}),
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base} | stretched,
         "rope_theta": model.rope_base,
-        "rope_scaling": stretched,
+        "rope_scaling": stretched or None,
     }
+
+
+def scaling_fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields of rotary scaling; none where the model has no scaling."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    fields = {field: getattr(scaling, field) for field in SCALINGS[scaling.kind]}
+    return {"rope_type": scaling.kind} | fields
+
+
+def uneven_heads(model: ModelConfig, family: str) -> str | None:
+    """Why transformers would refuse a model whose width its heads do not divide, with a way out;
+    None where they do.
+
+    Args:
+        model: the sizes.
+        family: with its article.
+    """
+    if model.d_model % model.num_heads == 0:
+        return None
+    fits = -(-model.d_model // model.num_heads) * model.num_heads
+    return (
+        f"d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
+        f"transformers refuses in {family}; train with d_model={fits}"
+    )
 
 
 def shortest_pattern(layers: Sequence[LayerConfig]) -> tuple[LayerConfig, ...]:

@@ -10,15 +10,18 @@ from braeburn.config.sublayers.full import FullAttention
 from braeburn.config.sublayers.geglu import GeGLU
 from braeburn.config.sublayers.sliding import SlidingAttention
 from braeburn.errors import UserError
+from braeburn.models.families import llama
 from braeburn.models.families.definition import Family, Gguf
 from braeburn.models.families.fields import (
-    SCALINGS,
     Contents,
     Defaults,
+    check_layer_types,
     parse_common,
     parse_scaling,
     refuse_others,
+    scaling_fields,
     shortest_pattern,
+    uneven_heads,
     window_of,
 )
 from braeburn.reading import shown
@@ -47,40 +50,15 @@ PATTERN_LENGTH = 6
 LARGEST = 62
 
 NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "layers/attention_norm": "model.layers.{}.input_layernorm.weight",
-    "layers/query": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/query_norm": "model.layers.{}.self_attn.q_norm.weight",
-    "layers/key": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/key_norm": "model.layers.{}.self_attn.k_norm.weight",
-    "layers/value": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/attention_output": "model.layers.{}.self_attn.o_proj.weight",
+    **llama.NAMES,
     "layers/attention_output_norm": "model.layers.{}.post_attention_layernorm.weight",
     "layers/ffn_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
-    "layers/gate": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/up": "model.layers.{}.mlp.up_proj.weight",
-    "layers/down": "model.layers.{}.mlp.down_proj.weight",
     "layers/ffn_output_norm": "model.layers.{}.post_feedforward_layernorm.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
 }
 GGUF_NAMES = {
-    "embedding": "token_embd.weight",
-    "layers/attention_norm": "blk.{}.attn_norm.weight",
-    "layers/query": "blk.{}.attn_q.weight",
-    "layers/query_norm": "blk.{}.attn_q_norm.weight",
-    "layers/key": "blk.{}.attn_k.weight",
-    "layers/key_norm": "blk.{}.attn_k_norm.weight",
-    "layers/value": "blk.{}.attn_v.weight",
-    "layers/attention_output": "blk.{}.attn_output.weight",
+    **llama.GGUF_NAMES,
     "layers/attention_output_norm": "blk.{}.post_attention_norm.weight",
-    "layers/ffn_norm": "blk.{}.ffn_norm.weight",
-    "layers/gate": "blk.{}.ffn_gate.weight",
-    "layers/up": "blk.{}.ffn_up.weight",
-    "layers/down": "blk.{}.ffn_down.weight",
     "layers/ffn_output_norm": "blk.{}.post_ffw_norm.weight",
-    "final_norm": "output_norm.weight",
-    "head": "output.weight",
 }
 
 
@@ -147,12 +125,7 @@ def _layer_types(contents: Contents, num_layers: int) -> list[str]:
         return [
             "sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)
         ]
-    for kind in found:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UserError(
-                f"layer_types={shown(kind)} cannot be imported; choose a model with "
-                f"layer_types='full_attention' and 'sliding_attention'"
-            )
+    check_layer_types(found, "'full_attention' and 'sliding_attention'")
     if len(found) != num_layers:
         raise UserError(
             f"layer_types names {len(found)} layers and num_hidden_layers={num_layers}; download "
@@ -196,22 +169,16 @@ def _sliding(model: ModelConfig) -> SlidingAttention | None:
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
-    sliding, scaling = _sliding(model), model.rope_scaling
+    sliding, stretched = _sliding(model), scaling_fields(model)
     scale = model.layer_configs[0].attention.scale
     local = (sliding.rope_base if sliding else None) or LOCAL_ROPE_THETA
-    stretched: dict[str, Any] = {}
-    if scaling is not None:
-        stretched = {"rope_type": scaling.kind}
-        stretched |= {field: getattr(scaling, field) for field in SCALINGS[scaling.kind]}
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": model.head_dim if scale is None else round(scale**-2),
         "sliding_window": sliding.window if sliding else DEFAULTS.sliding_window,
         "layer_types": [
-            "sliding_attention"
-            if isinstance(layer.attention, SlidingAttention)
-            else "full_attention"
-            for layer in model.layer_configs
+            "sliding_attention" if is_sliding else "full_attention"
+            for is_sliding in _are_sliding(model)
         ],
         # transformers 5 reads the first of these, transformers 4 the others.
         "rope_parameters": {
@@ -222,16 +189,6 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
         "rope_local_base_freq": local,
         "rope_scaling": stretched or None,
     }
-
-
-def _refusal(model: ModelConfig) -> str | None:
-    if model.d_model % model.num_heads == 0:
-        return None
-    fits = -(-model.d_model // model.num_heads) * model.num_heads
-    return (
-        f"d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
-        f"transformers refuses in a Gemma 3; train with d_model={fits}"
-    )
 
 
 def _gguf_keys(model: ModelConfig) -> Mapping[str, Any]:
@@ -265,7 +222,7 @@ FAMILY = Family(
     names=NAMES,
     parse=_parse,
     fields=_fields,
-    refusal=_refusal,
+    refusal=lambda model: uneven_heads(model, "a Gemma 3"),
     norm_offset=1.0,
     gguf=Gguf("gemma3", GGUF_NAMES, keys=_gguf_keys, refusal=_gguf_refusal),
 )

@@ -13,6 +13,7 @@ from braeburn.models.families.fields import (
     refuse_others,
     rope_fields,
     sliding_layer_types,
+    uneven_heads,
     window_of,
 )
 
@@ -74,13 +75,8 @@ def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
 
 
 def _refusal(model: ModelConfig) -> str | None:
-    if model.d_model % model.num_heads == 0:
-        return None
-    fits = -(-model.d_model // model.num_heads) * model.num_heads
-    return (
-        f"d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
-        f"transformers refuses in a Llama; train with d_model={fits} or with qk_norm=true"
-    )
+    refusal = uneven_heads(model, "a Llama")
+    return refusal and f"{refusal} or with qk_norm=true"
 
 
 FAMILY = Family(

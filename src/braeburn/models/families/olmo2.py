@@ -5,6 +5,7 @@ heads of queries and of keys.
 from typing import Any
 
 from braeburn.config import FullAttention, LayerConfig, ModelConfig
+from braeburn.models.families import llama
 from braeburn.models.families.definition import Family, Gguf
 from braeburn.models.families.fields import (
     Contents,
@@ -23,37 +24,16 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 LAYER = LayerConfig(attention=FullAttention(qk_norm="width"), norms="after")
 
+# A Llama's and those of other norms, in whose place it has none of a Llama's.
 NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "layers/query": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/query_norm": "model.layers.{}.self_attn.q_norm.weight",
-    "layers/key": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/key_norm": "model.layers.{}.self_attn.k_norm.weight",
-    "layers/value": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/attention_output": "model.layers.{}.self_attn.o_proj.weight",
+    **llama.NAMES,
     "layers/attention_output_norm": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/gate": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/up": "model.layers.{}.mlp.up_proj.weight",
-    "layers/down": "model.layers.{}.mlp.down_proj.weight",
     "layers/ffn_output_norm": "model.layers.{}.post_feedforward_layernorm.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
 }
 GGUF_NAMES = {
-    "embedding": "token_embd.weight",
-    "layers/query": "blk.{}.attn_q.weight",
-    "layers/query_norm": "blk.{}.attn_q_norm.weight",
-    "layers/key": "blk.{}.attn_k.weight",
-    "layers/key_norm": "blk.{}.attn_k_norm.weight",
-    "layers/value": "blk.{}.attn_v.weight",
-    "layers/attention_output": "blk.{}.attn_output.weight",
+    **llama.GGUF_NAMES,
     "layers/attention_output_norm": "blk.{}.post_attention_norm.weight",
-    "layers/gate": "blk.{}.ffn_gate.weight",
-    "layers/up": "blk.{}.ffn_up.weight",
-    "layers/down": "blk.{}.ffn_down.weight",
     "layers/ffn_output_norm": "blk.{}.post_ffw_norm.weight",
-    "final_norm": "output_norm.weight",
-    "head": "output.weight",
 }
 
 
