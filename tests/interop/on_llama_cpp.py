@@ -26,10 +26,12 @@ from braeburn.data.tokenizer import PATTERN, Tokenizer, train
 from braeburn.interop import gguf, huggingface
 from braeburn.layers.spec import Tree, map_specs
 from braeburn.models import decoder
+from braeburn.models.families import gemma3, olmo2
 from braeburn.train.trained import load
 from support import process
 
 FLOAT32 = Precision(compute="float32")
+OLMO2: dict[str, Any] = {"qk_norm": False, "tied_embeddings": False, "pattern": (olmo2.LAYER,)}
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 UNSEEN = ["argparse.py", "tarfile.py", "inspect.py"]
 LENGTH = 128
@@ -365,8 +367,31 @@ def draw(model: ModelConfig) -> Tree:
         small(qk_norm=False),
         small(qk_norm=False, tied_embeddings=False, head_dim=64, norm_epsilon=1e-2),
         small(qk_norm=False, rope_scaling=RopeScaling(original_max_position_embeddings=64)),
+        # Windows shorter than the text, and a last repeat of the pattern that is cut short.
+        small(num_layers=8, rope_base=1e6, scaled_embedding=True, pattern=gemma3.pattern(48)),
+        small(
+            num_layers=7,
+            num_kv_heads=3,
+            rope_base=1e6,
+            rope_scaling=RopeScaling(kind="linear", factor=8.0),
+            scaled_embedding=True,
+            tied_embeddings=False,
+            pattern=(*gemma3.layers(64), *gemma3.layers(64)[:1]),
+        ),
+        small(num_heads=3, num_kv_heads=3, **OLMO2),
+        small(num_heads=3, num_kv_heads=1, norm_epsilon=1e-2, **OLMO2),
     ],
-    ids=["qwen3", "qwen3-untied-linear", "llama", "llama-untied-wide-heads", "llama-llama3"],
+    ids=[
+        "qwen3",
+        "qwen3-untied-linear",
+        "llama",
+        "llama-untied-wide-heads",
+        "llama-llama3",
+        "gemma3",
+        "gemma3-untied-linear-of-another-pattern",
+        "olmo2",
+        "olmo2-grouped",
+    ],
 )
 def test_logits_are_ours(model: ModelConfig, tmp_path: Path) -> None:
     """Up to llama.cpp's products, whose activations are float16 where weights are."""

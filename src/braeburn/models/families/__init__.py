@@ -3,7 +3,8 @@
 from braeburn.config import ModelConfig
 from braeburn.discovery import modules_of
 from braeburn.errors import UserError
-from braeburn.models.families.definition import Family
+from braeburn.models.families.definition import Family, undescribed_fields
+from braeburn.reading import shown
 
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY for module in modules_of(__name__, __path__) if hasattr(module, "FAMILY")
@@ -18,9 +19,18 @@ def family_of(model: ModelConfig) -> Family:
     Raises:
         UserError: other software has no such model.
     """
-    for family in FAMILIES:
-        if family.matches(model):
+    matching = [family for family in FAMILIES if family.matches(model)]
+    for family in matching:
+        if not undescribed_fields(model, family):
             return family
+    if matching:
+        name = undescribed_fields(model, matching[0])[0]
+        usual = type(model).model_fields[name].get_default(call_default_factory=True)
+        raise UserError(
+            f"model.{name}={shown(getattr(model, name))} is nothing that files of type "
+            f"{matching[0].model_type} describe; keep it as a run directory, or train with "
+            f"model.{name}={shown(usual)}"
+        )
     known = ", ".join(family.model_type for family in FAMILIES)
     raise UserError(
         f"no other software has a model of these layers (known are {known}); keep it as a run "

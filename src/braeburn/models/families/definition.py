@@ -7,6 +7,32 @@ from typing import Any
 from braeburn.config import ModelConfig
 from braeburn.models.families.fields import Contents, Defaults
 
+# The fields of a `ModelConfig` that every family describes in its own words or compares in
+# `matches`, and those that change nothing that is computed. A model with any other field set is one
+# of those families alone that name the field.
+KNOWN_FIELDS = frozenset(
+    {
+        "vocab_size",
+        "d_model",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "ffn_dim",
+        "qk_norm",
+        "tied_embeddings",
+        "norm_epsilon",
+        "rope_base",
+        "rope_scaling",
+        "z_loss",
+        "scan_layers",
+        "max_position_embeddings",
+        "pattern",
+        "tail_pattern",
+        "tail_layers",
+    }
+)
+
 # Our parameter -> name of the tensor. Of a layer's parameters the key is "layers/" and the
 # parameter's own name, and the tensor's name has `{}` for the number of the layer.
 Names = Mapping[str, str]
@@ -46,6 +72,7 @@ class Family:
         fields: (model) -> the fields of a `config.json` beside those of all families.
         refusal: (model) -> why transformers would refuse it, with a way out; None where it would
             not.
+        more_fields: of a `ModelConfig` that this family describes beside `KNOWN_FIELDS`.
         norm_offset: what a norm multiplies by beyond the value that is stored.
         gguf: how it stands in GGUF files; None where llama.cpp has no such family.
     """
@@ -58,13 +85,26 @@ class Family:
     parse: Callable[[Contents, Defaults], dict[str, Any]]
     fields: Callable[[ModelConfig], Mapping[str, Any]] = lambda model: {}
     refusal: Callable[[ModelConfig], str | None] = lambda model: None
+    more_fields: frozenset[str] = frozenset()
     norm_offset: float = 0.0
     gguf: Gguf | None = field(default=None)
 
 
+def undescribed_fields(model: ModelConfig, family: Family) -> list[str]:
+    """The fields of a model that are not at their defaults and of which a family knows nothing, so
+    that what it writes would be another model.
+    """
+    return [
+        name
+        for name, field in type(model).model_fields.items()
+        if name not in KNOWN_FIELDS | family.more_fields
+        and getattr(model, name) != field.get_default(call_default_factory=True)
+    ]
+
+
 def is_plain(model: ModelConfig) -> bool:
-    """Whether all layers are as the configuration has them by default, and the embedding as well:
-    full attention and SwiGLU behind a norm each.
+    """Whether all layers are as the configuration has them by default: full attention and SwiGLU
+    behind a norm each.
     """
     usual = ModelConfig.model_fields["pattern"].default[0]
-    return all(layer == usual for layer in model.layer_configs) and not model.scaled_embedding
+    return all(layer == usual for layer in model.layer_configs)

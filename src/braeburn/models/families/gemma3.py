@@ -223,6 +223,7 @@ FAMILY = Family(
     parse=_parse,
     fields=_fields,
     refusal=lambda model: uneven_heads(model, "a Gemma 3"),
+    more_fields=frozenset({"scaled_embedding"}),
     norm_offset=1.0,
     gguf=Gguf("gemma3", GGUF_NAMES, keys=_gguf_keys, refusal=_gguf_refusal),
 )

@@ -65,7 +65,7 @@ def _gguf_refusal(model: ModelConfig) -> str | None:
 FAMILY = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
-    matches=lambda model: set(model.layer_configs) == {LAYER} and not model.scaled_embedding,
+    matches=lambda model: set(model.layer_configs) == {LAYER},
     types={"olmo2": Defaults(rms_norm_eps=1e-5)},
     names=NAMES,
     parse=_parse,
