@@ -76,8 +76,8 @@ def measure(state: TrainState, checksums: bool, parent: Path | None) -> tuple[fl
     """Seconds until `save` returns, until the checkpoint is complete, and for reading it."""
     none = {"hash_files": lambda *_, **__: {}, "list_files": lambda _: {}}
     without = contextlib.nullcontext() if checksums else mock.patch.multiple(record, **none)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
     with tempfile.TemporaryDirectory(dir=parent) as folder, without:
         checkpoints = Checkpoints(Path(folder), Checkpoint())
         jax.block_until_ready(state)

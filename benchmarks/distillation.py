@@ -1,10 +1,10 @@
-"""What a teacher is worth: next-token accuracy and bits per byte of one student, taught in three
+"""What a teacher is worth: next-token accuracy and bits per byte of one student, distilled in three
 ways and not at all.
 
 One teacher, wider and trained for longer, is made once. For each seed the same student then sees
 the same number of tokens without it, with its top-1 token as the label (0.9, and 0.1 of the
 text: AFM, arXiv 2407.21075), with its top 8 tokens, and with its whole distribution. Stages
-with a teacher cut text at fixed places, and the one without does not: apart from that and the
+with a teacher cut text at fixed positions, and the one without does not: apart from that and the
 targets, the arms are the same.
 """
 
@@ -55,7 +55,7 @@ def small_run(
     width = arguments.d_model if teacher else arguments.teacher_d_model
     steps_of = arguments.tokens if teacher else arguments.teacher_tokens
     distillation = TARGETS[target]
-    taught = {"teacher": str(teacher), "distillation": distillation} if distillation else {}
+    distilled = {"teacher": str(teacher), "distillation": distillation} if distillation else {}
     stage = Stage(
         tokens=steps_of,
         sequence_length=64,
@@ -64,7 +64,7 @@ def small_run(
         learning_rate=arguments.learning_rate,
         weight_decay=3.16e-4,
         schedule=Schedule(warmup_steps=10, floor=0.02),
-        **taught,
+        **distilled,
     )
     return Run(
         name="student" if teacher else "teacher",
@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace, found: dict[str, Source]) -> dict[str
     """The teacher, and the students of each seed by target."""
     out = arguments.out
     teacher = small_run(arguments, found, teacher=None, seed=0, target="no teacher")
-    taught = result_of(teacher, out / "teacher")
+    of_teacher = result_of(teacher, out / "teacher")
     students = [
         {
             target: result_of(
@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace, found: dict[str, Source]) -> dict[str
         }
         for seed in arguments.seeds
     ]
-    return {"teacher": taught, "students": students}
+    return {"teacher": of_teacher, "students": students}
 
 
 def report(result: dict[str, Any]) -> str:

@@ -124,7 +124,7 @@ def main() -> int:
         f"{arguments.compute}:\n"
         f"  student alone      {reference / 2**20:>9,.1f} MiB\n"
         f"  teacher's weights  {teacher_bytes / 2**20:>9,.1f} MiB\n"
-        f"  with a teacher that teaches         less its weights, of the student alone"
+        f"  with an online teacher              less its weights, of the student alone"
     )
     for row in rows:
         print(f"    {row['target']:<16} {row['bytes'] / 2**20:>9,.1f} MiB   {row['ratio']:.2f}")

@@ -72,16 +72,20 @@ def expected(
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     output = np.einsum("bnqs,bsnh->bqnh", weights, wide_value)
-    slope = np.einsum("bqnh,bsnh->bnqs", gradient, wide_value)
-    slope = weights * (slope - np.einsum("bqnh,bqnh->bnq", gradient, output)[..., None]) * scale
+    logit_gradient = np.einsum("bqnh,bsnh->bnqs", gradient, wide_value)
+    logit_gradient = (
+        weights
+        * (logit_gradient - np.einsum("bqnh,bqnh->bnq", gradient, output)[..., None])
+        * scale
+    )
 
     def grouped(x: np.ndarray) -> np.ndarray:
         return x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3)
 
     return (
         output,
-        np.einsum("bnqs,bsnh->bqnh", slope, wide_key),
-        grouped(np.einsum("bnqs,bqnh->bsnh", slope, query)),
+        np.einsum("bnqs,bsnh->bqnh", logit_gradient, wide_key),
+        grouped(np.einsum("bnqs,bqnh->bsnh", logit_gradient, query)),
         grouped(np.einsum("bnqs,bqnh->bsnh", weights, gradient)),
     )
 

@@ -63,8 +63,8 @@ def whole_logits_loss(
     hidden = decoder.forward(params, inputs, run.model, run.execution("only", ONE_DEVICE))
     logits = jnp.einsum("BTD,VD->BTV", hidden, decoder.head_matrix(params))
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-    nll = jnp.sum(batch["weights"] * (log_z - chosen))
+    target_logit = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    nll = jnp.sum(batch["weights"] * (log_z - target_logit))
     return nll + run.model.z_loss * jnp.sum(batch["weights"] * jnp.square(log_z)), {"loss": nll}
 
 

@@ -92,13 +92,13 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
     described = gguf.File(run.stages[stage].sequence_length, kind, name)
     gguf.write(file, params, model, prepared.tokenizer, described)
 
-    store = prepared.held_out[SOURCE]
-    if store is None:
+    shards = prepared.held_out[SOURCE]
+    if shards is None:
         raise UserError(
             f"data.held_out={run.data.held_out} holds out no file of {SOURCE}; raise it"
         )
     evaluate = evaluator(model, prepared.tokenizer.token_bytes, one_device(specs, run.precision))
-    batches = held_out_batches(store, length, BATCH_TOKENS // length, store.tokens + length)
+    batches = held_out_batches(shards, length, BATCH_TOKENS // length, shards.tokens + length)
     return {
         "model": name,
         "parameters": count(specs),
@@ -108,7 +108,7 @@ def row(name: str, run: Run, directory: Path, prepared: "Prepared") -> dict[str,
         "tokens_as_student": tokens_until(run, stage, first="core")
         if stage not in ("larger", "prune")
         else 0,
-        "held_out": measure(evaluate, params, batches, store.byte_ratio),
+        "held_out": measure(evaluate, params, batches, shards.byte_ratio),
     }
 
 

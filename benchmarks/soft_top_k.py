@@ -2,7 +2,7 @@
 as many distractors.
 
 The teacher is a random SwiGLU FFN. The student holds the teacher's hidden units, each a little off,
-at random places among distractors drawn from the same distribution, whose output is only in the
+at random indices among distractors drawn from the same distribution, whose output is only in the
 way. Scores start at zero, so that nothing tells the two apart, and are learned jointly with the
 weights from the teacher's outputs while the temperature falls, as in a stage that prunes. Beside it
 stands what the norms of the student's first weights would keep.
@@ -54,7 +54,7 @@ def units(key: Array, width: int, count: int) -> Weights:
 
 
 def student(key: Array, teacher: Weights, distractors: int) -> tuple[Weights, Array]:
-    """The teacher's units, a little off, at random places among distractors; and those places,
+    """The teacher's units, a little off, at random indices among distractors; and their indices,
     ascending.
     """
     width, planted = teacher["gate"].shape
@@ -63,14 +63,14 @@ def student(key: Array, teacher: Weights, distractors: int) -> tuple[Weights, Ar
     # As large as those of the planted units: norms must not tell which is which.
     others["down"] *= (distractors / planted) ** 0.5
     off = units(noise, width, planted)
-    places = jax.random.permutation(order, planted + distractors)
+    indices = jax.random.permutation(order, planted + distractors)
 
     def placed(name: str) -> Array:
         axis = 0 if name == "down" else 1
         own = (teacher[name] + NOISE * off[name]) / (1 + NOISE**2) ** 0.5
-        return jnp.take(jnp.concatenate([own, others[name]], axis), places, axis)
+        return jnp.take(jnp.concatenate([own, others[name]], axis), indices, axis)
 
-    return {name: placed(name) for name in teacher}, jnp.flatnonzero(places < planted)
+    return {name: placed(name) for name in teacher}, jnp.flatnonzero(indices < planted)
 
 
 def learned(
@@ -102,8 +102,10 @@ def learned(
         )
         temperature = jnp.where(progress < 1, falling, 0.0)
         x = jax.random.normal(jax.random.fold_in(key, number), (batch, width))
-        (value, deviation), slope = jax.value_and_grad(loss, has_aux=True)(values, x, temperature)
-        updates, state = optimizer.update(slope, state)
+        (value, deviation), gradient = jax.value_and_grad(loss, has_aux=True)(
+            values, x, temperature
+        )
+        updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(values, updates), state), (value, deviation)
 
     train = jax.jit(

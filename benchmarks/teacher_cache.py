@@ -1,9 +1,9 @@
-"""What it takes to keep a teacher's words on ten million tokens: bytes, seconds, and what a kill
+"""What it takes to cache a teacher's labels of ten million tokens: bytes, seconds, and what a kill
 costs.
 
 The text is Python code: the standard library's and that of installed packages. A small teacher is
 trained on it for a few steps and then labels all of it for a student, in a process that is killed
-in the middle and started again. A second student has the same teacher at hand instead. Wanted are
+in the middle and started again. A second student has the same teacher online instead. Wanted are
 the labels of `TOKENS` tokens or more, on at most `BYTES_PER_TOKEN` bytes each, complete parts that
 the kill leaves as they are, and students with the same losses. It needs half a gigabyte of disk.
 """
@@ -107,7 +107,7 @@ def finish(process: subprocess.Popen[bytes], out: Path) -> None:
         raise SystemExit(f"error: braeburn train failed:\n{out.with_suffix('.log').read_text()}")
 
 
-def stores(cache: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def label_folders(cache: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Every folder of a teacher's labels, complete or not, and its manifest."""
     for manifest in cache.glob("stores/*.teacher-*/manifest.json"):
         with suppress(FileNotFoundError):  # renamed meanwhile
@@ -117,7 +117,7 @@ def stores(cache: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def complete_parts(cache: Path) -> dict[tuple[int, int, int], int]:
     """The tokens of each complete part by what tells its file from any that is written again."""
     found = {}
-    for folder, manifest in stores(cache):
+    for folder, manifest in label_folders(cache):
         for index, part in enumerate(manifest["parts"]):
             status = (folder / f"part-{index:05d}.bin").stat()
             found[status.st_ino, status.st_size, status.st_mtime_ns] = part["tokens"]
@@ -131,7 +131,7 @@ def kill_while_labelling(process: subprocess.Popen[bytes], out: Path, cache: Pat
     first: tuple[float, int] | None = None
     while process.poll() is None:
         time.sleep(0.02)
-        for folder, manifest in stores(cache):
+        for folder, manifest in label_folders(cache):
             done = sum(part["tokens"] for part in manifest["parts"])
             if first is None and done:
                 first = time.perf_counter(), done
@@ -151,7 +151,7 @@ def kill_while_labelling(process: subprocess.Popen[bytes], out: Path, cache: Pat
 
 
 def losses(out: Path) -> list[tuple[float, float]]:
-    """Those of the student's steps: the text's, and the teacher's part."""
+    """The losses of the student's steps: on the text, and of the distillation."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [(row["loss"], row["distillation_loss"]) for row in rows if row["stage"] == "student"]
 
@@ -172,17 +172,17 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     recipe.write_text(
         RECIPE.format(vocab_size=arguments.vocab_size, steps=arguments.steps, **fields)
     )
-    kept, at_hand = folder / "kept", folder / "at-hand"
+    cached, online = folder / "cached", folder / "online"
     began = time.perf_counter()
-    speed = kill_while_labelling(begin(recipe, kept, "--json"), kept, cache)
+    speed = kill_while_labelling(begin(recipe, cached, "--json"), cached, cache)
     before, seconds = complete_parts(cache), time.perf_counter() - began
     began = time.perf_counter()
-    finish(begin(recipe, kept), kept)
+    finish(begin(recipe, cached), cached)
     again, after = time.perf_counter() - began, complete_parts(cache)
-    whole = [folder for folder, _ in stores(cache)]
+    whole = [folder for folder, _ in label_folders(cache)]
     tokens = sum(after.values())
-    finish(begin(recipe, at_hand, "--set", "stages.student.distillation.cached=false"), at_hand)
-    pairs = list(zip(losses(kept), losses(at_hand), strict=True))
+    finish(begin(recipe, online, "--set", "stages.student.distillation.cached=false"), online)
+    pairs = list(zip(losses(cached), losses(online), strict=True))
     return {
         "tokens": tokens,
         "parts": len(after),
@@ -245,7 +245,7 @@ def main() -> int:
     print(
         f"largest difference  {found['largest_difference']:>12.1e}   of losses in "
         f"{found['steps']} steps with the "
-        f"teacher at hand, at most {DIFFERENCE:g} wanted: {verdict['largest_difference']}"
+        f"teacher online, at most {DIFFERENCE:g} wanted: {verdict['largest_difference']}"
     )
     print(
         f"tokens a second     {found['tokens_per_second']:>12,.0f}   load average "

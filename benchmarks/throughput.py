@@ -36,12 +36,12 @@ def random_batch(stage: "Stage", vocab_size: int, seed: int) -> "dict[str, np.nd
     tokens = generator.integers(0, vocab_size, (shape[0], shape[1] + 1), np.int32)
     starts = generator.random(shape) < 4 / stage.sequence_length
     starts[:, 0] = True
-    place = np.arange(shape[1], dtype=np.int32)
+    index = np.arange(shape[1], dtype=np.int32)
     return {
         "inputs": np.ascontiguousarray(tokens[:, :-1]),
         "targets": np.ascontiguousarray(tokens[:, 1:]),
-        "positions": place
-        - np.maximum.accumulate(np.where(starts, place, 0), axis=1).astype(np.int32),
+        "positions": index
+        - np.maximum.accumulate(np.where(starts, index, 0), axis=1).astype(np.int32),
         "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32),
         "weights": np.ones(shape, np.float32),
     }

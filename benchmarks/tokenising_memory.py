@@ -64,7 +64,7 @@ def prepare(path: Path, cache: Path) -> None:
     seconds = time.perf_counter() - began
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    tokens = sum(store.tokens for store in prepared.train.values())
+    tokens = sum(shards.tokens for shards in prepared.train.values())
     print(json.dumps({"tokens": tokens, "seconds": seconds, "peak": peak}))
 
 

@@ -62,7 +62,14 @@ import pytest  # noqa: E402
 
 # Shapes and types that functions of these packages are annotated with are checked at every call,
 # which under `jit` is once for each compilation.
-CHECKED = ("braeburn.layers", "braeburn.models", "braeburn.parallel")
+CHECKED = (
+    "braeburn.layers",
+    "braeburn.models",
+    "braeburn.objectives",
+    "braeburn.optim",
+    "braeburn.parallel",
+    "braeburn.transforms",
+)
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 from braeburn.config import Run, override  # noqa: E402

@@ -127,7 +127,7 @@ def cases() -> dict[str, Run]:
         for mesh in MESHES
     }
     for name, stage in COMPRESSIONS.items():
-        teacher = {"teacher": "kept elsewhere"} if "distillation" in stage else {}
+        teacher = {"teacher": "elsewhere"} if "distillation" in stage else {}
         found[name] = run_of("qwen3", "adamw", "one device", **stage, **teacher)
     return found
 
@@ -143,13 +143,13 @@ def batch(step: int) -> dict[str, np.ndarray]:
         tokens[:, at] = (5 * tokens[:, at - 1] + noise[:, at]) % VOCABULARY
     begins = rng.random((SEQUENCES, LENGTH)) < 1 / 16
     begins[:, 0] = True
-    place = np.arange(LENGTH, dtype=np.int32)
+    index = np.arange(LENGTH, dtype=np.int32)
     weights = np.ones((SEQUENCES, LENGTH), np.float32)
     weights[-1, LENGTH // 2 :] = 0
     return {
         "inputs": np.ascontiguousarray(tokens[:, :-1]),
         "targets": np.ascontiguousarray(tokens[:, 1:]),
-        "positions": (place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)).astype(
+        "positions": (index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)).astype(
             np.int32
         ),
         "segment_ids": np.cumsum(begins, axis=1, dtype=np.int32),
@@ -160,7 +160,7 @@ def batch(step: int) -> dict[str, np.ndarray]:
 def losses(run: Run) -> list[float]:
     """The loss of each step."""
     teacher = run.model if run.stages["core"].teacher else None
-    stage = resolve_stage(run, "core").taught_by(teacher)
+    stage = resolve_stage(run, "core").with_teacher(teacher)
     layout = stage.layout
     rows = layout.rows(SEQUENCES)
 

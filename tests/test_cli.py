@@ -117,7 +117,7 @@ def chain():
     stages = {
         "larger": core,
         "cut": core | {"pruning": Pruning(keep={"ffn": 80})},
-        "taught": core
+        "distilled": core
         | {"teacher": "larger", "distillation": Distillation(target="top_k", cached=True)},
         "rounded": core | {"quantization": Quantization()},
     }
@@ -137,7 +137,7 @@ def test_explain_tells_what_each_stage_makes_of_the_model(tmp_path: Path) -> Non
     table = braeburn("explain", recipe).out
     for words in (
         "prunes to ffn=80 by soft_top_k",
-        "taught by larger: top 8, cached, weight 0.9",
+        "distilled from larger: top 8, cached, weight 0.9",
         "rounds to int4",
     ):
         assert words in table

@@ -18,7 +18,7 @@ from braeburn.data import loader
 from braeburn.data.corpus import Document
 from braeburn.data.loader import Batches, held_out_batches, prefetch
 from braeburn.data.packing import Batch
-from braeburn.data.store import TokenStore, build_store
+from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import train
 from braeburn.errors import UserError
 
@@ -40,36 +40,36 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStore]:
-    folder = tmp_path_factory.mktemp("stores")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenShards]:
+    folder = tmp_path_factory.mktemp("shards")
     for name, count in (("a", 40), ("b", 15)):
-        build_store(
+        build_token_shards(
             folder / name, [Document("", f"{name}{i} " * (i + 1)) for i in range(count)], TOKENIZER
         )
-    return {name: TokenStore.open(folder / name, TOKENIZER.hash) for name in "ab"}
+    return {name: TokenShards.open(folder / name, TOKENIZER.hash) for name in "ab"}
 
 
 def same(a: Batch, b: Batch) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[field], b[field]) for field in a)
 
 
-def test_batches_depend_on_seed_stage_and_step_alone(stores: dict[str, TokenStore]) -> None:
-    batches = Batches(STAGE, "core", 0, stores)
+def test_batches_depend_on_seed_stage_and_step_alone(shards: dict[str, TokenShards]) -> None:
+    batches = Batches(STAGE, "core", 0, shards)
     assert len(batches) == 12
     for field, values in batches[3].items():
         assert (values.shape, values.dtype) == ((6, 16), FIELDS[field])
     assert batches[3].keys() == FIELDS.keys()
-    assert all(same(batches[i], Batches(STAGE, "core", 0, stores)[i]) for i in reversed(range(12)))
+    assert all(same(batches[i], Batches(STAGE, "core", 0, shards)[i]) for i in reversed(range(12)))
     assert not same(batches[0], batches[1])
-    assert not same(batches[0], Batches(STAGE, "core", 1, stores)[0])
-    assert not same(batches[0], Batches(STAGE, "decay", 0, stores)[0])
+    assert not same(batches[0], Batches(STAGE, "core", 1, shards)[0])
+    assert not same(batches[0], Batches(STAGE, "decay", 0, shards)[0])
     with pytest.raises(IndexError):
         batches[12]
 
 
-def test_batches_stay_what_they_were(stores: dict[str, TokenStore]) -> None:
+def test_batches_stay_what_they_were(shards: dict[str, TokenShards]) -> None:
     """Runs that began earlier go on with the same text, over several epochs of both sources."""
-    batches = Batches(STAGE.model_copy(update={"tokens": 100 * 96}), "core", 0, stores)
+    batches = Batches(STAGE.model_copy(update={"tokens": 100 * 96}), "core", 0, shards)
     digest = hashlib.sha256()
     for step in range(100):
         for field, values in sorted(batches[step].items()):
@@ -77,30 +77,30 @@ def test_batches_stay_what_they_were(stores: dict[str, TokenStore]) -> None:
     assert digest.hexdigest() == "3fca1ba2a5cffe757eeb66244d63bcdf44bb68ac508db15cd4b753f62665d9e5"
 
 
-def test_a_teacher_meets_the_same_windows_in_every_epoch(stores: dict[str, TokenStore]) -> None:
+def test_a_teacher_meets_the_same_windows_in_every_epoch(shards: dict[str, TokenShards]) -> None:
     def seen(stage: Stage) -> set[bytes]:
-        batches = Batches(stage, "core", 0, stores)
+        batches = Batches(stage, "core", 0, shards)
         return {row.tobytes() for step in range(100) for row in batches[step]["inputs"]}
 
     stage = STAGE.model_copy(update={"tokens": 100 * 96, "mixture": {"a": 1.0}})
     cut = {
-        stores["a"].read(start, start + 16).tobytes()
-        for start in range(0, stores["a"].tokens - 15, 16)
+        shards["a"].read(start, start + 16).tobytes()
+        for start in range(0, shards["a"].tokens - 15, 16)
     }
     assert seen(stage.model_copy(update={"teacher": "larger"})) == cut
     assert len(seen(stage)) > 2 * len(cut)
 
 
 @pytest.mark.parametrize("start", [0, 5, 12])
-def test_prefetch_equals_indexing(stores: dict[str, TokenStore], start: int) -> None:
-    batches = Batches(STAGE, "core", 0, stores)
+def test_prefetch_equals_indexing(shards: dict[str, TokenShards], start: int) -> None:
+    batches = Batches(STAGE, "core", 0, shards)
     read = list(prefetch(batches, start, workers=0, prefetch=3))
     assert len(read) == 12 - start
     assert all(same(batch, batches[start + i]) for i, batch in enumerate(read))
 
 
-def test_prefetch_by_processes_equals_indexing(stores: dict[str, TokenStore]) -> None:
-    batches = Batches(STAGE, "core", 0, stores)
+def test_prefetch_by_processes_equals_indexing(shards: dict[str, TokenShards]) -> None:
+    batches = Batches(STAGE, "core", 0, shards)
     read = list(prefetch(batches, 5, workers=2, prefetch=2))
     assert len(read) == 7
     assert all(same(batch, batches[5 + i]) for i, batch in enumerate(read))
@@ -114,9 +114,11 @@ class Broken(Batches):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_of_workers_surface_as_they_are(stores: dict[str, TokenStore], workers: int) -> None:
+def test_errors_of_workers_surface_as_they_are(
+    shards: dict[str, TokenShards], workers: int
+) -> None:
     iterator: Iterator[Batch] = prefetch(
-        Broken(STAGE, "core", 0, stores), 0, workers=workers, prefetch=2
+        Broken(STAGE, "core", 0, shards), 0, workers=workers, prefetch=2
     )
     next(iterator)
     with pytest.raises(UserError) as error:
@@ -124,43 +126,44 @@ def test_errors_of_workers_surface_as_they_are(stores: dict[str, TokenStore], wo
     assert str(error.value) == "one sentence"
 
 
-def test_stopping_early_ends_the_reader(stores: dict[str, TokenStore]) -> None:
-    iterator = prefetch(Batches(STAGE, "core", 0, stores), 0, workers=0, prefetch=2)
+def test_stopping_early_ends_the_reader(shards: dict[str, TokenShards]) -> None:
+    iterator = prefetch(Batches(STAGE, "core", 0, shards), 0, workers=0, prefetch=2)
     assert len(list(islice(iterator, 2))) == 2
     iterator.close()  # type: ignore[attr-defined]
     assert list(iterator) == []
 
 
-def test_rows_of_processes_make_up_the_batch(stores: dict[str, TokenStore]) -> None:
-    whole = Batches(STAGE, "core", 0, stores)[4]
+def test_rows_of_processes_make_up_the_batch(shards: dict[str, TokenShards]) -> None:
+    whole = Batches(STAGE, "core", 0, shards)[4]
     parts = [
-        Batches(STAGE, "core", 0, stores, rows=rows)[4]
+        Batches(STAGE, "core", 0, shards, rows=rows)[4]
         for rows in (range(2), range(2, 3), range(3, 6))
     ]
     assert same(whole, {field: np.concatenate([part[field] for part in parts]) for field in whole})
 
 
-def test_a_sequence_longer_than_the_data_is_refused(stores: dict[str, TokenStore]) -> None:
+def test_a_sequence_longer_than_the_data_is_refused(shards: dict[str, TokenShards]) -> None:
     stage = Stage(
         tokens=10**6, sequence_length=10**5, batch_tokens=10**5, mixture={"a": 1}, learning_rate=1
     )
     with pytest.raises(UserError, match="sequence longer than the data: source 'a'"):
-        Batches(stage, "core", 0, stores)
+        Batches(stage, "core", 0, shards)
 
 
-def test_held_out_batches_have_one_shape(stores: dict[str, TokenStore]) -> None:
-    store = stores["b"]
-    batches = list(held_out_batches(store, 16, 4, max_tokens=10**9))
+def test_held_out_batches_have_one_shape(shards: dict[str, TokenShards]) -> None:
+    held_out = shards["b"]
+    batches = list(held_out_batches(held_out, 16, 4, max_tokens=10**9))
     assert {values.shape for batch in batches for values in batch.values()} == {(4, 16)}
     weights = np.concatenate([batch["weights"].ravel() for batch in batches])
-    assert weights.sum() == store.tokens
+    assert weights.sum() == held_out.tokens
     targets = np.concatenate([batch["targets"].ravel() for batch in batches])[weights > 0]
-    assert np.array_equal(targets, store.read(1, store.tokens + 1))
-    assert TOKENIZER.token_bytes[targets].sum() == store.text_bytes
-    few = list(held_out_batches(store, 16, 4, max_tokens=100))
+    assert np.array_equal(targets, held_out.read(1, held_out.tokens + 1))
+    assert TOKENIZER.token_bytes[targets].sum() == held_out.text_bytes
+    few = list(held_out_batches(held_out, 16, 4, max_tokens=100))
     assert sum(batch["weights"].sum() for batch in few) == 96
     assert (
-        sum(batch["weights"].sum() for batch in held_out_batches(store, 16, 4, max_tokens=1)) == 16
+        sum(batch["weights"].sum() for batch in held_out_batches(held_out, 16, 4, max_tokens=1))
+        == 16
     )
 
 
@@ -176,7 +179,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("refused_at", [0, 3])
 def test_a_thread_takes_over_where_processes_cannot_share_things(
-    stores: dict[str, TokenStore],
+    shards: dict[str, TokenShards],
     refused_at: int,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -191,7 +194,7 @@ def test_a_thread_takes_over_where_processes_cannot_share_things(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(loader, "_read_ahead", refusing)
-    batches = Batches(STAGE, "core", 0, stores)
+    batches = Batches(STAGE, "core", 0, shards)
     read = list(prefetch(batches, 2, workers=2, prefetch=2))
     assert len(read) == 10
     assert all(same(batch, batches[2 + i]) for i, batch in enumerate(read))
@@ -204,7 +207,7 @@ def test_a_thread_takes_over_where_processes_cannot_share_things(
 
 @pytest.mark.parametrize("limit", [0, 3])
 def test_training_reads_on_with_a_full_shared_memory(
-    stores: dict[str, TokenStore], limit: int, monkeypatch: pytest.MonkeyPatch
+    shards: dict[str, TokenShards], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = itertools.count()
     make = multiprocessing.synchronize.SemLock.__init__
@@ -215,17 +218,17 @@ def test_training_reads_on_with_a_full_shared_memory(
         make(*arguments, **options)
 
     monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
-    batches = Batches(STAGE, "core", 0, stores)
+    batches = Batches(STAGE, "core", 0, shards)
     read = list(prefetch(batches, 5, workers=2, prefetch=2))
     assert len(read) == 7
     assert all(same(batch, batches[5 + i]) for i, batch in enumerate(read))
 
 
-def test_training_reads_on_when_the_stores_are_deleted(tmp_path: Path) -> None:
+def test_training_reads_on_when_the_token_shards_are_deleted(tmp_path: Path) -> None:
     documents = [Document("", f"a{i} " * (i + 1)) for i in range(40)]
-    build_store(tmp_path / "a", documents, TOKENIZER)
-    store = TokenStore.open(tmp_path / "a", TOKENIZER.hash)
-    batches = Batches(STAGE.model_copy(update={"mixture": {"a": 1.0}}), "core", 0, {"a": store})
+    build_token_shards(tmp_path / "a", documents, TOKENIZER)
+    shards = TokenShards.open(tmp_path / "a", TOKENIZER.hash)
+    batches = Batches(STAGE.model_copy(update={"mixture": {"a": 1.0}}), "core", 0, {"a": shards})
     expected = [batches[step] for step in range(12)]
     shutil.rmtree(tmp_path / "a")
     assert all(map(same, prefetch(batches, 0, workers=2, prefetch=2), expected))

@@ -53,10 +53,10 @@ def test_builds_once_and_again_only_what_changed(run: Run, tmp_path: Path) -> No
     first = prepare(run, lines.append)
     assert first.tokenizer.vocab_size <= 300
     assert set(first.train) == set(first.held_out) == {"web", "books"}
-    for name, store in first.train.items():
+    for name, shards in first.train.items():
         held_out = first.held_out[name]
         assert held_out is not None and held_out.documents > 5
-        assert store.documents + held_out.documents == 200
+        assert shards.documents + held_out.documents == 200
     assert sum("trained a tokenizer" in line for line in lines) == 1
     assert sum("tokenised" in line for line in lines) == 4
 
@@ -127,7 +127,7 @@ def test_preparing_may_be_stopped_anywhere_and_goes_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = prepare(run, print)
-    monkeypatch.setattr("braeburn.data.store.BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("braeburn.data.token_shards.BATCH_CHARACTERS", 500)
     run = override(run, {"data.cache": str(tmp_path / "stopped")})
     for calls in itertools.count():
         try:
@@ -219,10 +219,9 @@ def test_evaluation_leaves_the_text_to_train_on_alone(run: Run, tmp_path: Path) 
     run = override(run, {"data.cache": str(tmp_path / "another")})
     prepared = prepare(run, print, tokenizer, only_held_out=True)
     assert prepared.train == {}
-    assert {name for name, store in prepared.held_out.items() if store and store.documents > 5} == {
-        "web",
-        "books",
-    }
+    assert {
+        name for name, shards in prepared.held_out.items() if shards and shards.documents > 5
+    } == {"web", "books"}
     assert sorted(
         path.name.rpartition("-")[0] for path in (tmp_path / "another/stores").iterdir()
     ) == ["books-held-out", "web-held-out"]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from braeburn.config import Execution, ModelConfig, Precision
 from braeburn.data.corpus import Document
 from braeburn.data.loader import held_out_batches
-from braeburn.data.store import TokenStore, build_store
+from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.evaluate.windows import evaluation_batches, padded_length, spans
 from braeburn.layers.spec import initialize
@@ -41,9 +41,9 @@ MODEL = ModelConfig(
 FLOAT32 = Precision(compute="float32")
 
 
-def store_of(folder: Path, texts: list[str], tokenizer: Tokenizer = TOKENIZER) -> TokenStore:
-    build_store(folder, [Document(str(i), text) for i, text in enumerate(texts)], tokenizer)
-    return TokenStore.open(folder, tokenizer.hash)
+def shards_of(folder: Path, texts: list[str], tokenizer: Tokenizer = TOKENIZER) -> TokenShards:
+    build_token_shards(folder, [Document(str(i), text) for i, text in enumerate(texts)], tokenizer)
+    return TokenShards.open(folder, tokenizer.hash)
 
 
 @given(st.integers(1, 3000), st.integers(1, 700), st.integers(1, 700))
@@ -60,12 +60,12 @@ def test_spans_score_each_token_once(tokens: int, length: int, stride: int) -> N
 
 @pytest.mark.parametrize("length", [64, 100, 512, 32_768])
 def test_what_is_computed_follows_the_text(length: int, tmp_path: Path) -> None:
-    store = store_of(tmp_path / "store", TEXTS)
-    batches = list(evaluation_batches(store, length, length, store.tokens, 4096))
+    shards = shards_of(tmp_path / "shards", TEXTS)
+    batches = list(evaluation_batches(shards, length, length, shards.tokens, 4096))
     computed = sum(batch["inputs"].size for batch in batches)
-    assert computed <= max(64, 2 * store.tokens) + length * (length < store.tokens)
+    assert computed <= max(64, 2 * shards.tokens) + length * (length < shards.tokens)
     assert len({batch["inputs"].shape for batch in batches}) <= 3
-    assert sum(batch["weights"].sum() for batch in batches) == store.tokens
+    assert sum(batch["weights"].sum() for batch in batches) == shards.tokens
 
 
 def test_lengths_of_windows() -> None:
@@ -81,30 +81,30 @@ def test_lengths_of_windows() -> None:
     assert padded_length(3, 10) == 10
 
 
-def measured(store: TokenStore, batches: Iterator[Any]) -> dict[str, float]:
+def measured(shards: TokenShards, batches: Iterator[Any]) -> dict[str, float]:
     params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(MODEL), 3))
     layout = one_device(decoder.param_specs(MODEL), FLOAT32)
     evaluate = evaluator(MODEL, TOKENIZER.token_bytes, layout)
-    return measure(evaluate, params, batches, store.byte_ratio)
+    return measure(evaluate, params, batches, shards.byte_ratio)
 
 
 def test_padding_changes_no_result(tmp_path: Path) -> None:
-    store = store_of(tmp_path / "store", TEXTS)
+    shards = shards_of(tmp_path / "shards", TEXTS)
     for length in (100, 1024):
-        found = measured(store, evaluation_batches(store, length, length, store.tokens, 4096))
-        padded = measured(store, held_out_batches(store, length, 8, store.tokens + length))
+        found = measured(shards, evaluation_batches(shards, length, length, shards.tokens, 4096))
+        padded = measured(shards, held_out_batches(shards, length, 8, shards.tokens + length))
         assert found == pytest.approx(padded, rel=1e-5)
-        assert found["bytes"] == store.text_bytes == sum(len(text.encode()) for text in TEXTS)
+        assert found["bytes"] == shards.text_bytes == sum(len(text.encode()) for text in TEXTS)
 
 
 def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
     """One document: each token is predicted from the window in which it is scored."""
-    store = store_of(tmp_path / "store", TEXTS[:1])
+    shards = shards_of(tmp_path / "shards", TEXTS[:1])
     length, stride = 64, 24
     params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(MODEL), 3))
-    tokens = store.read(0, store.tokens + 1)
+    tokens = shards.read(0, shards.tokens + 1)
     nll = 0.0
-    for span in spans(store.tokens, length, stride):
+    for span in spans(shards.tokens, length, stride):
         inputs = tokens[span.start : span.stop][None]
         positions = np.arange(inputs.shape[1])[None]
         hidden = decoder.forward(
@@ -112,11 +112,11 @@ def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
         )
         logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
         log_z = np.log(np.exp(logits).sum(-1))
-        for place in range(span.scored, span.stop):
-            nll += log_z[place - span.start] - logits[place - span.start, tokens[place + 1]]
-    found = measured(store, evaluation_batches(store, length, stride, store.tokens, 4096))
-    assert found["loss"] == pytest.approx(nll / store.tokens, rel=1e-5)
-    assert found["tokens"] == store.tokens
+        for index in range(span.scored, span.stop):
+            nll += log_z[index - span.start] - logits[index - span.start, tokens[index + 1]]
+    found = measured(shards, evaluation_batches(shards, length, stride, shards.tokens, 4096))
+    assert found["loss"] == pytest.approx(nll / shards.tokens, rel=1e-5)
+    assert found["tokens"] == shards.tokens
     assert found["bits_per_byte"] == pytest.approx(
         nll / math.log(2) / len(TEXTS[0].encode()), rel=1e-5
     )
@@ -145,19 +145,19 @@ def composed() -> Tokenizer:
 def test_bytes_are_those_of_the_text(make: Any, tmp_path: Path) -> None:
     tokenizer = make()
     texts = [unicodedata.normalize("NFD", f"caf\u00e9 {i} \u00c5ngstr\u00f6m") for i in range(20)]
-    store = store_of(tmp_path / "store", texts, tokenizer)
+    shards = shards_of(tmp_path / "shards", texts, tokenizer)
     size = sum(len(text.encode()) for text in texts)
-    tokens = store.read(0, store.tokens)
-    assert store.token_bytes == tokenizer.token_bytes[tokens].sum() != size
-    assert store.text_bytes == size
-    batches = evaluation_batches(store, 64, 64, store.tokens, 4096)
+    tokens = shards.read(0, shards.tokens)
+    assert shards.token_bytes == tokenizer.token_bytes[tokens].sum() != size
+    assert shards.text_bytes == size
+    batches = evaluation_batches(shards, 64, 64, shards.tokens, 4096)
 
     def evaluate(_: Any, batch: Any) -> dict[str, float]:
         weights = batch["weights"]
         counted = float((weights * tokenizer.token_bytes[batch["targets"]]).sum())
         return {"nll": 1.0, "correct": 0.0, "tokens": weights.sum(), "token_bytes": counted}
 
-    assert measure(evaluate, {}, batches, store.byte_ratio)["bytes"] == size
+    assert measure(evaluate, {}, batches, shards.byte_ratio)["bytes"] == size
 
 
 def test_the_command(finished: Path, tmp_path: Path) -> None:

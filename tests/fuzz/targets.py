@@ -100,8 +100,8 @@ def _read_sources(folder: Path) -> None:
 
 def _read_token_cache(folder: Path) -> None:
     prepared = prepare(_cached_run(folder), lambda line: None)
-    for store in prepared.train.values():
-        store.read(0, store.tokens)
+    for shards in prepared.train.values():
+        shards.read(0, shards.tokens)
 
 
 def _read_assignments(folder: Path) -> None:

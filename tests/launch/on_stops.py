@@ -235,10 +235,10 @@ def chain():
     short = core.model_copy(
         update={"tokens": 3 * core.batch_tokens, "schedule": Schedule(warmup_steps=1)}
     )
-    taught = short.model_copy(
+    distilled = short.model_copy(
         update={"teacher": "first", "distillation": Distillation(cached=True)}
     )
-    fields = {"name": "chain", "stages": {"first": short, "taught": taught}}
+    fields = {"name": "chain", "stages": {"first": short, "distilled": distilled}}
     return validate(run.model_copy(update=fields).model_dump())
 """
 

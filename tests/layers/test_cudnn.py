@@ -81,21 +81,23 @@ def backward_call(heads, given, causal, statistics, output, output_gradient):
         x.reshape(-1, *x.shape[2:]).astype(jnp.float32)[rows] for x in (output, output_gradient)
     )
     weights = jnp.where(jnp.isfinite(scores), jnp.exp(scores - statistics[..., None]), 0)
-    slope = weights * (
+    logit_gradient = weights * (
         jnp.einsum("sqnh,sknh->snqk", g, v) - jnp.einsum("sqnh,sqnh->snq", g, o)[..., None]
     )
-    slope *= q.shape[-1] ** -0.5
+    logit_gradient *= q.shape[-1] ** -0.5
 
     def grouped(x):
         return x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3)
 
     return (
-        scatter(query.shape, tokens, own, jnp.einsum("snqk,sknh->sqnh", slope, k), query.dtype),
+        scatter(
+            query.shape, tokens, own, jnp.einsum("snqk,sknh->sqnh", logit_gradient, k), query.dtype
+        ),
         scatter(
             key.shape,
             key_tokens,
             visible,
-            grouped(jnp.einsum("snqk,sqnh->sknh", slope, q)),
+            grouped(jnp.einsum("snqk,sqnh->sknh", logit_gradient, q)),
             key.dtype,
         ),
         scatter(
@@ -188,14 +190,14 @@ def test_split_sequences_attend_as_whole_ones_do(emulation, monkeypatch, lengths
     devices, split = jax.sharding.Mesh(jax.devices()[:shards], ("context",)), P(None, "context")
 
     def sharded(*arrays):
-        spread = jax.shard_map(
+        mapped = jax.shard_map(
             lambda *x: cudnn.packed_attention(*x, mesh),
             mesh=devices,
             in_specs=split,
             out_specs=split,
             check_vma=False,
         )
-        return spread(*(x[:, order] for x in arrays))[:, np.argsort(order)]
+        return mapped(*(x[:, order] for x in arrays))[:, np.argsort(order)]
 
     found = results(sharded, query, key, value, segments)
     expected = results(attention.blocked_attention, query, key, value, segments)

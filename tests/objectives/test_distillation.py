@@ -245,11 +245,11 @@ def test_top_k_labels_are_those_of_the_whole_distribution(k):
     expected = log_softmax(logits_of(*teacher))
     assert ids.dtype == jnp.int32 and log_probs.dtype == jnp.float32
     assert ids.shape == log_probs.shape == (3, 37, k)
-    chosen = np.take_along_axis(expected, np.asarray(ids), -1)
-    np.testing.assert_allclose(chosen, -np.sort(-expected, -1)[..., :k], atol=1e-5)
+    top = np.take_along_axis(expected, np.asarray(ids), -1)
+    np.testing.assert_allclose(top, -np.sort(-expected, -1)[..., :k], atol=1e-5)
     assert all(len(set(row)) == k for row in np.asarray(ids).reshape(-1, k))
     # Half a unit in the last place of float16, and float16 holds them.
-    np.testing.assert_allclose(log_probs, chosen, rtol=2**-11 + 1e-5)
+    np.testing.assert_allclose(log_probs, top, rtol=2**-11 + 1e-5)
     np.testing.assert_array_equal(
         log_probs, np.asarray(log_probs).astype(np.float16).astype(np.float32)
     )
@@ -337,16 +337,16 @@ def test_online_and_cached_labels_give_the_same_loss(kind):
         )
         return (total, loss_of_text(params, batch, STUDENT, FLOAT32)[1]["loss"], teacher_targets)
 
-    live, parts = jax.jit(minimised, static_argnums=3)(params, batch, teacher, settings)
+    online, parts = jax.jit(minimised, static_argnums=3)(params, batch, teacher, settings)
     total, nll, teacher_targets = jax.jit(by_hand)(params, batch, teacher)
-    np.testing.assert_allclose([live, parts["loss"]], [total, nll], rtol=1e-6)
+    np.testing.assert_allclose([online, parts["loss"]], [total, nll], rtol=1e-6)
     if kind != "distribution":
         batch = batch | {
             "teacher_ids": teacher_targets.ids,
             "teacher_log_probs": teacher_targets.log_probs,
         }
         cached, same = jax.jit(minimised, static_argnums=3)(params, batch, None, settings)
-        np.testing.assert_allclose([cached, *same.values()], [live, *parts.values()], rtol=1e-6)
+        np.testing.assert_allclose([cached, *same.values()], [online, *parts.values()], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "distribution"])

@@ -64,9 +64,9 @@ class Reference:
         self.t += 1
         t = self.t
         if t <= warmup:
-            sigma = t / warmup
+            multiplier = t / warmup
         else:
-            sigma = floor + (1 - floor) * 0.5 * (
+            multiplier = floor + (1 - floor) * 0.5 * (
                 1 + math.cos(math.pi * (t - warmup) / (total - warmup))
             )
         for name, g in gradients.items():
@@ -76,7 +76,7 @@ class Reference:
             r = r / max(1.0, math.sqrt((r**2).mean()))
             self.m[name] = 0.95 * self.m[name] + 0.05 * r
             scale = min(768 / D_MODEL, 1.0) if name.startswith(("query", "single")) else 1.0
-            self.theta[name] = self.theta[name] - sigma * (
+            self.theta[name] = self.theta[name] - multiplier * (
                 peak * scale * self.m[name] + decay * self.theta[name]
             )
 

@@ -227,11 +227,11 @@ def test_updates_are_the_same_on_every_mesh(mesh):
     params = initialize(SPECS, 4)
     gradients = random_like(SPECS, np.random.default_rng(4), 0.01)
 
-    def made(mesh: MeshConfig, places):
+    def made(mesh: MeshConfig, shardings):
         optimizer = scale_by_muon(Muon(), Parameters(SPECS, MODEL, Execution(mesh)))
         with layout.compiling():
-            return jax.jit(optimizer.update, out_shardings=(places, None))(
-                jax.device_put(gradients, places), optimizer.init(params)
+            return jax.jit(optimizer.update, out_shardings=(shardings, None))(
+                jax.device_put(gradients, shardings), optimizer.init(params)
             )[0]
 
     expected = made(ONE_DEVICE, None)
@@ -255,8 +255,8 @@ def test_matrices_are_dealt_out_evenly():
     assert counts == {(D, N * H): (6, 6), (K * H, D): (6, 6), (D, F): (9, 9)}
     counts = {sizes: (stack.slots, stack.dealt) for sizes, stack in split.items()}
     assert counts == {(D, N * H): (8, 1), (K * H, D): (8, 1), (D, F): (16, 2)}
-    assert set(split[D, F].exchanged) == {(1, "fsdp"), (2, "tensor")}
-    assert set(split[K * H, D].exchanged) == {(1, "tensor"), (2, "fsdp")}
+    assert set(split[D, F].all_to_alls) == {(1, "fsdp"), (2, "tensor")}
+    assert set(split[K * H, D].all_to_alls) == {(1, "tensor"), (2, "fsdp")}
 
 
 def test_the_cost_is_that_of_the_formula():
@@ -280,7 +280,7 @@ def test_the_cost_is_that_of_the_formula():
     # Keys that tensor shards share are whole on each, and cross fsdp alone.
     shared = Parameters(SPECS, MODEL, Execution(MeshConfig(fsdp=2, tensor=4)))
     keys = next(stack for stack in stacks(shared) if stack.sizes == (K * H, D))
-    assert (keys.exchanged, keys.slots, keys.dealt) == (((2, "fsdp"),), 6, 3)
+    assert (keys.all_to_alls, keys.slots, keys.dealt) == (((2, "fsdp"),), 6, 3)
 
 
 def test_a_parameter_and_its_matrices_are_turned_into_each_other():
@@ -312,23 +312,25 @@ def test_a_single_matrix_is_a_stack_of_one():
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}], ids=str)
-def test_the_compiled_update_exchanges_what_the_formula_says(mesh):
+def test_the_compiled_update_has_the_collectives_of_the_formula(mesh):
     """Of queries and outputs, keys and values, and the FFN: a device's part of all slots, twice."""
     sizes = MeshConfig.model_validate(mesh)
     layout = Layout(Execution(sizes), build(sizes, jax.devices()[:8]), SPECS)
     optimizer = scale_by_muon(Muon(), Parameters(SPECS, MODEL, Execution(sizes)))
 
-    def placed(tree, places):
+    def placed(tree, shardings):
         return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            tree,
+            shardings,
         )
 
     gradients = placed(abstract(SPECS), layout.parameters())
     state = jax.eval_shape(optimizer.init, gradients)
-    places = layout.optimizer_state(state)
+    shardings = layout.optimizer_state(state)
     with layout.compiling():
-        step = jax.jit(optimizer.update, out_shardings=(layout.parameters(), places))
-        text = step.lower(gradients, placed(state, places)).compile().as_text()
+        step = jax.jit(optimizer.update, out_shardings=(layout.parameters(), shardings))
+        text = step.lower(gradients, placed(state, shardings)).compile().as_text()
     found = traffic(collectives(text, sizes.sizes))
     if "tensor" in mesh:
         parts = (8 * D * N * H + 8 * D * K * H + 16 * D * F) // 8

@@ -39,16 +39,16 @@ def sequences(length=LENGTH, num_heads=8, num_kv_heads=4, head_dim=8):
     ends in padding.
     """
     rng = np.random.default_rng(0)
-    query, slope = rng.normal(size=(2, 2, length, num_heads, head_dim)).astype(np.float32)
+    query, cotangent = rng.normal(size=(2, 2, length, num_heads, head_dim)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, length, num_kv_heads, head_dim)).astype(np.float32)
     starts = rng.random((2, length)) < 4 / length
     segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
     segments[1, -length // 8 :] = 0
-    return query, key, value, segments, slope
+    return query, key, value, segments, cotangent
 
 
 def outputs_and_gradients(run, mesh, arrays):
-    """`run` on a mesh, for sequences in their own order, and the gradients of <output, slope>."""
+    """`run` on a mesh, for sequences in their own order, and gradients of <output, cotangent>."""
     shards = device_mesh(mesh)
     order = C.zigzag(arrays[0].shape[1], mesh.context)
     heads, ids = P(None, "context", "tensor"), P(None, "context")
@@ -61,10 +61,10 @@ def outputs_and_gradients(run, mesh, arrays):
         out_specs=(heads,) * 4,
         check_vma=False,
     )
-    def program(query, key, value, segments, slope):
+    def program(query, key, value, segments, cotangent):
         def loss(query, key, value):
             output = run(query, key, value, segments, mesh)
-            return jnp.sum(output.astype(jnp.float32) * slope), output
+            return jnp.sum(output.astype(jnp.float32) * cotangent), output
 
         gradients, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
         return output, *gradients
@@ -101,10 +101,10 @@ def test_split_attention_equals_attention_on_one_device(
 
 @pytest.mark.parametrize("context_attention", ["ring", "all_gather"])
 def test_bfloat16_stays_near_float32(context_attention):
-    query, key, value, segments, slope = sequences()
+    query, key, value, segments, cotangent = sequences()
     narrow = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, value)]
     results = outputs_and_gradients(
-        A.attention, mesh_of(4, 1, context_attention), (*narrow, segments, slope)
+        A.attention, mesh_of(4, 1, context_attention), (*narrow, segments, cotangent)
     )
     assert_close(results, on_one_device(), 0.02)
 
@@ -187,7 +187,7 @@ def products(equation):
     return 2 * depth * np.prod(equation.outvars[0].aval.shape)
 
 
-def hops(equation):
+def ring_steps(equation):
     return equation.primitive.name == "ppermute"
 
 
@@ -214,8 +214,8 @@ def test_each_shard_forms_the_visible_chunks_alone_and_passes_keys_on_once_for_e
     # Two products forward and five backward; of a shard's 2 x 2c pairs of chunks it sees 2c + 1.
     whole = 7 * 2 * heads * head_dim * length**2 / context
     assert total(jaxpr, products) == whole * (2 * context + 1) / (4 * context)
-    # Key, value and segments in either pass; the gradients of key and value go one hop further,
-    # home.
-    assert total(jaxpr, hops) == (
+    # Key, value and segments in either pass; the gradients of key and value take one ring step
+    # more, back to their own device.
+    assert total(jaxpr, ring_steps) == (
         2 * 3 * (context - 1) + 2 * context if context_attention == "ring" else 0
     )

@@ -1,5 +1,5 @@
-"""What the compiled train step exchanges, against formulas: bytes on one device by kind and axes,
-to the byte.
+"""The collectives of the compiled train step, against formulas: bytes on one device by kind and
+axes, to the byte.
 """
 
 import math
@@ -23,8 +23,8 @@ from braeburn.train.resolved import resolve_stage
 from braeburn.train.stages import compile_stage
 from support import deep_but
 
-# Sizes whose products differ, so that an array tells by its size what it is. Floats that are
-# exchanged are float32.
+# Sizes whose products differ, so that an array tells by its size what it is. Floats in collectives
+# are float32.
 L, D, N, K, H, F, V = 5, 56, 8, 4, 8, 176, 520
 B, T = 16, 48
 SIZES = {
@@ -86,7 +86,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
     ),
     "ring": (
         {"context": 8, "context_attention": "ring"},
-        # Forward and backward 7 hops, and 8 of the gradients.
+        # Forward and backward 7 ring steps, and 8 of the gradients.
         {
             ("all-reduce", "context"): GRADIENT,
             ("collective-permute", "context"): (7 + 7 + 8) * KEYS_AND_VALUES // 8,
@@ -141,7 +141,7 @@ def test_bytes_are_those_of_the_formula(name: str, compiled_once: Any) -> None:
     mesh, expected = LAYOUTS[name]
     _, found = compiled_once(mesh)
     assert not [c for c in found if c.conditional]
-    # Metrics and the gradient's norm; tokens and segments, which the compiler may exchange once for
+    # Metrics and the gradient's norm; tokens and segments, which the compiler may gather once for
     # all layers.
     scalars = [c for c in found if c.shape == ()]
     integers = [c for c in found if c.dtype == "s32"]

@@ -20,8 +20,8 @@ def compiled(function, *arguments):
     mesh = jax.make_mesh(
         tuple(MESH.values()), tuple(MESH), devices=jax.devices()[: math.prod(MESH.values())]
     )
-    spread = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    return jax.jit(spread).lower(*arguments).compile().as_text()
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    return jax.jit(mapped).lower(*arguments).compile().as_text()
 
 
 def times(count, function):
@@ -95,9 +95,9 @@ def test_branches_count_and_are_told_apart():
     ]
 
 
-def test_a_loop_of_unknown_length_is_refused_if_it_exchanges():
-    def function(x, exchange):
-        return lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: exchange(x) + 1, x)
+def test_a_loop_of_unknown_length_is_refused_if_it_has_a_collective():
+    def function(x, collective):
+        return lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: collective(x) + 1, x)
 
     assert collectives(compiled(lambda x: function(x, jnp.sin), jnp.ones(4)), MESH) == []
     text = compiled(lambda x: function(x, lambda x: lax.psum(x, "data")), jnp.ones(4))

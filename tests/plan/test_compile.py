@@ -175,21 +175,21 @@ def test_traffic_within_a_slice_and_across(tmp_path):
         ("all-gather", ("fsdp",), "ICI", 128 * MIB),
         ("all-gather", ("fsdp",), "DCN", 2048),
     ]
-    exchanging = sum(row.seconds for row in found.traffic)
-    assert found.interval == (exchanging, found.computing.seconds + exchanging)
+    communication = sum(row.seconds for row in found.traffic)
+    assert found.interval == (communication, found.computing.seconds + communication)
 
 
 def test_a_teacher_computes_a_third_of_training(tmp_path):
     answer = answered(tmp_path, straight(), {"fsdp": 128})
     run = load("llama2-7b")
     stage = run.stages["pretrain"]
-    stages = {"first": stage, "taught": stage.model_copy(update={"teacher": "first"})}
+    stages = {"first": stage, "distilled": stage.model_copy(update={"teacher": "first"})}
     run = run.model_copy(update={"stages": stages})
-    alone, taught = (
+    alone, distilled = (
         program.Compilation(run, name, parse_target("v4:128"), answer).flop_bound
-        for name in ("first", "taught")
+        for name in ("first", "distilled")
     )
-    assert taught == pytest.approx(alone * 4 / 3)
+    assert distilled == pytest.approx(alone * 4 / 3)
 
 
 def test_a_text_that_lacks_instructions_is_noticed(tmp_path):

@@ -87,7 +87,7 @@ def test_memory_is_what_the_compiler_needs(
     assert found.fits == (found.total_gib <= found.usable_gib)
 
 
-EXCHANGES: list[Any] = [
+LAYOUTS: list[Any] = [
     pytest.param({"fsdp": 8}, "save_named", marks=pytest.mark.deep),
     pytest.param({"data": 2, "fsdp": 4}, "full", marks=pytest.mark.deep),
     ({"replica": 2, "fsdp": 4}, "save_named"),
@@ -100,8 +100,8 @@ EXCHANGES: list[Any] = [
 SIZES = {"model.d_model": 128, "model.ffn_dim": 320, "model.head_dim": 32, "model.num_layers": 4}
 
 
-@pytest.mark.parametrize(("mesh", "policy"), EXCHANGES, ids=str)
-def test_exchanges_are_those_of_the_compiled_step(
+@pytest.mark.parametrize(("mesh", "policy"), LAYOUTS, ids=str)
+def test_collectives_are_those_of_the_compiled_step(
     mesh: dict[str, Any], policy: str, tiny: Run
 ) -> None:
     changes: dict[str, Any] = {"mesh.fsdp": 1, "remat.policy": policy, "remat.names": NAMES}
@@ -109,10 +109,10 @@ def test_exchanges_are_those_of_the_compiled_step(
     run = override(tiny, SIZES | changes | {f"mesh.{axis}": size for axis, size in mesh.items()})
     stage = resolve_stage(run, "core")
     compiled: Any = compile_stage(stage).step
-    check_exchanges(compiled, work_of(run, "core", stage.layout.sizes), 0.1)
+    check_collectives(compiled, work_of(run, "core", stage.layout.sizes), 0.1)
 
 
-def check_exchanges(compiled: Any, work: Work, tolerance: float) -> None:
+def check_collectives(compiled: Any, work: Work, tolerance: float) -> None:
     """By axis, they are as many bytes in the compiled step as in the plan."""
     real: dict[str, float] = {}
     for (_, axes), size in traffic(collectives(compiled.as_text(), work.mesh.sizes)).items():
@@ -120,8 +120,8 @@ def check_exchanges(compiled: Any, work: Work, tolerance: float) -> None:
         for axis in axes:
             real[axis] = real.get(axis, 0) + size
     planned: dict[str, float] = {}
-    for exchange in work.exchanges():
-        planned[exchange.axis] = planned.get(exchange.axis, 0) + exchange.bytes
+    for total in work.collective_totals():
+        planned[total.axis] = planned.get(total.axis, 0) + total.bytes
     assert planned.keys() == real.keys()
     for axis, moved in planned.items():
         assert moved == pytest.approx(real[axis], rel=tolerance), axis
@@ -134,14 +134,14 @@ def staged(run: Run, core: Stage, /, **stages: dict[str, Any]) -> Run:
 
 
 NARROWER = Pruning(keep={"ffn": 160, "embed": 64, "heads": 2})
-TAUGHT: list[tuple[dict[str, Any], Distillation]] = [
+DISTILLED: list[tuple[dict[str, Any], Distillation]] = [
     ({"fsdp": 4, "tensor": 2}, Distillation()),
     ({"fsdp": 2, "context": 4}, Distillation(target="distribution")),
 ]
 
 
-@pytest.mark.parametrize(("mesh", "distillation"), TAUGHT, ids=str)
-def test_a_teacher_exchanges_and_takes_what_it_does_in_the_compiled_step(
+@pytest.mark.parametrize(("mesh", "distillation"), DISTILLED, ids=str)
+def test_a_teacher_takes_what_it_does_in_the_compiled_step(
     mesh: dict[str, Any], distillation: Distillation, tiny: Run
 ) -> None:
     changes: dict[str, Any] = {
@@ -156,14 +156,14 @@ def test_a_teacher_exchanges_and_takes_what_it_does_in_the_compiled_step(
         | {"stages.core.tokens": 40_960}
         | {f"mesh.{a}": n for a, n in mesh.items()},
     )
-    live = {"teacher": "larger", "distillation": distillation}
-    run = staged(run, run.stages["core"], larger={}, cut={"pruning": NARROWER}, taught=live)
-    stage = resolve_stage(run, "taught")
-    work = work_of(run, "taught", stage.layout.sizes)
+    online = {"teacher": "larger", "distillation": distillation}
+    run = staged(run, run.stages["core"], larger={}, cut={"pruning": NARROWER}, distilled=online)
+    stage = resolve_stage(run, "distilled")
+    work = work_of(run, "distilled", stage.layout.sizes)
     assert stage.teacher == work.teacher
     assert (work.model.d_model, work.teacher and work.teacher.d_model) == (64, 128)
     compiled: Any = compile_stage(stage).step
-    check_exchanges(compiled, work, 0.05)
+    check_collectives(compiled, work, 0.05)
     # Parameters, two moments of each and the teacher; and five numbers for each token.
     batch = 5 * 4 * work.tokens
     arguments = compiled.memory_analysis().argument_size_in_bytes - batch
@@ -199,18 +199,18 @@ def test_masked_and_rounded_weights_are_as_large_as_compiled(tiny: Run) -> None:
 def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None:
     scratch, target = load("afm-on-device-scratch"), parse_target("v5p:2048")
     core, wide = scratch.stages["core"], scratch.model.model_copy(update={"ffn_dim": 23_296})
-    kept = Distillation(target="top_k", cached=True)
+    cached = Distillation(target="top_k", cached=True)
     chain = staged(
         scratch.model_copy(update={"model": wide}),
         core,
         larger={},
         prune={"pruning": Pruning(keep={"ffn": 8064})},
-        kept={"teacher": "larger", "distillation": kept},
-        live={"teacher": "larger"},
+        cached={"teacher": "larger", "distillation": cached},
+        online={"teacher": "larger"},
         core={},
     )
     found = {name: estimate(chain, name, target) for name in chain.stages}
-    assert found["core"] == found["kept"] == estimate(scratch, "core", target)
+    assert found["core"] == found["cached"] == estimate(scratch, "core", target)
     assert (
         found["prune"].seconds["matrix"]
         == found["larger"].seconds["matrix"]
@@ -222,28 +222,30 @@ def test_each_stage_of_a_chain_is_planned_for_the_model_that_it_trains() -> None
     assert "weights_in_use" not in found["larger"].memory
     # Forward alone, with what is read of logits beside it, is a third of training but for
     # attention's backward pass.
-    live, mesh = work_of(chain, "live", MeshConfig(data=32, fsdp=64)), MeshConfig(data=32, fsdp=64)
+    mesh = MeshConfig(data=32, fsdp=64)
+    online = work_of(chain, "online", mesh)
     multiplied = count(param_specs(wide), ("matrix", "embedding"))
-    assert live.teaching and live.teaching.matrix_flops == 2 * multiplied * core.batch_tokens / 2048
-    assert live.teaching.attention_flops(0) == 26 * 2 * 24 * 128 * 4096 * core.batch_tokens / 2048
-    assert live.mesh == mesh and live.matrix_flops == work_of(chain, "core", mesh).matrix_flops
-    assert found["live"].step > found["core"].step
-    added = found["live"].step - found["core"].step
+    teaching, tokens = online.teaching, core.batch_tokens / 2048
+    assert teaching and teaching.matrix_flops == 2 * multiplied * tokens
+    assert teaching.attention_flops(0) == 26 * 2 * 24 * 128 * 4096 * tokens
+    assert online.mesh == mesh and online.matrix_flops == work_of(chain, "core", mesh).matrix_flops
+    assert found["online"].step > found["core"].step
+    added = found["online"].step - found["core"].step
     # Of its top tokens, where the other stage takes the top one alone.
-    assert labelling_seconds(chain, "kept", mesh, target) == pytest.approx(
-        added * chain.stages["kept"].steps, rel=1e-3
+    assert labelling_seconds(chain, "cached", mesh, target) == pytest.approx(
+        added * chain.stages["cached"].steps, rel=1e-3
     )
     assert (
-        labelling_seconds(chain, "live", mesh, target)
+        labelling_seconds(chain, "online", mesh, target)
         == labelling_seconds(chain, "core", mesh, target)
         == 0
     )
     # Its weights and, for each of 4,096 tokens, an id with its logarithm.
     shard = count(param_specs(wide)) / 64
-    assert found["live"].memory["teacher"] == pytest.approx((4 * shard + 4096 * 8) / 2**30)
+    assert found["online"].memory["teacher"] == pytest.approx((4 * shard + 4096 * 8) / 2**30)
 
 
-def test_meshes_divide_what_is_cut_and_who_teaches() -> None:
+def test_meshes_divide_pruned_models_and_teachers() -> None:
     run, target = load("llama2-7b"), parse_target("h100:16")
     stage = run.stages["pretrain"]
 
@@ -258,11 +260,11 @@ def test_meshes_divide_what_is_cut_and_who_teaches() -> None:
         stage,
         first={},
         cut={"pruning": Pruning(keep={"ffn": 1026})},
-        taught={"teacher": "cut"},
+        distilled={"teacher": "cut"},
     )
     assert tensors(odd, "first") == {1, 2, 4, 8}
     with pytest.raises(UserError, match="cannot be split"):
-        estimate(override(odd, {"mesh.tensor": 4}), "taught", target)
+        estimate(override(odd, {"mesh.tensor": 4}), "distilled", target)
 
 
 def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -309,7 +311,7 @@ def test_shards_of_a_step_share_its_work() -> None:
     assert sharded.memory["parameters"] == pytest.approx(slow.memory["parameters"] / 256)
     split = estimate(override(run, {"mesh.tensor": 4}), "pretrain", target)
     assert split.seconds["matrix"] == pytest.approx(sharded.seconds["matrix"], rel=0.02)
-    assert {e.axis for e, _, _ in split.exchanges} == {"fsdp", "tensor"}
+    assert {e.axis for e, _, _ in split.collectives} == {"fsdp", "tensor"}
     assert sharded.overlapped <= sharded.step <= (sharded.serial or 0)
 
 

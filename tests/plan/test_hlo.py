@@ -356,7 +356,7 @@ def test_what_goes_on_beside_several_fusions_counts_once():
     ]
 
 
-def test_exchange_of_gpus_counts_once():
+def test_a_collective_of_gpus_counts_once():
     groups = "replica_groups=mesh['fsdp'=2,'tensor'=2] {'fsdp'}"
     along = f"{groups}, dimensions={{0}}"
     lines = [

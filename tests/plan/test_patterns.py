@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_cost import NAMES, SIZES, check_exchanges
+from test_cost import NAMES, SIZES, check_collectives
 
 from braeburn.config import LayerConfig, MeshConfig, Run, override
 from braeburn.config.sublayers.reused import ReusedAttention
@@ -70,9 +70,9 @@ def test_layers_that_reuse_keys_have_none_to_make_or_to_gather() -> None:
     # The logits are formed a second time, block by block of the vocabulary.
     assert work.at(work.around.flops) == 8 * model.vocab_size * model.d_model * work.tokens
     gathered = sum(
-        exchange.bytes
-        for exchange in work.exchanges()
-        if (exchange.kind, exchange.what) == ("all-gather", "weights")
+        total.bytes
+        for total in work.collective_totals()
+        if (total.kind, total.what) == ("all-gather", "weights")
     )
     # bfloat16, before the forward and before the backward pass; and the norms in float32, once.
     assert gathered == pytest.approx(2 * 2 * (weights + model.vocab_size * model.d_model), rel=1e-3)
@@ -150,7 +150,7 @@ def small(tiny: Run, mesh: dict[str, int], policy: str, changes: dict[str, Any])
         pytest.param("reuse", {"fsdp": 2, "context": 4}, "full", marks=pytest.mark.deep),
     ],
 )
-def test_exchanges_of_layers_that_differ_are_those_of_the_compiled_step(
+def test_collectives_of_layers_that_differ_are_those_of_the_compiled_step(
     model: str, mesh: dict[str, int], policy: str, tiny: Run
 ) -> None:
     run = small(tiny, mesh, policy, {})
@@ -158,7 +158,7 @@ def test_exchanges_of_layers_that_differ_are_those_of_the_compiled_step(
     stage = resolve_stage(run, "core")
     layout = stage.layout
     compiled: Any = compile_stage(stage).step
-    check_exchanges(compiled, work_of(run, "core", layout.sizes), 0.1)
+    check_collectives(compiled, work_of(run, "core", layout.sizes), 0.1)
 
 
 # Optimizer state split where parameters are not (ZeRO-1), or further than they are.
@@ -174,7 +174,7 @@ RULES: list[Any] = [
 
 
 @pytest.mark.parametrize(("mesh", "rules"), RULES, ids=str)
-def test_memory_and_exchanges_follow_the_rules(
+def test_memory_and_collectives_follow_the_rules(
     mesh: dict[str, int], rules: dict[str, Any], tiny: Run
 ) -> None:
     run = small(tiny, mesh, "full", rules)
@@ -182,7 +182,7 @@ def test_memory_and_exchanges_follow_the_rules(
     layout = stage.layout
     compiled: Any = compile_stage(stage).step
     work = work_of(run, "core", layout.sizes)
-    check_exchanges(compiled, work, 0.02)
+    check_collectives(compiled, work, 0.02)
     stored = 4 * work.shard + work.optimizer_bytes
     arguments = compiled.memory_analysis().argument_size_in_bytes - 5 * 4 * work.tokens
     assert arguments == pytest.approx(stored, abs=1024)
@@ -198,9 +198,9 @@ def test_rules_reach_the_programs_that_are_traced() -> None:
 
     def moved(found: Estimate) -> float:
         return sum(
-            exchange.bytes
-            for exchange, _, _ in found.exchanges
-            if exchange.what == "weights" and exchange.axis == "fsdp"
+            total.bytes
+            for total, _, _ in found.collectives
+            if total.what == "weights" and total.axis == "fsdp"
         )
 
     # Of matrices: gathered in both passes in bfloat16, and gradients summed in float32; or these

@@ -156,10 +156,10 @@ def test_the_days_in_which_a_teacher_labels_are_counted() -> None:
     labelling = {name: stage["labelling_days"] for name, stage in stages.items()}
     assert [name for name, days in labelling.items() if days] == ["core"]
     # Forward alone, a third of the training of the larger model on as many tokens.
-    taught = (
+    training = (
         stages["larger"]["days"]["value"] * stages["core"]["tokens"] / stages["larger"]["tokens"]
     )
-    assert labelling["core"]["value"] == pytest.approx(taught / 3, rel=0.2)
+    assert labelling["core"]["value"] == pytest.approx(training / 3, rel=0.2)
     productive = (
         sum(stage["days"]["value"] for stage in stages.values()) + labelling["core"]["value"]
     )

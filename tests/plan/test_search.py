@@ -23,7 +23,7 @@ def test_only_replicas_cross_slices(stage: str) -> None:
     best = candidates(load("afm-server"), stage, target)[0]
     assert best.estimate.fits
     assert best.sizes.replica == 8
-    assert {e.axis for e, link, _ in best.estimate.exchanges if link == "DCN"} == {"replica"}
+    assert {e.axis for e, link, _ in best.estimate.collectives if link == "DCN"} == {"replica"}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_number_of_chips_that_divides_nothing_is_told() -> None:
 def test_unknown_networks_leave_the_end_of_the_interval_unknown() -> None:
     best = candidates(load("llama2-7b"), "pretrain", parse_target("s4000:64"))[0]
     assert best.estimate.serial is None
-    assert any(seconds is None for _, _, seconds in best.estimate.exchanges)
+    assert any(seconds is None for _, _, seconds in best.estimate.collectives)
     assert best.estimate.confidence == "M"
 
 

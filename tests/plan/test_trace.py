@@ -2,7 +2,9 @@
 formulas.
 """
 
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice
 
-from braeburn.config import LayerConfig, ModelConfig, Pruning, Remat, override
+from braeburn.config import LayerConfig, ModelConfig, ObjectiveConfig, Pruning, Remat, override
 from braeburn.config.sublayers.reused import ReusedAttention
 from braeburn.config.sublayers.sliding import SlidingAttention
 from braeburn.hardware.targets import parse_target
@@ -84,7 +86,7 @@ def whole_gradient(of: blocks.Shapes, remat: Remat) -> Any:
     ids=str,
 )
 @pytest.mark.parametrize(("tensor", "fsdp"), MESHES)
-def test_products_and_exchanges_are_those_of_the_rematerialised_program(
+def test_products_and_collectives_are_those_of_the_rematerialised_program(
     tensor: int, fsdp: bool, remat: Remat, pattern: str
 ) -> None:
     of = shapes(tensor, fsdp, pattern)
@@ -169,12 +171,47 @@ def test_masks_on_several_axes_keep_what_comes_between() -> None:
     name, stage = next(iter(run.stages.items()))
     ffn = run.model.ffn_dim // 2
 
-    def remade(**keep: int) -> int:
-        changed = stage.model_copy(update={"pruning": Pruning(keep=keep)})
-        return work_of(run.model_copy(update={"stages": {name: changed}}), name, run.mesh).remade
+    def transformed(**keep: int) -> int:
+        stages = {name: stage.model_copy(update={"pruning": Pruning(keep=keep)})}
+        changed = run.model_copy(update={"stages": stages})
+        return work_of(changed, name, run.mesh).transformed
 
     down = run.model.num_layers * run.model.ffn_dim * run.model.d_model
-    one, both = remade(ffn=ffn), remade(ffn=ffn, embed=run.model.d_model // 2)
+    one, both = transformed(ffn=ffn), transformed(ffn=ffn, embed=run.model.d_model // 2)
     assert one == pytest.approx(down, rel=0.05)
     # The matrix that both axes mask is kept between the two masks as well.
     assert both >= one + down
+
+
+class Costly(ObjectiveConfig):
+    """An objective that is not Braeburn's own."""
+
+    kind: str = "costly"
+
+
+@dataclass(frozen=True)
+class CostlyCrossEntropy(cross_entropy.CrossEntropy):
+    """Cross-entropy with one more matrix product, of the logits and a square of the vocabulary."""
+
+    def logit_gradient(self, statistics: Any, block: Any, tokens: Any, dtype: Any) -> Any:
+        gradient = super().logit_gradient(statistics, block, tokens, dtype)
+        square = jnp.outer(block.logits[0, 0], block.logits[0, 0])
+        return gradient + (block.logits @ square).astype(dtype)
+
+
+def test_the_objective_of_a_stage_is_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(DEFINITION=lambda config, model: CostlyCrossEntropy(model.z_loss))
+    monkeypatch.setitem(sys.modules, "braeburn.objectives.costly", module)
+    usual = shapes(1, False)
+    costly = blocks.shapes_of(usual.model, usual.precision, learns=Costly())
+    more = sum(layers.around_of(costly).flops) - sum(layers.around_of(usual).flops)
+    assert costly.tokens == usual.tokens
+    product = 2 * usual.tokens * usual.model.vocab_size**2
+    assert more >= product and more == pytest.approx(product, rel=0.01)
+
+
+def test_the_plan_takes_the_objective_of_the_stage() -> None:
+    run = load("llama3-8b")
+    name = next(iter(run.stages))
+    work = work_of(run, name, run.mesh.replace(fsdp=16))
+    assert work.shapes.learns is run.stages[name].objective

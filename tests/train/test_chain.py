@@ -1,4 +1,4 @@
-"""A larger model is trained, pruned, taught what it was, and rounded: as one run, whatever
+"""A larger model is trained, pruned, distilled from what it was, and rounded: as one run, whatever
 interrupts or splits it.
 """
 
@@ -44,8 +44,8 @@ from braeburn.transforms.pruning import MASKS
 from braeburn.verify.following import followed_curve
 from support import braeburn, events, rows
 
-# Steps made when each stage ends; of the pruning stage's five, the last is made with exact masks.
-LARGER, PRUNED, TAUGHT, ROUNDED = 3, 8, 11, 14
+# Steps made when each stage ends; of the pruning stage's five, the last is made with hard masks.
+LARGER, PRUNED, DISTILLED, ROUNDED = 3, 8, 11, 14
 KEEP = 80
 FIGURES = ("loss", "grad_norm")
 
@@ -68,10 +68,10 @@ def chain(tiny: Run) -> Run:
         "pruned": stage(
             tiny, PRUNED - LARGER, pruning=Pruning(keep={"ffn": KEEP}, calibration_tokens=2048)
         ),
-        "taught": stage(
-            tiny, TAUGHT - PRUNED, teacher="larger", distillation=Distillation(cached=True)
+        "distilled": stage(
+            tiny, DISTILLED - PRUNED, teacher="larger", distillation=Distillation(cached=True)
         ),
-        "rounded": stage(tiny, ROUNDED - TAUGHT, quantization=Quantization(kind="int4")),
+        "rounded": stage(tiny, ROUNDED - DISTILLED, quantization=Quantization(kind="int4")),
     }
     fields = {
         "precision.compute": "float32",
@@ -125,7 +125,7 @@ def test_what_each_stage_leaves(whole: Path, chain: Run) -> None:
     assert [event["step"] for event in events(whole, "stage_end")] == [
         LARGER,
         PRUNED,
-        TAUGHT,
+        DISTILLED,
         ROUNDED,
     ]
     read = Checkpoints(whole).restore_params
@@ -151,13 +151,13 @@ def test_stops_within_stages_and_between_leave_no_trace(
         PRUNED - 1,
         PRUNED,
         PRUNED + 1,
-        TAUGHT,
-        TAUGHT + 2,
+        DISTILLED,
+        DISTILLED + 2,
     ):
         done = rows(tmp_path)[-1]["step"] if (tmp_path / "metrics.jsonl").exists() else 0
         assert train(run, tmp_path, stop_after_steps=stop - done).step == stop
         assert curve(tmp_path) == curve(whole)[:stop]
-        # The stage that teaches left a checkpoint that stays, whatever is kept of the others.
+        # The teacher's stage left a checkpoint that stays, whatever is kept of the others.
         kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
         assert kept == {stop} | ({LARGER} if stop > LARGER else set())
     assert train(run, tmp_path).finished
@@ -192,22 +192,22 @@ def test_a_kill_while_pruning_loses_nothing(whole: Path, chain: Run, tmp_path: P
 
 @pytest.mark.deep
 @pytest.mark.parametrize("target", ["label", "top_k"])
-def test_cached_and_live_teachers_give_the_same_losses(
+def test_cached_and_online_teachers_give_the_same_losses(
     whole: Path, as_of: Callable[[int], Path], chain: Run, target: str
 ) -> None:
     curves = []
     on_disk = str(whole / "checkpoints" / str(LARGER))
     for cached, teacher in ((True, "larger"), (False, "larger"), (False, on_disk)):
         fields = {
-            "stages.taught.distillation.target": target,
-            "stages.taught.distillation.cached": cached,
+            "stages.distilled.distillation.target": target,
+            "stages.distilled.distillation.cached": cached,
         }
-        fields["stages.taught.teacher"] = teacher
+        fields["stages.distilled.teacher"] = teacher
         directory = as_of(PRUNED)
-        train(override(chain, fields), directory, stop_after_steps=TAUGHT - PRUNED)
+        train(override(chain, fields), directory, stop_after_steps=DISTILLED - PRUNED)
         curves.append([row["loss"] for row in rows(directory)[PRUNED:]])
         shutil.rmtree(directory)
-    assert len(curves[0]) == TAUGHT - PRUNED
+    assert len(curves[0]) == DISTILLED - PRUNED
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
     assert curves[1] == curves[2]  # the same weights, found elsewhere
 
@@ -394,7 +394,7 @@ def test_the_chain_on_a_mesh_is_that_of_one_device(chain: Run, tmp_path: Path) -
     # Another mesh for the smaller model: by way of the checkpoint just made. Being equal but for
     # rounding errors, the runs would part where a label of two that are as likely, or a weight
     # half-way between two levels, goes by them.
-    split = override(one, {"mesh": {"fsdp": 2, "tensor": 2}, "stages.taught.mesh": {"fsdp": 4}})
+    split = override(one, {"mesh": {"fsdp": 2, "tensor": 2}, "stages.distilled.mesh": {"fsdp": 4}})
     train(split, tmp_path / "split", stop_after_steps=PRUNED)
     expected = [[row[figure] for row in rows(tmp_path / "one")] for figure in FIGURES]
     own = [[row[figure] for row in rows(tmp_path / "split")] for figure in FIGURES]

@@ -41,8 +41,8 @@ def state_at(step: int) -> TrainState:
 
 
 def shape_of(state: TrainState) -> TrainState:
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
 
 
 def restored(directory: Path, step: int) -> TrainState:

@@ -9,7 +9,7 @@ import pytest
 from braeburn.config import Execution, ModelConfig, Precision
 from braeburn.data.corpus import Document
 from braeburn.data.loader import held_out_batches
-from braeburn.data.store import TokenStore, build_store
+from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import train
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
@@ -26,10 +26,10 @@ TEXTS = [
 
 def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
     tokenizer = train(TEXTS * 3, 280)
-    build_store(
-        tmp_path / "store", [Document(str(i), text) for i, text in enumerate(TEXTS)], tokenizer
+    build_token_shards(
+        tmp_path / "shards", [Document(str(i), text) for i, text in enumerate(TEXTS)], tokenizer
     )
-    store = TokenStore.open(tmp_path / "store", tokenizer.hash)
+    shards = TokenShards.open(tmp_path / "shards", tokenizer.hash)
     # More rows in the model than entries in the tokenizer, and windows that do not divide the
     # tokens.
     model = ModelConfig(
@@ -42,12 +42,12 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
         ffn_dim=24,
     )
     length = 10
-    assert store.tokens % length and -(-store.tokens // length) % 4
+    assert shards.tokens % length and -(-shards.tokens // length) % 4
     precision = Precision(compute="float32")
     params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(model), 3))
 
     stream = [token for text in TEXTS for token in (tokenizer.begin, *tokenizer.encode(text))]
-    assert len(stream) == store.tokens
+    assert len(stream) == shards.tokens
     starts = {i for i, token in enumerate(stream) if token == tokenizer.begin}
     forward = jax.jit(decoder.forward, static_argnames=("model", "execution"))
     nll, correct = 0.0, 0
@@ -77,15 +77,16 @@ def test_measure_is_the_computation_by_hand(tmp_path: Path) -> None:
     summary = measure(
         evaluate,
         params,
-        held_out_batches(store, length, 4, store.tokens + length),
-        store.byte_ratio,
+        held_out_batches(shards, length, 4, shards.tokens + length),
+        shards.byte_ratio,
     )
     assert summary["accuracy"] == pytest.approx(correct / len(stream))
     assert summary["loss"] == pytest.approx(nll / len(stream), rel=1e-5)
-    assert summary["bits_per_byte"] == pytest.approx(nll / math.log(2) / store.text_bytes, rel=1e-5)
-    assert (summary["tokens"], summary["bytes"]) == (len(stream), store.text_bytes)
+    bits = nll / math.log(2)
+    assert summary["bits_per_byte"] == pytest.approx(bits / shards.text_bytes, rel=1e-5)
+    assert (summary["tokens"], summary["bytes"]) == (len(stream), shards.text_bytes)
 
     fewer = measure(
-        evaluate, params, held_out_batches(store, length, 4, 2 * length), store.byte_ratio
+        evaluate, params, held_out_batches(shards, length, 4, 2 * length), shards.byte_ratio
     )
     assert fewer["tokens"] == 2 * length

@@ -86,7 +86,7 @@ def test_several_stops_with_checkpoints_between_and_steps_lost(
     )
     reached = [train(run, tmp_path, stop_after_steps=count).step for count in (1, 2, 4)]
     assert reached == [1, 3, 7]
-    # A process killed after the checkpoint of step 2: what came later is lost, and made again.
+    # A process killed after the checkpoint of step 2: later steps are lost, and made again.
     for step in (3, 4, 6, 7):
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -54,7 +54,7 @@ def adapter(config: Adapter, models: StageModels, steps: int) -> Transform:
         }
     }
 
-    def use(params: Tree, step: Any) -> Tree:
+    def effective(params: Tree, step: Any) -> Tree:
         added = params["adapter"]["down"] @ params["adapter"]["up"]
         weights = without(params, extras)
         return weights | {"layers": weights["layers"] | {"gate": weights["layers"]["gate"] + added}}
@@ -66,10 +66,10 @@ def adapter(config: Adapter, models: StageModels, steps: int) -> Transform:
     return Transform(
         extra_specs=extras,
         trains=lambda path, _: path.startswith("adapter/"),
-        use=use,
+        effective=effective,
         measure=measure,
         enter=ADDED,
-        leave=merged(use, steps, extras),
+        leave=merged(effective, steps, extras),
     )
 
 
@@ -131,8 +131,8 @@ def test_an_adapter_of_ones_own_trains_resumes_and_merges(adapted: Run, tmp_path
 
 def test_jobs_around_training_take_what_it_declares(adapted: Run) -> None:
     shape, _ = _gate(adapted.model)
-    assert work_of(adapted, "adapted", adapted.mesh).remade == np.prod(shape)
-    assert work_of(adapted, "before", adapted.mesh).remade == 0
+    assert work_of(adapted, "adapted", adapted.mesh).transformed == np.prod(shape)
+    assert work_of(adapted, "before", adapted.mesh).transformed == 0
     assert list(shrink(adapted, 4).stages["adapted"].transforms) == ["adapter"]
     assert [config.summary for config in adapted.stages["adapted"].transforms.values()] == [
         "applies Adapter"

@@ -78,7 +78,7 @@ def seen(params, row):
     def shown(params, row):
         found = []
 
-        def observe(axis, activations, state):
+        def activation_hook(axis, activations, state):
             axes.append(axis)
             found.append(activations[0])
             return state
@@ -87,7 +87,7 @@ def seen(params, row):
         tokens = (row["inputs"], row["positions"])
         execution = Execution(precision=FLOAT32)
         memory = decoder.Packed(row["segment_ids"], execution)
-        surroundings = decoder.Surroundings(memory, observe=observe)
+        surroundings = decoder.Surroundings(memory, activation_hook=activation_hook)
         decoder.decoder(params, tokens, surroundings, model, execution)
         return found
 
@@ -104,12 +104,12 @@ def test_activations_are_aggregated_as_said(params, batch, alone):
             params, {name: values[i : i + 1, real] for name, values in batch.items()}
         )
         assert axes == ["embed", "heads", "embed", "ffn"] * MODEL.num_layers
-        for place, (axis, values) in enumerate(zip(axes, found, strict=True)):
+        for index, (axis, values) in enumerate(zip(axes, found, strict=True)):
             size = np.sqrt((values**2).sum(axis=-1)) if axis == "heads" else np.abs(values)
             if axis == "embed":
                 squares[axis] += size.mean(axis=0) ** 2
             else:
-                squares[axis][place // 4] += size.mean(axis=0) ** 2
+                squares[axis][index // 4] += size.mean(axis=0) ** 2
     scores = importance.activation(alone)
     for axis, expected in squares.items():
         assert scores[axis].dtype == jnp.float32
@@ -148,7 +148,7 @@ def test_a_mesh_changes_nothing(sizes, params, batch, alone):
 
 
 def test_the_hook_costs_nothing(params, batch):
-    """Neither the default nor an observer that keeps nothing leaves a trace in the program."""
+    """Neither the default hook nor one that returns the state unchanged changes the program."""
 
     def program(**hook):
         def forward(params, tokens, positions, segments):
@@ -162,8 +162,8 @@ def test_the_hook_costs_nothing(params, batch):
         arguments = (params, batch["inputs"], batch["positions"], batch["segment_ids"])
         return jax.jit(forward).lower(*arguments).as_text()
 
-    assert program() == program(observe=lambda axis, activations, state: state)
-    looked = program(observe=lambda axis, activations, state: jnp.sum(activations))
+    assert program() == program(activation_hook=lambda axis, activations, state: state)
+    looked = program(activation_hook=lambda axis, activations, state: jnp.sum(activations))
     assert looked != program()
 
 

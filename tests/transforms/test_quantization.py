@@ -229,22 +229,22 @@ def _gradients(kind: str, factors: Tree, params: Tree) -> tuple[Tree, Tree, Tree
     the factors.
     """
     quantization = Quantization(kind=kind)
-    slopes = map_specs(
+    cotangents = map_specs(
         lambda _, spec: np.random.default_rng(1).standard_normal(spec.shape, dtype=np.float32),
         SPECS,
     )
 
     def total(p: Tree, f: Tree) -> Any:
         values = quantized(p, f, SPECS, quantization)
-        return sum(jax.tree.leaves(jax.tree.map(lambda v, s: jnp.sum(v * s), values, slopes)))
+        return sum(jax.tree.leaves(jax.tree.map(lambda v, s: jnp.sum(v * s), values, cotangents)))
 
-    return slopes, *jax.jit(jax.grad(total, (0, 1)))(params, factors)
+    return cotangents, *jax.jit(jax.grad(total, (0, 1)))(params, factors)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_gradients_pass_the_rounding_by(kind: str) -> None:
-    slopes, found, _ = _gradients(kind, {}, draw())
-    jax.tree.map(np.testing.assert_array_equal, found, slopes)
+    cotangents, found, _ = _gradients(kind, {}, draw())
+    jax.tree.map(np.testing.assert_array_equal, found, cotangents)
 
 
 def test_two_bit_gradients_end_at_the_outermost_levels() -> None:
@@ -253,22 +253,22 @@ def test_two_bit_gradients_end_at_the_outermost_levels() -> None:
     """
     params = draw()
     factors = jax.tree.map(lambda one: 0.6 * one, ones(Quantization(kind="int2")))
-    slopes, found, found_factors = _gradients("int2", factors, params)
+    cotangents, found, found_factors = _gradients("int2", factors, params)
     for path in ("embedding", "layers/query", "layers/output"):
-        values, slope, gradient = (
-            rows(path, np.asarray(dict(walk(t))[path])) for t in (params, slopes, found)
+        values, cotangent, gradient = (
+            rows(path, np.asarray(dict(walk(t))[path])) for t in (params, cotangents, found)
         )
-        groups, slope, gradient = (
-            x.reshape(-1, 32).astype(np.float64) for x in (values, slope, gradient)
+        groups, cotangent, gradient = (
+            x.reshape(-1, 32).astype(np.float64) for x in (values, cotangent, gradient)
         )
         largest = np.abs(groups).max(1, keepdims=True)
         inside = np.abs(groups) < 0.6 * largest
         assert 0.1 < inside.mean() < 0.95
-        np.testing.assert_allclose(gradient, np.where(inside, slope, 0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, np.where(inside, cotangent, 0), rtol=1e-5, atol=1e-6)
         # LSQ (arXiv 1902.08153, equation 3): the level itself outside, the distance to it inside.
         step = largest / 1.5
         levels = np.clip(np.floor(groups / (0.6 * step)), -2, 1) + 0.5
-        per_weight = slope * step * np.where(inside, levels - groups / (0.6 * step), levels)
+        per_weight = cotangent * step * np.where(inside, levels - groups / (0.6 * step), levels)
         factor = np.asarray(dict(walk(found_factors))[path])
         np.testing.assert_allclose(
             factor, per_weight.reshape(*factor.shape, -1).sum(-1), rtol=1e-4, atol=1e-4
@@ -287,7 +287,7 @@ def test_axes_apart_from_one_another_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_give_what_one_device_gives(kind: str) -> None:
-    """On whole arrays that are spread over fsdp and tensor, groups across two shards among them."""
+    """On global arrays sharded over fsdp and tensor, groups across two shards among them."""
     model = ModelConfig(
         vocab_size=96,
         d_model=96,
@@ -305,10 +305,10 @@ def test_shards_give_what_one_device_gives(kind: str) -> None:
     sizes = MeshConfig(fsdp=4, tensor=2)
     layout = Layout(Execution(sizes), meshes.build(sizes), specs)
     with layout.compiling():
-        spread = jax.device_put(params, layout.parameters())
+        sharded = jax.device_put(params, layout.parameters())
         found = jax.jit(
             lambda p, f: quantized(p, f, specs, quantization), out_shardings=layout.parameters()
-        )(spread, factors)
+        )(sharded, factors)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, abstract(specs))

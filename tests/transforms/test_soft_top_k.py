@@ -118,7 +118,7 @@ def test_no_other_mask_is_better():
     mask = np.asarray(compiled(scores, 5, temperature), np.float64)
 
     def objective(mask):
-        # The paper's entropy: its slope is -log(mask), up to a constant that a fixed sum makes
+        # The paper's entropy: its gradient is -log(mask), up to a constant that a fixed sum makes
         # idle.
         return scores @ mask - temperature * np.sum(mask * np.log(np.maximum(mask, 1e-300)))
 
@@ -138,8 +138,8 @@ def test_gradients_vanish_at_temperature_zero_and_for_units_held_to_one():
     assert soft[0] == 0  # held to 1
     assert np.abs(soft[1:]).min() > 0
     assert soft.sum() == pytest.approx(0, abs=1e-6)  # a shift changes nothing
-    temperature_slope = jax.grad(lambda t: jnp.sum(weights * compiled(scores, 2, t)))(0.3)
-    assert float(temperature_slope) == 0
+    temperature_gradient = jax.grad(lambda t: jnp.sum(weights * compiled(scores, 2, t)))(0.3)
+    assert float(temperature_gradient) == 0
 
 
 def test_rows_are_apart_and_types_kept():

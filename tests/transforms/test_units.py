@@ -148,14 +148,14 @@ def test_masks_are_learned_through_the_weights():
     At this temperature no unit is held to 1, where a mask has a kink.
     """
     params, scores, rng = weights(MODEL), scores_of(MODEL, ALL), np.random.default_rng(5)
-    slopes = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+    cotangents = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
 
     @jax.jit
     def function(scores):
         soft = masked(params, masks(scores, ALL, MODEL, 10.0), MODEL)
-        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slopes, soft)))
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, cotangents, soft)))
 
-    slope = jax.jit(jax.grad(function))(scores)
+    gradient = jax.jit(jax.grad(function))(scores)
     for axis, direction in scores_of(MODEL, ALL, seed=6).items():
         moved = [
             float(function(scores | {axis: scores[axis] + step * direction}))
@@ -163,7 +163,7 @@ def test_masks_are_learned_through_the_weights():
         ]
         expected = (moved[0] - moved[1]) / 0.4
         assert abs(expected) > 0.01
-        assert float(jnp.vdot(slope[axis], direction)) == pytest.approx(expected, rel=1e-2)
+        assert float(jnp.vdot(gradient[axis], direction)) == pytest.approx(expected, rel=1e-2)
 
 
 def test_moments_are_sliced_like_parameters_and_counts_are_left_alone():

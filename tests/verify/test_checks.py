@@ -149,7 +149,7 @@ def test_all_stages_compare_with_one_device(
     chain = chained(
         override(run, {"mesh.fsdp": 2}),
         pruned=short | {"pruning": Pruning(keep={"ffn": 80}, calibration_tokens=1024)},
-        taught=short | {"teacher": "pruned", "distillation": Distillation(cached=True)},
+        distilled=short | {"teacher": "pruned", "distillation": Distillation(cached=True)},
         rounded=short | {"quantization": Quantization(kind="int4")},
     )
     assert verify.compresses(chain) and not verify.compresses(run)
@@ -338,7 +338,7 @@ def test_shrinking_what_stages_cut_teach_and_round() -> None:
         larger={},
         pruned={"pruning": Pruning(keep={"ffn": 7168})},
         narrow={"pruning": Pruning(keep={"heads": 16, "embed": 3072}, method="activation")},
-        taught={
+        distilled={
             "teacher": "larger",
             "distillation": Distillation(target="top_k", top_k=1000, cached=True),
         },
@@ -355,8 +355,8 @@ def test_shrinking_what_stages_cut_teach_and_round() -> None:
         "embed": 48,
     }  # of 16 and 64; key heads are 8
     assert small.stages["narrow"].pruning.method == "activation"
-    taught = small.stages["taught"]
-    assert (taught.teacher, taught.distillation.cached, taught.distillation.top_k) == (
+    distilled = small.stages["distilled"]
+    assert (distilled.teacher, distilled.distillation.cached, distilled.distillation.top_k) == (
         "larger",
         True,
         512,

@@ -81,13 +81,13 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
 
 
 def _besides_training(stage: Any) -> str:
-    """What a stage does to its model besides training it, and who teaches it, in a few words."""
-    said = [transform.summary for transform in stage.transforms.values()]
+    """What a stage does to its model besides training it, and its teacher, in a few words."""
+    found = [transform.summary for transform in stage.transforms.values()]
     if stage.teacher:
         how = stage.distillation
         target = f"top {how.top_k}" if how.target == "top_k" else how.target
-        said.append(
-            f"taught by {stage.teacher}: {target}{', cached' if how.cached else ''}, weight "
+        found.append(
+            f"distilled from {stage.teacher}: {target}{', cached' if how.cached else ''}, weight "
             f"{how.weight:g}"
         )
-    return "; ".join(said)
+    return "; ".join(found)

@@ -1,4 +1,4 @@
-"""From files to batches: corpus, tokenizer, store, mixture, packing, loader.
+"""From files to batches: corpus, tokenizer, token shards, mixture, packing, loader.
 
 A batch is a function of (seed, step).
 """

@@ -1,7 +1,7 @@
-"""A token store while it is written: appended to, so that a builder that is killed leaves what the
-next goes on from.
+"""Token shards while they are written: files that are appended to, so that a builder that is killed
+leaves what the next goes on from.
 
-The folder is `NAME.partial-*` beside the store's place. Its owner holds a lock in it.
+The folder is `NAME.partial-*` beside the one that it becomes. Its owner holds a lock in it.
 `progress.json` tells which text has been tokenised and how much of the files belongs to it; what
 was written later is cut off.
 """
@@ -86,7 +86,7 @@ class _Growing:
 
 
 class Building:
-    """A store's folder that this process writes. Make one by `claim`."""
+    """A folder of token shards that this process writes. Make one by `claim`."""
 
     def __init__(
         self, folder: Path, progress: Progress, dtype: np.dtype, shard_tokens: int
@@ -195,13 +195,13 @@ class Building:
 
 @contextlib.contextmanager
 def claim(directory: Path, key: str, dtype: np.dtype, shard_tokens: int) -> Iterator[Building]:
-    """The folder in which the store at `directory` is to be built, with what an earlier builder
-    left in it.
+    """The folder in which the token shards of `directory` are to be built, with what an earlier
+    builder left in it.
 
     It is removed where its builder fails, and stays where that is stopped.
 
     Args:
-        directory: where the store is to appear. Its parent exists.
+        directory: where the complete folder is to appear. Its parent exists.
         key: what the tokens depend on beside the text.
         dtype: of tokens.
         shard_tokens: tokens in each shard but the last.
@@ -287,7 +287,7 @@ def _age(folder: Path) -> float:
 
 
 def _sweep(parent: Path) -> None:
-    """Removes what killed builders of other stores left long ago; a teacher's labels are not
+    """Removes what killed builders of other token shards left long ago; a teacher's labels are not
     touched.
     """
     for folder in parent.glob("*.partial-*"):
@@ -314,7 +314,7 @@ def _progress(folder: Path, key: str, dtype: np.dtype) -> Progress | None:
                 found = shard_path(folder, kind, index)
                 if not is_file(found) or found.stat().st_size < size:
                     return None
-                # Full shards are read when the store is complete.
+                # Full shards are read when all are complete.
                 if shard is progress.last and sha256_of(found, size) != getattr(
                     shard, f"{kind}_sha256"
                 ):

@@ -16,8 +16,8 @@ from itertools import islice
 from braeburn.config import Stage
 from braeburn.data.mixture import Mixture, derive_key
 from braeburn.data.packing import Batch, Sequences, batched, stack, windows
-from braeburn.data.store import Deleted, TokenStore
-from braeburn.data.teacher_store import TeacherStore
+from braeburn.data.teacher_labels import TeacherLabels
+from braeburn.data.token_shards import Deleted, TokenShards
 
 
 class Batches:
@@ -28,20 +28,20 @@ class Batches:
         stage: Stage,
         stage_name: str,
         seed: int,
-        stores: Mapping[str, TokenStore],
+        shards: Mapping[str, TokenShards],
         rows: Sequence[int] | None = None,
-        teachers: Mapping[str, TeacherStore] | None = None,
+        labels: Mapping[str, TeacherLabels] | None = None,
     ) -> None:
-        """Takes a stage's sources. With a teacher their text is cut at the same places in every
+        """Takes a stage's sources. With a teacher their text is cut at the same positions in every
         epoch.
 
         Args:
             stage: the stage.
             stage_name: its name.
             seed: the run's.
-            stores: tokens of each source.
+            shards: tokens of each source.
             rows: the sequences to read of each batch of `stage.batch_size`; all by default.
-            teachers: what the teacher said of each source, where it is read along.
+            labels: the teacher's cached labels of each source, where they are read along.
 
         Raises:
             UserError: a source has fewer tokens than one sequence.
@@ -51,12 +51,12 @@ class Batches:
         self._mixture = Mixture(stage.mixture, derive_key(seed, stage_name, "mixture"))
         self._sequences = {
             name: Sequences(
-                stores[name],
+                shards[name],
                 stage.sequence_length,
                 derive_key(seed, stage_name, name, "sequences"),
                 name,
                 aligned=stage.teacher is not None,
-                teacher=teachers[name] if teachers is not None else None,
+                labels=labels[name] if labels is not None else None,
             )
             for name in self._mixture.names
         }
@@ -69,8 +69,8 @@ class Batches:
         """The batch of a step, every field [B, T] or, of the teacher's, [B, T, k]."""
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} is not within the stage's {self._steps}")
-        places = [self._mixture.at(step * self._batch_size + row) for row in self.rows]
-        return stack([self._sequences[source][index] for source, index in places])
+        drawn = [self._mixture.at(step * self._batch_size + row) for row in self.rows]
+        return stack([self._sequences[source][index] for source, index in drawn])
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def prefetch(batches: Batches, start: int, workers: int, prefetch: int) -> Itera
     processes.
 
     What a worker raises is raised here. Close the iterator to stop early; a worker imports the
-    caller's main module. Where processes cannot be had, as with a full /dev/shm, or find that the
-    store was deleted, which this process still has open, a thread goes on in their place.
+    caller's main module. A thread goes on in the place of the processes where they cannot be had,
+    as with a full /dev/shm, or find that files were deleted, which this process still has open.
 
     Args:
         batches: the stage's.
@@ -160,14 +160,14 @@ def _end_with_parent(worker: int, workers: int) -> None:
 
 
 def held_out_batches(
-    store: TokenStore, sequence_length: int, batch_size: int, max_tokens: int
+    shards: TokenShards, sequence_length: int, batch_size: int, max_tokens: int
 ) -> Iterator[Batch]:
-    """Batches [B, T] of the first windows of a held-out store.
+    """Batches [B, T] of the first windows of a source's held-out text.
 
     The last batch is filled up with rows of zero weight, so that all have one shape.
 
     Args:
-        store: the held-out text.
+        shards: the held-out text.
         sequence_length: T, tokens of a window.
         batch_size: B, windows of a batch.
         max_tokens: the most tokens of all batches together; there is one window at least.
@@ -176,5 +176,5 @@ def held_out_batches(
         Batches as `braeburn.data.packing` makes them.
     """
     return batched(
-        islice(windows(store, sequence_length), max(1, max_tokens // sequence_length)), batch_size
+        islice(windows(shards, sequence_length), max(1, max_tokens // sequence_length)), batch_size
     )

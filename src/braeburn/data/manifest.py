@@ -1,5 +1,5 @@
-"""Manifests of token and teacher stores: JSON that is checked against its own hash and types before
-it is believed.
+"""Manifests of token shards and of teachers' labels: JSON that is checked against its own hash and
+types before it is believed.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class TokenShard(_Checked):
 
 
 class TokenManifest(_Checked):
-    """What a token store holds. `passed_over` counts what had no text, by kind.
+    """What the token shards in a folder hold. `passed_over` counts what had no text, by kind.
 
     `text_bytes` are those of the documents' text, `token_bytes` those that the tokens stand for.
     """
@@ -62,7 +62,7 @@ class TokenManifest(_Checked):
     def _check(self) -> "TokenManifest":
         _check_sizes([shard.tokens for shard in self.shards], self.shard_tokens, self.tokens)
         if sum(shard.documents for shard in self.shards) != self.documents:
-            raise ValueError("the documents of the shards are not those of the store")
+            raise ValueError("the shards do not hold as many documents as they should")
         return self
 
 
@@ -74,7 +74,7 @@ class TeacherPart(_Checked):
 
 
 class TeacherManifest(_Checked):
-    """What a teacher store holds, or of one that is being built, what of it is complete."""
+    """What a folder of a teacher's labels holds; while it is being built, the complete parts."""
 
     format_version: Literal[2] = 2
     identity: dict[str, Any]
@@ -248,7 +248,7 @@ def _chunks(path: Path, size: int | None) -> Iterator[bytes]:
 
 
 def corrupt(path: Path, problem: str) -> UserError:
-    """The error about a file of a store."""
+    """The error about a file of token shards or labels that is not as it should be."""
     return UserError(
         f"{str(path)!r} {problem}; delete the folder {str(path.parent)!r} and it will be built "
         f"again"
@@ -257,7 +257,7 @@ def corrupt(path: Path, problem: str) -> UserError:
 
 @contextlib.contextmanager
 def reading(directory: Path) -> Iterator[None]:
-    """Turns a failure to read a store into a sentence.
+    """Turns a failure to read token shards or labels into a sentence.
 
     Raises:
         UserError: naming the folder.

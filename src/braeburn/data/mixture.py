@@ -88,8 +88,8 @@ class Mixture:
 
     def at(self, position: int) -> tuple[str, int]:
         """The source that position draws from, and the index within that source."""
-        block, place = divmod(position, self.block)
-        slot = permute(place, self.block, derive_key(self.seed, "mixture", block))
+        block, index = divmod(position, self.block)
+        slot = permute(index, self.block, derive_key(self.seed, "mixture", block))
         source = int(np.searchsorted(self._ends, slot, side="right"))
         count = self.counts[source]
         return self.names[source], block * count + slot - (int(self._ends[source]) - count)

@@ -1,4 +1,4 @@
-"""From a run's configuration to its tokenizer and token stores, built once and kept in a cache."""
+"""From a run's configuration to its tokenizer and token shards, built once and kept in a cache."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from braeburn.config import Data, Run, Source
 from braeburn.data.corpus import READING_VERSION, Report, documents, files
-from braeburn.data.store import FORMAT_VERSION, TokenStore, build_store, writing
+from braeburn.data.token_shards import FORMAT_VERSION, TokenShards, build_token_shards, writing
 from braeburn.data.tokenizer import PATTERN, Tokenizer, sample, train
 from braeburn.errors import UserError
 
@@ -40,8 +40,8 @@ class Prepared:
     """
 
     tokenizer: Tokenizer
-    train: dict[str, TokenStore]
-    held_out: dict[str, TokenStore | None]
+    train: dict[str, TokenShards]
+    held_out: dict[str, TokenShards | None]
     fingerprints: dict[str, str] = field(default_factory=dict)
     verified_for: str | None = None
 
@@ -55,8 +55,8 @@ def prepare(
     verified_for: str | None = None,
     only_held_out: bool = False,
 ) -> Prepared:
-    """Trains or loads the tokenizer, then builds or opens the stores of every source that a stage
-    draws from.
+    """Trains or loads the tokenizer, then builds or opens the token shards of every source that a
+    stage draws from.
 
     Args:
         run: names the sources, the tokenizer and the cache.
@@ -64,8 +64,8 @@ def prepare(
         tokenizer: used as it is where given, as on resuming.
         proceed: called about once a second, from any thread. What it raises ends the work; what was
             tokenised stays.
-        verified_for: the run directory that the text is for; contents of stores are checked once
-            for each, and with None every time.
+        verified_for: the run directory that the text is for; contents of token shards are checked
+            once for each, and with None every time.
         only_held_out: leaves the text to train on alone, as evaluation does; `train` and
             `fingerprints` are empty.
 
@@ -88,7 +88,7 @@ def prepare(
         )
     own = tokenizer
 
-    def stores(name: str) -> list[TokenStore]:
+    def sides(name: str) -> list[TokenShards]:
         opened = []
         for side in (True,) if only_held_out else (False, True):
             fingerprint = _fingerprint(
@@ -99,9 +99,9 @@ def prepare(
                 began = time.perf_counter()
                 report = Report()
                 texts = documents(name, sources[name], side, run.data.held_out, report)
-                build_store(directory, texts, own, proceed=proceed, report=report)
+                build_token_shards(directory, texts, own, proceed=proceed, report=report)
                 log(f"tokenised {directory.name} in {time.perf_counter() - began:.1f} s")
-            opened.append(TokenStore.open(directory, own.hash, verified_for))
+            opened.append(TokenShards.open(directory, own.hash, verified_for))
             proceed()
         if not only_held_out:
             for line in _account(name, sources[name], run.data.held_out, *opened):
@@ -110,19 +110,19 @@ def prepare(
 
     # Two at a time: while one is read, which takes Python, another is tokenised, which does not.
     with ThreadPoolExecutor(2) as pool:
-        opened = dict(zip(sources, pool.map(stores, sources), strict=True))
+        opened = dict(zip(sources, pool.map(sides, sources), strict=True))
     both = {} if only_held_out else opened
     return Prepared(
         tokenizer,
         {name: train for name, (train, _) in both.items()},
-        {name: sides[-1] if sides[-1].documents else None for name, sides in opened.items()},
-        {name: _fingerprint(*(side.fingerprint for side in sides)) for name, sides in both.items()},
+        {name: found[-1] if found[-1].documents else None for name, found in opened.items()},
+        {name: _fingerprint(*(side.fingerprint for side in found)) for name, found in both.items()},
         verified_for,
     )
 
 
 def _account(
-    name: str, source: Source, fraction: float, train: TokenStore, held_out: TokenStore
+    name: str, source: Source, fraction: float, train: TokenShards, held_out: TokenShards
 ) -> Iterator[str]:
     """What a source turned out to be, with warnings about what was hardly meant."""
     yield (
@@ -161,7 +161,7 @@ def used_sources(run: Run) -> dict[str, Source]:
 
 
 def cache_folder(data: Data) -> Path:
-    """Where tokenizers and stores are kept."""
+    """The folder that holds tokenizers and token shards."""
     if data.cache is not None:
         return Path(data.cache).expanduser()
     return (

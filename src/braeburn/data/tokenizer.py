@@ -440,7 +440,7 @@ def _around_text(tokenizer: "tokenizers.Tokenizer") -> tuple[tuple[int, ...], tu
     """The ids that a tokenizer's post-processor puts before and after a text."""
     for text in ("a", "the", "0", "\u4e00", " "):
         encoding = tokenizer.encode(text)
-        of_text = [place for place, part in enumerate(encoding.sequence_ids) if part is not None]
+        of_text = [index for index, part in enumerate(encoding.sequence_ids) if part is not None]
         if of_text:
             return tuple(encoding.ids[: of_text[0]]), tuple(encoding.ids[of_text[-1] + 1 :])
     return tuple(tokenizer.encode("").ids), ()

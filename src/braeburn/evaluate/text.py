@@ -9,7 +9,7 @@ from pathlib import Path
 from braeburn.config import Source
 from braeburn.data.corpus import Document, Report, documents
 from braeburn.data.prepare import prepare
-from braeburn.data.store import TokenStore, build_store
+from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.errors import UserError
 from braeburn.evaluate.windows import evaluation_batches
 from braeburn.models.decoder import param_specs
@@ -73,14 +73,14 @@ def evaluate_files(
     for path in paths:
         source = Source(paths=(path,), field=field)
         with tempfile.TemporaryDirectory() as folder:
-            store_path = Path(folder) / "store"
+            directory = Path(folder) / "store"
             try:
                 texts = tracked(_told_documents(path, source), f"tokenising {path}")
-                build_store(store_path, texts, trained.tokenizer)
+                build_token_shards(directory, texts, trained.tokenizer)
             except UserError as error:
                 raise UserError(_as_options(str(error), path)) from None
-            store = TokenStore.open(store_path, trained.tokenizer.hash)
-            results[path] = _evaluate(trained, store, length, stride, store.tokens)
+            shards = TokenShards.open(directory, trained.tokenizer.hash)
+            results[path] = _evaluate(trained, shards, length, stride, shards.tokens)
     return results
 
 
@@ -117,21 +117,23 @@ def evaluate_held_out(
     """
     length, stride = (windows or Windows()).sizes(trained)
     prepared = prepare(trained.run, lambda line: None, trained.tokenizer, only_held_out=True)
-    stores = {source: store for source, store in prepared.held_out.items() if store is not None}
-    if not stores:
+    held_out = {
+        source: shards for source, shards in prepared.held_out.items() if shards is not None
+    }
+    if not held_out:
         raise UserError("the run holds out no text; name files with --data")
     # As many whole windows as training looks at.
     most = max(1, trained.run.evaluation.tokens // length) * length
     return {
-        name: _evaluate(trained, store, length, stride, min(store.tokens, most))
-        for name, store in stores.items()
+        source: _evaluate(trained, shards, length, stride, min(shards.tokens, most))
+        for source, shards in held_out.items()
     }
 
 
 def _evaluate(
-    trained: Trained, store: TokenStore, length: int, stride: int, tokens: int
+    trained: Trained, shards: TokenShards, length: int, stride: int, tokens: int
 ) -> dict[str, float]:
     layout = one_device(param_specs(trained.model), trained.run.precision)
     evaluate = evaluator(trained.model, trained.tokenizer.token_bytes, layout)
-    batches = evaluation_batches(store, length, stride, tokens, BATCH_TOKENS)
-    return measure(evaluate, trained.params, tracked(batches, "evaluating"), store.byte_ratio)
+    batches = evaluation_batches(shards, length, stride, tokens, BATCH_TOKENS)
+    return measure(evaluate, trained.params, tracked(batches, "evaluating"), shards.byte_ratio)

@@ -1,19 +1,19 @@
-"""Windows of a token store to evaluate on: each token is scored once, and little is computed beside
-the text.
+"""Windows of a text to evaluate on: each token is scored once, and little is computed beside the
+text.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from braeburn.data.packing import Batch, Row, batched, window
-from braeburn.data.store import TokenStore
+from braeburn.data.token_shards import TokenShards
 
 SHORTEST = 64  # a program for shorter windows would not pay for its compilation
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, stop) of a store, as the model sees them at once; those before `scored` are
+    """Tokens [start, stop) of a text, as the model sees them at once; those before `scored` are
     only seen.
     """
 
@@ -26,7 +26,7 @@ def spans(tokens: int, length: int, stride: int) -> Iterator[Span]:
     """Spans that score each of so many tokens once.
 
     Args:
-        tokens: in the store.
+        tokens: how many there are to score.
         length: of a span, in tokens; the last may be shorter.
         stride: from the start of one to that of the next. With less than `length`, spans overlap,
             so that a token has at least `length - stride` tokens before it, but for the first ones.
@@ -40,16 +40,16 @@ def spans(tokens: int, length: int, stride: int) -> Iterator[Span]:
 
 
 def evaluation_batches(
-    store: TokenStore, length: int, stride: int, tokens: int, batch_tokens: int
+    shards: TokenShards, length: int, stride: int, tokens: int, batch_tokens: int
 ) -> Iterator[Batch]:
-    """Batches [B, T] that score the first `tokens` tokens of a store; of at most three shapes.
+    """Batches [B, T] that score the first `tokens` tokens of a text; of at most three shapes.
 
     All batches but the last have T = `length`. A text shorter than a span, and the end of a longer
     one, has the next power of two instead: what is computed follows the text, not the longest
     sequence that the model was made for.
 
     Args:
-        store: the text.
+        shards: the text.
         length: of a window, in tokens.
         stride: from the start of one window to that of the next, in tokens.
         tokens: how many to score.
@@ -60,7 +60,7 @@ def evaluation_batches(
         for span in spans(tokens, length, stride):
             size = padded_length(span.stop - span.start, length)
             if (size == length) == whole:
-                row = window(store, span.start, size)
+                row = window(shards, span.start, size)
                 row["weights"][: span.scored - span.start] = 0
                 row["weights"][span.stop - span.start :] = 0
                 yield row

@@ -8,34 +8,35 @@ from braeburn.hardware.catalogue import Figure, weakest
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors, across_slices, closes, extent, placements
 
-# Of what the links are rated at, and seconds for each chip that data passes. TPU: about 90 of 100
-# GB/s of a v5p's link in each direction, and 45 of 50 of a v4's, make the compiler's cycles agree
-# with published step times; a microsecond a hop is that of https://jax-ml.github.io/scaling-book.
-# Others: what NCCL's tests reach over NVLink and InfiniBand.
+# The fraction of a link's rated bandwidth that can be had, and the latency of one hop. TPU: about
+# 90 of 100 GB/s of a v5p's link in each direction, and 45 of 50 of a v4's, make the compiler's
+# cycles agree with published step times; the latency of one hop, a microsecond, is that of
+# https://jax-ml.github.io/scaling-book. Others: what NCCL's tests reach over NVLink and InfiniBand.
 ICI_EFFICIENCY, OTHER_EFFICIENCY = 0.9, 0.8
 HOP_SECONDS, OTHER_HOP_SECONDS = 1e-6, 4e-6
-# Across slices data goes through the memory of hosts.
+# Data between slices goes through the memory of hosts.
 DCN_HOP_SECONDS = 2e-4
 
 
 @dataclass(frozen=True)
-class Leg:
-    """The part of an axis that runs over one kind of link.
+class Segment:
+    """A link segment: the part of a mesh axis that runs over one kind of link.
 
     Attributes:
         link: "ICI", "DCN", "NVLink", "scale-up" or "network".
         size: chips that it joins.
         gb_per_s: what one chip sends while all do, None if unknown.
-        hop_gb_per_s: what it sends to its neighbour alone.
+        neighbour_gb_per_s: what one chip sends to its neighbour alone, None if unknown.
         latency: seconds until data from the farthest chip arrives.
-        detour: of an exchange of each with each, what a link carries for others.
+        detour: the factor by which an all-to-all takes longer because links also carry data
+            between other chips.
         confidence: of the bandwidth.
     """
 
     link: str
     size: int
     gb_per_s: float | None
-    hop_gb_per_s: float | None
+    neighbour_gb_per_s: float | None
     latency: float
     detour: float
     confidence: str
@@ -60,16 +61,16 @@ class Links:
             self.torus: Factors | None = (
                 torus or mesh.torus or placements(tuple(within.items()), sides)[0]
             )
-            self._legs = {
+            self._segments = {
                 axis: (*self._network(k), *self._along_torus(axis, within[axis], sides))
                 for axis, k in zip(mesh.sizes, outer, strict=True)
             }
         else:
-            self.torus, self._legs, stride = None, {}, 1
+            self.torus, self._segments, stride = None, {}, 1
             domain = int(chip.domain.value) * chip.devices_per_chip if chip.domain else 1
             for axis, size in reversed(mesh.sizes.items()):
                 near = math.gcd(size, max(1, domain // stride))
-                self._legs[axis] = (*self._network(size // near), *self._within_node(near))
+                self._segments[axis] = (*self._network(size // near), *self._within_node(near))
                 stride *= size
 
     def name(self, axes: tuple[str, ...]) -> str:
@@ -77,20 +78,24 @@ class Links:
         return self._facts(axes)[0]
 
     def confidence(self, axes: tuple[str, ...]) -> str:
-        """That of the bandwidths that an exchange along axes depends on."""
+        """The confidence of the bandwidths that a collective along axes depends on."""
         return self._facts(axes)[1]
 
     def _facts(self, axes: tuple[str, ...]) -> tuple[str, str]:
         if axes not in self._known:
-            legs = [leg for axis in axes for leg in self._legs[axis]]
-            slowest = min(legs, key=lambda leg: leg.gb_per_s or 0).link if legs else "-"
-            self._known[axes] = slowest, weakest(*(leg.confidence for leg in legs))
+            segments = self._along(axes)
+            slowest = min(segments, key=lambda one: one.gb_per_s or 0).link if segments else "-"
+            self._known[axes] = slowest, weakest(*(one.confidence for one in segments))
         return self._known[axes]
+
+    def _along(self, axes: tuple[str, ...]) -> list[Segment]:
+        """The link segments of axes, from the outermost inwards."""
+        return [segment for axis in axes for segment in self._segments[axis]]
 
     def seconds(self, kind: str, bytes_: float, axes: tuple[str, ...]) -> float | None:
         """How long a collective takes by the bandwidth of links; None where it is unknown.
 
-        Along legs of several kinds all work at the same time, each on what it must carry: chips
+        Link segments of several kinds all work at the same time, each on what it must carry: chips
         that fast links join share out what comes over the slow ones.
 
         Args:
@@ -98,37 +103,37 @@ class Links:
             bytes_: of the array that an all-gather leaves, and that each chip puts into the others.
             axes: of the mesh.
         """
-        legs = [leg for axis in axes for leg in self._legs[axis]]
-        total, share = 0.0, 1
-        for leg in reversed(legs):
-            if leg.gb_per_s is None or leg.hop_gb_per_s is None:
+        segments = self._along(axes)
+        total, joined = 0.0, 1
+        for segment in reversed(segments):
+            if segment.gb_per_s is None or segment.neighbour_gb_per_s is None:
                 return None
-            moved = bytes_ / share * (leg.size - 1) / leg.size
+            moved = bytes_ / joined * (segment.size - 1) / segment.size
             if kind == "collective-permute":
-                seconds = bytes_ / leg.hop_gb_per_s
+                seconds = bytes_ / segment.neighbour_gb_per_s
             elif kind == "all-to-all":
-                seconds = moved / leg.gb_per_s * leg.detour
+                seconds = moved / segment.gb_per_s * segment.detour
             else:
-                seconds = moved / leg.gb_per_s * (2 if kind == "all-reduce" else 1)
+                seconds = moved / segment.gb_per_s * (2 if kind == "all-reduce" else 1)
             total = max(total, seconds / 1e9)
-            share *= leg.size
-        return total + sum(leg.latency for leg in legs) * (1 + (kind == "all-reduce"))
+            joined *= segment.size
+        return total + sum(one.latency for one in segments) * (1 + (kind == "all-reduce"))
 
-    def _network(self, size: int) -> tuple[Leg, ...]:
+    def _network(self, size: int) -> tuple[Segment, ...]:
         chip = self._target.facts
-        link, hop = (
+        link, of_hop = (
             ("DCN", DCN_HOP_SECONDS) if chip.family == "tpu" else ("network", OTHER_HOP_SECONDS)
         )
-        return self._switched(link, size, chip.network_gb_per_s, hop * math.log2(size))
+        return self._switched(link, size, chip.network_gb_per_s, of_hop * math.log2(size))
 
-    def _within_node(self, size: int) -> tuple[Leg, ...]:
+    def _within_node(self, size: int) -> tuple[Segment, ...]:
         chip = self._target.facts
         link = "NVLink" if chip.family == "nvidia" else "scale-up"
         return self._switched(link, size, chip.link_gb_per_s, OTHER_HOP_SECONDS)
 
     def _switched(
         self, link: str, size: int, figure: Figure | None, latency: float
-    ) -> tuple[Leg, ...]:
+    ) -> tuple[Segment, ...]:
         """Links through switches, where any chip reaches any other at the same speed."""
         if size == 1:
             return ()
@@ -137,9 +142,10 @@ class Links:
             if figure
             else None
         )
-        return (Leg(link, size, speed, speed, latency, 1, figure.confidence if figure else "M"),)
+        confidence = figure.confidence if figure else "M"
+        return (Segment(link, size, speed, speed, latency, 1, confidence),)
 
-    def _along_torus(self, axis: str, size: int, sides: tuple[int, ...]) -> tuple[Leg, ...]:
+    def _along_torus(self, axis: str, size: int, sides: tuple[int, ...]) -> tuple[Segment, ...]:
         if size == 1:
             return ()
         assert self.torus is not None
@@ -162,7 +168,7 @@ class Links:
                 hops += factor / 2 if ring else factor - 1
                 nearest = max(nearest, 1 / stride)
         return (
-            Leg(
+            Segment(
                 "ICI",
                 size,
                 one * links,

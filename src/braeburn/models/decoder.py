@@ -3,12 +3,16 @@
 Shapes are named by letters: B sequences, T positions, D d_model, N query heads, K key-value heads,
 H head_dim, F ffn_dim, V vocabulary. They name logical dimensions: on a mesh of several devices this
 is the program of each, over its part of everything (`braeburn.parallel`): its sequences, its piece
-of each, its heads, FFN units and vocabulary.
+of each, its heads, FFN units and vocabulary. Between sublayers a shard of `tensor` holds
+t = T / tensor of the positions.
 
-A layer exchanges, forward: its weights, gathered along `fsdp` as each is multiplied (`linear`); the
-tokens of all tensor shards before each sublayer, and the sum of what these make of them after it,
-of which each shard keeps its own tokens (sequence parallelism, arXiv 2205.05198); keys and values
-along `context`, in attention. The backward pass exchanges the transpose of each.
+In the forward pass a layer communicates as follows. `linear` all-gathers each matrix along `fsdp`
+just before it is used. Tokens are all-gathered along `tensor` before each sublayer, and its partial
+outputs are reduce-scattered after it (sequence parallelism, arXiv 2205.05198). Attention exchanges
+keys and values along `context`. The backward pass runs the transposed collectives.
+
+`Context`, `Signals`, `Memory` and the kinds of sublayers are explained in
+`layers/sublayers/definition.py`, `LayerConfig` and `Segment` in `config/model.py`.
 """
 
 from collections.abc import Callable
@@ -27,9 +31,9 @@ from braeburn.layers.embedding import embed
 from braeburn.layers.norm import rms_norm
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.layers.sublayers.definition import (
+    ActivationHook,
     Context,
     Memory,
-    Observe,
     Signals,
     norm,
     sublayer_of,
@@ -60,11 +64,11 @@ def _stacked(specs: Tree, repeats: int) -> Tree:
 def param_specs(model: ModelConfig) -> Tree:
     """The specs of every parameter of a model.
 
-    Those of a segment's layers stand under its name, each stacked over the repeats of its pattern:
-    at once where the pattern is one layer, and else under the number of the layer in the pattern.
+    Paths are `SEGMENT/PARAMETER` where the pattern of a segment is one layer, and otherwise
+    `SEGMENT/INDEX IN THE PATTERN/PARAMETER`. The first dimension of each counts repeats.
     """
-    # Rows as long as d_model give logits of unit variance, also where the embedding doubles as the
-    # head.
+    # Values of variance 1 / d_model give logits of unit variance, also where the embedding is the
+    # head as well.
     embedding = ParamSpec(
         (model.vocab_size, model.d_model), ("vocab", "embed"), "embedding", ("embed",)
     )
@@ -140,8 +144,8 @@ def head_matrix(params: Tree) -> Float[Array, "V D"]:
     return params["head"] if "head" in params else params["embedding"]
 
 
-def unobserved(axis: str, activations: Array, state: Any) -> Any:
-    """Shows activations to nobody: a layer's state stays as it is."""
+def no_activation_hook(axis: str, activations: Array, state: Any) -> Any:
+    """The hook that is called by default: it returns a layer's state unchanged."""
     return state
 
 
@@ -150,8 +154,8 @@ def layer(
 ) -> tuple[Float[Array, "B T D"], Signals]:
     """One layer: attention, then the feed-forward sublayer, each added to the residual stream.
 
-    Every token of the stream is for itself, so that the tensor shards share the tokens out. A
-    sublayer needs all of them, and gives each shard's part of a sum over hidden units.
+    The residual stream and the norms work token by token, so each tensor shard keeps only its own
+    tokens. A sublayer needs all tokens, and returns this shard's partial sum over hidden units.
 
     Args:
         x_BTD: the residual stream, of this tensor shard's tokens.
@@ -160,9 +164,9 @@ def layer(
         contexts: of the two sublayers.
 
     Returns:
-        The stream and the signals behind the layer. `observe` was shown what each sublayer reads
-        ("embed", [B, T, D], twice), each head's result ("heads", [B, T, N, H]) and the hidden units
-        ("ffn", [B, T, F]).
+        The stream and the signals behind the layer. `activation_hook` was shown what each sublayer
+        reads ("embed", [B, T, D], twice), each head's result ("heads", [B, T, N, H]) and the hidden
+        units ("ffn", [B, T, F]).
     """
     sublayers = (("attention", config.attention), ("ffn", config.feed_forward))
     for (name, sublayer), context in zip(sublayers, contexts, strict=True):
@@ -172,7 +176,8 @@ def layer(
             if config.norms != "after":
                 y_BTD = rms_norm(y_BTD, context.weights[f"{name}_norm"], epsilon)
             y_BTD = gather_tokens(y_BTD, mesh)
-            signals = signals._replace(state=context.observe("embed", y_BTD, signals.state))
+            state = context.activation_hook("embed", y_BTD, signals.state)
+            signals = signals._replace(state=state)
             y_BTD, signals = sublayer_of(sublayer).apply(y_BTD, signals, context)
             y_BTD = checkpoint_name(scatter_tokens(y_BTD, mesh), f"{name}_output")
             if config.norms != "before":
@@ -182,17 +187,17 @@ def layer(
 
 
 class Surroundings(NamedTuple):
-    """What the layers of a decoder meet beside their weights and hidden states.
+    """The inputs that all layers share beside their weights and hidden states.
 
     Attributes:
-        memory: how queries reach keys and values.
-        states: of the layers, as `layer_states` makes them, or None.
-        observe: is shown the activations of each layer.
+        memory: how attention reaches keys and values.
+        states: of each layer, such as its cache, as `layer_states` makes them; or None.
+        activation_hook: is shown the activations of each layer.
     """
 
     memory: Memory
     states: Any = None
-    observe: Observe = unobserved
+    activation_hook: ActivationHook = no_activation_hook
 
 
 def decoder(
@@ -207,7 +212,7 @@ def decoder(
     Args:
         params: this device's part of each parameter, float32.
         tokens: vocabulary ids and positions of this device's tokens.
-        surroundings: what the layers meet beside these.
+        surroundings: what all layers share beside these.
         model: what is computed.
         execution: how it is carried out.
 
@@ -216,7 +221,7 @@ def decoder(
         new states, in the form of `layer_states`.
     """
     ids, positions = map(jnp.asarray, tokens)
-    memory, states, observe = surroundings
+    memory, states, activation_hook = surroundings
     specs = param_specs(model)
     # A layer's matrices are gathered as each is multiplied, and again in its backward pass.
     params = gathered_norms(params, specs, execution)
@@ -232,12 +237,20 @@ def decoder(
         def body(x_BTD: Array, signals: Signals, weights: Tree) -> tuple[Array, Signals]:
             contexts = [
                 Context(
-                    sublayer, model, execution, specs, weights, prepared[sublayer], memory, observe
+                    sublayer,
+                    model,
+                    execution,
+                    specs,
+                    weights,
+                    prepared[sublayer],
+                    memory,
+                    activation_hook,
                 )
                 for sublayer in (config.attention, config.feed_forward)
             ]
             x_BTD, signals = layer(x_BTD, signals, config, contexts)
-            # What no later layer reuses is no result, which would be kept.
+            # Keys and values that no later layer reuses are not returned: what is returned would be
+            # stored for the backward pass.
             return x_BTD, signals if reuses else signals._replace(keys_and_values=None)
 
         return rematerialized(body, execution)
@@ -275,7 +288,8 @@ def decoder(
         )
         stacked = (weights, state)
         if reuses and shared is None and model.scan_layers:
-            # The first layer finds nothing to reuse, in the form of what it leaves itself.
+            # A scan needs a carry of one shape throughout, so the first layer is given zeros of the
+            # shape of its own keys and values.
             first = jax.tree.map(lambda leaf: leaf[0], stacked)
             _, found = jax.eval_shape(repeat, (x_BTD, None), first)[0]
             shared = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
@@ -343,7 +357,8 @@ def rematerialized(body: Callable, execution: Execution) -> Callable:
 
 class Packed:
     """Keys and values of the same packed sequences: a token sees the earlier ones of its own
-    segment.
+    segment. Which are earlier follows from the index in the packed sequence; positions within a
+    document are used for the rotation alone.
     """
 
     def __init__(self, segment_ids: Tokens, execution: Execution):
@@ -356,7 +371,9 @@ class Packed:
         return (key, value), state
 
     def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
-        """Attention within segments."""
+        """Attention within segments, to the last `window` tokens or, where that is None, to all
+        earlier ones.
+        """
         key, value = keys_and_values
         return attention(query, key, value, self._segment_ids, self._mesh, window)
 
@@ -377,7 +394,9 @@ class Cached:
         return caches, caches
 
     def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
-        """Attention of new tokens to all earlier ones."""
+        """Attention of new tokens to the last `window` positions or, where that is None, to all
+        earlier ones.
+        """
         keys, values = keys_and_values
         return cached_attention(query, keys, values, self._positions, window)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, Execution, MeshConfig, ModelConfig, NextToken
+from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree
 from braeburn.objectives.definition import Definition, text_loss
 from braeburn.objectives.statistics import LogSumExp
@@ -131,7 +132,7 @@ def cross_entropy(
 
 
 def loss(
-    params: Tree, batch: dict[str, Array], model: ModelConfig, execution: Execution
+    params: Tree, batch: Batch, model: ModelConfig, execution: Execution
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """What training minimises on a batch, and its metrics.
 

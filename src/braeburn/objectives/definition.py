@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from braeburn.config import Execution, ModelConfig, ObjectiveConfig
+from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree
 from braeburn.models.decoder import forward, head_matrix
 from braeburn.objectives.vocabulary import Objective, Projection, Targets, vocabulary_loss
@@ -30,7 +31,7 @@ def objective_of(config: ObjectiveConfig, model: ModelConfig) -> Objective[Targe
 
 def text_loss(
     params: Tree,
-    batch: dict[str, Array],
+    batch: Batch,
     objective: Objective[Targets, Any],
     model: ModelConfig,
     execution: Execution,

@@ -6,13 +6,14 @@ over the whole vocabulary (arXiv 1503.02531). No gradient flows to the teacher.
 """
 
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, Distillation, Execution, MeshConfig, ModelConfig
+from braeburn.data.packing import Batch
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
@@ -122,11 +123,7 @@ class _Tokens(NamedTuple):
     label_probs: Float[Array, "B T K"] | None = None
 
 
-# The teacher's part of the statistics.
-TeacherStatistics = TypeVar("TeacherStatistics")
-
-
-class _Statistics(NamedTuple, Generic[TeacherStatistics]):
+class _Statistics(NamedTuple):
     """What is accumulated of each token.
 
     Attributes:
@@ -140,7 +137,7 @@ class _Statistics(NamedTuple, Generic[TeacherStatistics]):
     softmax: LogSumExp
     tempered: LogSumExp
     target_logit: Float[Array, "B T"]
-    teacher: TeacherStatistics
+    teacher: Any
 
     @property
     def log_zs(self) -> Float[Array, "2 B T"]:
@@ -169,7 +166,7 @@ class _Sums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Distilled(Objective[_Tokens, _Statistics[TeacherStatistics]], Generic[TeacherStatistics]):
+class _Distilled(Objective[_Tokens, _Statistics]):
     """What the kinds of target have in common.
 
     Attributes:
@@ -182,23 +179,17 @@ class _Distilled(Objective[_Tokens, _Statistics[TeacherStatistics]], Generic[Tea
     temperature: float
     z_loss: float
 
-    def _mean_logit(self, teacher: TeacherStatistics) -> Float[Array, "B T"]:
+    def _mean_logit(self, teacher: Any) -> Float[Array, "B T"]:
         """The mean of the student's logits / temperature under the teacher's probabilities."""
         raise NotImplementedError
 
-    def _start(
-        self, shape: tuple[int, ...], teacher: TeacherStatistics
-    ) -> _Statistics[TeacherStatistics]:
+    def _start(self, shape: tuple[int, ...], teacher: Any) -> _Statistics:
         empty = LogSumExp.empty(shape)
         return _Statistics(empty, empty, jnp.zeros(shape), teacher)
 
     def _update(
-        self,
-        statistics: _Statistics[TeacherStatistics],
-        block: LogitBlock,
-        tokens: _Tokens,
-        teacher: TeacherStatistics,
-    ) -> _Statistics[TeacherStatistics]:
+        self, statistics: _Statistics, block: LogitBlock, tokens: _Tokens, teacher: Any
+    ) -> _Statistics:
         """The statistics with a further block taken in.
 
         Args:
@@ -213,7 +204,7 @@ class _Distilled(Objective[_Tokens, _Statistics[TeacherStatistics]], Generic[Tea
         further = block.logits_at(tokens.targets.ids[..., None])[..., 0]
         return _Statistics(softmax, tempered, statistics.target_logit + further, teacher)
 
-    def sums(self, statistics: _Statistics[TeacherStatistics], tokens: _Tokens) -> _Sums:
+    def sums(self, statistics: _Statistics, tokens: _Tokens) -> _Sums:
         """Weighted sums over tokens of the loss's terms."""
         weights, log_z = tokens.targets.weights, statistics.softmax.log_z
         cross_entropy = statistics.tempered.log_z - self._mean_logit(statistics.teacher)
@@ -234,7 +225,7 @@ class _Distilled(Objective[_Tokens, _Statistics[TeacherStatistics]], Generic[Tea
 
     def _gradient(
         self,
-        statistics: _Statistics[TeacherStatistics],
+        statistics: _Statistics,
         logits: Float[Array, "B T N"],
         is_target: Any,
         teacher_probs: Array | float,
@@ -262,16 +253,14 @@ class _Distilled(Objective[_Tokens, _Statistics[TeacherStatistics]], Generic[Tea
 
 
 @dataclass(frozen=True)
-class LabelDistillation(_Distilled[Array]):
+class LabelDistillation(_Distilled):
     """Distillation from the teacher's top-k tokens, online or cached."""
 
-    def start(self, shape: tuple[int, ...]) -> _Statistics[Array]:
+    def start(self, shape: tuple[int, ...]) -> _Statistics:
         """The statistics of tokens of a shape [B, T] that have met no logits."""
         return self._start(shape, jnp.zeros(shape))
 
-    def update(
-        self, statistics: _Statistics[Array], block: LogitBlock, tokens: _Tokens
-    ) -> _Statistics[Array]:
+    def update(self, statistics: _Statistics, block: LogitBlock, tokens: _Tokens) -> _Statistics:
         """The statistics with a further block of logits taken in."""
         assert tokens.label_ids is not None and tokens.label_probs is not None
         further = jnp.sum(tokens.label_probs * block.logits_at(tokens.label_ids), axis=-1)
@@ -282,7 +271,7 @@ class LabelDistillation(_Distilled[Array]):
         return teacher
 
     def logit_gradient(
-        self, statistics: _Statistics[Array], block: LogitBlock, tokens: _Tokens, dtype: Any
+        self, statistics: _Statistics, block: LogitBlock, tokens: _Tokens, dtype: Any
     ) -> Float[Array, "B T R"]:
         """The derivative of the loss with respect to a block's logits.
 
@@ -311,16 +300,14 @@ class LabelDistillation(_Distilled[Array]):
 
 
 @dataclass(frozen=True)
-class DistributionDistillation(_Distilled[Expectation]):
+class DistributionDistillation(_Distilled):
     """Distillation from the teacher's distribution over the whole vocabulary."""
 
-    def start(self, shape: tuple[int, ...]) -> _Statistics[Expectation]:
+    def start(self, shape: tuple[int, ...]) -> _Statistics:
         """The statistics of tokens of a shape [B, T] that have met no logits."""
         return self._start(shape, Expectation.empty(shape))
 
-    def update(
-        self, statistics: _Statistics[Expectation], block: LogitBlock, tokens: _Tokens
-    ) -> _Statistics[Expectation]:
+    def update(self, statistics: _Statistics, block: LogitBlock, tokens: _Tokens) -> _Statistics:
         """The statistics with a further block of logits taken in."""
         assert block.teacher_logits is not None
         # The student's logits at padding are minus infinity, and no number times that is zero.
@@ -332,7 +319,7 @@ class DistributionDistillation(_Distilled[Expectation]):
         return teacher.mean
 
     def logit_gradient(
-        self, statistics: _Statistics[Expectation], block: LogitBlock, tokens: _Tokens, dtype: Any
+        self, statistics: _Statistics, block: LogitBlock, tokens: _Tokens, dtype: Any
     ) -> Float[Array, "B T R"]:
         """The derivative of the loss with respect to a block's logits.
 
@@ -403,7 +390,7 @@ def distillation_loss(
 
 def loss(
     params: Tree,
-    batch: dict[str, Array],
+    batch: Batch,
     teacher: tuple[ModelConfig, Tree] | None,
     model: ModelConfig,
     distillation: Distillation,

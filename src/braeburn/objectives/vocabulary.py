@@ -179,9 +179,9 @@ def block_length(tokens: int, width: int, vocab_size: int) -> int:
     return max(1, min(-(-vocab_size // 8), MAX_LOGITS // max(tokens, width)))
 
 
-def chunk(array: Array, length: int) -> Array:
-    """[B, T, ...] as [T / length, B, length, ...], padded with zeros where `length` does not divide
-    T.
+def chunk(array: Any, length: int) -> Array:
+    """An array [B, T, ...], of JAX or NumPy, as [T / length, B, length, ...], padded with zeros
+    where `length` does not divide T.
     """
     batch, total = array.shape[:2]
     array = jnp.pad(array, [(0, 0), (0, -total % length)] + [(0, 0)] * (array.ndim - 2))

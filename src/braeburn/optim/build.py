@@ -64,12 +64,12 @@ def build_optimizer(
         updates = map_specs(
             lambda path, spec: in_proportion(spec, update_of[path], moment_of.get(path)), specs
         )
-        sigma = multiplier(stage.schedule, stage.steps, steps + 1)
+        factor = multiplier(stage.schedule, stage.steps, steps + 1)
 
         def delta(update: Array, rate: float, decay: float, param: Array) -> Array:
-            return -sigma * (rate * update + decay * param)
+            return -factor * (rate * update + decay * param)
 
-        return jax.tree.map(delta, updates, rates, decay, params), sigma * stage.learning_rate
+        return jax.tree.map(delta, updates, rates, decay, params), factor * stage.learning_rate
 
     return guarded(
         definition.transformation(config, Parameters(specs, model, execution)),

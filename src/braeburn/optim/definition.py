@@ -43,8 +43,8 @@ class Parameters:
         """A program over whole arrays from one over each device's part of them.
 
         Args:
-            function: from a tree of one device's parts to one of the same shapes. It may exchange
-                with other devices, by the functions of `braeburn.parallel.collectives`.
+            function: from a tree of one device's parts to one of the same shapes. It may run
+                collectives, by the functions of `braeburn.parallel.collectives`.
             specs: of the parameters whose updates the tree holds, in its structure.
 
         Returns:

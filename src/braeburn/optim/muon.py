@@ -130,8 +130,8 @@ class Stack:
     Attributes:
         forms: of the parameters, by path.
         sizes: rows and columns of each matrix.
-        exchanged: the side, 1 or 2, and mesh axis of each exchange that makes matrices whole, in
-            order.
+        all_to_alls: the side, 1 or 2, and mesh axis of each all-to-all that makes matrices whole,
+            in order.
         shards: devices that the matrices are dealt out over.
         slots: matrices that are dealt out, some of them zeros where the real ones do not come out
             even.
@@ -139,7 +139,7 @@ class Stack:
 
     forms: dict[str, MatrixForm]
     sizes: tuple[int, int]
-    exchanged: tuple[tuple[int, str], ...]
+    all_to_alls: tuple[tuple[int, str], ...]
     shards: int
     slots: int
 
@@ -158,17 +158,17 @@ class Stack:
         ends = list(accumulate(len(each) for each in flat))
         stack = jnp.concatenate(flat)
         stack = jnp.pad(stack, ((0, self.slots - len(stack)), (0, 0), (0, 0)))
-        if self.exchanged:
+        if self.all_to_alls:
             # Where the compiler sees that a slice is transposed or zero, it gives the operands of
             # an all-to-all different memory layouts, and refuses them (jaxlib 0.10.2, CPU).
             stack = lax.optimization_barrier(stack)
-        for side, axis in self.exchanged:
+        for side, axis in self.all_to_alls:
             stack = all_to_all(stack, axis, 0, side, mesh)
         # One at a time, so that only one matrix's products are held; the result does then not
         # depend on how many a device has either.
         scale = config.update_rms * math.sqrt(max(self.sizes))
         stack = lax.map(lambda x: scale * orthogonalized(x, config.newton_schulz_steps), stack)
-        for side, axis in reversed(self.exchanged):
+        for side, axis in reversed(self.all_to_alls):
             stack = all_to_all(stack, axis, side, 0, mesh)
         split = jnp.split(stack[: ends[-1]], ends[:-1])
         return {
@@ -187,16 +187,18 @@ def stacks(parameters: Parameters) -> Sequence[Stack]:
     found = []
     for (sizes, axes), forms in groups.items():
         # What an inner axis has split is joined first.
-        exchanged = [(side, axis) for side in (1, 2) for axis in reversed(axes[side - 1])]
-        shards = math.prod(parameters.mesh.sizes[axis] for _, axis in exchanged)
+        all_to_alls = tuple((side, axis) for side in (1, 2) for axis in reversed(axes[side - 1]))
+        shards = math.prod(parameters.mesh.sizes[axis] for _, axis in all_to_alls)
         matrices = sum(form.matrices for form in forms.values())
         slots = -(-matrices // shards) * shards
-        found.append(Stack(forms, sizes, tuple(exchanged), shards, slots))
+        found.append(Stack(forms, sizes, all_to_alls, shards, slots))
     return found
 
 
 def update_cost(config: Muon, parameters: Parameters) -> UpdateCost:
-    """The products of Newton-Schulz and the exchanges that make matrices whole and split them."""
+    """The products of Newton-Schulz, and the all-to-alls that make matrices whole and split them
+    again.
+    """
     flops = workspace = largest = 0
     moved: Counter[str] = Counter()
     times: Counter[str] = Counter()
@@ -209,7 +211,7 @@ def update_cost(config: Muon, parameters: Parameters) -> UpdateCost:
         # Momentum with its look-ahead, and the update; of one stack also what is dealt out.
         workspace += 2 * whole
         largest = max(largest, 3 * whole)
-        for _, axis in stack.exchanged:
+        for _, axis in stack.all_to_alls:
             moved[axis] += 2 * whole
             times[axis] += 2
     return UpdateCost(

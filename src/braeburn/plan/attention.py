@@ -48,11 +48,11 @@ class Attention:
 
     Attributes:
         forward: the forward pass.
-        again: what the backward pass repeats where the result is kept.
-        again_whole: what it repeats where it is not.
+        again: what the backward pass recomputes where the result is kept.
+        again_whole: what it recomputes where it is not.
         backward: the backward pass.
         kept: bytes that are kept with the result, under its name.
-        kept_whole: bytes that are kept beside it where nothing is repeated.
+        kept_whole: bytes that are kept beside it where nothing is recomputed.
         live: the most bytes that the backward pass holds at once.
     """
 

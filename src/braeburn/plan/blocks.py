@@ -23,6 +23,8 @@ from braeburn.config import (
     Execution,
     MeshConfig,
     ModelConfig,
+    NextToken,
+    ObjectiveConfig,
     Offload,
     Precision,
     Remat,
@@ -34,7 +36,8 @@ from braeburn.layers.attention.backend import ATTENTION, Request
 from braeburn.layers.attention.select import outlined
 from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
-from braeburn.objectives import cross_entropy, distillation
+from braeburn.objectives import distillation
+from braeburn.objectives.definition import objective_of, text_loss
 from braeburn.parallel.collectives import CONTEXT, TENSOR
 from braeburn.parallel.rules import Kind, mesh_axes
 from braeburn.plan.graph import total_collectives
@@ -49,7 +52,8 @@ from braeburn.plan.trace import (
     on_each_device,
 )
 
-# Of an axis along which weights are split: what is gathered does not depend on it.
+# The size that is traced of an axis along which weights are split; what is gathered does not depend
+# on it.
 SPLIT_TRACED = 2
 # Each layer is traced as a part of its own; what is kept of it is decided later.
 EACH_LAYER = Remat(policy="full")
@@ -64,7 +68,7 @@ FORWARD, BACKWARD = "attention_forward", "attention_backward"
 
 
 class Split(NamedTuple):
-    """Over which devices a stage is spread, as far as sizes on one of them depend on it.
+    """Over which devices a stage is sharded, as far as sizes on one of them depend on it.
 
     Attributes:
         tensor: devices along `tensor`.
@@ -78,6 +82,7 @@ class Split(NamedTuple):
 
 
 ONE_PART = Split()
+NEXT_TOKEN = NextToken()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +96,16 @@ class Shapes:
         precision: of its activations and sums.
         rules: what lies where.
         split: over which devices.
-        teacher: a model that runs forward beside it, and what it teaches; None where there is none.
+        learns: the objective that it is trained with or, beside a teacher, how it is distilled.
+        teacher: a model that runs forward beside it; None where there is none.
     """
 
     model: ModelConfig
     precision: Precision
     rules: ShardingRules = USUAL_RULES
     split: Split = ONE_PART
-    teacher: tuple[ModelConfig, Distillation] | None = None
+    learns: ObjectiveConfig | Distillation = NEXT_TOKEN
+    teacher: ModelConfig | None = None
 
     @property
     def mesh(self) -> MeshConfig:
@@ -115,7 +122,7 @@ class Shapes:
     @cached_property
     def marker(self) -> int:
         """A prime that divides none of the models' sizes."""
-        models = [self.model, *(self.teacher[:1] if self.teacher else [])]
+        models = [self.model, *([self.teacher] if self.teacher else [])]
         sizes = {v for m in models for v in m.model_dump().values() if isinstance(v, int) and v > 1}
         largest = max(5, min(_LARGEST_PRIME, _MOST_TOKENS // self.split.tensor))
         return next(
@@ -136,7 +143,8 @@ def shapes_of(
     precision: Precision,
     rules: ShardingRules = USUAL_RULES,
     split: Split = ONE_PART,
-    teacher: tuple[ModelConfig, Distillation] | None = None,
+    learns: ObjectiveConfig | Distillation = NEXT_TOKEN,
+    teacher: ModelConfig | None = None,
 ) -> Shapes:
     """The shapes that a model's programs are traced with.
 
@@ -145,9 +153,10 @@ def shapes_of(
         precision: of its activations and sums.
         rules: what lies where.
         split: over which devices.
-        teacher: a teacher's model with what it teaches, or None.
+        learns: the objective that it is trained with or, beside a teacher, how it is distilled.
+        teacher: the model of an online teacher, or None; see `sized`.
     """
-    return Shapes(model, precision, rules, split, teacher)
+    return Shapes(model, precision, rules, split, learns, teacher)
 
 
 @by_identity
@@ -211,7 +220,12 @@ def neighbours(shapes: Shapes) -> tuple[Shapes, Shapes, float] | None:
     fewer, more = sizes[0], sizes[-1]
     ends = [
         shapes_of(
-            model, shapes.precision, shapes.rules, split._replace(tensor=size), shapes.teacher
+            model,
+            shapes.precision,
+            shapes.rules,
+            split._replace(tensor=size),
+            shapes.learns,
+            shapes.teacher,
         )
         for size in (fewer, more)
     ]
@@ -221,8 +235,8 @@ def neighbours(shapes: Shapes) -> tuple[Shapes, Shapes, float] | None:
 
 @cache
 def crosses_context(model: ModelConfig, precision: Precision, rules: ShardingRules) -> bool:
-    """Whether anything but attention exchanges along `context`: else its size changes nothing but
-    the tokens of a device.
+    """Whether anything but attention has a collective along `context`: else its size changes
+    nothing but the tokens of a device.
     """
     found = programs(shapes_of(model, precision, rules, Split(context=2)))
     graphs = [found.around, *(block.program for block in found.blocks)]
@@ -258,10 +272,10 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Programs:
-    """What a step does with a part of a batch.
+    """What a step does with a microbatch.
 
     Attributes:
-        blocks: of layers; beside a teacher, its alone.
+        blocks: of layers; where there is a teacher, the teacher's alone.
         around: embedding, final norm and loss, with their gradients.
     """
 
@@ -273,12 +287,14 @@ def _loss(shapes: Shapes) -> Callable[..., Any]:
     """The loss of a stage as its train step differentiates it: of parameters, batch and a teacher's
     parameters.
     """
-    model, execution = shapes.model, shapes.execution
-    if shapes.teacher is None:
-        return lambda params, batch: cross_entropy.loss(params, batch, model, execution)[0]
-    taught_by, targets = shapes.teacher
+    model, execution, learns = shapes.model, shapes.execution, shapes.learns
+    if isinstance(learns, ObjectiveConfig):
+        objective = objective_of(learns, model)
+        return lambda params, batch: text_loss(params, batch, objective, model, execution)[0]
+    teacher_model = shapes.teacher
+    assert teacher_model is not None
     return lambda params, batch, teacher: distillation.loss(
-        params, batch, (taught_by, teacher), model, targets, execution
+        params, batch, (teacher_model, teacher), model, learns, execution
     )[0]
 
 
@@ -372,8 +388,8 @@ def programs(shapes: Shapes) -> Programs:
     given.append(batch)
     blocks_of += [False] * len(batch)
     if shapes.teacher:
-        taught_by, stacked = _parameters(shapes.teacher[0], shapes.execution)
-        given.append(taught_by)
+        of_teacher, stacked = _parameters(shapes.teacher, shapes.execution)
+        given.append(of_teacher)
         blocks_of += stacked
 
     def wrap(function: Callable) -> Callable:
@@ -530,17 +546,17 @@ def _blocks(equation: Any, flags: list[bool], wrap: Callable, marker: int) -> li
         read = dict.fromkeys(var for eqn in layer for var in _variables(eqn.invars))
         inputs = [var for var in read if var not in made_here and var not in constants]
         # What a layer hands on depends on what is trained if anything does.
-        places = [index_of.get(var, first) for var in inputs]
+        indices = [index_of.get(var, first) for var in inputs]
         moves = [
-            flags[place]
+            flags[index]
             or (
                 any(flags)
-                and first <= place < first + count
+                and first <= index < first + count
                 and bool(jnp.issubdtype(var.aval.dtype, jnp.floating))
             )
-            for var, place in zip(inputs, places, strict=True)
+            for var, index in zip(inputs, indices, strict=True)
         ]
-        kinds = tuple((place >= first) + (place >= first + count) for place in places)
+        kinds = tuple((index >= first) + (index >= first + count) for index in indices)
         # Layers that the program has in common are one object in it.
         same = layer[0].params.get("jaxpr") if len(layer) == 1 else layer[0]
         key = id(same), kinds, tuple(moves)

@@ -91,8 +91,8 @@ def compile_in_child(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "braeburn" / "compile"
     )
     cache.mkdir(parents=True, exist_ok=True)
-    places = {"chips": str(chips.resolve()) if chips else None, "cache": str(cache)}
-    request = {"run": run.model_dump(mode="json"), "stage": stage, "target": str(target), **places}
+    paths = {"chips": str(chips.resolve()) if chips else None, "cache": str(cache)}
+    request = {"run": run.model_dump(mode="json"), "stage": stage, "target": str(target), **paths}
     log = cache / f"{run.name}-{stage}-{target}.log".replace(":", "-").replace("/", "-")
     return _ask([sys.executable, "-m", "braeburn.plan.compiler"], request, log, memory_gb)
 

@@ -1,4 +1,4 @@
-"""What a compiled program exchanges between devices, read out of its HLO text."""
+"""The collectives of a compiled program, read out of its HLO text."""
 
 import math
 import re
@@ -20,8 +20,7 @@ _ACROSS_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 @dataclass(frozen=True)
 class Collective:
-    """One array that is exchanged; an operation that combines several of them appears once for
-    each.
+    """A collective on one array; an operation that combines several arrays appears once for each.
 
     Attributes:
         name: of the instruction.
@@ -62,7 +61,7 @@ def traffic(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...] | No
 
 
 def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """Every exchange of a compiled program, in the order of its text within each computation.
+    """Every collective of a compiled program, in the order of its text within each computation.
 
     One that is started and awaited apart appears once. Branches appear as if each of them was
     taken.
@@ -74,8 +73,8 @@ def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Co
             each axis, the part within a slice.
 
     Raises:
-        UserError: the text is not a whole module, has groups of an unknown form, or exchanges in a
-            loop of unknown length.
+        UserError: the text is not a whole module, has groups of an unknown form, or a collective in
+            a loop of unknown length.
     """
     module = parse(program) if isinstance(program, str) else program
     found: list[Collective] = []
@@ -87,13 +86,13 @@ def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Co
             # that does a piece.
             chain = re.search(r'chain_id="(\d+)"', run.instruction.rest)
             if not chain or chain[1] not in chains:
-                found += _exchanged(run.known_length(), opcode, mesh_shape)
+                found += _arrays_of(run.known_length(), opcode, mesh_shape)
             chains |= {chain[1]} if chain else set()
     return found
 
 
 def transfers(module: Module, axes: tuple[str, ...]) -> list[Collective]:
-    """Every exchange between slices of a program compiled for several: pairs of `send` and `recv`,
+    """Every transfer between slices of a program compiled for several: pairs of `send` and `recv`,
     each counted once.
 
     Args:
@@ -144,7 +143,7 @@ def arrays(types: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(dtype, _integers(dims)) for dtype, dims in _ARRAY.findall(types)]
 
 
-def _exchanged(run: Execution, opcode: str, mesh_shape: Mapping[str, int]) -> Iterator[Collective]:
+def _arrays_of(run: Execution, opcode: str, mesh_shape: Mapping[str, int]) -> Iterator[Collective]:
     instruction, attributes, types = (
         run.instruction,
         run.instruction.attributes,
@@ -235,9 +234,7 @@ def _axes(
     """
     sizes = dict(mesh)
     groups = _groups(written, math.prod(sizes.values()))
-    places = np.unravel_index(groups, tuple(sizes.values()))
-    axes = tuple(
-        axis for axis, place in zip(sizes, places, strict=True) if (place != place[:, :1]).any()
-    )
+    coordinates = zip(sizes, np.unravel_index(groups, tuple(sizes.values())), strict=True)
+    axes = tuple(axis for axis, along in coordinates if (along != along[:, :1]).any())
     known = not whole or groups.shape[1] == math.prod(sizes[axis] for axis in axes)
     return (axes if known else None), groups.shape[1]

@@ -27,7 +27,7 @@ from braeburn.errors import UserError
 from braeburn.hardware.catalogue import catalogue
 from braeburn.hardware.targets import Target, parse_target
 from braeburn.parallel.layout import Layout
-from braeburn.plan.cost import live_teacher
+from braeburn.plan.cost import online_teacher
 from braeburn.train.compiler_flags import options
 from braeburn.train.resolved import resolve_stage
 from braeburn.train.stages import lower_stage
@@ -109,7 +109,7 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     devices = topology(target).devices
     stage = resolve_stage(run, request["stage"], devices)
     layout = stage.layout
-    lowered = lower_stage(stage.taught_by(live_teacher(run, request["stage"])))
+    lowered = lower_stage(stage.with_teacher(online_teacher(run, request["stage"])))
     flags: dict[str, Any] = options(target.facts.flags)
     packages = ["jax", "jaxlib", "libtpu" if target.facts.family == "tpu" else "jax-cuda13-pjrt"]
     if target.facts.family == "nvidia":
@@ -136,8 +136,12 @@ def _gradient_bytes(layout: Layout, lanes: int) -> int:
     """float32 gradients of the parameters that a device holds, those of a vector a row padded to
     whole tiles.
     """
-    places = zip(jax.tree.leaves(layout.specs), jax.tree.leaves(layout.parameters()), strict=True)
-    shapes = [place.shard_shape(spec.shape) for spec, place in places]
+    shapes = [
+        sharding.shard_shape(spec.shape)
+        for spec, sharding in zip(
+            jax.tree.leaves(layout.specs), jax.tree.leaves(layout.parameters()), strict=True
+        )
+    ]
     padded = [(*s[:-1], -(-s[-1] // lanes) * lanes) if len(s) <= 2 else s for s in shapes]
     return sum(4 * math.prod(shape) for shape in padded)
 

@@ -30,7 +30,7 @@ from braeburn.objectives.vocabulary import MAX_LOGITS
 from braeburn.optim.definition import Parameters, UpdateCost, update_cost
 from braeburn.parallel.rules import check
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
-from braeburn.plan.forward import Exchange, Pass, Teaching, accelerator_of, joined
+from braeburn.plan.forward import CollectiveTotal, Pass, Teaching, accelerator_of, joined
 from braeburn.plan.graph import Amount, distinct
 from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, layers_of
@@ -55,9 +55,10 @@ class Efficiency:
             leaves.
         memory: fraction of the memory's bandwidth in element-wise work, of the fewest bytes that it
             could move.
-        weights_hidden: fraction of the exchange of weights and gradients that goes on beside
+        weights_hidden: fraction of the collectives on weights and gradients that overlaps with
             computing.
-        tokens_hidden: that of the exchange of hidden states, which computing waits for.
+        tokens_hidden: fraction of the collectives on hidden states, which computing waits for, that
+            does.
         tile: queries and keys that the attention kernel takes at once.
         backward: products of queries and keys that it forms in its backward pass; forward there are
             two.
@@ -96,7 +97,7 @@ UPDATED = 6 * FLOAT
 
 # Bytes read and written to mask or round a parameter: it is read and written, then its gradient,
 # for which it is read once more.
-REMADE = 5 * FLOAT
+TRANSFORMED = 5 * FLOAT
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,15 @@ class Estimate:
         memory: GiB on each chip by part.
         usable_gib: what a program may take.
         seconds: of computing, by part.
-        exchanges: each with its link and seconds, None where the link's speed is unknown.
+        collectives: each with its link and seconds, None where the link's speed is unknown; with
+            the copies between device and host.
         step: seconds of a step; a lower bound where a link's speed is unknown.
     """
 
     memory: dict[str, float]
     usable_gib: float
     seconds: dict[str, float]
-    exchanges: list[tuple[Exchange, str, float | None]]
+    collectives: list[tuple[CollectiveTotal, str, float | None]]
     step: float
     mfu: float
     tokens_per_second: float
@@ -138,20 +140,20 @@ class Estimate:
         return sum(self.seconds.values())
 
     @property
-    def exchanging(self) -> float:
-        """Seconds of exchange over links of known speed."""
-        return sum(seconds or 0.0 for _, _, seconds in self.exchanges)
+    def communication(self) -> float:
+        """Seconds of communication over links of known speed."""
+        return sum(seconds or 0.0 for _, _, seconds in self.collectives)
 
     @property
     def overlapped(self) -> float:
-        """Seconds of a step in which all exchange goes on beside computing."""
-        return max(self.compute, self.exchanging)
+        """Seconds of a step in which all communication goes on beside computing."""
+        return max(self.compute, self.communication)
 
     @property
     def serial(self) -> float | None:
         """Seconds of a step in which none does; None where a link's speed is unknown."""
-        unknown = any(seconds is None for _, _, seconds in self.exchanges)
-        return None if unknown else self.compute + self.exchanging
+        unknown = any(seconds is None for _, _, seconds in self.collectives)
+        return None if unknown else self.compute + self.communication
 
 
 @cache
@@ -171,14 +173,14 @@ class Work(Pass):
     """What one device does in a step of a stage, in FLOPs and bytes.
 
     Attributes:
-        teacher: a model that runs forward on each batch; None where there is none, or what it says
-            is stored.
-        remade: values of parameters that are masked or rounded before they are used, with those
-            that the gradient of masks and factors needs.
+        teacher: an online teacher, which runs forward on each batch; None where there is none, or
+            its labels are cached.
+        transformed: values of parameters that are masked or rounded before they are used, with
+            those that the gradient of masks and factors needs.
     """
 
     teacher: ModelConfig | None = None
-    remade: int = 0
+    transformed: int = 0
     of_mesh: ClassVar[tuple[str, ...]] = (*Pass.of_mesh, "update", "around")
 
     @property
@@ -211,9 +213,9 @@ class Work(Pass):
         )
 
     @cached_property
-    def remade_shard(self) -> float:
-        """Of the parameters that a device stores, those that are remade."""
-        return self.remade * self.storage.part
+    def transformed_shard(self) -> float:
+        """The values that are masked or rounded on one device."""
+        return self.transformed * self.storage.part
 
     @cached_property
     def update(self) -> UpdateCost:
@@ -222,8 +224,8 @@ class Work(Pass):
 
     @cached_property
     def matrix_flops(self) -> float:
-        """Of all matrix products but attention's: forward, twice that backward, what is worked out
-        again, and the optimizer's.
+        """Of all matrix products but attention's: forward, twice that backward, what is recomputed,
+        and the optimizer's.
         """
         each = self.at(self.totals.flops) + self.at(self.around.flops)
         return each * self.stage.accumulation_steps + self.update.matrix_flops
@@ -255,7 +257,8 @@ class Work(Pass):
         # What is kept is copied into the arrays of all layers, and out of them.
         once += 4 * self.at(totals.kept) + self._repacked
         once += 3 * FLOAT * self.shard  # gradients are added up
-        updated = UPDATED * self.shard + 2 * self.optimizer_bytes + self.remade_shard * REMADE
+        updated = UPDATED * self.shard + 2 * self.optimizer_bytes
+        updated += self.transformed_shard * TRANSFORMED
         return once * steps + updated
 
     @cached_property
@@ -322,40 +325,40 @@ class Work(Pass):
             "activations": kept,
             "workspace": max(layer, loss, teacher, update),
         }
-        if self.remade:
-            parts["weights_in_use"] = FLOAT * self.remade_shard
+        if self.transformed:
+            parts["weights_in_use"] = FLOAT * self.transformed_shard
         if self.teaching:
             parts["teacher"] = self.teaching.stored_bytes
         return {name: value / GIB for name, value in parts.items()}
 
-    def exchanges(self) -> list[Exchange]:
-        """Every collective of a step, but scalars and indices."""
-        return self._exchanges
+    def collective_totals(self) -> list[CollectiveTotal]:
+        """Every collective of a step, but those of scalars and indices."""
+        return self._collective_totals
 
     @cached_property
-    def _exchanges(self) -> list[Exchange]:
+    def _collective_totals(self) -> list[CollectiveTotal]:
         found = list(self.collectives(self.totals, self.around))
         if self.teaching:
-            found = joined([*found, *self.teaching.exchanges()])
+            found = joined([*found, *self.teaching.collective_totals()])
         copies = (
             ("all-reduce", "weights", self.storage.summed),
             ("all-gather", "update", self.storage.updated),
         )
         found += [
-            Exchange(shared.axis, kind, shared.bytes, shared.times, what)
-            for kind, what, exchanged in copies
-            for shared in exchanged
+            CollectiveTotal(shared.axis, kind, shared.bytes, shared.times, what)
+            for kind, what, by_axis in copies
+            for shared in by_axis
         ]
         found += [
-            Exchange(asked.axis, asked.kind, asked.bytes, asked.times, "update")
+            CollectiveTotal(asked.axis, asked.kind, asked.bytes, asked.times, "update")
             for asked in self.update.collectives
         ]
         return found
 
 
-def live_teacher(run: Run, name: str) -> ModelConfig | None:
-    """The model of the teacher whose weights a stage needs at hand; None where it has none, or what
-    it says is kept.
+def online_teacher(run: Run, name: str) -> ModelConfig | None:
+    """The model of a stage's online teacher; None where the stage has no teacher, or its labels are
+    cached.
 
     Raises:
         UserError: the teacher is no stage, and no model with a checkpoint either.
@@ -386,7 +389,7 @@ def work_of(run: Run, name: str, mesh: MeshConfig, accelerator: Accelerator = WI
         accelerator: what the choice of attention's back end depends on.
 
     Returns:
-        The FLOPs, bytes and exchanges of one step on one device.
+        The FLOPs, bytes and collectives of one step on one device.
 
     Raises:
         UserError: the stage's teacher is not there.
@@ -396,27 +399,27 @@ def work_of(run: Run, name: str, mesh: MeshConfig, accelerator: Accelerator = WI
         run.stages[name],
         mesh,
         run.models()[name].trained,
-        live_teacher(run, name),
-        _remade(run, name),
+        online_teacher(run, name),
+        _transformed(run, name),
         accelerator=accelerator,
     )
 
 
-def _remade(run: Run, name: str) -> int:
-    """`Work.remade`, by the traced program that makes weights in use of those that are stored."""
-    use = transform_of(run.stages[name], run.models()[name]).use
-    if not use:
+def _transformed(run: Run, name: str) -> int:
+    """`Work.transformed`, by the traced program from stored weights to effective weights."""
+    effective = transform_of(run.stages[name], run.models()[name]).effective
+    if not effective:
         return 0
     leaves, structure = jax.tree.flatten(abstract(trained_specs(run, name)))
 
-    def used(*leaves: Any) -> list[Any]:
-        return jax.tree.leaves(use(jax.tree.unflatten(structure, leaves), 0))
+    def flat(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(effective(jax.tree.unflatten(structure, leaves), 0))
 
     program = differentiate(
-        used,
+        flat,
         leaves,
         [True] * len(leaves),
-        jax.eval_shape(used, *leaves),
+        jax.eval_shape(flat, *leaves),
         lambda function: function,
         0,
     )
@@ -477,47 +480,49 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         + work.attention_products / (peak * efficiency.matrix),
         "memory_bound": work.memory_bytes / (bandwidth * efficiency.memory),
     }
-    if taught := work.teaching:
+    if teaching := work.teaching:
         products = (
-            taught.matrix_flops + taught.attention_products
-        ) / efficiency.matrix + taught.attention_flops(efficiency.tile) / efficiency.attention
-        seconds["teacher"] = products / peak + taught.memory_bytes / (bandwidth * efficiency.memory)
-    exchanges: list[tuple[Exchange, str, float | None]] = []
+            teaching.matrix_flops + teaching.attention_products
+        ) / efficiency.matrix + teaching.attention_flops(efficiency.tile) / efficiency.attention
+        moving = teaching.memory_bytes / (bandwidth * efficiency.memory)
+        seconds["teacher"] = products / peak + moving
+    collectives: list[tuple[CollectiveTotal, str, float | None]] = []
     hidden = 0.0
     if offloaded := work.host_bytes:
         spent: float | None = offloaded / (HOST_GB_PER_S * 1e9)
-        exchanges.append((Exchange("host", "copy", offloaded, 1, "weights"), "PCIe", spent))
+        copies = CollectiveTotal("host", "copy", offloaded, 1, "weights")
+        collectives.append((copies, "PCIe", spent))
         hidden += (spent or 0.0) * efficiency.weights_hidden
-    for asked in work.exchanges():
-        exchange = _as_compiled(asked, work.mesh, target)
-        axes = (exchange.axis,)
-        once = links.seconds(exchange.kind, exchange.bytes / exchange.times, axes)
-        spent = None if once is None else once * exchange.times
-        exchanges.append((exchange, links.name(axes), spent))
+    for asked in work.collective_totals():
+        total = _as_compiled(asked, work.mesh, target)
+        axes = (total.axis,)
+        once = links.seconds(total.kind, total.bytes / total.times, axes)
+        spent = None if once is None else once * total.times
+        collectives.append((total, links.name(axes), spent))
         # A layer's weights from another slice are sent and received in that layer, which waits for
         # them.
-        early = exchange.what == "weights" and (
-            links.name(axes) != "DCN" or exchange.kind == "all-reduce"
+        early = total.what == "weights" and (
+            links.name(axes) != "DCN" or total.kind == "all-reduce"
         )
         hidden += (spent or 0.0) * (
             efficiency.weights_hidden if early else efficiency.tokens_hidden
         )
-    compute, exchanging = sum(seconds.values()), sum(spent or 0.0 for _, _, spent in exchanges)
-    step = max(compute, exchanging, compute + exchanging - hidden)
+    compute, communication = sum(seconds.values()), sum(spent or 0.0 for _, _, spent in collectives)
+    step = max(compute, communication, compute + communication - hidden)
     flops = _flops_per_token(model, stage.sequence_length) * stage.batch_tokens
     figures = [figure for figure in (chip.bf16_tflops, chip.memory_gb_per_s) if figure]
     return Estimate(
         memory=work.memory(),
         usable_gib=room.value,
         seconds=seconds,
-        exchanges=exchanges,
+        collectives=collectives,
         step=step,
         mfu=flops / (step * target.devices * peak),
         tokens_per_second=stage.batch_tokens / step,
         confidence=weakest(
             efficiency.confidence,
             *figures,
-            *(links.confidence((e.axis,)) for e, link, _ in exchanges if link != "PCIe"),
+            *(links.confidence((each.axis,)) for each, link, _ in collectives if link != "PCIe"),
         ),
         memory_confidence=room.confidence,
         torus=links.torus,
@@ -527,8 +532,8 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
 def labelling_seconds(run: Run, name: str, mesh: MeshConfig, target: Target) -> float:
     """Seconds in which the teacher of a stage fills its cache; 0 where it has none, or no cache.
 
-    It is taken to label as many tokens as the stage reads, each once, in the time that it would add
-    to the steps if it were at hand.
+    It is taken to label as many tokens as the stage reads, each once, in the time that an online
+    teacher would add to the steps.
 
     Args:
         run: the run.
@@ -543,21 +548,21 @@ def labelling_seconds(run: Run, name: str, mesh: MeshConfig, target: Target) -> 
         return 0.0
     work = work_of(run, name, mesh, accelerator_of(target.facts))
     links = Links(target, mesh)
-    alone, taught = (
+    alone, distilled = (
         estimate_work(each, target, links) for each in (work, replace(work, teacher=teacher))
     )
-    return (taught.step - alone.step) * work.stage.steps
+    return (distilled.step - alone.step) * work.stage.steps
 
 
-def _as_compiled(exchange: Exchange, sizes: MeshConfig, target: Target) -> Exchange:
-    """What libtpu makes of an exchange of weights over many chips: sums of whole arrays, which move
+def _as_compiled(total: CollectiveTotal, sizes: MeshConfig, target: Target) -> CollectiveTotal:
+    """What libtpu makes of collectives on weights over many chips: sums of whole arrays, which move
     them twice.
 
     So it writes most gradients' reduce-scatters over 256 chips or more, and all-gathers over the
     whole of a three-dimensional slice as sums with zeros; over 128 chips it writes neither.
     """
-    if target.facts.family != "tpu" or exchange.axis != "fsdp" or sizes.fsdp < 256:
-        return exchange
+    if target.facts.family != "tpu" or total.axis != "fsdp" or sizes.fsdp < 256:
+        return total
     whole = sizes.fsdp == target.chips_per_slice and target.facts.dimensions == 3
-    summed = exchange.kind == "reduce-scatter" or (exchange.kind == "all-gather" and whole)
-    return replace(exchange, kind="all-reduce") if summed else exchange
+    summed = total.kind == "reduce-scatter" or (total.kind == "all-gather" and whole)
+    return replace(total, kind="all-reduce") if summed else total

@@ -1,5 +1,5 @@
-"""What a model's layers and loss take on one device, by its traced program; and what a live teacher
-adds to a step.
+"""What a model's layers and loss take on one device, by its traced program; and what an online
+teacher adds to a step.
 """
 
 import math
@@ -12,6 +12,7 @@ from braeburn.config import (
     Distillation,
     MeshConfig,
     ModelConfig,
+    ObjectiveConfig,
     Precision,
     Run,
     ShardingRules,
@@ -36,12 +37,12 @@ from braeburn.plan.totals import Sequence, Totals, totals_of
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """One kind of collective along one axis, over a whole step.
+class CollectiveTotal:
+    """All collectives of one kind along one axis in a step, or all copies between device and host.
 
     Attributes:
-        axis: of the mesh, or "host".
-        kind: as HLO names it, or "copy".
+        axis: of the mesh; "host" of copies.
+        kind: as HLO names it; "copy" of copies.
         bytes: on one device, as `plan.collectives.Collective.bytes` counts them.
         times: how many there are.
         what: "weights", with gradients and what waits on the host, which can be had early; or
@@ -68,8 +69,8 @@ def _shapes(
     precision: Precision,
     rules: ShardingRules,
     mesh: MeshConfig,
-    teacher: ModelConfig | None = None,
-    distillation: Distillation | None = None,
+    learns: ObjectiveConfig | Distillation,
+    teacher: ModelConfig | None,
 ) -> Shapes:
     model = sized(model)
     crosses = mesh.context > 1 and crosses_context(model, precision, rules)
@@ -78,7 +79,8 @@ def _shapes(
         precision,
         rules,
         Split(mesh.tensor, stored_along(rules, mesh), mesh.context if crosses else 1),
-        (sized(teacher), distillation) if teacher and distillation else None,
+        learns,
+        sized(teacher) if teacher else None,
     )
 
 
@@ -104,7 +106,7 @@ class Pass:
 
     def varied(self, **changes: Any) -> Self:
         """The same with another stage or run, which may differ in what is kept for the backward
-        pass, in parts of a batch and in what waits on the host; or on a mesh of the same sizes.
+        pass, in microbatches and in what waits on the host; or on a mesh of the same sizes.
         """
         found = replace(self, **changes)
         known = ((name, self.__dict__.get(name)) for name in self.of_mesh)
@@ -140,8 +142,8 @@ class Pass:
 
     def shapes_for(self, model: ModelConfig, teacher: ModelConfig | None = None) -> Shapes:
         """What the programs of a model are traced with, or of a model beside its teacher."""
-        teaching = (teacher, self.stage.distillation) if teacher else ()
-        return _shapes(model, self.run.precision, self.run.rules, self.mesh, *teaching)
+        learns = self.stage.distillation if teacher else self.stage.objective
+        return _shapes(model, self.run.precision, self.run.rules, self.mesh, learns, teacher)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -191,16 +193,18 @@ class Pass:
             for each in totals.kernels
         )
 
-    def collectives(self, totals: Totals, around: Around) -> Iterator[Exchange]:
-        """Those of layers and of what is around them, over all parts of a batch."""
+    def collectives(self, totals: Totals, around: Around) -> Iterator[CollectiveTotal]:
+        """Those of layers and of what is around them, over all microbatches."""
         steps = self.stage.accumulation_steps
         for key, (size, times) in _together(totals, around):
-            yield Exchange(key.axis, key.kind, self.at(size) * steps, times * steps, key.what)
+            yield CollectiveTotal(
+                key.axis, key.kind, self.at(size) * steps, times * steps, key.what
+            )
 
 
 @cache
 def _together(totals: Totals, around: Around) -> tuple[tuple[Collective, Moved], ...]:
-    """The exchanges of layers and of what is around them, those of one kind added up."""
+    """The collectives of layers and of what is around them, those of one kind added up."""
     found = dict(totals.collectives)
     for key, moved in around.collectives.items():
         found[key] = found[key] + moved if key in found else moved
@@ -209,8 +213,7 @@ def _together(totals: Totals, around: Around) -> tuple[tuple[Collective, Moved],
 
 @dataclass(frozen=True)
 class Teaching(Pass):
-    """A teacher whose weights are at hand: it runs forward on each part of a batch, before the
-    student does.
+    """An online teacher: it runs forward on each microbatch, before the student does.
 
     Attributes:
         student: the model that learns.
@@ -284,30 +287,32 @@ class Teaching(Pass):
 
     @cached_property
     def stored_bytes(self) -> float:
-        """On a device all the while: its weights, and what it says of a part of the batch."""
+        """On a device all the while: its weights, and its targets for a microbatch: hidden states
+        where the target is the whole distribution, else top-k labels.
+        """
         distillation = self.stage.distillation
         whole = distillation.target == "distribution"
-        said = self.width * self.model.d_model if whole else 2 * FLOAT * distillation.kept
-        return FLOAT * self.shard + self.tokens * said
+        per_token = self.width * self.model.d_model if whole else 2 * FLOAT * distillation.kept
+        return FLOAT * self.shard + self.tokens * per_token
 
     @cached_property
     def working_bytes(self) -> float:
         """On a device while it runs: a layer's weights gathered, and its activations."""
         return self.totals.weights[0] + max(map(self.at, self.totals.live))
 
-    def exchanges(self) -> Iterator[Exchange]:
+    def collective_totals(self) -> Iterator[CollectiveTotal]:
         """Every collective that it adds to a step."""
-        for exchange in self.collectives(self.totals, self._added):
-            if exchange.bytes > 0:
-                yield exchange
+        for total in self.collectives(self.totals, self._added):
+            if total.bytes > 0:
+                yield total
 
 
-def joined(exchanges: Iterable[Exchange]) -> list[Exchange]:
-    """Exchanges with those of one kind along one axis added up."""
-    found: dict[tuple[str, str, str], Exchange] = {}
-    for each in exchanges:
+def joined(totals: Iterable[CollectiveTotal]) -> list[CollectiveTotal]:
+    """Collectives with those of one kind along one axis added up."""
+    found: dict[tuple[str, str, str], CollectiveTotal] = {}
+    for each in totals:
         key = each.axis, each.kind, each.what
         if before := found.get(key):
-            each = Exchange(*key[:2], before.bytes + each.bytes, before.times + each.times, key[2])
+            each = replace(each, bytes=before.bytes + each.bytes, times=before.times + each.times)
         found[key] = each
     return list(found.values())

@@ -90,7 +90,9 @@ class Value:
 
 
 class Collective(NamedTuple):
-    """An exchange between devices: what tells one from another."""
+    """What tells collectives apart: the mesh axis, the kind as HLO names it, and what is moved,
+    "weights" or "tokens".
+    """
 
     axis: str
     kind: str
@@ -120,7 +122,7 @@ class Node:
         outputs: those that it makes.
         flops: of its matrix products.
         element_wise: bytes that a loop's own element-wise work moves; see `element_wise_bytes`.
-        collectives: its exchanges.
+        collectives: the bytes and number of its collectives, by kind.
         live: bytes that a loop holds beside its operands and results.
     """
 
@@ -216,7 +218,7 @@ class _Flattening:
         name, params = equation.primitive.name, equation.params
         if name in _COLLECTIVES:
             return Node(
-                equation, inputs, outputs, collectives=_exchanged(equation, inputs, outputs)
+                equation, inputs, outputs, collectives=_collectives_of(equation, inputs, outputs)
             )
         if name == "scan":
             return self.loop(equation, inputs, outputs, params["jaxpr"], params["length"])
@@ -248,7 +250,7 @@ class _Flattening:
             The sum over all times, and what one time holds at most.
         """
         graph = self.graph(body.jaxpr)
-        exchanged = total_collectives(graph.nodes)
+        collectives = total_collectives(graph.nodes)
         nodes = needed(graph.nodes, graph.outputs)
         held = live_bytes(nodes, graph.inputs, graph.outputs)
         peak = max((size for _, size in held), default=Amount(), key=sum)
@@ -258,7 +260,7 @@ class _Flattening:
             outputs,
             flops=total_flops(graph.nodes) * length,
             element_wise=element_wise_bytes(nodes, graph.outputs) * length,
-            collectives={key: moved * length for key, moved in exchanged.items()},
+            collectives={key: moved * length for key, moved in collectives.items()},
             live=peak,
         )
 
@@ -292,10 +294,10 @@ def _inlined(equation: Any) -> Any:
     return None
 
 
-def _exchanged(
+def _collectives_of(
     equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]
 ) -> dict[Collective, Moved]:
-    """The exchange of an operation; none of scalars and indices, which are small."""
+    """What a collective moves, without scalars and indices, which are small."""
     kind, of_result = _COLLECTIVES[equation.primitive.name]
     params = equation.params
     axes = params["axis_name"] if "axis_name" in params else params["axes"]
@@ -323,7 +325,7 @@ def total_flops(nodes: Iterable[Node]) -> Amount:
 
 
 def total_collectives(nodes: Iterable[Node]) -> dict[Collective, Moved]:
-    """The exchanges of some operations."""
+    """The bytes and number of the collectives of some operations, by kind."""
     sums: dict[Collective, Moved] = {}
     for node in nodes:
         for key, moved in node.collectives.items():
@@ -353,8 +355,8 @@ def needed(
     return found[::-1]
 
 
-# What costs nothing to make again, and is so in each fusion that uses it; and what is made again
-# where memory is short.
+# Operations that cost nothing to recompute, and are recomputed in each fusion that uses them; and
+# those that are recomputed where memory is short.
 _CHEAP = {
     "convert_element_type",
     "broadcast_in_dim",
@@ -362,7 +364,7 @@ _CHEAP = {
     "select_n",
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"),
 }
-_MADE_AGAIN = _CHEAP | {"add", "add_any", "sub", "mul", "neg", "square", "transpose"}
+_RECOMPUTED = _CHEAP | {"add", "add_any", "sub", "mul", "neg", "square", "transpose"}
 
 
 class _Step(NamedTuple):
@@ -396,7 +398,7 @@ def distinct(nodes: Sequence[Node], values: Iterable[Value]) -> set[Value]:
 
 def _in_memory(steps: Sequence[_Step], outputs: Iterable[Value], cheap: set[str]) -> set[Value]:
     """The arrays that are written to memory: what operations that stand apart read and make, and
-    what more than one of the fusions between them uses, unless it is `cheap` to make again.
+    what more than one of the fusions between them uses, unless it is `cheap` to recompute.
     """
     users: dict[Value, list[Node]] = {}
     for step in steps:
@@ -462,7 +464,7 @@ def live_bytes(
     """
     steps, array = _steps(nodes)
     results = {array(value) for value in outputs}
-    written = _in_memory(steps, results, _MADE_AGAIN)
+    written = _in_memory(steps, results, _RECOMPUTED)
     elsewhere = results | {array(value) for value in inputs}
     last: dict[Value, int] = {}
     for index, step in enumerate(steps):

@@ -223,8 +223,8 @@ class Module:
         return next(found for found in self.computations[computation].values() if found.is_root)
 
     def _value(self, name: str, computation: str, parameters: Sequence[Any] = ()) -> Any:
-        """What a scalar is: an int, ("element", place in the computation's tuple), or (operation,
-        of what, of what).
+        """What a scalar is: an int, ("element", index in the computation's tuple), or (operation,
+        operand, operand).
         """
         found = self.computations[computation][name]
         if found.opcode == "parameter":

@@ -28,7 +28,7 @@ class Call:
 
     Attributes:
         request: what its layer asks for; all that depends on the target is left open.
-        state: what becomes of its result: "kept" for the backward pass, worked out "again" there,
+        state: what becomes of its result: "kept" for the backward pass, computed "again" there,
             kept with all that belongs to it ("whole"), or not needed there ("forward").
     """
 
@@ -38,13 +38,13 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """What all layers of a model do in a pass over a part of a batch, and its gradient.
+    """What all layers of a model do in a pass over a microbatch, and its gradient.
 
     Attributes:
         flops: of their matrix products but attention's.
         element_wise: bytes that the forward pass reads and writes in element-wise work.
-        repeats: whether the backward pass works some of them out again.
-        collectives: their exchanges but attention's.
+        repeats: whether the backward pass recomputes some of them.
+        collectives: their collectives but attention's.
         calls: of attention, and how many of each kind there are.
         kept: bytes kept for the backward pass by name; "" has what has no name.
         weights: bytes of one layer's gathered weights, and of their gradients before they are
@@ -70,7 +70,7 @@ class Around:
     Attributes:
         flops: of their matrix products.
         element_wise: bytes that they read and write in element-wise work.
-        collectives: their exchanges.
+        collectives: their collectives.
     """
 
     flops: Amount
@@ -190,16 +190,16 @@ def _per_token(layers: Layers, factor: float) -> Layers:
 
 def _trained(block: Block, policy: Policy) -> Layers:
     program = block.program
-    remade = rematerialize(program, policy, block.varying)
+    recomputed = rematerialize(program, policy, block.varying)
     kept: dict[str, Amount] = {}
-    for value, name in remade.kept:
+    for value, name in recomputed.kept:
         kept[name or ""] = kept.get(name or "", Amount()) + value.bytes
-    for value in remade.inputs:
+    for value in recomputed.inputs:
         if value in block.carry:
             kept[""] = kept.get("", Amount()) + value.bytes
-    forward = needed(program.forward, [*program.outputs, *(value for value, _ in remade.kept)])
+    forward = needed(program.forward, [*program.outputs, *(value for value, _ in recomputed.kept)])
     once = Pass.of(needed(program.forward, program.outputs), program.outputs)
-    passes = [Pass.of(nodes) for nodes in (forward, remade.again, program.backward)]
+    passes = [Pass.of(nodes) for nodes in (forward, recomputed.again, program.backward)]
     collectives: dict[Collective, Moved] = {}
     for each in passes:
         for key, moved in each.collectives.items():
@@ -207,17 +207,17 @@ def _trained(block: Block, policy: Policy) -> Layers:
     states = {node: _state(node, program.forward, policy) for node in once.calls}
     calls = [_call(node, state) for node, state in states.items()]
     own = set(program.gradients) - block.carry
-    # What a repeat finds is read out of what was kept, and what it hands on is written beside it.
+    # A repeat reads its inputs out of what was kept, and writes its outputs beside it.
     handed_on = sum(v.bytes.scaled for v in block.carry if v in {*program.inputs})
     live = [
         (Amount(0.0, size.scaled + handed_on), _backward_call(node, calls))
-        for node, size in peaks(program, remade, own)
+        for node, size in peaks(program, recomputed, own)
     ]
     found = _repeated(
         Layers(
             passes[0].flops + passes[1].flops + passes[2].flops,
             once.element_wise,
-            bool(remade.again),
+            bool(recomputed.again),
             collectives,
             _counted(calls),
             kept,
@@ -227,7 +227,7 @@ def _trained(block: Block, policy: Policy) -> Layers:
         block.repeats,
     )
     # What all layers have in common is kept once, with its gradient.
-    once_kept = [value.bytes * 2 for value in remade.inputs if value in block.shared]
+    once_kept = [value.bytes * 2 for value in recomputed.inputs if value in block.shared]
     return replace(found, kept=_added(found.kept, {"": sum(once_kept, Amount())}))
 
 

@@ -17,7 +17,7 @@ from braeburn.hardware.torus import across_slices
 from braeburn.models.decoder import param_specs
 from braeburn.plan.child import compile_in_child
 from braeburn.plan.collectives import Collective, collectives, transfers
-from braeburn.plan.cost import estimate, live_teacher
+from braeburn.plan.cost import estimate, online_teacher
 from braeburn.plan.hlo import Module, parse, unread
 from braeburn.plan.kernels import Computing, computing
 from braeburn.plan.ranking import Ranking
@@ -111,7 +111,7 @@ class Compilation:
             masked = 6 * model.num_heads * model.head_dim * full
             return flops_per_token(model, param_specs(model), stage.sequence_length) - masked
 
-        teacher = live_teacher(self.run, self.stage)
+        teacher = online_teacher(self.run, self.stage)
         # A teacher runs forward alone, a third of training.
         flops = least(self.run.models()[self.stage].trained) + (
             least(teacher) / 3 if teacher else 0
@@ -199,7 +199,7 @@ class Compilation:
                 "overlapped": plan.overlapped,
                 "serial": plan.serial,
                 "bytes": {
-                    axis: sum(e.bytes for e, *_ in plan.exchanges if e.axis == axis)
+                    axis: sum(total.bytes for total, *_ in plan.collectives if total.axis == axis)
                     for axis in axes
                 },
             },
@@ -239,15 +239,15 @@ class Compilation:
 
     @property
     def interval(self) -> tuple[float, float | None]:
-        """Seconds of a step with all exchange beside computing, and with none: None if a link's
-        speed is unknown.
+        """Seconds of a step with all communication beside computing, and with none: None if a
+        link's speed is unknown.
         """
-        compute, exchanging = (
+        compute, communication = (
             self.computing.seconds,
             sum(row.seconds or 0.0 for row in self.traffic),
         )
         unknown = any(row.seconds is None for row in self.traffic)
-        return max(compute, exchanging), None if unknown else compute + exchanging
+        return max(compute, communication), None if unknown else compute + communication
 
 
 def _rows(found: list[Collective], links: Links, axes: tuple[str, ...] | None) -> list[Traffic]:

@@ -206,13 +206,13 @@ def describe_estimate(found: Estimate) -> dict[str, Any]:
     """What is predicted of a step, as plain data."""
     collectives = [
         {
-            "axis": exchange.axis,
-            "kind": exchange.kind,
+            "axis": total.axis,
+            "kind": total.kind,
             "link": link,
-            "bytes": round(exchange.bytes),
+            "bytes": round(total.bytes),
             "seconds": seconds,
         }
-        for exchange, link, seconds in found.exchanges
+        for total, link, seconds in found.collectives
     ]
     return {
         "fits": found.fits,

@@ -83,7 +83,11 @@ def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
         ("seconds of a step", "compiler", "plan"),
         ("computing", _seconds(facts["compute_seconds"]), _seconds(plan["compute_seconds"])),
         ("least, by the peak", _seconds(facts["flop_bound_seconds"])),
-        ("all exchange beside it", _seconds(facts["overlapped"]), _seconds(plan["overlapped"])),
+        (
+            "all communication beside it",
+            _seconds(facts["overlapped"]),
+            _seconds(plan["overlapped"]),
+        ),
         ("none beside it", _seconds(facts["serial"]), _seconds(plan["serial"])),
         ("predicted", "", _seconds(plan["step_seconds"])),
     ]

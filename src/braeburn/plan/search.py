@@ -68,9 +68,9 @@ class Candidate:
 def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     """Every mesh that divides a stage on a target, each with what suits it best, the fastest first.
 
-    For each mesh: the placement on the torus with the least exchange, and of accumulation, remat
-    and offload the fastest that fits. Meshes that fit in no way come last, by what they lack; those
-    whose parameters and gradients alone do not fit only where no other does.
+    For each mesh: the placement on the torus with the least communication, and of accumulation,
+    remat and offload the fastest that fits. Meshes that fit in no way come last, by what they lack;
+    those whose parameters and gradients alone do not fit only where no other does.
 
     Raises:
         UserError: the stage's teacher is not there.
@@ -243,14 +243,14 @@ def _fastest(
                 elif least is None or needed < least[0]:
                     least = needed, one
             if everything:
-                break  # in more parts it would be no faster
+                break  # in more microbatches it would be no faster
         if fits:
             return min(fits, key=lambda found: _rank(found[1]))
     return (least[1], estimate_work(least[1], target, links)) if least else None
 
 
 def _accumulations(stage: Stage, sizes: MeshConfig) -> list[int]:
-    """Parts that the sequences of a batch can be worked through in."""
+    """Numbers of microbatches that the sequences of a batch can be divided into."""
     sequences = stage.batch_size // (sizes.replica * sizes.data * sizes.fsdp)
     return [steps for steps in _powers(min(sequences, MOST_ACCUMULATION)) if sequences % steps == 0]
 
@@ -259,7 +259,7 @@ def _rank(estimate: Estimate) -> tuple[float, float]:
     """What orders layouts: memory that is lacking, then seconds, links of unknown speed counted at
     a nominal one.
     """
-    unknown = sum(exchange.bytes for exchange, _, seconds in estimate.exchanges if seconds is None)
+    unknown = sum(total.bytes for total, _, seconds in estimate.collectives if seconds is None)
     lacking = 0.0 if estimate.fits else estimate.total_gib - estimate.usable_gib
     return lacking, estimate.step + unknown / NOMINAL_BYTES_PER_S
 

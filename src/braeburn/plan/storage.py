@@ -1,5 +1,5 @@
 """What one device stores of a model's parameters and of what the optimizer remembers of them, by
-the rules of a run, and what copies of both exchange in a step.
+the rules of a run, and the collectives of a step that keep copies of both equal.
 """
 
 import math
@@ -23,12 +23,12 @@ COPIES = ("tensor", "context", "fsdp", "data", "replica")
 
 
 class Shared(NamedTuple):
-    """An exchange between copies, once a step.
+    """The collectives between copies along one axis, in one step.
 
     Attributes:
         axis: of the mesh.
         bytes: on one device, as `plan.collectives.Collective.bytes` counts them.
-        times: arrays.
+        times: how many there are, one for each array.
     """
 
     axis: str
@@ -37,15 +37,15 @@ class Shared(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """What a device stores, and exchanges for it.
+    """What a device stores, and the collectives that this takes.
 
     Attributes:
-        parameters: numbers of the parameters.
-        part: of all parameters, those that the device stores.
+        parameters: how many numbers of the parameters the device stores.
+        part: the fraction of all parameters that the device stores.
         optimizer_bytes: of what the optimizer remembers.
-        summed: sums of the gradients of copies.
-        updated: gathering of parameters behind an update that each device makes of a smaller part
-            than it stores.
+        summed: the collectives that sum the gradients of copies.
+        updated: the collectives that gather parameters after an update, where each device updates
+            a smaller part than it stores.
     """
 
     parameters: float

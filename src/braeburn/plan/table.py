@@ -44,7 +44,7 @@ def _layouts(layouts: list[tuple[str, dict[str, Any]]]) -> Rows:
             "mesh",
             "torus",
             "remat",
-            "parts",
+            "microbatches",
             "GiB",
             "of",
             "step s",
@@ -126,7 +126,7 @@ def _parts(layout: dict[str, Any]) -> Rows:
             "seconds",
             ", ".join(f"{name} {_number(value)}" for name, value in layout["seconds"].items()),
         ),
-        *(("" if i else "exchange", row) for i, row in enumerate(collectives)),
+        *(("" if i else "collectives", row) for i, row in enumerate(collectives)),
         (
             "set",
             " ".join(f"{path}={_plain(value)}" for path, value in layout["assignments"].items()),

@@ -64,7 +64,7 @@ class Kernels(NamedTuple):
 
     Attributes:
         once: FLOPs of one product of queries and keys for each two keys, of all calls.
-        forward: products in the forward pass and in what is repeated.
+        forward: products in the forward pass and in what is recomputed.
         backward: calls of the backward pass, for each of the forward pass.
         window: positions that a query sees; None for all earlier ones.
         skips: whether tiles in which no query sees a key are passed over.
@@ -96,7 +96,7 @@ class Kernels(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Totals:
-    """A pass over a part of the batch and its gradient.
+    """A pass over a microbatch and its gradient.
 
     Attributes:
         flops: of matrix products but attention's.
@@ -104,8 +104,8 @@ class Totals:
         kernels: each kind of attention in a fused kernel.
         element_wise: bytes that the forward pass reads and writes in element-wise work.
         attention_bytes: those of attention in all passes.
-        repeats: whether the backward pass works some of them out again.
-        collectives: all exchanges.
+        repeats: whether the backward pass recomputes some of them.
+        collectives: all collectives.
         kept: bytes kept for the backward pass.
         named: of these, those with a name.
         weights: as `Layers.weights`.

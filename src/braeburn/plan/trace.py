@@ -1,5 +1,5 @@
 """Programs of one device traced without devices, with their backward pass, and what a
-rematerialisation policy makes of them.
+rematerialisation policy keeps and recomputes of them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ from braeburn.plan.graph import (
     total_flops,
 )
 
-# The name of what comes from above: with it the backward pass begins.
+# The name of the outputs' cotangents, with which the backward pass begins.
 _BACKWARD = "backward"
 REMATERIALIZED = {"remat2", "checkpoint"}
 
@@ -39,7 +39,7 @@ Policy = Callable[..., Any] | None
 
 
 def on_each_device(function: Callable, mesh: MeshConfig, device: AbstractDevice) -> Callable:
-    """A function of what one device has, which may exchange with the others of a mesh."""
+    """A function of one device's arrays, which may run collectives over a mesh, shard_map-ped."""
     abstract = AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes), abstract_device=device)
     spec = PartitionSpec()
     return jax.shard_map(function, mesh=abstract, in_specs=spec, out_specs=spec, check_vma=False)
@@ -185,7 +185,7 @@ class Pass:
     Attributes:
         flops: of their matrix products.
         element_wise: bytes that their element-wise work moves at least.
-        collectives: their exchanges.
+        collectives: the bytes and number of their collectives, by kind.
         calls: their calls of kernels.
     """
 
@@ -196,7 +196,7 @@ class Pass:
 
     @classmethod
     def of(cls, nodes: Sequence[Node], outputs: Iterable[Value] | None = None) -> "Pass":
-        """That of all nodes; of element-wise work only where `outputs` are told."""
+        """The cost of nodes; that of element-wise work only where their `outputs` are given."""
         return cls(
             total_flops(nodes),
             Amount() if outputs is None else element_wise_bytes(nodes, outputs),
@@ -206,11 +206,11 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Remade:
+class Recomputed:
     """A program under a rematerialisation policy.
 
     Attributes:
-        again: operations that the backward pass repeats.
+        again: operations that the backward pass recomputes.
         kept: values that the forward pass keeps for it, each with its name if it has one.
         inputs: those of the program that it needs.
     """
@@ -226,11 +226,11 @@ def keeps(policy: Policy, node: Node) -> bool:
         return True
     equation = node.equation
     kept = policy(equation.primitive, *(var.aval for var in equation.invars), **equation.params)
-    # Else an object that tells what becomes of it: kept, kept on the host, or made again.
+    # Else an object that tells what becomes of it: kept, kept on the host, or recomputed.
     return kept if isinstance(kept, bool) else type(kept).__name__ != "RecomputeType"
 
 
-def rematerialize(program: Program, policy: Policy, varying: Iterable[Value]) -> Remade:
+def rematerialize(program: Program, policy: Policy, varying: Iterable[Value]) -> Recomputed:
     """What `jax.checkpoint` with a policy makes of a program.
 
     Args:
@@ -252,21 +252,21 @@ def rematerialize(program: Program, policy: Policy, varying: Iterable[Value]) ->
         if node in saving:
             name = node.equation.params["name"] if node.name == "name" else None
             kept += [(value, name) for value in node.outputs if value in read]
-    return Remade(again, kept, [value for value in program.inputs if value in read])
+    return Recomputed(again, kept, [value for value in program.inputs if value in read])
 
 
 def peaks(
-    program: Program, remade: Remade, elsewhere: Iterable[Value]
+    program: Program, recomputed: Recomputed, elsewhere: Iterable[Value]
 ) -> list[tuple[Node, Amount]]:
     """The bytes that are held as each operation of the backward pass runs, beside what was kept.
 
     Args:
         program: the program.
-        remade: what its backward pass finds and makes again.
+        recomputed: what was kept for its backward pass, and what that pass recomputes.
         elsewhere: gradients whose memory is counted elsewhere.
     """
-    nodes = _late(remade.again) + program.backward
-    found = [*program.inputs, *(value for value, _ in remade.kept)]
+    nodes = _late(recomputed.again) + program.backward
+    found = [*program.inputs, *(value for value, _ in recomputed.kept)]
     return live_bytes(_late(nodes), found, elsewhere)
 
 

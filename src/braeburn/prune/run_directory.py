@@ -252,9 +252,10 @@ def _state(directory: Path, step: int, run: Run, layout: Layout) -> TrainState:
     checkpoints, params = Checkpoints(directory), abstract_params(layout)
     optimizer = build_optimizer(run.optimizer, ANY_STAGE, layout.specs, run.model)
     shape = jax.eval_shape(optimizer.init, params)
-    places = layout.optimizer_state(shape)
     shape = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shape, places
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shape,
+        layout.optimizer_state(shape),
     )
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.everywhere())
     state = checkpoints.restore(step, TrainState(count, params, shape), optimizer.init)

@@ -126,13 +126,13 @@ def afm_on_device() -> Run:
     """AFM-on-device as it was made: a 6.4B model, pruned to 2.7B, pretrained on its labels,
     continued and lengthened.
 
-    Published are that the larger model has 6.4B parameters and the server's recipe, that Soft-Top-K
-    cuts its FFN alone, on 188B tokens of the core mixture, that the core stage takes all its 6.3T
-    tokens, and its labels: 0.9 of the teacher's top-1 token and 0.1 of the text. Assumed are
-    the larger FFN, the multiple of 128 that gives 6.4B parameters, the larger model's 6.3T tokens,
-    the rates and batches of pruning, those of the core stage, and the teacher, which the report
-    does not name: the larger model. What it says is computed once and kept, so that a step of the
-    core stage is one of plain pretraining.
+    The report says that the larger model has 6.4B parameters and the server's recipe, that
+    Soft-Top-K cuts its FFN alone, on 188B tokens of the core mixture, that the core stage takes all
+    its 6.3T tokens, and that the teacher's top-1 token has a weight of 0.9 and the text one of 0.1.
+    This recipe assumes the larger FFN (the multiple of 128 that gives 6.4B parameters), the larger
+    model's 6.3T tokens, the rates and batches of pruning, those of the core stage, and the teacher,
+    which the report does not name: the larger model. The teacher's labels are cached, so that a
+    step of the core stage takes no longer than one of plain pretraining.
     """
     run = afm_on_device_scratch()
     core, ffn_dim = run.stages["core"], run.model.ffn_dim
@@ -140,11 +140,11 @@ def afm_on_device() -> Run:
         "larger": core.replace(batch_tokens=SERVER_BATCH_TOKENS),
         "prune": core.replace(tokens=188_000_000_000, pruning=Pruning(keep={"ffn": ffn_dim})),
     }
-    taught = core.replace(teacher="larger", distillation=Distillation(weight=0.9, cached=True))
+    distilled = core.replace(teacher="larger", distillation=Distillation(weight=0.9, cached=True))
     return run.replace(
         name="afm-on-device",
         model=run.model.replace(ffn_dim=23_296),
-        stages=added | run.stages | {"core": taught},
+        stages=added | run.stages | {"core": distilled},
     )
 
 

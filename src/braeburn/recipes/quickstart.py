@@ -94,16 +94,16 @@ def afm_on_device_tiny() -> Run:
     """AFM-on-device in minutes on two CPU cores: a model of Python code pruned, distilled,
     lengthened and quantised.
 
-    Published are the order of the stages and the method of pruning; sizes, rates and what is taught
-    are of this recipe. A teacher of minutes knows little more than the student that was cut from
-    it: half of its distribution helps, 0.9 of its top-1 tokens would hold the student back. It
-    is asked as the student trains, since the core stage reads only some of the text that a pass
-    would label.
+    The order of the stages and the method of pruning are published; sizes, rates and distillation
+    targets are of this recipe. A teacher of minutes knows little more than the student that was cut
+    from it: a weight of 0.5 on its distribution helps, and one of 0.9 on its top-1 tokens would
+    hold the student back. The teacher is online, since the core stage reads only some of the text
+    that a pass would label.
     """
     falling = Schedule(warmup_steps=5, floor=0.01)
     core = _stage("core", 320_000, 256, 512, 5e-3, Schedule(warmup_steps=60, floor=0.05))
     context = _stage("context", 64_000, 1024, 1024, 5e-4, falling)
-    taught = Distillation(target="distribution", weight=0.5)
+    distillation = Distillation(target="distribution", weight=0.5)
     pruning = Pruning(keep={"ffn": 384})
     return Run(
         name="afm-on-device-tiny",
@@ -120,7 +120,7 @@ def afm_on_device_tiny() -> Run:
         stages={
             "larger": core.replace(tokens=1_200_000),
             "prune": core.replace(tokens=120_000, learning_rate=2e-3, pruning=pruning),
-            "core": core.replace(teacher="larger", distillation=taught),
+            "core": core.replace(teacher="larger", distillation=distillation),
             "continued": _stage("continued", 96_000, 512, 512, 1e-3, falling),
             "context": context,
             "quantized": context.replace(quantization=Quantization(kind="int4")),

@@ -290,14 +290,14 @@ class Checkpoints:
         """
         self.require_sound(step)
         values = self._restore_part(step, "params", shape.params)
-        places = jax.tree.map(lambda leaf: leaf.sharding, shape.optimizer)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shape.optimizer)
         saved = self._records[step]
         if "optimizer" in saved.parts if saved else (self._folder(step) / "optimizer").is_dir():
             optimizer = jax.device_put(
-                self._restore_part(step, "optimizer", shape.optimizer), places
+                self._restore_part(step, "optimizer", shape.optimizer), shardings
             )
         else:
-            optimizer = jax.jit(init_optimizer, out_shardings=places)(values)
+            optimizer = jax.jit(init_optimizer, out_shardings=shardings)(values)
         count = jax.make_array_from_callback((), shape.step.sharding, lambda _: np.int32(step))
         return TrainState(count, values, optimizer)
 

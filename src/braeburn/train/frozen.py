@@ -18,14 +18,14 @@ def effective_weights(transform: Transform, specs: Tree) -> EffectiveWeights | N
     """
     trains = _trains(transform, specs)
     if all(jax.tree.leaves(trains)):
-        return transform.use
-    use = transform.use or (lambda params, _: params)
+        return transform.effective
+    effective = transform.effective or (lambda params, _: params)
 
     def held(params: Tree, steps: jax.Array) -> Tree:
         stopped = jax.tree.map(
             lambda value, free: value if free else jax.lax.stop_gradient(value), params, trains
         )
-        return use(stopped, steps)
+        return effective(stopped, steps)
 
     return held
 

@@ -75,14 +75,14 @@ def measure(
     their denominators.
 
     Tokens include the one that ends each document. Bytes are those of the text as it was read, in
-    UTF-8: exactly where all of a store is measured, and otherwise as many as its tokens stand for,
-    at the store's own ratio of the two.
+    UTF-8: exactly where all of a text is measured, and otherwise as many as its tokens stand for,
+    at the text's own ratio of the two.
 
     Args:
         evaluate: sums over a batch.
         params: the model's, laid out as `evaluate` expects them.
         batches: placed on the devices, at least one.
-        byte_ratio: that of the store that the batches are from.
+        byte_ratio: that of the token shards that the batches are from.
         proceed: called before each batch; what it raises ends the evaluation.
     """
     parts: list[dict[str, float]] = []
@@ -143,11 +143,13 @@ class HeldOut:
         evaluate = self._evaluator(model, layout)
         sequences = max(1, stage.batch_size // stage.accumulation_steps)
         results = {}
-        for source, store in self._prepared.held_out.items():
-            if store is not None and stage.mixture.get(source):
-                batches = held_out_batches(store, stage.sequence_length, sequences, self._tokens)
+        for source, shards in self._prepared.held_out.items():
+            if shards is not None and stage.mixture.get(source):
+                batches = held_out_batches(shards, stage.sequence_length, sequences, self._tokens)
                 placed = (layout.place(batch, range(sequences), sequences) for batch in batches)
-                results[source] = measure(evaluate, params, placed, store.byte_ratio, self._proceed)
+                results[source] = measure(
+                    evaluate, params, placed, shards.byte_ratio, self._proceed
+                )
         return results
 
     def _evaluator(self, model: ModelConfig, layout: Layout) -> Evaluate:

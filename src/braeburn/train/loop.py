@@ -47,10 +47,10 @@ from braeburn.train.stage_run import StageRun, batches_of, equip
 from braeburn.train.state import TrainState
 from braeburn.train.teaching import (
     FindTeacher,
+    cached_labels,
     find_in_run,
-    taught_stages,
-    teacher_stores,
     teachers_of,
+    with_teachers,
 )
 from braeburn.train.transitions import leaving
 
@@ -99,7 +99,7 @@ def train(
     # Of all stages, so that a mesh that does not fit the last is found out before the first.
     stages = resolve_stages(run)
     teachers = teachers_of(stages, out, find_teacher)
-    stages = taught_stages(stages, teachers)
+    stages = with_teachers(stages, teachers)
     main, heartbeat = jax.process_index() == 0, Heartbeat()
     heartbeat.phase("preparing")
     stop = StopRequest(tell_to_stop, told_to_stop)
@@ -240,13 +240,13 @@ class _Loop:
         session.heartbeat.phase("compiling")
         program = ready.ahead.program(resolved)
         if resolved.stage.teacher in session.stages:
-            self._saver.wait()  # for the one that teaches, if that stage has just ended
+            self._saver.wait()  # for the teacher's weights, if its stage has just ended
         teacher, batches = ready.teachers.get(name), ready.batches[name]
         if teacher and resolved.stage.distillation.cached:
-            stores = teacher_stores(
+            labels = cached_labels(
                 resolved, teacher, ready.prepared, session.display.say, self._proceed_labelling
             )
-            batches = batches_of(resolved, ready.prepared.train, stores)
+            batches = batches_of(resolved, ready.prepared.train, labels)
         found = equip(program, batches, teacher)
         seconds = program.compile_seconds
         session.directory.event("compile", stage=name, seconds=round(seconds, 3))

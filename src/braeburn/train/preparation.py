@@ -89,7 +89,7 @@ class Preparation:
         ahead = Ahead(session.stages, self.resumed, start)
 
         def prepared() -> Ready:
-            # Other processes go on with the tokenizer of the main one, and its token stores where
+            # Other processes go on with the tokenizer of the main one, and its token shards where
             # they share a cache.
             own = tokenizer if directory.writes else Tokenizer.load(directory.tokenizer)
             found = self._text(own)
@@ -143,8 +143,9 @@ class Preparation:
         require_same_text(prepared)
         check_tokenizers(self.session.run, self.teachers, prepared.tokenizer)
         # Those of all stages, so that text too short for the last is found out before the first.
-        stages, stores = self.session.stages, prepared.train
-        batches = {name: batches_of(stage, stores) for name, stage in stages.items()}
+        batches = {
+            name: batches_of(stage, prepared.train) for name, stage in self.session.stages.items()
+        }
         return Ready(self.resumed, prepared, batches, self.teachers, ahead)
 
 

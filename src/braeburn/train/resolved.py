@@ -93,8 +93,8 @@ class ResolvedStage:
         """
         return build_optimizer(self.run.optimizer, self.stage, specs, self.models.trained)
 
-    def taught_by(self, teacher: ModelConfig | None) -> "ResolvedStage":
-        """The same with the model of its teacher, which is at hand unless labels are cached."""
+    def with_teacher(self, teacher: ModelConfig | None) -> "ResolvedStage":
+        """The same stage with the model of its teacher, unless the teacher's labels are cached."""
         online = None if self.stage.distillation.cached else teacher
         return dataclasses.replace(self, teacher=online)
 
@@ -107,8 +107,8 @@ def resolve_stages(run: Run, devices: Sequence[Any] | None = None) -> dict[str, 
 def resolve_stage(run: Run, name: str, devices: Sequence[Any] | None = None) -> ResolvedStage:
     """A stage of a run.
 
-    The model of a teacher is known here where the teacher is another stage; `taught_by` adds that
-    of a teacher which is read from disk.
+    The model of a teacher is known here where the teacher is another stage; `with_teacher` adds
+    that of a teacher which is read from disk.
 
     Args:
         run: the run.
@@ -125,7 +125,7 @@ def resolve_stage(run: Run, name: str, devices: Sequence[Any] | None = None) -> 
     model, execution = models[name].trained, layout.execution
     optimizer = build_optimizer(run.optimizer, stage, specs, model, execution)
     resolved = ResolvedStage(run, name, layout, transform, updating(optimizer, transform, specs))
-    return resolved.taught_by(models[stage.teacher].left if stage.teacher in models else None)
+    return resolved.with_teacher(models[stage.teacher].left if stage.teacher in models else None)
 
 
 def trained_specs(run: Run, name: str) -> Tree:

@@ -43,7 +43,7 @@ class Saver:
         self._session = session
         self._prepared = prepared
         stages = session.stages
-        # Stages that teach a later one do so as they ended.
+        # A stage that is the teacher of a later one is read as it ended, so that checkpoint stays.
         teachers = [stage.stage.teacher for stage in stages.values()]
         lasting = [stages[name].last_step for name in teachers if name in stages]
         run = session.run

@@ -9,8 +9,8 @@ import jax
 from braeburn.config import Stage
 from braeburn.data.loader import Batches
 from braeburn.data.packing import Batch
-from braeburn.data.store import TokenStore
-from braeburn.data.teacher_store import TeacherStore
+from braeburn.data.teacher_labels import TeacherLabels
+from braeburn.data.token_shards import TokenShards
 from braeburn.layers.spec import Tree
 from braeburn.optim.guard import begin_stage
 from braeburn.parallel.layout import Layout
@@ -29,8 +29,7 @@ class StageRun:
         program: the compiled step.
         batches: of the stage, with a teacher's cached labels where there are any.
         teaching: the weights of an online teacher, or nothing.
-        effective: (parameters, steps of the stage) -> the model's weights as they are used, to be
-            evaluated.
+        effective: (parameters, steps of the stage) -> the effective weights, which are evaluated.
     """
 
     program: Program
@@ -78,8 +77,8 @@ def equip(program: Program, batches: Batches, teacher: Teacher | None) -> StageR
     if resolved.teacher is not None:
         assert teacher is not None
         teaching = (teacher.read(abstract_params(resolved.layout_of(resolved.teacher))),)
-    use = resolved.transform.use
-    return StageRun(program, batches, teaching, jax.jit(use) if use else _as_stored)
+    effective = resolved.transform.effective
+    return StageRun(program, batches, teaching, jax.jit(effective) if effective else _as_stored)
 
 
 def _as_stored(params: Tree, steps: Any) -> Tree:
@@ -88,21 +87,21 @@ def _as_stored(params: Tree, steps: Any) -> Tree:
 
 def batches_of(
     resolved: ResolvedStage,
-    stores: Mapping[str, TokenStore],
-    labels: Mapping[str, TeacherStore] | None = None,
+    shards: Mapping[str, TokenShards],
+    labels: Mapping[str, TeacherLabels] | None = None,
 ) -> Batches:
     """The rows of a stage's batches that this process reads.
 
     Args:
         resolved: the stage.
-        stores: tokens of each source.
-        labels: what the stage's teacher said of each source, where that is cached.
+        shards: tokens of each source.
+        labels: the labels of the stage's teacher for each source, where they are cached.
 
     Raises:
         UserError: a source has fewer tokens than one sequence.
     """
     rows = resolved.layout.rows(resolved.stage.batch_size)
-    return Batches(resolved.stage, resolved.name, resolved.run.seed, stores, rows, labels)
+    return Batches(resolved.stage, resolved.name, resolved.run.seed, shards, rows, labels)
 
 
 def calibration(stage: Stage, batches: Batches, layout: Layout) -> Iterator[Batch]:

@@ -73,25 +73,27 @@ def stage_step(resolved: ResolvedStage) -> Callable[..., tuple[TrainState, dict[
 def abstract_batch(resolved: ResolvedStage) -> Batch:
     """Shapes, types and shardings of a stage's batches."""
     stage = resolved.stage
-    shape, place = (stage.batch_size, stage.sequence_length), resolved.layout.batch()
+    shape, sharding = (stage.batch_size, stage.sequence_length), resolved.layout.batch()
     types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {
         "weights": jnp.float32
     }
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()
     }
     if stage.teacher and stage.distillation.cached:
-        kept = (*shape, stage.distillation.kept)
-        batch["teacher_ids"] = jax.ShapeDtypeStruct(kept, jnp.int32, sharding=place)
-        batch["teacher_log_probs"] = jax.ShapeDtypeStruct(kept, jnp.float32, sharding=place)
+        top_k = (*shape, stage.distillation.kept)
+        batch["teacher_ids"] = jax.ShapeDtypeStruct(top_k, jnp.int32, sharding=sharding)
+        batch["teacher_log_probs"] = jax.ShapeDtypeStruct(top_k, jnp.float32, sharding=sharding)
     return batch
 
 
 def abstract_params(layout: Layout) -> Tree:
     """Shapes, types and shardings of parameters."""
-    places, params = layout.parameters(), abstract(layout.specs)
+    shardings, params = layout.parameters(), abstract(layout.specs)
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        params,
+        shardings,
     )
 
 
@@ -105,9 +107,10 @@ def abstract_state(resolved: ResolvedStage, layout: Layout | None = None) -> Tra
     layout = layout or resolved.layout
     params = abstract_params(layout)
     optimizer = jax.eval_shape(resolved.optimizer_of(layout.specs).init, params)
-    places = layout.optimizer_state(optimizer)
     optimizer = jax.tree.map(
-        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), optimizer, places
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        optimizer,
+        layout.optimizer_state(optimizer),
     )
     return TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.everywhere()), params, optimizer

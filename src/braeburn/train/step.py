@@ -40,8 +40,8 @@ def train_step(
         fixed: what the loss takes besides, such as a teacher's weights.
         gradients: of the loss; see `accumulated`.
         optimizer: turns gradients into updates of the parameters.
-        effective: where the loss is given other weights than the stored ones; gradients of the
-            parameters are taken through it.
+        effective: gives the effective weights, through which gradients of the parameters are taken;
+            None where the loss is computed with the stored weights.
 
     Returns:
         The next state and the step's metrics: float32 scalars, means over the batch's tokens.
@@ -71,7 +71,10 @@ def accumulated(loss: LossFunction, accumulation_steps: int) -> Gradients:
     """
 
     def gradients(weights: Any, batch: Batch, *fixed: Any) -> tuple[Any, dict[str, Array]]:
-        return _summed(lambda w, part: loss(w, part, *fixed), weights, batch, accumulation_steps)
+        def of_microbatch(weights: Any, microbatch: Batch) -> Any:
+            return loss(weights, microbatch, *fixed)
+
+        return _summed(of_microbatch, weights, batch, accumulation_steps)
 
     return gradients
 
@@ -84,18 +87,18 @@ def _summed(
         (_, metrics), gradients = differentiate(weights, batch)
         return gradients, metrics
 
-    # Part i takes the sequences i, i + A, ...: which they are does not depend on the number of
-    # devices.
-    parts = jax.tree.map(
+    # Microbatch i takes the sequences i, i + A, ...: which they are does not depend on the number
+    # of devices.
+    microbatches = jax.tree.map(
         lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch
     )
 
-    def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
-        (_, metrics), gradients = differentiate(weights, part)
+    def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+        (_, metrics), gradients = differentiate(weights, microbatch)
         return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
 
     (_, metrics), gradients = jax.eval_shape(
-        differentiate, weights, jax.tree.map(lambda x: x[0], parts)
+        differentiate, weights, jax.tree.map(lambda x: x[0], microbatches)
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
-    return jax.lax.scan(accumulate, zeros, parts)[0]
+    return jax.lax.scan(accumulate, zeros, microbatches)[0]

@@ -1,5 +1,5 @@
-"""Teachers of stages: whose weights they are, and what they say of the text, at hand or kept from
-one pass over it.
+"""Teachers of stages: their weights, and their labels of the text, which are cached from one pass
+over it.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 from braeburn.config import ModelConfig, Run, read_run
 from braeburn.data.packing import Batch
 from braeburn.data.prepare import Prepared
-from braeburn.data.teacher_store import Labelling, TeacherStore, Writer, build_teacher_store
+from braeburn.data.teacher_labels import Labelling, TeacherLabels, Writer, build_teacher_labels
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
@@ -39,7 +39,7 @@ class Teacher:
         model: its sizes and RoPE base.
         tokenizer: its own; None where it is the run's.
         identity: gives a string that tells its weights from all others.
-        read: its parameters, in the types and places of abstract ones.
+        read: its parameters, with the dtypes and shardings of abstract ones.
     """
 
     model: ModelConfig
@@ -85,7 +85,8 @@ def files_identity(folder: Path) -> str:
 def teachers_of(
     stages: Mapping[str, ResolvedStage], directory: Path, find: FindTeacher
 ) -> dict[str, Teacher]:
-    """The teacher of each stage that has one, of which earlier stages are still to be trained.
+    """The teacher of each stage that has one. A teacher that is an earlier stage need not be
+    trained yet.
 
     Args:
         stages: all stages of a run by name.
@@ -130,12 +131,12 @@ def teachers_of(
     return found
 
 
-def taught_stages(
+def with_teachers(
     stages: Mapping[str, ResolvedStage], teachers: Mapping[str, Teacher]
 ) -> dict[str, ResolvedStage]:
     """The stages with the models of their teachers."""
     return {
-        name: stage.taught_by(teachers[name].model) if name in teachers else stage
+        name: stage.with_teacher(teachers[name].model) if name in teachers else stage
         for name, stage in stages.items()
     }
 
@@ -166,15 +167,15 @@ def _earlier_stage(run: Run, directory: Path, name: str) -> Teacher:
     )
 
 
-def teacher_stores(
+def cached_labels(
     resolved: ResolvedStage,
     teacher: Teacher,
     prepared: Prepared,
     log: Callable[[str], None],
     proceed: Callable[[], None],
-) -> dict[str, TeacherStore]:
-    """What a teacher says of the text of each source that a stage draws from, in one pass where it
-    is not kept yet.
+) -> dict[str, TeacherLabels]:
+    """A teacher's labels of the text of each source that a stage draws from. They are made in one
+    pass over each source that has none in the cache.
 
     Args:
         resolved: the stage.
@@ -185,7 +186,7 @@ def teacher_stores(
             stay.
 
     Raises:
-        UserError: a store is corrupt, in use, or cannot be written.
+        UserError: cached labels are corrupt, in use, or cannot be written.
     """
     name, stage = resolved.name, resolved.stage
     identity = {
@@ -197,13 +198,13 @@ def teacher_stores(
         "k": stage.distillation.kept,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-    places = {
-        source: store.directory.with_name(f"{store.directory.name}.teacher-{key}")
-        for source, store in prepared.train.items()
+    folders = {
+        source: shards.directory.with_name(f"{shards.directory.name}.teacher-{key}")
+        for source, shards in prepared.train.items()
         if stage.mixture.get(source)
     }
     # Asked of the main process, so that all go the same way.
-    missing = [source for source, place in places.items() if not place.exists()]
+    missing = [source for source, folder in folders.items() if not folder.exists()]
     if missing:
         label = _labeller(resolved, teacher, proceed)
         for source in missing:
@@ -223,12 +224,12 @@ def teacher_stores(
                     main_first, f"labels of {source} for {name} were begun"
                 ),
             )
-            build_teacher_store(places[source], prepared.train[source], labelling, writer)
+            build_teacher_labels(folders[source], prepared.train[source], labelling, writer)
     return main_first(
         f"labels for {name} were made",
         lambda: {
-            source: TeacherStore.open(place, identity, prepared.verified_for)
-            for source, place in places.items()
+            source: TeacherLabels.open(folder, identity, prepared.verified_for)
+            for source, folder in folders.items()
         },
     )
 
@@ -236,11 +237,11 @@ def teacher_stores(
 def _labeller(
     resolved: ResolvedStage, teacher: Teacher, proceed: Callable[[], None]
 ) -> Callable[[Batch], tuple[np.ndarray, np.ndarray]]:
-    """What gives a batch's top-k tokens and their log-probabilities, [B, T, k], in every
+    """A function that gives a batch's top-k tokens and their log-probabilities, [B, T, k], in every
     process.
     """
-    stage, layout, place = resolved.stage, resolved.layout, resolved.layout_of(teacher.model)
-    params = teacher.read(abstract_params(place))
+    stage, layout, own = resolved.stage, resolved.layout, resolved.layout_of(teacher.model)
+    params = teacher.read(abstract_params(own))
 
     def local(params: Tree, batch: dict[str, Any]) -> tuple[Any, Any]:
         inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
@@ -250,7 +251,7 @@ def _labeller(
         )
         return found.ids, found.log_probs
 
-    program = jax.jit(place.tokenwise(local), out_shardings=layout.everywhere())
+    program = jax.jit(own.tokenwise(local), out_shardings=layout.everywhere())
     back = np.argsort(zigzag(stage.sequence_length, layout.sizes.context))
 
     def label(batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -91,12 +91,13 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _params(run: Run, step: int, checkpoints: Checkpoints) -> Tree:
-    """Those of a checkpoint; of one from the middle of a stage, as the stage uses them."""
+    """The parameters of a checkpoint; from the middle of a stage, the stage's effective weights."""
     if step < run.total_steps:
         name, stage, index = run.stage_at(step)
-        use = transform_of(stage, run.models()[name]).use if index else None
-        if use:
-            return use(checkpoints.restore_params(step, abstract(trained_specs(run, name))), index)
+        effective = transform_of(stage, run.models()[name]).effective if index else None
+        if effective:
+            params = checkpoints.restore_params(step, abstract(trained_specs(run, name)))
+            return effective(params, index)
     return checkpoints.restore_params(step, abstract(decoder.param_specs(run.model_at(step)[0])))
 
 
@@ -171,7 +172,7 @@ def ordinary_step(run: Run, directory: Path, step: int | None = None) -> int:
     checkpoints.require_sound(step, ("params", "run"))
     if step < run.total_steps:
         name, stage, index = run.stage_at(step)
-        if index and transform_of(stage, run.models()[name]).use:
+        if index and transform_of(stage, run.models()[name]).effective:
             raise UserError(
                 f"checkpoint {step} of {str(directory)!r} is from the middle of the stage "
                 f"{name!r}, which cuts or rounds weights at its end; train that stage to its end, "

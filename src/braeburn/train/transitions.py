@@ -45,10 +45,10 @@ def leaving(resolved: ResolvedStage) -> Callable[[TrainState], TrainState]:
     def left(state: TrainState) -> TrainState:
         return _applied(change, state, state.params)
 
-    def abstract(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    like = jax.tree.map(abstract, state, _places_on_device(state, after))
+    like = jax.tree.map(abstract, state, _shardings_on_device(state, after))
     with after.compiling():
         program = _program(left, after, like).lower(like).compile()
     return lambda state: program(_on_device(state, after))
@@ -83,24 +83,26 @@ def _program(
     change: Callable[..., TrainState], after: Layout, state: TrainState, *further: Tree
 ) -> Any:
     shape = jax.eval_shape(change, state, *further)
-    places = TrainState(
+    shardings = TrainState(
         after.everywhere(), after.parameters(), after.optimizer_state(shape.optimizer)
     )
-    return jax.jit(change, out_shardings=places)
+    return jax.jit(change, out_shardings=shardings)
 
 
 def _on_device(state: TrainState, layout: Layout) -> TrainState:
     """The state, with an optimizer's state that is kept on the host brought to the device."""
     return (
-        jax.device_put(state, _places_on_device(state, layout))
+        jax.device_put(state, _shardings_on_device(state, layout))
         if layout.execution.offload.optimizer
         else state
     )
 
 
-def _places_on_device(state: TrainState, layout: Layout) -> TrainState:
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+def _shardings_on_device(state: TrainState, layout: Layout) -> TrainState:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     if layout.execution.offload.optimizer:
-        on_device = jax.tree.map(lambda place: place.with_memory_kind("device"), places.optimizer)
-        places = places._replace(optimizer=on_device)
-    return places
+        on_device = jax.tree.map(
+            lambda sharding: sharding.with_memory_kind("device"), shardings.optimizer
+        )
+        shardings = shardings._replace(optimizer=on_device)
+    return shardings

@@ -1,1 +1,1 @@
-"""From weights as stored to weights as used: pruning and quantisation."""
+"""From stored weights to effective weights: pruning and quantisation."""

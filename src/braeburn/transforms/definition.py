@@ -1,8 +1,8 @@
 """What a transform is, beside its configuration: `DEFINITION` in the module named as its field.
 
 A transform is what a stage does to a model besides training it. Between stages a state is always
-that of an ordinary model. Within a stage it may hold further parameters, and the weights that the
-model is computed with may be others than those that are stored.
+that of an ordinary model. Within a stage it may hold further parameters, and the model may be
+computed with effective weights that differ from the stored ones.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from braeburn.data.packing import Batch
 from braeburn.layers.spec import ParamSpec, Tree
 from braeburn.parallel.layout import Layout
 
-# (all that a stage trains, steps of the stage so far) -> the model's weights as they are used.
+# (all that a stage trains, steps of the stage so far) -> the effective weights of the model.
 EffectiveWeights = Callable[[Tree, Any], Tree]
 
 
@@ -76,7 +76,7 @@ class Transform:
         extra_specs: the specs of parameters beside the model's, in one tree with them. The names at
             its top are those of no parameter of a model; checkpoints have them at these paths.
         trains: (path, spec) -> whether a parameter trains. One that does not keeps its value.
-        use: the effective weights of each step; None where they are the stored ones.
+        effective: gives the effective weights of each step; None where they are the stored ones.
         measure: what decides how the stage begins. It runs once, on the host, with programs of its
             own.
         enter: the change as the stage begins; None where the state stays as it is.
@@ -85,7 +85,7 @@ class Transform:
 
     extra_specs: Tree = field(default_factory=dict)
     trains: Callable[[str, ParamSpec], bool] = trains_all
-    use: EffectiveWeights | None = None
+    effective: EffectiveWeights | None = None
     measure: Callable[[Found], Tree] = measures_nothing
     enter: Change | None = None
     leave: Change | None = None
@@ -123,10 +123,10 @@ def without(tree: Tree, extra_specs: Tree) -> Tree:
     return {name: child for name, child in tree.items() if name not in extra_specs}
 
 
-def merged(use: EffectiveWeights, steps: int, extra_specs: Tree) -> Change:
+def merged(effective: EffectiveWeights, steps: int, extra_specs: Tree) -> Change:
     """The change that makes the effective weights after `steps` steps the stored ones, and drops
     the extra parameters.
     """
     return Change(
-        lambda params, _: use(params, steps), lambda moments, _: without(moments, extra_specs)
+        lambda params, _: effective(params, steps), lambda moments, _: without(moments, extra_specs)
     )

@@ -1,4 +1,4 @@
-"""How important each unit of a model is, told without training.
+"""How important each unit of a model is, measured without training.
 
 Scores come by logical axis, in the shapes of `units.score_specs`, float32; the higher, the more
 important.
@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from braeburn.config import PRUNABLE, LayerConfig, ModelConfig
+from braeburn.data.packing import Batch
 from braeburn.layers.spec import LAYERS, ParamSpec, Tree, map_specs, random_key, walk
 from braeburn.models import decoder
 from braeburn.parallel.collectives import CONTEXT, TENSOR, all_sum, axis_index
@@ -96,13 +97,13 @@ def activation_importance(
         own = {axis: sizes[axis] // (mesh.tensor if split[axis] else 1) for axis in keep}
         return {axis: jnp.zeros((layers, units), jnp.float32) for axis, units in own.items()}
 
-    def sums(params: Tree, batch: dict[str, Array]) -> Tree:
+    def sums(params: Tree, batch: Batch) -> Tree:
         real_BT = (batch["weights"] > 0) & (batch["segment_ids"] > 0)
         tokens_B = jnp.maximum(
             all_sum(jnp.sum(real_BT, axis=1, dtype=jnp.float32), CONTEXT, mesh), 1.0
         )
 
-        def observe(axis: str, activations: Array, state: Tree) -> Tree:
+        def activation_hook(axis: str, activations: Array, state: Tree) -> Tree:
             if axis not in keep:
                 return state
             wide = activations.astype(jnp.float32)
@@ -124,7 +125,7 @@ def activation_importance(
         memory = decoder.Packed(batch["segment_ids"], execution)
         states = decoder.layer_states(model, nothing)
         _, states = decoder.decoder(
-            params, tokens, decoder.Surroundings(memory, states, observe), model, execution
+            params, tokens, decoder.Surroundings(memory, states, activation_hook), model, execution
         )
         by_path = {
             "/".join(stack.path): functools.reduce(operator.getitem, stack.path, states)

@@ -15,7 +15,7 @@ from braeburn.transforms import importance
 from braeburn.transforms.definition import ADDED, Change, Definition, Found, Transform, without
 from braeburn.transforms.units import kept, masked, masks, score_specs, sliced
 
-# Of the scores, at the top of the tree of what a stage trains.
+# The name of the scores, at the top of the tree of what a stage trains.
 MASKS = "masks"
 
 
@@ -71,7 +71,7 @@ def _transform(pruning: Pruning, models: StageModels, steps: int) -> Transform:
     model = models.trained
     extras = {MASKS: score_specs(model, pruning.keep)}
 
-    def use(params: Tree, step: Any) -> Tree:
+    def effective(params: Tree, step: Any) -> Tree:
         now = masks(params[MASKS], pruning.keep, model, temperature(pruning, steps, step))
         return masked(without(params, extras), now, model)
 
@@ -82,7 +82,11 @@ def _transform(pruning: Pruning, models: StageModels, steps: int) -> Transform:
         return change.params(without(tree, extras), params[MASKS])
 
     return Transform(
-        extra_specs=extras, use=use, measure=measure, enter=ADDED, leave=Change(cut, cut)
+        extra_specs=extras,
+        effective=effective,
+        measure=measure,
+        enter=ADDED,
+        leave=Change(cut, cut),
     )
 
 

@@ -20,7 +20,7 @@ from braeburn.layers.spec import LAYERS, ParamSpec, Tree, map_specs, walk
 from braeburn.models.decoder import param_specs
 from braeburn.transforms.definition import ADDED, Definition, Found, Transform, merged, without
 
-# Of the learned factors of scales, at the top of the tree of what a stage trains.
+# The name of the learned factors of scales, at the top of the tree of what a stage trains.
 FACTORS = "factors"
 # Largest magnitude of the balanced four levels -1.5, -0.5, 0.5 and 1.5, in steps.
 _OUTERMOST = 1.5
@@ -192,7 +192,7 @@ def _transform(quantization: Quantization, models: StageModels, steps: int) -> T
     factors = factor_specs(specs, quantization)
     extras = {FACTORS: factors} if factors else {}
 
-    def use(params: Tree, step: Any) -> Tree:
+    def effective(params: Tree, step: Any) -> Tree:
         return quantized(without(params, extras), params.get(FACTORS, {}), specs, quantization)
 
     def ones(found: Found) -> Tree:
@@ -200,10 +200,10 @@ def _transform(quantization: Quantization, models: StageModels, steps: int) -> T
 
     return Transform(
         extra_specs=extras,
-        use=use,
+        effective=effective,
         measure=ones,
         enter=ADDED if extras else None,
-        leave=merged(use, steps, extras),
+        leave=merged(effective, steps, extras),
     )
 
 

@@ -9,9 +9,11 @@ right where the largest of the rest gets at most 1: the smallest such m.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -32,7 +34,7 @@ def soft_top_k(
     return _solve(scores, k, temperature)[0]
 
 
-def top_k_indices(scores: Float[Array, "*S n"], k: int) -> Int[Array, "*S k"]:
+def top_k_indices(scores: Float[Array | np.ndarray, "*S n"], k: int) -> Int[Array, "*S k"]:
     """The indices of the k largest scores, ascending, int32: those that `soft_top_k` keeps at
     temperature 0.
 
@@ -42,10 +44,10 @@ def top_k_indices(scores: Float[Array, "*S n"], k: int) -> Int[Array, "*S k"]:
     return jnp.sort(_order(scores, k)[..., :k], axis=-1).astype(jnp.int32)
 
 
-def _order(scores: Array, k: int) -> Array:
+def _order(scores: Array | np.ndarray, k: int) -> Array:
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"k={k} is not from 1 to {scores.shape[-1]}")
-    return jnp.argsort(-scores.astype(jnp.float32), axis=-1, stable=True)
+    return jnp.argsort(-jnp.asarray(scores, jnp.float32), axis=-1, stable=True)
 
 
 def _solve(
@@ -91,21 +93,23 @@ def _totals(ordered: Array, temperature: Array) -> Array:
 
 
 def _forward(scores: Array, k: int, temperature: Array | float) -> tuple[Array, tuple[Array, ...]]:
+    scores = jnp.asarray(scores)
     masks, free, largest = _solve(scores, k, temperature)
     # Of the scores their type alone is needed.
     return masks, (masks, free, largest, jnp.asarray(temperature), scores[..., :0])
 
 
-def _backward(k: int, residuals: tuple[Array, ...], slope: Array) -> tuple[Array, Array]:
+def _backward(k: int, residuals: tuple[Any, ...], cotangent: Array) -> tuple[Array, Array]:
+    # A residual that was constant comes back as a number of JAX's own type.
     masks, free, largest, temperature, like = residuals
     weights = jnp.where(free, masks, 0.0)
     # Measured from the largest mask's: where that is all but 1, its small gradient is no difference
     # of large numbers.
-    slope = slope - jnp.take_along_axis(slope, largest, axis=-1)
-    mean = jnp.sum(weights * slope, axis=-1, keepdims=True) / jnp.maximum(
+    cotangent = cotangent - jnp.take_along_axis(cotangent, largest, axis=-1)
+    mean = jnp.sum(weights * cotangent, axis=-1, keepdims=True) / jnp.maximum(
         jnp.sum(weights, axis=-1, keepdims=True), 1.0
     )
-    gradient = weights * (slope - mean) / jnp.where(temperature > 0, temperature, 1.0)
+    gradient = weights * (cotangent - mean) / jnp.where(temperature > 0, temperature, 1.0)
     return gradient.astype(like.dtype), jnp.zeros_like(temperature)
 
 

@@ -21,7 +21,7 @@ from braeburn.train.saving import read_state
 from braeburn.train.stage_run import StageRun, batches_of, equip
 from braeburn.train.stages import abstract_state, compile_stage, initial_state, shardings_of
 from braeburn.train.state import TrainState
-from braeburn.train.teaching import Teacher, find_in_run, taught_stages, teacher_stores, teachers_of
+from braeburn.train.teaching import Teacher, cached_labels, find_in_run, teachers_of, with_teachers
 from braeburn.train.transitions import leaving
 
 # Values by what they are, in order: figures of each step, held-out losses at last.
@@ -33,15 +33,15 @@ def followed_curve(run: Run, reference: Path, start: int, figures: Sequence[str]
 
     Args:
         run: with the stages of the reference, on other meshes.
-        reference: the directory of a finished run with a checkpoint of every step. Its stages
-            teach.
+        reference: the directory of a finished run with a checkpoint of every step. Teachers are
+            read from it.
         start: steps made when the reference's states begin to be followed; before, each step goes
             on from the run's own.
         figures: metrics of a step.
     """
     stages = resolve_stages(run)
     teachers = teachers_of(stages, reference, find_in_run)
-    stages = taught_stages(stages, teachers)
+    stages = with_teachers(stages, teachers)
     prepared = prepare(run, lambda line: None)
     held_out = HeldOut(prepared, run.evaluation.tokens)
     state = initial_state(next(iter(stages.values())))
@@ -67,7 +67,7 @@ def _equipped(resolved: ResolvedStage, teacher: Teacher | None, prepared: Prepar
     """A stage ready to make steps, with the labels of a cached teacher."""
     labels = None
     if teacher and resolved.stage.distillation.cached:
-        labels = teacher_stores(resolved, teacher, prepared, lambda line: None, nothing_to_ask)
+        labels = cached_labels(resolved, teacher, prepared, lambda line: None, nothing_to_ask)
     batches = batches_of(resolved, prepared.train, labels)
     return equip(compile_stage(resolved), batches, teacher)
 

@@ -24,7 +24,7 @@ from braeburn.errors import UserError
 DEVICES = 8
 # For JAX as it starts. Programs that run for a second are worth no optimisation, which would take
 # most of the time. From the compilation cache, programs for several CPU devices come back with
-# their ring exchanges out of order: they abort or hang (jaxlib 0.10.2).
+# their ring steps out of order: they abort or hang (jaxlib 0.10.2).
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(DEVICES),
@@ -48,8 +48,8 @@ def shrink(run: Run, num_devices: int) -> Run:
     offloading stay as they are, meshes are scaled down to `num_devices`; activations are float32,
     in which equal computations can be told from others.
 
-    Stages cut, teach and round as they do in the large run. A teacher that is no stage is replaced:
-    `with_stand_in`.
+    Stages prune, distil and round as they do in the large run. `with_stand_in` replaces a teacher
+    that is no stage.
 
     Raises:
         UserError: the run has no stage.
@@ -94,7 +94,7 @@ def shrink(run: Run, num_devices: int) -> Run:
 
 def with_stand_in(run: Run) -> Run:
     """The run with a stage of its own in the place of teachers on disk: its first, with neither
-    teacher nor cuts.
+    teacher nor pruning.
     """
     if not any(stage.teacher and stage.teacher not in run.stages for stage in run.stages.values()):
         return run

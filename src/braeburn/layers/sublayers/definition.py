@@ -13,7 +13,7 @@ from braeburn.layers.linear import linear
 from braeburn.layers.spec import ParamSpec, Tree
 
 # (logical axis, activations whose units it counts, a layer's state) -> the layer's new state.
-Observe = Callable[[str, Array, Any], Any]
+ActivationHook = Callable[[str, Array, Any], Any]
 
 
 class Signals(NamedTuple):
@@ -57,7 +57,7 @@ class Context:
         weights: the layer's own, this device's part of each.
         prepared: what the kind's `prepare` returned.
         memory: how queries reach keys and values.
-        observe: is shown activations.
+        activation_hook: called with activations as they are computed.
     """
 
     config: Any
@@ -67,7 +67,7 @@ class Context:
     weights: Tree
     prepared: Any
     memory: Memory
-    observe: Observe
+    activation_hook: ActivationHook
 
     def linear(self, x: Array, name: str) -> Array:
         """The product of activations and one of the layer's weights: see `linear`."""

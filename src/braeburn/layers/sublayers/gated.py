@@ -29,7 +29,7 @@ def gated(activation: Callable[[Array], Array]) -> Sublayer:
         gate_BTF = checkpoint_name(context.linear(x_BTD, "gate"), "ffn_gate")
         up_BTF = checkpoint_name(context.linear(x_BTD, "up"), "ffn_up")
         hidden_BTF = activation(gate_BTF) * up_BTF
-        signals = signals._replace(state=context.observe("ffn", hidden_BTF, signals.state))
-        return context.linear(hidden_BTF, "down"), signals
+        state = context.activation_hook("ffn", hidden_BTF, signals.state)
+        return context.linear(hidden_BTF, "down"), signals._replace(state=state)
 
     return Sublayer(specs=specs, apply=apply)

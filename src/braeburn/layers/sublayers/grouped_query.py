@@ -122,7 +122,8 @@ def attend_and_project(
         This tensor shard's part of a sum, and the signals with the layer's new state.
     """
     attended_BTNH = context.memory.attend(query_BTNH, signals.keys_and_values, window)
-    signals = signals._replace(state=context.observe("heads", attended_BTNH, signals.state))
+    state = context.activation_hook("heads", attended_BTNH, signals.state)
+    signals = signals._replace(state=state)
     return context.linear(attended_BTNH, "attention_output"), signals
 
 

@@ -1,8 +1,8 @@
-"""Tokenised text on disk: shards of tokens to be mapped into memory, where documents start, and a
-manifest.
+"""Tokenised text on disk, called token shards: files of tokens to be mapped into memory, the
+positions where documents start, and a manifest.
 
-A store appears under its name complete or not at all, and what it holds is checked before it is
-used.
+The token shards of a text lie in one folder, which appears under its name complete or not at all.
+Its files are checked before they are used. A shard is one part of the tokens, in two files.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ SHARD_TOKENS = 2**25
 BATCH_CHARACTERS = 2**20  # of text that is encoded at once, a second's work for two cores
 
 
-def build_store(
+def build_token_shards(
     directory: Path,
     documents: Iterable[Document],
     tokenizer: Tokenizer,
@@ -47,14 +47,14 @@ def build_store(
     proceed: Callable[[], None] = lambda: None,
     report: Report | None = None,
 ) -> None:
-    """Tokenises the documents into a store at `directory`, unless another process has finished the
-    same meanwhile.
+    """Tokenises the documents into token shards at `directory`, unless another process has finished
+    the same meanwhile.
 
     A builder that was stopped or killed has left what it tokenised, and the next goes on from
     there.
 
     Args:
-        directory: where the store appears once it is complete.
+        directory: the folder, which appears once it is complete.
         documents: read once. The same `directory` must mean the same documents.
         tokenizer: turns each document into [begin] + tokens, and [end] where it has a separate one.
         shard_tokens: tokens in each shard but the last.
@@ -246,7 +246,7 @@ def in_shards(
         yield np.concatenate(pieces), np.array(starts, "<i8")
 
 
-class TokenStore:
+class TokenShards:
     """All tokens of one side of one source, read from files mapped into memory. It can be pickled
     for workers.
 
@@ -280,17 +280,17 @@ class TokenStore:
     @classmethod
     def open(
         cls, directory: Path, tokenizer_hash: str, verified_for: str | None = None
-    ) -> "TokenStore":
-        """Opens a store after checking its manifest, sizes, and contents.
+    ) -> "TokenShards":
+        """Opens token shards after checking their manifest, sizes, and contents.
 
         Args:
-            directory: the store.
-            tokenizer_hash: of the tokenizer that must have made it.
-            verified_for: the run that it is opened for; see `verify`.
+            directory: the folder of the token shards.
+            tokenizer_hash: of the tokenizer that must have made them.
+            verified_for: the run that they are opened for; see `verify`.
 
         Raises:
-            UserError: a file is missing, truncated or corrupt, or the store belongs to another
-                tokenizer.
+            UserError: a file is missing, truncated or corrupt, or the token shards belong to
+                another tokenizer.
         """
         with reading(directory):
             manifest = read_manifest(directory / "manifest.json", TokenManifest)
@@ -301,9 +301,9 @@ class TokenStore:
                     f"one that made it"
                 )
             verify(directory, _files(directory, manifest), verified_for)
-            store = cls(directory, manifest)
-            store.map_all()
-        return store
+            opened = cls(directory, manifest)
+            opened.map_all()
+        return opened
 
     @property
     def byte_ratio(self) -> float:
@@ -327,7 +327,7 @@ class TokenStore:
             IndexError: the range is not within [0, tokens + 1).
         """
         if not 0 <= start <= stop <= self.tokens + 1:
-            raise IndexError(f"tokens {start}:{stop} are not within the store's {self.tokens}")
+            raise IndexError(f"tokens {start}:{stop} are not within the {self.tokens} there are")
         pieces: list[Any] = pieces_of(self._tokens, self._shard_tokens, start, stop)
         end = [self.begin] * (stop - max(start, self.tokens))
         return np.concatenate([*pieces, end], dtype=np.int32, casting="unsafe")
@@ -360,7 +360,7 @@ class TokenStore:
 
 
 def _files(directory: Path, manifest: TokenManifest) -> Iterator[tuple[Path, int, str]]:
-    """The path, size in bytes and SHA-256 of every file that a token store's manifest names."""
+    """The path, size in bytes and SHA-256 of every file that the manifest names."""
     width = np.dtype(manifest.dtype).itemsize
     for index, shard in enumerate(manifest.shards):
         yield shard_path(directory, "tokens", index), shard.tokens * width, shard.tokens_sha256
@@ -400,7 +400,7 @@ def pieces_of(shards: Sequence[np.ndarray], size: int, start: int, stop: int) ->
 
 
 class Deleted(UserError):
-    """A store's file is gone that this process had not opened yet."""
+    """A file of token shards or labels was deleted before this process opened it."""
 
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -421,6 +421,6 @@ def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         raise UserError(
-            f"{str(path)!r} cannot be opened beside all other files of the store "
+            f"{str(path)!r} cannot be opened beside all other files of its folder "
             f"({error.strerror}); raise the limit of open files, as with ulimit -n 65536"
         ) from None

@@ -16,13 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from braeburn.config import Execution, Stage
-from braeburn.data import store as token_store
-from braeburn.data import teacher_store
+from braeburn.data import teacher_labels, token_shards
 from braeburn.data.corpus import Document
 from braeburn.data.loader import Batches, prefetch
 from braeburn.data.packing import Batch, windows
-from braeburn.data.store import TokenStore, build_store
-from braeburn.data.teacher_store import Labelling, TeacherStore, Writer, build_teacher_store
+from braeburn.data.teacher_labels import Labelling, TeacherLabels, Writer, build_teacher_labels
+from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import train
 from braeburn.errors import UserError
 
@@ -43,7 +42,7 @@ def label(batch: Batch, k: int = K, vocab_size: int = 257) -> tuple[np.ndarray, 
 
 def build(
     directory: Path,
-    store: TokenStore,
+    shards: TokenShards,
     label: Callable[..., Any] = label,
     *,
     batch_size: int = BATCH_SIZE,
@@ -51,21 +50,21 @@ def build(
 ) -> None:
     labelling = Labelling(LENGTH, K, 257, IDENTITY, batch_size, label)
     writer = Writer(**({"log": lambda line: None, "part_tokens": PART_TOKENS} | fields))
-    build_teacher_store(directory, store, labelling, writer)
+    build_teacher_labels(directory, shards, labelling, writer)
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """What a store tells, which is not when its files were made."""
+    """What the files in a folder hold, which does not tell when they were made."""
     return {
         path.name: path.read_bytes() for path in directory.iterdir() if path.name != "verified.json"
     }
 
 
-def everything(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+def everything(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
     """The labels of all positions, from every window at once."""
-    rows = list(windows(store, LENGTH))
+    rows = list(windows(shards, LENGTH))
     ids, log_probs = label({"inputs": np.stack([row["inputs"] for row in rows])})
-    return ids.reshape(-1, K)[: store.tokens], log_probs.reshape(-1, K)[: store.tokens]
+    return ids.reshape(-1, K)[: shards.tokens], log_probs.reshape(-1, K)[: shards.tokens]
 
 
 class Calls:
@@ -80,46 +79,46 @@ class Calls:
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStore]:
-    folder = tmp_path_factory.mktemp("stores")
+def shards_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenShards]:
+    folder = tmp_path_factory.mktemp("shards")
     for name, count in (("a", 19), ("b", 9)):
         texts = [f"{name}{i} " * (i + 1) for i in range(count)] + ["." * 65]
-        build_store(
+        build_token_shards(
             folder / name, [Document("", text) for text in texts], TOKENIZER, shard_tokens=101
         )
-    return {name: TokenStore.open(folder / name, TOKENIZER.hash) for name in "ab"}
+    return {name: TokenShards.open(folder / name, TOKENIZER.hash) for name in "ab"}
 
 
 @pytest.fixture(scope="module")
-def store(stores: dict[str, TokenStore]) -> TokenStore:
+def shards(shards_of: dict[str, TokenShards]) -> TokenShards:
     """790 tokens: 50 windows, the last not full; 13 batches; 10 parts of 5 windows, the last not
     full either.
     """
-    assert stores["a"].tokens == 790
-    return stores["a"]
+    assert shards_of["a"].tokens == 790
+    return shards_of["a"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of labels; not to be changed."""
+def undisturbed(shards: TokenShards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of labels that must not be changed."""
     directory = tmp_path_factory.mktemp("undisturbed") / "labels"
-    build(directory, store)
+    build(directory, shards)
     return directory
 
 
 @pytest.fixture
-def directory(store: TokenStore, tmp_path: Path) -> Path:
-    """A store of labels, to be damaged."""
-    build(tmp_path / "labels", store)
+def directory(shards: TokenShards, tmp_path: Path) -> Path:
+    """A folder of labels to be damaged."""
+    build(tmp_path / "labels", shards)
     return tmp_path / "labels"
 
 
 def test_labels_come_back_by_position_in_every_epoch(
-    stores: dict[str, TokenStore], tmp_path: Path
+    shards_of: dict[str, TokenShards], tmp_path: Path
 ) -> None:
-    for name, store in stores.items():
-        build(tmp_path / name, store)
-    teachers = {name: TeacherStore.open(tmp_path / name, IDENTITY) for name in stores}
+    for name, shards in shards_of.items():
+        build(tmp_path / name, shards)
+    labels = {name: TeacherLabels.open(tmp_path / name, IDENTITY) for name in shards_of}
     mixture = {"a": 3, "b": 1}
     stage = Stage(
         tokens=96 * 40,
@@ -129,8 +128,8 @@ def test_labels_come_back_by_position_in_every_epoch(
         learning_rate=1,
         teacher="core",
     )
-    batches = Batches(stage, "taught", 0, stores, teachers=teachers)
-    live = Batches(stage, "taught", 0, stores)
+    batches = Batches(stage, "distilled", 0, shards_of, labels=labels)
+    online = Batches(stage, "distilled", 0, shards_of)
     for step in range(40):
         batch, ids_and_log_probs = batches[step], label(batches[step])
         assert batch["teacher_ids"].shape == batch["teacher_log_probs"].shape == (6, LENGTH, K)
@@ -141,9 +140,9 @@ def test_labels_come_back_by_position_in_every_epoch(
         assert np.array_equal(batch["teacher_ids"], ids_and_log_probs[0])
         assert np.array_equal(batch["teacher_log_probs"], ids_and_log_probs[1])
         # Whether the teacher is asked now or was before changes nothing else.
-        assert live[step].keys() == batch.keys() - {"teacher_ids", "teacher_log_probs"}
-        assert all(np.array_equal(values, batch[field]) for field, values in live[step].items())
-    half = Batches(stage, "taught", 0, stores, rows=range(3, 6), teachers=teachers)
+        assert online[step].keys() == batch.keys() - {"teacher_ids", "teacher_log_probs"}
+        assert all(np.array_equal(values, batch[field]) for field, values in online[step].items())
+    half = Batches(stage, "distilled", 0, shards_of, rows=range(3, 6), labels=labels)
     assert np.array_equal(half[7]["teacher_ids"], batches[7]["teacher_ids"][3:])
     assert all(
         np.array_equal(batch["teacher_ids"], batches[38 + index]["teacher_ids"])
@@ -153,12 +152,14 @@ def test_labels_come_back_by_position_in_every_epoch(
 
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_any_range_across_parts(data: st.DataObject, undisturbed: Path, store: TokenStore) -> None:
-    teacher = TeacherStore.open(undisturbed, IDENTITY)
-    start = data.draw(st.integers(0, store.tokens))
-    stop = data.draw(st.integers(start, store.tokens))
+def test_any_range_across_parts(
+    data: st.DataObject, undisturbed: Path, shards: TokenShards
+) -> None:
+    teacher = TeacherLabels.open(undisturbed, IDENTITY)
+    start = data.draw(st.integers(0, shards.tokens))
+    stop = data.draw(st.integers(start, shards.tokens))
     for read, all_of_them, dtype in zip(
-        teacher.read(start, stop), everything(store), (np.int32, np.float32), strict=True
+        teacher.read(start, stop), everything(shards), (np.int32, np.float32), strict=True
     ):
         assert (type(read), read.dtype, read.shape) == (np.ndarray, dtype, (stop - start, K))
         assert np.array_equal(read, all_of_them[start:stop])
@@ -167,23 +168,23 @@ def test_any_range_across_parts(data: st.DataObject, undisturbed: Path, store: T
 @given(batch_size=st.integers(1, 60), part_tokens=st.integers(1, 900))
 @settings(max_examples=15, deadline=None)
 def test_how_the_work_is_divided_changes_no_label(
-    store: TokenStore, tmp_path_factory: pytest.TempPathFactory, batch_size: int, part_tokens: int
+    shards: TokenShards, tmp_path_factory: pytest.TempPathFactory, batch_size: int, part_tokens: int
 ) -> None:
     directory = tmp_path_factory.mktemp("divided") / "labels"
-    build(directory, store, batch_size=batch_size, part_tokens=part_tokens)
-    read = TeacherStore.open(directory, IDENTITY).read(0, store.tokens)
-    assert all(np.array_equal(*pair) for pair in zip(read, everything(store), strict=True))
+    build(directory, shards, batch_size=batch_size, part_tokens=part_tokens)
+    read = TeacherLabels.open(directory, IDENTITY).read(0, shards.tokens)
+    assert all(np.array_equal(*pair) for pair in zip(read, everything(shards), strict=True))
 
 
 def test_ranges_outside_are_refused(undisturbed: Path) -> None:
-    teacher = TeacherStore.open(undisturbed, IDENTITY)
+    teacher = TeacherLabels.open(undisturbed, IDENTITY)
     for start, stop in ((-1, 3), (0, 791), (5, 4)):
         with pytest.raises(IndexError):
             teacher.read(start, stop)
 
 
 def test_pickles_without_its_maps(undisturbed: Path) -> None:
-    teacher = TeacherStore.open(undisturbed, IDENTITY)
+    teacher = TeacherLabels.open(undisturbed, IDENTITY)
     expected = teacher.read(0, 790)
     data = pickle.dumps(teacher)
     assert len(data) < 2000
@@ -195,36 +196,36 @@ def test_pickles_without_its_maps(undisturbed: Path) -> None:
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(2**16, 32), (2**16 + 1, 48)])
 def test_bytes_per_token(tmp_path: Path, vocab_size: int, width: int) -> None:
-    build_store(tmp_path / "store", [Document("", "some text " * 700)], TOKENIZER)
-    store = TokenStore.open(tmp_path / "store", TOKENIZER.hash)
+    build_token_shards(tmp_path / "shards", [Document("", "some text " * 700)], TOKENIZER)
+    shards = TokenShards.open(tmp_path / "shards", TOKENIZER.hash)
 
     def label_all(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         return label(batch, 8, vocab_size)
 
     labelling = Labelling(64, 8, vocab_size, IDENTITY, 4, label_all)
-    build_teacher_store(tmp_path / "t", store, labelling, Writer(log=lambda line: None))
-    teacher = TeacherStore.open(tmp_path / "t", IDENTITY)
+    build_teacher_labels(tmp_path / "t", shards, labelling, Writer(log=lambda line: None))
+    teacher = TeacherLabels.open(tmp_path / "t", IDENTITY)
     assert teacher.bytes_per_token == width
     size = sum(path.stat().st_size for path in (tmp_path / "t").iterdir())
-    assert width < size / store.tokens <= min(60, width + 1)
+    assert width < size / shards.tokens <= min(60, width + 1)
     ids, log_probs = teacher.read(0, 64)
-    expected = label_all(next(windows(store, 64)) | {"inputs": store.read(0, 64)[None]})
+    expected = label_all(next(windows(shards, 64)) | {"inputs": shards.read(0, 64)[None]})
     assert np.array_equal(ids, expected[0][0])
     assert np.array_equal(log_probs, expected[1][0])
-    assert teacher.read(0, store.tokens)[0].max() > 0.99 * vocab_size
+    assert teacher.read(0, shards.tokens)[0].max() > 0.99 * vocab_size
 
 
-def test_empty_store(tmp_path: Path) -> None:
-    build_store(tmp_path / "store", [], TOKENIZER)
-    build(tmp_path / "labels", TokenStore.open(tmp_path / "store", TOKENIZER.hash))
-    assert TeacherStore.open(tmp_path / "labels", IDENTITY).read(0, 0)[0].shape == (0, K)
+def test_no_documents(tmp_path: Path) -> None:
+    build_token_shards(tmp_path / "shards", [], TOKENIZER)
+    build(tmp_path / "labels", TokenShards.open(tmp_path / "shards", TOKENIZER.hash))
+    assert TeacherLabels.open(tmp_path / "labels", IDENTITY).read(0, 0)[0].shape == (0, K)
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
-from braeburn.data.store import TokenStore
-from test_teacher_store import TOKENIZER, build, label
+from braeburn.data.token_shards import TokenShards
+from test_teacher_labels import TOKENIZER, build, label
 calls = 0
 def slow(batch):
     global calls
@@ -233,13 +234,13 @@ def slow(batch):
         print("midway", flush=True)
         time.sleep(60)
     return label(batch)
-build(Path(sys.argv[1]), TokenStore.open(Path(sys.argv[2]), TOKENIZER.hash), slow)
+build(Path(sys.argv[1]), TokenShards.open(Path(sys.argv[2]), TOKENIZER.hash), slow)
 """
 
 
-def test_a_killed_build_goes_on(store: TokenStore, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_killed_build_goes_on(shards: TokenShards, undisturbed: Path, tmp_path: Path) -> None:
     directory, lines, calls = tmp_path / "labels", list[str](), Calls()
-    arguments = [sys.executable, "-c", KILLED, str(directory), str(store.directory)]
+    arguments = [sys.executable, "-c", KILLED, str(directory), str(shards.directory)]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
@@ -249,22 +250,22 @@ def test_a_killed_build_goes_on(store: TokenStore, undisturbed: Path, tmp_path: 
         with pytest.raises(
             UserError, match=rf"another process is writing .*{partial.name}.*; wait for it to end"
         ):
-            build(directory, store, calls)
+            build(directory, shards, calls)
         process.send_signal(signal.SIGKILL)
     assert calls.count == 0
     assert list(tmp_path.iterdir()) == [partial]
     # Seven batches of four windows make five parts of five.
     made = {path.name: path.stat().st_mtime_ns for path in partial.glob("part-*.bin")}
     assert sorted(made) == [f"part-{index:05d}.bin" for index in range(5)]
-    build(directory, store, calls, log=lines.append)
+    build(directory, shards, calls, log=lines.append)
     assert calls.count == 7  # of 13: 25 windows are left
     assert lines[0] == "labels: going on after 400 of 790 tokens"
     assert lines[-1].startswith("labels: the teacher labelled 390 tokens in ")
     assert list(tmp_path.iterdir()) == [directory]
     assert content(directory) == content(undisturbed)
     assert {name: (directory / name).stat().st_mtime_ns for name in made} == made
-    TeacherStore.open(directory, IDENTITY)
-    build(directory, store, calls)
+    TeacherLabels.open(directory, IDENTITY)
+    build(directory, shards, calls)
     assert calls.count == 7
 
 
@@ -273,7 +274,7 @@ class Killed(BaseException):
 
 
 def test_a_kill_at_any_write_is_mended(
-    store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: TokenShards, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One builder is cut short within its n-th write, the next two with other batch sizes early on,
     the last is not.
@@ -286,15 +287,15 @@ def test_a_kill_at_any_write_is_mended(
         if left == 0:
             path.write_bytes(data[: len(data) // 2])
             raise Killed
-        token_store.write(path, data)
+        token_shards.write(path, data)
 
-    monkeypatch.setattr(teacher_store, "write", cut_short)
+    monkeypatch.setattr(teacher_labels, "write", cut_short)
     for n in range(1, 22):  # the manifest, then ten times a part and the manifest
         directory, killed = tmp_path / str(n), 0
         for attempt, writes in enumerate((n, 3, 4, 0)):
             left = writes
             try:
-                build(directory, store, batch_size=BATCH_SIZE + attempt)
+                build(directory, shards, batch_size=BATCH_SIZE + attempt)
             except Killed:
                 killed += 1
                 assert not directory.exists()
@@ -303,7 +304,7 @@ def test_a_kill_at_any_write_is_mended(
 
 
 def test_a_builder_stopped_at_the_rename_goes_on(
-    store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: TokenShards, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rename(path: Path, target: Path) -> None:
         raise Killed
@@ -311,30 +312,32 @@ def test_a_builder_stopped_at_the_rename_goes_on(
     calls = Calls()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "rename", rename)
-        build(tmp_path / "labels", store)
-    build(tmp_path / "labels", store, calls)
+        build(tmp_path / "labels", shards)
+    build(tmp_path / "labels", shards, calls)
     assert calls.count == 0
     assert content(tmp_path / "labels") == content(undisturbed)
 
 
 def test_another_builder_that_finishes_first_is_left_alone(
-    store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: TokenShards, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim, calls = teacher_store._claim, Calls()
+    claim, calls = teacher_labels._claim, Calls()
 
     def late(partial: Path, directory: Path) -> Any:
-        monkeypatch.setattr(teacher_store, "_claim", claim)
-        build(directory, store)
+        monkeypatch.setattr(teacher_labels, "_claim", claim)
+        build(directory, shards)
         return claim(partial, directory)
 
-    monkeypatch.setattr(teacher_store, "_claim", late)
-    build(tmp_path / "labels", store, calls)
+    monkeypatch.setattr(teacher_labels, "_claim", late)
+    build(tmp_path / "labels", shards, calls)
     assert calls.count == 0
     assert list(tmp_path.iterdir()) == [tmp_path / "labels"]
     assert content(tmp_path / "labels") == content(undisturbed)
 
 
-def test_processes_that_do_not_write_label_in_lock_step(store: TokenStore, tmp_path: Path) -> None:
+def test_processes_that_do_not_write_label_in_lock_step(
+    shards: TokenShards, tmp_path: Path
+) -> None:
     batches: dict[bool, list[bytes]] = {True: [], False: []}
 
     def run(writes: bool, last: int, begun: int | None = None) -> int:
@@ -353,7 +356,7 @@ def test_processes_that_do_not_write_label_in_lock_step(store: TokenStore, tmp_p
             return label(batch) if writes else None
 
         with contextlib.suppress(Killed):
-            build(tmp_path / "labels", store, stopping, writes=writes, first_part=first_part)
+            build(tmp_path / "labels", shards, stopping, writes=writes, first_part=first_part)
         return parts
 
     assert run(True, last=6) == 0
@@ -365,12 +368,12 @@ def test_processes_that_do_not_write_label_in_lock_step(store: TokenStore, tmp_p
     assert run(False, last=-1, begun=3) == 3
     assert len(batches[True]) == 9
     assert batches[True] == batches[False]
-    read = TeacherStore.open(tmp_path / "labels", IDENTITY).read(0, store.tokens)
-    assert all(np.array_equal(*pair) for pair in zip(read, everything(store), strict=True))
+    read = TeacherLabels.open(tmp_path / "labels", IDENTITY).read(0, shards.tokens)
+    assert all(np.array_equal(*pair) for pair in zip(read, everything(shards), strict=True))
 
 
 def test_a_kill_while_complete_parts_are_made_anew_is_mended(
-    store: TokenStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: TokenShards, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the processes agree on the part that the one with the fewest has."""
 
@@ -378,26 +381,26 @@ def test_a_kill_while_complete_parts_are_made_anew_is_mended(
         if path.name == f"part-{cut:05d}.bin":
             path.write_bytes(data[: len(data) // 2])
             raise Killed
-        token_store.write(path, data)
+        token_shards.write(path, data)
 
-    monkeypatch.setattr(teacher_store, "write", cut_short)
+    monkeypatch.setattr(teacher_labels, "write", cut_short)
     cut = 6
     with pytest.raises(Killed):
-        build(tmp_path / "labels", store)
+        build(tmp_path / "labels", shards)
     cut = 2
     with pytest.raises(Killed):
-        build(tmp_path / "labels", store, first_part=lambda begin: min(begin(), 2))
+        build(tmp_path / "labels", shards, first_part=lambda begin: min(begin(), 2))
     cut = -1
-    build(tmp_path / "labels", store)
+    build(tmp_path / "labels", shards)
     assert content(tmp_path / "labels") == content(undisturbed)
 
 
 def test_progress_is_told(
-    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: TokenShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = list[str]()
-    monkeypatch.setattr(teacher_store, "LOG_SECONDS", 0.0)
-    build(tmp_path / "labels", store, log=lines.append)
+    monkeypatch.setattr(teacher_labels, "LOG_SECONDS", 0.0)
+    build(tmp_path / "labels", shards, log=lines.append)
     assert len(lines) == 14
     assert lines[1].startswith("labels: 128 of 790 tokens, ")
     assert lines[1].endswith("0 min left")
@@ -406,12 +409,12 @@ def test_progress_is_told(
 @pytest.mark.parametrize("name", ["part-00000.bin", "part-00009.bin"])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_corruption_is_found(directory: Path, name: str, harm: str) -> None:
-    TeacherStore.open(directory, IDENTITY)  # records the sound files
+    TeacherLabels.open(directory, IDENTITY)  # records the sound files
     damage(directory / name, harm)
     with pytest.raises(
         UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"
     ):
-        TeacherStore.open(directory, IDENTITY)
+        TeacherLabels.open(directory, IDENTITY)
 
 
 def damage(path: Path, harm: str) -> None:
@@ -423,7 +426,7 @@ def damage(path: Path, harm: str) -> None:
         path.write_bytes(data if harm == "flip" else data[:-1])
 
 
-def test_a_corrupt_part_is_not_built_upon(store: TokenStore, tmp_path: Path) -> None:
+def test_a_corrupt_part_is_not_built_upon(shards: TokenShards, tmp_path: Path) -> None:
     def stopping(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         if calls.count == 6:
             raise Killed
@@ -431,13 +434,13 @@ def test_a_corrupt_part_is_not_built_upon(store: TokenStore, tmp_path: Path) -> 
 
     calls = Calls()
     with pytest.raises(Killed):
-        build(tmp_path / "labels", store, stopping)
+        build(tmp_path / "labels", shards, stopping)
     (partial,) = tmp_path.iterdir()
     damage(partial / "part-00001.bin", "flip")
     with pytest.raises(
         UserError, match=rf"part-00001.*delete the folder '{partial}' and it will be built again"
     ):
-        build(tmp_path / "labels", store)
+        build(tmp_path / "labels", shards)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +453,7 @@ def test_corrupt_manifest(directory: Path, content: str | None) -> None:
         content = json.dumps({**manifest, "parts": manifest["parts"][:-1]})
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json.*delete the folder"):
-        TeacherStore.open(directory, IDENTITY)
+        TeacherLabels.open(directory, IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -462,42 +465,42 @@ def test_the_labels_of_another_teacher(undisturbed: Path, other: dict[str, Any])
         rf"labels made with {field}={IDENTITY.get(field)!r}, not {value!r}; delete that folder"
     )
     with pytest.raises(UserError, match=sentence):
-        TeacherStore.open(undisturbed, IDENTITY | other)
+        TeacherLabels.open(undisturbed, IDENTITY | other)
 
 
-def test_full_disk(store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(shards: TokenShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # /dev/full answers every write as a full disk does.
     with (
         monkeypatch.context() as patch,
         pytest.raises(UserError, match=r"cannot write .*No space left .*data\.cache"),
     ):
-        patch.setattr(teacher_store, "_part_path", lambda directory, index: Path("/dev/full"))
-        build(tmp_path / "labels", store)
-    build(tmp_path / "labels", store)
-    TeacherStore.open(tmp_path / "labels", IDENTITY)
+        patch.setattr(teacher_labels, "_part_path", lambda directory, index: Path("/dev/full"))
+        build(tmp_path / "labels", shards)
+    build(tmp_path / "labels", shards)
+    TeacherLabels.open(tmp_path / "labels", IDENTITY)
 
 
 def test_a_disk_without_room_is_told_before_work_begins(
-    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: TokenShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = [790 * 12]  # at k = 3 an id of two bytes and a logarithm of two for each of three
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free[0]))
-    build(tmp_path / "labels", store)
+    build(tmp_path / "labels", shards)
     free[0] -= 1
     calls = Calls()
     with pytest.raises(
         UserError,
         match=r"labels take 9,480 bytes and .* has 9,479 free; free some, or set data.cache",
     ):
-        build(tmp_path / "others", store, calls)
+        build(tmp_path / "others", shards, calls)
     assert calls.count == 0
 
 
-def test_cache_that_cannot_be_written(store: TokenStore, tmp_path: Path) -> None:
+def test_cache_that_cannot_be_written(shards: TokenShards, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, where the folder should be")
     with pytest.raises(UserError, match=r"cannot write .*data\.cache"):
-        build(tmp_path / "cache/labels", store)
+        build(tmp_path / "cache/labels", shards)
 
 
 def test_labels_are_laid_out_with_their_tokens() -> None:
@@ -540,10 +543,10 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("run", [None, "runs/one"])
 def test_a_flip_that_leaves_the_time_alone_is_found(directory: Path, run: str | None) -> None:
-    TeacherStore.open(directory, IDENTITY, run)
+    TeacherLabels.open(directory, IDENTITY, run)
     flip(directory / "part-00001.bin")
     with pytest.raises(UserError, match=r"part-00001\.bin' does not have the checksum"):
-        TeacherStore.open(directory, IDENTITY, run)
+        TeacherLabels.open(directory, IDENTITY, run)
 
 
 @pytest.mark.parametrize(
@@ -569,11 +572,11 @@ def test_an_edit_of_the_manifest_is_found(directory: Path, edit: dict[str, Any])
     path = directory / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
     with pytest.raises(UserError, match=r"manifest\.json' .*delete the folder"):
-        TeacherStore.open(directory, IDENTITY)
+        TeacherLabels.open(directory, IDENTITY)
 
 
-def test_a_store_that_is_open_can_be_read_when_its_folder_is_gone(directory: Path) -> None:
-    opened = TeacherStore.open(directory, IDENTITY)
+def test_what_is_open_can_be_read_when_its_folder_is_gone(directory: Path) -> None:
+    opened = TeacherLabels.open(directory, IDENTITY)
     expected = opened.read(0, opened.tokens)
     shutil.rmtree(directory)
     assert all(map(np.array_equal, opened.read(0, opened.tokens), expected))

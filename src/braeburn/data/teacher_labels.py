@@ -1,5 +1,5 @@
-"""The cached labels of a teacher for every position of a token store: its top-k tokens there, and
-their log-probabilities.
+"""The cached labels of a teacher for every position of a source's token shards: its top-k tokens
+there, and their log-probabilities.
 
 They are computed once, stored beside the tokens, and read by position like them, so that many
 students share one pass. The teacher sees windows that start at multiples of the sequence length,
@@ -29,8 +29,8 @@ from braeburn.data.manifest import (
     write,
 )
 from braeburn.data.packing import Batch, batched, windows
-from braeburn.data.store import (
-    TokenStore,
+from braeburn.data.token_shards import (
+    TokenShards,
     allow_open_files,
     in_shards,
     map_file,
@@ -88,25 +88,25 @@ class Writer:
     part_tokens: int = PART_TOKENS
 
 
-def build_teacher_store(
-    directory: Path, store: TokenStore, labelling: Labelling, writer: Writer
+def build_teacher_labels(
+    directory: Path, shards: TokenShards, labelling: Labelling, writer: Writer
 ) -> None:
-    """Lets a teacher label a token store, in order, into a teacher store that then appears at
-    `directory`.
+    """Lets a teacher label the tokens of token shards, in order, and writes the labels to a folder
+    that then appears at `directory`.
 
-    It is written in parts. A killed builder leaves the complete ones in a folder beside
+    They are written in parts. A killed builder leaves the complete ones in a folder beside
     `directory`, and the next builder goes on after them, whatever its batch size.
 
     The text is read as `windows` cuts it. The labels of every real token are stored; those of
     padding are dropped.
 
     Several processes that run `label` together all call this. All but the one that writes label the
-    same batches and write nothing; they may return before the store is complete.
+    same batches and write nothing; they may return before the labels are complete.
 
     Args:
-        directory: where the store appears once it is complete. Nothing is done if something is
-            there.
-        store: the tokens.
+        directory: the folder of the labels, which appears once it is complete. Nothing is done if
+            something is there.
+        shards: the tokens.
         labelling: what is labelled, and by what function.
         writer: whether this process writes, and where it tells of its progress.
 
@@ -121,7 +121,7 @@ def build_teacher_store(
         identity=json.loads(json.dumps(dict(labelling.identity))),
         ids="uint16" if labelling.vocab_size <= 2**16 else "uint32",
         k=labelling.k,
-        tokens=store.tokens,
+        tokens=shards.tokens,
         part_tokens=size,
         parts=[],
     )
@@ -138,26 +138,26 @@ def build_teacher_store(
             complete = len(parts)
             # Asked last: the folder may have been finished and renamed meanwhile.
             if directory.exists():
-                return -(-store.tokens // size)
+                return -(-shards.tokens // size)
             if writer.writes:
-                needed = (store.tokens - complete * size) * dtype.itemsize
+                needed = (shards.tokens - complete * size) * dtype.itemsize
                 remedy = "free some, or set data.cache to a folder with more"
                 check_space(directory.parent, needed, "the teacher's labels take", remedy)
             return complete
 
         first = writer.first_part(begin)
-        cut = windows(store, length, first * windows_per_part)
+        cut = windows(shards, length, first * windows_per_part)
         batches = batched(cut, labelling.batch_size)
         if not writer.writes:
             for batch in batches:
                 labelling.label(batch)
         elif not directory.exists():
             entries = _entries(batches, labelling.label, dtype)
-            told = _tell_progress(entries, first * size, store.tokens, directory, writer.log)
+            told = _tell_progress(entries, first * size, shards.tokens, directory, writer.log)
             _write_parts(partial, header, (parts or _complete_parts(partial))[:first], told)
             with writing(directory.parent):
                 partial.rename(directory)
-                # Who opened the lock before finds the store complete.
+                # A process that opened the lock before this finds the labels complete.
                 (directory / ".lock").unlink()
 
 
@@ -279,7 +279,7 @@ def _files(directory: Path, manifest: TeacherManifest) -> Iterator[tuple[Path, i
         yield _part_path(directory, index), part.tokens * width, part.sha256
 
 
-class TeacherStore:
+class TeacherLabels:
     """The labels of every token of one source, read from files mapped into memory.
 
     It can be pickled.
@@ -303,24 +303,24 @@ class TeacherStore:
     @classmethod
     def open(
         cls, directory: Path, identity: Mapping[str, Any], verified_for: str | None = None
-    ) -> "TeacherStore":
-        """Opens a store after checking its manifest, sizes, and contents.
+    ) -> "TeacherLabels":
+        """Opens labels after checking their manifest, sizes, and contents.
 
         Args:
-            directory: the store.
-            identity: what it must have been built for.
-            verified_for: the run that it is opened for; see `verify`.
+            directory: the folder of the labels.
+            identity: what they must have been made for.
+            verified_for: the run that they are opened for; see `verify`.
 
         Raises:
-            UserError: a file is missing, truncated or corrupt, or the store was built for another
+            UserError: a file is missing, truncated or corrupt, or the labels were made for another
                 `identity`.
         """
         with reading(directory):
             manifest = read_manifest(directory / "manifest.json", TeacherManifest)
-            kept = manifest.identity
+            cached = manifest.identity
             expected = json.loads(json.dumps(dict(identity)))
-            for field in sorted(kept | expected):
-                if (found := kept.get(field)) != (wanted := expected.get(field)):
+            for field in sorted(cached | expected):
+                if (found := cached.get(field)) != (wanted := expected.get(field)):
                     raise UserError(
                         f"{str(directory)!r} holds labels made with {field}={found!r}, not "
                         f"{wanted!r}; delete that folder and they will be made again"
@@ -328,11 +328,11 @@ class TeacherStore:
             if not manifest.is_complete:
                 raise corrupt(directory / "manifest.json", "does not tell of all parts")
             verify(directory, _files(directory, manifest), verified_for)
-            store = cls(directory, manifest)
-            # Mapped, it can be read even when the folder is deleted.
-            allow_open_files(store._count)
-            _ = store._parts
-        return store
+            opened = cls(directory, manifest)
+            # Files that are mapped can be read even when their folder is deleted.
+            allow_open_files(opened._count)
+            _ = opened._parts
+        return opened
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids, int32 [n, k], and log-probabilities, float32 [n, k], at the positions [start,
@@ -342,7 +342,7 @@ class TeacherStore:
             IndexError: the range is not within [0, tokens).
         """
         if not 0 <= start <= stop <= self.tokens:
-            raise IndexError(f"positions {start}:{stop} are not within the store's {self.tokens}")
+            raise IndexError(f"positions {start}:{stop} are not within the {self.tokens} there are")
         pieces = pieces_of(self._parts, self._part_tokens, start, stop)
         entries = np.concatenate([np.empty(0, self._dtype), *pieces])
         return entries["ids"].astype(np.int32), entries["log_probs"].astype(np.float32)

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from braeburn.data.corpus import Document
-from braeburn.data.store import TokenStore, build_store
+from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.errors import UserError
 
@@ -34,18 +34,18 @@ STARTS = np.flatnonzero(TOKENIZER.begin == TOKENS)
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    build_store(tmp_path / "store", DOCUMENTS, TOKENIZER, shard_tokens=500)
-    return tmp_path / "store"
+    build_token_shards(tmp_path / "shards", DOCUMENTS, TOKENIZER, shard_tokens=500)
+    return tmp_path / "shards"
 
 
 @pytest.mark.parametrize("shard_tokens", [7, 500, 10**6])
 def test_holds_what_was_written(tmp_path: Path, shard_tokens: int) -> None:
-    build_store(tmp_path / "s", DOCUMENTS, TOKENIZER, shard_tokens=shard_tokens)
-    store = TokenStore.open(tmp_path / "s", TOKENIZER.hash)
-    assert (store.tokens, store.documents) == (len(TOKENS), len(TEXTS))
-    assert store.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    assert np.array_equal(store.read(0, store.tokens + 1), [*TOKENS, TOKENIZER.begin])
-    assert np.array_equal(store.document_starts(0, store.tokens), STARTS)
+    build_token_shards(tmp_path / "s", DOCUMENTS, TOKENIZER, shard_tokens=shard_tokens)
+    shards = TokenShards.open(tmp_path / "s", TOKENIZER.hash)
+    assert (shards.tokens, shards.documents) == (len(TOKENS), len(TEXTS))
+    assert shards.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert np.array_equal(shards.read(0, shards.tokens + 1), [*TOKENS, TOKENIZER.begin])
+    assert np.array_equal(shards.document_starts(0, shards.tokens), STARTS)
     manifest = json.loads((tmp_path / "s/manifest.json").read_text())
     assert manifest["dtype"] == "uint16"
     assert all(shard["tokens"] == shard_tokens for shard in manifest["shards"][:-1])
@@ -58,55 +58,55 @@ def test_any_range_across_shards(
 ) -> None:
     directory = tmp_path_factory.getbasetemp() / "ranges"
     if not directory.exists():
-        build_store(directory, DOCUMENTS, TOKENIZER, shard_tokens=97)
-    store = TokenStore.open(directory, TOKENIZER.hash)
-    start = data.draw(st.integers(0, store.tokens + 1))
-    stop = data.draw(st.integers(start, store.tokens + 1))
-    read = store.read(start, stop)
+        build_token_shards(directory, DOCUMENTS, TOKENIZER, shard_tokens=97)
+    shards = TokenShards.open(directory, TOKENIZER.hash)
+    start = data.draw(st.integers(0, shards.tokens + 1))
+    stop = data.draw(st.integers(start, shards.tokens + 1))
+    read = shards.read(start, stop)
     assert read.dtype == np.int32
     assert np.array_equal(read, [*TOKENS, TOKENIZER.begin][start:stop])
     assert np.array_equal(
-        store.document_starts(start, stop), [s for s in STARTS if start <= s < stop]
+        shards.document_starts(start, stop), [s for s in STARTS if start <= s < stop]
     )
 
 
 def test_ranges_outside_are_refused(directory: Path) -> None:
-    store = TokenStore.open(directory, TOKENIZER.hash)
-    for start, stop in ((-1, 3), (0, store.tokens + 2), (5, 4)):
+    shards = TokenShards.open(directory, TOKENIZER.hash)
+    for start, stop in ((-1, 3), (0, shards.tokens + 2), (5, 4)):
         with pytest.raises(IndexError):
-            store.read(start, stop)
+            shards.read(start, stop)
 
 
 def test_large_vocabularies_take_uint32(tmp_path: Path) -> None:
     tokenizer = train(["ab"], 300)
     tokenizer.vocab_size = 2**16 + 1
-    build_store(tmp_path / "s", DOCUMENTS, tokenizer)
-    store = TokenStore.open(tmp_path / "s", tokenizer.hash)
-    assert (tmp_path / "s/tokens-00000.bin").stat().st_size == 4 * store.tokens
+    build_token_shards(tmp_path / "s", DOCUMENTS, tokenizer)
+    shards = TokenShards.open(tmp_path / "s", tokenizer.hash)
+    assert (tmp_path / "s/tokens-00000.bin").stat().st_size == 4 * shards.tokens
     assert np.array_equal(
-        store.read(0, store.tokens), np.concatenate(tokenizer.encode_documents(TEXTS))
+        shards.read(0, shards.tokens), np.concatenate(tokenizer.encode_documents(TEXTS))
     )
 
 
-def test_empty_store(tmp_path: Path) -> None:
-    build_store(tmp_path / "s", [], TOKENIZER)
-    store = TokenStore.open(tmp_path / "s", TOKENIZER.hash)
-    assert (store.tokens, store.documents) == (0, 0)
-    assert store.read(0, 1).tolist() == [TOKENIZER.begin]
+def test_no_documents(tmp_path: Path) -> None:
+    build_token_shards(tmp_path / "s", [], TOKENIZER)
+    shards = TokenShards.open(tmp_path / "s", TOKENIZER.hash)
+    assert (shards.tokens, shards.documents) == (0, 0)
+    assert shards.read(0, 1).tolist() == [TOKENIZER.begin]
 
 
 def test_pickles_without_its_maps(directory: Path) -> None:
-    store = TokenStore.open(directory, TOKENIZER.hash)
-    expected = store.read(0, store.tokens)
-    data = pickle.dumps(store)
+    shards = TokenShards.open(directory, TOKENIZER.hash)
+    expected = shards.read(0, shards.tokens)
+    data = pickle.dumps(shards)
     assert len(data) < 2000
-    assert np.array_equal(pickle.loads(data).read(0, store.tokens), expected)
+    assert np.array_equal(pickle.loads(data).read(0, shards.tokens), expected)
 
 
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "documents-00000.bin"])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_corruption_is_found(directory: Path, name: str, harm: str) -> None:
-    TokenStore.open(directory, TOKENIZER.hash)  # records the sound files
+    TokenShards.open(directory, TOKENIZER.hash)  # records the sound files
     path = directory / name
     data = bytearray(path.read_bytes())
     if harm == "remove":
@@ -117,7 +117,7 @@ def test_corruption_is_found(directory: Path, name: str, harm: str) -> None:
     with pytest.raises(
         UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"
     ):
-        TokenStore.open(directory, TOKENIZER.hash)
+        TokenShards.open(directory, TOKENIZER.hash)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"format_version": 0}'])
@@ -125,12 +125,12 @@ def test_corrupt_manifest(directory: Path, content: str | None) -> None:
     path = directory / "manifest.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json.*delete the folder"):
-        TokenStore.open(directory, TOKENIZER.hash)
+        TokenShards.open(directory, TOKENIZER.hash)
 
 
 def test_another_tokenizer(directory: Path) -> None:
     with pytest.raises(UserError, match="another tokenizer"):
-        TokenStore.open(directory, train(["x"], 300).hash)
+        TokenShards.open(directory, train(["x"], 300).hash)
 
 
 def flip(path: Path, at: int = 0) -> None:
@@ -147,10 +147,10 @@ def flip(path: Path, at: int = 0) -> None:
 
 @pytest.mark.parametrize("run", [None, "runs/one"])
 def test_a_flip_that_leaves_the_time_alone_is_found(directory: Path, run: str | None) -> None:
-    TokenStore.open(directory, TOKENIZER.hash, run)
+    TokenShards.open(directory, TOKENIZER.hash, run)
     flip(directory / "tokens-00000.bin")
     with pytest.raises(UserError, match=r"tokens-00000\.bin' does not have the checksum"):
-        TokenStore.open(directory, TOKENIZER.hash, run)
+        TokenShards.open(directory, TOKENIZER.hash, run)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_contents_are_read_once_on_each_machine_for_each_run(
 ) -> None:
     def count(run: str | None) -> int:
         hashed.clear()
-        TokenStore.open(directory, TOKENIZER.hash, run)
+        TokenShards.open(directory, TOKENIZER.hash, run)
         return len(hashed)
 
     every = len(list(directory.glob("*.bin")))
@@ -190,12 +190,12 @@ def test_a_record_that_makes_no_sense_is_not_believed(directory: Path, content: 
     (directory / "verified.json").write_text(content)
     flip(directory / "tokens-00000.bin")
     with pytest.raises(UserError, match="checksum"):
-        TokenStore.open(directory, TOKENIZER.hash, "run")
+        TokenShards.open(directory, TOKENIZER.hash, "run")
 
 
 def test_the_record_does_not_grow_without_end(directory: Path) -> None:
     for index in range(100):
-        TokenStore.open(directory, TOKENIZER.hash, f"run {index}")
+        TokenShards.open(directory, TOKENIZER.hash, f"run {index}")
     records = json.loads((directory / "verified.json").read_text())
     assert len(records) == 64
     assert next(reversed(records)).endswith("run 99")
@@ -225,14 +225,14 @@ def edits(value: object) -> Iterator[object]:
 
 
 def test_every_edit_of_the_manifest_is_found(tmp_path: Path) -> None:
-    build_store(tmp_path / "s", DOCUMENTS[:9], TOKENIZER, shard_tokens=200)
+    build_token_shards(tmp_path / "s", DOCUMENTS[:9], TOKENIZER, shard_tokens=200)
     path = tmp_path / "s/manifest.json"
     whole = json.loads(path.read_text())
     count = 0
     for edited in edits(whole):
         path.write_text(json.dumps(edited))
         with pytest.raises(UserError, match=r"manifest\.json' .*; delete the folder"):
-            TokenStore.open(tmp_path / "s", TOKENIZER.hash)
+            TokenShards.open(tmp_path / "s", TOKENIZER.hash)
         count += 1
     assert count > 50
 
@@ -243,32 +243,32 @@ def test_what_is_no_file_is_never_waited_for(directory: Path, name: str, kind: s
     (directory / name).unlink(missing_ok=True)
     os.mkfifo(directory / name) if kind == "pipe" else (directory / name).mkdir()
     if name == "verified.json":
-        TokenStore.open(directory, TOKENIZER.hash, "run")
+        TokenShards.open(directory, TOKENIZER.hash, "run")
         return
     with pytest.raises(UserError, match=rf"{name}' is no file"):
-        TokenStore.open(directory, TOKENIZER.hash)
+        TokenShards.open(directory, TOKENIZER.hash)
 
 
-def test_a_store_that_is_open_can_be_read_when_its_folder_is_gone(directory: Path) -> None:
-    store = TokenStore.open(directory, TOKENIZER.hash)
-    data = pickle.dumps(store)
+def test_what_is_open_can_be_read_when_its_folder_is_gone(directory: Path) -> None:
+    shards = TokenShards.open(directory, TOKENIZER.hash)
+    data = pickle.dumps(shards)
     shutil.rmtree(directory)
-    assert np.array_equal(store.read(0, store.tokens), TOKENS)
-    assert np.array_equal(store.document_starts(0, store.tokens), STARTS)
+    assert np.array_equal(shards.read(0, shards.tokens), TOKENS)
+    assert np.array_equal(shards.document_starts(0, shards.tokens), STARTS)
     with pytest.raises(
         UserError, match=r"was deleted while it was in use; run the same command again"
     ):
         pickle.loads(data).read(0, 3)
 
 
-def test_a_store_may_have_more_files_than_a_process_opens_as_a_rule(tmp_path: Path) -> None:
+def test_token_shards_may_have_more_files_than_a_process_opens_as_a_rule(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    build_store(tmp_path / "s", DOCUMENTS, TOKENIZER, shard_tokens=8)
+    build_token_shards(tmp_path / "s", DOCUMENTS, TOKENIZER, shard_tokens=8)
     assert len(list((tmp_path / "s").glob("*.bin"))) > 300
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
     try:
-        store = TokenStore.open(tmp_path / "s", TOKENIZER.hash)
-        assert np.array_equal(store.read(0, store.tokens), TOKENS)
+        shards = TokenShards.open(tmp_path / "s", TOKENIZER.hash)
+        assert np.array_equal(shards.read(0, shards.tokens), TOKENS)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -276,17 +276,18 @@ def test_a_store_may_have_more_files_than_a_process_opens_as_a_rule(tmp_path: Pa
 KILLED = """
 import sys, time
 from pathlib import Path
-from braeburn.data import building, store
+from braeburn.data import building, token_shards
 from braeburn.data.corpus import Document
 from braeburn.data.tokenizer import Tokenizer
-store.BATCH_CHARACTERS, building.RECORD_SECONDS = 10, 0
+token_shards.BATCH_CHARACTERS, building.RECORD_SECONDS = 10, 0
 def documents():
     for i in range(60):
         yield Document(str(i), f"some words {i} " * (i % 7 + 1))
         if i == 40:
             print("midway", flush=True)
             time.sleep(60)
-store.build_store(Path(sys.argv[1]), documents(), Tokenizer.load(sys.argv[2]), shard_tokens=100)
+tokenizer = Tokenizer.load(sys.argv[2])
+token_shards.build_token_shards(Path(sys.argv[1]), documents(), tokenizer, shard_tokens=100)
 """
 
 
@@ -314,8 +315,8 @@ def test_a_killed_build_leaves_nothing_that_looks_complete_and_is_gone_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     TOKENIZER.save(tmp_path / "tokenizer.json")
-    build_store(tmp_path / "undisturbed", DOCUMENTS, TOKENIZER, shard_tokens=100)
-    directory = tmp_path / "cache/store"
+    build_token_shards(tmp_path / "undisturbed", DOCUMENTS, TOKENIZER, shard_tokens=100)
+    directory = tmp_path / "cache/shards"
     arguments = [sys.executable, "-c", KILLED, str(directory), str(tmp_path / "tokenizer.json")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
@@ -323,7 +324,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete_and_is_gone_on_from(
         process.send_signal(signal.SIGKILL)
     assert not directory.exists()
     encoded = Counting(monkeypatch)
-    build_store(directory, DOCUMENTS, TOKENIZER, shard_tokens=100)
+    build_token_shards(directory, DOCUMENTS, TOKENIZER, shard_tokens=100)
     assert len(encoded.texts) <= 21
     assert contents(directory) == contents(tmp_path / "undisturbed")
     assert list(directory.parent.iterdir()) == [directory]
@@ -337,7 +338,7 @@ class Stop(Exception):
 def test_a_build_may_be_stopped_after_any_batch_and_goes_on(
     long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("braeburn.data.store.BATCH_CHARACTERS", 40)
+    monkeypatch.setattr("braeburn.data.token_shards.BATCH_CHARACTERS", 40)
     texts = TEXTS[:20]
     found = [Document(str(i), text) for i, text in enumerate(texts)]
     if long:  # one document that comes in parts
@@ -348,7 +349,7 @@ def test_a_build_may_be_stopped_after_any_batch_and_goes_on(
             Document("x", text[at : at + 70], is_continued=at + 70 < len(text))
             for at in range(0, len(text), 70)
         ]
-    build_store(tmp_path / "undisturbed", found, TOKENIZER, shard_tokens=50)
+    build_token_shards(tmp_path / "undisturbed", found, TOKENIZER, shard_tokens=50)
 
     def stop_after(calls: int) -> Callable[[], None]:
         left = itertools.count(calls, -1)
@@ -363,7 +364,7 @@ def test_a_build_may_be_stopped_after_any_batch_and_goes_on(
     stops = 0
     while not (tmp_path / "stopped").exists():
         with contextlib.suppress(Stop):
-            build_store(
+            build_token_shards(
                 tmp_path / "stopped", found, TOKENIZER, shard_tokens=50, proceed=stop_after(2)
             )
         stops += 1
@@ -381,8 +382,8 @@ def test_what_a_builder_left_is_not_believed_when_it_is_damaged(tmp_path: Path, 
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("braeburn.data.store.BATCH_CHARACTERS", 40)
-        build_store(tmp_path / "s", DOCUMENTS, TOKENIZER, proceed=stop)
+        patch.setattr("braeburn.data.token_shards.BATCH_CHARACTERS", 40)
+        build_token_shards(tmp_path / "s", DOCUMENTS, TOKENIZER, proceed=stop)
     (left,) = tmp_path.glob("s.partial-*")
     path = left / "tokens-00000.bin"
     if harm == "flip":
@@ -395,9 +396,9 @@ def test_what_a_builder_left_is_not_believed_when_it_is_damaged(tmp_path: Path, 
         path.unlink()
         if harm == "pipe":
             os.mkfifo(path)
-    build_store(tmp_path / "s", DOCUMENTS, TOKENIZER)
+    build_token_shards(tmp_path / "s", DOCUMENTS, TOKENIZER)
     assert np.array_equal(
-        TokenStore.open(tmp_path / "s", TOKENIZER.hash).read(0, len(TOKENS)), TOKENS
+        TokenShards.open(tmp_path / "s", TOKENIZER.hash).read(0, len(TOKENS)), TOKENS
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "s"]
 
@@ -423,7 +424,7 @@ def test_leftovers_are_removed_but_not_those_of_the_living_or_of_teachers(tmp_pa
                 os.utime(path, (old, old))
     with (tmp_path / "locked.partial-1/.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build_store(tmp_path / "s", DOCUMENTS, TOKENIZER)
+        build_token_shards(tmp_path / "s", DOCUMENTS, TOKENIZER)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [
         "locked.partial-1",
@@ -444,19 +445,19 @@ def test_long_documents_have_the_tokens_of_the_whole(
         for at in range(0, len(text), 999)
     ]
     encoded = Counting(monkeypatch)
-    build_store(tmp_path / "s", [*parts, Document("y", "end")], TOKENIZER)
+    build_token_shards(tmp_path / "s", [*parts, Document("y", "end")], TOKENIZER)
     assert max(map(len, encoded.texts)) < 2000
-    store = TokenStore.open(tmp_path / "s", TOKENIZER.hash)
+    shards = TokenShards.open(tmp_path / "s", TOKENIZER.hash)
     expected = np.concatenate(TOKENIZER.encode_documents([text, "end"]))
-    assert np.array_equal(store.read(0, store.tokens), expected)
-    assert store.documents == 2
-    assert store.text_bytes == len(text.encode()) + 3
+    assert np.array_equal(shards.read(0, shards.tokens), expected)
+    assert shards.documents == 2
+    assert shards.text_bytes == len(text.encode()) + 3
 
 
 def test_concurrent_builders_agree(tmp_path: Path) -> None:
     threads = [
         threading.Thread(
-            target=build_store,
+            target=build_token_shards,
             args=(tmp_path / "s", DOCUMENTS, TOKENIZER),
             kwargs={"shard_tokens": 100},
         )
@@ -466,8 +467,8 @@ def test_concurrent_builders_agree(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    store = TokenStore.open(tmp_path / "s", TOKENIZER.hash)
-    assert np.array_equal(store.read(0, store.tokens), TOKENS)
+    shards = TokenShards.open(tmp_path / "s", TOKENIZER.hash)
+    assert np.array_equal(shards.read(0, shards.tokens), TOKENS)
     assert list(tmp_path.iterdir()) == [tmp_path / "s"]
 
 
@@ -477,7 +478,7 @@ def test_errors_of_the_documents_pass_and_leave_nothing(tmp_path: Path) -> None:
         raise UserError("a bad file")
 
     with pytest.raises(UserError, match="a bad file"):
-        build_store(tmp_path / "cache/s", documents(), TOKENIZER)
+        build_token_shards(tmp_path / "cache/s", documents(), TOKENIZER)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -487,11 +488,11 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "braeburn.data.building.shard_path", lambda directory, kind, index: Path("/dev/full")
     )
     with pytest.raises(UserError, match=r"cannot write .*No space left .*data\.cache"):
-        build_store(tmp_path / "cache/s", DOCUMENTS, TOKENIZER)
+        build_token_shards(tmp_path / "cache/s", DOCUMENTS, TOKENIZER)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, where the folder should be")
     with pytest.raises(UserError, match=r"cannot write .*data\.cache"):
-        build_store(tmp_path / "cache/s", DOCUMENTS, TOKENIZER)
+        build_token_shards(tmp_path / "cache/s", DOCUMENTS, TOKENIZER)
