@@ -119,7 +119,8 @@ test-hf: extra-hf
 
 # What broke before when Python or JAX changed, and a run from its data to its export; minutes.
 SMOKE := tests/test_config.py tests/test_cli.py tests/test_install.py tests/data tests/evaluate tests/interop \
-	tests/models/test_decoder.py tests/parallel/test_context.py tests/plan/test_hlo.py tests/train/test_step.py
+	tests/models/test_decoder.py tests/optim tests/parallel/test_context.py tests/plan/test_hlo.py \
+	tests/plan/test_trace.py tests/train/test_step.py
 
 $(VENV)-other/.all: $(PINS)
 	@test -n "$(PYTHON_OTHER)" || { echo "error: no second Python from 3.11 to 3.13 found; name it: make test-other PYTHON_OTHER=/path" >&2; exit 2; }

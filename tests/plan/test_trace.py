@@ -214,4 +214,4 @@ def test_the_plan_takes_the_objective_of_the_stage() -> None:
     run = load("llama3-8b")
     name = next(iter(run.stages))
     work = work_of(run, name, run.mesh.replace(fsdp=16))
-    assert work.shapes.learns is run.stages[name].objective
+    assert work.shapes.learns == run.stages[name].objective

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from braeburn.config import Execution, MeshConfig, ModelConfig, OptimizerConfig, Stage
 from braeburn.layers.spec import ParamSpec, Tree, abstract, walk
+from braeburn.parallel.mesh import abstract_mesh
 from braeburn.parallel.rules import partition
 
 ALONE = Execution()
@@ -56,7 +57,7 @@ class Parameters:
         partitions = jax.tree.map(self.partition, specs)
         return jax.shard_map(
             function,
-            mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)),
+            mesh=abstract_mesh(self.mesh),
             in_specs=(partitions,),
             out_specs=partitions,
             check_vma=False,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from braeburn.config import MeshConfig, divisors, some
 from braeburn.errors import UserError
@@ -91,6 +92,24 @@ def build(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> jax.shardin
             f"{len(everything)}; set one of its sizes to -1 to use them all, as --set mesh.fsdp=-1"
         )
     return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
+
+
+def abstract_mesh(mesh: MeshConfig, device: AbstractDevice | None = None) -> AbstractMesh:
+    """The mesh without its devices, for programs that are traced before there are any, or that
+    take their devices from their arguments.
+
+    Args:
+        mesh: resolved sizes.
+        device: what every device is taken to be; None where the program does not depend on it.
+    """
+    # From JAX 0.12 on the axes are explicit by default: arguments would need the sharding that
+    # `shard_map` names in their types.
+    return AbstractMesh(
+        tuple(mesh.sizes.values()),
+        tuple(mesh.sizes),
+        axis_types=(AxisType.Auto,) * len(mesh.sizes),
+        abstract_device=device,
+    )
 
 
 def _arrange_slice(mesh: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
-from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from jax.sharding import AbstractDevice, PartitionSpec
 
 from braeburn.config import MeshConfig
+from braeburn.parallel.mesh import abstract_mesh
 from braeburn.plan.graph import (
     Amount,
     Collective,
@@ -40,9 +41,10 @@ Policy = Callable[..., Any] | None
 
 def on_each_device(function: Callable, mesh: MeshConfig, device: AbstractDevice) -> Callable:
     """A function of one device's arrays, which may run collectives over a mesh, shard_map-ped."""
-    abstract = AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes), abstract_device=device)
     spec = PartitionSpec()
-    return jax.shard_map(function, mesh=abstract, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.shard_map(
+        function, mesh=abstract_mesh(mesh, device), in_specs=spec, out_specs=spec, check_vma=False
+    )
 
 
 @dataclass(frozen=True, eq=False)
