@@ -26,6 +26,8 @@ MESHES: dict[str, dict[str, Any]] = {
     "ring": {"context": 4, "context_attention": "ring", "tensor": 2},
     "gathered context": {"context": 4, "data": 2},
 }
+# Their names, as parameters of a test.
+LAYOUTS = [pytest.param(name, marks=pytest.mark.deep if name == "ring" else ()) for name in MESHES]
 
 
 @functools.cache

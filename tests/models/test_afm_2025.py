@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checks import (
     FLOAT32,
+    LAYOUTS,
     LENGTH,
     MESHES,
     assert_a_cache_gives_the_same,
@@ -90,7 +91,7 @@ def test_how_it_is_computed_changes_no_number(scan: bool, remat: str) -> None:
     assert_ways_agree(MODEL, scan=scan, remat=remat)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_give_the_same_loss_and_gradients(name: str) -> None:
     assert_layouts_agree(MODEL, MESHES[name])
 
@@ -118,6 +119,7 @@ def test_keys_and_values_of_other_layers_are_not_kept() -> None:
     assert per_layer < 4 * tokens * (MODEL.d_model + 64)  # keys and values alone are 256 a token
 
 
+@pytest.mark.deep
 def test_a_toy_trains_and_generates(tmp_path: Path) -> None:
     out = tmp_path / "run"
     changes = ("--set", "stages.core.tokens=16384", "--set", "checkpoint.every_steps=8")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checks import (
     FLOAT32,
+    LAYOUTS,
     LENGTH,
     MESHES,
     assert_a_cache_gives_the_same,
@@ -67,7 +68,7 @@ def test_how_it_is_computed_changes_no_number(scan: bool, remat: str) -> None:
     assert_ways_agree(MODEL, scan=scan, remat=remat)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_give_the_same_loss_and_gradients(name: str) -> None:
     assert_layouts_agree(MODEL, MESHES[name])
 

@@ -4,6 +4,7 @@ several devices hold, pruning, generation, size.
 
 import pytest
 from checks import (
+    LAYOUTS,
     MESHES,
     assert_a_cache_gives_the_same,
     assert_layouts_agree,
@@ -39,7 +40,7 @@ def test_how_it_is_computed_changes_no_number() -> None:
     assert_ways_agree(MODEL, scan=False, remat="full")
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_give_the_same_loss_and_gradients(name: str) -> None:
     assert_layouts_agree(MODEL, MESHES[name])
 

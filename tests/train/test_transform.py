@@ -97,6 +97,7 @@ def adapted(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run_module.validate(fields)
 
 
+@pytest.mark.deep
 def test_an_adapter_of_ones_own_trains_resumes_and_merges(adapted: Run, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train(adapted, whole).finished

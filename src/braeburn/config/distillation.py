@@ -1,4 +1,4 @@
-"""What the teacher of a stage teaches."""
+"""How a stage is distilled from its teacher."""
 
 from typing import Annotated, Literal
 
@@ -8,8 +8,8 @@ from braeburn.config.base import Frozen, Positive, Size
 
 
 class Distillation(Frozen):
-    """What a stage's teacher teaches, with a share of `weight` in the targets; the rest is the text
-    itself.
+    """How a stage is distilled from its teacher: a share of `weight` of the targets is the
+    teacher's, and the rest is the text itself.
 
     `label` is the teacher's top-1 token (arXiv 2407.21075), `top_k` its top `top_k` tokens with
     their probabilities, renormalised, `distribution` all of them. Probabilities are at

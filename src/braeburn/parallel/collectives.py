@@ -1,9 +1,9 @@
-"""Exchanges between the shards of one mesh axis, for programs that run on each device's part alone.
+"""Collectives along one mesh axis, for programs that run on each device's part alone.
 
 Such a program is differentiated as the sum of all devices' results: each of these functions has its
 exact transpose there (a gather's is a sum that scatters, and the other way round). Sums that leave
 a copy everywhere have none that is unambiguous, so they appear only where no gradient flows. Along
-an axis of one device nothing is exchanged.
+an axis of one device they do nothing.
 """
 
 from jax import lax

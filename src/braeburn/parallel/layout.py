@@ -159,8 +159,7 @@ class Layout:
 
         Args:
             function: (parameters, batch) -> (gradients of the sum over all devices with respect to
-                this device's parts, this device's shares of some sums). It may exchange with other
-                devices.
+                this device's parts, this device's shares of some sums). It may run collectives.
             others: of further parameters that the function takes and does not change, on the same
                 mesh.
 
