@@ -8,13 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice
 
-from braeburn.config import Execution, ModelConfig, Precision, Remat
+from braeburn.config import (
+    Execution,
+    MeshConfig,
+    ModelConfig,
+    Placement,
+    Precision,
+    Remat,
+    ShardingRules,
+)
 from braeburn.data.packing import stack
 from braeburn.layers import spec
 from braeburn.models import decoder
 from braeburn.objectives import cross_entropy
 from braeburn.objectives.cross_entropy import token_losses
+from braeburn.plan.trace import on_each_device
 
 MODEL = ModelConfig(
     vocab_size=97,
@@ -198,3 +208,20 @@ def test_initial_values_have_the_spread_of_their_fan_in():
 def test_the_loss_of_an_untrained_model_is_that_of_chance(params):
     (_, metrics), _ = gradient(params)
     assert float(metrics["loss"]) == pytest.approx(np.log(97), abs=0.6)
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "data"])
+def test_gathered_weights_are_gathered_again_and_not_kept(axis):
+    """Whichever axis the rules store weights along."""
+    placement = Placement(parameters=(axis,), optimizer=(axis,))
+    mesh = MeshConfig.model_validate({"fsdp": 1} | {axis: 2})
+    execution = Execution(mesh, ShardingRules(embed=placement))
+
+    def layer(x, weight):
+        return jnp.tanh(x @ jax.lax.all_gather(weight, (axis,), axis=0, tiled=True))
+
+    body = decoder.rematerialized(layer, execution)
+    gradient = jax.grad(lambda x, weight: body(x, weight).sum(), argnums=(0, 1))
+    program = on_each_device(gradient, mesh, AbstractDevice("", None, "cpu"))
+    text = str(jax.make_jaxpr(program)(jnp.ones((3, 8)), jnp.ones((4, 5))))
+    assert text.count("all_gather[") == 2

@@ -8,7 +8,7 @@ parameters.
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -59,7 +59,7 @@ class ParamSpec:
 
     def stack(self, layers: int) -> "ParamSpec":
         """The spec of this parameter of several layers, along a leading axis."""
-        return ParamSpec((layers, *self.shape), (LAYERS, *self.axes), self.role, self.fan_in)
+        return replace(self, shape=(layers, *self.shape), axes=(LAYERS, *self.axes))
 
     @property
     def block_dims(self) -> tuple[int, ...]:

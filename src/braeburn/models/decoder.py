@@ -4,7 +4,8 @@ Shapes are named by letters: B sequences, T positions, D d_model, N query heads,
 H head_dim, F ffn_dim, V vocabulary. They name logical dimensions: on a mesh of several devices this
 is the program of each, over its part of everything (`braeburn.parallel`): its sequences, its piece
 of each, its heads, FFN units and vocabulary. Between sublayers a shard of `tensor` holds
-t = T / tensor of the positions.
+t = T / tensor of the positions; names of variables do not tell the two apart, so that `x_BTD` is
+[B, t, D] there.
 
 In the forward pass a layer communicates as follows. `linear` all-gathers each matrix along `fsdp`
 just before it is used. Tokens are all-gathered along `tensor` before each sublayer, and its partial
@@ -39,7 +40,8 @@ from braeburn.layers.sublayers.definition import (
     sublayer_of,
 )
 from braeburn.layers.weights import gathered_norms
-from braeburn.parallel.collectives import FSDP, gather_tokens, scatter_tokens
+from braeburn.parallel.collectives import gather_tokens, scatter_tokens
+from braeburn.parallel.rules import stored_along
 
 # Vocabulary ids, positions or segments, in NumPy too.
 Tokens = Int[Array | np.ndarray, "B T"]
@@ -150,8 +152,8 @@ def no_activation_hook(axis: str, activations: Array, state: Any) -> Any:
 
 
 def layer(
-    x_BTD: Float[Array, "B T D"], signals: Signals, config: LayerConfig, contexts: list[Context]
-) -> tuple[Float[Array, "B T D"], Signals]:
+    x_BTD: Float[Array, "B t D"], signals: Signals, config: LayerConfig, contexts: list[Context]
+) -> tuple[Float[Array, "B t D"], Signals]:
     """One layer: attention, then the feed-forward sublayer, each added to the residual stream.
 
     The residual stream and the norms work token by token, so each tensor shard keeps only its own
@@ -345,12 +347,14 @@ def rematerialized(body: Callable, execution: Execution) -> Callable:
         policy = policies.save_only_these_names(*remat.names)
     elif remat.policy == "full":
         policy = policies.nothing_saveable
-    elif execution.mesh.fsdp == 1:
-        return body
-    else:
+    elif gathered := stored_along(execution.rules, execution.mesh):
 
         def policy(primitive: Any, *_: Any, **settings: Any) -> bool:
-            return not (primitive.name == "all_gather" and FSDP in settings["axis_name"])
+            along = settings.get("axis_name", ())
+            return not (primitive.name == "all_gather" and any(axis in along for axis in gathered))
+
+    else:
+        return body
 
     return jax.checkpoint(body, policy=policy)
 

@@ -11,11 +11,26 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-from braeburn.config import Execution, ModelConfig, Run, divisors, some
+from braeburn.config import Execution, MeshConfig, ModelConfig, Run, ShardingRules, divisors, some
 from braeburn.errors import UserError
+from braeburn.parallel.collectives import CONTEXT, TENSOR
 
 Kind = Literal["parameters", "optimizer", "activations"]
 BATCH, LENGTH = "batch", "length"
+
+
+def axes_of(rules: ShardingRules, kind: Kind) -> frozenset[str]:
+    """All axes of the mesh that a column of the rules names."""
+    placements = [getattr(rules, name) for name in type(rules).model_fields]
+    return frozenset(axis for placement in placements for axis in getattr(placement, kind))
+
+
+def stored_along(rules: ShardingRules, mesh: MeshConfig) -> tuple[str, ...]:
+    """The axes of more than one device, but for `tensor` and `context`, that weights are stored
+    split along: each layer gathers its own along these.
+    """
+    axes = axes_of(rules, "parameters") - {TENSOR, CONTEXT}
+    return tuple(axis for axis, size in mesh.sizes.items() if size > 1 and axis in axes)
 
 
 def mesh_axes(

@@ -38,10 +38,9 @@ from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives import distillation
 from braeburn.objectives.definition import objective_of, text_loss
-from braeburn.parallel.collectives import CONTEXT, TENSOR
+from braeburn.parallel.collectives import CONTEXT
 from braeburn.parallel.rules import Kind, mesh_axes
 from braeburn.plan.graph import total_collectives
-from braeburn.plan.identity import by_identity
 from braeburn.plan.trace import (
     REMATERIALIZED,
     Policy,
@@ -85,6 +84,12 @@ ONE_PART = Split()
 NEXT_TOKEN = NextToken()
 
 
+def traced_mesh(split: Split) -> MeshConfig:
+    """A mesh whose programs have the shapes of those of a stage that is split so."""
+    sizes = {"fsdp": 1, **dict.fromkeys(split.stored, SPLIT_TRACED)}
+    return MeshConfig.model_validate({**sizes, "context": split.context, "tensor": split.tensor})
+
+
 @dataclass(frozen=True, eq=False)
 class Shapes:
     """All that the sizes of a stage's programs on one device depend on, but for the tokens.
@@ -110,9 +115,7 @@ class Shapes:
     @property
     def mesh(self) -> MeshConfig:
         """The mesh that is traced."""
-        tensor, stored, context = self.split
-        sizes = {"fsdp": 1, **dict.fromkeys(stored, SPLIT_TRACED)}
-        return MeshConfig.model_validate({**sizes, "context": context, "tensor": tensor})
+        return traced_mesh(self.split)
 
     @property
     def execution(self) -> Execution:
@@ -157,21 +160,6 @@ def shapes_of(
         teacher: the model of an online teacher, or None; see `sized`.
     """
     return Shapes(model, precision, rules, split, learns, teacher)
-
-
-@by_identity
-def axes_of(rules: ShardingRules, kind: Kind) -> frozenset[str]:
-    """All axes of the mesh that a column of the rules names."""
-    placements = [getattr(rules, name) for name in type(rules).model_fields]
-    return frozenset(axis for placement in placements for axis in getattr(placement, kind))
-
-
-def stored_along(rules: ShardingRules, mesh: MeshConfig) -> tuple[str, ...]:
-    """The axes of more than one device, but for `tensor` and `context`, that weights are stored
-    split along.
-    """
-    axes = axes_of(rules, "parameters") - {TENSOR, CONTEXT}
-    return tuple(axis for axis, size in mesh.sizes.items() if size > 1 and axis in axes)
 
 
 @cache
@@ -299,10 +287,16 @@ def _loss(shapes: Shapes) -> Callable[..., Any]:
 
 
 @cache
-def policy_of(remat: Remat, offload: Offload, fsdp: bool) -> Policy:
-    """What a rematerialised layer keeps, as `jax.checkpoint` is told."""
-    mesh = MeshConfig(fsdp=SPLIT_TRACED if fsdp else 1)
-    execution = Execution(mesh, remat=remat, offload=offload)
+def policy_of(remat: Remat, offload: Offload, rules: ShardingRules, split: Split) -> Policy:
+    """What a rematerialised layer keeps, as `jax.checkpoint` is told.
+
+    Args:
+        remat: what is kept.
+        offload: what of it waits on the host.
+        rules: what lies where.
+        split: over which devices.
+    """
+    execution = Execution(traced_mesh(split), rules, remat=remat, offload=offload)
     body = decoder.rematerialized(lambda x: x, execution)
     for equation in jax.make_jaxpr(body)(0.0).eqns:
         if equation.primitive.name in REMATERIALIZED:

@@ -19,16 +19,9 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.hardware.catalogue import Chip
+from braeburn.parallel.rules import stored_along
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
-from braeburn.plan.blocks import (
-    SPLIT_TRACED,
-    Shapes,
-    Split,
-    crosses_context,
-    shapes_of,
-    sized,
-    stored_along,
-)
+from braeburn.plan.blocks import SPLIT_TRACED, Shapes, Split, crosses_context, shapes_of, sized
 from braeburn.plan.graph import Amount, Collective, Moved
 from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, teacher_layers_of

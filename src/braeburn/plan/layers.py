@@ -7,7 +7,6 @@ from typing import Any
 
 from braeburn.config import NO_OFFLOAD, Remat
 from braeburn.layers.attention.backend import Request
-from braeburn.parallel.collectives import FSDP
 from braeburn.plan.blocks import Block, Shapes, neighbours, policy_of, programs, request_of
 from braeburn.plan.graph import Amount, Collective, Moved, Node, live_bytes, needed
 from braeburn.plan.trace import Pass, Policy, graph_of, keeps, peaks, rematerialize
@@ -93,7 +92,7 @@ def _layers(shapes: Shapes, policy: str, names: tuple[str, ...]) -> Layers:
         if len(ends[0].live) == len(ends[1].live):
             return _per_token(_mixed(ends[0], ends[1], share), shapes.tokens)
     remat = Remat(policy=policy, names=names) if names else Remat(policy=policy)  # type: ignore
-    keeping = policy_of(remat, NO_OFFLOAD, FSDP in shapes.split.stored)
+    keeping = policy_of(remat, NO_OFFLOAD, shapes.rules, shapes.split)
     return _sum([_trained(block, keeping) for block in programs(shapes).blocks if block.trained])
 
 

@@ -13,8 +13,7 @@ from braeburn.layers.spec import ParamSpec, Tree, walk
 from braeburn.models.decoder import param_specs
 from braeburn.optim.definition import Parameters, initial_state
 from braeburn.parallel.layout import parameter_of
-from braeburn.parallel.rules import Kind, mesh_axes
-from braeburn.plan.blocks import axes_of
+from braeburn.parallel.rules import Kind, axes_of, mesh_axes
 from braeburn.plan.identity import by_identity
 
 FLOAT = 4
