@@ -74,7 +74,8 @@ def quantized(params: Tree, factors: Tree, specs: Tree, quantization: Quantizati
     """
     values, learned = dict(walk(params)), dict(walk(factors))
     for path, spec in _quantized_specs(specs, quantization):
-        values[path] = _quantize(values[path], learned.get(path), spec, quantization)
+        weights = jnp.asarray(values[path])
+        values[path] = _quantize(weights, learned.get(path), spec, quantization)
     return _like(params, values)
 
 
