@@ -8,7 +8,9 @@ import typer
 from braeburn.cli.options import AsJson, Out, Recipe, Set
 from braeburn.cli.output import print_json, print_rows
 from braeburn.cli.resolve import begin_computing, resolve
+from braeburn.errors import UserError
 from braeburn.parallel import processes
+from braeburn.reading import shown
 
 commands = typer.Typer()
 
@@ -21,6 +23,12 @@ def train(
     stop_after_steps: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Save and stop after N steps of this call."),
+    ] = None,
+    profile_steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST", help="Write a profile of these steps to the folder `profile`."
+        ),
     ] = None,
     coordinator: Annotated[
         str | None,
@@ -39,6 +47,7 @@ def train(
 ) -> None:
     """Train all stages of a recipe; run again on the same folder, it resumes."""
     run, origins = resolve(recipe, assignments)
+    profiled = range(0) if profile_steps is None else _steps(profile_steps, run.total_steps)
     from braeburn.train.environment import gpu_environment
 
     os.environ |= gpu_environment()
@@ -51,7 +60,12 @@ def train(
     from braeburn.train.loop import train
 
     outcome = train(
-        run, out, origins=origins, stop_after_steps=stop_after_steps, find_teacher=find_teacher
+        run,
+        out,
+        origins=origins,
+        stop_after_steps=stop_after_steps,
+        profile_steps=profiled,
+        find_teacher=find_teacher,
     )
     if processes.is_main() and as_json:
         print_json({"step": outcome.step, "finished": outcome.finished, "stages": outcome.stages})
@@ -61,6 +75,21 @@ def train(
         processes.leave(
             0
         )  # where one was stopped at work that goes on, JAX would wait at exit for all to end well
+
+
+def _steps(text: str, total: int) -> range:
+    """The steps that `FIRST:LAST` names, both among them, of a run of so many.
+
+    Raises:
+        UserError: it is no such pair.
+    """
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= total):
+        raise UserError(
+            f"--profile-steps={shown(text)} is not a first and a last of the run's {total} steps; "
+            f"write it as --profile-steps {min(3, total)}:{min(5, total)}"
+        )
+    return range(int(first), int(last) + 1)
 
 
 def _print_stages(stages: list[dict[str, Any]]) -> None:

@@ -39,6 +39,7 @@ from braeburn.train.guard import StopRequest
 from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.preparation import Preparation, Ready
+from braeburn.train.profiling import Profile
 from braeburn.train.progress import Display, duration
 from braeburn.train.resolved import ResolvedStage, resolve_stages
 from braeburn.train.saving import Saver, facts_of
@@ -80,6 +81,7 @@ def train(
     *,
     origins: dict[str, str] | None = None,
     stop_after_steps: int | None = None,
+    profile_steps: range = range(0),
     find_teacher: FindTeacher = find_in_run,
 ) -> Outcome:
     """Trains `run` in the folder `out`, or goes on with it there.
@@ -89,6 +91,7 @@ def train(
         out: its run directory; a run begun there goes on from its newest checkpoint, bit for bit.
         origins: where each value of the run came from, for `config.json`.
         stop_after_steps: save and return after this many steps of this call.
+        profile_steps: numbers of steps to be profiled, from 1 over all stages.
         find_teacher: reads the teachers that stages name by a path.
 
     Raises:
@@ -113,7 +116,7 @@ def train(
             ready = background.run(lambda: preparation.work(held), "preparing", stop.check)
         except Interrupted:
             return _stopped_before(session, preparation.resumed or 0)
-        return _Loop(session, ready).run(stop_after_steps)
+        return _Loop(session, ready, profile_steps).run(stop_after_steps)
 
 
 def _stopped_before(session: Session, step: int) -> Outcome:
@@ -129,17 +132,19 @@ def _stopped_before(session: Session, step: int) -> Outcome:
 class _Loop:
     """Makes steps, from the newest checkpoint to the end of the run, or until it is to stop."""
 
-    def __init__(self, session: Session, ready: Ready):
+    def __init__(self, session: Session, ready: Ready, profile_steps: range):
         """Opens the run's checkpoints for writing.
 
         Args:
             session: the call.
             ready: what was prepared for it.
+            profile_steps: numbers of steps to be profiled.
         """
         self._session = session
         self._ready = ready
         self._saver = Saver(session, ready.prepared)
         self._history = History()
+        self._profile = Profile(session.directory.path, profile_steps, session.display.say)
         self._step = ready.resumed or 0  # steps made in all
         self._stopping = False
 
@@ -152,6 +157,8 @@ class _Loop:
                 self._make_steps(last)
             except Interrupted:
                 self._stopping = True
+            finally:
+                self._profile.close(self._step)
         step, skipped = self._step, self._history.skipped
         # Of a run that was stopped after its last step, the end of the last stage is still to be
         # told.
@@ -306,8 +313,11 @@ class _Loop:
             return state
         placed = stage.place(batch)
         waited = time.monotonic() - began
-        state, metrics = stage.step(state, placed)
+        self._profile.before(self._step + 1, state)
+        with jax.profiler.StepTraceAnnotation("train", step_num=self._step + 1):
+            state, metrics = stage.step(state, placed)
         self._step += 1
+        self._profile.after(self._step, state)
         recorder.observe(self._step, metrics, waited)
         self._session.heartbeat.step(self._step)
         self._stopping = self._session.agreement.to_stop()
