@@ -33,6 +33,11 @@ class Placement(Frozen):
 class ShardingRules(Frozen):
     """A placement for each logical axis.
 
+    A logical axis names a dimension by what it is in the model, as `embed` or `ffn`; a physical
+    axis is one of the mesh, as `fsdp` or `tensor`. Code of the model speaks of logical axes alone,
+    and the rules map each of them to the axes of the mesh that split it: for parameters as they are
+    stored, for the optimizer's state, and for activations and what is computed with.
+
     A field named by a role and an axis, as `norm_embed`, holds for the `embed` of parameters of
     that role, in place of `embed`. The program of each device is written for certain axes: what
     lies along `activations`, and how the embedding and the head are stored, is fixed.

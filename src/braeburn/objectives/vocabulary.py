@@ -21,6 +21,10 @@ fields are its settings, and its methods are pure functions of one block of logi
    what is minimised, and the metrics, from these sums.
 3. `logit_gradient` is the derivative of the loss with respect to a block's logits.
 
+Shapes are named by letters, as in `models/decoder.py`: B sequences, T positions, D d_model, V
+vocabulary; and here R rows of the head in a block, K labels of a token, and E = D / fsdp, the part
+of the width that a device stores.
+
 `vocabulary_loss` carries it out on any mesh. What is only measured, not minimised, is a `Reduction`
 (step 1 alone) for `reduce_vocabulary`. `cross_entropy.py` is the example.
 """

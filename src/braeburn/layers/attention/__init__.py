@@ -4,6 +4,9 @@
 before it were passed over. All share one meaning: query t of a sequence sees the keys s <= t of the
 same segment. Where sequences are split over devices, each attends from its own tokens, in zigzag
 order, to the keys of all.
+
+Shapes are named by letters: B sequences, T positions, N query heads, K key-value heads, H head_dim,
+and within a back end G = N / K query heads for each key-value head, Q queries of a block.
 """
 
 from braeburn.layers.attention.backend import Backend, Request

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import AttentionConfig, Execution, FeedForwardConfig, ModelConfig
@@ -70,8 +71,11 @@ class Context:
     activation_hook: ActivationHook
 
     def linear(self, x: Array, name: str) -> Array:
-        """The product of activations and one of the layer's weights: see `linear`."""
-        return linear(x, self.weights[name], self.specs[name], self.execution)
+        """The product of activations and one of the layer's weights: see `linear`. A profile shows
+        it under the weight's name.
+        """
+        with jax.named_scope(name):
+            return linear(x, self.weights[name], self.specs[name], self.execution)
 
 
 @dataclass(frozen=True)
