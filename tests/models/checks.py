@@ -27,7 +27,9 @@ MESHES: dict[str, dict[str, Any]] = {
     "gathered context": {"context": 4, "data": 2},
 }
 # Their names, as parameters of a test.
-LAYOUTS = [pytest.param(name, marks=pytest.mark.deep if name == "ring" else ()) for name in MESHES]
+LAYOUTS = [
+    pytest.param(name, marks=() if name == "fsdp x tensor" else pytest.mark.deep) for name in MESHES
+]
 
 
 @functools.cache

@@ -96,6 +96,7 @@ def test_layouts_give_the_same_loss_and_gradients(name: str) -> None:
     assert_layouts_agree(MODEL, MESHES[name])
 
 
+@pytest.mark.deep
 def test_a_pruned_model_gives_what_the_masked_one_does() -> None:
     assert_pruned_is_masked(
         MODEL.model_copy(update={"norm_epsilon": 1e-9}), {"ffn": 20, "heads": 2}

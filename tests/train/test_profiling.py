@@ -18,6 +18,7 @@ def names(out: Path) -> set[str]:
     return {event.get("name", "") for event in events}
 
 
+@pytest.mark.deep
 def test_the_steps_of_a_window_are_profiled_and_train_as_without(tmp_path: Path) -> None:
     plain, out = tmp_path / "plain", tmp_path / "profiled"
     assert braeburn("train", "afm-tiny", "--out", plain, *CHANGES, "5").code == 0
