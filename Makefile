@@ -101,8 +101,8 @@ test-all: NOT_DEEP :=
 # Python alone, as the plan. `make test-all COVERAGE=--cov` measures it all the same.
 COVERAGE = $(shell $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo --cov)
 test: COVERAGE :=
-FIRST_HALF = $(COVERAGE:--cov=--cov --cov-report=)
-SECOND_HALF = $(COVERAGE:--cov=--cov --cov-append --cov-report=term)
+FIRST_HALF = $(if $(COVERAGE),--cov --cov-report=)
+SECOND_HALF = $(if $(COVERAGE),--cov --cov-append --cov-report=term)
 
 # `test-all` also has those that take long for what they add: whole chains of compressing stages, several processes that
 # are killed or change in number, `verify` on its own checks, and most layouts of a mesh, of which `test` has some.

@@ -78,6 +78,18 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def damage(path: Path, harm: str) -> None:
+    """Harms a file: "remove" it, "flip" a bit in its middle, or "truncate" it by a byte, with that
+    bit flipped.
+    """
+    data = bytearray(path.read_bytes())
+    if harm == "remove":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if harm == "flip" else data[:-1])
+
+
 def events(directory: Path, kind: str) -> list[dict[str, Any]]:
     """The events of one kind in a run's `events.jsonl`."""
     found = []

@@ -3,31 +3,11 @@
 import ast
 from pathlib import Path
 
-import braeburn
+from test_imports import LAYERS, SOURCE
 
-SOURCE = Path(braeburn.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "modules.md"
-# From the top down, as in `docs/architecture.md`.
-PACKAGES = (
-    "cli",
-    "recipes",
-    "plan",
-    "launch",
-    "verify",
-    "interop",
-    "evaluate",
-    "prune",
-    "train",
-    "objectives",
-    "transforms",
-    "optim",
-    "models",
-    "layers",
-    "parallel",
-    "data",
-    "hardware",
-    "config",
-)
+# From the top down.
+PACKAGES = tuple(name for row in LAYERS for name in row if (SOURCE / name).is_dir())
 HEAD = """# Modules
 
 Every module with the first sentence of its docstring, from the top of the

@@ -24,6 +24,7 @@ from braeburn.data.teacher_labels import Labelling, TeacherLabels, Writer, build
 from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import train
 from braeburn.errors import UserError
+from support import damage
 
 TOKENIZER = train(["x"], 257)
 LENGTH, K, BATCH_SIZE, PART_TOKENS = 16, 3, 4, 80
@@ -415,15 +416,6 @@ def test_corruption_is_found(directory: Path, name: str, harm: str) -> None:
         UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"
     ):
         TeacherLabels.open(directory, IDENTITY)
-
-
-def damage(path: Path, harm: str) -> None:
-    data = bytearray(path.read_bytes())
-    if harm == "remove":
-        path.unlink()
-    else:
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data if harm == "flip" else data[:-1])
 
 
 def test_a_corrupt_part_is_not_built_upon(shards: TokenShards, tmp_path: Path) -> None:

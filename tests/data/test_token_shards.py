@@ -24,6 +24,7 @@ from braeburn.data.corpus import Document
 from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import Tokenizer, train
 from braeburn.errors import UserError
+from support import damage
 
 TOKENIZER = train(["some words to merge " * 20], 280)
 TEXTS = [f"some words {i} " * (i % 7 + 1) for i in range(60)]
@@ -107,13 +108,7 @@ def test_pickles_without_its_maps(directory: Path) -> None:
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_corruption_is_found(directory: Path, name: str, harm: str) -> None:
     TokenShards.open(directory, TOKENIZER.hash)  # records the sound files
-    path = directory / name
-    data = bytearray(path.read_bytes())
-    if harm == "remove":
-        path.unlink()
-    else:
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data if harm == "flip" else data[:-1])
+    damage(directory / name, harm)
     with pytest.raises(
         UserError, match=rf"{name}.*delete the folder '{directory}' and it will be built again"
     ):
