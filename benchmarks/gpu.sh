@@ -3,27 +3,35 @@
 #
 #   benchmarks/gpu.sh OUT [WHEELS] [-- ARGUMENTS OF throughput.py ...]
 #
-# OUT gets the files named below. WHEELS (or the variable of that name) is a folder of wheels to install first, into a
-# temporary folder; without it, everything is installed already.
+# OUT gets the files named below, and a summary is printed at the end. WHEELS (or the variable of that name) is a folder
+# of wheels to install first, into a temporary folder; without it, everything is installed already.
 #
 #   PARTS    which of these, in this order; all by default
+#              product    gpu_product.py: the rate of one large product                      product.json, .log
+#              speed      throughput.py on the models of gpu_recipes.py                      MODEL.json, .log
+#                         and the kernels of PROFILED's steps                                kernels.json, profile.xplane.pb
+#              torch      gpu_torch.py on TORCH_MODELS, eager and compiled                   torch-MODEL.json, .log
+#              kinds      gpu_kinds.py: small runs of every kind against the CPU             kinds.json, .log
+#              train      gpu_train.py: whole runs against the CPU, killed, resumed          train.json, .log
 #              attention  gpu_attention.py: back ends against float64, and their speed       attention.json, .log
-#              train      gpu_train.py: whole runs against the CPU, killed, resumed, sampled  train.log
-#              speed      throughput.py on the models of gpu_recipes.py                       MODEL.json, .log
-#              torch      gpu_torch.py on the same models                                     torch-MODEL.json, .log
+#   TIME     seconds for all parts together, 540 by default: what is left over when they are spent is not run
 #   PYTHON   the Python with JAX for the GPU; python3 by default
 #   CARD     80 or 141, for the size of batches; by default what nvidia-smi tells
-#   MODELS   which of the three; "0_6b 1_5b 3b" by default
+#   MODELS   which of the three; "1_5b 0_6b 3b" by default
+#   PROFILED which of them to profile; 1_5b by default
+#   TORCH_MODELS   which of them with PyTorch; 1_5b by default
+#   TORCH_SEQUENCES  the batches to try there, the first that fits is timed; "8 4 2" by default
+#   ATTENTION      arguments of gpu_attention.py, such as --check-only
 #
-# `speed` needs these beyond JAX and NumPy; it loads no orbax, grain or tokenizers. `train` needs all that Braeburn does,
-# `torch` PyTorch and transformers. On a machine with a network, for Python 3.12, with the versions in constraints.txt,
-# from the root of the repository:
+# `product` needs JAX alone. `speed` needs these beyond JAX and NumPy; it loads no orbax, grain or tokenizers. `train` and
+# `kinds` need all that Braeburn does, `torch` PyTorch and transformers. On a machine with a network, for Python 3.12,
+# with the versions in constraints.txt, from the root of the repository:
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --constraint constraints.txt --dest wheels \
 #     absl-py annotated-types jaxtyping optax pydantic pydantic-core rich typing-extensions typing-inspection
 #
-# The exit code is 1 if a part failed; the others are run all the same.
+# The exit code is 1 if a part failed or found something wrong; the others are run all the same.
 set -euo pipefail
 
 usage() {
@@ -43,8 +51,10 @@ fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
-parts=${PARTS:-attention train speed torch}
-models=${MODELS:-0_6b 1_5b 3b}
+parts=${PARTS:-product speed torch kinds train attention}
+models=${MODELS:-1_5b 0_6b 3b}
+profiled=${PROFILED-1_5b}
+deadline=$((SECONDS + ${TIME:-540}))
 mkdir -p "$out"
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 work=$(mktemp -d)
@@ -61,37 +71,55 @@ if [ -z "${CARD:-}" ]; then
 fi
 # The default leaves a quarter of the card unused.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+# Parts of which several processes use the GPU at once take what they need.
+share="env XLA_PYTHON_CLIENT_PREALLOCATE=false"
 
 failed=0
 run() { # NAME COMMAND ...: its output is shown, and kept in OUT with its messages
-	local name=$1
+	local name=$1 left=$((deadline - SECONDS)) began=$SECONDS
 	shift
-	if ! "$@" 2>"$out/$name.log" | tee "$out/$name.json"; then
-		echo "error: $name failed; the end of $out/$name.log:" >&2
+	if [ $left -lt 5 ]; then
+		echo "error: no time was left for $name; give more with TIME, or fewer PARTS" >&2
+		failed=1
+		return
+	fi
+	if ! timeout --kill-after=5 "$left" "$@" 2>"$out/$name.log" | tee "$out/$name.json"; then
+		echo "error: $name failed after $((SECONDS - began)) s; the end of $out/$name.log:" >&2
 		tail -n 5 "$out/$name.log" >&2
 		failed=1
 	fi
+	echo "-- $name took $((SECONDS - began)) s"
 }
 
 for part in $parts; do
 	echo "== $part"
 	case $part in
+	product) run product "$python" "$here/gpu_product.py" ;;
 	attention) run attention "$python" "$here/gpu_attention.py" ${ATTENTION:-} ;;
-	train) run train "$python" "$here/gpu_train.py" "$work/runs" ;;
+	kinds) run kinds $share "$python" "$here/gpu_kinds.py" ;;
+	train) run train $share "$python" "$here/gpu_train.py" "$work/runs" ;;
 	speed)
 		for model in $models; do
-			run "$model" "$python" "$here/throughput.py" "$here/gpu_recipes.py:dense_${model}_${CARD}gb" --json "$@"
+			profile=$([ "$model" != "$profiled" ] || echo "--profile $work/profile")
+			run "$model" "$python" "$here/throughput.py" "$here/gpu_recipes.py:dense_${model}_${CARD}gb" --json \
+				$profile "$@"
+			if [ -n "$profile" ] && cp "$work"/profile/plugins/profile/*/*.xplane.pb "$out/profile.xplane.pb"; then
+				run kernels "$python" "$here/kernels.py" "$out/profile.xplane.pb"
+			fi
 		done
 		;;
 	torch)
-		for model in $models; do
-			run "torch-$model" "$python" "$here/gpu_torch.py" "$model" ${TORCH:-}
+		for model in ${TORCH_MODELS:-1_5b}; do
+			run "torch-$model" "$python" "$here/gpu_torch.py" "$model" --sequences ${TORCH_SEQUENCES:-8 4 2}
+			run "torch-$model-compiled" "$python" "$here/gpu_torch.py" "$model" --compile \
+				--sequences ${TORCH_SEQUENCES:-8 4 2}
 		done
 		;;
 	*)
-		echo "error: PARTS has $part; choose from attention, train, speed, torch" >&2
+		echo "error: PARTS has $part; choose from product, speed, torch, kinds, train, attention" >&2
 		exit 2
 		;;
 	esac
 done
+"$python" "$here/gpu_summary.py" "$out" | tee "$out/summary.txt"
 exit $failed

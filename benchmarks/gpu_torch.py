@@ -111,11 +111,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--sequences", type=int, help="in a batch, of 4096 tokens each")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        nargs="+",
+        help="sequences of 4096 tokens in a batch; the first that fits is timed",
+    )
     parser.add_argument("--steps", type=int, default=8, help="steps to time")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for sequences in [arguments.sequences] if arguments.sequences else [16, 8, 4, 2, 1]:
+    for sequences in arguments.sequences or [16, 8, 4, 2, 1]:
         try:
             result = measure(arguments.model, sequences, arguments.steps, arguments.compile, device)
         except RuntimeError as error:

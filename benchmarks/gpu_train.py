@@ -132,16 +132,19 @@ def main() -> int:
             flush=True,
         )
 
-    # The CPU has time while the GPU works.
-    on_cpu = begin("cpu-float32", "float32", platform="cpu")
-    narrow = train("gpu-bfloat16", "bfloat16")
+    # One after the other they would mostly wait for a compiler.
+    together = {
+        "cpu-float32": begin("cpu-float32", "float32", platform="cpu"),
+        "gpu-bfloat16": begin("gpu-bfloat16", "bfloat16"),
+        "gpu-bfloat16-again": begin("gpu-bfloat16-again", "bfloat16"),
+        "gpu-float32": begin("gpu-float32", "float32"),
+    }
     exact = train("gpu-deterministic", "bfloat16", flags=DETERMINISTIC)
     disturb("gpu-disturbed", "bfloat16", KILL_AFTER, signal.SIGKILL, DETERMINISTIC)
     disturb("gpu-disturbed", "bfloat16", STOP_AFTER, signal.SIGTERM, DETERMINISTIC)
     resumed = train("gpu-disturbed", "bfloat16", flags=DETERMINISTIC)
-    again = train("gpu-bfloat16-again", "bfloat16")
-    wide = train("gpu-float32", "float32")
-    reference = ended("cpu-float32", on_cpu)
+    found = {name: ended(name, process) for name, process in together.items()}
+    reference, narrow, again, wide = found.values()
     result = {
         "float32 against the CPU, any step": difference(wide, reference),
         "float32 against the CPU, last ten": difference(wide, reference, 10),

@@ -74,8 +74,12 @@ def attention_backend(run: "Run", stage: "Stage") -> str:
     ).name
 
 
-def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
-    """Compiles a stage of a run and times `steps` of its steps after `warmup` others."""
+def measure(
+    run: "Run", name: str, steps: int, warmup: int, profile: str | None = None
+) -> dict[str, Any]:
+    """Compiles a stage of a run and times `steps` of its steps after `warmup` others; two more are
+    profiled into a folder `profile`.
+    """
     import jax
 
     from braeburn.layers.spec import count
@@ -101,11 +105,16 @@ def measure(run: "Run", name: str, steps: int, warmup: int) -> dict[str, Any]:
     losses, ends = [float(metrics["loss"])], [time.perf_counter()]
     state, metrics = program.step(state, batches[1])
     for step in range(2, warmup + steps + 1):
+        # One step more than is timed, so that another is on its way at the end of each.
         before = metrics
-        if step < warmup + steps:
-            state, metrics = program.step(state, batches[step % len(batches)])
+        state, metrics = program.step(state, batches[step % len(batches)])
         losses.append(float(before["loss"]))
         ends.append(time.perf_counter())
+    if profile:
+        with jax.profiler.trace(profile):
+            for batch in batches[:2]:
+                state, metrics = program.step(state, batch)
+            jax.block_until_ready(state)
     timed = ends[warmup - 1 :]
     seconds = [after - before for before, after in itertools.pairwise(timed)]
 
@@ -188,6 +197,7 @@ def main() -> int:
     parser.add_argument(
         "--batch-tokens", type=int, help="tokens in a batch, instead of the recipe's"
     )
+    parser.add_argument("--profile", metavar="DIR", help="profile two further steps into a folder")
     parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.warmup < 1:
@@ -207,7 +217,8 @@ def main() -> int:
         values = dict(parse_assignment(text) for text in arguments.set)
         if arguments.batch_tokens:
             values[f"stages.{name}.batch_tokens"] = arguments.batch_tokens
-        result = measure(override(run, values), name, arguments.steps, arguments.warmup)
+        run = override(run, values)
+        result = measure(run, name, arguments.steps, arguments.warmup, arguments.profile)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
