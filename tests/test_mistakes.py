@@ -733,6 +733,7 @@ def test_no_space_for_the_first_checkpoint(small_disk: Path, tiny_arguments: lis
     assert list((small_disk / "run").glob("[!.]*")) == []
 
 
+@pytest.mark.deep
 @on_a_disk("6m")
 def test_a_disk_that_fills_up_during_a_checkpoint(
     small_disk: Path, finished: Path, tiny_arguments: list[str]
@@ -818,6 +819,7 @@ def wait_for_rows(out: Path, training: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.deep
 @on_a_disk("64k")
 def test_a_full_disk_below_tensorboard(
     small_disk: Path, finished: Path, copied: Path, tiny_arguments: list[str]

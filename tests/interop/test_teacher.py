@@ -29,6 +29,7 @@ def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.deep
 def test_an_exported_run_teaches_what_the_run_does(
     finished: Path, exported: Path, tiny_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -63,7 +63,9 @@ def test_a_cache_gives_the_hidden_states_of_the_whole_sequence() -> None:
     assert_a_cache_gives_the_same(MODEL)
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "full")])
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(False, "none"), pytest.param(True, "full", marks=pytest.mark.deep)]
+)
 def test_how_it_is_computed_changes_no_number(scan: bool, remat: str) -> None:
     assert_ways_agree(MODEL, scan=scan, remat=remat)
 

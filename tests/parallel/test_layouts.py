@@ -64,7 +64,6 @@ FEWER = ["data", "fsdp", "fsdp x tensor", "ring x tensor", "replica x fsdp x ten
 # These make up all that layouts are made of, with those of `tests/models`, which have fewer key
 # heads than shards; the others combine it in other ways.
 OFTEN = ("fsdp x gathered context x tensor", "fsdp, offloaded")
-OFTEN_OF_FEWER = ("replica x fsdp x tensor",)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +135,10 @@ def test_adamw_follows_one_device(
         assert state.optimizer.direction.mu["embedding"].sharding.memory_kind == "pinned_host"
 
 
+# The golden losses and tests/optim have each of them on a mesh.
+@pytest.mark.deep
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adamw"])
-@pytest.mark.parametrize("name", deep_but(OFTEN_OF_FEWER, FEWER))
+@pytest.mark.parametrize("name", FEWER)
 def test_other_optimizers_follow_one_device(
     name: str, kind: str, tiny: Run, prepared: Prepared, one_device: Any
 ) -> None:

@@ -4,8 +4,10 @@ import gzip
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
+from braeburn.train.profiling import Profile
 from support import braeburn, rows
 
 CHANGES = ("--set", "mesh.fsdp=1", "--set", "checkpoint.every_steps=100", "--stop-after-steps")
@@ -32,11 +34,26 @@ def test_the_steps_of_a_window_are_profiled_and_train_as_without(tmp_path: Path)
     assert "nothing was profiled: this call made none of the steps 2 to 3" in again.err
 
 
+@pytest.mark.deep
 def test_a_call_that_stops_within_the_window_ends_the_profile(tmp_path: Path) -> None:
     answer = braeburn(
         "train", "afm-tiny", "--out", tmp_path, *CHANGES, "3", "--profile-steps", "2:9"
     )
     assert answer.code == 0 and "profiled steps 2 to 3" in answer.err, answer.err
+    assert names(tmp_path)
+
+
+def test_a_window_that_is_cut_short_is_profiled_to_the_last_step(tmp_path: Path) -> None:
+    said: list[str] = []
+    profile = Profile(tmp_path, range(2, 10), said.append)
+    double = jax.jit(lambda x: 2 * x)
+    state = jax.numpy.ones(8)
+    for step in (1, 2, 3):
+        profile.before(step, state)
+        state = double(state)
+        profile.after(step, state)
+    profile.close(3)
+    assert said == [f"profiled steps 2 to 3: {str(tmp_path / 'profile')!r}"]
     assert names(tmp_path)
 
 

@@ -115,6 +115,7 @@ def test_which_checkpoints_are_kept(tiny: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5", "6"]
 
 
+@pytest.mark.deep
 def test_accumulation_resumes_too(tiny: Run, tmp_path: Path) -> None:
     run = override(tiny, {f"stages.{name}.accumulation_steps": 2 for name in tiny.stages})
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -107,6 +107,7 @@ def test_a_run_that_diverges_does_not_end_well_and_its_advice_works(
     assert "stopped at step 7 of 14; 6 steps were skipped" in answer.err
 
 
+@pytest.mark.deep
 def test_a_norm_above_the_limit_is_gone_on_with_as_advised(
     tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest
 from braeburn.train.loop import Outcome, train
 from braeburn.train.resolved import ResolvedStage
-from support import events, rows
+from support import deep_but, events, rows
 
 LIMIT = 5.0
 # The module that calls each piece of work.
@@ -108,7 +108,7 @@ def test_before_the_first_step(
     assert curve(tmp_path) == curve(finished)[:2]
 
 
-@pytest.mark.parametrize("work", ["compile_stage", "enter"])
+@pytest.mark.parametrize("work", deep_but(["enter"], ["compile_stage", "enter"]))
 def test_between_stages(
     tiny: Run,
     finished: Path,
@@ -130,6 +130,7 @@ def test_between_stages(
     assert curve(tmp_path) == curve(finished)[:8]
 
 
+@pytest.mark.deep
 def test_while_evaluating_what_a_stage_has_left(
     tiny: Run, finished: Path, tmp_path: Path, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_batch_that_does_not_come_is_told_of(
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.deep
 def test_a_batch_that_does_not_come_at_the_start_of_a_stage(
     tiny: Run, finished: Path, tmp_path: Path, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def compare(run: Run, prepared: Prepared, *names: str) -> list[verify.Check]:
     return verify.compare(one, {name: runs[name] for name in names}, prepared, lambda line: None)
 
 
+@pytest.mark.deep
 def test_layouts_compare_with_one_device(run: Run, prepared: Prepared) -> None:
     same, skipped = compare(run, prepared, "fsdp 4 x tensor 2", "tensor 8")
     assert (same.verdict, same.steps, same.reason) == ("same", 20, "")
