@@ -18,8 +18,11 @@ from typing import Any
 
 import pytest
 
+from braeburn.config import Run, override
+from braeburn.data.prepare import prepare
+from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer import train as train_tokenizer
-from support import PROGRAM, Answer, braeburn, contents, events, process, rows
+from support import PROGRAM, Answer, braeburn, contents, damage, deep_but, events, process, rows
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +192,11 @@ def test_text_that_is_not_there(finished: Path, tmp_path: Path) -> None:
     assert "is not UTF-8" in refused(finished, "evaluate", finished, "--data", binary)
 
 
-def test_corrupt_shard(copied: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
+def test_corrupt_shard(copied: Path, tiny: Run, tiny_arguments: list[str], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    shutil.copytree(Path(os.environ["XDG_CACHE_HOME"], "braeburn", "data"), cache)
-    for shard in cache.glob("stores/code-train-*/tokens-00000.bin"):
-        content = bytearray(shard.read_bytes())
-        content[100] ^= 1
-        shard.write_bytes(content)
+    tokenizer = Tokenizer.load(copied / "tokenizer.json")
+    prepared = prepare(override(tiny, {"data.cache": str(cache)}), print, tokenizer)
+    damage(prepared.train["code"].directory / "tokens-00000.bin", "flip")
     sentence = refused(
         copied, "train", *tiny_arguments, "--out", copied, "--set", f"data.cache={cache}"
     )
@@ -473,7 +474,14 @@ def flip(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "item"),
-    [(flip, "params"), (flip, "optimizer"), (truncate, "run"), (empty, "optimizer"), (empty, ".")],
+    [
+        (flip, "params"),
+        (truncate, "run"),
+        *(
+            pytest.param(harm, item, marks=pytest.mark.deep)
+            for harm, item in ((flip, "optimizer"), (empty, "optimizer"), (empty, "."))
+        ),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_kept(
     finished: Path, copied: Path, tiny_arguments: list[str], damage: Any, item: str
@@ -635,7 +643,7 @@ def test_text_longer_than_the_context_is_warned_of(finished: Path) -> None:
     assert braeburn("generate", finished, "--prompt", "x", "--max-new-tokens", limit).err == ""
 
 
-@pytest.mark.parametrize("seed", [2**32, pytest.param(2**63, marks=pytest.mark.deep), 2**64 - 1])
+@pytest.mark.parametrize("seed", deep_but([2**64 - 1], [2**32, 2**63, 2**64 - 1]))
 def test_large_seeds_train_another_model(
     finished: Path, tiny_arguments: list[str], tmp_path: Path, seed: int
 ) -> None:

@@ -70,6 +70,7 @@ def test_how_it_is_computed_changes_no_number(scan: bool, remat: str) -> None:
     assert_ways_agree(MODEL, scan=scan, remat=remat)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_give_the_same_loss_and_gradients(name: str) -> None:
     assert_layouts_agree(MODEL, MESHES[name])

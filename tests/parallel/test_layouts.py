@@ -61,9 +61,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp x tensor, untied": {"mesh.fsdp": 2, "mesh.tensor": 4, "model.tied_embeddings": False},
 }
 FEWER = ["data", "fsdp", "fsdp x tensor", "ring x tensor", "replica x fsdp x tensor"]
-# These make up all that layouts are made of, with those of `tests/models`, which have fewer key
-# heads than shards; the others combine it in other ways.
-OFTEN = ("fsdp x gathered context x tensor", "fsdp, offloaded")
+# Offloading is tested here alone. The golden losses and `tests/models` have the parts that the
+# others combine: fsdp with tensor, a ring, and fewer key heads than shards.
+OFTEN = ("fsdp, offloaded",)
 
 
 @pytest.fixture(scope="module")

@@ -134,8 +134,8 @@ def staged(run: Run, core: Stage, /, **stages: dict[str, Any]) -> Run:
 
 
 NARROWER = Pruning(keep={"ffn": 160, "embed": 64, "heads": 2})
-DISTILLED: list[tuple[dict[str, Any], Distillation]] = [
-    ({"fsdp": 4, "tensor": 2}, Distillation()),
+DISTILLED: list[Any] = [
+    pytest.param({"fsdp": 4, "tensor": 2}, Distillation(), marks=pytest.mark.deep),
     ({"fsdp": 2, "context": 4}, Distillation(target="distribution")),
 ]
 

@@ -144,7 +144,7 @@ def small(tiny: Run, mesh: dict[str, int], policy: str, changes: dict[str, Any])
 @pytest.mark.parametrize(
     ("model", "mesh", "policy"),
     [
-        ("windows", {"fsdp": 4, "tensor": 2}, "save_named"),
+        pytest.param("windows", {"fsdp": 4, "tensor": 2}, "save_named", marks=pytest.mark.deep),
         pytest.param("windows", {"fsdp": 2, "context": 4}, "full", marks=pytest.mark.deep),
         ("reuse", {"fsdp": 4, "tensor": 2}, "save_named"),
         pytest.param("reuse", {"fsdp": 2, "context": 4}, "full", marks=pytest.mark.deep),

@@ -149,6 +149,7 @@ def test_the_recipes_own_layout_is_estimated_as_it_is_set() -> None:
     assert own["remat"] == "full"
 
 
+@pytest.mark.deep
 def test_the_days_in_which_a_teacher_labels_are_counted() -> None:
     answer = braeburn("plan", "afm-on-device", "--on", "v5p:64", "--json")
     (target,) = json.loads(answer.out)["targets"]

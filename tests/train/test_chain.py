@@ -61,8 +61,10 @@ def with_stages(run: Run, stages: dict[str, Stage], fields: dict[str, Any] | Non
 
 
 @pytest.fixture(scope="module")
-def chain(tiny: Run) -> Run:
-    """The chain, in float32, with a checkpoint of every step."""
+def chain(tiny: Run, corpus: Path) -> Run:
+    """The chain, in float32, with a checkpoint of every step, on little text: the teacher labels
+    all of it.
+    """
     stages = {
         "larger": stage(tiny, LARGER),
         "pruned": stage(
@@ -73,7 +75,8 @@ def chain(tiny: Run) -> Run:
         ),
         "rounded": stage(tiny, ROUNDED - DISTILLED, quantization=Quantization(kind="int4")),
     }
-    fields = {
+    few = [f"{corpus}/[a-f]*.py"]
+    fields = {f"data.sources.{name}.paths": few for name in ("code", "prose", "long")} | {
         "precision.compute": "float32",
         "checkpoint.every_steps": 1,
         "checkpoint.keep_last": ROUNDED,

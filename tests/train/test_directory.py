@@ -248,6 +248,7 @@ def at_batch(number: int, action: Callable[[], object], monkeypatch: pytest.Monk
     monkeypatch.setattr(feed, "prefetch", hooked)
 
 
+@pytest.mark.deep
 def test_metrics_that_are_deleted_while_a_run_trains(
     tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_all_kinds_of_directory_give_the_same_first_step(
     assert len(set(losses.values())) == 1
 
 
+@pytest.mark.deep
 def test_a_started_run_goes_on_without_the_directory(
     tiny: Run, imported: Path, tmp_path: Path
 ) -> None:

@@ -78,7 +78,9 @@ def interrupted(run: Run, out: Path, stuck: Stuck, **options: Any) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("work", ["prepare", "compile_stage", "initial_state"])
+@pytest.mark.parametrize(
+    "work", deep_but(["prepare", "compile_stage"], ["prepare", "compile_stage", "initial_state"])
+)
 def test_before_the_first_step(
     tiny: Run,
     finished: Path,

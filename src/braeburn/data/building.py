@@ -258,13 +258,13 @@ def _try_lock(folder: Path) -> IO[bytes] | None:
     try:
         file = (folder / ".lock").open("r+b")
     except FileNotFoundError:  # of an earlier version, or just being made
-        return (folder / ".lock").open("ab") if _age(folder) > UNLOCKED_SECONDS else None
+        return (folder / ".lock").open("ab") if age(folder) > UNLOCKED_SECONDS else None
     except OSError:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if isinstance(error, BlockingIOError) or _age(folder) < UNLOCKED_SECONDS:
+        if isinstance(error, BlockingIOError) or age(folder) < UNLOCKED_SECONDS:
             file.close()
             return None
     return file
@@ -278,7 +278,7 @@ def _is_builders(folder: Path) -> bool:
         return False
 
 
-def _age(folder: Path) -> float:
+def age(folder: Path) -> float:
     """Seconds since something in a folder was written."""
     try:
         return time.time() - max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
@@ -291,7 +291,7 @@ def _sweep(parent: Path) -> None:
     touched.
     """
     for folder in parent.glob("*.partial-*"):
-        if _LABELS not in folder.name and _is_builders(folder) and _age(folder) > ABANDONED_SECONDS:
+        if _LABELS not in folder.name and _is_builders(folder) and age(folder) > ABANDONED_SECONDS:
             with contextlib.suppress(OSError):
                 lock = _try_lock(folder)
                 if lock is not None:

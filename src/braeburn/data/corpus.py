@@ -3,20 +3,32 @@ text by hash.
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from braeburn.config import Source
 from braeburn.data import formats
+from braeburn.data.division import Part, divide
 from braeburn.data.files import File, files
 from braeburn.data.formats import ROWS, Document, Reading
 from braeburn.data.streams import DAMAGE, kind_of, members, shortened
 from braeburn.errors import UserError
 from braeburn.extras import how_to_install
 
-__all__ = ["READING_VERSION", "Document", "File", "Report", "documents", "files", "is_held_out"]
+__all__ = [
+    "READING_VERSION",
+    "Document",
+    "File",
+    "Report",
+    "documents",
+    "files",
+    "is_held_out",
+    "merge",
+    "nothing_found",
+    "read",
+]
 
-LONG_FILE_BYTES = 32 * 1024
 # Goes up when the same files give other documents, so that what was tokenised before is not taken
 # for the same.
 READING_VERSION = 2
@@ -60,22 +72,54 @@ def documents(
         UserError: no file matches, a file cannot be read, or nothing is left to train on.
     """
     side = _Side(held_out, fraction)
-    reading = Reading(side.holds)
+    reports = []
     found = False
-    for file in files(name, source):
-        if source.format == "python-long" and file.size < LONG_FILE_BYTES:
-            continue
-        # Where it can be, the side is decided before the file is opened.
-        if _is_one_document(source, file) and not side.holds(file.name):
-            continue
-        for document in _read(name, source, file, reading):
+    for part in divide(source, files(name, source)):
+        reports.append(Report())
+        for document in read(name, source, part, side.holds, reports[-1]):
             found = True
             yield document
+    whole = merge(reports)
     if report is not None:
-        report.passed_over = dict(sorted(reading.passed_over.items()))
-        report.separator_missing = source.separator is not None and not reading.separated
+        report.passed_over = whole.passed_over
+        report.separator_missing = whole.separator_missing
     if not found and held_out is not True:
-        raise UserError(_nothing_found(name, source, side.left_out, reading))
+        raise UserError(nothing_found(name, source, side.left_out, whole))
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """The report of a source, given those of all its parts."""
+    passed_over: Counter[str] = Counter()
+    for report in reports:
+        passed_over.update(report.passed_over)
+    return Report(
+        dict(sorted(passed_over.items())),
+        bool(reports) and all(report.separator_missing for report in reports),
+    )
+
+
+def read(
+    name: str, source: Source, part: Part, wanted: Callable[[str], bool], report: Report
+) -> Iterator[Document]:
+    """The documents of a part of a source that are wanted, in a fixed order; see `documents`.
+
+    Args:
+        name: the source's name in `data.sources`, for errors.
+        source: how to read its files.
+        part: which of them.
+        wanted: tells by a document's name whether it is to be read.
+        report: filled in by the time of the last document.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    reading = Reading(wanted)
+    for file in part.files:
+        # Where it can be, the side is decided before the file is opened.
+        if not _is_one_document(source, file) or wanted(file.name):
+            yield from _read(name, source, file, part, reading)
+    report.passed_over = dict(sorted(reading.passed_over.items()))
+    report.separator_missing = source.separator is not None and not reading.separated
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -120,13 +164,21 @@ def _is_one_document(source: Source, file: File) -> bool:
     )
 
 
-def _nothing_found(name: str, source: Source, left_out: int, reading: Reading) -> str:
+def nothing_found(name: str, source: Source, left_out: int, report: Report) -> str:
+    """The sentence about a source that leaves nothing to train on.
+
+    Args:
+        name: of the source.
+        source: its configuration.
+        left_out: documents that are held out.
+        report: of reading its files.
+    """
     if left_out:
         return (
             f"data.sources.{name}: all its documents ({left_out}) are held out; add files, "
             f"set data.sources.{name}.separator to cut them into documents, or lower data.held_out"
         )
-    met = ", ".join(f"{count:,} {kind}" for kind, count in sorted(reading.passed_over.items()))
+    met = ", ".join(f"{count:,} {kind}" for kind, count in report.passed_over.items())
     return (
         f"data.sources.{name}: empty corpus, its files hold no text{f' ({met})' if met else ''}; "
         f"name files that do in data.sources.{name}.paths, or mend "
@@ -134,7 +186,9 @@ def _nothing_found(name: str, source: Source, left_out: int, reading: Reading) -
     )
 
 
-def _read(name: str, source: Source, file: File, reading: Reading) -> Iterator[Document]:
+def _read(
+    name: str, source: Source, file: File, part: Part, reading: Reading
+) -> Iterator[Document]:
     """The documents of a file, or of all members of an archive, that are wanted."""
     where = f"data.sources.{name}: {file.path!r}"
     fix = f"set data.sources.{name}.field to the one that holds the text"
@@ -142,6 +196,7 @@ def _read(name: str, source: Source, file: File, reading: Reading) -> Iterator[D
         for member in members(file, where, reading.pass_over):
             form = formats.format_of(source, member)
             if form in ("jsonl", "parquet"):
+                member = replace(member, start=part.start, stop=part.stop)
                 yield from formats.rows(member, form, source, reading, fix)
             elif form.startswith("python-"):
                 yield from formats.python(member, form, reading)

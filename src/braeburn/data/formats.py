@@ -151,11 +151,13 @@ def rows(
 
 
 def _jsonl(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
-    """The text of each line that is not blank, None for null."""
+    """The text of each line in the member's range that is not blank, None for null."""
+    first = position = _first_line(member)
     number = 0
-    while line := member.stream.readline(LONGEST_LINE_BYTES + 1):
+    while member.holds(position) and (line := member.stream.readline(LONGEST_LINE_BYTES + 1)):
+        position += len(line)
         number += 1
-        where = f"{member.where} line {number}"
+        where = _Line(member, first, number)
         if len(line) > LONGEST_LINE_BYTES:
             raise UserError(
                 f"{where} is longer than {LONGEST_LINE_BYTES:,} bytes; cut it, or leave the file "
@@ -179,7 +181,38 @@ def _jsonl(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
         yield text
 
 
-def _parsed(line: bytes, where: str, field_name: str) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What to call a line in errors. Only then are the lines before a range counted."""
+
+    member: Member
+    first: int  # byte of the range's first line
+    number: int  # of the line, from 1 in the range
+
+    def __str__(self) -> str:
+        before = 0
+        if self.first:
+            self.member.stream.seek(0)
+            for start in range(0, self.first, CHUNK_BYTES):
+                size = min(CHUNK_BYTES, self.first - start)
+                before += self.member.stream.read(size).count(b"\n")
+        return f"{self.member.where} line {before + self.number}"
+
+
+def _first_line(member: Member) -> int:
+    """The byte at which the first line of the member's range begins; the stream is there then."""
+    if not member.start:
+        return 0
+    position = member.start - 1
+    member.stream.seek(position)
+    while line := member.stream.readline(CHUNK_BYTES):
+        position += len(line)
+        if line.endswith(b"\n"):
+            break
+    return position
+
+
+def _parsed(line: bytes, where: _Line, field_name: str) -> Any:
     try:
         text = line.decode("utf-8-sig")
         try:
@@ -224,7 +257,7 @@ def _some(names: Any, most: int = 10) -> str:
 
 
 def _parquet(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
-    """The text of each row of the one column, None for null."""
+    """The text of each row of the one column in the member's range, None for null."""
     import pyarrow
     import pyarrow.parquet
 
@@ -254,9 +287,10 @@ def _parquet(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
             raise UserError(
                 f"{member.where} holds {held} in the column {field_name!r}, not text; {fix}"
             )
-        number = 0
+        groups = _groups(table.metadata, member)
+        number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
         rows_at_once = _rows_at_once(table.metadata, field_name)
-        for batch in table.iter_batches(rows_at_once, columns=[field_name]):
+        for batch in table.iter_batches(rows_at_once, row_groups=groups, columns=[field_name]):
             for value in batch.column(0):
                 yield _cell(value, f"{member.where} row {number}")
                 number += 1
@@ -268,6 +302,19 @@ def _parquet(member: Member, field_name: str, fix: str) -> Iterator[str | None]:
             f"{member.where} is not a sound parquet file ({shortened(error)}); fetch it again or "
             f"leave it out"
         ) from None
+
+
+def _groups(metadata: Any, member: Member) -> range:
+    """The row groups that begin in the member's range."""
+    if not metadata.num_columns:
+        return range(metadata.num_row_groups)
+    begins = []
+    for group in range(metadata.num_row_groups):
+        column = metadata.row_group(group).column(0)
+        dictionary = column.dictionary_page_offset
+        begins.append(dictionary if dictionary is not None else column.data_page_offset)
+    held = [group for group, begin in enumerate(begins) if member.holds(begin)]
+    return range(held[0], held[-1] + 1) if held else range(0)
 
 
 def _rows_at_once(metadata: Any, column: str) -> int:

@@ -72,12 +72,20 @@ class Member:
         suffix: in lower case, without that of a compression.
         stream: its bytes, decompressed; `peek` shows up to `PEEK_BYTES` of them.
         where: what to call it in errors.
+        start: rows that begin before this byte are left out.
+        stop: rows that begin at this byte or behind it are left out, too; None for none.
     """
 
     name: str
     suffix: str
     stream: io.BufferedReader
     where: str
+    start: int = 0
+    stop: int | None = None
+
+    def holds(self, position: int) -> bool:
+        """Whether a row that begins at this byte is in the range."""
+        return self.start <= position and (self.stop is None or position < self.stop)
 
 
 def shortened(message: object) -> str:

@@ -11,19 +11,20 @@ import hashlib
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from braeburn.data.building import Building, Progress, claim, shard_path
+from braeburn.data.building import Building, claim, shard_path
 from braeburn.data.corpus import Document, Report
 from braeburn.data.cutting import pieces
 from braeburn.data.manifest import (
     TokenManifest,
+    TokenShard,
     manifest_bytes,
     read_manifest,
     reading,
@@ -65,36 +66,118 @@ def build_token_shards(
     Raises:
         UserError: the disk is full or must not be written.
     """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    plan = Plan({"": directory}, lambda name: "", shard_tokens)
+    build_several(plan, documents, tokenizer, proceed=proceed, report=report)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build of documents that are read once.
+
+    Attributes:
+        directories: the folder of each kind of document, as of those held out; folders that are
+            there already are left as they are.
+        kind_of: tells by a document's name which of them it belongs to.
+        shard_tokens: tokens in each shard but the last.
+    """
+
+    directories: Mapping[str, Path]
+    kind_of: Callable[[str], str]
+    shard_tokens: int = SHARD_TOKENS
+
+
+def build_several(
+    plan: Plan,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    *,
+    proceed: Callable[[], None] = lambda: None,
+    report: Report | None = None,
+) -> None:
+    """Tokenises documents into several folders of token shards in one pass; see
+    `build_token_shards`.
+
+    Args:
+        plan: which folders, and which documents go into each.
+        documents: read once, of those folders that are still to be built.
+        tokenizer: turns each document into tokens.
+        proceed: called about once a second; what it raises stops the building.
+        report: of reading the documents, filled in by the time of the last.
+
+    Raises:
+        UserError: the disk is full or must not be written.
+    """
+    dtype = token_dtype(tokenizer)
     key = hashlib.sha256(
-        json.dumps([FORMAT_VERSION, tokenizer.hash, dtype.name, shard_tokens]).encode()
+        json.dumps([FORMAT_VERSION, tokenizer.hash, dtype.name, plan.shard_tokens]).encode()
     ).hexdigest()
-    with writing(directory.parent):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with claim(directory, key, dtype, shard_tokens) as building:
-            try:
-                _tokenise(building, documents, tokenizer, proceed)
+    missing = {kind: path for kind, path in plan.directories.items() if not path.exists()}
+    with contextlib.ExitStack() as held:
+        for path in missing.values():
+            held.enter_context(writing(path.parent))
+            path.parent.mkdir(parents=True, exist_ok=True)
+        buildings = {
+            kind: held.enter_context(claim(path, key, dtype, plan.shard_tokens))
+            for kind, path in missing.items()
+        }
+        try:
+            _tokenise(buildings, plan.kind_of, documents, tokenizer, proceed)
+            for kind, building in buildings.items():
                 shards = building.finish()
-                manifest = TokenManifest(
-                    dtype="uint16" if dtype.itemsize == 2 else "uint32",
-                    tokenizer=tokenizer.hash,
-                    begin=tokenizer.begin,
-                    shard_tokens=shard_tokens,
-                    tokens=sum(shard.tokens for shard in shards),
-                    documents=sum(shard.documents for shard in shards),
-                    text_bytes=building.progress.text_bytes,
-                    token_bytes=building.progress.token_bytes,
-                    passed_over=report.passed_over if report else {},
-                    separator_missing=report.separator_missing if report else False,
-                    shards=shards,
+                manifest = manifest_of(
+                    tokenizer, plan.shard_tokens, shards, report or Report(), building.progress
                 )
                 write(building.folder / "manifest.json", manifest_bytes(manifest))
-                _put_in_place(building.folder, directory)
-            except _Stopped as stopped:
-                raise stopped.reason from None
-            except Exception:
+                put_in_place(building.folder, missing[kind])
+        except _Stopped as stopped:
+            raise stopped.reason from None
+        except Exception:
+            for building in buildings.values():
                 shutil.rmtree(building.folder, ignore_errors=True)
-                raise
+            raise
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The type that a tokenizer's ids are stored in."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+
+
+class TextBytes(Protocol):
+    """Something that counts the bytes of a text, and those that its tokens stand for."""
+
+    text_bytes: int
+    token_bytes: int
+
+
+def manifest_of(
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    shards: list[TokenShard],
+    report: Report,
+    counted: TextBytes,
+) -> TokenManifest:
+    """The manifest of a folder of token shards.
+
+    Args:
+        tokenizer: made the tokens.
+        shard_tokens: tokens in each shard but the last.
+        shards: all of them.
+        report: of reading the text.
+        counted: the bytes of the text and of its tokens.
+    """
+    return TokenManifest(
+        dtype="uint16" if token_dtype(tokenizer).itemsize == 2 else "uint32",
+        tokenizer=tokenizer.hash,
+        begin=tokenizer.begin,
+        shard_tokens=shard_tokens,
+        tokens=sum(shard.tokens for shard in shards),
+        documents=sum(shard.documents for shard in shards),
+        text_bytes=counted.text_bytes,
+        token_bytes=counted.token_bytes,
+        passed_over=report.passed_over,
+        separator_missing=report.separator_missing,
+        shards=shards,
+    )
 
 
 class _Stopped(Exception):
@@ -105,7 +188,8 @@ class _Stopped(Exception):
         self.reason = reason
 
 
-def _put_in_place(folder: Path, directory: Path) -> None:
+def put_in_place(folder: Path, directory: Path) -> None:
+    """Gives a complete folder its name, unless another process has put the same there."""
     try:
         folder.rename(directory)
     except OSError as error:
@@ -115,7 +199,8 @@ def _put_in_place(folder: Path, directory: Path) -> None:
 
 
 def _tokenise(
-    building: Building,
+    buildings: Mapping[str, Building],
+    kind_of: Callable[[str], str],
     documents: Iterable[Document],
     tokenizer: Tokenizer,
     proceed: Callable[[], None],
@@ -123,12 +208,12 @@ def _tokenise(
     """Appends the tokens of all documents but those that are there already, and records how far it
     is.
     """
-    progress = building.progress
-    for batch in _batches(_pieces_of(documents, progress, tokenizer)):
+    for batch in _batches(_pieces_of(documents, buildings, kind_of, tokenizer)):
         try:
             proceed()
         except Exception as reason:
-            building.record(now=True)
+            for building in buildings.values():
+                building.record(now=True)
             raise _Stopped(reason) from None
         for piece, ids in zip(
             batch, tokenizer.encode_pieces([piece.text for piece in batch]), strict=True
@@ -137,48 +222,59 @@ def _tokenise(
                 ids = np.concatenate([[tokenizer.begin], ids])
             if piece.ends:
                 ids = np.concatenate([ids, tokenizer.ends])
+            building = buildings[piece.kind]
             building.append(ids, piece.begins)
+            progress = building.progress
             progress.text_bytes += len(piece.text.encode())
             progress.token_bytes += int(tokenizer.token_bytes[ids].sum(dtype=np.int64))
             progress.characters = 0 if piece.ends else progress.characters + len(piece.text)
             progress.documents += piece.ends
-        building.record()
+        for building in buildings.values():
+            building.record()
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """Text that is encoded at once: a document, or a piece that may begin or end one."""
 
+    kind: str
     text: str
     begins: bool
     ends: bool
 
 
 def _pieces_of(
-    documents: Iterable[Document], progress: Progress, tokenizer: Tokenizer
+    documents: Iterable[Document],
+    buildings: Mapping[str, Building],
+    kind_of: Callable[[str], str],
+    tokenizer: Tokenizer,
 ) -> Iterator[_Piece]:
-    """What is to be encoded after all that `progress` tells of, in order."""
-    done = progress.documents
-    skipped = progress.characters
+    """What is to be encoded after all that the buildings hold, in order."""
+    done = {kind: building.progress.documents for kind, building in buildings.items()}
+    skipped = {kind: building.progress.characters for kind, building in buildings.items()}
     stream = iter(documents)
     for document in stream:
         parts = _parts(document, stream)
-        if done:
-            done -= 1
+        kind = kind_of(document.name)
+        if done.get(kind, 1):  # it is there, or is not wanted
+            if kind in done:
+                done[kind] -= 1
             for _ in parts:
                 pass
             continue
-        begins = not skipped
+        begins = not skipped[kind]
         previous: str | None = None
         for text in pieces(
-            _without_start(parts, skipped), tokenizer.encodes_alike, f"document {document.name!r}"
+            _without_start(parts, skipped[kind]),
+            tokenizer.encodes_alike,
+            f"document {document.name!r}",
         ):
             if previous is not None:
-                yield _Piece(previous, begins, ends=False)
+                yield _Piece(kind, previous, begins, ends=False)
                 begins = False
             previous = text
-        yield _Piece(previous or "", begins, ends=True)
-        skipped = 0
+        yield _Piece(kind, previous or "", begins, ends=True)
+        skipped[kind] = 0
 
 
 def _parts(document: Document, stream: Iterator[Document]) -> Iterator[str]:

@@ -135,6 +135,12 @@ class Tokenizer:
         }
         self.hash = hashlib.sha256(json.dumps(of_documents, sort_keys=True).encode()).hexdigest()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it is pickled. The library's own pickle leaves out that special tokens in a document
+        are text.
+        """
+        return Tokenizer.from_json, (self.to_json(),)
+
     def _set_boundaries(self, settings: Settings, origin: str) -> None:
         """Finds `begin`, `end` and `stops` as the tokenizer's own files name them, or by well-known
         names.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import jax
 
 from braeburn.config import Run, validate
-from braeburn.data.corpus import files
 from braeburn.data.loader import Batches
 from braeburn.data.mixture import rounded_shares
-from braeburn.data.prepare import Prepared, prepare, used_sources
+from braeburn.data.prepare import Prepared, list_sources, prepare
 from braeburn.data.tokenizer import Tokenizer
+from braeburn.data.workers import Work
 from braeburn.disk import check_space
 from braeburn.errors import UserError
 from braeburn.parallel.agreement import main_first, wait_for_all
@@ -115,8 +115,7 @@ class Preparation:
             "a checkpoint takes",
             "free some or choose another --out",
         )
-        for name, source in used_sources(self.session.run).items():
-            files(name, source)  # before work begins that an exit would have to wait for
+        list_sources(self.session.run)  # before work begins that an exit would have to wait for
 
     def _warn(self) -> None:
         """Tells of devices that are not used, and of shares of text that are rounded."""
@@ -135,7 +134,7 @@ class Preparation:
             session.run,
             session.display.say,
             tokenizer,
-            proceed=session.stop.check,
+            work=Work(session.stop.check, session.display.preparing),
             verified_for=str(session.directory.path.absolute()),
         )
 

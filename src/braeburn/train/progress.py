@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from braeburn.data.workers import Progress as Amount
+
 SECONDS_BETWEEN_LINES = 10.0
 # Warnings from the start of a longer run are out of sight at its end.
 SECONDS_UNTIL_REPEATED = 60.0
@@ -68,6 +70,24 @@ class Display:
         """A line of its own; `style` is rich's, for terminals."""
         with suppress(OSError):  # the terminal is gone, or the disk that holds the log is full
             self._console.print(text, markup=False, soft_wrap=True, style=style)
+
+    def preparing(self, progress: Amount) -> None:
+        """Text is being tokenised, so far."""
+        left = progress.seconds_left
+        facts = (
+            f"{progress.done / 1e6:,.0f} of {progress.total / 1e6:,.0f} MB  "
+            f"{progress.rate / 1e6:,.1f} MB/s" + (f"  {duration(left)} left" if left else "")
+        )
+        if self._bar:
+            if self._task is None:
+                self._task = self._bar.add_task("tokenising", facts="")
+            megabytes, done = progress.total // 10**6, progress.done // 10**6
+            self._bar.update(self._task, total=megabytes, completed=done, facts=facts)
+            return
+        now = time.monotonic()
+        if now - max(self._last_line, self._began) >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.say(f"tokenising: {facts}")
 
     def begin_stage(self, name: str, steps: int, done: int) -> None:
         """A stage of `steps` begins, or goes on after `done`."""
