@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from braeburn.config import Run, Source, override
-from braeburn.data import corpus, division, prepare, workers
+from braeburn.data import corpus, division, prepare, tokenising, workers
 from braeburn.data.corpus import Document, Report, documents, files, read
 from braeburn.data.division import Part, divide
 from braeburn.data.joining import copy_shard, plan_joining
@@ -159,7 +160,7 @@ def test_parts_in_threads_and_processes_give_the_bytes_of_the_whole(
     monkeypatch.setattr(division, "PART_BYTES", 9000)
     divided = prepare.prepare(elsewhere(run, tmp_path / "threads"), print)
     assert stores(tmp_path / "threads") == expected
-    monkeypatch.setattr(prepare, "WORTH_PROCESSES_BYTES", 0)
+    monkeypatch.setattr(tokenising, "WORTH_PROCESSES_BYTES", 0)
     seen: list[Progress] = []
     work = Work(watch=seen.append, processes=2)
     prepare.prepare(elsewhere(run, tmp_path / "processes"), print, work=work)
@@ -171,6 +172,19 @@ def test_parts_in_threads_and_processes_give_the_bytes_of_the_whole(
         assert sorted(path.name for path in (tmp_path / cache / "stores").iterdir()) == sorted(
             path.name for path in (tmp_path / "cache" / "stores").iterdir()
         )
+
+
+def test_several_that_prepare_at_once_help_each_other(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = prepare.prepare(run, print).tokenizer
+    monkeypatch.setattr(division, "PART_BYTES", 3000)
+    monkeypatch.setattr("braeburn.data.token_shards.BATCH_CHARACTERS", 500)
+    together = elsewhere(run, tmp_path / "together")
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(prepare.prepare, together, print, tokenizer) for _ in range(3)]
+    assert len({future.result().fingerprints["web"] for future in futures}) == 1
+    assert stores(tmp_path / "together") == stores(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("shard_tokens", [7, 100, 1000, 10**6])
@@ -190,7 +204,7 @@ def test_joined_shards_are_those_of_one_pass(tmp_path: Path, shard_tokens: int) 
         assert before == {path: path.stat().st_mtime_ns for path in joining.folder.iterdir()}
     joining.finish(TOKENIZER, shard_tokens)
     assert contents(tmp_path / "joined") == contents(tmp_path / "whole")
-    assert not (tmp_path / "making").exists()
+    assert not list(tmp_path.glob("*.partial-*"))
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from braeburn.config import Run, override, validate
-from braeburn.data.prepare import cache_folder, prepare
+from braeburn.data.listing import cache_folder
+from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import train
 from braeburn.data.workers import Work
 from braeburn.errors import UserError

@@ -97,6 +97,21 @@ def test_cpus_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
 
 
+def test_an_array_that_prepares_the_text(tmp_path: Path) -> None:
+    cache = ("--set", f"data.cache={tmp_path}/to kens")
+    script = launch("h100:16", "--prepare", 12, "--account", "me", *cache, recipe="llama3-8b").out
+    for directive in ("array=0-11", "ntasks=1", "account=me", "time=1-00:00:00", "requeue"):
+        assert f"--{directive}" in directives(script)
+    assert not [directive for directive in directives(script) if "gpu" in directive]
+    assert script.splitlines()[-1] == (
+        f"braeburn prepare llama3-8b --set 'data.cache={tmp_path}/to kens'"
+    )
+    assert f"data.cache ({tmp_path}/to kens) must be on storage that all nodes share" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert "--prepare" in launch("cpu:2", "--prepare", 0).error
+    assert "--time '1 day'" in launch("cpu:2", "--prepare", 2, "--time", "1 day").error
+
+
 @pytest.mark.parametrize(
     ("codes", "code", "calls", "state"),
     [

@@ -61,14 +61,29 @@ def slurm(
     ] = None,
     account: Annotated[str | None, typer.Option(metavar="NAME", help="Account to charge.")] = None,
     max_restarts: MaxRestarts = 3,
+    prepare: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=100_000,
+            metavar="N",
+            help="Instead, the script of an array of N tasks that prepare the text.",
+        ),
+    ] = None,
     submit: Submit = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the script that trains on a SLURM cluster, or submit it."""
-    from braeburn.launch.slurm import script
+    from braeburn.data.listing import cache_folder
+    from braeburn.launch.slurm import Account, prepare_script, script
 
     job = _job(recipe, on, out, assignments, max_restarts)
-    text = script(job, time, partition, account)
+    charged = Account(time, partition, account)
+    if prepare is None:
+        text = script(job, charged)
+    else:
+        run, _ = resolve(recipe, assignments)
+        text = prepare_script(job, prepare, str(cache_folder(run.data)), charged)
     _print_job("script", text, ["sbatch"] if submit else None, as_json)
 
 

@@ -26,6 +26,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from braeburn.data.manifest import Count, TokenShard, is_file, sha256_of, write
 
 RECORD_SECONDS = 5.0
+# A builder that is alive has recorded something within this time.
+AT_WORK_SECONDS = 60.0
 # Of folders that no lock tells about, those written to more recently may have a living owner.
 UNLOCKED_SECONDS = 3600.0
 # What a killed builder left of text that nobody asked for again.
@@ -232,6 +234,19 @@ def claim(directory: Path, key: str, dtype: np.dtype, shard_tokens: int) -> Iter
                 building = Building(folder, Progress(key=key), dtype, shard_tokens)
         held.callback(building.close)
         yield building
+
+
+def is_at_work(directory: Path) -> bool:
+    """Whether another process, which has written lately, is building the token shards of
+    `directory`.
+    """
+    for folder in directory.parent.glob(f"{directory.name}.partial-*"):
+        lock = _try_lock(folder) if _is_builders(folder) else None
+        if lock is not None:
+            lock.close()
+        elif age(folder) < AT_WORK_SECONDS:
+            return True
+    return False
 
 
 def _lock(folder: Path) -> IO[bytes] | None:

@@ -39,6 +39,12 @@ class Job:
         check_line("the name", self.name)
 
 
+def without_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `braeburn train` but for its run directory."""
+    at = list(arguments).index("--out")
+    return [*arguments[:at], *arguments[at + 2 :]]
+
+
 def check_line(option: str, value: str) -> None:
     """Refuses a value that would be more than one line of a script, or hide what follows it.
 

@@ -1,10 +1,11 @@
-"""The script that trains on a SLURM cluster."""
+"""The scripts that prepare text and train on a SLURM cluster."""
 
 import re
 import shlex
+from dataclasses import dataclass
 
 from braeburn.errors import UserError
-from braeburn.launch.job import Job
+from braeburn.launch.job import Job, check_line, without_out
 
 # Minutes, hours and days as sbatch reads them.
 TIME_LIMIT = re.compile(
@@ -78,15 +79,113 @@ done
 """
 
 
-def script(job: Job, time: str, partition: str | None, account: str | None) -> str:
+_PREPARE_TEMPLATE = """\
+#!/bin/bash
+# The text of {name}, prepared by {tasks} tasks, which share the work out among them.
+# Submit with `sbatch FILE`; run again, or requeued, it goes on where it was. The training can wait
+# for it: sbatch --dependency=afterok:ID FILE, with the number that sbatch printed.
+# The files of the sources and data.cache ({cache}) must be on storage that all nodes share.
+
+#SBATCH --job-name={job_name}
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+# The processor cores of a task, each of which tokenises:
+##SBATCH --cpus-per-task=16
+#SBATCH --time={time}
+{partition}
+{account}
+#SBATCH --output={job_name}-%A-%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+
+# Make `braeburn` available to every node here, unless it is on the PATH already:
+# source /shared/venv/bin/activate
+
+braeburn prepare {arguments}
+"""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What SLURM asks of every job.
+
+    Attributes:
+        time: limit of the job, as SLURM writes it: minutes, HH:MM:SS or D-HH:MM:SS.
+        partition: of the cluster; None leaves a line to fill in.
+        account: to be charged; None leaves a line to fill in.
+    """
+
+    time: str
+    partition: str | None = None
+    account: str | None = None
+
+    def lines(self) -> dict[str, str]:
+        """What a script's header says of it.
+
+        Raises:
+            UserError: a value is none that SLURM reads.
+        """
+        if not TIME_LIMIT.fullmatch(self.time):
+            raise UserError(
+                f"--time {self.time[:80]!a} is no limit that SLURM reads; write HH:MM:SS or "
+                f"D-HH:MM:SS, as in 1-00:00:00"
+            )
+        lines = {"time": self.time}
+        for option in ("partition", "account"):
+            given = getattr(self, option)
+            if given is None:
+                lines[option] = f"##SBATCH --{option}=NAME  # to fill in"
+            elif re.fullmatch(r"[\w.,@+-]+", given):
+                lines[option] = f"#SBATCH --{option}={given}"
+            else:
+                raise UserError(
+                    f"--{option} {given[:80]!a} is no name of SLURM's; write the name that `sinfo` "
+                    f"shows"
+                )
+        return lines
+
+
+def prepare_script(job: Job, tasks: int, cache: str, account: Account) -> str:
+    """A commented sbatch script: an array of tasks that prepare the text of a run together.
+
+    Args:
+        job: whose arguments name the recipe and its overrides.
+        tasks: of the array.
+        cache: the folder that the text is prepared in, on storage that all nodes share.
+        account: what SLURM asks of every job.
+
+    Returns:
+        The text of the script.
+
+    Raises:
+        UserError: a value would not stay within its line of the script.
+    """
+    job.check()
+    check_line("data.cache", cache)
+    return _PREPARE_TEMPLATE.format(
+        name=job.name,
+        tasks=tasks,
+        last=tasks - 1,
+        cache=cache,
+        job_name=_job_name(f"prepare-{job.name}"),
+        arguments=shlex.join(without_out(job.arguments)),
+        **account.lines(),
+    )
+
+
+def _job_name(name: str) -> str:
+    """A name for a job; spaces would end it."""
+    return "braeburn-" + re.sub(r"[^\w.+=@-]+", "-", name)
+
+
+def script(job: Job, account: Account) -> str:
     """A commented sbatch script: one task for each GPU, or for each CPU process.
 
     Args:
         job: whose run directory is on storage that all nodes share, and whose restarts are within
             one job of SLURM.
-        time: limit of the job, as SLURM writes it: minutes, HH:MM:SS or D-HH:MM:SS.
-        partition: of the cluster; None leaves a line to fill in.
-        account: to be charged; None leaves a line to fill in.
+        account: what SLURM asks of every job.
 
     Returns:
         The text of the script.
@@ -97,16 +196,7 @@ def script(job: Job, time: str, partition: str | None, account: str | None) -> s
     """
     job.check()
     target = job.target
-    if not TIME_LIMIT.fullmatch(time):
-        raise UserError(
-            f"--time {time[:80]!a} is no limit that SLURM reads; write HH:MM:SS or D-HH:MM:SS, as "
-            f"in 1-00:00:00"
-        )
-    for option, given in (("--partition", partition), ("--account", account)):
-        if given is not None and not re.fullmatch(r"[\w.,@+-]+", given):
-            raise UserError(
-                f"{option} {given[:80]!a} is no name of SLURM's; write the name that `sinfo` shows"
-            )
+    header = account.lines()
     nodes, each = (
         target.slices * target.nodes_per_slice,
         target.chips_per_node * target.facts.devices_per_chip,
@@ -134,19 +224,12 @@ def script(job: Job, time: str, partition: str | None, account: str | None) -> s
         srun = " --gpu-bind=none"
     return _TEMPLATE.format(
         name=job.name,
-        # Spaces would end the name.
-        job_name="braeburn-" + re.sub(r"[^\w.+=@-]+", "-", job.name),
+        job_name=_job_name(job.name),
         target=target,
         shape=shape,
         out=shlex.quote(str(job.out)),
         resources="\n".join(resources),
-        time=time,
-        partition=f"#SBATCH --partition={partition}"
-        if partition
-        else "##SBATCH --partition=NAME  # to fill in",
-        account=f"#SBATCH --account={account}"
-        if account
-        else "##SBATCH --account=NAME  # to fill in",
+        **header,
         environment=environment,
         max_restarts=job.max_restarts,
         srun=srun,

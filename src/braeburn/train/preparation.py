@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import jax
 
 from braeburn.config import Run, validate
+from braeburn.data.listing import list_sources
 from braeburn.data.loader import Batches
 from braeburn.data.mixture import rounded_shares
-from braeburn.data.prepare import Prepared, list_sources, prepare
+from braeburn.data.prepare import Prepared, prepare
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.workers import Work
 from braeburn.disk import check_space
