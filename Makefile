@@ -11,9 +11,10 @@
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
+#   make test-s3   prepared text on a real S3 server of the package index, with outages (two minutes)
 #   make docs   the site of docs/, in site/; a link to nowhere is an error
 #   make setup   .venv with everything that tests and checks need
-#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-chat, -data, -docs, -gguf, -rocm and -tpu
+#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-chat, -data, -docs, -gguf, -rocm, -s3 and -tpu
 #   make extra-compile, make extra-hf    the same in .venv-compile and .venv-hf
 # VENV=DIR installs into another environment than .venv.
 SHELL := /bin/bash
@@ -47,11 +48,13 @@ CONSTRAINTS_cuda := constraints-accelerators.txt
 CONSTRAINTS_rocm := constraints-accelerators.txt
 CONSTRAINTS_tpu := constraints-accelerators.txt
 CONSTRAINTS_docs := constraints-docs.txt
+CONSTRAINTS_s3 := constraints-s3.txt
+CONSTRAINTS_s3-test := constraints-s3.txt
 CONSTRAINTS_hf := constraints-hf.txt
 PINS := pyproject.toml $(wildcard constraints*.txt)
-EXTRAS := chat cuda data docs gguf rocm tpu
+EXTRAS := chat cuda data docs gguf rocm s3 s3-test tpu
 
-.PHONY: docs fuzz demo demo-on-device test test-all test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
+.PHONY: docs test-s3 fuzz demo demo-on-device test test-all test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
 .PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))
 .DEFAULT_GOAL := test
 
@@ -134,6 +137,10 @@ $(VENV)-other/.all: $(PINS)
 	test -e $(VENV)-other/bin/python || $(PYTHON_OTHER) -m venv $(VENV)-other
 	$(call install,$(VENV)-other,constraints.txt) --editable '.[data,dev]'
 	@touch $@
+
+# A server of S3, and ways to it that are cut.
+test-s3: extra-s3-test
+	$(BIN)/python -m pytest --durations=5 tests/data/on_s3.py
 
 # What `make test-other` would take; nothing where there is none.
 python-other:

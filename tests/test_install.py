@@ -64,13 +64,13 @@ def test_make_targets_that_are_named_exist() -> None:
     named = {
         target
         for text in written.values()
-        for target in re.findall(r"`make ([a-z][a-z-]*)[ `]", text)
+        for target in re.findall(r"`make ([a-z][a-z0-9-]*)[ `]", text)
     }
     assert {"test", "demo", "test-hf", "extra-gguf"} <= named
     database = subprocess.run(
         ["make", "-pRrq"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     ).stdout
-    targets = set(re.findall(r"^([a-z][a-z-]*):", database, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", database, re.MULTILINE))
     assert named <= targets, named - targets
 
 
@@ -82,7 +82,7 @@ def test_advice_installs_what_it_says(extra: str) -> None:
     arguments = [part for part in command.split() if not part.startswith("VENV=")]
     install = make(*arguments, f"VENV={environment}")
     assert re.search(
-        rf"--constraint constraints[a-z-]*\.txt --editable '\.\[(dev,)?{extra}\]'", install
+        rf"--constraint constraints[a-z0-9-]*\.txt --editable '\.\[(dev,)?{extra}\]'", install
     ), install
 
 

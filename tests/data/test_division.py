@@ -1,6 +1,5 @@
 """A source read in parts is the source read as a whole, whatever the parts."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -398,7 +397,8 @@ def test_a_report_of_parts_is_that_of_the_whole() -> None:
 
 
 def test_progress_tells_what_is_left() -> None:
-    assert dataclasses.astuple(Progress(0, 10, 0.0)) == (0, 10, 0.0)
     assert Progress(0, 10, 1.0).seconds_left is None
     assert Progress(2, 10, 1.0).seconds_left == 4.0
+    assert Progress(6, 10, 1.0, before=4).rate == 2.0
+    assert Progress(6, 10, 1.0, before=6).seconds_left is None
     assert workers.cores() >= 1

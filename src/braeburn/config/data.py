@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from braeburn.config.base import Fraction, Frozen, Name, OneOrMore
+from braeburn.config.base import Fraction, Frozen, Name, OneOrMore, Size
 
 
 class Source(Frozen):
@@ -39,7 +39,8 @@ class Data(Frozen):
     `tokenizer` is the path of a `tokenizer.json`; with none, a byte-level BPE of `model.vocab_size`
     entries is trained on the sources. `held_out` is the fraction of documents, chosen by hash, that
     training never sees; with 0 none is held out, and nothing is evaluated. `cache` holds the
-    tokenised shards; with none, they are kept below the user's cache folder. `accept` is the
+    tokenised shards; with none, they are kept below the user's cache folder. It may be a URL of any
+    fsspec file system, of whose tokens this machine keeps `local_cache_bytes`. `accept` is the
     fingerprint of text that has changed since the run's last checkpoint, to go on with it all the
     same.
     """
@@ -48,6 +49,7 @@ class Data(Frozen):
     tokenizer: str | None = None
     held_out: Fraction = 0.02
     cache: str | None = None
+    local_cache_bytes: Size = 16 * 2**30
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     prefetch: Annotated[int, Field(gt=0, le=2**16)] = 4
     accept: str | None = None

@@ -17,6 +17,7 @@ from pathlib import Path
 from braeburn.atomic import write_atomically
 from braeburn.config import Data, Run, Source
 from braeburn.data.corpus import READING_VERSION, File, files
+from braeburn.data.mirror import Mirror, RemoteFolder, is_remote
 from braeburn.errors import UserError
 
 
@@ -54,40 +55,49 @@ def list_sources(run: Run) -> list[Listing]:
             found = tuple(files(name, source))
             listings.append(Listing(name, source, found, _fingerprint_of(source, found)))
         except UserError as problem:
-            kept = _kept(cache_folder(run.data), run.data, name)
+            kept = _kept(run.data, name)
             if kept is None:
                 raise
             listings.append(Listing(name, source, (), kept, problem))
     return listings
 
 
-def _path(cache: Path, data: Data, name: str) -> Path:
+def _path(data: Data, name: str) -> Path:
     key = fingerprint(READING_VERSION, name, data.sources[name].model_dump())
-    return cache / "listings" / f"{key}.json"
+    return cache_folder(data) / "listings" / f"{key}.json"
 
 
-def _kept(cache: Path, data: Data, name: str) -> str | None:
+def _kept(data: Data, name: str) -> str | None:
     """The fingerprint of the files of a source that were prepared last; None where none were."""
+    path = _path(data, name)
+    mirror = mirror_of(data)
+    if mirror is not None:
+        mirror.fetch(path)
     try:
-        found = json.loads(_path(cache, data, name).read_bytes())["fingerprint"]
+        found = json.loads(path.read_bytes())["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
 
 
-def keep(cache: Path, data: Data, listing: Listing) -> None:
+def keep(data: Data, listing: Listing) -> None:
     """Remembers which files a source had, for a machine that does not have them.
 
     Args:
-        cache: where to.
         data: the configuration of all sources.
         listing: of a source whose text is prepared.
     """
-    path = _path(cache, data, listing.name)
-    if listing.problem is None and _kept(cache, data, listing.name) != listing.fingerprint:
-        with contextlib.suppress(OSError):  # the cache may be read-only
+    path = _path(data, listing.name)
+    if listing.problem is not None:
+        return
+    text = json.dumps({"fingerprint": listing.fingerprint})
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        if not path.exists() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({"fingerprint": listing.fingerprint}))
+            write_atomically(path, text)
+    mirror = mirror_of(data)
+    if mirror is not None:
+        mirror.publish(path)
 
 
 def used_sources(run: Run) -> dict[str, Source]:
@@ -102,14 +112,24 @@ def used_sources(run: Run) -> dict[str, Source]:
 
 
 def cache_folder(data: Data) -> Path:
-    """The folder that holds tokenizers and token shards."""
-    if data.cache is not None:
+    """The local folder that holds tokenizers and token shards; of a remote `data.cache`, what this
+    machine needs of them.
+    """
+    if data.cache is not None and not is_remote(data.cache):
         return Path(data.cache).expanduser()
-    return (
+    own = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         / "braeburn"
         / "data"
     )
+    return own if data.cache is None else own / "mirrors" / fingerprint(data.cache.rstrip("/"))
+
+
+def mirror_of(data: Data) -> Mirror | None:
+    """The remote `data.cache` and its local folder; None where it is local."""
+    if data.cache is None or not is_remote(data.cache):
+        return None
+    return Mirror(cache_folder(data), RemoteFolder(data.cache.rstrip("/")), data.local_cache_bytes)
 
 
 def _fingerprint_of(source: Source, found: Sequence[File]) -> str:

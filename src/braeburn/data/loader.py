@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +19,8 @@ from braeburn.data.mixture import Mixture, derive_key
 from braeburn.data.packing import Batch, Sequences, batched, stack, windows
 from braeburn.data.teacher_labels import TeacherLabels
 from braeburn.data.token_shards import Deleted, TokenShards
+
+READERS = 32  # of token shards over a network, whose answers take long to come
 
 
 class Batches:
@@ -49,6 +52,7 @@ class Batches:
         self._steps, self._batch_size = stage.steps, stage.batch_size
         self.rows = range(stage.batch_size) if rows is None else rows
         self._mixture = Mixture(stage.mixture, derive_key(seed, stage_name, "mixture"))
+        self._remote = any(shards[name].is_remote for name in self._mixture.names)
         self._sequences = {
             name: Sequences(
                 shards[name],
@@ -70,7 +74,10 @@ class Batches:
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} is not within the stage's {self._steps}")
         drawn = [self._mixture.at(step * self._batch_size + row) for row in self.rows]
-        return stack([self._sequences[source][index] for source, index in drawn])
+        if not self._remote:
+            return stack([self._sequences[source][index] for source, index in drawn])
+        with ThreadPoolExecutor(READERS) as pool:
+            return stack(list(pool.map(lambda one: self._sequences[one[0]][one[1]], drawn)))
 
 
 @dataclass(frozen=True)

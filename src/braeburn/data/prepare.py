@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from braeburn.config import Run
 from braeburn.data.corpus import documents
-from braeburn.data.listing import Listing, cache_folder, fingerprint, keep, list_sources
+from braeburn.data.listing import Listing, cache_folder, fingerprint, keep, list_sources, mirror_of
 from braeburn.data.ray_cluster import check_nodes
 from braeburn.data.token_shards import TokenShards, writing
 from braeburn.data.tokenising import HELD_OUT, TRAIN, Settings, SourceText, build
@@ -85,11 +85,15 @@ def prepare(
         )
     sides = (HELD_OUT,) if only_held_out else (TRAIN, HELD_OUT)
     settings = Settings(cache, tokenizer, run.data.held_out, sides)
-    texts = [SourceText(listing, settings) for listing in listings]
+    mirror = mirror_of(run.data)
+    texts = [SourceText(listing, settings, mirror) for listing in listings]
     if any(text.missing for text in texts):
         build(texts, tokenizer, log, work)
     elif not only_held_out:
-        log(f"the text is ready: it was prepared before, in {str(cache)!r}")
+        where = run.data.cache or str(cache)
+        log(f"the text is ready: it was prepared before, in {where!r}")
+    for text in texts:
+        text.publish()
     opened = {}
     for text in texts:
         shards = {
@@ -101,7 +105,7 @@ def prepare(
         if not only_held_out:
             for line in _account(text.listing, run.data.held_out, shards[TRAIN], shards[HELD_OUT]):
                 log(line)
-            keep(cache, run.data, text.listing)
+            keep(run.data, text.listing)
     for listing in listings:
         if listing.problem is not None:
             log(
@@ -169,6 +173,9 @@ def _tokenizer(
         fingerprints, run.model.vocab_size, run.data.held_out, PATTERN, TRAINING_BYTES_PER_ENTRY
     )
     path = cache_folder(run.data) / "tokenizers" / f"{key}.json"
+    mirror = mirror_of(run.data)
+    if mirror is not None:
+        mirror.fetch(path)
     if path.exists():
         try:
             return Tokenizer.load(path).beginning_prompts()
@@ -190,6 +197,8 @@ def _tokenizer(
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
+    if mirror is not None:
+        mirror.publish(path)
     log(
         f"trained a tokenizer of {tokenizer.vocab_size} entries in "
         f"{time.perf_counter() - began:.1f} s"

@@ -31,6 +31,7 @@ from braeburn.data.manifest import (
     verify,
     write,
 )
+from braeburn.data.mirror import RangeFile, is_mirror, range_files
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 
@@ -396,7 +397,10 @@ class TokenShards:
                     f"not {tokenizer_hash[:12]}); delete that folder, or set data.tokenizer to the "
                     f"one that made it"
                 )
-            verify(directory, _files(directory, manifest), verified_for)
+            wanted = _files(directory, manifest)
+            if is_mirror(directory):  # tokens are read by range, and stay where they are
+                wanted = (file for file in wanted if file[0].name.startswith("documents-"))
+            verify(directory, wanted, verified_for)
             opened = cls(directory, manifest)
             opened.map_all()
         return opened
@@ -435,9 +439,22 @@ class TokenShards:
             found.append(starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)])
         return np.concatenate(found)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether tokens come over the network."""
+        return is_mirror(self.directory)
+
     @cached_property
-    def _tokens(self) -> list[np.ndarray]:
-        return self._mapped("tokens", self._dtype)
+    def _tokens(self) -> Sequence[np.ndarray | RangeFile]:
+        if not self.is_remote:
+            return self._mapped("tokens", self._dtype)
+        sizes = [self._shard_tokens] * (self._count - 1)
+        sizes.append(self.tokens - sum(sizes))
+        names = [
+            (shard_path(self.directory, "tokens", index).name, size)
+            for index, size in enumerate(sizes[: self._count])
+        ]
+        return range_files(self.directory, names, self._dtype)
 
     @cached_property
     def _starts(self) -> list[np.ndarray]:
@@ -475,7 +492,7 @@ def allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
-def pieces_of(shards: Sequence[np.ndarray], size: int, start: int, stop: int) -> list[np.ndarray]:
+def pieces_of(shards: Sequence[Any], size: int, start: int, stop: int) -> list[np.ndarray]:
     """The values of a range of positions, in pieces, a piece of each shard that it touches.
 
     Args:

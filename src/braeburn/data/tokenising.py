@@ -24,6 +24,7 @@ from braeburn.data.division import Part, divide
 from braeburn.data.joining import Joining, copy_shard, plan_joining
 from braeburn.data.listing import Listing, fingerprint
 from braeburn.data.manifest import TokenManifest, read_manifest
+from braeburn.data.mirror import Mirror
 from braeburn.data.ray_cluster import on_ray
 from braeburn.data.token_shards import FORMAT_VERSION, SHARD_TOKENS, Plan, build_several, writing
 from braeburn.data.tokenizer import Tokenizer
@@ -72,12 +73,13 @@ class SourceText:
         missing: the sides whose folders are not there, when it was looked last.
     """
 
-    def __init__(self, listing: Listing, settings: Settings) -> None:
+    def __init__(self, listing: Listing, settings: Settings, mirror: Mirror | None = None) -> None:
         """Looks what is there.
 
         Args:
             listing: the source's files.
             settings: what else its tokens depend on.
+            mirror: the remote folder that may hold them already, and is to.
 
         Raises:
             UserError: something is missing that the source's files are needed for.
@@ -101,6 +103,10 @@ class SourceText:
         }
         self.parts_folder = folder / f"{listing.name}-{names[TRAIN]}.parts"
         self.missing: list[str] = []
+        self._mirror = mirror
+        if mirror is not None:
+            for directory in self.directories.values():
+                mirror.fetch_shards(directory)
         self.look()
         if self.missing and listing.problem is not None:
             raise listing.problem
@@ -108,6 +114,12 @@ class SourceText:
     def look(self) -> None:
         """Looks again what is missing: another process may have made it."""
         self.missing = [side for side, path in self.directories.items() if not path.exists()]
+
+    def publish(self) -> None:
+        """Copies what is here to the remote folder, where there is one that lacks it."""
+        if self._mirror is not None:
+            for directory in self.directories.values():
+                self._mirror.publish_shards(directory)
 
     def remove_parts(self) -> None:
         """Removes what was only needed to make the folders, which are there."""
@@ -195,6 +207,10 @@ class PartTask:
     directories: dict[str, Path]
     fraction: float
 
+    def is_done(self) -> bool:
+        """Whether all of it has been tokenised."""
+        return all(path.exists() for path in self.directories.values())
+
     def side_of(self, document: str) -> str:
         """The side of a document by its name."""
         return HELD_OUT if is_held_out(document, self.fraction) else TRAIN
@@ -264,8 +280,8 @@ def _build(
         stores.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     total = sum(text.size for text in texts)
-    tasks = [task for text in texts for task in text.tasks()]
-    finished = 0
+    tasks = [task for text in texts for task in text.tasks() if not task.is_done()]
+    finished = before = total - sum(task.part.size for task in tasks)
     told = 0.0
 
     def done(task: PartTask, size: int) -> None:
@@ -279,7 +295,7 @@ def _build(
         if now - told > SECONDS_BETWEEN_TELLING:
             told = now
             at_work = _bytes_at_work(tasks)
-            work.watch(Progress(min(total, finished + at_work), total, now - began))
+            work.watch(Progress(min(total, finished + at_work), total, now - began, before))
 
     watched = replace(work, proceed=proceed)
     _do_all(partial(_tokenise, tokenizer), tasks, total, watched, done, _is_taken)

@@ -32,21 +32,23 @@ class Progress:
         done: bytes of files, as they are stored, that have been worked through.
         total: bytes of all files that were to be.
         seconds: since the work began.
+        before: of the bytes done, those that an earlier call had worked through.
     """
 
     done: int
     total: int
     seconds: float
+    before: int = 0
 
     @property
     def rate(self) -> float:
         """Bytes a second."""
-        return self.done / self.seconds if self.seconds else 0.0
+        return (self.done - self.before) / self.seconds if self.seconds else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the end at this rate; None where nothing is done."""
-        return (self.total - self.done) / self.rate if self.done else None
+        """Seconds until the end at this rate; None where nothing was done."""
+        return (self.total - self.done) / self.rate if self.rate else None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ FREE_TO_CHANGE = (
         "precision.reduce",
     ),
     "model.max_position_embeddings",
-    *("data.workers", "data.prefetch", "data.cache", "data.accept"),
+    *("data.workers", "data.prefetch", "data.cache", "data.local_cache_bytes", "data.accept"),
     *("optimizer.skip_norm", "optimizer.max_skipped"),
 )
 

@@ -1,0 +1,356 @@
+"""Prepared text in a remote folder, as of an object store: a local folder mirrors what a machine
+needs of it.
+
+Small files are fetched whole and checked: tokenizers, manifests, the positions where documents
+start. Tokens are read by range, as sequences need them, and a bounded number of bytes of them is
+kept on the local disk.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from braeburn.errors import UserError
+
+BLOCK_BYTES = 2**16  # of tokens that are fetched at once
+REMOTE = "remote.json"  # in a local folder whose tokens are elsewhere: where
+# How long an outage may last before the work is given up, and how long a folder that has never
+# answered is asked, where a mistake is likelier.
+PATIENCE_SECONDS = 600.0
+PATIENCE_AT_FIRST = 15.0
+LONGEST_PAUSE = 15.0
+# What waiting does not mend.
+_FINAL = (FileNotFoundError, PermissionError, NotImplementedError, ImportError, UserError)
+
+Result = TypeVar("Result")
+_reached: set[str] = set()  # remote folders that have answered this process
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL of another file system than the local one."""
+    protocol, separator, _ = path.partition("://")
+    return bool(separator) and protocol not in ("file", "local")
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder on any fsspec file system; what does not answer is asked again for some minutes.
+
+    Attributes:
+        url: of the folder.
+    """
+
+    url: str
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"data.cache={self.url!r} cannot be used ({error}); install the package of that "
+                f"file system, or name a local folder"
+            ) from None
+        return filesystem, path.rstrip("/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the file system, which every process opens for itself."""
+        return {"url": self.url}
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+
+        def ask(filesystem: Any, path: str) -> int | None:
+            filesystem.invalidate_cache()  # others write there, too
+            try:
+                return int(filesystem.info(path)["size"])
+            except FileNotFoundError:
+                return None
+
+        return self._patiently(name, ask)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Some bytes of a file, or all of them.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return self._patiently(
+            name, lambda filesystem, path: bytes(filesystem.cat_file(path, start=start, end=stop))
+        )
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copies a file to the local disk, where it appears whole.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            self._patiently(
+                name, lambda filesystem, path: filesystem.get_file(path, str(temporary))
+            )
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def put(self, source: Path, name: str) -> None:
+        """Copies a local file to the folder."""
+
+        def copy(filesystem: Any, path: str) -> None:
+            with contextlib.suppress(NotImplementedError, PermissionError):
+                filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            filesystem.put_file(str(source), path)
+
+        self._patiently(name, copy)
+
+    def _patiently(self, name: str, work: Callable[[Any, str], Result]) -> Result:
+        filesystem, root = self._opened
+        patience = PATIENCE_SECONDS if self.url in _reached else PATIENCE_AT_FIRST
+        began, pause, told = time.monotonic(), 0.5, False
+        while True:
+            try:
+                result = work(filesystem, f"{root}/{name}")
+                _reached.add(self.url)
+                return result
+            except _FINAL as error:
+                if isinstance(error, PermissionError):
+                    raise UserError(
+                        f"data.cache={self.url!r} may not be used ({error}); see to your "
+                        f"credentials and permissions there, or name another folder"
+                    ) from None
+                raise
+            except Exception as error:
+                waited = time.monotonic() - began
+                if waited + pause > patience:
+                    first = str(error).partition("\n")[0][:200] or type(error).__name__
+                    raise UserError(
+                        f"data.cache={self.url!r} has not answered for {waited:.0f} s ({first}); "
+                        f"see to the network and your credentials, then run the same command again"
+                    ) from None
+                if not told and waited > 5:
+                    told = True
+                    logging.getLogger(__name__).warning(
+                        "warning: %s does not answer (%s); trying again for %.0f s",
+                        self.url,
+                        type(error).__name__,
+                        patience,
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class BlockCache:
+    """Blocks of remote files on the local disk, those used last, of a bounded number of bytes.
+
+    Several processes may use one folder; each looks at all of it now and then.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        """Takes a folder, which is made when it is first written to.
+
+        Args:
+            folder: of the blocks.
+            limit: bytes that all of them together may have; a hundredth more for each process.
+        """
+        self._folder = folder
+        self._limit = limit
+        self._unseen: int | None = None  # bytes written since the folder was looked at
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> bytes | None:
+        """A block, if it is there."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keeps a block; a disk that is full or read-only keeps none."""
+        path = self._path(key)
+        temporary = path.with_name(f".{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        with self._lock:
+            unseen = self._limit if self._unseen is None else self._unseen + len(data)
+            if unseen > self._limit // 100:
+                self._trim()
+                unseen = 0
+            self._unseen = unseen
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode()).hexdigest()[:40]
+        return self._folder / name[:2] / name
+
+    def _trim(self) -> None:
+        """Removes the blocks that were used longest ago, where there are too many."""
+        found = []
+        for path in self._folder.glob("*/*"):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found, key=lambda each: each[0]):
+            if total <= self._limit:
+                break
+            total -= size
+            path.unlink(missing_ok=True)
+
+
+class RangeFile:
+    """A remote file of numbers, of which ranges are read as they are asked for."""
+
+    def __init__(
+        self, folder: RemoteFolder, name: str, dtype: np.dtype, count: int, blocks: BlockCache
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            folder: that holds the file.
+            name: of the file.
+            dtype: of its numbers.
+            count: of them.
+            blocks: keeps what was read.
+        """
+        self._folder, self._name, self._dtype, self._count = folder, name, dtype, count
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        """How many numbers it holds."""
+        return self._count
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        """The numbers in a range, of step 1."""
+        first, last, _ = wanted.indices(self._count)
+        width = self._dtype.itemsize
+        start, stop = first * width, max(first, last) * width
+        if start == stop:
+            return np.empty(0, self._dtype)
+        blocks = range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES))
+        data = b"".join(self._block(index) for index in blocks)
+        offset = blocks.start * BLOCK_BYTES
+        return np.frombuffer(data[start - offset : stop - offset], self._dtype)
+
+    def _block(self, index: int) -> bytes:
+        key = f"{self._folder.url}/{self._name}:{BLOCK_BYTES}:{index}"
+        start = index * BLOCK_BYTES
+        stop = min(start + BLOCK_BYTES, self._count * self._dtype.itemsize)
+        data = self._blocks.get(key)
+        if data is None or len(data) != stop - start:
+            data = self._folder.read(self._name, start, stop)
+            if len(data) != stop - start:
+                raise UserError(
+                    f"'{self._folder.url}/{self._name}' is shorter than its manifest says; delete "
+                    f"'{self._folder.url}' and prepare the text again"
+                )
+            self._blocks.put(key, data)
+        return data
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A local folder that holds what was needed so far of a remote one.
+
+    Attributes:
+        local: the local folder.
+        remote: the other.
+        block_bytes: bytes of tokens that the local folder keeps.
+    """
+
+    local: Path
+    remote: RemoteFolder
+    block_bytes: int
+
+    def fetch(self, path: Path) -> None:
+        """Fetches a file that is not here, if it is there."""
+        if not path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.remote.fetch(self._name(path), path)
+
+    def publish(self, path: Path) -> None:
+        """Copies a small file that is here, unless the same is there."""
+        if not path.exists():
+            return
+        name = self._name(path)
+        with contextlib.suppress(FileNotFoundError):
+            if self.remote.read(name) == path.read_bytes():
+                return
+        self.remote.put(path, name)
+
+    def fetch_shards(self, directory: Path) -> None:
+        """Makes a local folder of token shards that are complete there and not here, without the
+        tokens.
+        """
+        name = self._name(directory)
+        if directory.exists() or self.remote.size(f"{name}/manifest.json") is None:
+            return
+        partial = directory.with_name(f"{directory.name}.partial-{uuid.uuid4().hex}")
+        partial.mkdir(parents=True)
+        try:
+            self.remote.fetch(f"{name}/manifest.json", partial / "manifest.json")
+            manifest = json.loads((partial / "manifest.json").read_bytes())
+            for index in range(len(manifest["shards"])):
+                file = f"documents-{index:05d}.bin"
+                self.remote.fetch(f"{name}/{file}", partial / file)
+            where = {"url": f"{self.remote.url.rstrip('/')}/{name}", "blocks": str(self.local)}
+            (partial / REMOTE).write_text(json.dumps(where | {"block_bytes": self.block_bytes}))
+            with contextlib.suppress(OSError):  # another process has made the same
+                partial.rename(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def publish_shards(self, directory: Path) -> None:
+        """Copies complete token shards, the manifest last, unless they are there."""
+        name = self._name(directory)
+        if self.remote.size(f"{name}/manifest.json") is not None:
+            return
+        for path in sorted(directory.glob("*.bin")):
+            # What an earlier call has copied is there whole, and of the same content.
+            if self.remote.size(f"{name}/{path.name}") != path.stat().st_size:
+                self.remote.put(path, f"{name}/{path.name}")
+        self.remote.put(directory / "manifest.json", f"{name}/manifest.json")
+
+    def _name(self, path: Path) -> str:
+        return path.absolute().relative_to(self.local.absolute()).as_posix()
+
+
+def is_mirror(directory: Path) -> bool:
+    """Whether `Mirror.fetch_shards` made a folder of token shards, whose tokens are elsewhere."""
+    return (directory / REMOTE).exists()
+
+
+def range_files(
+    directory: Path, names: Sequence[tuple[str, int]], dtype: np.dtype
+) -> list[RangeFile]:
+    """The tokens of a local folder that `Mirror.fetch_shards` made.
+
+    Args:
+        directory: the folder.
+        names: of its files of tokens, each with the number of tokens.
+        dtype: of tokens.
+    """
+    where = json.loads((directory / REMOTE).read_bytes())
+    folder = RemoteFolder(where["url"])
+    blocks = BlockCache(Path(where["blocks"]) / "blocks", int(where["block_bytes"]))
+    return [RangeFile(folder, name, dtype, count, blocks) for name, count in names]

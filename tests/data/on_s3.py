@@ -1,0 +1,164 @@
+"""Prepared text on a real S3 server, moto's, which cannot be reached for half a minute.
+
+`make test-s3` installs what it needs and runs it.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from braeburn.config import Run, Source, override
+from braeburn.data.listing import cache_folder
+from braeburn.data.prepare import prepare
+from braeburn.train.loop import train
+from support import rows
+
+OUTAGE_SECONDS = 30.0
+SHORT_OUTAGE_SECONDS = 8.0
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Proxy:
+    """Passes connections on to a port, unless it is told not to."""
+
+    def __init__(self, target: int) -> None:
+        self.port, self._target = free_port(), target
+        self.is_out = False
+        self.refused = self.passed = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(asyncio.start_server(self._connected, "127.0.0.1", self.port))
+        self._loop.run_forever()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_out:
+            self.refused += 1
+            writer.close()
+            return
+        self.passed += 1
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        self._writers |= {writer, back}
+        await asyncio.gather(self._copy(reader, back), self._copy(there, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(2**16):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        writer.close()
+
+    def outage(self, seconds: float) -> None:
+        """Ends all connections, and accepts none for some time."""
+        self.is_out = True
+        for writer in list(self._writers):
+            self._loop.call_soon_threadsafe(writer.transport.abort)
+        self._writers.clear()
+        time.sleep(seconds)
+        self.is_out = False
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[Proxy]:
+    """The way to a server with a bucket."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    found = Proxy(port)
+    os.environ |= CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{found.port}"}
+    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+            break
+        except Exception:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    yield found
+    server.kill()
+
+
+@pytest.fixture
+def run(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose text is cached on the server."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine 1"))
+    (tmp_path / "text").mkdir()
+    lines = (json.dumps({"text": f"line {i} of a text " * (5 + i % 7)}) + "\n" for i in range(9000))
+    (tmp_path / "text" / "a.jsonl").write_text("".join(lines))
+    stage = next(iter(tiny.stages.values())).model_copy(update={"mixture": {"web": 1.0}})
+    sources = {"web": Source(paths=(str(tmp_path / "text"),))}
+    url = f"s3://bucket/{tmp_path.name}"
+    data = tiny.data.model_copy(update={"sources": sources, "cache": url})
+    return tiny.model_copy(update={"data": data, "stages": {"core": stage}})
+
+
+def losses(directory: Path) -> list[float]:
+    return [row["loss"] for row in rows(directory)]
+
+
+def test_training_reads_by_range_what_another_machine_prepared(
+    run: Run, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(run, print)
+    train(override(run, {"data.cache": str(tmp_path / "local")}), tmp_path / "local run")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine 2"))
+    shutil.rmtree(tmp_path / "text")
+    outage = threading.Thread(target=proxy.outage, args=(OUTAGE_SECONDS,))
+    refused, began = proxy.refused, time.monotonic()
+    outage.start()
+    there = prepare(run, print)  # in the middle of the outage
+    outage.join()
+    assert proxy.refused > refused and time.monotonic() - began > OUTAGE_SECONDS - 1
+    assert there.train["web"].is_remote
+    assert there.fingerprints == prepared.fingerprints
+    assert train(run, tmp_path / "remote run").finished
+    assert losses(tmp_path / "remote run") == losses(tmp_path / "local run")
+    kept = [path.name for path in cache_folder(run.data).rglob("*") if path.is_file()]
+    assert not [name for name in kept if name.startswith("tokens-")]
+
+
+def test_an_outage_while_text_is_published(run: Run, proxy: Proxy, tmp_path: Path) -> None:
+    local = prepare(override(run, {"data.cache": str(tmp_path / "local")}), print)
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("prepared "):  # what follows is the copying
+            threading.Thread(target=proxy.outage, args=(SHORT_OUTAGE_SECONDS,)).start()
+            time.sleep(0.5)
+
+    refused = proxy.refused
+    prepared = prepare(run, say)
+    assert proxy.refused > refused
+    assert prepared.fingerprints == local.fingerprints
+    filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
+    for side in (local.train["web"], local.held_out["web"]):
+        assert side is not None
+        for path in side.directory.glob("*.bin"):
+            there = f"bucket/{tmp_path.name}/stores/{side.directory.name}/{path.name}"
+            assert filesystem.cat_file(there) == path.read_bytes()
