@@ -58,7 +58,7 @@ def test_a_node_is_killed_and_the_bytes_are_the_same(
     lines: list[str] = []
 
     def kill() -> None:
-        while len(list((tmp_path / "cluster" / "stores").glob("*.parts/train-*/*"))) < 10:
+        while len(list((tmp_path / "cluster" / "stores").glob("*.parts/*/train/*"))) < 10:
             time.sleep(0.05)
         cluster.remove_node(cluster.nodes[0], allow_graceful=False)
         lines.append("killed")

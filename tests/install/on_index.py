@@ -31,6 +31,7 @@ INSTALLED = {
     "constraints-accelerators.txt": [("cuda",), ("rocm",), ("tpu",), ("dev", "compile")],
     "constraints-docs.txt": [("docs",)],
     "constraints-hf.txt": [("dev", "hf")],
+    "constraints-s3.txt": [("dev", "s3", "s3-test")],
 }
 CASES = [(file, extras) for file, sets in INSTALLED.items() for extras in sets]
 

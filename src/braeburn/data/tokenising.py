@@ -44,7 +44,10 @@ WORTH_PROCESSES_BYTES = 16 * 2**20
 SECONDS_BETWEEN_TELLING = 1.0
 # The two sides of a source, as their folders are named.
 TRAIN, HELD_OUT = "train", "held-out"
-_PART = re.compile(rf"({TRAIN}|{HELD_OUT})(-\d+(\.partial-[0-9a-f]+)?)?")
+# What is in a folder of parts: a folder for each part, and of each side the shards that are joined.
+_PART = re.compile(rf"\d+|{TRAIN}|{HELD_OUT}")
+# Of more parts, only those that are complete are counted.
+MOST_PARTS_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,13 @@ class SourceText:
     def remove_parts(self) -> None:
         """Removes what was only needed to make the folders, which are there."""
         for side in self.directories:
-            for path in (self.parts_folder / side, *self.parts_folder.glob(f"{side}-*")):
+            shutil.rmtree(self.parts_folder / side, ignore_errors=True)
+            for path in self.parts_folder.glob(f"*/{side}*"):
                 shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it holds parts of the other side, or is gone
-            self.parts_folder.rmdir()
+        # They hold parts of the other side, or are gone.
+        for path in (*self.parts_folder.glob("*"), self.parts_folder):
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -143,7 +149,7 @@ class SourceText:
         """The folder of what one part holds; of an only part, that of the whole."""
         if len(self.parts) == 1:
             return self.directories[side]
-        return self.parts_folder / f"{side}-{index:06d}"
+        return self.parts_folder / f"{index:06d}" / side
 
     def tasks(self) -> list["PartTask"]:
         """What is to be tokenised."""
@@ -207,9 +213,19 @@ class PartTask:
     directories: dict[str, Path]
     fraction: float
 
+    @property
     def is_done(self) -> bool:
         """Whether all of it has been tokenised."""
         return all(path.exists() for path in self.directories.values())
+
+    @property
+    def begun(self) -> list[Path]:
+        """The folders in which it is being tokenised, or was."""
+        return [
+            folder
+            for path in self.directories.values()
+            for folder in path.parent.glob(f"{path.name}.partial-*")
+        ]
 
     def side_of(self, document: str) -> str:
         """The side of a document by its name."""
@@ -280,7 +296,7 @@ def _build(
         stores.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     total = sum(text.size for text in texts)
-    tasks = [task for text in texts for task in text.tasks() if not task.is_done()]
+    tasks = [task for text in texts for task in text.tasks() if not task.is_done]
     finished = before = total - sum(task.part.size for task in tasks)
     told = 0.0
 
@@ -298,10 +314,11 @@ def _build(
             work.watch(Progress(min(total, finished + at_work), total, now - began, before))
 
     watched = replace(work, proceed=proceed)
-    _do_all(partial(_tokenise, tokenizer), tasks, total, watched, done, _is_taken)
+    ordered = _mixed(tasks, first=lambda task: bool(task.begun))
+    _do_all(partial(_tokenise, tokenizer), ordered, total, watched, done, _is_taken)
     joinings = [joining for text in texts for joining in text.joinings()]
     copies = [copy for joining in joinings for copy in joining.copies]
-    _do_all(copy_shard, copies, total, work, lambda copy, size: None)
+    _do_all(copy_shard, _mixed(copies), total, work, lambda copy, size: None)
     for joining in joinings:
         joining.finish(tokenizer, SHARD_TOKENS)
     for text in texts:
@@ -317,6 +334,14 @@ def _sweep(folder: Path) -> None:
         names = [path.name for path in parts.glob("*")]
         if all(_PART.fullmatch(name) for name in names) and age(parts) > ABANDONED_SECONDS:
             shutil.rmtree(parts, ignore_errors=True)
+
+
+def _mixed(tasks: Sequence[Task], first: Callable[[Task], bool] = lambda task: False) -> list[Task]:
+    """Tasks in an order of this call's own, so that several machines that prepare the same text
+    begin with different ones; before all others those that `first` tells of.
+    """
+    chance = random.SystemRandom()
+    return sorted(tasks, key=lambda task: (not first(task), chance.random()))
 
 
 def _do_all(
@@ -346,8 +371,6 @@ def _do_all(
         if work.ray is not None:
             on_ray(function, left, work.ray, work.proceed, ended)
         elif count > 1 and size >= WORTH_PROCESSES_BYTES:
-            # Where several machines prepare the same text, each takes the parts in another order.
-            random.SystemRandom().shuffle(left)
             in_processes(function, left, count, work.proceed, ended)
         else:
             in_threads(function, left, work.proceed, ended)
@@ -361,13 +384,14 @@ def _bytes_at_work(tasks: Sequence[PartTask]) -> int:
     """Bytes of text in the parts that are being tokenised, by any process; of no part more than its
     files have.
     """
-    part_of = {path.name: task.part for task in tasks for path in task.directories.values()}
-    found: dict[Part, int] = {}
-    for folder in {path.parent for task in tasks for path in task.directories.values()}:
-        for path in folder.glob("*.partial-*/progress.json"):
-            part = part_of.get(path.parent.name.rpartition(".partial-")[0])
+    if len(tasks) > MOST_PARTS_LOOKED_AT:
+        return 0
+    found = 0
+    for task in tasks:
+        read_so_far = 0
+        for folder in task.begun:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                read_so_far = int(json.loads(path.read_bytes())["text_bytes"])
-                if part is not None:
-                    found[part] = min(part.size, found.get(part, 0) + read_so_far)
-    return sum(found.values())
+                progress = json.loads((folder / "progress.json").read_bytes())
+                read_so_far += int(progress["text_bytes"])
+        found += min(task.part.size, read_so_far)
+    return found
