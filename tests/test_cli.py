@@ -33,7 +33,12 @@ def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "hf"
     answer = braeburn("export", finished, "--out", out, "--json")
     assert answer.code == 0, answer.err
-    assert json.loads(answer.out) == {"out": str(out), "format": "hf", "step": 14}
+    assert json.loads(answer.out) == {
+        "out": str(out),
+        "format": "hf",
+        "dtype": "float32",
+        "step": 14,
+    }
     return out
 
 
@@ -276,6 +281,29 @@ def test_an_export_comes_back_the_same(finished: Path, imported: Path, tmp_path:
         results(directory, file)["results"][str(file)]["loss"] for directory in (finished, imported)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_export_in_bfloat16_holds_the_rounded_weights(
+    finished: Path, exported: Path, tmp_path: Path
+) -> None:
+    narrow = tmp_path / "narrow"
+    assert braeburn("export", finished, "--out", narrow, "--dtype", "bf16").code == 0
+    config = json.loads((narrow / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (exported, narrow)]
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.01)
+    assert braeburn("import", narrow, "--out", tmp_path / "back").code == 0
+    expected = jax.tree.map(
+        lambda x: np.asarray(x).astype("bfloat16").astype(np.float32), load(finished).params
+    )
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "back").params, expected)
+    for options, sentence in (
+        (["--dtype", "fp8"], "--dtype 'fp8' is not known; use --dtype fp32 or --dtype bf16"),
+        (["--dtype", "bf16", "--format", "gguf"], "of a GGUF file it is --type f16, q8_0 or q4_0"),
+        (["--type", "f16"], "of a Hugging Face directory it is --dtype fp32 or --dtype bf16"),
+    ):
+        assert sentence in braeburn("export", finished, "--out", tmp_path / "x", *options).error
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_import_of_an_export_exports_the_same(

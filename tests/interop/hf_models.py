@@ -230,7 +230,7 @@ def write(
 ) -> Path:
     """Exports a model to a directory, and returns that."""
     tokenizer = None if tokenizer_file is None else Tokenizer.load(tokenizer_file)
-    huggingface.write(directory, params, model, tokenizer, max_position_embeddings=2048, **options)
+    huggingface.write(directory, params, model, tokenizer, huggingface.Files(2048, **options))
     return directory
 
 

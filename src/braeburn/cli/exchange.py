@@ -51,6 +51,10 @@ def export(
         str | None,
         typer.Option("--type", help="Of a gguf's matrices: f16, q8_0 or q4_0; f16 without it."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of an hf's weights: fp32 or bf16; fp32 without it."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the newest checkpoint for other software."""
@@ -58,8 +62,12 @@ def export(
         raise UserError(f"--format {format!r} is not known; use --format hf or --format gguf")
     if format == "hf" and type_ is not None:
         raise UserError(
-            f"--type {type_} is one of --format gguf; a Hugging Face directory holds float32, "
-            f"leave it out"
+            f"--type {type_} is one of --format gguf; of a Hugging Face directory it is --dtype "
+            f"fp32 or --dtype bf16"
+        )
+    if format == "gguf" and dtype is not None:
+        raise UserError(
+            f"--dtype {dtype} is one of --format hf; of a GGUF file it is --type f16, q8_0 or q4_0"
         )
     if format == "hf" and out.suffix == ".gguf":
         raise UserError(
@@ -68,10 +76,14 @@ def export(
     if type_ not in (None, "f16", "q8_0", "q4_0"):
         raise UserError(f"--type {type_!r} is not known; use --type f16, q8_0 or q4_0")
     from braeburn.interop.exchange import export_gguf, export_huggingface
+    from braeburn.interop.huggingface import DTYPES
 
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is not known; use --dtype fp32 or --dtype bf16")
     result: dict[str, Any] = {"out": str(out), "format": format}
     if format == "hf":
-        result["step"] = export_huggingface(directory, out)
+        chosen = DTYPES[dtype or "fp32"]
+        result |= {"dtype": chosen, "step": export_huggingface(directory, out, chosen)}
     else:
         written = export_gguf(directory, out, type_ or "f16")  # type: ignore[arg-type]
         result["step"], path, uneven = written

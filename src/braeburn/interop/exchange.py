@@ -22,9 +22,14 @@ from braeburn.train.trained import found_run, load
 DEFAULT_POSITIONS = 4096
 
 
-def export_huggingface(directory: Path, out: Path) -> int:
+def export_huggingface(directory: Path, out: Path, dtype: huggingface.Dtype = "float32") -> int:
     """Writes the newest checkpoint of a run directory as a Hugging Face directory; returns its
     step.
+
+    Args:
+        directory: the run.
+        out: the folder to make.
+        dtype: of all weights.
 
     Raises:
         UserError: there is no whole checkpoint, or `out` is in use.
@@ -35,7 +40,7 @@ def export_huggingface(directory: Path, out: Path) -> int:
         trained.params,
         trained.model,
         trained.tokenizer,
-        max_position_embeddings=trained.sequence_length or DEFAULT_POSITIONS,
+        huggingface.Files(trained.sequence_length or DEFAULT_POSITIONS, dtype),
     )
     return trained.step
 

@@ -10,8 +10,9 @@ import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, which safetensors needs to read it
 import numpy as np
@@ -32,6 +33,34 @@ from braeburn.reading import is_regular, read_object, shown, validated
 from braeburn.train.progress import tracked
 
 _READABLE = ("F32", "BF16", "F16")
+# What a directory can be written in, by its usual names.
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: dict[str, Dtype] = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a directory tells of a model beside its sizes, and how it holds the weights.
+
+    Attributes:
+        max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
+        dtype: of all weights.
+        max_shard_bytes: tensors beyond this size go to further files.
+    """
+
+    max_position_embeddings: int
+    dtype: Dtype = "float32"
+    max_shard_bytes: int = 5_000_000_000
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return np.dtype(self.dtype).itemsize
 
 
 def write(
@@ -39,10 +68,9 @@ def write(
     params: Tree,
     model: ModelConfig,
     tokenizer: Tokenizer | None,
-    max_position_embeddings: int,
-    max_shard_bytes: int = 5_000_000_000,
+    files: Files,
 ) -> None:
-    """Writes a directory in float32 that `AutoModelForCausalLM` and `AutoTokenizer` of transformers
+    """Writes a directory that `AutoModelForCausalLM` and `AutoTokenizer` of transformers
     4 and 5 load.
 
     It is written beside its destination and renamed when complete: an interrupted export leaves no
@@ -53,8 +81,7 @@ def write(
         params: arrays of any float type, as `param_specs(model)` describes them.
         model: the sizes, from which its family follows.
         tokenizer: is shipped, and tells which tokens begin and end a document; None ships none.
-        max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
-        max_shard_bytes: tensors beyond this size go to further files.
+        files: what else the directory tells, and in which type.
 
     Raises:
         UserError: the directory is in use or cannot be written, or the model or tokenizer is one
@@ -76,16 +103,18 @@ def write(
     try:
         partial.mkdir(parents=True)
         made = True
-        _write_json(partial / "config.json", write_config(model, max_position_embeddings) | ids)
+        config = write_config(model, files.max_position_embeddings)
+        dtypes = {"dtype": files.dtype, "torch_dtype": files.dtype}
+        _write_json(partial / "config.json", config | dtypes | ids)
         _write_json(
             partial / "generation_config.json", tokenizer.generation_config() if tokenizer else ids
         )
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
-            settings = tokenizer.tokenizer_config() | {"model_max_length": max_position_embeddings}
-            _write_json(partial / "tokenizer_config.json", settings)
+            longest = {"model_max_length": files.max_position_embeddings}
+            _write_json(partial / "tokenizer_config.json", tokenizer.tokenizer_config() | longest)
         tensors = tensors_of(model, family.names, family.norm_offset)
-        _write_weights(partial, tensors, parameters, max_shard_bytes)
+        _write_weights(partial, tensors, parameters, files)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -97,12 +126,12 @@ def write(
 
 
 def _write_weights(
-    directory: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], max_shard_bytes: int
+    directory: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], files: Files
 ) -> None:
-    sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in tensors}
+    sizes = {tensor.name: files.width * math.prod(tensor.shape) for tensor in tensors}
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(sizes[t.name] for t in (*shards[-1], tensor)) > max_shard_bytes:
+        if shards[-1] and sum(sizes[t.name] for t in (*shards[-1], tensor)) > files.max_shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
     weight_map: dict[str, str] = {}
@@ -113,7 +142,10 @@ def _write_weights(
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
         save_file(
-            {tensor.name: tensor.exported(parameters) for tensor in shard},
+            {
+                tensor.name: tensor.exported(parameters).astype(files.dtype, copy=False)
+                for tensor in shard
+            },
             directory / name,
             {"format": "pt"},
         )

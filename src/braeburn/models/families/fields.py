@@ -271,8 +271,6 @@ def common_fields(model: ModelConfig, max_position_embeddings: int) -> dict[str,
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tied_embeddings,
         "max_position_embeddings": max_position_embeddings,
-        "dtype": "float32",
-        "torch_dtype": "float32",
     }
 
 
