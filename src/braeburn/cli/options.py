@@ -37,4 +37,11 @@ ChipsFile = Annotated[
         "--chips", metavar="FILE", help="TOML that adds chips to the catalogue or changes figures."
     ),
 ]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXIS=N,...",
+        help="Devices to split the model over, as fsdp=4 or fsdp=2,tensor=2; one without it.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]

@@ -62,6 +62,28 @@ def resolve(recipe: str, assignments: list[str] | None) -> Any:
     return override(base, values), provenance(base, values)
 
 
+def parse_mesh(text: str | None) -> Any:
+    """The mesh that `--mesh` names; None without it.
+
+    Raises:
+        UserError: it names none.
+    """
+    if text is None:
+        return None
+    from braeburn.config import MeshConfig
+
+    sizes: dict[str, Any] = {"fsdp": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not size.removeprefix("-").isdecimal():
+            raise UserError(
+                f"--mesh {text!r} is not a list of axes with their sizes; write it as "
+                f"--mesh fsdp=2,tensor=2"
+            )
+        sizes[axis.strip()] = int(size)
+    return MeshConfig().replace(**sizes)
+
+
 def begin_computing() -> None:
     """Logs go to standard error, from the main process only, and compiled programs to the cache.
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from braeburn.cli.options import AsJson, RunFolder, Set
+from braeburn.cli.options import AsJson, Mesh, RunFolder, Set
 from braeburn.cli.output import print_json, print_rows, say
-from braeburn.cli.resolve import begin_computing, warn_of_unused_accelerator
+from braeburn.cli.resolve import begin_computing, parse_mesh, warn_of_unused_accelerator
 from braeburn.errors import UserError
 
 commands = typer.Typer()
@@ -45,14 +45,16 @@ def evaluate(
             help="Tokens from window to window; with fewer than in one, windows overlap.",
         ),
     ] = None,
+    mesh: Mesh = None,
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
+    devices = parse_mesh(mesh)
     begin_computing()
     from braeburn.evaluate.text import Windows, evaluate_files, evaluate_held_out
     from braeburn.train.trained import load
 
-    trained = load(directory)
+    trained = load(directory, devices)
     warn_of_unused_accelerator()
     texts = [*(data or []), *(more or [])]
     windows = Windows(sequence_length, stride)

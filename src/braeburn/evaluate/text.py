@@ -1,6 +1,7 @@
 """Evaluation of a trained model on files."""
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,12 +9,13 @@ from pathlib import Path
 
 from braeburn.config import Source
 from braeburn.data.corpus import Document, Report, documents
+from braeburn.data.packing import Batch
 from braeburn.data.prepare import prepare
 from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.errors import UserError
 from braeburn.evaluate.windows import evaluation_batches
-from braeburn.models.decoder import param_specs
-from braeburn.parallel.layout import one_device
+from braeburn.parallel.layout import Layout
+from braeburn.parallel.rules import sequence_pieces
 from braeburn.train.held_out import evaluator, measure
 from braeburn.train.progress import tracked
 from braeburn.train.trained import Trained
@@ -133,7 +135,25 @@ def evaluate_held_out(
 def _evaluate(
     trained: Trained, shards: TokenShards, length: int, stride: int, tokens: int
 ) -> dict[str, float]:
-    layout = one_device(param_specs(trained.model), trained.run.precision)
+    layout = trained.layout
+    sequences = math.prod(
+        layout.sizes.sizes[axis] for axis in layout.execution.rules.batch.activations
+    )
+    pieces = sequence_pieces(layout.sizes)
+    if length % pieces:
+        raise UserError(
+            f"--mesh cuts windows of {length} tokens into {pieces} pieces, which do not come out "
+            f"even; set --sequence-length to a multiple of {pieces}"
+        )
     evaluate = evaluator(trained.model, trained.tokenizer.token_bytes, layout)
-    batches = evaluation_batches(shards, length, stride, tokens, BATCH_TOKENS)
-    return measure(evaluate, trained.params, tracked(batches, "evaluating"), shards.byte_ratio)
+    most = BATCH_TOKENS * sequences
+    batches = evaluation_batches(shards, length, stride, tokens, most, (sequences, pieces))
+    placed = (_placed(batch, layout) for batch in tracked(batches, "evaluating"))
+    return measure(evaluate, trained.params, placed, shards.byte_ratio)
+
+
+def _placed(batch: Batch, layout: Layout) -> Batch:
+    """A batch on the devices, of which each process has made all."""
+    count = len(batch["inputs"])
+    rows = layout.rows(count)
+    return layout.place({name: values[rows] for name, values in batch.items()}, rows, count)

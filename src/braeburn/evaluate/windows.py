@@ -40,7 +40,12 @@ def spans(tokens: int, length: int, stride: int) -> Iterator[Span]:
 
 
 def evaluation_batches(
-    shards: TokenShards, length: int, stride: int, tokens: int, batch_tokens: int
+    shards: TokenShards,
+    length: int,
+    stride: int,
+    tokens: int,
+    batch_tokens: int,
+    even: tuple[int, int] = (1, 1),
 ) -> Iterator[Batch]:
     """Batches [B, T] that score the first `tokens` tokens of a text; of at most three shapes.
 
@@ -53,12 +58,14 @@ def evaluation_batches(
         length: of a window, in tokens.
         stride: from the start of one window to that of the next, in tokens.
         tokens: how many to score.
-        batch_tokens: the most in a batch, unless one window has more.
+        batch_tokens: the most in a batch, unless the fewest windows have more.
+        even: what B and T are multiples of; `length` is one of the second.
     """
+    sequences, pieces = even
 
     def rows(whole: bool) -> Iterator[Row]:
         for span in spans(tokens, length, stride):
-            size = padded_length(span.stop - span.start, length)
+            size = padded_length(span.stop - span.start, length, pieces)
             if (size == length) == whole:
                 row = window(shards, span.start, size)
                 row["weights"][: span.scored - span.start] = 0
@@ -66,16 +73,20 @@ def evaluation_batches(
                 yield row
 
     whole = sum(
-        padded_length(span.stop - span.start, length) == length
+        padded_length(span.stop - span.start, length, pieces) == length
         for span in spans(tokens, length, stride)
     )
-    yield from batched(rows(True), min(max(1, batch_tokens // length), power_of_two(whole)))
-    yield from batched(rows(False), 1)
+    most = min(max(1, batch_tokens // length), power_of_two(whole))
+    yield from batched(rows(True), -(-most // sequences) * sequences)
+    yield from batched(rows(False), sequences)
 
 
-def padded_length(tokens: int, length: int) -> int:
-    """The length of the window for so many tokens: a power of two, or `length`."""
-    return min(length, max(SHORTEST, power_of_two(tokens)))
+def padded_length(tokens: int, length: int, pieces: int = 1) -> int:
+    """The length of the window for so many tokens: a power of two, made a multiple of `pieces`, or
+    `length`.
+    """
+    padded = max(SHORTEST, power_of_two(tokens))
+    return min(length, -(-padded // pieces) * pieces)
 
 
 def power_of_two(count: int) -> int:

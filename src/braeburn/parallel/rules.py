@@ -128,8 +128,53 @@ def check(
     Raises:
         UserError: naming the axis at fault, and sizes of it that would work.
     """
+    check_model(model, execution, parameters)
     sizes = execution.mesh.sizes
-    tensor, context = sizes["tensor"], sizes["context"]
+    stage = run.stages[name]
+    sequences = stage.batch_size // stage.accumulation_steps
+    splits = execution.rules.batch.activations
+    if sequences % math.prod(sizes[axis] for axis in splits):
+        what = f"stages.{name}: the {sequences} sequences of a batch"
+        if stage.accumulation_steps > 1:
+            what += f" over accumulation_steps={stage.accumulation_steps}"
+        raise UserError(_uneven(what, sequences, splits, execution))
+    pieces = sequence_pieces(execution.mesh)
+    if stage.sequence_length % pieces:
+        axis = "context" if sizes["context"] > 1 else "tensor"
+        others = pieces // sizes[axis]
+        fits = [
+            n for n in divisors(stage.sequence_length) if stage.sequence_length % (n * others) == 0
+        ]
+        raise UserError(
+            f"stages.{name}: mesh.{axis}={sizes[axis]} splits sequences of {stage.sequence_length} "
+            f"tokens into {pieces} pieces, which do not come out even; set mesh.{axis} to one of "
+            f"{some(fits or [1])}"
+        )
+
+
+def sequence_pieces(mesh: MeshConfig) -> int:
+    """How many pieces of equal length a sequence is cut into: a context shard holds two, an early
+    one and a late one, each split over tensor.
+    """
+    return (2 if mesh.context > 1 else 1) * mesh.context * mesh.tensor
+
+
+def check_model(
+    model: ModelConfig,
+    execution: Execution,
+    parameters: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], str]],
+) -> None:
+    """Refuses a mesh that does not divide a model.
+
+    Args:
+        model: the model.
+        execution: resolved sizes of the mesh, and the rules.
+        parameters: logical axes, shape and role of each parameter by its path.
+
+    Raises:
+        UserError: naming the axis at fault, and sizes of it that would work.
+    """
+    tensor = execution.mesh.tensor
     for path, (axes, shape, role) in parameters.items():
         try:
             for kind in ("parameters", "optimizer", "activations"):
@@ -145,28 +190,6 @@ def check(
         raise UserError(
             f"mesh.tensor={tensor} neither divides nor is a multiple of "
             f"model.num_kv_heads={model.num_kv_heads}; set mesh.tensor to one of {some(fits)}"
-        )
-    stage = run.stages[name]
-    sequences = stage.batch_size // stage.accumulation_steps
-    splits = execution.rules.batch.activations
-    if sequences % math.prod(sizes[axis] for axis in splits):
-        what = f"stages.{name}: the {sequences} sequences of a batch"
-        if stage.accumulation_steps > 1:
-            what += f" over accumulation_steps={stage.accumulation_steps}"
-        raise UserError(_uneven(what, sequences, splits, execution))
-    # A context shard holds two pieces of each sequence, an early one and a late one, each split
-    # over tensor.
-    pieces = (2 if context > 1 else 1) * context * tensor
-    if stage.sequence_length % pieces:
-        axis = "context" if context > 1 else "tensor"
-        others = pieces // sizes[axis]
-        fits = [
-            n for n in divisors(stage.sequence_length) if stage.sequence_length % (n * others) == 0
-        ]
-        raise UserError(
-            f"stages.{name}: mesh.{axis}={sizes[axis]} splits sequences of {stage.sequence_length} "
-            f"tokens into {pieces} pieces, which do not come out even; set mesh.{axis} to one of "
-            f"{some(fits or [1])}"
         )
 
 

@@ -14,9 +14,9 @@ from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, walk
 from braeburn.models.decoder import param_specs
 from braeburn.optim.build import build_optimizer
-from braeburn.parallel.layout import Layout, can_offload
+from braeburn.parallel.layout import Layout, can_offload, one_device
 from braeburn.parallel.mesh import build, resolve
-from braeburn.parallel.rules import check
+from braeburn.parallel.rules import check, check_model
 from braeburn.train.frozen import updating
 from braeburn.transforms.definition import Transform, transform_of
 
@@ -137,6 +137,27 @@ def trained_specs(run: Run, name: str) -> Tree:
 def of_model(layout: Layout, model: ModelConfig) -> Layout:
     """Where the parameters of a model lie on the mesh of a layout."""
     return dataclasses.replace(layout, specs=param_specs(model))
+
+
+def model_layout(run: Run, model: ModelConfig, mesh: MeshConfig | None) -> Layout:
+    """Where the parameters of a trained model lie, for what is done with it after training.
+
+    Args:
+        run: that trained it.
+        model: the model.
+        mesh: sizes of the mesh; None for one device of this process.
+
+    Raises:
+        UserError: the mesh does not fit the devices, or does not divide the model.
+    """
+    specs = param_specs(model)
+    if mesh is None:
+        return one_device(specs, run.precision)
+    sizes = resolve(mesh, len(jax.devices()))
+    execution = Execution(mesh=sizes, rules=run.rules, precision=run.precision)
+    parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in walk(specs)}
+    check_model(model, execution, parameters)
+    return Layout(execution, build(sizes), specs)
 
 
 def _layout(run: Run, name: str, specs: Tree, devices: Sequence[Any] | None) -> Layout:

@@ -1,18 +1,20 @@
 """What a run directory holds for use after training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from braeburn.config import Checkpoint, ModelConfig, Run, flatten, read_run, validate
+import jax
+
+from braeburn.config import Checkpoint, MeshConfig, ModelConfig, Run, flatten, read_run, validate
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer_settings import TOKENIZER_CONFIG
 from braeburn.disk import explaining, scratch
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree, abstract
-from braeburn.models import decoder
+from braeburn.parallel.layout import Layout
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
-from braeburn.train.resolved import trained_specs
+from braeburn.train.resolved import model_layout, trained_specs
 from braeburn.train.state import TrainState
 from braeburn.transforms.definition import transform_of
 
@@ -26,6 +28,7 @@ class Trained:
         step: steps made by then.
         model: the model as the stage of that step trained it, RoPE base included.
         params: float32 parameters.
+        layout: where they lie.
         tokenizer: the tokenizer that it was trained with.
         sequence_length: of the longest sequences that it was trained on, here or elsewhere; 0 where
             unknown.
@@ -37,14 +40,19 @@ class Trained:
     params: Tree
     tokenizer: Tokenizer
     sequence_length: int
+    layout: Layout
 
 
-def load(directory: Path) -> Trained:
+def load(directory: Path, mesh: MeshConfig | None = None) -> Trained:
     """Reads the newest checkpoint of a run directory.
+
+    Args:
+        directory: of the run.
+        mesh: the devices to read it onto, each of which gets its part; None for one device.
 
     Raises:
         UserError: the folder holds no run or no checkpoint, the newest is damaged or of another
-            model than the run, or its tokenizer is not the run's.
+            model than the run, its tokenizer is not the run's, or the mesh does not fit.
     """
     run = received_run(directory)
     checkpoints = Checkpoints(directory)
@@ -58,13 +66,14 @@ def load(directory: Path) -> Trained:
     fields, saved_tokenizer = checkpoints.restore_run(step)
     require_same_model(run, validate(fields), step, directory)
     model, sequence_length = run.model_at(step)
-    params = _params(run, step, checkpoints)
+    layout = model_layout(run, model, mesh)
+    params = _params(run, step, checkpoints, layout)
     saved = Tokenizer.from_json(saved_tokenizer)
     tokenizer = read_tokenizer(directory)
     require_same_tokenizer(tokenizer, saved, directory / "tokenizer.json", step)
     if not (directory / TOKENIZER_CONFIG).exists():  # as in run directories of earlier versions
         tokenizer = saved
-    return Trained(run, step, model, params, tokenizer, sequence_length)
+    return Trained(run, step, model, params, tokenizer, sequence_length, layout)
 
 
 def received_run(directory: Path) -> Run:
@@ -90,15 +99,28 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory / "tokenizer.json", "put the run's own tokenizer.json back")
 
 
-def _params(run: Run, step: int, checkpoints: Checkpoints) -> Tree:
+def _params(run: Run, step: int, checkpoints: Checkpoints, layout: Layout) -> Tree:
     """The parameters of a checkpoint; from the middle of a stage, the stage's effective weights."""
     if step < run.total_steps:
         name, stage, index = run.stage_at(step)
         effective = transform_of(stage, run.models()[name]).effective if index else None
         if effective:
-            params = checkpoints.restore_params(step, abstract(trained_specs(run, name)))
-            return effective(params, index)
-    return checkpoints.restore_params(step, abstract(decoder.param_specs(run.model_at(step)[0])))
+            stored = replace(layout, specs=trained_specs(run, name))
+            params = checkpoints.restore_params(step, _in_place(stored))
+            used = effective(params, index)
+            return used if layout.num_devices == 1 else jax.device_put(used, layout.parameters())
+    return checkpoints.restore_params(step, _in_place(layout))
+
+
+def _in_place(layout: Layout) -> Tree:
+    """The types of a layout's parameters, with where they lie unless that is on one device."""
+    if layout.num_devices == 1:
+        return abstract(layout.specs)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract(layout.specs),
+        layout.parameters(),
+    )
 
 
 # What may differ between the model of a configuration and that of a checkpoint: how it is computed,

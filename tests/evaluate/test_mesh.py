@@ -1,0 +1,77 @@
+"""Evaluation on several devices gives what one device gives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from braeburn.cli.resolve import parse_mesh
+from braeburn.train.trained import load
+from support import braeburn
+
+
+def results(directory: Path, *arguments: Any) -> dict[str, Any]:
+    answer = braeburn("evaluate", directory, "--json", *arguments)
+    assert answer.code == 0, answer.err
+    return json.loads(answer.out)["results"]
+
+
+@pytest.fixture(scope="module")
+def on_one(finished: Path) -> dict[str, Any]:
+    return results(finished)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "fsdp=2,tensor=2",
+        "context=2",
+        pytest.param("fsdp=8", marks=pytest.mark.deep),
+        pytest.param("data=2,tensor=4", marks=pytest.mark.deep),
+    ],
+)
+def test_held_out_text_on_a_mesh(mesh: str, finished: Path, on_one: dict[str, Any]) -> None:
+    found = results(finished, "--mesh", mesh)
+    assert found.keys() == on_one.keys()
+    for source, expected in on_one.items():
+        assert found[source]["tokens"] == expected["tokens"]
+        assert found[source]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found[source]["accuracy"] == pytest.approx(expected["accuracy"], abs=2e-4)
+
+
+def test_short_files_and_overlapping_windows_on_a_mesh(finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("for line in sys.stdin:\n    print(line)\n" * 20)
+    options = ("--data", file, "--sequence-length", 48, "--stride", 16)
+    (expected,) = results(finished, *options).values()
+    (found,) = results(finished, *options, "--mesh", "data=2,context=2").values()
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert (found["tokens"], found["bytes"]) == (expected["tokens"], expected["bytes"])
+
+
+def test_each_device_gets_its_part(finished: Path) -> None:
+    trained = load(finished, parse_mesh("fsdp=2,tensor=2"))
+    (matrix,) = (leaf for leaf in jax.tree.leaves(trained.params["layers"]["gate"]))
+    assert len(matrix.addressable_shards) == 4
+    assert matrix.addressable_shards[0].data.size * 4 == matrix.size
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sentence"),
+    [
+        ("fsdp", "--mesh 'fsdp' is not a list of axes with their sizes; write it as --mesh fsdp=2"),
+        ("sideways=2", "sideways"),
+        ("fsdp=16", "needs 16 devices but 8 are there"),
+        ("fsdp=3", "model parameter"),
+        ("tensor=8,fsdp=-1", "tensor"),
+    ],
+)
+def test_meshes_that_do_not_fit(mesh: str, sentence: str, finished: Path) -> None:
+    assert sentence in braeburn("evaluate", finished, "--mesh", mesh).error
+
+
+def test_windows_that_do_not_come_out_even(finished: Path) -> None:
+    answer = braeburn("evaluate", finished, "--mesh", "context=4", "--sequence-length", "100")
+    assert "set --sequence-length to a multiple of 8" in answer.error
