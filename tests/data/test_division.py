@@ -165,7 +165,8 @@ def test_parts_in_threads_and_processes_give_the_bytes_of_the_whole(
     prepare.prepare(elsewhere(run, tmp_path / "processes"), print, work=work)
     assert stores(tmp_path / "processes") == expected
     assert divided.fingerprints == whole.fingerprints
-    assert seen and all(0 <= one.done <= one.total for one in seen)
+    assert all(0 <= one.done <= one.total for one in seen)
+    assert seen[-1].done == seen[-1].total > 0
     # What was only needed on the way is gone.
     for cache in ("threads", "processes"):
         assert sorted(path.name for path in (tmp_path / cache / "stores").iterdir()) == sorted(

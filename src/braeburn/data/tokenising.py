@@ -316,6 +316,7 @@ def _build(
     watched = replace(work, proceed=proceed)
     ordered = _mixed(tasks, first=lambda task: bool(task.begun))
     _do_all(partial(_tokenise, tokenizer), ordered, total, watched, done, _is_taken)
+    work.watch(Progress(total, total, time.monotonic() - began, before))
     joinings = [joining for text in texts for joining in text.joinings()]
     copies = [copy for joining in joinings for copy in joining.copies]
     _do_all(copy_shard, _mixed(copies), total, work, lambda copy, size: None)
