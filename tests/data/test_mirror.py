@@ -112,7 +112,11 @@ def test_ranges_are_those_of_the_file(
     values = np.arange(100, dtype="<u2") * 7
     fsspec.filesystem("memory").pipe_file("/bucket/tokens/a.bin", values.tobytes())
     file = RangeFile(
-        RemoteFolder(url), "a.bin", values.dtype, 100, BlockCache(tmp_path / "blocks", 10**6)
+        RemoteFolder(url),
+        tmp_path / "a.bin",
+        values.dtype,
+        100,
+        BlockCache(tmp_path / "blocks", 10**6),
     )
     assert len(file) == 100
     for start, stop in itertools.product((0, 1, 5, 50, 99, 100, 200), (0, 1, 6, 99, 100, 300)):
@@ -136,7 +140,7 @@ def test_a_damaged_block_is_fetched_again(url: str, tmp_path: Path) -> None:
     values = np.arange(50, dtype="<u4")
     fsspec.filesystem("memory").pipe_file("/bucket/tokens/a.bin", values.tobytes())
     blocks = BlockCache(tmp_path / "blocks", 10**6)
-    file = RangeFile(RemoteFolder(url), "a.bin", values.dtype, 50, blocks)
+    file = RangeFile(RemoteFolder(url), tmp_path / "a.bin", values.dtype, 50, blocks)
     assert np.array_equal(file[:10], values[:10])
     (path,) = (path for path in (tmp_path / "blocks").rglob("*") if path.is_file())
     path.write_bytes(path.read_bytes()[:-1])
@@ -146,10 +150,25 @@ def test_a_damaged_block_is_fetched_again(url: str, tmp_path: Path) -> None:
 def test_tokens_that_are_cut_short_are_told_of(url: str, tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/bucket/tokens/a.bin", bytes(10))
     file = RangeFile(
-        RemoteFolder(url), "a.bin", np.dtype("<u2"), 50, BlockCache(tmp_path / "b", 1000)
+        RemoteFolder(url), tmp_path / "a.bin", np.dtype("<u2"), 50, BlockCache(tmp_path / "b", 1000)
     )
     with pytest.raises(UserError, match=r"tokens/a\.bin' is shorter than its manifest says"):
         file[0:50]
+
+
+def test_tokens_that_are_gone_are_told_of(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(run, print)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine 2"))
+    shards = prepare(run, print).train["web"]
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+    with pytest.raises(UserError, match=r"tokens-00000\.bin' is gone; delete '.*web-train-"):
+        shards.read(0, 10)
+    assert shards.document_starts(0, 10).size  # what was fetched is here
+    # The advice works: the files of the source are still here.
+    shutil.rmtree(shards.directory)
+    assert prepare(run, print).fingerprints
 
 
 def test_an_outage_is_waited_for(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

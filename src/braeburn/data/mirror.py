@@ -221,18 +221,19 @@ class RangeFile:
     """A remote file of numbers, of which ranges are read as they are asked for."""
 
     def __init__(
-        self, folder: RemoteFolder, name: str, dtype: np.dtype, count: int, blocks: BlockCache
+        self, folder: RemoteFolder, local: Path, dtype: np.dtype, count: int, blocks: BlockCache
     ) -> None:
         """Reads nothing yet.
 
         Args:
             folder: that holds the file.
-            name: of the file.
+            local: where the file would be on this machine, which has all but it.
             dtype: of its numbers.
             count: of them.
             blocks: keeps what was read.
         """
-        self._folder, self._name, self._dtype, self._count = folder, name, dtype, count
+        self._folder, self._name, self._local = folder, local.name, local.parent
+        self._dtype, self._count = dtype, count
         self._blocks = blocks
 
     def __len__(self) -> int:
@@ -257,7 +258,13 @@ class RangeFile:
         stop = min(start + BLOCK_BYTES, self._count * self._dtype.itemsize)
         data = self._blocks.get(key)
         if data is None or len(data) != stop - start:
-            data = self._folder.read(self._name, start, stop)
+            try:
+                data = self._folder.read(self._name, start, stop)
+            except FileNotFoundError:
+                raise UserError(
+                    f"'{self._folder.url}/{self._name}' is gone; delete {str(self._local)!r}, so "
+                    f"that the text is fetched or prepared again"
+                ) from None
             if len(data) != stop - start:
                 raise UserError(
                     f"'{self._folder.url}/{self._name}' is shorter than its manifest says; delete "
@@ -352,5 +359,6 @@ def range_files(
     """
     where = json.loads((directory / REMOTE).read_bytes())
     folder = RemoteFolder(where["url"])
+    _reached.add(folder.url)  # when the local folder was made
     blocks = BlockCache(Path(where["blocks"]) / "blocks", int(where["block_bytes"]))
-    return [RangeFile(folder, name, dtype, count, blocks) for name, count in names]
+    return [RangeFile(folder, directory / name, dtype, count, blocks) for name, count in names]
