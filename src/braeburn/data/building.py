@@ -7,6 +7,7 @@ was written later is cut off.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -69,7 +70,7 @@ def shard_path(directory: Path, kind: str, index: int) -> Path:
 
 
 @dataclass
-class _Growing:
+class GrowingFile:
     """A file that is appended to, and the hash of what it holds."""
 
     file: IO[bytes]
@@ -77,6 +78,7 @@ class _Growing:
     count: int = 0
 
     def append(self, values: np.ndarray) -> None:
+        """Writes contiguous values."""
         self.file.write(values.data)
         self.digest.update(values.data)
         self.count += len(values)
@@ -85,6 +87,26 @@ class _Growing:
         """Returns once the disk has it."""
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+def shard_of(tokens: GrowingFile, documents: GrowingFile) -> TokenShard:
+    """What the two files of a shard hold."""
+    return TokenShard(
+        tokens=tokens.count,
+        documents=documents.count,
+        tokens_sha256=tokens.digest.hexdigest(),
+        documents_sha256=documents.digest.hexdigest(),
+    )
+
+
+def put_in_place(folder: Path, directory: Path) -> None:
+    """Gives a complete folder its name, unless another process has put the same there."""
+    try:
+        folder.rename(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Building:
@@ -100,7 +122,7 @@ class Building:
         self._shard_tokens = shard_tokens
         self._recorded = time.monotonic()
         self._in_full_shards = sum(shard.tokens for shard in progress.shards)
-        self._open: tuple[_Growing, _Growing] | None = None
+        self._open: tuple[GrowingFile, GrowingFile] | None = None
         if progress.last is not None:
             self._reopen(progress.last)
 
@@ -132,7 +154,7 @@ class Building:
         if self._open is not None:
             for growing in self._open:
                 growing.save()
-            self.progress.last = self._shard()
+            self.progress.last = shard_of(*self._open)
         unfinished = self.folder / ".progress.json"
         write(unfinished, self.progress.model_dump_json().encode())
         unfinished.replace(self.folder / "progress.json")
@@ -153,24 +175,14 @@ class Building:
             growing.file.close()
         self._open = None
 
-    def _opened(self, kind: str, mode: str) -> _Growing:
-        return _Growing(shard_path(self.folder, kind, len(self.progress.shards)).open(mode))
-
-    def _shard(self) -> TokenShard:
-        assert self._open is not None
-        tokens, documents = self._open
-        return TokenShard(
-            tokens=tokens.count,
-            documents=documents.count,
-            tokens_sha256=tokens.digest.hexdigest(),
-            documents_sha256=documents.digest.hexdigest(),
-        )
+    def _opened(self, kind: str, mode: str) -> GrowingFile:
+        return GrowingFile(shard_path(self.folder, kind, len(self.progress.shards)).open(mode))
 
     def _end_shard(self) -> None:
         assert self._open is not None
         for growing in self._open:
             growing.save()
-        shard = self._shard()
+        shard = shard_of(*self._open)
         self.close()
         self.progress.shards.append(shard)
         self._in_full_shards += shard.tokens

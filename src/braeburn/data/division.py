@@ -34,7 +34,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Bytes of the files, as they are stored."""
+        """Bytes of the files on disk, compressed where they are."""
         whole = sum(file.size for file in self.files)
         return (whole if self.stop is None else self.stop) - self.start
 

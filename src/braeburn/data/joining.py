@@ -7,7 +7,6 @@ and is known by a small file beside it that is written last.
 
 import errno
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from braeburn.atomic import write_atomically
-from braeburn.data.building import shard_path
+from braeburn.data.building import GrowingFile, put_in_place, shard_of, shard_path
 from braeburn.data.corpus import Report, merge
 from braeburn.data.manifest import (
     TokenManifest,
@@ -29,7 +28,7 @@ from braeburn.data.manifest import (
     reading,
     write,
 )
-from braeburn.data.token_shards import manifest_of, put_in_place, writing
+from braeburn.data.token_shards import manifest_of, writing
 from braeburn.data.tokenizer import Tokenizer
 
 
@@ -93,23 +92,16 @@ class Joining:
     folder: Path
     manifests: list[TokenManifest]
     copies: list[Copy]
-    text_bytes: int = 0
-    token_bytes: int = 0
 
     @property
-    def documents(self) -> int:
-        """How many documents the parts hold."""
-        return sum(manifest.documents for manifest in self.manifests)
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text of all parts."""
+        return sum(manifest.text_bytes for manifest in self.manifests)
 
     @property
-    def report(self) -> Report:
-        """Of reading all parts."""
-        return merge(
-            [
-                Report(dict(manifest.passed_over), manifest.separator_missing)
-                for manifest in self.manifests
-            ]
-        )
+    def token_bytes(self) -> int:
+        """Bytes that their tokens stand for."""
+        return sum(manifest.token_bytes for manifest in self.manifests)
 
     def finish(self, tokenizer: Tokenizer, shard_tokens: int) -> None:
         """Puts the folder in its place, once all shards have been copied.
@@ -133,12 +125,19 @@ class Joining:
                             shard_path(self.folder, kind, copy.index),
                             shard_path(whole, kind, copy.index),
                         )
-                manifest = manifest_of(tokenizer, shard_tokens, shards, self.report, self)
+                manifest = manifest_of(
+                    tokenizer, shard_tokens, shards, report_of(self.manifests), self
+                )
                 write(whole / "manifest.json", manifest_bytes(manifest))
                 put_in_place(whole, self.directory)
             except BaseException:
                 shutil.rmtree(whole, ignore_errors=True)
                 raise
+
+
+def report_of(manifests: Sequence[TokenManifest]) -> Report:
+    """The report of reading all parts of a side."""
+    return merge([Report(dict(found.passed_over), found.separator_missing) for found in manifests])
 
 
 def _link(source: Path, target: Path) -> None:
@@ -185,14 +184,7 @@ def plan_joining(
         copies.append(Copy(folder, index, start, stop, manifests[0].dtype, held))
     with writing(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    return Joining(
-        directory,
-        folder,
-        manifests,
-        copies,
-        sum(manifest.text_bytes for manifest in manifests),
-        sum(manifest.token_bytes for manifest in manifests),
-    )
+    return Joining(directory, folder, manifests, copies)
 
 
 def copy_shard(copy: Copy, proceed: Callable[[], None] = lambda: None) -> int:
@@ -221,18 +213,13 @@ def copy_shard(copy: Copy, proceed: Callable[[], None] = lambda: None) -> int:
                     for edge in (copy.start, copy.stop)
                 )
                 content = np.frombuffer(_content(piece, "tokens"), dtype)
-                tokens.append(content[first:last])
+                tokens.growing.append(content[first:last])
                 starts = np.frombuffer(_content(piece, "documents"), "<i8") + piece.part_start
                 held = (starts >= copy.start) & (starts < copy.stop)
-                documents.append(starts[held].astype("<i8"))
+                documents.growing.append(starts[held].astype("<i8"))
             for output in (tokens, documents):
                 output.finish()
-            shard = TokenShard(
-                tokens=tokens.count,
-                documents=documents.count,
-                tokens_sha256=tokens.digest.hexdigest(),
-                documents_sha256=documents.digest.hexdigest(),
-            )
+            shard = shard_of(tokens.growing, documents.growing)
             write_atomically(_record(copy), shard.model_dump_json())
         finally:
             tokens.close()
@@ -247,24 +234,15 @@ class _Output:
         self._path = shard_path(copy.folder, kind, copy.index)
         # Other processes may be at work on the same.
         self._temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
-        self._file = self._temporary.open("wb")
-        self.digest = sha256()
-        self.count = 0
-
-    def append(self, values: np.ndarray) -> None:
-        data = np.ascontiguousarray(values).data
-        self._file.write(data)
-        self.digest.update(data)
-        self.count += len(values)
+        self.growing = GrowingFile(self._temporary.open("wb"))
 
     def finish(self) -> None:
         """Gives the file its name once the disk has it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.growing.save()
         self._temporary.replace(self._path)
 
     def close(self) -> None:
-        self._file.close()
+        self.growing.file.close()
         self._temporary.unlink(missing_ok=True)
 
 

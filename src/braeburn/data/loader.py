@@ -6,9 +6,6 @@ A batch is a pure function of (seed, stage, step): resuming needs the step and n
 import errno
 import logging
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ from braeburn.data.mixture import Mixture, derive_key
 from braeburn.data.packing import Batch, Sequences, batched, stack, windows
 from braeburn.data.teacher_labels import TeacherLabels
 from braeburn.data.token_shards import Deleted, TokenShards
+from braeburn.data.workers import end_with_parent
 
 READERS = 32  # of token shards over a network, whose answers take long to come
 
@@ -148,22 +146,10 @@ def _read_ahead(batches: Batches, start: int, workers: int, prefetch: int) -> It
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker when the process that started it is gone, even killed; grain leaves it
-    waiting for ever.
-
-    Signals that a terminal or a service manager sends to every process are for that process
-    to heed: it still needs batches, or ends the workers itself.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    """Ends this worker with the process that started it; grain leaves it waiting for ever."""
     parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    if parent is not None and parent.pid is not None:
+        end_with_parent(parent.pid)
 
 
 def held_out_batches(

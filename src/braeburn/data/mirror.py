@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from braeburn.data.building import put_in_place, shard_path
+from braeburn.data.manifest import TokenManifest, read_manifest
 from braeburn.errors import UserError
 
 BLOCK_BYTES = 2**16  # of tokens that are fetched at once
@@ -170,7 +172,7 @@ class BlockCache:
         """
         self._folder = folder
         self._limit = limit
-        self._unseen: int | None = None  # bytes written since the folder was looked at
+        self._unseen = limit  # bytes that may have been written since the folder was looked at
         self._lock = threading.Lock()
 
     def get(self, key: str) -> bytes | None:
@@ -192,11 +194,10 @@ class BlockCache:
             temporary.write_bytes(data)
             temporary.replace(path)
         with self._lock:
-            unseen = self._limit if self._unseen is None else self._unseen + len(data)
-            if unseen > self._limit // 100:
+            self._unseen += len(data)
+            if self._unseen > self._limit // 100:
                 self._trim()
-                unseen = 0
-            self._unseen = unseen
+                self._unseen = 0
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()[:40]
@@ -316,14 +317,13 @@ class Mirror:
         partial.mkdir(parents=True)
         try:
             self.remote.fetch(f"{name}/manifest.json", partial / "manifest.json")
-            manifest = json.loads((partial / "manifest.json").read_bytes())
-            for index in range(len(manifest["shards"])):
-                file = f"documents-{index:05d}.bin"
-                self.remote.fetch(f"{name}/{file}", partial / file)
+            manifest = read_manifest(partial / "manifest.json", TokenManifest)
+            for index in range(len(manifest.shards)):
+                file = shard_path(partial, "documents", index)
+                self.remote.fetch(f"{name}/{file.name}", file)
             where = {"url": f"{self.remote.url.rstrip('/')}/{name}", "blocks": str(self.local)}
             (partial / REMOTE).write_text(json.dumps(where | {"block_bytes": self.block_bytes}))
-            with contextlib.suppress(OSError):  # another process has made the same
-                partial.rename(directory)
+            put_in_place(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

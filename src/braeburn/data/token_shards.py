@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from braeburn.data.building import Building, claim, shard_path
+from braeburn.data.building import Building, claim, put_in_place, shard_path
 from braeburn.data.corpus import Document, Report
 from braeburn.data.cutting import pieces
 from braeburn.data.manifest import (
@@ -146,8 +146,13 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 class TextBytes(Protocol):
     """Something that counts the bytes of a text, and those that its tokens stand for."""
 
-    text_bytes: int
-    token_bytes: int
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that its tokens stand for."""
 
 
 def manifest_of(
@@ -187,16 +192,6 @@ class _Stopped(Exception):
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
         self.reason = reason
-
-
-def put_in_place(folder: Path, directory: Path) -> None:
-    """Gives a complete folder its name, unless another process has put the same there."""
-    try:
-        folder.rename(directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tokenise(

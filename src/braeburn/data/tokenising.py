@@ -19,9 +19,9 @@ from pathlib import Path
 
 from braeburn.config import Source
 from braeburn.data.building import ABANDONED_SECONDS, age, is_at_work
-from braeburn.data.corpus import Report, is_held_out, merge, nothing_found, read
+from braeburn.data.corpus import Report, is_held_out, nothing_found, read
 from braeburn.data.division import Part, divide
-from braeburn.data.joining import Joining, copy_shard, plan_joining
+from braeburn.data.joining import Joining, copy_shard, plan_joining, report_of
 from braeburn.data.listing import Listing, fingerprint
 from braeburn.data.manifest import TokenManifest, read_manifest
 from braeburn.data.mirror import Mirror
@@ -73,7 +73,6 @@ class SourceText:
     Attributes:
         listing: the source's files.
         directories: the folder of each side.
-        missing: the sides whose folders are not there, when it was looked last.
     """
 
     def __init__(self, listing: Listing, settings: Settings, mirror: Mirror | None = None) -> None:
@@ -105,18 +104,17 @@ class SourceText:
             side: folder / f"{listing.name}-{side}-{names[side]}" for side in settings.sides
         }
         self.parts_folder = folder / f"{listing.name}-{names[TRAIN]}.parts"
-        self.missing: list[str] = []
         self._mirror = mirror
         if mirror is not None:
             for directory in self.directories.values():
                 mirror.fetch_shards(directory)
-        self.look()
         if self.missing and listing.problem is not None:
             raise listing.problem
 
-    def look(self) -> None:
-        """Looks again what is missing: another process may have made it."""
-        self.missing = [side for side, path in self.directories.items() if not path.exists()]
+    @property
+    def missing(self) -> list[str]:
+        """The sides whose folders are not there by now; another process may make them."""
+        return [side for side, path in self.directories.items() if not path.exists()]
 
     def publish(self) -> None:
         """Copies what is here to the remote folder, where there is one that lacks it."""
@@ -153,12 +151,13 @@ class SourceText:
 
     def tasks(self) -> list["PartTask"]:
         """What is to be tokenised."""
+        missing = self.missing
         return [
             PartTask(
                 self.listing.name,
                 self.listing.source,
                 part,
-                {side: self.part_directory(side, index) for side in self.missing},
+                {side: self.part_directory(side, index) for side in missing},
                 self._settings.held_out,
             )
             for index, part in enumerate(self.parts)
@@ -187,7 +186,7 @@ class SourceText:
                     shutil.rmtree(path, ignore_errors=True)
             self.remove_parts()
             held_out = documents.get(HELD_OUT, 1)  # where that side was there, it holds some
-            report = merge([Report(dict(found.passed_over)) for found in manifests[TRAIN]])
+            report = report_of(manifests[TRAIN])
             raise UserError(nothing_found(self.listing.name, self.listing.source, held_out, report))
         if len(self.parts) == 1:
             return []
@@ -199,7 +198,7 @@ class SourceText:
                 manifests[side],
                 SHARD_TOKENS,
             )
-            for side in self.missing
+            for side in folders
         ]
 
 
@@ -236,11 +235,11 @@ def _tokenise(tokenizer: Tokenizer, task: PartTask, proceed: Callable[[], None])
     """Tokenises a part, unless it has been; returns the bytes of its files, or None where another
     process is at work on it.
     """
-    plan = Plan(task.directories, task.side_of)
-    missing = {side for side, path in task.directories.items() if not path.exists()}
     if _is_taken(task):
         return None
+    missing = {side for side, path in task.directories.items() if not path.exists()}
     if missing:
+        plan = Plan(task.directories, task.side_of)
         report = Report()
         texts = read(
             task.name, task.source, task.part, lambda name: task.side_of(name) in missing, report
@@ -271,18 +270,14 @@ def build(
     """
     made = [text for text in texts if text.missing]
     while missing := [text for text in texts if text.missing]:
-        sides = sum(len(text.missing) for text in missing)
+        sides = [text.missing for text in missing]
         try:
             _build(missing, tokenizer, log, work)
         except (UserError, OSError):
             # Another process that prepares the same text may have ended before this one, and
             # removed the parts that this one was at work on.
-            for text in texts:
-                text.look()
-            if sum(len(text.missing) for text in texts) == sides:
+            if [text.missing for text in missing] == sides:
                 raise
-        for text in texts:
-            text.look()
     # Last, since a part that this process was at work on while another one ended is there again.
     for text in made:
         text.remove_parts()

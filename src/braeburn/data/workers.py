@@ -29,7 +29,7 @@ class Progress:
     """How far the work is.
 
     Attributes:
-        done: bytes of files, as they are stored, that have been worked through.
+        done: bytes on disk, compressed where they are, that have been worked through.
         total: bytes of all files that were to be.
         seconds: since the work began.
         before: of the bytes done, those that an earlier call had worked through.
@@ -193,11 +193,21 @@ def _do(task: Any) -> Any:
 
 
 def _begin(parent: int, function: Function[Any, Any]) -> None:
-    """Makes this process one that does tasks, and that ends soon after the one that started it,
-    even where that is killed; a signal to the group of processes is for that one to heed.
-    """
+    """Makes this process one that does tasks."""
     global _function
     _function = function
+    end_with_parent(parent)
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends this process soon after the one that started it is gone, even killed.
+
+    Signals that a terminal or a service manager sends to every process are for that process to
+    heed: it still needs this one, or ends it itself.
+
+    Args:
+        parent: the number of the process that started this one.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
