@@ -9,7 +9,7 @@ import typer
 
 from braeburn.cli.options import AsJson, MaxRestarts, On, Out, Recipe, Set, Submit
 from braeburn.cli.output import print_json
-from braeburn.cli.resolve import on_target, resolve, train_arguments
+from braeburn.cli.resolve import on_target, recipe_arguments, resolve
 from braeburn.parallel import processes
 
 if TYPE_CHECKING:
@@ -34,7 +34,11 @@ def local(
     from braeburn.launch.local import launch
     from braeburn.launch.supervisor import GaveUp
 
-    arguments = [*train_arguments(recipe, out, assignments), *(["--json"] if as_json else [])]
+    arguments = [
+        *recipe_arguments(recipe, assignments),
+        *("--out", str(out)),
+        *(["--json"] if as_json else []),
+    ]
     try:
         ending = launch(arguments, out, num_processes, max_restarts)
     except GaveUp as failure:
@@ -123,7 +127,7 @@ def _job(
     run, target, assignments = on_target(recipe, on, assignments)
     for stage in run.stages:
         sizes_of(run, stage, target.devices)
-    arguments = train_arguments(recipe, out, assignments)
+    arguments = recipe_arguments(recipe, assignments)
     return Job(run.name, arguments, out, target, max_restarts)
 
 

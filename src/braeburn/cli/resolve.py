@@ -42,14 +42,9 @@ def on_target(
     return run, target, assignments
 
 
-def train_arguments(recipe: str, out: Path, assignments: list[str] | None) -> list[str]:
-    """The arguments of `train` that a launcher passes on."""
-    return [
-        recipe,
-        "--out",
-        str(out),
-        *(part for text in assignments or [] for part in ("--set", text)),
-    ]
+def recipe_arguments(recipe: str, assignments: list[str] | None) -> list[str]:
+    """A recipe and its overrides, as arguments that a launcher passes on."""
+    return [recipe, *(part for text in assignments or [] for part in ("--set", text))]
 
 
 def resolve(recipe: str, assignments: list[str] | None) -> Any:

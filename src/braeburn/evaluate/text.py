@@ -1,7 +1,6 @@
 """Evaluation of a trained model on files."""
 
 import logging
-import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,13 +8,11 @@ from pathlib import Path
 
 from braeburn.config import Source
 from braeburn.data.corpus import Document, Report, documents
-from braeburn.data.packing import Batch
 from braeburn.data.prepare import prepare
 from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.errors import UserError
 from braeburn.evaluate.windows import evaluation_batches
-from braeburn.parallel.layout import Layout
-from braeburn.parallel.rules import sequence_pieces
+from braeburn.parallel.rules import batch_shards, sequence_pieces
 from braeburn.train.held_out import evaluator, measure
 from braeburn.train.progress import tracked
 from braeburn.train.trained import Trained
@@ -136,9 +133,7 @@ def _evaluate(
     trained: Trained, shards: TokenShards, length: int, stride: int, tokens: int
 ) -> dict[str, float]:
     layout = trained.layout
-    sequences = math.prod(
-        layout.sizes.sizes[axis] for axis in layout.execution.rules.batch.activations
-    )
+    sequences = batch_shards(layout.execution)
     pieces = sequence_pieces(layout.sizes)
     if length % pieces:
         raise UserError(
@@ -148,12 +143,8 @@ def _evaluate(
     evaluate = evaluator(trained.model, trained.tokenizer.token_bytes, layout)
     most = BATCH_TOKENS * sequences
     batches = evaluation_batches(shards, length, stride, tokens, most, (sequences, pieces))
-    placed = (_placed(batch, layout) for batch in tracked(batches, "evaluating"))
+    placed = (
+        layout.place(batch, range(len(batch["inputs"])), len(batch["inputs"]))
+        for batch in tracked(batches, "evaluating")
+    )
     return measure(evaluate, trained.params, placed, shards.byte_ratio)
-
-
-def _placed(batch: Batch, layout: Layout) -> Batch:
-    """A batch on the devices, of which each process has made all."""
-    count = len(batch["inputs"])
-    rows = layout.rows(count)
-    return layout.place({name: values[rows] for name, values in batch.items()}, rows, count)

@@ -14,7 +14,7 @@ class Job:
 
     Attributes:
         name: of the run.
-        arguments: those of `braeburn train`, the recipe first.
+        arguments: the recipe and its overrides, as every command takes them.
         out: the run directory, as the processes of the job see it.
         target: the hardware to run on.
         max_restarts: restarts of all processes after failures, at most.
@@ -25,6 +25,12 @@ class Job:
     out: Path
     target: Target
     max_restarts: int
+
+    @property
+    def train_arguments(self) -> list[str]:
+        """Those of `braeburn train`."""
+        recipe, *overrides = self.arguments
+        return [recipe, "--out", str(self.out), *overrides]
 
     def check(self) -> None:
         """Refuses a job that no script or manifest can be written for.
@@ -37,12 +43,6 @@ class Job:
         check_line("--out", str(self.out))
         check_line("RECIPE", self.arguments[0])
         check_line("the name", self.name)
-
-
-def without_out(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `braeburn train` but for its run directory."""
-    at = list(arguments).index("--out")
-    return [*arguments[:at], *arguments[at + 2 :]]
 
 
 def check_line(option: str, value: str) -> None:

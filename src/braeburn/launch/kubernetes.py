@@ -121,7 +121,7 @@ def manifest(job: Job, image: str, claim: str) -> str:
     resources = {"google": "google.com/tpu", "nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(
         facts.maker
     )
-    arguments = list(job.arguments)
+    arguments = job.train_arguments
     if facts.maker == "google":
         shape = (
             f"{replicas} slice{'s' * (replicas > 1)} of {target.topology} chips, {pods} hosts each"

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass
 
 from braeburn.errors import UserError
-from braeburn.launch.job import Job, check_line, without_out
+from braeburn.launch.job import Job, check_line
 
 # Minutes, hours and days as sbatch reads them.
 TIME_LIMIT = re.compile(
@@ -169,7 +169,7 @@ def prepare_script(job: Job, tasks: int, cache: str, account: Account) -> str:
         last=tasks - 1,
         cache=cache,
         job_name=_job_name(f"prepare-{job.name}"),
-        arguments=shlex.join(without_out(job.arguments)),
+        arguments=shlex.join(job.arguments),
         **account.lines(),
     )
 
@@ -233,5 +233,5 @@ def script(job: Job, account: Account) -> str:
         environment=environment,
         max_restarts=job.max_restarts,
         srun=srun,
-        arguments=shlex.join(job.arguments),
+        arguments=shlex.join(job.train_arguments),
     )

@@ -133,7 +133,7 @@ def check(
     stage = run.stages[name]
     sequences = stage.batch_size // stage.accumulation_steps
     splits = execution.rules.batch.activations
-    if sequences % math.prod(sizes[axis] for axis in splits):
+    if sequences % batch_shards(execution):
         what = f"stages.{name}: the {sequences} sequences of a batch"
         if stage.accumulation_steps > 1:
             what += f" over accumulation_steps={stage.accumulation_steps}"
@@ -150,6 +150,12 @@ def check(
             f"tokens into {pieces} pieces, which do not come out even; set mesh.{axis} to one of "
             f"{some(fits or [1])}"
         )
+
+
+def batch_shards(execution: Execution) -> int:
+    """How many parts of equal size the sequences of a batch are split into."""
+    sizes = execution.mesh.sizes
+    return math.prod(sizes[axis] for axis in execution.rules.batch.activations)
 
 
 def sequence_pieces(mesh: MeshConfig) -> int:

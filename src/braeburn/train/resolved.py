@@ -155,8 +155,7 @@ def model_layout(run: Run, model: ModelConfig, mesh: MeshConfig | None) -> Layou
         return one_device(specs, run.precision)
     sizes = resolve(mesh, len(jax.devices()))
     execution = Execution(mesh=sizes, rules=run.rules, precision=run.precision)
-    parameters = {path: (spec.axes, spec.shape, spec.role) for path, spec in walk(specs)}
-    check_model(model, execution, parameters)
+    check_model(model, execution, _described(specs))
     return Layout(execution, build(sizes), specs)
 
 
@@ -185,12 +184,10 @@ def sizes_of(run: Run, name: str, num_devices: int | None = None) -> MeshConfig:
         mesh = resolve(mesh, num_devices)
     execution = run.execution(name, mesh)
     for model in dict.fromkeys(run.models()[name]):
-        specs = walk(param_specs(model))
-        check(
-            run,
-            name,
-            model,
-            execution,
-            {path: (spec.axes, spec.shape, spec.role) for path, spec in specs},
-        )
+        check(run, name, model, execution, _described(param_specs(model)))
     return mesh
+
+
+def _described(specs: Tree) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], str]]:
+    """The logical axes, shape and role of each parameter by its path."""
+    return {path: (spec.axes, spec.shape, spec.role) for path, spec in walk(specs)}
