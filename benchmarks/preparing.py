@@ -13,7 +13,6 @@ processes together, looked at twice a second (Linux).
 """
 
 import argparse
-import hashlib
 import json
 import random
 import signal
@@ -122,13 +121,13 @@ def memory_of(process: int) -> int:
 
 def hashes(cache: Path) -> dict[str, str]:
     """The hash of every file of token shards."""
-    found = {}
-    for path in sorted((cache / "stores").rglob("*")):
-        if path.is_file() and path.name != "verified.json":
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[str(path.relative_to(cache))] = digest
-    return found
+    from braeburn.data.manifest import sha256_of
+
+    return {
+        str(path.relative_to(cache)): sha256_of(path)
+        for path in sorted((cache / "stores").rglob("*"))
+        if path.is_file() and path.name != "verified.json"
+    }
 
 
 def run(arguments: list[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from braeburn.cli import main
+from braeburn.config import Run, Source
 
 PROGRAM = [sys.executable, "-c", "from braeburn.cli import console; console()"]
 
@@ -71,6 +72,21 @@ def contents(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def token_shards(cache: Path) -> dict[str, str]:
+    """The hash of every file of the token shards in a cache, by its name."""
+    found = contents(cache / "stores").items()
+    return {name: value for name, value in found if not name.endswith("verified.json")}
+
+
+def on_json_lines(run: Run, folder: Path, cache: object, **data: object) -> Run:
+    """The first stage of a run alone, on the files of a folder as the source "web"."""
+    stage = next(iter(run.stages.values())).model_copy(update={"mixture": {"web": 1.0}})
+    fields = {"sources": {"web": Source(paths=(str(folder),))}, "cache": str(cache), **data}
+    return run.model_copy(
+        update={"data": run.data.model_copy(update=fields), "stages": {"core": stage}}
+    )
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from braeburn.config import Run, Source, override
+from braeburn.config import Run, override
 from braeburn.data.listing import cache_folder
 from braeburn.data.prepare import prepare
 from braeburn.train.loop import train
-from support import rows
+from support import on_json_lines, rows
 
 OUTAGE_SECONDS = 30.0
 SHORT_OUTAGE_SECONDS = 8.0
@@ -110,11 +110,7 @@ def run(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     (tmp_path / "text").mkdir()
     lines = (json.dumps({"text": f"line {i} of a text " * (5 + i % 7)}) + "\n" for i in range(9000))
     (tmp_path / "text" / "a.jsonl").write_text("".join(lines))
-    stage = next(iter(tiny.stages.values())).model_copy(update={"mixture": {"web": 1.0}})
-    sources = {"web": Source(paths=(str(tmp_path / "text"),))}
-    url = f"s3://bucket/{tmp_path.name}"
-    data = tiny.data.model_copy(update={"sources": sources, "cache": url})
-    return tiny.model_copy(update={"data": data, "stages": {"core": stage}})
+    return on_json_lines(tiny, tmp_path / "text", f"s3://bucket/{tmp_path.name}")
 
 
 def losses(directory: Path) -> list[float]:

@@ -30,7 +30,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer import train as train_tokenizer
 from braeburn.data.workers import Progress, Work, in_processes, in_threads
 from braeburn.errors import UserError
-from support import PROGRAM, braeburn, contents, damage
+from support import PROGRAM, braeburn, contents, damage, on_json_lines, token_shards
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 TOKENIZER = train_tokenizer([" ".join(WORDS)] * 9, 300)
@@ -128,22 +128,7 @@ def run(tiny: Run, tmp_path: Path) -> Run:
         rows = (json.dumps({"text": text(1000 * number + i)}) + "\n" for i in range(600))
         (tmp_path / "text" / f"{name}.jsonl").parent.mkdir(exist_ok=True)
         (tmp_path / "text" / f"{name}.jsonl").write_text("".join(rows))
-    stage = next(iter(tiny.stages.values()))
-    sources = {"web": Source(paths=(str(tmp_path / "text"),))}
-    data = tiny.data.model_copy(
-        update={"sources": sources, "cache": str(tmp_path / "cache"), "held_out": 0.1}
-    )
-    stages = {"core": stage.model_copy(update={"mixture": {"web": 1.0}})}
-    return tiny.model_copy(update={"data": data, "stages": stages})
-
-
-def stores(cache: Path) -> dict[str, str]:
-    """The hash of every file of token shards."""
-    return {
-        name: found
-        for name, found in contents(cache / "stores").items()
-        if not name.endswith("verified.json")
-    }
+    return on_json_lines(tiny, tmp_path / "text", tmp_path / "cache", held_out=0.1)
 
 
 def elsewhere(run: Run, cache: Path) -> Run:
@@ -154,16 +139,16 @@ def test_parts_in_threads_and_processes_give_the_bytes_of_the_whole(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare.prepare(run, print)
-    expected = stores(tmp_path / "cache")
+    expected = token_shards(tmp_path / "cache")
     assert len([name for name in expected if "manifest" in name]) == 2
     monkeypatch.setattr(division, "PART_BYTES", 9000)
     divided = prepare.prepare(elsewhere(run, tmp_path / "threads"), print)
-    assert stores(tmp_path / "threads") == expected
+    assert token_shards(tmp_path / "threads") == expected
     monkeypatch.setattr(tokenising, "WORTH_PROCESSES_BYTES", 0)
     seen: list[Progress] = []
     work = Work(watch=seen.append, processes=2)
     prepare.prepare(elsewhere(run, tmp_path / "processes"), print, work=work)
-    assert stores(tmp_path / "processes") == expected
+    assert token_shards(tmp_path / "processes") == expected
     assert divided.fingerprints == whole.fingerprints
     assert all(0 <= one.done <= one.total for one in seen)
     assert seen[-1].done == seen[-1].total > 0
@@ -184,7 +169,7 @@ def test_several_that_prepare_at_once_help_each_other(
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(prepare.prepare, together, print, tokenizer) for _ in range(3)]
     assert len({future.result().fingerprints["web"] for future in futures}) == 1
-    assert stores(tmp_path / "together") == stores(tmp_path / "cache")
+    assert token_shards(tmp_path / "together") == token_shards(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("shard_tokens", [7, 100, 1000, 10**6])
@@ -356,7 +341,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(run: Run, tmp_path: Pa
     began = time.monotonic()
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     seconds = time.monotonic() - began
-    expected = stores(tmp_path / "cache")
+    expected = token_shards(tmp_path / "cache")
     generator = random.Random(0)
     for number in range(5):
         process = subprocess.Popen(
@@ -373,7 +358,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(run: Run, tmp_path: Pa
         capture_output=True,
         timeout=300,
     )
-    assert stores(tmp_path / "killed") == expected
+    assert token_shards(tmp_path / "killed") == expected
 
 
 def test_only_the_side_that_is_asked_for_is_read(
@@ -387,7 +372,7 @@ def test_only_the_side_that_is_asked_for_is_read(
     assert isinstance(held_out, TokenShards)
     assert both.held_out["web"] is not None
     assert held_out.fingerprint == both.held_out["web"].fingerprint
-    assert stores(tmp_path / "alone") == stores(tmp_path / "cache")
+    assert token_shards(tmp_path / "alone") == token_shards(tmp_path / "cache")
 
 
 def test_a_report_of_parts_is_that_of_the_whole() -> None:

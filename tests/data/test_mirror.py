@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from braeburn.config import Run, Source, override
+from braeburn.config import Run, override
 from braeburn.data import mirror
 from braeburn.data.corpus import Document
 from braeburn.data.listing import cache_folder, mirror_of
@@ -22,7 +22,7 @@ from braeburn.data.prepare import prepare
 from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import train as train_tokenizer
 from braeburn.errors import UserError
-from support import braeburn
+from support import braeburn, on_json_lines
 
 TOKENIZER = train_tokenizer(["one two three four five six"] * 9, 280)
 
@@ -43,11 +43,7 @@ def run(tiny: Run, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "text").mkdir()
     rows = (json.dumps({"text": f"line {i} of a text " * (5 + i % 7)}) + "\n" for i in range(900))
     (tmp_path / "text" / "a.jsonl").write_text("".join(rows))
-    stage = next(iter(tiny.stages.values())).model_copy(update={"mixture": {"web": 1.0}})
-    data = tiny.data.model_copy(
-        update={"sources": {"web": Source(paths=(str(tmp_path / "text"),))}, "cache": url}
-    )
-    return tiny.model_copy(update={"data": data, "stages": {"core": stage}})
+    return on_json_lines(tiny, tmp_path / "text", url)
 
 
 def batches(run: Run, prepared: Any) -> list[dict[str, np.ndarray]]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from braeburn.config import Run, Source, override
+from braeburn.config import Run, override
 from braeburn.data import division, prepare
 from braeburn.data.workers import Work
 from braeburn.errors import UserError
-from support import braeburn, contents
+from support import braeburn, on_json_lines, token_shards
 
 ray = pytest.importorskip("ray")
 
@@ -43,10 +43,7 @@ def run(tiny: Run, tmp_path: Path) -> Run:
             json.dumps({"text": f"{name} line {i} of some text " * 40}) + "\n" for i in range(4000)
         )
         (tmp_path / "text" / f"{name}.jsonl").write_text("".join(rows))
-    stage = next(iter(tiny.stages.values())).model_copy(update={"mixture": {"web": 1.0}})
-    sources = {"web": Source(paths=(str(tmp_path / "text"),))}
-    data = tiny.data.model_copy(update={"sources": sources, "cache": str(tmp_path / "alone")})
-    return tiny.model_copy(update={"data": data, "stages": {"core": stage}})
+    return on_json_lines(tiny, tmp_path / "text", tmp_path / "alone")
 
 
 def test_a_node_is_killed_and_the_bytes_are_the_same(
@@ -71,15 +68,7 @@ def test_a_node_is_killed_and_the_bytes_are_the_same(
     assert "killed" in lines
     assert lines.index("killed") < lines.index(next(x for x in lines if "tokenised web" in x))
     assert prepared.fingerprints == alone.fingerprints
-    own, others = (
-        {
-            name: found
-            for name, found in contents(tmp_path / cache / "stores").items()
-            if not name.endswith("verified.json")
-        }
-        for cache in ("alone", "cluster")
-    )
-    assert own == others
+    assert token_shards(tmp_path / "alone") == token_shards(tmp_path / "cluster")
 
 
 def test_mistakes_are_one_sentence(cluster: Any, run: Run, tmp_path: Path) -> None:
