@@ -51,6 +51,21 @@ def test_shards_hold_what_one_file_holds(tokenizer_file, tmp_path):
     assert_same(read_params, params)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("max_shard_bytes", [50_000, 10**9])
+def test_files_are_those_of_safetensors_byte_for_byte(
+    dtype, max_shard_bytes, tokenizer_file, tmp_path
+):
+    model, _ = MODELS["qwen3-untied-wide-heads"]
+    params = random_params(model)
+    options = {"max_shard_bytes": max_shard_bytes, "dtype": dtype}
+    directory = write(tmp_path / "out", params, model, tokenizer_file, **options)
+    for file in directory.glob("*.safetensors"):
+        theirs = tmp_path / "theirs.safetensors"
+        save_file(load_file(file), theirs, {"format": "pt"})
+        assert file.read_bytes() == theirs.read_bytes(), file.name
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_half_precision_is_read_exactly(dtype, tokenizer_file, tmp_path):
     directory = write(tmp_path / "out", random_params(make()), make(), tokenizer_file)
@@ -133,7 +148,7 @@ def test_an_interrupted_export_leaves_nothing(tokenizer_file, tmp_path, monkeypa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(huggingface, "save_file", interrupted)
+    monkeypatch.setattr(huggingface.Tensor, "exported", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "new" / "out", random_params(make()), make(), tokenizer_file)
     assert list((tmp_path / "new").iterdir()) == []

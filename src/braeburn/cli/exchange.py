@@ -7,6 +7,7 @@ import typer
 
 from braeburn.cli.options import AsJson, RunFolder
 from braeburn.cli.output import print_json
+from braeburn.cli.resolve import weight_type
 from braeburn.errors import UserError
 
 commands = typer.Typer()
@@ -19,12 +20,21 @@ def import_(
         typer.Argument(metavar="HF_DIR", help="A Hugging Face directory: Llama or Qwen3, dense."),
     ],
     out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="What weights are stored in: fp32 or bf16; without it, bf16 where the model has "
+            "them so, and fp32 otherwise.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a run directory of a Hugging Face model, to evaluate, sample or train on."""
+    stored_as = weight_type(dtype)
     from braeburn.interop.exchange import import_huggingface
 
-    run = import_huggingface(hf_dir, out)
+    run = import_huggingface(hf_dir, out, stored_as)
     result = {"out": str(out), "model": run.model.model_dump(mode="json")}
     if as_json:
         print_json(result)
@@ -75,15 +85,13 @@ def export(
         )
     if type_ not in (None, "f16", "q8_0", "q4_0"):
         raise UserError(f"--type {type_!r} is not known; use --type f16, q8_0 or q4_0")
+    chosen = weight_type(dtype)
     from braeburn.interop.exchange import export_gguf, export_huggingface
-    from braeburn.interop.huggingface import DTYPES
 
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is not known; use --dtype fp32 or --dtype bf16")
     result: dict[str, Any] = {"out": str(out), "format": format}
     if format == "hf":
-        chosen = DTYPES[dtype or "fp32"]
-        result |= {"dtype": chosen, "step": export_huggingface(directory, out, chosen)}
+        written_as = chosen or "float32"
+        result |= {"dtype": written_as, "step": export_huggingface(directory, out, written_as)}
     else:
         written = export_gguf(directory, out, type_ or "f16")  # type: ignore[arg-type]
         result["step"], path, uneven = written

@@ -44,4 +44,12 @@ Mesh = Annotated[
         help="Devices to split the model over, as fsdp=4 or fsdp=2,tensor=2; one without it.",
     ),
 ]
+HeldAs = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="What weights are held in: fp32 or bf16; as the checkpoint has them without it.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]

@@ -6,9 +6,14 @@ from typing import Annotated
 
 import typer
 
-from braeburn.cli.options import AsJson, Mesh, RunFolder, Set
+from braeburn.cli.options import AsJson, HeldAs, Mesh, RunFolder, Set
 from braeburn.cli.output import print_json, print_rows, say
-from braeburn.cli.resolve import begin_computing, parse_mesh, warn_of_unused_accelerator
+from braeburn.cli.resolve import (
+    begin_computing,
+    parse_mesh,
+    warn_of_unused_accelerator,
+    weight_type,
+)
 from braeburn.errors import UserError
 
 commands = typer.Typer()
@@ -46,15 +51,16 @@ def evaluate(
         ),
     ] = None,
     mesh: Mesh = None,
+    dtype: HeldAs = None,
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
-    devices = parse_mesh(mesh)
+    devices, held_as = parse_mesh(mesh), weight_type(dtype)
     begin_computing()
     from braeburn.evaluate.text import Windows, evaluate_files, evaluate_held_out
     from braeburn.train.trained import load
 
-    trained = load(directory, devices)
+    trained = load(directory, devices, held_as, for_programs=True)
     warn_of_unused_accelerator()
     texts = [*(data or []), *(more or [])]
     windows = Windows(sequence_length, stride)

@@ -28,7 +28,15 @@ from braeburn.config.data import Data, Source
 from braeburn.config.directory import read_identity, read_run
 from braeburn.config.distillation import Distillation
 from braeburn.config.execution import KEEP_ALL, Execution
-from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
+from braeburn.config.memory import (
+    NO_OFFLOAD,
+    WEIGHT_TYPES,
+    NamedActivation,
+    Offload,
+    Precision,
+    Remat,
+    WeightType,
+)
 from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
 from braeburn.config.model import LARGEST_SIZES, LayerConfig, ModelConfig, RopeScaling, Segment
 from braeburn.config.objectives import NextToken, Objective, ObjectiveConfig
@@ -62,6 +70,7 @@ __all__ = [
     "NO_OFFLOAD",
     "ONE_DEVICE",
     "PRUNABLE",
+    "WEIGHT_TYPES",
     "AdamW",
     "AfmOptimizer",
     "Attention",
@@ -112,6 +121,7 @@ __all__ = [
     "StageModels",
     "SwiGLU",
     "TransformConfig",
+    "WeightType",
     "check_name",
     "check_pruning",
     "divisors",

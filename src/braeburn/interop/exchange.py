@@ -2,27 +2,26 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from braeburn.config import ModelConfig, Precision, Run
+from braeburn.config import ModelConfig, Precision, Run, WeightType
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.interop import gguf, huggingface
 from braeburn.models.huggingface_config import is_huggingface
 from braeburn.train.state import TrainState
+from braeburn.train.stored import placed_pieces
 from braeburn.train.teaching import Teacher, files_identity, find_in_run
-from braeburn.train.trained import found_run, load
+from braeburn.train.trained import found_run, open_stored
 
 # What other software is told of an import that tells of no length: no model of these families was
 # made for less.
 DEFAULT_POSITIONS = 4096
 
 
-def export_huggingface(directory: Path, out: Path, dtype: huggingface.Dtype = "float32") -> int:
+def export_huggingface(directory: Path, out: Path, dtype: WeightType = "float32") -> int:
     """Writes the newest checkpoint of a run directory as a Hugging Face directory; returns its
     step.
 
@@ -34,7 +33,7 @@ def export_huggingface(directory: Path, out: Path, dtype: huggingface.Dtype = "f
     Raises:
         UserError: there is no whole checkpoint, or `out` is in use.
     """
-    trained = load(directory)
+    trained = open_stored(directory)
     huggingface.write(
         out,
         trained.params,
@@ -60,25 +59,31 @@ def export_gguf(directory: Path, out: Path, type_: gguf.Type) -> tuple[int, Path
         UserError: there is no whole checkpoint, the file exists or cannot be written, or llama.cpp
             has no such model or tokenizer.
     """
-    trained = load(directory)
+    trained = open_stored(directory)
     path = out if out.suffix == ".gguf" else out / f"{trained.run.name}-{type_}.gguf"
     file = gguf.File(trained.sequence_length or DEFAULT_POSITIONS, type_, trained.run.name)
     uneven = gguf.write(path, trained.params, trained.model, trained.tokenizer, file)
     return trained.step, path, uneven
 
 
-def import_huggingface(source: Path, out: Path) -> Run:
+def import_huggingface(source: Path, out: Path, dtype: WeightType | None = None) -> Run:
     """Makes a run directory whose checkpoint 0 holds the weights of a Hugging Face directory.
 
     It has no stages: it can be evaluated, sampled and exported, and a recipe of the same model
-    trains on from it.
+    trains on from it. Weights are copied one layer after the other, and never lie in memory whole.
+
+    Args:
+        source: the Hugging Face directory.
+        out: the folder to make.
+        dtype: that weights other than norms are stored in; by default bfloat16 where the source has
+            them so, and float32 otherwise.
 
     Raises:
         UserError: the directory holds no dense Llama or Qwen3 model, or `out` is in use.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
-    model, params, tokenizer_file = huggingface.read(source)
+    model, params, tokenizer_file = huggingface.open_weights(source, dtype)
     tokenizer = _tokenizer_of(model, tokenizer_file)
     run = Run(name=_name_of(source), model=model, stages={}, precision=Precision(compute="float32"))
     found_run(out, run, TrainState(np.int32(0), params, None), tokenizer, "import", source)
@@ -105,18 +110,7 @@ def find_teacher(path: Path) -> Teacher:
         model=model,
         tokenizer=_tokenizer_of(model, tokenizer_file),
         identity=lambda: files_identity(path),
-        read=lambda params: jax.tree.map(_placed, huggingface.read(path)[1], params),
-    )
-
-
-def _placed(values: np.ndarray, wanted: Any) -> jax.Array:
-    """An array in the type and place of an abstract one; each process fills in what its devices
-    hold.
-    """
-    if wanted.sharding is None:
-        return jnp.asarray(values, wanted.dtype)
-    return jax.make_array_from_callback(
-        wanted.shape, wanted.sharding, lambda index: values[index].astype(wanted.dtype, copy=False)
+        read=lambda params: jax.tree.map(placed_pieces, huggingface.open_weights(path)[1], params),
     )
 
 

@@ -8,39 +8,33 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, which safetensors needs to read it
 import numpy as np
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from braeburn.config import ModelConfig
+from braeburn.config import ModelConfig, WeightType
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
 from braeburn.interop.tensors import Tensor, checked, tensors_of
-from braeburn.layers.spec import Tree, map_specs, walk
+from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models.decoder import param_specs
 from braeburn.models.families import Family, families_by_type, family_of
 from braeburn.models.huggingface_config import read_config, write_config
 from braeburn.reading import is_regular, read_object, shown, validated
 from braeburn.train.progress import tracked
+from braeburn.train.stored import Pieces
 
 _READABLE = ("F32", "BF16", "F16")
-# What a directory can be written in, by its usual names.
-Dtype = Literal["float32", "bfloat16"]
-DTYPES: dict[str, Dtype] = {
-    "float32": "float32",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-}
+_CODES: dict[WeightType, str] = {"float32": "F32", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Files:
     """
 
     max_position_embeddings: int
-    dtype: Dtype = "float32"
+    dtype: WeightType = "float32"
     max_shard_bytes: int = 5_000_000_000
 
     @property
@@ -74,11 +68,11 @@ def write(
     4 and 5 load.
 
     It is written beside its destination and renamed when complete: an interrupted export leaves no
-    directory that looks like a model. One file's tensors at a time are copied from the parameters.
+    directory that looks like a model. One tensor at a time is copied from the parameters.
 
     Args:
         directory: where to write; it must not exist or be empty.
-        params: arrays of any float type, as `param_specs(model)` describes them.
+        params: arrays of any float type, as `param_specs(model)` describes them, or `StoredArray`s.
         model: the sizes, from which its family follows.
         tokenizer: is shipped, and tells which tokens begin and end a document; None ships none.
         files: what else the directory tells, and in which type.
@@ -141,20 +135,40 @@ def _write_weights(
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        save_file(
-            {
-                tensor.name: tensor.exported(parameters).astype(files.dtype, copy=False)
-                for tensor in shard
-            },
-            directory / name,
-            {"format": "pt"},
-        )
-        # safetensors makes files that only their owner may read.
-        (directory / name).chmod((directory / "config.json").stat().st_mode)
+        _write_file(directory / name, shard, parameters, files.dtype)
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _write_file(
+    path: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], dtype: WeightType
+) -> None:
+    """Writes a safetensors file, one tensor after the other, byte for byte as `save_file` of
+    safetensors would, which wants all of them in memory.
+
+    The format is that of https://huggingface.co/docs/safetensors: the header's length in 8 bytes,
+    the header in JSON, padded with spaces to a multiple of 8, and the tensors in its order.
+    """
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in ordered:
+        size = np.dtype(dtype).itemsize * math.prod(tensor.shape)
+        header[tensor.name] = {
+            "dtype": _CODES[dtype],
+            "shape": tensor.shape,
+            "data_offsets": (position, position + size),
+        }
+        position += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tracked(ordered, f"writing {path.name}"):
+            values = tensor.exported(parameters).astype(dtype, copy=False)
+            file.write(values.reshape(-1).view(np.uint8).data)
 
 
 def read(directory: str | Path) -> tuple[ModelConfig, Tree, Path]:
@@ -167,9 +181,31 @@ def read(directory: str | Path) -> tuple[ModelConfig, Tree, Path]:
         UserError: a file is missing or unreadable, the architecture is one that Braeburn has not,
             or the tensors are not those that config.json describes.
     """
+    model, weights, tokenizer_file = open_weights(directory)
+    params = jax.tree.map(lambda pieces: pieces.assembled(np.float32), weights)
+    return model, params, tokenizer_file
+
+
+def open_weights(
+    directory: str | Path, dtype: WeightType | None = None
+) -> tuple[ModelConfig, Tree, Path]:
+    """The model in a Hugging Face directory, whose weights are read as they are used.
+
+    Args:
+        directory: of the model.
+        dtype: of all parameters but those of norms, which are float32; None for bfloat16 where the
+            directory has them so, and float32 otherwise.
+
+    Returns:
+        Its sizes; its parameters, each as `Pieces` of one layer; the path of its `tokenizer.json`.
+
+    Raises:
+        UserError: a file is missing or unreadable, the architecture is one that Braeburn has not,
+            or the tensors are not those that config.json describes.
+    """
     directory = Path(directory).expanduser()
     model, tokenizer_file = describe(directory)
-    return model, _read_weights(directory, _weight_files(directory), model), tokenizer_file
+    return model, _open_weights(directory, model, dtype), tokenizer_file
 
 
 def describe(directory: str | Path) -> tuple[ModelConfig, Path]:
@@ -228,37 +264,60 @@ class _Index(BaseModel):
     weight_map: dict[str, str] = Field(default_factory=dict)
 
 
-def _read_weights(directory: Path, files: Sequence[Path], model: ModelConfig) -> Tree:
-    specs = param_specs(model)
+def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None) -> Tree:
     family = family_of(model)
     tensors = tensors_of(model, family.names, family.norm_offset)
     with ExitStack() as stack:
         holders: dict[str, Any] = {}  # name of a tensor -> the open file that holds it
-        for file in files:
-            try:
-                if not is_regular(file):
-                    missing = not file.exists()
-                    raise OSError(
-                        "No such file or directory" if missing else "it is not an ordinary file"
-                    )
-                holder = stack.enter_context(safe_open(file, framework="np"))
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"{str(file)!r} cannot be read ({error}); download it again"
-                ) from None
+        places: dict[str, Path] = {}  # name of a tensor -> the path of that file
+        for file in _weight_files(directory):
+            holder = stack.enter_context(_opened(file))
             holders |= dict.fromkeys(holder.keys(), holder)
+            places |= dict.fromkeys(holder.keys(), file)
         wanted = {tensor.name: tensor.shape for tensor in tensors}
         aliases = _aliases(family, model)
         stored = _stored_names(wanted, holders, aliases)
         _check(directory, wanted, stored, holders, aliases)
-        params = map_specs(lambda _, spec: np.empty(spec.shape, np.float32), specs)
-        parameters = dict(walk(params))
-        for tensor in tracked(tensors, "reading weights"):
-            name = stored[tensor.name]
-            tensor.of(parameters[tensor.path])[...] = tensor.imported(
-                holders[name].get_tensor(name)
-            )
-    return params
+        types = {name: holders[name].get_slice(name).get_dtype() for name in stored.values()}
+    by_path: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        by_path.setdefault(tensor.path, []).append(tensor)
+
+    def values(tensor: Tensor, kept_as: np.dtype) -> np.ndarray:
+        # A file is mapped into memory while it is open, and all that was read of it stays there.
+        name = stored[tensor.name]
+        with _opened(places[name]) as holder:
+            return tensor.imported(holder.get_tensor(name)).astype(kept_as, copy=False)
+
+    def pieces(path: str, spec: ParamSpec) -> Pieces:
+        parts = by_path[path]
+        is_half = {types[stored[part.name]] for part in parts} == {_CODES["bfloat16"]}
+        lossless = "bfloat16" if is_half else "float32"
+        kept_as = np.dtype("float32" if spec.role == "norm" else dtype or lossless)
+        if parts[0].layer is None:
+            return Pieces.whole(spec.shape, kept_as, lambda: values(parts[0], kept_as))
+        in_order = {part.layer: part for part in parts}
+        return Pieces.of_layers(spec.shape, kept_as, lambda layer: values(in_order[layer], kept_as))
+
+    return map_specs(pieces, param_specs(model))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if not is_regular(file):
+            missing = not file.exists()
+            raise OSError("No such file or directory" if missing else "it is not an ordinary file")
+        opened = safe_open(file, framework="np")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(file)!r} cannot be read ({error}); download it again") from None
+    with opened as holder:
+        yield holder
 
 
 def _aliases(family: Family, model: ModelConfig) -> dict[str, str]:

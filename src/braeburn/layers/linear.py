@@ -4,11 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt16
 
 from braeburn.config import Execution
 from braeburn.layers.spec import ParamSpec
-from braeburn.layers.weights import gathered
+from braeburn.layers.weights import from_bits, gathered
 
 
 def flat(x: Float[Array, "*S D"]) -> Float[Array, "tokens D"]:
@@ -40,7 +40,7 @@ def product(
 
 def linear(
     x: Float[Array, "*inputs"],
-    weight: Float[Array, "*stored"],
+    weight: Float[Array, "*stored"] | UInt16[Array, "*stored"],
     spec: ParamSpec,
     execution: Execution,
 ) -> Float[Array, "*outputs"]:
@@ -51,15 +51,15 @@ def linear(
 
     Args:
         x: activations in the type to compute in; its last dimensions are those of `spec.fan_in`.
-        weight: this device's part of one layer's weight, as it is stored, float32. The dimensions
-            of `spec.fan_in` come first.
+        weight: this device's part of one layer's weight, of any float type or as its bits. The
+            dimensions of `spec.fan_in` come first.
         spec: of the whole parameter, stacked over layers or not.
         execution: resolved sizes of the mesh, rules and types.
 
     Returns:
         The product, in the type of `x`, whose last dimensions are the other ones of the weight.
     """
-    weight = gathered(weight, spec, execution).astype(x.dtype)
+    weight = from_bits(gathered(weight, spec, execution)).astype(x.dtype)
     summed = len(spec.fan_in)
     if weight.ndim == 2:
         return product(x, weight)

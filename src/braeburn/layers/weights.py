@@ -13,6 +13,35 @@ from braeburn.layers.spec import ParamSpec, Tree, walk
 from braeburn.parallel.collectives import TENSOR, axis_index
 from braeburn.parallel.rules import mesh_axes
 
+# Of the integers that hold bfloat16 numbers: see `as_bits`.
+BITS = jnp.uint16
+
+
+def as_bits(params: Tree, specs: Tree) -> Tree:
+    """The parameters with the bfloat16 weights of layers as integers of the same bits, which
+    `linear` takes like the weights themselves.
+
+    For programs on CPUs, where XLA has no bfloat16: in a loop over layers it would widen the
+    weights of all layers to float32 at once, ahead of the loop. These programs have no gradients
+    with respect to the weights.
+
+    Args:
+        params: arrays of any float types; those that are replaced are given up, so that memory
+            never holds both.
+        specs: of the parameters.
+    """
+    bits = jax.jit(lambda leaf: lax.bitcast_convert_type(leaf, BITS), donate_argnums=0)
+    return jax.tree.map(
+        lambda spec, leaf: bits(leaf) if spec.stacked and leaf.dtype == jnp.bfloat16 else leaf,
+        specs,
+        params,
+    )
+
+
+def from_bits(weight: Array) -> Array:
+    """A weight of `as_bits` as bfloat16; any other as it is."""
+    return lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == BITS else weight
+
 
 def gathered(weight: Array, spec: ParamSpec, execution: Execution) -> Array:
     """A weight joined along the axes that the rules store it split along but use it whole.
@@ -37,7 +66,9 @@ def gathered(weight: Array, spec: ParamSpec, execution: Execution) -> Array:
     first = len(spec.axes) - weight.ndim
     for dim in range(weight.ndim):
         over = tuple(axis for axis in stored[first + dim] if axis not in used[first + dim])
-        if over:
+        if over and weight.dtype == BITS:
+            weight = lax.all_gather(weight, over, axis=dim, tiled=True)
+        elif over:
             weight = gather(weight, over, dim, dtype, jnp.dtype(precision.reduce))
     if "kv_heads" in spec.axes and mesh.tensor > 1:
         dim = spec.axes.index("kv_heads") - first

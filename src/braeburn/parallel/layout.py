@@ -64,6 +64,11 @@ class Layout:
         """Devices of the mesh."""
         return int(self.mesh.size)
 
+    @property
+    def platform(self) -> str:
+        """What the devices are, as JAX names it: "cpu", "gpu" or "tpu"."""
+        return str(self.mesh.devices.flat[0].platform)
+
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """Keeps what is compiled within it out of JAX's persistent cache where it could not be used

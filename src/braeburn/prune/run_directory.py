@@ -1,5 +1,6 @@
 """A narrower model from a trained one: the command around a stage of pruning."""
 
+import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from braeburn.config import (
     AdamW,
@@ -26,6 +28,7 @@ from braeburn.data.packing import Batch
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
+from braeburn.layers.spec import ParamSpec, Tree, abstract, map_params_like, map_specs, walk
 from braeburn.models.decoder import param_specs
 from braeburn.optim.build import build_optimizer
 from braeburn.parallel.layout import Layout
@@ -34,14 +37,15 @@ from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.loop import train
 from braeburn.train.progress import tracked
-from braeburn.train.resolved import of_model, resolve_stage
+from braeburn.train.resolved import resolve_stage
 from braeburn.train.stage_run import batches_of, calibration
 from braeburn.train.stages import abstract_params
 from braeburn.train.state import TrainState
-from braeburn.train.trained import found_run, ordinary_step, read_tokenizer, received_run
-from braeburn.train.transitions import changed
+from braeburn.train.stored import Pieces
+from braeburn.train.trained import found_run, held, ordinary_step, read_tokenizer, received_run
 from braeburn.transforms.definition import Found
-from braeburn.transforms.pruning import cutting, importance_of_units
+from braeburn.transforms.pruning import importance_of_units
+from braeburn.transforms.units import kept, sliced_block
 
 STAGE = "prune"
 TEXT = "text"  # the name of the source that --data names
@@ -132,12 +136,7 @@ def prune(
         if pruning.learned:
             state = _learned(directory, step, run, tokenizer, work)
         else:
-            layout = _layout(run, model)
-            state = _state(directory, step, run, layout)
-            batches = _batches(run, tokenizer) if pruning.method == "activation" else iter(())
-            found = Found(model, state.params, layout, batches, run.seed)
-            scores = importance_of_units(pruning, found)
-            state = changed(state, cutting(pruning, model), scores, of_model(layout, smaller))
+            state = _cut(Checkpoints(directory), step, run, model, pruning, tokenizer)
     except UserError as error:
         raise UserError(_as_options(str(error)) if text else str(error)) from None
     left = validate(
@@ -236,6 +235,56 @@ def _learned(directory: Path, step: int, run: Run, tokenizer: Tokenizer, work: P
     if not train(run, work).finished:
         raise KeyboardInterrupt  # it has saved, and the same command goes on
     return _state(work, stage.last_step, run, stage.layout_of(stage.models.left))
+
+
+def _cut(
+    checkpoints: Checkpoints,
+    step: int,
+    run: Run,
+    model: ModelConfig,
+    pruning: Pruning,
+    tokenizer: Tokenizer,
+) -> TrainState:
+    """The state of a checkpoint without the units that matter least, as their method measures it.
+
+    It is cut as it is copied, one layer after the other. Only activations are measured with all
+    parameters in memory.
+    """
+    specs, layout = param_specs(model), _layout(run, model)
+    stored = checkpoints.stored_params(step, abstract(specs))
+    if pruning.method == "activation":
+        params = held(checkpoints, step, layout, for_programs=True)
+        found = Found(model, params, layout, _batches(run, tokenizer), run.seed)
+    else:
+        found = Found(model, stored, layout, iter(()), run.seed)
+    units = kept(importance_of_units(pruning, found), pruning.keep, model)
+    units = jax.tree.map(np.asarray, units)
+
+    def cut(tree: Tree) -> Tree:
+        arrays = dict(walk(tree))
+
+        def pieces(path: str, spec: ParamSpec) -> Pieces:
+            array = arrays[path]
+            shape, dtype = smaller[path].shape, array.dtype
+            if not spec.stacked:
+                whole = functools.partial(sliced_block, path=path, spec=spec, indices=units)
+                return Pieces.whole(shape, dtype, lambda: whole(np.asarray(array), layer=None))
+            return Pieces.of_layers(
+                shape, dtype, lambda layer: sliced_block(array[layer], path, spec, units, layer)
+            )
+
+        return map_specs(pieces, specs)
+
+    smaller = dict(walk(param_specs(pruning.left(model))))
+    optimizer = build_optimizer(run.optimizer, ANY_STAGE, specs, run.model)
+    moments = checkpoints.stored_optimizer(step, jax.eval_shape(optimizer.init, abstract(specs)))
+    if moments is not None:
+        moments = jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf, Pieces) else Pieces.of(leaf),
+            map_params_like(cut, moments, specs),
+            is_leaf=lambda leaf: isinstance(leaf, Pieces),
+        )
+    return TrainState(np.int32(0), cut(stored), moments)
 
 
 def _layout(run: Run, model: ModelConfig) -> Layout:

@@ -9,7 +9,9 @@ import itertools
 import json
 import logging
 import os
+import queue
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint import multihost
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
@@ -29,8 +32,10 @@ from braeburn.layers.spec import Tree
 from braeburn.parallel.agreement import first_objection, tells_of_a_loss
 from braeburn.parallel.processes import ProcessLost
 from braeburn.train import record as records
+from braeburn.train.progress import tracked
 from braeburn.train.record import PARTS, Damaged, Record
 from braeburn.train.state import TrainState
+from braeburn.train.stored import CHUNK_BYTES, Pieces, StoredArray, placed
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +232,8 @@ class Checkpoints:
 
         Args:
             step: steps made.
-            state: to be saved; without an optimizer's state at step 0 only.
+            state: to be saved; without an optimizer's state at step 0 only. Leaves may be `Pieces`
+                where all of them are; they are on disk when this returns.
             run: that made it.
             tokenizer: its JSON.
             facts: further values of JSON for `facts` to give back.
@@ -247,10 +253,10 @@ class Checkpoints:
             )
         self.wait()
         self._newest_saved = step
-        items = {"params": ocp.args.StandardSave(state.params)}
+        items = {"params": state.params}
         if state.optimizer is not None:
-            items["optimizer"] = ocp.args.StandardSave(state.optimizer)
-        fingerprints = {name: _fingerprint(part.item) for name, part in items.items()}
+            items["optimizer"] = state.optimizer
+        fingerprints = {name: _fingerprint(name, item) for name, item in items.items()}
         self._record_to_write = Record(
             step, self._run_identity(), {**fingerprints, "run": ""}, dict(facts or {})
         )
@@ -259,13 +265,46 @@ class Checkpoints:
             "run": run.model_dump(mode="json"),
             "tokenizer": json.loads(tokenizer),
         }
+        leaves = jax.tree.leaves(items)
+        streamed = any(isinstance(leaf, Pieces) for leaf in leaves)
+        kind = ocp.args.PyTreeSave if streamed else ocp.args.StandardSave
+        arguments = {
+            name: kind(item, save_args=jax.tree.map(_chunks, item)) for name, item in items.items()
+        }
+        composite = ocp.args.Composite(run=ocp.args.JsonSave(description), **arguments)
         with self._explaining():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(run=ocp.args.JsonSave(description), **items),
-                force=True,
-            )
+            if streamed:
+                self._save_streamed(step, composite, leaves)
+            else:
+                self._manager.save(step, args=composite, force=True)
         return True
+
+    def _save_streamed(self, step: int, composite: ocp.args.Composite, leaves: list[Any]) -> None:
+        """Writes a checkpoint of `Pieces` by this process alone, shows how far it is, and returns
+        once it is on disk.
+        """
+        writer = _PiecesHandler()
+        registry = ocp.type_handlers.create_type_handler_registry((Pieces, writer))
+        parts = {
+            name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+            for name in composite
+            if name != "run"
+        }
+        handler = ocp.CompositeCheckpointHandler(run=ocp.JsonCheckpointHandler(), **parts)
+        # Orbax's thread for writing is waited for: its other class, that writes in this thread,
+        # waits for a sign of life of savings in the background that came before.
+        with ocp.AsyncCheckpointer(handler) as checkpointer:
+            try:
+                checkpointer.save(self._folder(step), args=composite)
+                total = sum(leaf.count for leaf in leaves)
+                written = writer.written(total, checkpointer.check_for_errors)
+                for _ in tracked(written, "writing weights", total):
+                    pass
+                checkpointer.wait_until_finished()
+            except BaseException:
+                writer.stop()
+                raise
+        self._write_record_of(self._folder(step))
 
     def wait(self) -> None:
         """Returns once every checkpoint begun is on disk."""
@@ -291,8 +330,7 @@ class Checkpoints:
         self.require_sound(step)
         values = self._restore_part(step, "params", shape.params)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shape.optimizer)
-        saved = self._records[step]
-        if "optimizer" in saved.parts if saved else (self._folder(step) / "optimizer").is_dir():
+        if self._has_optimizer(step):
             optimizer = jax.device_put(
                 self._restore_part(step, "optimizer", shape.optimizer), shardings
             )
@@ -309,8 +347,57 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged, or of another model.
         """
+        stored = self.stored_params(step, params)
+        with self._reading(step):
+            return jax.tree.map(placed, stored, params)
+
+    def stored_params(self, step: int, params: Tree) -> Tree:
+        """The parameters saved at `step`, which are read from the disk as they are used.
+
+        Args:
+            step: of a complete checkpoint.
+            params: tree of the parameters' shapes; types do not matter.
+
+        Returns:
+            A tree of `StoredArray` with the structure of `params`.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another model.
+        """
         self.require_sound(step, ("params", "run"))
-        return self._restore_part(step, "params", params)
+        self._require_same(step, "params", params)
+        return self._stored(step, "params", params)
+
+    def stored_optimizer(self, step: int, optimizer: Tree) -> Tree | None:
+        """The optimizer's state saved at `step`, as `stored_params` gives the parameters; None
+        where the checkpoint holds none.
+
+        Args:
+            step: of a complete checkpoint.
+            optimizer: tree of shapes and types.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another model or optimizer.
+        """
+        self.require_sound(step)
+        if not self._has_optimizer(step):
+            return None
+        self._require_same(step, "optimizer", optimizer)
+        return self._stored(step, "optimizer", optimizer)
+
+    def _has_optimizer(self, step: int) -> bool:
+        saved = self._records[step]
+        return "optimizer" in saved.parts if saved else (self._folder(step) / "optimizer").is_dir()
+
+    def _stored(self, step: int, part: str, wanted: Tree) -> Tree:
+        folder = self._folder(step) / part
+        with self._reading(step):
+            return jax.tree.map_with_path(
+                lambda path, _: StoredArray(
+                    folder, jax.tree_util.keystr(path, simple=True, separator=".")
+                ),
+                wanted,
+            )
 
     def restore_run(self, step: int) -> tuple[dict[str, Any], str]:
         """The fields of the run that saved `step`, and its tokenizer's JSON.
@@ -343,14 +430,7 @@ class Checkpoints:
 
     def _restore_part(self, step: int, part: str, wanted: Tree) -> Tree:
         """The arrays of one part of a sound checkpoint, in the device's memory."""
-        saved = self._records[step]
-        if saved and saved.parts[part] != _fingerprint(wanted):
-            what = "optimizer" if part == "optimizer" else "model"
-            raise UserError(
-                f"the checkpoint {str(self._folder(step))!r} is of another {what} than the run; "
-                f"put the fields of "
-                f"{what} back, in the recipe and in {str(self._run_directory / 'config.json')!r}"
-            )
+        self._require_same(step, part, wanted)
         abstract = jax.tree.map(_on_device, wanted)
         with self._reading(step):
             restored = self._reader.restore(
@@ -358,6 +438,17 @@ class Checkpoints:
                 args=ocp.args.Composite(**{part: ocp.args.StandardRestore(abstract)}),
             )
         return restored[part]
+
+    def _require_same(self, step: int, part: str, wanted: Tree) -> None:
+        """Refuses a part of a checkpoint that has another structure than what it shall fill."""
+        saved = self._records[step]
+        if saved and saved.parts[part] != _fingerprint(part, wanted):
+            what = "optimizer" if part == "optimizer" else "model"
+            raise UserError(
+                f"the checkpoint {str(self._folder(step))!r} is of another {what} than the run; "
+                f"put the fields of "
+                f"{what} back, in the recipe and in {str(self._run_directory / 'config.json')!r}"
+            )
 
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -432,7 +523,9 @@ class Checkpoints:
         """Writes the record of the checkpoint whose parts are complete, in the main process, before
         it counts.
         """
-        folder = self._unfinished()
+        self._write_record_of(self._unfinished())
+
+    def _write_record_of(self, folder: Path) -> None:
         hashed: dict[str, tuple[int, str]] = {}
         for index in range(1, jax.process_count()):
             path = folder / f"{records.RECORD}.{index}"
@@ -461,14 +554,79 @@ def _writer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _fingerprint(tree: Any) -> str:
-    """A hash of the paths, shapes and types of a tree's leaves."""
+def _fingerprint(part: str, tree: Any) -> str:
+    """A hash of the paths, shapes and types of the leaves of a checkpoint's part.
+
+    Parameters may lie on disk in another type than they are trained in, which is float32: that of
+    an import is the source's.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     described = {
-        jax.tree_util.keystr(path): (tuple(np.shape(leaf)), str(leaf.dtype))
+        jax.tree_util.keystr(path): (
+            tuple(np.shape(leaf)),
+            "float32" if part == "params" else str(leaf.dtype),
+        )
         for path, leaf in leaves
     }
     return records.fingerprint(described)
+
+
+def _chunks(leaf: Any) -> ocp.SaveArgs:
+    """How an array is cut into chunks on disk: each of a large stack of layers is of one layer, so
+    that layers can be read one by one.
+    """
+    if leaf.nbytes <= CHUNK_BYTES:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
+
+
+class _PiecesHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Pieces` into the files that orbax would write the whole array into."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._written: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Has the thread that writes end at the next piece."""
+        self._stopped.set()
+
+    def written(self, total: int, check: Callable[[], None]) -> Iterator[int]:
+        """The number of each piece, once it is written, to the last or where one fails.
+
+        Args:
+            total: pieces of all arrays.
+            check: raises where the thread that writes has failed.
+        """
+        for number in range(total):
+            while True:
+                try:
+                    if not self._written.get(timeout=1.0):
+                        return
+                    break
+                except queue.Empty:
+                    check()
+            yield number
+
+    async def _open_and_write(self, value: Pieces, spec: dict[str, Any], context: Any) -> None:
+        # Nothing is awaited between pieces, so that arrays are written one after the other; a piece
+        # is made while the one before is written.
+        try:
+            store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
+            writing = None
+            for index, values in value.pieces():
+                if writing is not None:
+                    writing.result()
+                if self._stopped.is_set():
+                    raise InterruptedError
+                writing = store[index].write(values)
+                self._written.put(True)
+            if writing is not None:
+                writing.result()
+        except BaseException:
+            self._written.put(False)
+            raise
 
 
 def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -1,21 +1,35 @@
 """What a run directory holds for use after training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
-from braeburn.config import Checkpoint, MeshConfig, ModelConfig, Run, flatten, read_run, validate
+from braeburn.config import (
+    Checkpoint,
+    MeshConfig,
+    ModelConfig,
+    Run,
+    WeightType,
+    flatten,
+    read_run,
+    validate,
+)
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer_settings import TOKENIZER_CONFIG
 from braeburn.disk import explaining, scratch
 from braeburn.errors import UserError
-from braeburn.layers.spec import Tree, abstract
+from braeburn.layers.spec import ParamSpec, Tree, abstract
+from braeburn.layers.weights import as_bits
 from braeburn.parallel.layout import Layout
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.resolved import model_layout, trained_specs
 from braeburn.train.state import TrainState
+from braeburn.train.stored import StoredArray
 from braeburn.transforms.definition import transform_of
 
 
@@ -27,7 +41,7 @@ class Trained:
         run: the run that made it.
         step: steps made by then.
         model: the model as the stage of that step trained it, RoPE base included.
-        params: float32 parameters.
+        params: parameters of any float type, or `StoredArray`s of them.
         layout: where they lie.
         tokenizer: the tokenizer that it was trained with.
         sequence_length: of the longest sequences that it was trained on, here or elsewhere; 0 where
@@ -43,17 +57,48 @@ class Trained:
     layout: Layout
 
 
-def load(directory: Path, mesh: MeshConfig | None = None) -> Trained:
+def load(
+    directory: Path,
+    mesh: MeshConfig | None = None,
+    dtype: WeightType | None = None,
+    *,
+    for_programs: bool = False,
+) -> Trained:
     """Reads the newest checkpoint of a run directory.
 
     Args:
         directory: of the run.
         mesh: the devices to read it onto, each of which gets its part; None for one device.
+        dtype: that all parameters but those of norms are held in; None for that of the checkpoint.
+        for_programs: whether nothing but the model's own programs will read the parameters. On CPUs
+            those in bfloat16 then come as their bits: see `layers.weights.as_bits`.
 
     Raises:
         UserError: the folder holds no run or no checkpoint, the newest is damaged or of another
             model than the run, its tokenizer is not the run's, or the mesh does not fit.
     """
+    trained, checkpoints = _open(directory, mesh)
+    return replace(trained, params=_params(trained, checkpoints, dtype, for_programs))
+
+
+def open_stored(directory: Path) -> Trained:
+    """The newest checkpoint of a run directory, whose parameters are read as they are used.
+
+    Each is a `StoredArray`, of which a layer can be indexed. Only the weights in the middle of a
+    stage that masks or rounds them are computed, and so lie in memory.
+
+    Raises:
+        UserError: as `load`.
+    """
+    trained, checkpoints = _open(directory, None)
+    if _effective(trained.run, trained.step):
+        return replace(trained, params=_params(trained, checkpoints, None, False))
+    shapes = abstract(trained.layout.specs)
+    return replace(trained, params=checkpoints.stored_params(trained.step, shapes))
+
+
+def _open(directory: Path, mesh: MeshConfig | None) -> tuple[Trained, Checkpoints]:
+    """All of the newest checkpoint but its parameters."""
     run = received_run(directory)
     checkpoints = Checkpoints(directory)
     step = checkpoints.newest()
@@ -67,13 +112,12 @@ def load(directory: Path, mesh: MeshConfig | None = None) -> Trained:
     require_same_model(run, validate(fields), step, directory)
     model, sequence_length = run.model_at(step)
     layout = model_layout(run, model, mesh)
-    params = _params(run, step, checkpoints, layout)
     saved = Tokenizer.from_json(saved_tokenizer)
     tokenizer = read_tokenizer(directory)
     require_same_tokenizer(tokenizer, saved, directory / "tokenizer.json", step)
     if not (directory / TOKENIZER_CONFIG).exists():  # as in run directories of earlier versions
         tokenizer = saved
-    return Trained(run, step, model, params, tokenizer, sequence_length, layout)
+    return Trained(run, step, model, {}, tokenizer, sequence_length, layout), checkpoints
 
 
 def received_run(directory: Path) -> Run:
@@ -99,28 +143,62 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory / "tokenizer.json", "put the run's own tokenizer.json back")
 
 
-def _params(run: Run, step: int, checkpoints: Checkpoints, layout: Layout) -> Tree:
+def _effective(run: Run, step: int) -> Callable[[Tree, Any], Tree] | None:
+    """What turns the weights that a checkpoint holds into those that the model uses; None where
+    they are the same, as at the end of a stage.
+    """
+    if step >= run.total_steps:
+        return None
+    name, stage, index = run.stage_at(step)
+    return transform_of(stage, run.models()[name]).effective if index else None
+
+
+def _params(
+    trained: Trained, checkpoints: Checkpoints, dtype: WeightType | None, for_programs: bool
+) -> Tree:
     """The parameters of a checkpoint; from the middle of a stage, the stage's effective weights."""
-    if step < run.total_steps:
-        name, stage, index = run.stage_at(step)
-        effective = transform_of(stage, run.models()[name]).effective if index else None
-        if effective:
-            stored = replace(layout, specs=trained_specs(run, name))
-            params = checkpoints.restore_params(step, _in_place(stored))
-            used = effective(params, index)
-            return used if layout.num_devices == 1 else jax.device_put(used, layout.parameters())
-    return checkpoints.restore_params(step, _in_place(layout))
+    run, step, layout = trained.run, trained.step, trained.layout
+    effective = _effective(run, step)
+    if effective is None:
+        return held(checkpoints, step, layout, dtype, for_programs=for_programs)
+    name, _, index = run.stage_at(step)
+    of_stage = replace(layout, specs=trained_specs(run, name))
+    used = effective(held(checkpoints, step, of_stage, "float32"), index)
+    if dtype is not None:
+        used = jax.tree.map(
+            lambda spec, leaf: leaf if spec.role == "norm" else leaf.astype(dtype),
+            layout.specs,
+            used,
+        )
+    return used if layout.num_devices == 1 else jax.device_put(used, layout.parameters())
 
 
-def _in_place(layout: Layout) -> Tree:
-    """The types of a layout's parameters, with where they lie unless that is on one device."""
-    if layout.num_devices == 1:
-        return abstract(layout.specs)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract(layout.specs),
-        layout.parameters(),
-    )
+def held(
+    checkpoints: Checkpoints,
+    step: int,
+    layout: Layout,
+    dtype: WeightType | None = None,
+    *,
+    for_programs: bool = False,
+) -> Tree:
+    """The parameters of a checkpoint where a layout has them.
+
+    Args:
+        checkpoints: of the run.
+        step: of the checkpoint.
+        layout: where they are to lie.
+        dtype: that all but those of norms are held in; None for that of the checkpoint.
+        for_programs: as in `load`.
+    """
+    stored = checkpoints.stored_params(step, abstract(layout.specs))
+
+    def wanted(spec: ParamSpec, array: StoredArray, place: Any) -> jax.ShapeDtypeStruct:
+        kept_as = array.dtype if spec.role == "norm" else np.dtype(dtype or array.dtype)
+        return jax.ShapeDtypeStruct(spec.shape, kept_as, sharding=place)
+
+    shapes = jax.tree.map(wanted, layout.specs, stored, layout.parameters())
+    params = checkpoints.restore_params(step, shapes)
+    return as_bits(params, layout.specs) if for_programs and layout.platform == "cpu" else params
 
 
 # What may differ between the model of a configuration and that of a checkpoint: how it is computed,

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -30,7 +31,13 @@ FLOOR = 1e-6
 
 
 def magnitude(params: Tree, model: ModelConfig, keep: Keep) -> Tree:
-    """The L2 norm of all weights of each unit: of every parameter that has its axis."""
+    """The L2 norm of all weights of each unit: of every parameter that has its axis.
+
+    Args:
+        params: arrays, or what gives a layer of them for an index and the whole for `np.asarray`.
+        model: whose parameters.
+        keep: whose keys are the axes to look at.
+    """
     specs = dict(walk(decoder.param_specs(model)))
     squares: dict[str, Any] = {}
     for path, weight in walk(params):
@@ -38,11 +45,26 @@ def magnitude(params: Tree, model: ModelConfig, keep: Keep) -> Tree:
             if axis in specs[path].axes:
                 own = (LAYERS, axis) if RULES[axis].per_layer else (axis,)
                 others = tuple(dim for dim, name in enumerate(specs[path].axes) if name not in own)
-                square = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=others)
+                square = _squares(weight, others, specs[path].stacked)
                 stack = path.rpartition("/")[0] if RULES[axis].per_layer else ""
                 sums = squares.setdefault(axis, {})
                 sums[stack] = sums.get(stack, 0.0) + square
     return {axis: jax.tree.map(jnp.sqrt, _as_scores(axis, squares[axis], model)) for axis in keep}
+
+
+def _squares(weight: Any, over: tuple[int, ...], stacked: bool) -> Array:
+    """The sum of squares over some dimensions, in float32; of what is read layer by layer, one
+    layer after the other.
+    """
+
+    def one(block: Array | np.ndarray, over: tuple[int, ...]) -> Array:
+        return jnp.sum(jnp.square(jnp.asarray(block, jnp.float32)), axis=over)
+
+    if isinstance(weight, jax.Array) or not stacked:
+        return one(weight if isinstance(weight, jax.Array) else np.asarray(weight), over)
+    within = tuple(dim - 1 for dim in over if dim > 0)
+    layers = jnp.stack([one(weight[layer], within) for layer in range(weight.shape[0])])
+    return jnp.sum(layers, axis=0) if 0 in over else layers
 
 
 def _as_scores(axis: str, values: dict[str, Array], model: ModelConfig) -> Any:

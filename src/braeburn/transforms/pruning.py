@@ -37,6 +37,8 @@ def importance_of_units(pruning: Pruning, found: Found) -> Tree:
     """
     model, keep = found.model, pruning.keep
     if pruning.method == "magnitude":
+        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found.params)):
+            return importance.magnitude(found.params, model, keep)  # from the disk
         return jax.jit(lambda params: importance.magnitude(params, model, keep))(found.params)
     if pruning.method == "random":
         # As NumPy has it, an array that is the same in all processes belongs to no device.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from braeburn.config import PRUNABLE, ModelConfig
@@ -212,6 +213,26 @@ def sliced(tree: Tree, indices: Mapping[str, Any], specs: Tree) -> Tree:
         return leaf
 
     return jax.tree.map_with_path(one, tree)
+
+
+def sliced_block(
+    block: np.ndarray, path: str, spec: ParamSpec, indices: Mapping[str, Any], layer: int | None
+) -> np.ndarray:
+    """The part of `sliced` that comes of one layer of a parameter, or of one that is not stacked.
+
+    Args:
+        block: the layer, or the whole parameter where `layer` is None.
+        path: of the parameter.
+        spec: of the parameter.
+        indices: of the units that stay, by axis, as from `kept`.
+        layer: which of the stack.
+    """
+    for axis in indices:
+        if axis in spec.axes:
+            units = np.asarray(at_path(indices[axis], path))
+            dim = spec.axes.index(axis) - (0 if layer is None else 1)
+            block = np.take(block, units if units.ndim == 1 else units[layer], axis=dim)
+    return block
 
 
 def _groups(axis: str, model: ModelConfig) -> int:
