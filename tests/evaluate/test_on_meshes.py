@@ -1,6 +1,9 @@
 """Evaluation on several devices gives what one device gives."""
 
 import json
+import os
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 
 from braeburn.cli.resolve import parse_mesh
 from braeburn.train.trained import load
-from support import braeburn
+from support import PROGRAM, braeburn
 
 
 def results(directory: Path, *arguments: Any) -> dict[str, Any]:
@@ -49,6 +52,49 @@ def test_short_files_and_overlapping_windows_on_a_mesh(finished: Path, tmp_path:
     (found,) = results(finished, *options, "--mesh", "data=2,context=2").values()
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert (found["tokens"], found["bytes"]) == (expected["tokens"], expected["bytes"])
+
+
+def test_several_processes_share_a_model(
+    finished: Path, tmp_path: Path, on_one: dict[str, Any]
+) -> None:
+    """Two processes of four devices each, which the environment tells of each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    arguments = ["evaluate", str(finished), "--json", "--by-position", "--mesh", "fsdp=4,tensor=2"]
+    members = [
+        subprocess.Popen(
+            [*PROGRAM, *arguments],
+            env=os.environ
+            | {
+                "JAX_NUM_CPU_DEVICES": "4",
+                "JAX_COORDINATOR_ADDRESS": coordinator,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    (out, _), (nothing, _) = (member.communicate(timeout=300) for member in members)
+    assert [member.returncode for member in members] == [0, 0]
+    assert nothing == ""
+    found = json.loads(out)["results"]
+    for source, expected in on_one.items():
+        assert found[source]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        parts = found[source]["by_position"]
+        assert sum(part["tokens"] for part in parts) == expected["tokens"]
+
+
+def test_several_processes_need_a_mesh(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert "2 processes, which share a model over --mesh alone; add --mesh fsdp=-1" in (
+        braeburn("evaluate", finished).error
+    )
 
 
 def test_each_device_gets_its_part(finished: Path) -> None:

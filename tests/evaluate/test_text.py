@@ -61,7 +61,9 @@ def test_spans_score_each_token_once(tokens: int, length: int, stride: int) -> N
 @pytest.mark.parametrize("length", [64, 100, 512, 32_768])
 def test_what_is_computed_follows_the_text(length: int, tmp_path: Path) -> None:
     shards = shards_of(tmp_path / "shards", TEXTS)
-    batches = list(evaluation_batches(shards, length, length, shards.tokens, 4096))
+    found = evaluation_batches(shards, length, length, shards.tokens, 4096)
+    batches = list(found.batches)
+    assert len(batches) == found.count
     computed = sum(batch["inputs"].size for batch in batches)
     assert computed <= max(64, 2 * shards.tokens) + length * (length < shards.tokens)
     assert len({batch["inputs"].shape for batch in batches}) <= 3
@@ -81,17 +83,21 @@ def test_lengths_of_windows() -> None:
     assert padded_length(3, 10) == 10
 
 
-def measured(shards: TokenShards, batches: Iterator[Any]) -> dict[str, float]:
+def measured(
+    shards: TokenShards, batches: Iterator[Any], positions: tuple[int, ...] = ()
+) -> dict[str, Any]:
     params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(MODEL), 3))
     layout = one_device(decoder.param_specs(MODEL), FLOAT32)
-    evaluate = evaluator(MODEL, TOKENIZER.token_bytes, layout)
-    return measure(evaluate, params, batches, shards.byte_ratio)
+    evaluate = evaluator(MODEL, TOKENIZER.token_bytes, layout, positions)
+    return measure(evaluate, params, batches, shards.byte_ratio, positions=positions)
 
 
 def test_padding_changes_no_result(tmp_path: Path) -> None:
     shards = shards_of(tmp_path / "shards", TEXTS)
     for length in (100, 1024):
-        found = measured(shards, evaluation_batches(shards, length, length, shards.tokens, 4096))
+        found = measured(
+            shards, evaluation_batches(shards, length, length, shards.tokens, 4096).batches
+        )
         padded = measured(shards, held_out_batches(shards, length, 8, shards.tokens + length))
         assert found == pytest.approx(padded, rel=1e-5)
         assert found["bytes"] == shards.text_bytes == sum(len(text.encode()) for text in TEXTS)
@@ -103,7 +109,7 @@ def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
     length, stride = 64, 24
     params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(MODEL), 3))
     tokens = shards.read(0, shards.tokens + 1)
-    nll = 0.0
+    losses = {}
     for span in spans(shards.tokens, length, stride):
         inputs = tokens[span.start : span.stop][None]
         positions = np.arange(inputs.shape[1])[None]
@@ -113,9 +119,16 @@ def test_overlapping_windows_by_hand(tmp_path: Path) -> None:
         logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
         log_z = np.log(np.exp(logits).sum(-1))
         for index in range(span.scored, span.stop):
-            nll += log_z[index - span.start] - logits[index - span.start, tokens[index + 1]]
-    found = measured(shards, evaluation_batches(shards, length, stride, shards.tokens, 4096))
+            at = index - span.start
+            losses[at, index] = log_z[at] - logits[at, tokens[index + 1]]
+    batches = evaluation_batches(shards, length, stride, shards.tokens, 4096).batches
+    found = measured(shards, batches, (0, 10, 40))
+    nll = sum(losses.values())
     assert found["loss"] == pytest.approx(nll / shards.tokens, rel=1e-5)
+    for part, stop in zip(found["by_position"], (10, 40, 64), strict=True):
+        of_range = [loss for (at, _), loss in losses.items() if part["from"] <= at < stop]
+        assert part["tokens"] == len(of_range)
+        assert part["loss"] == pytest.approx(np.mean(of_range), rel=1e-5)
     assert found["tokens"] == shards.tokens
     assert found["bits_per_byte"] == pytest.approx(
         nll / math.log(2) / len(TEXTS[0].encode()), rel=1e-5
@@ -150,7 +163,7 @@ def test_bytes_are_those_of_the_text(make: Any, tmp_path: Path) -> None:
     tokens = shards.read(0, shards.tokens)
     assert shards.token_bytes == tokenizer.token_bytes[tokens].sum() != size
     assert shards.text_bytes == size
-    batches = evaluation_batches(shards, 64, 64, shards.tokens, 4096)
+    batches = evaluation_batches(shards, 64, 64, shards.tokens, 4096).batches
 
     def evaluate(_: Any, batch: Any) -> dict[str, float]:
         weights = batch["weights"]

@@ -97,6 +97,28 @@ def weight_type(text: str | None) -> "WeightType | None":
     return WEIGHT_TYPES[text]
 
 
+def join(command: str, mesh: str | None) -> None:
+    """Joins the other processes of a command that several run together, if there are any.
+
+    They are told of each other as those of `train` are, by SLURM, Open MPI, GKE or JAX's
+    environment variables. To be called before `begin_computing`.
+
+    Args:
+        command: its name.
+        mesh: what `--mesh` says, over which the processes share a model.
+
+    Raises:
+        UserError: there are several, and no mesh.
+    """
+    found = processes.find()
+    if found and mesh is None:
+        raise UserError(
+            f"{command} runs in {found.num_processes} processes, which share a model over --mesh "
+            f"alone; add --mesh fsdp=-1, or run one process"
+        )
+    processes.connect()
+
+
 def begin_computing() -> None:
     """Logs go to standard error, from the main process only, and compiled programs to the cache.
 

@@ -10,11 +10,13 @@ from braeburn.cli.options import AsJson, HeldAs, Mesh, RunFolder, Set
 from braeburn.cli.output import print_json, print_rows, say
 from braeburn.cli.resolve import (
     begin_computing,
+    join,
     parse_mesh,
     warn_of_unused_accelerator,
     weight_type,
 )
 from braeburn.errors import UserError
+from braeburn.parallel import processes
 
 commands = typer.Typer()
 
@@ -50,12 +52,16 @@ def evaluate(
             help="Tokens from window to window; with fewer than in one, windows overlap.",
         ),
     ] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Tell the loss by position in a document, too.")
+    ] = False,
     mesh: Mesh = None,
     dtype: HeldAs = None,
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
     devices, held_as = parse_mesh(mesh), weight_type(dtype)
+    join("evaluate", mesh)
     begin_computing()
     from braeburn.evaluate.text import Windows, evaluate_files, evaluate_held_out
     from braeburn.train.trained import load
@@ -63,12 +69,14 @@ def evaluate(
     trained = load(directory, devices, held_as, for_programs=True)
     warn_of_unused_accelerator()
     texts = [*(data or []), *(more or [])]
-    windows = Windows(sequence_length, stride)
+    windows = Windows(sequence_length, stride, by_position)
     results = (
         evaluate_files(trained, texts, field, windows)
         if texts
         else evaluate_held_out(trained, windows)
     )
+    if not processes.is_main():
+        return
     if as_json:
         print_json({"step": trained.step, "results": results})
         return
@@ -84,6 +92,14 @@ def evaluate(
         for name, v in results.items()
     ]
     print_rows([("text", *(key.replace("_", " ") for key in formats)), *rows])
+    if by_position:
+        found = [
+            (name, f"from {part['from']:,}", f"{part['tokens']:,}", f"{part['loss']:.4f}")
+            for name, result in results.items()
+            for part in result["by_position"]
+        ]
+        print()
+        print_rows([("text", "position in a document", "tokens", "loss"), *found])
 
 
 @commands.command()

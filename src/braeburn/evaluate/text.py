@@ -5,13 +5,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from braeburn.config import Source
 from braeburn.data.corpus import Document, Report, documents
 from braeburn.data.prepare import prepare
 from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.errors import UserError
-from braeburn.evaluate.windows import evaluation_batches
+from braeburn.evaluate.windows import SHORTEST, evaluation_batches
 from braeburn.parallel.rules import batch_shards, sequence_pieces
 from braeburn.train.held_out import evaluator, measure
 from braeburn.train.progress import tracked
@@ -30,10 +31,12 @@ class Windows:
             trained on.
         stride: tokens from the start of one window to that of the next; None for `sequence_length`,
             without overlap.
+        by_position: whether the loss is told by ranges of positions, too.
     """
 
     sequence_length: int | None = None
     stride: int | None = None
+    by_position: bool = False
 
     def sizes(self, trained: Trained) -> tuple[int, int]:
         """The length of a window and the stride, in tokens.
@@ -54,7 +57,7 @@ class Windows:
 
 def evaluate_files(
     trained: Trained, paths: list[str], field: str = "text", windows: Windows | None = None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Results for all documents of files.
 
     Args:
@@ -67,7 +70,8 @@ def evaluate_files(
         UserError: a path matches nothing, cannot be read as text or holds none, or `windows` leave
             tokens out.
     """
-    length, stride = (windows or Windows()).sizes(trained)
+    windows = windows or Windows()
+    windows.sizes(trained)  # before any text is read
     results = {}
     for path in paths:
         source = Source(paths=(path,), field=field)
@@ -79,7 +83,7 @@ def evaluate_files(
             except UserError as error:
                 raise UserError(_as_options(str(error), path)) from None
             shards = TokenShards.open(directory, trained.tokenizer.hash)
-            results[path] = _evaluate(trained, shards, length, stride, shards.tokens)
+            results[path] = _evaluate(trained, shards, windows, shards.tokens, path)
     return results
 
 
@@ -104,7 +108,7 @@ def _as_options(message: str, source: str) -> str:
 
 def evaluate_held_out(
     trained: Trained, windows: Windows | None = None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Results for the held-out text of each source that the run trained on.
 
     Args:
@@ -114,7 +118,8 @@ def evaluate_held_out(
     Raises:
         UserError: the run has no held-out text, or `windows` leave tokens out.
     """
-    length, stride = (windows or Windows()).sizes(trained)
+    windows = windows or Windows()
+    length, _ = windows.sizes(trained)
     prepared = prepare(trained.run, lambda line: None, trained.tokenizer, only_held_out=True)
     held_out = {
         source: shards for source, shards in prepared.held_out.items() if shards is not None
@@ -124,14 +129,15 @@ def evaluate_held_out(
     # As many whole windows as training looks at.
     most = max(1, trained.run.evaluation.tokens // length) * length
     return {
-        source: _evaluate(trained, shards, length, stride, min(shards.tokens, most))
+        source: _evaluate(trained, shards, windows, min(shards.tokens, most), source)
         for source, shards in held_out.items()
     }
 
 
 def _evaluate(
-    trained: Trained, shards: TokenShards, length: int, stride: int, tokens: int
-) -> dict[str, float]:
+    trained: Trained, shards: TokenShards, windows: Windows, tokens: int, name: str
+) -> dict[str, Any]:
+    length, stride = windows.sizes(trained)
     layout = trained.layout
     sequences = batch_shards(layout.execution)
     pieces = sequence_pieces(layout.sizes)
@@ -140,11 +146,20 @@ def _evaluate(
             f"--mesh cuts windows of {length} tokens into {pieces} pieces, which do not come out "
             f"even; set --sequence-length to a multiple of {pieces}"
         )
-    evaluate = evaluator(trained.model, trained.tokenizer.token_bytes, layout)
+    positions = ranges(length) if windows.by_position else ()
+    evaluate = evaluator(trained.model, trained.tokenizer.token_bytes, layout, positions)
     most = BATCH_TOKENS * sequences
-    batches = evaluation_batches(shards, length, stride, tokens, most, (sequences, pieces))
+    found = evaluation_batches(shards, length, stride, tokens, most, (sequences, pieces))
     placed = (
         layout.place(batch, range(len(batch["inputs"])), len(batch["inputs"]))
-        for batch in tracked(batches, "evaluating")
+        for batch in tracked(found.batches, f"evaluating {name}", found.count)
     )
-    return measure(evaluate, trained.params, placed, shards.byte_ratio)
+    return measure(evaluate, trained.params, placed, shards.byte_ratio, positions=positions)
+
+
+def ranges(length: int) -> tuple[int, ...]:
+    """Where ranges of positions begin, up to a length in tokens: 0, 64, 128, 256 and so on."""
+    found = [0, SHORTEST]
+    while found[-1] < length:
+        found.append(2 * found[-1])
+    return tuple(found[:-1])

@@ -2,6 +2,7 @@
 text.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,19 @@ from braeburn.data.packing import Batch, Row, batched, window
 from braeburn.data.token_shards import TokenShards
 
 SHORTEST = 64  # a program for shorter windows would not pay for its compilation
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of windows.
+
+    Attributes:
+        batches: makes them, one after the other.
+        count: how many they are.
+    """
+
+    batches: Iterator[Batch]
+    count: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,7 @@ def evaluation_batches(
     tokens: int,
     batch_tokens: int,
     even: tuple[int, int] = (1, 1),
-) -> Iterator[Batch]:
+) -> Batches:
     """Batches [B, T] that score the first `tokens` tokens of a text; of at most three shapes.
 
     All batches but the last have T = `length`. A text shorter than a span, and the end of a longer
@@ -72,13 +86,14 @@ def evaluation_batches(
                 row["weights"][span.stop - span.start :] = 0
                 yield row
 
-    whole = sum(
-        padded_length(span.stop - span.start, length, pieces) == length
-        for span in spans(tokens, length, stride)
-    )
+    found = list(spans(tokens, length, stride))
+    whole = sum(padded_length(span.stop - span.start, length, pieces) == length for span in found)
     most = min(max(1, batch_tokens // length), power_of_two(whole))
-    yield from batched(rows(True), -(-most // sequences) * sequences)
-    yield from batched(rows(False), sequences)
+    size = -(-most // sequences) * sequences
+    return Batches(
+        itertools.chain(batched(rows(True), size), batched(rows(False), sequences)),
+        -(-whole // size) + -(-(len(found) - whole) // sequences),
+    )
 
 
 def padded_length(tokens: int, length: int, pieces: int = 1) -> int:

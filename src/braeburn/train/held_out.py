@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,16 +23,23 @@ from braeburn.train.resolved import ResolvedStage
 # Enough for devices never to wait, and few enough to stop soon.
 BATCHES_AT_ONCE = 2
 
+# The ending of the sums that are told by ranges of positions.
+BY_POSITION = "_by_position"
+
 Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
 
 
-def evaluator(model: ModelConfig, token_bytes: np.ndarray, layout: Layout) -> Evaluate:
+def evaluator(
+    model: ModelConfig, token_bytes: np.ndarray, layout: Layout, positions: Sequence[int] = ()
+) -> Evaluate:
     """A compiled function from parameters and a batch to sums over the batch's weighted tokens.
 
     Args:
         model: sizes and RoPE base.
         token_bytes: UTF-8 bytes of each entry of the vocabulary, int32 [V].
         layout: where parameters and batches lie.
+        positions: where ranges of positions in a document begin, ascending from 0; the sums then
+            have the loss and the tokens of each range, too.
     """
     # A model may have more rows than its tokenizer has entries.
     lengths = np.zeros(model.vocab_size, np.float32)
@@ -48,12 +55,18 @@ def evaluator(model: ModelConfig, token_bytes: np.ndarray, layout: Layout) -> Ev
         )
         # Tensor shards have worked on the same tokens.
         weights = batch["weights"] / mesh.tensor
-        return {
+        found = {
             "nll": jnp.sum(weights * losses),
             "correct": jnp.sum(weights * correct),
             "tokens": jnp.sum(weights),
             "token_bytes": jnp.sum(weights * jnp.asarray(lengths)[batch["targets"]]),
         }
+        if positions:
+            ranges = jnp.searchsorted(jnp.asarray(positions), batch["positions"], side="right") - 1
+            for name, values in (("nll", weights * losses), ("tokens", weights)):
+                by_range = jax.ops.segment_sum(values.ravel(), ranges.ravel(), len(positions))
+                found[f"{name}{BY_POSITION}"] = by_range
+        return found
 
     compiled = jax.jit(layout.total(sums))
 
@@ -70,9 +83,10 @@ def measure(
     batches: Iterable[dict[str, Any]],
     byte_ratio: float,
     proceed: Callable[[], None] = nothing_to_ask,
-) -> dict[str, float]:
+    positions: Sequence[int] = (),
+) -> dict[str, Any]:
     """Results over all batches: loss in nats per token, perplexity, accuracy, bits per byte, and
-    their denominators.
+    their denominators; where the sums have them, the loss and the tokens of ranges of positions.
 
     Tokens include the one that ends each document. Bytes are those of the text as it was read, in
     UTF-8: exactly where all of a text is measured, and otherwise as many as its tokens stand for,
@@ -84,12 +98,13 @@ def measure(
         batches: placed on the devices, at least one.
         byte_ratio: that of the token shards that the batches are from.
         proceed: called before each batch; what it raises ends the evaluation.
+        positions: those that `evaluate` was made with.
     """
-    parts: list[dict[str, float]] = []
+    parts: list[dict[str, np.ndarray]] = []
     running: deque[dict[str, Array]] = deque()
 
     def finish_oldest() -> None:
-        parts.append({name: float(value) for name, value in running.popleft().items()})
+        parts.append({name: np.asarray(value) for name, value in running.popleft().items()})
 
     for batch in batches:
         proceed()
@@ -98,9 +113,22 @@ def measure(
             finish_oldest()
     while running:
         finish_oldest()
-    sums = {name: math.fsum(part[name] for part in parts) for name in parts[0]}
+    totals = {
+        name: [math.fsum(values) for values in np.stack([part[name].ravel() for part in parts]).T]
+        for name in parts[0]
+    }
+    sums = {name: values[0] for name, values in totals.items()}
     loss = sums["nll"] / sums["tokens"]
     text_bytes = round(sums["token_bytes"] * byte_ratio)
+    by_position = [
+        {
+            "from": first,
+            "loss": totals[f"nll{BY_POSITION}"][index] / tokens,
+            "tokens": round(tokens),
+        }
+        for index, first in enumerate(positions)
+        if (tokens := totals[f"tokens{BY_POSITION}"][index])
+    ]
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -108,6 +136,7 @@ def measure(
         "bits_per_byte": sums["nll"] / math.log(2) / max(text_bytes, 1),
         "tokens": int(sums["tokens"]),
         "bytes": text_bytes,
+        **({"by_position": by_position} if positions else {}),
     }
 
 

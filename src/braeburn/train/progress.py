@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from braeburn.data.workers import Progress as Amount
+from braeburn.parallel import processes
 
 SECONDS_BETWEEN_LINES = 10.0
 # Warnings from the start of a longer run are out of sight at its end.
@@ -128,7 +129,7 @@ def tracked(
     """The items as they are, while standard error shows how many are done.
 
     A terminal shows a bar, which goes away at the end; elsewhere there is a line every ten seconds,
-    so that what is quick says nothing.
+    so that what is quick says nothing. Of several processes, the main one shows it.
 
     Args:
         items: what is worked through.
@@ -136,7 +137,7 @@ def tracked(
         total: how many there are; the length of `items` by default, where it has one.
         console: shows it; of standard error by default.
     """
-    console = console or Console(stderr=True, highlight=False)
+    console = console or Console(stderr=True, highlight=False, quiet=not processes.is_main())
     if total is None and isinstance(items, Sized):
         total = len(items)
     if console.is_terminal:
