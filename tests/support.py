@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Container, Iterable
@@ -63,6 +65,41 @@ def process(*arguments: object, timeout: float = 300, **options: Any) -> Answer:
         **options,
     )
     return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def together(*programs: list[str], devices: int, timeout: float = 300) -> list[Answer]:
+    """Runs one program in each of several processes, which the environment tells of each other.
+
+    Args:
+        programs: of each process, with its arguments.
+        devices: that each process has.
+        timeout: in seconds.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    found = {"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_NUM_PROCESSES": str(len(programs))}
+    members = [
+        subprocess.Popen(
+            program,
+            env=os.environ
+            | found
+            | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, program in enumerate(programs)
+    ]
+    try:
+        outputs = [member.communicate(timeout=timeout) for member in members]
+    finally:
+        for member in members:
+            member.kill()
+    return [
+        Answer(member.returncode, out, err)
+        for member, (out, err) in zip(members, outputs, strict=True)
+    ]
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -1,9 +1,6 @@
 """Evaluation on several devices gives what one device gives."""
 
 import json
-import os
-import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import pytest
 
 from braeburn.cli.resolve import parse_mesh
 from braeburn.train.trained import load
-from support import PROGRAM, braeburn
+from support import PROGRAM, braeburn, together
 
 
 def results(directory: Path, *arguments: Any) -> dict[str, Any]:
@@ -58,30 +55,11 @@ def test_several_processes_share_a_model(
     finished: Path, tmp_path: Path, on_one: dict[str, Any]
 ) -> None:
     """Two processes of four devices each, which the environment tells of each other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
     arguments = ["evaluate", str(finished), "--json", "--by-position", "--mesh", "fsdp=4,tensor=2"]
-    members = [
-        subprocess.Popen(
-            [*PROGRAM, *arguments],
-            env=os.environ
-            | {
-                "JAX_NUM_CPU_DEVICES": "4",
-                "JAX_COORDINATOR_ADDRESS": coordinator,
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    (out, _), (nothing, _) = (member.communicate(timeout=300) for member in members)
-    assert [member.returncode for member in members] == [0, 0]
-    assert nothing == ""
-    found = json.loads(out)["results"]
+    main, other = together(*[[*PROGRAM, *arguments]] * 2, devices=4)
+    assert (main.code, other.code) == (0, 0), main.err + other.err
+    assert other.out == ""
+    found = json.loads(main.out)["results"]
     for source, expected in on_one.items():
         assert found[source]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         parts = found[source]["by_position"]

@@ -9,6 +9,7 @@ from braeburn.cli.options import AsJson, RunFolder
 from braeburn.cli.output import print_json
 from braeburn.cli.resolve import weight_type
 from braeburn.errors import UserError
+from braeburn.parallel import processes
 
 commands = typer.Typer()
 
@@ -86,6 +87,7 @@ def export(
     if type_ not in (None, "f16", "q8_0", "q4_0"):
         raise UserError(f"--type {type_!r} is not known; use --type f16, q8_0 or q4_0")
     chosen = weight_type(dtype)
+    processes.connect()
     from braeburn.interop.exchange import export_gguf, export_huggingface
 
     result: dict[str, Any] = {"out": str(out), "format": format}
@@ -96,6 +98,8 @@ def export(
         written = export_gguf(directory, out, type_ or "f16")  # type: ignore[arg-type]
         result["step"], path, uneven = written
         result |= {"out": str(path), "type": type_ or "f16", "float16": uneven}
+    if not processes.is_main():
+        return
     if as_json:
         print_json(result)
         return

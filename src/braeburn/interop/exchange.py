@@ -11,6 +11,8 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.interop import gguf, huggingface
 from braeburn.models.huggingface_config import is_huggingface
+from braeburn.parallel.agreement import main_first
+from braeburn.parallel.processes import is_main
 from braeburn.train.state import TrainState
 from braeburn.train.stored import placed_pieces
 from braeburn.train.teaching import Teacher, files_identity, find_in_run
@@ -62,7 +64,13 @@ def export_gguf(directory: Path, out: Path, type_: gguf.Type) -> tuple[int, Path
     trained = open_stored(directory)
     path = out if out.suffix == ".gguf" else out / f"{trained.run.name}-{type_}.gguf"
     file = gguf.File(trained.sequence_length or DEFAULT_POSITIONS, type_, trained.run.name)
-    uneven = gguf.write(path, trained.params, trained.model, trained.tokenizer, file)
+    uneven: list[str] = []
+
+    def write() -> None:
+        if is_main():  # the one file is written by one process
+            uneven.extend(gguf.write(path, trained.params, trained.model, trained.tokenizer, file))
+
+    main_first(f"{path} was written", write)
     return trained.step, path, uneven
 
 

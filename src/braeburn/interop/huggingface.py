@@ -4,6 +4,7 @@ The family of a model names the tensor that each of our parameters becomes; shap
 transpositions follow from the `ParamSpec`.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, which safetensors needs to read it
 import numpy as np
+from jax.experimental import multihost_utils
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
@@ -29,6 +31,8 @@ from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models.decoder import param_specs
 from braeburn.models.families import Family, families_by_type, family_of
 from braeburn.models.huggingface_config import read_config, write_config
+from braeburn.parallel.agreement import first_objection, main_first
+from braeburn.parallel.processes import is_main
 from braeburn.reading import is_regular, read_object, shown, validated
 from braeburn.train.progress import tracked
 from braeburn.train.stored import Pieces
@@ -68,7 +72,8 @@ def write(
     4 and 5 load.
 
     It is written beside its destination and renamed when complete: an interrupted export leaves no
-    directory that looks like a model. One tensor at a time is copied from the parameters.
+    directory that looks like a model. One tensor at a time is copied from the parameters. Of
+    several processes, each writes its share of the files, into a folder that all must see.
 
     Args:
         directory: where to write; it must not exist or be empty.
@@ -83,70 +88,116 @@ def write(
         ValueError: `params` are not those of `model`.
     """
     directory = Path(directory).expanduser().resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        problem = "is not empty" if directory.is_dir() else "is a file"
-        raise UserError(f"{str(directory)!r} {problem}; name a new folder")
-    family = family_of(model)
-    if refusal := family.refusal(model):
-        raise UserError(refusal)
-    remove_stale(directory.parent, directory.name)
-    parameters = checked(params, model, tokenizer)
-    partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex}")
-    ids = tokenizer.special_ids() if tokenizer else {"bos_token_id": None, "eos_token_id": None}
+    partial = directory.with_name(f".{directory.name}.partial-{_number().hex}")
     made = False
+
+    def begin() -> None:
+        nonlocal made
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            problem = "is not empty" if directory.is_dir() else "is a file"
+            raise UserError(f"{str(directory)!r} {problem}; name a new folder")
+        if refusal := family_of(model).refusal(model):
+            raise UserError(refusal)
+        remove_stale(directory.parent, directory.name)
+        checked(params, model, tokenizer)
+        with _explaining(directory):
+            partial.mkdir(parents=True)
+            made = True
+            _write_settings(partial, model, tokenizer, files)
+
     try:
-        partial.mkdir(parents=True)
-        made = True
-        config = write_config(model, files.max_position_embeddings)
-        dtypes = {"dtype": files.dtype, "torch_dtype": files.dtype}
-        _write_json(partial / "config.json", config | dtypes | ids)
-        _write_json(
-            partial / "generation_config.json", tokenizer.generation_config() if tokenizer else ids
-        )
-        if tokenizer is not None:
-            tokenizer.save(partial / "tokenizer.json")
-            longest = {"model_max_length": files.max_position_embeddings}
-            _write_json(partial / "tokenizer_config.json", tokenizer.tokenizer_config() | longest)
+        main_first(f"{partial.name} was made", begin if is_main() else lambda: None)
+        family = family_of(model)
         tensors = tensors_of(model, family.names, family.norm_offset)
-        _write_weights(partial, tensors, parameters, files)
-        partial.rename(directory)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{str(directory)!r} cannot be written ({error}); free space or name another folder"
-        ) from None
+        objection = None
+        try:
+            with _explaining(directory):
+                _write_weights(partial, tensors, checked(params, model, tokenizer), files)
+        except UserError as error:
+            objection = str(error)
+        if objection := first_objection(f"{partial.name} was written", objection):
+            raise UserError(objection)
+        if is_main():
+            with _explaining(directory):
+                partial.rename(directory)
     finally:
         if made:  # what this call did not make is not its to remove
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _number() -> uuid.UUID:
+    """A number that no other call has, the same in all processes of this one."""
+    number = uuid.uuid4()
+    if jax.process_count() == 1:
+        return number
+    words = np.frombuffer(number.bytes, np.uint32)
+    return uuid.UUID(bytes=np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes())
+
+
+@contextmanager
+def _explaining(directory: Path) -> Iterator[None]:
+    """Turns failures to write into a sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{str(directory)!r} cannot be written ({error}); free space or name another folder"
+        ) from None
+
+
+def _write_settings(
+    folder: Path, model: ModelConfig, tokenizer: Tokenizer | None, files: Files
+) -> None:
+    """Writes all files but the weights."""
+    ids = tokenizer.special_ids() if tokenizer else {"bos_token_id": None, "eos_token_id": None}
+    config = write_config(model, files.max_position_embeddings)
+    dtypes = {"dtype": files.dtype, "torch_dtype": files.dtype}
+    _write_json(folder / "config.json", config | dtypes | ids)
+    _write_json(
+        folder / "generation_config.json", tokenizer.generation_config() if tokenizer else ids
+    )
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.json")
+        longest = {"model_max_length": files.max_position_embeddings}
+        _write_json(folder / "tokenizer_config.json", tokenizer.tokenizer_config() | longest)
+
+
 def _write_weights(
     directory: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], files: Files
 ) -> None:
+    """Writes the files of weights; of several processes, each writes its share."""
     sizes = {tensor.name: files.width * math.prod(tensor.shape) for tensor in tensors}
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(sizes[t.name] for t in (*shards[-1], tensor)) > files.max_shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(tracked(shards, "writing weights"), start=1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        _write_file(directory / name, shard, parameters, files.dtype)
-        weight_map |= {tensor.name: name for tensor in shard}
-    if len(shards) > 1:
+    names = [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    own = range(jax.process_index(), len(shards), jax.process_count())
+    written = itertools.chain.from_iterable(
+        _write_file(directory / names[index], shards[index], parameters, files.dtype)
+        for index in own
+    )
+    for _ in tracked(written, "writing weights", sum(len(shards[index]) for index in own)):
+        pass
+    if len(shards) > 1 and is_main():
+        weight_map = {
+            tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_file(
     path: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], dtype: WeightType
-) -> None:
-    """Writes a safetensors file, one tensor after the other, byte for byte as `save_file` of
-    safetensors would, which wants all of them in memory.
+) -> Iterator[Tensor]:
+    """Writes a safetensors file, and gives each tensor once it is written: byte for byte what
+    `save_file` of safetensors writes, which wants all of them in memory.
 
     The format is that of https://huggingface.co/docs/safetensors: the header's length in 8 bytes,
     the header in JSON, padded with spaces to a multiple of 8, and the tensors in its order.
@@ -166,9 +217,10 @@ def _write_file(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tracked(ordered, f"writing {path.name}"):
+        for tensor in ordered:
             values = tensor.exported(parameters).astype(dtype, copy=False)
             file.write(values.reshape(-1).view(np.uint8).data)
+            yield tensor
 
 
 def read(directory: str | Path) -> tuple[ModelConfig, Tree, Path]:

@@ -1,0 +1,107 @@
+"""Models are imported, pruned and exported in less memory than they have weights."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf_models import MODELS, random_params, write
+
+from braeburn.config import ModelConfig
+from braeburn.data.tokenizer import Tokenizer
+from braeburn.interop import huggingface
+from braeburn.layers.spec import map_specs
+from braeburn.models.decoder import param_specs
+from support import braeburn, contents, together
+
+MB = 10**6
+# A model of 1.2 GB in bfloat16, whose layers have 100 MB each.
+LARGE = ModelConfig(
+    vocab_size=512,
+    d_model=2048,
+    num_layers=12,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=128,
+    ffn_dim=6144,
+    qk_norm=False,
+)
+LIMIT = 900 * MB
+UNDER_A_LIMIT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
+del sys.argv[1]
+from braeburn.cli import console
+console()
+"""
+IN_SEVERAL = """
+import sys
+from pathlib import Path
+from braeburn.parallel import processes
+processes.connect()
+from braeburn.interop import huggingface
+from braeburn.train.trained import open_stored
+trained = open_stored(Path(sys.argv[1]))
+files = huggingface.Files(2048, max_shard_bytes=50_000)
+huggingface.write(sys.argv[2], trained.params, trained.model, trained.tokenizer, files)
+"""
+
+
+class Constant:
+    """A parameter whose layers are made as they are asked for."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return np.resize(np.arange(101 + layer, dtype=np.float32), self.shape[1:])
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        return np.resize(np.arange(101, dtype=np.float32), self.shape)
+
+
+def limited(*arguments: object) -> None:
+    """Calls the command line in a process that has no more memory of its own than `LIMIT`."""
+    program = [sys.executable, "-c", UNDER_A_LIMIT, str(LIMIT), *map(str, arguments)]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def stored(folder: Path) -> int:
+    """The bytes of a folder's weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.deep
+def test_weights_never_lie_in_memory_whole(tokenizer_file: Path, tmp_path: Path) -> None:
+    params = map_specs(lambda _, spec: Constant(spec.shape), param_specs(LARGE))
+    source, imported, pruned = (tmp_path / name for name in ("source", "imported", "pruned"))
+    files = huggingface.Files(2048, "bfloat16")
+    huggingface.write(source, params, LARGE, Tokenizer.load(tokenizer_file), files)
+    assert stored(source) > 1.2 * LIMIT
+    limited("import", source, "--out", imported)
+    limited("export", imported, "--out", tmp_path / "out", "--dtype", "bf16")
+    name = "model.safetensors"
+    assert filecmp.cmp(source / name, tmp_path / "out" / name, shallow=False)
+    limited("prune", imported, "--ffn", 3072, "--out", pruned, "--method", "magnitude")
+    smaller = json.loads((pruned / "config.json").read_text())["run"]["model"]
+    assert smaller["ffn_dim"] == 3072
+
+
+def test_several_processes_write_what_one_writes(tokenizer_file: Path, tmp_path: Path) -> None:
+    model, _ = MODELS["qwen3-untied-wide-heads"]
+    source = write(tmp_path / "source", random_params(model), model, tokenizer_file)
+    assert braeburn("import", source, "--out", tmp_path / "run").code == 0
+    program = [sys.executable, "-c", IN_SEVERAL, str(tmp_path / "run")]
+    (one,) = together([*program, str(tmp_path / "one")], devices=1)
+    several = together(*[[*program, str(tmp_path / "several")]] * 2, devices=1)
+    assert [answer.code for answer in (one, *several)] == [0, 0, 0], several[0].err
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 3
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+    refused = together(*[[*program, str(tmp_path / "several")]] * 2, devices=1)
+    assert all("is not empty" in answer.err for answer in refused)
