@@ -17,7 +17,7 @@ from hf_models import CHAT, chat_model
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.evaluate.chat import encode_chat, render
-from braeburn.evaluate.generate import DEFAULT_TEMPERATURE, Sampling, sampling_defaults
+from braeburn.evaluate.sampling import DEFAULT_TEMPERATURE, Sampling, sampling_defaults
 from braeburn.train.trained import load
 from support import braeburn
 

@@ -116,7 +116,8 @@ def generate(
     """Continue prompts with the newest checkpoint."""
     begin_computing()
     from braeburn.evaluate.chat import encode_chat
-    from braeburn.evaluate.generate import Generation, Sampling, generate, sampling_defaults
+    from braeburn.evaluate.generate import Generation, generate
+    from braeburn.evaluate.sampling import Sampling, sampling_defaults
     from braeburn.train.trained import load
 
     trained = load(directory)
