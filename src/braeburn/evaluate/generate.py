@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from braeburn.config import Execution, ModelConfig, Precision
+from braeburn.config import Execution, MeshConfig, ModelConfig, Precision
 from braeburn.config.rules import Placement
 from braeburn.errors import UserError
 from braeburn.evaluate.sampling import UNFILTERED, Sampling, choose
@@ -28,11 +29,14 @@ from braeburn.models import cached, decoder
 from braeburn.parallel.collectives import FSDP, all_to_all, reduce_scatter
 from braeburn.parallel.layout import Layout, one_device
 from braeburn.parallel.rules import BATCH, batch_shards, partition
+from braeburn.train.trained import Trained, load
 
 # New tokens that the cache has room for at first; it grows when a text gets longer.
 FIRST_ROOM = 256
 # New tokens of each row in one call of the program, where nobody waits for each.
 STEPS_AT_ONCE = 32
+# The same, where somebody does.
+STEPS_OF_STREAM = 4
 ROWS_AT_ONCE = 32
 
 
@@ -146,6 +150,20 @@ class Programs:
     grow: Callable[[Rows, int, int], Rows]
 
 
+def check_mesh(mesh: MeshConfig) -> None:
+    """Refuses a mesh that generation cannot use.
+
+    Raises:
+        UserError: the mesh splits sequences.
+    """
+    if mesh.context != 1:
+        instead = max(mesh.context, 2)
+        raise UserError(
+            f"--mesh context={mesh.context} splits sequences, but a text is written token by "
+            f"token; deal prompts out to the devices with --mesh data={instead} instead"
+        )
+
+
 def inference(execution: Execution) -> Execution:
     """How a model is carried out to generate from.
 
@@ -155,12 +173,7 @@ def inference(execution: Execution) -> Execution:
     Raises:
         UserError: the mesh splits sequences.
     """
-    if execution.mesh.context > 1:
-        raise UserError(
-            f"--mesh context={execution.mesh.context} splits sequences, which are written token by "
-            f"token; deal out prompts with data={execution.mesh.context} instead, or heads with "
-            f"tensor"
-        )
+    check_mesh(execution.mesh)
     whole = Placement(whole_if_uneven=True)
     rules = execution.rules.model_copy(update={"norm_embed": whole, "norm_head_dim": whole})
     return replace(execution.forward_only, rules=rules, split_tokens=False)
@@ -271,6 +284,49 @@ def _compiled_cast(place: NamedSharding, dtype: Any, one_layer: bool) -> Callabl
     return jax.jit(cast, out_shardings=place)
 
 
+def load_ready(
+    directory: Path, mesh: MeshConfig | None = None, compute: str | None = None
+) -> tuple[Trained, Ready]:
+    """The newest checkpoint of a run directory, to generate from.
+
+    Args:
+        directory: of the run.
+        mesh: the devices to read it onto; None for one device.
+        compute: the type of matrices and cache, "float32" or "bfloat16"; None for what the run
+            computes in.
+
+    Returns:
+        What the directory holds, whose parameters are given up; and the model.
+
+    Raises:
+        UserError: see `trained.load`; or the mesh splits sequences.
+    """
+    if mesh is not None:
+        check_mesh(mesh)
+    trained = load(directory, mesh)
+    precision = trained.run.precision
+    if compute is not None:
+        precision = Precision.model_validate(precision.model_dump() | {"compute": compute})
+    execution = replace(trained.layout.execution, precision=precision)
+    layout = replace(trained.layout, execution=execution)
+    return trained, ready(trained.params, trained.model, layout, consume=True)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the programs are compiled for.
+
+    Attributes:
+        model: what is computed.
+        execution: how it is carried out, of `inference`.
+        sampling: how tokens are drawn.
+    """
+
+    model: ModelConfig
+    execution: Execution
+    sampling: Sampling
+
+
 def last_logits(
     params: Tree, hidden: Float[Array, "B D"], execution: Execution
 ) -> Float[Array, "B v"]:
@@ -285,13 +341,11 @@ def last_logits(
     return reduce_scatter(logits, FSDP, 0, mesh)
 
 
-def _append(
-    logits: Float[Array, "B v"], rows: Rows, draws: Draws, sampling: Sampling, execution: Execution
-) -> Rows:
+def _append(logits: Float[Array, "B v"], rows: Rows, draws: Draws, writing: Writing) -> Rows:
     """One more token of each row."""
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(draws.key, rows.number)
     keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, rows.step)
-    token = choose(logits, keys, sampling, execution.mesh)
+    token = choose(logits, keys, writing.sampling, writing.execution.mesh)
     # A row still runs while it has as many tokens as there were steps.
     running = (rows.counts == rows.step) & ~jnp.isin(token, draws.stop_ids)
     return rows._replace(
@@ -315,37 +369,41 @@ def _told(rows: Rows, execution: Execution) -> Told:
 
 
 def begin_rows(
-    params: Tree,
-    prompts: Prompts,
-    draws: Draws,
-    room: int,
-    model: ModelConfig,
-    execution: Execution,
-    sampling: Sampling,
+    params: Tree, prompts: Prompts, draws: Draws, room: int, writing: Writing
 ) -> tuple[Rows, Told]:
-    """One device's program: reads its prompts, and draws the first token of each."""
+    """One device's program: reads its prompts, and draws the first token of each.
+
+    Args:
+        params: this device's part of them, as `ready` arranges them.
+        prompts: this device's.
+        draws: what decides which tokens are drawn.
+        room: N, the new tokens that there is to be room for.
+        writing: what the program is compiled for.
+    """
+    model, execution = writing.model, writing.execution
     batch, length = prompts.tokens.shape
-    last, cache = cached.read(
-        params, prompts.tokens, prompts.lengths, length + room, model, execution
-    )
-    idle = prompts.number < 0
+    slots = length + room
+    last, cache = cached.read(params, prompts.tokens, prompts.lengths, slots, model, execution)
     tokens = jnp.zeros((batch, room), jnp.int32)
-    counts = jnp.where(idle, -1, 0)
+    counts = jnp.where(prompts.number < 0, -1, 0)
     nothing = Rows(jnp.int32(0), prompts.lengths, prompts.number, tokens, counts, cache)
-    rows = _append(last_logits(params, last, execution), nothing, draws, sampling, execution)
+    rows = _append(last_logits(params, last, execution), nothing, draws, writing)
     return rows, _told(rows, execution)
 
 
 def continue_rows(
-    params: Tree,
-    rows: Rows,
-    draws: Draws,
-    until: Int[Array, ""],
-    model: ModelConfig,
-    execution: Execution,
-    sampling: Sampling,
+    params: Tree, rows: Rows, draws: Draws, until: Int[Array, ""], writing: Writing
 ) -> tuple[Rows, Told]:
-    """One device's program: draws tokens of its rows up to a step, or until all rows have ended."""
+    """One device's program: draws tokens of its rows up to a step, or until all rows have ended.
+
+    Args:
+        params: this device's part of them, as `ready` arranges them.
+        rows: this device's.
+        draws: what decides which tokens are drawn.
+        until: the step, int32, at most N.
+        writing: what the program is compiled for.
+    """
+    model, execution = writing.model, writing.execution
     axes = _row_axes(execution)
 
     def some_run(rows: Rows) -> Bool[Array, ""]:
@@ -363,7 +421,7 @@ def continue_rows(
         inputs = (newest, (rows.lengths + rows.step - 1)[:, None])
         hidden, cache = cached.forward_cached(params, inputs, rows.cache, model, execution)
         logits = last_logits(params, hidden[:, 0], execution)
-        rows = _append(logits, rows._replace(cache=cache), draws, sampling, execution)
+        rows = _append(logits, rows._replace(cache=cache), draws, writing)
         return rows, some_run(rows)
 
     rows, _ = jax.lax.while_loop(unfinished, advance, (rows, some_run(rows)))
@@ -393,6 +451,7 @@ def programs(model: ModelConfig, execution: Execution, mesh: Any, sampling: Samp
         sampling: how tokens are drawn.
     """
     layout = Layout(execution, mesh, cached.apart_specs(model))
+    writing = Writing(model, execution, sampling)
     split = rows_partition(model, execution)
     prompts = Prompts(split.tokens, split.lengths, split.number)
     whole = PartitionSpec()
@@ -404,13 +463,13 @@ def programs(model: ModelConfig, execution: Execution, mesh: Any, sampling: Samp
 
     def begin(params: Tree, texts: Prompts, draws: Draws, room: int) -> tuple[Rows, Told]:
         def local(params: Tree, texts: Prompts, draws: Draws) -> tuple[Rows, Told]:
-            return begin_rows(params, texts, draws, room, model, execution, sampling)
+            return begin_rows(params, texts, draws, room, writing)
 
         return mapped(local, layout.partitions, prompts, whole)(params, texts, draws)
 
     def go_on(params: Tree, rows: Rows, draws: Draws, until: Array) -> tuple[Rows, Told]:
         def local(params: Tree, rows: Rows, draws: Draws, until: Array) -> tuple[Rows, Told]:
-            return continue_rows(params, rows, draws, until, model, execution, sampling)
+            return continue_rows(params, rows, draws, until, writing)
 
         return mapped(local, layout.partitions, split, whole, whole)(params, rows, draws, until)
 
@@ -518,6 +577,28 @@ def weight_bytes(model: ModelConfig, layout: Layout) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(abstract_params(model, layout))
     )
+
+
+def memory(
+    at_hand: Ready, prompts: Sequence[Sequence[int]], generation: Generation, rows: int
+) -> dict[str, int]:
+    """Bytes on each device of the "weights", and of the "cache" where it is largest.
+
+    Args:
+        at_hand: the model.
+        prompts: token ids of each prompt, of any lengths.
+        generation: how many tokens follow.
+        rows: prompts that are continued at once.
+    """
+    limit = generation.max_new_tokens
+    length, _ = rooms(max(map(len, prompts)), limit)
+    execution = at_hand.layout.execution
+    return {
+        "weights": weight_bytes(at_hand.model, at_hand.layout),
+        "cache": cache_bytes(
+            at_hand.model, min(rows, len(prompts)), length + round_up(limit), execution
+        ),
+    }
 
 
 def rooms(longest: int, limit: int) -> tuple[int, int]:
