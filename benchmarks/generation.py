@@ -81,10 +81,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="to write after each prompt")
     parser.add_argument("--batch", type=int, default=8, help="prompts")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=32, help="tokens in one call of the program")
     arguments = parser.parse_args()
 
-    from braeburn.evaluate.generate import Generation, collected, continuations, ready
+    from braeburn.evaluate.generate import (
+        STEPS_AT_ONCE,
+        STEPS_OF_STREAM,
+        Generation,
+        collected,
+        continuations,
+        ready,
+    )
     from braeburn.evaluate.sampling import Sampling
     from braeburn.interop.exchange import import_huggingface
     from braeburn.train.trained import load
@@ -97,10 +103,8 @@ def main() -> None:
     prompts = prompts_of(arguments.batch)
     generation = Generation(arguments.tokens, Sampling(0.0))
 
-    def ours() -> list[list[int]]:
-        pieces = continuations(
-            at_hand, prompts, generation, rows=len(prompts), steps=arguments.steps
-        )
+    def ours(steps: int = STEPS_AT_ONCE) -> list[list[int]]:
+        pieces = continuations(at_hand, prompts, generation, rows=len(prompts), steps=steps)
         return collected(pieces, len(prompts))
 
     began = time.monotonic()
@@ -110,20 +114,26 @@ def main() -> None:
         sys.exit("the continuations differ")
     kinds = [len(set(text)) for text in texts]
     print(f"the same tokens, {min(kinds)} to {max(kinds)} different ones in each row")
-    ratios = []
+    ratios, streaming = [], []
     total = arguments.tokens * len(prompts)
     for turn in range(arguments.turns):
         began = time.monotonic()
         ours()
         middle = time.monotonic()
         with_transformers(theirs, prompts, arguments.tokens)
-        own, their = middle - began, time.monotonic() - middle
+        end = time.monotonic()
+        ours(STEPS_OF_STREAM)
+        own, their, streamed = middle - began, end - middle, time.monotonic() - end
+        streaming.append(own / streamed)
         ratios.append(their / own)
         print(
             f"turn {turn + 1}: {total / own:.1f} tokens/s, transformers {total / their:.1f}, "
-            f"ratio {ratios[-1]:.2f}"
+            f"ratio {ratios[-1]:.2f}; streamed {streaming[-1]:.2f} of the speed at once"
         )
-    print(f"median ratio {statistics.median(ratios):.2f}")
+    print(
+        f"median ratio {statistics.median(ratios):.2f}, "
+        f"streamed {statistics.median(streaming):.2f} of the speed at once"
+    )
 
 
 if __name__ == "__main__":
