@@ -144,6 +144,8 @@ def main() -> None:
     jobs = {
         "import": f"import {source} --out {imported}",
         "evaluate": f"evaluate {imported} --data {text} --json --sequence-length 256 --mesh {mesh}",
+        "generate": f"generate {imported} --prompt the --max-new-tokens 4 --greedy --dtype bf16 "
+        f"--json --mesh {mesh}",
         "prune": f"prune {imported} --ffn {ffn} --out {pruned} --method magnitude",
         "export": f"export {imported} --out {exported} --dtype bf16",
     }

@@ -106,7 +106,7 @@ def test_what_validation_sees_is_refused_before_jax_is_imported(
         (["train", "--out", "/tmp/x"], "Missing argument 'RECIPE'"),
         (["trian"], "No such command 'trian'"),
         (["train", "afm-tiny", "--output", "/tmp/x"], "No such option: --output"),
-        (["generate", "/tmp"], "Missing option '--prompt'"),
+        (["generate", "/tmp"], "there is no prompt; give one with --prompt TEXT"),
         (
             ["generate", "/tmp", "--prompt", "x", "--max-new-tokens", "10000000000"],
             "should be less than or equal to 1048576",

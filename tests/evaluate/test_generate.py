@@ -15,16 +15,17 @@ from braeburn.config import Execution, ModelConfig, Precision, RopeScaling
 from braeburn.errors import UserError
 from braeburn.evaluate.generate import (
     Generation,
-    Sampling,
-    choose,
-    decode,
-    filter_logits,
     generate,
-    prefill,
+    inference,
+    last_logits,
+    programs,
+    ready,
     round_up,
 )
+from braeburn.evaluate.sampling import Sampling, choose, filter_logits
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
-from braeburn.models import decoder
+from braeburn.models import cached, decoder
+from braeburn.parallel.layout import one_device
 
 FLOAT32 = Precision(compute="float32")
 SIZES = {
@@ -105,12 +106,19 @@ def test_each_step_of_the_cache_gives_the_same_logits(model):
     params = make_params(model)
     tokens = PROMPTS[2]
     expected = all_logits(params, tokens, model)
+    layout = one_device(decoder.param_specs(model), FLOAT32)
+    at_hand, execution = ready(params, model, layout), inference(layout.execution)
+
+    @jax.jit
+    def read(rows, lengths):
+        last, _ = cached.read(at_hand.params, rows, lengths, 192, model, execution)
+        return last_logits(at_hand.params, last, execution)
+
     for length in (1, 37, 70):
         rows = np.zeros((4, 128), np.int32)
         rows[0, :length] = tokens[:length]
         lengths = np.array([length, 1, 1, 1], np.int32)
-        read = prefill(params, rows, lengths, model, Execution(precision=FLOAT32), 64)
-        np.testing.assert_allclose(read.logits[0], expected[length - 1], atol=1e-5)
+        np.testing.assert_allclose(read(rows, lengths)[0], expected[length - 1], atol=1e-5)
 
 
 @models
@@ -174,11 +182,14 @@ def test_the_limit_is_exact(count):
 def test_other_prompts_and_limits_reuse_the_compiled_programs():
     params = make_params(QWEN3)
     greedy(params, PROMPTS, QWEN3, max_new_tokens=8)
-    compiled = prefill._cache_size(), decode._cache_size()
+    layout = one_device(decoder.param_specs(QWEN3), FLOAT32)
+    run = programs(QWEN3, inference(layout.execution), layout.mesh, Sampling(0.0))
+    compiled = run.begin._cache_size(), run.go_on._cache_size()
+    assert min(compiled) > 0
     greedy(
         params, [[4] * 50, [5] * 128, [6], [7]], QWEN3, max_new_tokens=60, stop_ids=[3, 7], seed=5
     )
-    assert (prefill._cache_size(), decode._cache_size()) == compiled
+    assert (run.begin._cache_size(), run.go_on._cache_size()) == compiled
 
 
 def test_bfloat16_generates():

@@ -6,6 +6,7 @@ round trip keeps.
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hf_models import CHAT, chat_model
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.evaluate.chat import encode_chat, render
-from braeburn.evaluate.generate import DEFAULT_TEMPERATURE, Sampling, sampling_defaults
+from braeburn.evaluate.sampling import DEFAULT_TEMPERATURE, Sampling, sampling_defaults
 from braeburn.train.trained import load
 from support import braeburn
 
@@ -69,12 +70,12 @@ def prompt_ids(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: str) 
 
     seen: list[list[int]] = []
 
-    def generate(params: Any, prompts: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+    def continuations(_: Any, prompts: list[list[int]], *__: Any, **___: Any) -> Iterator[Any]:
         seen.extend(prompts)
-        return [[] for _ in prompts]
+        yield from (module.Piece(number, [], "stop") for number in range(len(prompts)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "generate", generate)
+        patch.setattr(module, "continuations", continuations)
         answer = braeburn("generate", directory, "--prompt", TEXT, *options)
     assert answer.code == 0, answer.err
     return seen[0]

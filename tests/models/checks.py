@@ -13,7 +13,7 @@ import pytest
 
 from braeburn.config import Execution, MeshConfig, ModelConfig, Precision, Pruning, Remat
 from braeburn.layers.spec import ParamSpec, Tree, initialize, map_specs, walk
-from braeburn.models import decoder
+from braeburn.models import cached, decoder
 from braeburn.objectives import cross_entropy
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build
@@ -67,12 +67,12 @@ def assert_a_cache_gives_the_same(model: ModelConfig) -> None:
     whole = jax.jit(decoder.forward, static_argnums=(2, 3))(
         params, (tokens, positions, np.ones_like(tokens)), model, FLOAT32
     )
-    cache = decoder.empty_cache(model, BATCH, LENGTH, FLOAT32)
-    cached = jax.jit(decoder.forward_cached, static_argnums=(3, 4))
+    cache = cached.empty_cache(model, BATCH, LENGTH, FLOAT32, stacked=True)
+    run = jax.jit(cached.forward_cached, static_argnums=(3, 4))
     parts = []
     for start, stop in ((0, 40), (40, 41), (41, LENGTH)):
         new = (tokens[:, start:stop], positions[:, start:stop])
-        hidden, cache = cached(params, new, cache, model, FLOAT32)
+        hidden, cache = run(params, new, cache, model, FLOAT32)
         parts.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
 

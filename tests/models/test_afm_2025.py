@@ -22,7 +22,7 @@ from checks import (
 from braeburn.config import ModelConfig, Remat
 from braeburn.errors import UserError
 from braeburn.layers.spec import count, walk
-from braeburn.models import decoder
+from braeburn.models import cached, decoder
 from braeburn.models.families import family_of
 from braeburn.objectives import cross_entropy
 from braeburn.recipes import load
@@ -81,8 +81,8 @@ def test_the_last_layers_attend_to_the_third_ones_keys() -> None:
 
 
 def test_a_cache_gives_the_hidden_states_of_the_whole_sequence() -> None:
-    cache = decoder.empty_cache(MODEL, 1, 8, FLOAT32)
-    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [(3, 1, 8, 2, 8)] * 2
+    cache = cached.empty_cache(MODEL, 1, 8, FLOAT32, stacked=True)
+    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [(3, 1, 2, 8, 8)] * 2
     assert_a_cache_gives_the_same(MODEL)
 
 

@@ -21,7 +21,7 @@ from braeburn.config import (
 )
 from braeburn.data.packing import stack
 from braeburn.layers import spec
-from braeburn.models import decoder
+from braeburn.models import cached, decoder
 from braeburn.objectives import cross_entropy
 from braeburn.objectives.cross_entropy import token_losses
 from braeburn.plan.trace import on_each_device
@@ -161,12 +161,12 @@ def test_a_cache_gives_the_hidden_states_of_the_whole_sequence(params):
     one_document = np.ones_like(batch["segment_ids"])
     inputs = (batch["inputs"], batch["positions"], one_document)
     whole = jax.jit(decoder.forward, static_argnums=(2, 3))(params, inputs, MODEL, FLOAT32)
-    cache = decoder.empty_cache(MODEL, 2, 160, FLOAT32)
-    cached = jax.jit(decoder.forward_cached, static_argnums=(3, 4))
+    cache = cached.empty_cache(MODEL, 2, 160, FLOAT32, stacked=True)
+    run = jax.jit(cached.forward_cached, static_argnums=(3, 4))
     parts = []
     for start, stop in ((0, 100), (100, 101), (101, 150)):
         tokens = (batch["inputs"][:, start:stop], batch["positions"][:, start:stop])
-        hidden, cache = cached(params, tokens, cache, MODEL, FLOAT32)
+        hidden, cache = run(params, tokens, cache, MODEL, FLOAT32)
         parts.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 

@@ -10,7 +10,7 @@ import typer
 
 from braeburn import __version__
 from braeburn.background import ending_process
-from braeburn.cli import exchange, launch, plan, prepare, recipes, train, use, verify
+from braeburn.cli import exchange, generate, launch, plan, prepare, recipes, train, use, verify
 from braeburn.disk import explained
 from braeburn.errors import UserError
 from braeburn.parallel import processes
@@ -109,6 +109,6 @@ def _options(
     """Pretrain language models in pure JAX, from one recipe."""
 
 
-for group in (recipes, plan, prepare, train, use, exchange, verify):
+for group in (recipes, plan, prepare, train, use, generate, exchange, verify):
     app.add_typer(group.commands)
 app.add_typer(launch.commands, name="launch")

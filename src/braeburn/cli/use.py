@@ -1,13 +1,12 @@
-"""Commands on a trained model: `evaluate`, `generate` and `prune`."""
+"""Commands on a trained model: `evaluate` and `prune`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from braeburn.cli.options import AsJson, HeldAs, Mesh, RunFolder, Set
-from braeburn.cli.output import print_json, print_rows, say
+from braeburn.cli.output import print_json, print_rows
 from braeburn.cli.resolve import (
     begin_computing,
     join,
@@ -100,99 +99,6 @@ def evaluate(
         ]
         print()
         print_rows([("text", "position in a document", "tokens", "loss"), *found])
-
-
-@commands.command()
-def generate(
-    directory: RunFolder,
-    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given repeatedly.")],
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=2**20, help="Tokens to write at most.")
-    ] = 128,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="0 is greedy; the model's own default without it, or 0.8."),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Sample among the top k tokens only; 0 is all, unless the model says."
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Sample among the most probable tokens of this mass."),
-    ] = None,
-    greedy: Annotated[
-        bool, typer.Option("--greedy", help="Always the most probable token.")
-    ] = False,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat", help="Lay prompts out by the model's chat template, as a user's messages."
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Continue prompts with the newest checkpoint."""
-    begin_computing()
-    from braeburn.evaluate.chat import encode_chat
-    from braeburn.evaluate.generate import Generation, Sampling, generate, sampling_defaults
-    from braeburn.train.trained import load
-
-    trained = load(directory)
-    warn_of_unused_accelerator()
-    tokenizer = trained.tokenizer
-    if chat:
-        prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in prompt]
-    else:
-        prompts = [tokenizer.encode_prompt(text) for text in prompt]
-    longest, context = max(map(len, prompts)), trained.sequence_length
-    if context and longest + max_new_tokens > context:
-        what = (
-            "the prompt alone has"
-            if longest >= context
-            else f"with --max-new-tokens {max_new_tokens} there are"
-        )
-        say(
-            f"warning: {what} up to {longest if longest >= context else longest + max_new_tokens} "
-            f"tokens, and the model was trained on sequences of at most {context}: expect poor "
-            f"text beyond; shorten the prompt"
-            + (
-                ""
-                if longest >= context
-                else f", or set --max-new-tokens to at most {context - longest}"
-            )
-        )
-    default, not_applied = sampling_defaults(tokenizer.sampling)
-    if not_applied:
-        print(
-            f"the model asks for {', '.join(not_applied)}, which is not applied here",
-            file=sys.stderr,
-        )
-    if greedy:
-        temperature = 0.0
-    sampling = Sampling(
-        temperature=default.temperature if temperature is None else temperature,
-        top_k=default.top_k if top_k is None else top_k or None,
-        top_p=default.top_p if top_p is None else top_p,
-    )
-    generation = Generation(max_new_tokens, sampling, seed, tokenizer.stops)
-    continuations = generate(
-        trained.params, prompts, trained.model, trained.run.precision, generation
-    )
-    texts = [tokenizer.decode(tokens) for tokens in continuations]
-    if as_json:
-        samples = [
-            {"prompt": before, "text": text, "tokens": tokens}
-            for before, text, tokens in zip(prompt, texts, continuations, strict=True)
-        ]
-        print_json({"step": trained.step, "samples": samples})
-        return
-    if not chat:
-        texts = [before + text for before, text in zip(prompt, texts, strict=True)]
-    print("\n---\n".join(texts))
 
 
 @commands.command()

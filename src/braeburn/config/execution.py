@@ -21,6 +21,8 @@ class Execution:
         precision: the types to compute in.
         remat: what the forward pass keeps for the backward pass.
         offload: what waits in the host's memory.
+        split_tokens: whether the shards of `tensor` share out the tokens between sublayers; without
+            it each has them all, as where there is one new token.
     """
 
     mesh: MeshConfig = ONE_DEVICE
@@ -28,6 +30,7 @@ class Execution:
     precision: Precision = USUAL_PRECISION
     remat: Remat = KEEP_ALL
     offload: Offload = NO_OFFLOAD
+    split_tokens: bool = True
 
     @property
     def forward_only(self) -> "Execution":

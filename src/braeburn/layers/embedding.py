@@ -27,7 +27,8 @@ def embed(
         execution: resolved sizes of the mesh, and types.
 
     Returns:
-        The rows, of which each shard of `tensor` has those of its own tokens, t = T / tensor.
+        The rows, of which each shard of `tensor` has those of its own tokens, t = T / tensor, or
+        all where `execution` splits no tokens.
     """
     mesh, dtype = execution.mesh, execution.precision.compute
     tokens = all_gather(tokens, FSDP, 0, mesh)
@@ -37,4 +38,4 @@ def embed(
         own = tokens - axis_index(TENSOR, mesh) * embedding.shape[0]
         rows = embedding.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         x_BTD = rows.astype(dtype)
-    return all_to_all(scatter_tokens(x_BTD, mesh), FSDP, 0, 2, mesh)
+    return all_to_all(scatter_tokens(x_BTD, mesh, execution.split_tokens), FSDP, 0, 2, mesh)

@@ -63,6 +63,13 @@ def linear(
     summed = len(spec.fan_in)
     if weight.ndim == 2:
         return product(x, weight)
+    if not execution.split_tokens:
+        # To generate, as one product of matrices: in the order below XLA on CPUs transposes the
+        # weight first, which for one new token takes longer than the product.
+        inputs = x.reshape(*x.shape[: x.ndim - summed], -1)
+        outputs = weight.shape[summed:]
+        found = product(inputs, weight.reshape(inputs.shape[-1], -1))
+        return found.reshape(*inputs.shape[:-1], *outputs)
     # The last dimension first, as einsum has it: the order tells in the last bit of a sum.
     over_x = tuple(range(x.ndim - 1, x.ndim - summed - 1, -1))
     over_weight = tuple(range(summed - 1, -1, -1))

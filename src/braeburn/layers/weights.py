@@ -85,7 +85,9 @@ def gathered_norms(params: Tree, specs: Tree, execution: Execution) -> Tree:
     roles = dict(walk(specs))
 
     def one(path: Any, leaf: Array) -> Array:
-        spec = roles["/".join(key.key for key in path)]
+        # Where layers have arrays of their own, paths hold their indices as well.
+        names = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        spec = roles["/".join(names)]
         return gathered(leaf, spec, execution) if spec.role == "norm" else leaf
 
     return jax.tree.map_with_path(one, params)

@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import Execution, LayerConfig, ModelConfig, Segment
-from braeburn.layers.attention import attention, cached_attention
+from braeburn.layers.attention import attention
 from braeburn.layers.embedding import embed
 from braeburn.layers.norm import rms_norm
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
@@ -172,16 +172,17 @@ def layer(
     """
     sublayers = (("attention", config.attention), ("ffn", config.feed_forward))
     for (name, sublayer), context in zip(sublayers, contexts, strict=True):
-        mesh, epsilon = context.execution.mesh, context.model.norm_epsilon
+        mesh, split = context.execution.mesh, context.execution.split_tokens
+        epsilon = context.model.norm_epsilon
         with jax.named_scope(name):
             y_BTD = x_BTD
             if config.norms != "after":
                 y_BTD = rms_norm(y_BTD, context.weights[f"{name}_norm"], epsilon)
-            y_BTD = gather_tokens(y_BTD, mesh)
+            y_BTD = gather_tokens(y_BTD, mesh, split)
             state = context.activation_hook("embed", y_BTD, signals.state)
             signals = signals._replace(state=state)
             y_BTD, signals = sublayer_of(sublayer).apply(y_BTD, signals, context)
-            y_BTD = checkpoint_name(scatter_tokens(y_BTD, mesh), f"{name}_output")
+            y_BTD = checkpoint_name(scatter_tokens(y_BTD, mesh, split), f"{name}_output")
             if config.norms != "before":
                 y_BTD = rms_norm(y_BTD, context.weights[f"{name}_output_norm"], epsilon)
             x_BTD = x_BTD + y_BTD
@@ -212,7 +213,8 @@ def decoder(
     """Hidden states after the final norm, and each layer's new state.
 
     Args:
-        params: this device's part of each parameter, float32.
+        params: this device's part of each parameter, float32; to generate from, of any float type,
+            and the layers may be `apart` (`models/cached.py`), as the states are then.
         tokens: vocabulary ids and positions of this device's tokens.
         surroundings: what all layers share beside these.
         model: what is computed.
@@ -284,6 +286,15 @@ def decoder(
                 states.append(signals.state)
             return (x_BTD, shared), states
 
+        if isinstance(params[segment.name], tuple):
+            each = zip(params[segment.name], states[segment.name], strict=True)
+            (x_BTD, shared), found = _one_by_one(
+                repeat,
+                (x_BTD, shared),
+                [tuple(_in_pattern(segment, tree) for tree in one) for one in each],
+            )
+            new_states[segment.name] = tuple(_by_layer(segment, state) for state in found)
+            continue
         weights = _in_pattern(segment, params[segment.name])
         state = (
             [None] * len(bodies) if states is None else _in_pattern(segment, states[segment.name])
@@ -310,11 +321,19 @@ def _repeated(
     """`repeat` over the leading axis of `stacked`, as one loop or written out."""
     if scan:
         return jax.lax.scan(repeat, carry, stacked)
+    carry, states = _one_by_one(repeat, carry, unstack(stacked, repeats))
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _one_by_one(
+    repeat: Callable, carry: tuple[Array, Any], each: list[Any]
+) -> tuple[tuple[Array, Any], list[Any]]:
+    """`repeat` over trees of single layers."""
     states = []
-    for one in unstack(stacked, repeats):
+    for one in each:
         carry, state = repeat(carry, one)
         states.append(state)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return carry, states
 
 
 def unstack(stacked: Any, num_layers: int) -> list[Any]:
@@ -382,29 +401,6 @@ class Packed:
         return attention(query, key, value, self._segment_ids, self._mesh, window)
 
 
-class Cached:
-    """Keys and values of a cache, whose slot s holds position s."""
-
-    def __init__(self, positions: Tokens):
-        """Takes the positions of the new tokens."""
-        self._positions = jnp.asarray(positions)
-        self._rows = jnp.arange(positions.shape[0])[:, None]
-
-    def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
-        """The caches with the new keys and values at their positions."""
-        keys, values = state
-        at = (self._rows, self._positions)
-        caches = keys.at[at].set(key), values.at[at].set(value)
-        return caches, caches
-
-    def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
-        """Attention of new tokens to the last `window` positions or, where that is None, to all
-        earlier ones.
-        """
-        keys, values = keys_and_values
-        return cached_attention(query, keys, values, self._positions, window)
-
-
 def forward(
     params: Tree, inputs: tuple[Tokens, Tokens, Tokens], model: ModelConfig, execution: Execution
 ) -> Float[Array, "B T D"]:
@@ -424,46 +420,3 @@ def forward(
     memory = Packed(segment_ids, execution)
     hidden, _ = decoder(params, (ids, positions), Surroundings(memory), model, execution)
     return gather_tokens(hidden, execution.mesh)
-
-
-def empty_cache(model: ModelConfig, batch: int, length: int, execution: Execution) -> Any:
-    """What layers keep to generate from, before the first token.
-
-    Args:
-        model: whose layers.
-        batch: sequences.
-        length: positions of each.
-        execution: tells the type of keys and values.
-
-    Returns:
-        Zeros [repeats, batch, length, ...], as `layer_states` arranges them.
-    """
-    dtype = execution.precision.compute
-
-    def make(layer: LayerConfig, repeats: int) -> Any:
-        shapes = sublayer_of(layer.attention).cache(layer.attention, model)
-        return tuple(jnp.zeros((repeats, batch, length, *shape), dtype) for shape in shapes)
-
-    return layer_states(model, make)
-
-
-def forward_cached(
-    params: Tree,
-    tokens: tuple[Tokens, Tokens],
-    cache: Any,
-    model: ModelConfig,
-    execution: Execution,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Final hidden states of new tokens, and the cache with their keys and values.
-
-    Args:
-        params: parameters of any float type.
-        tokens: vocabulary ids and positions of the new tokens.
-        cache: from `empty_cache`, or from an earlier call.
-        model: what is computed.
-        execution: on one device.
-
-    Returns:
-        [B, T, D] in the type to compute in, and the cache.
-    """
-    return decoder(params, tokens, Surroundings(Cached(tokens[1]), cache), model, execution)

@@ -77,15 +77,20 @@ def all_max(x: Array, axis: str, mesh: MeshConfig) -> Array:
     return lax.pmax(x, axis) if mesh.sizes[axis] > 1 else x
 
 
-def gather_tokens(x_BTD: Array, mesh: MeshConfig) -> Array:
+def gather_tokens(x_BTD: Array, mesh: MeshConfig, split: bool = True) -> Array:
     """Enters a tensor-parallel region: the tokens of all tensor shards, [B, T / tensor, D] -> [B,
     T, D].
+
+    Where tokens are not `split`, each shard has them all.
     """
-    return all_gather(x_BTD, TENSOR, 1, mesh)
+    return all_gather(x_BTD, TENSOR, 1, mesh) if split else x_BTD
 
 
-def scatter_tokens(x_BTD: Array, mesh: MeshConfig) -> Array:
+def scatter_tokens(x_BTD: Array, mesh: MeshConfig, split: bool = True) -> Array:
     """Leaves a tensor-parallel region: partial sums [B, T, D] -> the sum, of which each shard keeps
     its own tokens.
+
+    Where tokens are not `split`, each shard keeps all of the sum, which is not to be
+    differentiated.
     """
-    return reduce_scatter(x_BTD, TENSOR, 1, mesh)
+    return reduce_scatter(x_BTD, TENSOR, 1, mesh) if split else all_sum(x_BTD, TENSOR, mesh)

@@ -135,27 +135,35 @@ def _attend(
 
 def cached_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
     positions: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of new tokens over a cache whose slot s holds position s.
+    """Attention of new tokens over a cache whose slot s holds the newest position p with p mod S =
+    s.
 
     Args:
         query: of the new tokens; N is a multiple of K.
-        key: the cached keys, those of the new tokens among them.
+        key: the cached keys, those of the new tokens among them. Slots before head_dim: a CPU runs
+            this, with one new token, in a third of the time that slots before the heads take.
         value: the cached values.
-        positions: of the new tokens; a query at position p sees no slot behind p.
+        positions: of the new tokens; a query at position p sees no position behind p. Where there
+            are several new tokens, all are below S.
         window: positions that a query sees, its own among them; None for all earlier ones.
 
     Returns:
         The attended values, in the type of `value`.
     """
-    grouped = _by_key_head(query, key.shape[2])
-    visible = is_visible(positions[:, :, None], jnp.arange(key.shape[1]), window)
-    output = _attend(grouped, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1), visible)
-    return _by_head(output)
+    grouped = _by_key_head(query, key.shape[1])
+    newest = positions[:, :, None]
+    # A slot behind the newest holds a position of the round before; in the first round, none yet.
+    held = newest - (newest - jnp.arange(key.shape[2])) % key.shape[2]
+    visible = (held >= 0) & is_visible(newest, held, window)
+    scores = jnp.einsum("BKGQH,BKSH->BKGQS", grouped, key, preferred_element_type=jnp.float32)
+    scores *= query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    return _by_head(jnp.einsum("BKGQS,BKSH->BKGQH", weights.astype(value.dtype), value))
 
 
 BLOCKED = Backend("blocked", lambda request: None, blocked_attention)

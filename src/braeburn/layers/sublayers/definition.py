@@ -79,6 +79,19 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a sublayer keeps of each token to generate from.
+
+    Attributes:
+        axes: the logical axes of one token's.
+        window: of the last so many tokens; None for all.
+    """
+
+    axes: tuple[str, ...]
+    window: int | None = None
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """A kind of sublayer.
 
@@ -89,15 +102,14 @@ class Sublayer:
             shard's part of a sum [B, T, D], new signals).
         prepare: (its configuration, the model, positions int32 [B, T]) -> what follows from these
             alone, worked out once for all layers of the same configuration.
-        cache: (its configuration, the model) -> shapes, without batch and length, of the arrays
-            [B, length, ...] that it keeps of each token to generate from.
+        cache: its configuration -> the arrays that it keeps of tokens to generate from.
         reuses: whether it reads the keys and values of an earlier layer.
     """
 
     specs: Callable[[Any, ModelConfig], dict[str, ParamSpec]]
     apply: Callable[[Array, Signals, Context], tuple[Array, Signals]]
     prepare: Callable[[Any, ModelConfig, Int[Array, "B T"]], Any] = lambda *_: None
-    cache: Callable[[Any, ModelConfig], tuple[tuple[int, ...], ...]] = lambda *_: ()
+    cache: Callable[[Any], tuple[Kept, ...]] = lambda _: ()
     reuses: bool = False
 
 

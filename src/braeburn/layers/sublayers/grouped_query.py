@@ -10,7 +10,7 @@ from braeburn.config import AttentionConfig, ModelConfig, QKNorm
 from braeburn.layers import rope
 from braeburn.layers.norm import rms_norm, rms_norm_of_heads
 from braeburn.layers.spec import ParamSpec
-from braeburn.layers.sublayers.definition import Context, Signals, matrix, norm
+from braeburn.layers.sublayers.definition import Context, Kept, Signals, matrix, norm
 
 # Cosines and sines of every position.
 Rotation = tuple[Array, Array]
@@ -66,10 +66,10 @@ def rotation(config: AttentionConfig, model: ModelConfig, positions: Int[Array, 
     return rope.rotation(positions, frequencies)
 
 
-def cache(config: AttentionConfig, model: ModelConfig) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a token's key and value."""
-    shape = (model.num_kv_heads, model.head_dim)
-    return shape, shape
+def cache(config: AttentionConfig, window: int | None = None) -> tuple[Kept, ...]:
+    """A token's key and value."""
+    kept = Kept(("kv_heads", "head_dim"), window)
+    return kept, kept
 
 
 def _normalised(

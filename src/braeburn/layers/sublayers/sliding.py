@@ -2,8 +2,9 @@
 
 from jaxtyping import Array, Float
 
+from braeburn.config.sublayers.sliding import SlidingAttention
 from braeburn.layers.sublayers import grouped_query
-from braeburn.layers.sublayers.definition import Context, Signals, Sublayer
+from braeburn.layers.sublayers.definition import Context, Kept, Signals, Sublayer
 
 
 def _attend(
@@ -12,9 +13,10 @@ def _attend(
     return grouped_query.self_attention(x_BTD, signals, context, context.config.window)
 
 
+def _cache(config: SlidingAttention) -> tuple[Kept, ...]:
+    return grouped_query.cache(config, config.window)
+
+
 DEFINITION = Sublayer(
-    specs=grouped_query.specs,
-    apply=_attend,
-    prepare=grouped_query.rotation,
-    cache=grouped_query.cache,
+    specs=grouped_query.specs, apply=_attend, prepare=grouped_query.rotation, cache=_cache
 )
