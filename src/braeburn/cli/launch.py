@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from braeburn.cli.options import AsJson, MaxRestarts, On, Out, Recipe, Set, Submit
+from braeburn.cli.options import AsJson, Location, MaxRestarts, On, Out, Recipe, Set, Submit
 from braeburn.cli.output import print_json
 from braeburn.cli.resolve import on_target, recipe_arguments, resolve
 from braeburn.parallel import processes
@@ -33,14 +32,15 @@ def local(
     resolve(recipe, assignments)
     from braeburn.launch.local import launch
     from braeburn.launch.supervisor import GaveUp
+    from braeburn.remote import place
 
     arguments = [
         *recipe_arguments(recipe, assignments),
-        *("--out", str(out)),
+        *("--out", out),
         *(["--json"] if as_json else []),
     ]
     try:
-        ending = launch(arguments, out, num_processes, max_restarts)
+        ending = launch(arguments, place(out, "--out"), num_processes, max_restarts)
     except GaveUp as failure:
         processes.report(str(failure))
         raise typer.Exit(1) from None
@@ -96,8 +96,11 @@ def kubernetes(
     recipe: Recipe,
     on: On,
     out: Annotated[
-        Path,
-        typer.Option(help="The run directory inside the containers, below the volume's folder."),
+        Location,
+        typer.Option(
+            metavar="DIR",
+            help="The run directory inside the containers, below the volume's folder; or its URL.",
+        ),
     ],
     image: Annotated[str, typer.Option(help="Container image with Braeburn and the target's JAX.")],
     claim: Annotated[
@@ -117,9 +120,7 @@ def kubernetes(
     _print_job("manifest", text, ["kubectl", "apply", "-f", "-"] if submit else None, as_json)
 
 
-def _job(
-    recipe: str, on: str, out: Path, assignments: list[str] | None, max_restarts: int
-) -> "Job":
+def _job(recipe: str, on: str, out: str, assignments: list[str] | None, max_restarts: int) -> "Job":
     """The job that trains a recipe on a target, once the mesh is known to fit."""
     from braeburn.launch.job import Job
     from braeburn.train.resolved import sizes_of

@@ -1,14 +1,13 @@
 """Commands on a trained model: `evaluate`, `generate` and `prune`."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from braeburn.cli.options import AsJson, Mesh, RunFolder, Set
+from braeburn.cli.options import AsJson, Mesh, NewRun, RunFolder, Set
 from braeburn.cli.output import print_json, print_rows, say
-from braeburn.cli.resolve import begin_computing, parse_mesh, warn_of_unused_accelerator
+from braeburn.cli.resolve import begin_computing, parse_mesh, run_folder, warn_of_unused_accelerator
 from braeburn.errors import UserError
 
 commands = typer.Typer()
@@ -50,11 +49,12 @@ def evaluate(
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
     devices = parse_mesh(mesh)
+    folder = run_folder(directory)
     begin_computing()
     from braeburn.evaluate.text import Windows, evaluate_files, evaluate_held_out
     from braeburn.train.trained import load
 
-    trained = load(directory, devices)
+    trained = load(folder, devices)
     warn_of_unused_accelerator()
     texts = [*(data or []), *(more or [])]
     windows = Windows(sequence_length, stride)
@@ -114,12 +114,13 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with the newest checkpoint."""
+    folder = run_folder(directory)
     begin_computing()
     from braeburn.evaluate.chat import encode_chat
     from braeburn.evaluate.generate import Generation, Sampling, generate, sampling_defaults
     from braeburn.train.trained import load
 
-    trained = load(directory)
+    trained = load(folder)
     warn_of_unused_accelerator()
     tokenizer = trained.tokenizer
     if chat:
@@ -180,7 +181,7 @@ def prune(
         int,
         typer.Option(min=1, metavar="N", help="Hidden units of the FFN that stay in each layer."),
     ],
-    out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    out: NewRun,
     tokens: Annotated[
         int | None,
         typer.Option(min=1, metavar="T", help="To learn masks on; 3% of the run's without it."),
@@ -208,18 +209,20 @@ def prune(
     from pydantic import ValidationError
 
     from braeburn.config import Pruning, Source, explain_validation_error, parse_assignment
+    from braeburn.remote import place
 
     try:
         pruning = Pruning.model_validate({"keep": {"ffn": ffn}, "method": method})
     except ValidationError as error:
         raise UserError(f"--{explain_validation_error(error)}") from None
     changes = dict(parse_assignment(text) for text in assignments or [])
+    source, target = run_folder(directory, optimizer=True), place(out, "--out")
     begin_computing()
     from braeburn.prune.run_directory import prune
+    from braeburn.train.copies import made_for
 
     text = Source(paths=tuple(data), field=field) if data else None
-    model = prune(directory, out, pruning, tokens, changes, text)
-    result = {"out": str(out), "model": model.model_dump(mode="json")}
-    print_json(result) if as_json else print(
-        f"pruned {str(directory)!r} to ffn_dim={ffn} into {str(out)!r}"
-    )
+    with made_for(target) as made:
+        model = prune(source, made, pruning, tokens, changes, text)
+    result = {"out": out, "model": model.model_dump(mode="json")}
+    print_json(result) if as_json else print(f"pruned {directory!r} to ffn_dim={ffn} into {out!r}")

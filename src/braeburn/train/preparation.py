@@ -77,7 +77,7 @@ class Preparation:
             UserError: anything that the user can mend; nothing is written by then.
         """
         session, run, directory = self.session, self.session.run, self.session.directory
-        main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
+        main_first("the run directory was claimed", lambda: self._claim(held))
         self.resumed, tokenizer, faults = _resume_point(directory, run)
         saved = saved_text(directory, self.resumed or 0)
         start = initial_weights(run, directory.path, self.resumed, self.find_teacher)
@@ -106,6 +106,14 @@ class Preparation:
             return ready
 
         return main_first("text was prepared", prepared)
+
+    def _claim(self, held: ExitStack) -> None:
+        """Keeps others from training in the run's folder, which is up to date then."""
+        session, remote = self.session, self.session.remote
+        held.enter_context(session.directory.claim())
+        if remote and session.directory.writes:
+            held.callback(remote.release)
+            remote.claim(session.run, session.stop.check)
 
     def _check_places(self) -> None:
         """Looks for room for a checkpoint, and for the files of all sources."""
