@@ -73,7 +73,9 @@ def main() -> None:
 
 
 def _refuse(sentence: str) -> None:
-    """Ends the process with a sentence about a mistake, and what a local folder in it stands for."""
+    """Ends the process with a sentence about a mistake, and tells of which URL a folder in it is a
+    copy.
+    """
     from braeburn.remote import explained
 
     processes.report(explained(sentence))

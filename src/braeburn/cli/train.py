@@ -58,6 +58,7 @@ def train(
     target = place(out, "--out")
     if isinstance(target, RemoteFolder):
         check_machines(target, found is not None and not processes.on_one_machine(found))
+        target.size("config.json")  # whether it can be reached
     processes.connect(coordinator, num_processes, process_id)
     begin_computing()
     from braeburn.interop.exchange import find_teacher

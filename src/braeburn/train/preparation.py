@@ -15,7 +15,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.workers import Work
 from braeburn.disk import check_space
 from braeburn.errors import UserError
-from braeburn.parallel.agreement import main_first, wait_for_all
+from braeburn.parallel.agreement import first_objection, main_first, said_by_main, wait_for_all
 from braeburn.train.ahead import Ahead
 from braeburn.train.checkpoint import Checkpoints, Fault
 from braeburn.train.directory import RunDirectory
@@ -27,6 +27,9 @@ from braeburn.train.stage_run import batches_of
 from braeburn.train.stages import abstract_state
 from braeburn.train.teaching import FindTeacher, Teacher, check_tokenizers
 from braeburn.train.trained import require_same_model, require_same_tokenizer
+
+# For a file that another machine has made, in a folder that both mount.
+SECONDS_TO_APPEAR = 90.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Preparation:
         """
         session, run, directory = self.session, self.session.run, self.session.directory
         main_first("the run directory was claimed", lambda: self._claim(held))
+        self._check_shared()
         self.resumed, tokenizer, faults = _resume_point(directory, run)
         saved = saved_text(directory, self.resumed or 0)
         start = initial_weights(run, directory.path, self.resumed, self.find_teacher)
@@ -114,6 +118,24 @@ class Preparation:
         if remote and session.directory.writes:
             held.callback(remote.release)
             remote.claim(session.run, session.stop.check)
+
+    def _check_shared(self) -> None:
+        """Refuses processes whose run directories are different folders of the same name."""
+        directory = self.session.directory
+        if jax.process_count() == 1:
+            return
+        own = directory.leave_mark() if directory.writes else ""
+        mark = said_by_main("what marks the run directory", own)
+        objection = None
+        if not directory.has_mark(mark, SECONDS_TO_APPEAR):
+            objection = (
+                f"--out {str(directory.path)!r} is another folder for process "
+                f"{jax.process_index()} than for process 0; name a folder on storage that the "
+                f"machines of all processes mount"
+            )
+        objection = first_objection("the run directory is shared", objection)
+        if objection is not None:
+            raise UserError(objection)
 
     def _check_places(self) -> None:
         """Looks for room for a checkpoint, and for the files of all sources."""
