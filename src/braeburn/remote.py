@@ -221,12 +221,14 @@ class RemoteFolder:
                 found = filesystem.find(root, detail=True)
             except FileNotFoundError:
                 return {}
+            if found.get(root, {}).get("type") == "file":
+                raise UserError(f"{self.label} is a file; name a folder")
+            # Object stores may hold an empty object in the place of a folder.
             return {
-                name[len(root) :].lstrip("/"): RemoteFile(
-                    int(info.get("size") or 0), version_of(info)
-                )
+                name[len(root) + 1 :]: RemoteFile(int(info.get("size") or 0), version_of(info))
                 for name, info in found.items()
-                if name.startswith(root) and info.get("type", "file") == "file"
+                if name.startswith(f"{root}/") and not name.endswith("/")
+                if info.get("type", "file") == "file"
             }
 
         return self._patiently("", ask)
@@ -237,7 +239,7 @@ class RemoteFolder:
         def ask(filesystem: Any, path: str) -> int | None:
             filesystem.invalidate_cache()  # others write there, too
             try:
-                return int(filesystem.info(path)["size"])
+                return int(filesystem.info(path).get("size") or 0)
             except FileNotFoundError:
                 return None
 

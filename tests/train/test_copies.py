@@ -145,6 +145,51 @@ def test_a_hugging_face_directory(
     assert not list((user_cache() / "outgoing").iterdir())
 
 
+def test_gguf_files_lie_beside_others(bucket: Any) -> None:
+    def make(url: str, content: str) -> None:
+        with made_for(model(url), among_others=True) as made:
+            if made.suffix != ".gguf":
+                made.mkdir(parents=True)
+                made /= "a.gguf"
+            made.write_text(content)
+
+    model().write("others.txt", b"stay")
+    make(URL, "in the folder")
+    make(f"{URL}/b.gguf", "by its name")
+    assert model().read("a.gguf") == b"in the folder"
+    assert model().read("b.gguf") == b"by its name"
+    with pytest.raises(UserError, match=r"'memory://bucket/model/a.gguf' is in use; name another"):
+        make(URL, "again")
+    with pytest.raises(UserError, match=r"'memory://bucket/model/b.gguf' is in use; name a new"):
+        make(f"{URL}/b.gguf", "again")
+    assert model().read("a.gguf") == b"in the folder"
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        fetched(model(f"{URL}/others.txt"))
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_fetched(
+    finished: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on there deletes the checkpoint before the one that it has just made."""
+    put(finished)
+    later = {name for name in model().list() if name.startswith("checkpoints/14/")}
+    kept = {name: model().read(name) for name in later}
+    model().delete(later)
+    real, gone_on = type(bucket).get_file, []
+
+    def get(self: Any, path: str, target: str, **options: Any) -> None:
+        if "checkpoints/10/params" in path and not gone_on:
+            gone_on.append(path)
+            for name, content in kept.items():
+                model().write(name, content)
+            model().delete(name for name in model().list() if name.startswith("checkpoints/10/"))
+        real(self, path, target, **options)
+
+    monkeypatch.setattr(type(bucket), "get_file", get)
+    assert load(fetched(model())).step == 14
+    assert gone_on
+
+
 def test_what_was_cut_short_is_made_anew(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(content: str) -> None:
         with made_for(model()) as folder:

@@ -21,7 +21,7 @@ from braeburn.remote import RemoteFolder
 from braeburn.train import lease, remote_run
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.loop import train
-from braeburn.train.remote_run import kept, working_folder
+from braeburn.train.remote_run import check_machines, kept, working_folder
 from support import braeburn, contents, damage, events, rows
 
 URL = "memory://bucket/run"
@@ -291,3 +291,14 @@ def test_a_run_that_was_taken_over_is_left_alone(short: Run, monkeypatch: Any) -
 def test_which_checkpoints_stay(steps: list[int], expected: set[int]) -> None:
     options = Checkpoint(keep_last=2, keep_every_steps=5)
     assert kept(steps, options, {3}) == expected
+
+
+def test_several_machines_need_a_folder_that_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_machines(folder(), several=False)
+    with pytest.raises(UserError, match=r"cannot be written by processes on several machines"):
+        check_machines(folder(), several=True)
+    monkeypatch.setenv("BRAEBURN_RUNS", str(tmp_path / "mounted"))  # as advised
+    check_machines(folder(), several=True)
+    assert working_folder(folder()).parent == tmp_path / "mounted"

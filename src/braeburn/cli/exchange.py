@@ -95,7 +95,7 @@ def export(
         raise UserError(f"--dtype {dtype!r} is not known; use --dtype fp32 or --dtype bf16")
     source, target = run_folder(directory), place(out, "--out")
     result: dict[str, Any] = {"out": out, "format": format}
-    with made_for(target) as made:
+    with made_for(target, among_others=format == "gguf") as made:
         if format == "hf":
             chosen = DTYPES[dtype or "fp32"]
             result |= {"dtype": chosen, "step": export_huggingface(source, made, chosen)}

@@ -28,6 +28,8 @@ from braeburn.train.remote_run import CONFIG, steps_of
 _INDEX = "model.safetensors.index.json"
 _MADE = ".being-made.json"  # at a URL: what an unfinished call puts there
 _CHECKPOINT_URL = re.compile(r"(.+)/checkpoints/([0-9]+)")
+# How often a model is fetched that changes meanwhile.
+ATTEMPTS = 3
 # Files that processes hold open while they may read from a copy.
 _held: list[Any] = []
 
@@ -50,24 +52,47 @@ def fetched(place: Path | RemoteFolder, *, optimizer: bool = False) -> Path:
         return place
     found = _CHECKPOINT_URL.fullmatch(place.url)
     folder = RemoteFolder(found[1], place.named_by) if found else place
-    listed = folder.list()
-    if CONFIG not in listed:
-        raise UserError(
-            f"{place.label} is neither a run directory nor a Hugging Face directory: it holds no "
-            f"{CONFIG}; name what was given to --out of train, import or export"
-        )
+    step = int(found[2]) if found else None
+    parts = PARTS if optimizer else ("params", "run")
     copy = folder_for(folder.url, user_cache() / "copies")
     with explaining():
         copy.mkdir(parents=True, exist_ok=True)
         with (copy / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be fetching the same
-            if _is_huggingface(folder.read(CONFIG)):
-                _fetch_huggingface(folder, listed, copy)
-            else:
-                step = int(found[2]) if found else None
-                _fetch_run(folder, listed, copy, step, PARTS if optimizer else ("params", "run"))
+            for attempt in range(ATTEMPTS):
+                try:
+                    _fetch_model(folder, place.label, copy, step, parts)
+                    break
+                except _Changed:  # as of a run that goes on there, which deletes checkpoints
+                    if attempt + 1 == ATTEMPTS:
+                        raise UserError(
+                            f"{place.label} changes while it is fetched; run the same command again"
+                        ) from None
             _hold(copy)
     return copy / "checkpoints" / found[2] if found else copy
+
+
+class _Changed(Exception):
+    """What was listed at a URL is gone."""
+
+
+def _fetch_model(
+    folder: RemoteFolder, label: str, copy: Path, step: int | None, parts: Iterable[str]
+) -> None:
+    """Brings the copy of a model up to date; arguments as of `_fetch_run`, and its name for
+    messages.
+    """
+    listed = folder.list()
+    config = folder.read_if_there(CONFIG)
+    if config is None:
+        raise UserError(
+            f"{label} is neither a run directory nor a Hugging Face directory: it holds no "
+            f"{CONFIG}; name what was given to --out of train, import or export"
+        )
+    if _is_huggingface(config):
+        _fetch_huggingface(folder, listed, copy)
+    else:
+        _fetch_run(folder, listed, copy, step, parts)
 
 
 def _is_huggingface(config: bytes) -> bool:
@@ -148,7 +173,9 @@ def _fetch_run(
     _drop_unused(copy, str(step))
     prefix = f"checkpoints/{step}/"
     target = copy / "checkpoints" / str(step)
-    record = folder.read(f"{prefix}{RECORD}")
+    record = folder.read_if_there(f"{prefix}{RECORD}")
+    if record is None:
+        raise _Changed
     identity = hashlib.sha256(record).hexdigest()
     present = _noted(target).get("parts", []) if _identity(target) == identity else []
     wanted = [part for part in parts if part not in present]
@@ -181,12 +208,9 @@ def _fetch(folder: RemoteFolder, names: list[str], target: Path) -> None:
         for _ in shown:
             pass
     except FileNotFoundError as error:
-        if error.filename is not None:  # of this disk
+        if error.filename is not None and Path(error.filename).is_relative_to(target):
             raise
-        raise UserError(
-            f"{folder.label} changed while it was fetched: a file is gone; run the same command "
-            f"again"
-        ) from None
+        raise _Changed from None
 
 
 def _drop_unused(copy: Path, wanted: str) -> None:
@@ -227,7 +251,7 @@ def _identity(folder: Path) -> Any:
 
 
 @contextmanager
-def made_for(place: Path | RemoteFolder) -> Iterator[Path]:
+def made_for(place: Path | RemoteFolder, *, among_others: bool = False) -> Iterator[Path]:
     """Where to make on this machine what is to be at a place: a folder, or a GGUF file.
 
     What is to be at a URL is copied there when it is complete, `config.json` last, without which no
@@ -235,6 +259,7 @@ def made_for(place: Path | RemoteFolder) -> Iterator[Path]:
 
     Args:
         place: a local path, which is yielded as it is, or a URL.
+        among_others: whether a folder may hold other files than what is made.
 
     Raises:
         UserError: the URL is in use, or does not answer.
@@ -248,20 +273,21 @@ def made_for(place: Path | RemoteFolder) -> Iterator[Path]:
         yield local
         return
     is_file = local.suffix == ".gguf"
-    remote = RemoteFolder(place.url.rpartition("/")[0], place.named_by) if is_file else place
-    if is_file and remote.size(local.name) is not None:
+    if is_file and place.size("") is not None:
         raise UserError(f"{place.label} is in use; name a new file")
-    if not is_file:
+    if not is_file and not among_others:
         _require_unused(place)
     with explaining():
         parent.mkdir(parents=True, exist_ok=True)
         in_use = f"{place.label} is being made by another process; wait for it to end"
         with locked(parent / ".lock", in_use):
-            for left_over in (path for path in (local,) if path.exists()):
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            if local.exists():  # of a call that was cut short
+                shutil.rmtree(local) if local.is_dir() else local.unlink()
             yield local
             if is_file:
-                remote.put(local, local.name)
+                RemoteFolder(place.url.rpartition("/")[0], place.named_by).put(local, local.name)
+            elif among_others:
+                _add(local, place)
             else:
                 _publish(local, place)
             shutil.rmtree(parent, ignore_errors=True)
@@ -282,6 +308,16 @@ def _require_unused(folder: RemoteFolder) -> None:
                 listed = {name: file for name, file in listed.items() if name not in own}
     if any(not name.startswith(".") for name in listed):
         raise UserError(f"{folder.label} is in use; choose a new or empty folder")
+
+
+def _add(local: Path, folder: RemoteFolder) -> None:
+    """Copies files to a folder that has none of their names."""
+    names = sorted(records.walk(local))
+    for name in names:
+        if folder.size(name) is not None:
+            raise UserError(f"'{folder.url}/{name}' is in use; name another folder with --out")
+    for name in names:
+        folder.put(local / name, name)
 
 
 def _publish(local: Path, folder: RemoteFolder) -> None:

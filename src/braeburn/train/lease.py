@@ -73,6 +73,19 @@ class Lease:
                 f"that process to go on here, or leave it to it"
             )
 
+    def confirm(self) -> None:
+        """As `check`, once the folder was asked; to be called before something is written there.
+
+        Raises:
+            UserError: another process has the lease, or the folder does not answer.
+        """
+        self._notice(_parsed(self._folder.read_if_there(LEASE) or b""))
+        self.check()
+
+    def _notice(self, holder: dict[str, Any]) -> None:
+        if holder.get("token") not in (None, self._token):
+            self._taken_by = str(holder.get("host"))
+
     def release(self) -> None:
         """Gives the lease back, unless another process has taken it over."""
         if self._thread is None:
@@ -129,9 +142,8 @@ class Lease:
         while not self._released.wait(SECONDS_BETWEEN_RENEWALS):
             # An outage is no reason to stop: others wait longer than a renewal takes.
             with contextlib.suppress(Exception):
-                found = _parsed(self._folder.read_if_there(LEASE) or b"")
-                if found.get("token") not in (None, self._token):
-                    self._taken_by = str(found.get("host"))
+                self._notice(_parsed(self._folder.read_if_there(LEASE) or b""))
+                if self._taken_by is not None:
                     return
                 if not self._released.is_set():
                     self._write()

@@ -343,7 +343,7 @@ class _Copying:
 
     def _copy(self) -> None:
         """Copies what is not there, and deletes there what is not to stay."""
-        self._lease.check()
+        self._lease.confirm()
         began = time.monotonic()
         self._copy_files()
         seconds = time.monotonic() - began
@@ -409,7 +409,7 @@ class _Copying:
                 )
         # A checkpoint never comes without the rows of its steps.
         self._copy_files()
-        self._lease.check()
+        self._lease.confirm()
         self._folder.put(pinned / prefix / RECORD, f"{prefix}{RECORD}")
         self._there.add(step)
         shutil.rmtree(pinned, ignore_errors=True)
