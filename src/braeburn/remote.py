@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import time
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 600.0
 PATIENCE_AT_FIRST = 15.0
 LONGEST_PAUSE = 15.0
+SECONDS_UNTIL_TOLD = 5.0
+SECONDS_BETWEEN_WARNINGS = 120.0
 # Files that are copied at the same time.
 TRANSFERS = 8
 # What waiting does not mend.
@@ -62,6 +65,7 @@ _VERSIONS = (
 
 Result = TypeVar("Result")
 _reached: set[str] = set()  # servers and buckets that have answered this process
+_told: dict[str, float] = {}  # when it was last told that one of them does not answer
 _copies: dict[str, str] = {}  # the URL of each local folder that stands for a remote one
 
 
@@ -356,7 +360,7 @@ class RemoteFolder:
         filesystem, root = self._opened
         patience = PATIENCE_SECONDS if self._server in _reached else PATIENCE_AT_FIRST
         path = f"{root}/{name}" if name else root
-        began, pause, told = time.monotonic(), 0.5, False
+        began, pause = time.monotonic(), 0.5
         while True:
             try:
                 result = work(filesystem, path)
@@ -384,16 +388,22 @@ class RemoteFolder:
                         f"{self.label} has not answered for {waited:.0f} s ({first}); "
                         f"see to the network and your credentials, then run the same command again"
                     ) from None
-                if not told and waited > 5:
-                    told = True
-                    log.warning(
-                        "warning: %s does not answer (%s); trying again for %.0f s",
-                        self.url,
-                        type(error).__name__,
-                        patience,
-                    )
+                if waited > SECONDS_UNTIL_TOLD:
+                    self._tell(error, patience)
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _tell(self, error: Exception, patience: float) -> None:
+        """Warns that the server does not answer, once for all that wait for it."""
+        now = time.monotonic()
+        if now - _told.get(self._server, -math.inf) > SECONDS_BETWEEN_WARNINGS:
+            _told[self._server] = now
+            log.warning(
+                "warning: %s does not answer (%s); trying again for %.0f s",
+                self.url,
+                type(error).__name__,
+                patience,
+            )
 
 
 def _first_line(error: Exception) -> str:

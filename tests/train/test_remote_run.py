@@ -5,15 +5,19 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from braeburn import remote
-from braeburn.config import Checkpoint, Run, override, read_run
+from braeburn.config import Checkpoint, ModelConfig, Run, override, read_run
 from braeburn.errors import UserError
 from braeburn.layers.spec import abstract
 from braeburn.models import decoder
@@ -128,6 +132,7 @@ def test_a_run_goes_on_from_its_url_on_another_machine(
     assert {name: after[name] for name in same} == {name: before[name] for name in same}
 
 
+@pytest.mark.deep
 def test_an_older_copy_follows_and_a_newer_one_leads(
     short: Run, at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +157,7 @@ def test_an_older_copy_follows_and_a_newer_one_leads(
     assert losses(fetched(tmp_path)) == losses(at(short, 6))
 
 
+@pytest.mark.deep
 def test_half_a_checkpoint_is_none(
     short: Run, at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +170,7 @@ def test_half_a_checkpoint_is_none(
     assert {name.split("/")[1] for name in there("checkpoints/")} == {"4", "6"}
 
 
+@pytest.mark.deep
 def test_a_damaged_checkpoint_there_is_passed_over(
     short: Run, at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +233,7 @@ def test_what_is_no_run_is_refused(tiny_arguments: list[str], tmp_path: Path) ->
     assert "--out 's3:/bucket/run' is no URL; write two slashes, as s3://bucket/run" in answer.error
 
 
+@pytest.mark.deep
 def test_another_run_or_none_is_not_taken_for_the_one_here(
     short: Run, tmp_path: Path, bucket: Any
 ) -> None:
@@ -247,6 +255,28 @@ def test_another_run_or_none_is_not_taken_for_the_one_here(
     assert train(short, folder(), stop_after_steps=1).step == 1
 
 
+@pytest.mark.deep
+def test_an_import_is_trained_where_it_was_made(
+    finished: Path, tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe names its run directory as the weights to start from, too."""
+    assert braeburn("export", finished, "--out", tmp_path / "hf").code == 0
+    assert braeburn("import", tmp_path / "hf", "--out", URL).code == 0
+    on_another_machine(monkeypatch, tmp_path, "machine 2")
+    model = ModelConfig.from_directory(URL)
+    changes = [f"model={model.model_dump_json()}", f"initial_weights={URL}"]
+    changes += [f"data.cache={finished.parent / 'cache of imports'}"]
+    command = ["train", *tiny_arguments, *(p for change in changes for p in ("--set", change))]
+    answer = braeburn(*command, "--out", URL, "--stop-after-steps", 1)
+    assert answer.code == 0, answer.err
+    assert remote_run.steps_of(there()) == [0, 1]
+    begin = ["--set", f"initial_weights={URL}/checkpoints/0", "--out", tmp_path / "local"]
+    elsewhere = braeburn(*command, *begin, "--stop-after-steps", 1)
+    assert elsewhere.code == 0, elsewhere.err
+    assert losses(fetched(tmp_path)) == losses(tmp_path / "local")
+
+
+@pytest.mark.deep
 def test_two_machines_do_not_train_in_one_run(
     short: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,13 +314,26 @@ def test_a_run_that_was_taken_over_is_left_alone(short: Run, monkeypatch: Any) -
     assert json.loads(folder().read(lease.LEASE))["token"] == "theirs"
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [([], set()), ([1], {1}), ([1, 2, 3, 4, 5, 10, 11], {3, 5, 10, 11}), ([5, 10], {5, 10})],
+@given(
+    steps=st.sets(st.integers(0, 60)),
+    options=st.builds(
+        Checkpoint, keep_last=st.integers(1, 4), keep_every_steps=st.none() | st.integers(1, 20)
+    ),
+    lasting=st.sets(st.integers(0, 60), max_size=3),
 )
-def test_which_checkpoints_stay(steps: list[int], expected: set[int]) -> None:
-    options = Checkpoint(keep_last=2, keep_every_steps=5)
-    assert kept(steps, options, {3}) == expected
+def test_at_the_url_stays_what_stays_on_the_disk(
+    steps: set[int], options: Checkpoint, lasting: set[int]
+) -> None:
+    rules = [policies.LatestN(options.keep_last), policies.CustomSteps(list(lasting))]
+    if options.keep_every_steps:
+        rules.append(policies.EveryNSteps(options.keep_every_steps))
+    infos = [SimpleNamespace(step=step, metrics=None) for step in sorted(steps)]
+    stay = policies.AnyPreservationPolicy(rules).should_preserve(
+        infos, context=policies.PreservationContext()
+    )
+    assert kept(steps, options, lasting) == {
+        info.step for info, stays in zip(infos, stay, strict=True) if stays
+    }
 
 
 def test_several_machines_need_a_folder_that_they_share(

@@ -21,6 +21,7 @@ from braeburn.train.checkpoint import Checkpoints, Fault
 from braeburn.train.directory import RunDirectory
 from braeburn.train.environment import unused_accelerator
 from braeburn.train.initial import initial_weights
+from braeburn.train.remote_run import VARIABLE
 from braeburn.train.same_text import check_text, require_same_text, saved_text
 from braeburn.train.session import Session
 from braeburn.train.stage_run import batches_of
@@ -144,7 +145,9 @@ class Preparation:
             self.session.directory.path,
             sum(leaf.size * leaf.dtype.itemsize for leaf in state),
             "a checkpoint takes",
-            "free some or choose another --out",
+            f"free some or set {VARIABLE} to another folder"
+            if self.session.remote
+            else "free some or choose another --out",
         )
         list_sources(self.session.run)  # before work begins that an exit would have to wait for
 

@@ -32,6 +32,7 @@ CONFIG = "config.json"
 _CHECKPOINT = re.compile(r"checkpoints/(0|[1-9][0-9]{0,17})/(.+)")
 # In the working copy: what is being copied to the URL or from it, and whether anything was copied.
 _OUTGOING, _INCOMING, _COPIED = ".outgoing", ".incoming", ".copied.json"
+_GROWING = ("tensorboard/", "profile/")
 # Between looks for a new checkpoint, and between copies of the rows of metrics at least.
 POLL_SECONDS = 1.0
 SECONDS_BETWEEN_COPIES = 60.0
@@ -223,8 +224,11 @@ class RemoteRun:
         return self.folder.read_if_there(f"checkpoints/{step}/{RECORD}") == here
 
     def _fetch_files(self, listed: dict[str, RemoteFile]) -> None:
-        """Replaces all files here but checkpoints with those there, the configuration last."""
-        names = [name for name in listed if not _is_hidden(name) and not _CHECKPOINT.match(name)]
+        """Replaces the files here that training goes on with by those there, the configuration
+        last.
+        """
+        others = ("checkpoints/", "profile/")
+        names = [name for name in listed if not _is_hidden(name) and not name.startswith(others)]
         for path in (self.path / "tensorboard").glob("*"):
             if f"tensorboard/{path.name}" not in listed:
                 path.unlink()
@@ -344,12 +348,12 @@ class _Copying:
     def _copy(self) -> None:
         """Copies what is not there, and deletes there what is not to stay."""
         self._lease.confirm()
+        if self._there is None:
+            self._there = self._look()
         began = time.monotonic()
         self._copy_files()
         seconds = time.monotonic() - began
         self._due = time.monotonic() + max(SECONDS_BETWEEN_COPIES, seconds / SHARE_OF_COPYING)
-        if self._there is None:
-            self._there = self._look()
         skipped: set[int] = set()
         # The newest first: after an outage, it is what a resume would need.
         while missing := [step for step in self._missing() if step not in skipped]:
@@ -363,6 +367,12 @@ class _Copying:
         short, are deleted.
         """
         listed = self._folder.list()
+        for name in listed:
+            # These are written once, or grow; a call that goes on begins new ones.
+            with contextlib.suppress(FileNotFoundError):
+                state = _state(self._path / name)
+                if name.startswith(_GROWING) and listed[name].size == state[0]:
+                    self._copied[name] = state
         here = _local_steps(self._path)
         complete = steps_of(listed)
         for step in {int(m[1]) for name in listed if (m := _CHECKPOINT.fullmatch(name))}:
@@ -445,8 +455,7 @@ class _Copying:
         for name in sorted(found, key=lambda name: (name != CONFIG, name)):
             path = self._path / name
             with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                state = (status.st_size, status.st_mtime_ns)
+                state = _state(path)
                 if self._copied.get(name) == state:
                     continue
                 # Files may grow while they are read.
@@ -467,6 +476,12 @@ def _local_steps(path: Path) -> list[int]:
         for found in path.glob(f"checkpoints/*/{RECORD}")
     )
     return steps_of(names)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written to: its size and time."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _is_hidden(name: str) -> bool:
