@@ -25,7 +25,7 @@ from braeburn.remote import RemoteFolder
 from braeburn.train import lease, remote_run
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.loop import train
-from braeburn.train.remote_run import check_machines, kept, working_folder
+from braeburn.train.remote_run import RemoteRun, check_machines, kept, working_folder
 from support import braeburn, contents, damage, events, rows
 
 URL = "memory://bucket/run"
@@ -168,6 +168,68 @@ def test_half_a_checkpoint_is_none(
     assert [event["step"] for event in events(working_folder(folder()), "resume")] == [2]
     assert losses(fetched(tmp_path)) == losses(at(short, 6))
     assert {name.split("/")[1] for name in there("checkpoints/")} == {"4", "6"}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.deep
+def test_whenever_copying_ends_what_is_there_is_whole(
+    finished: Path, tiny: Run, tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended after every third number of changes to the URL, of a run that replaces an earlier state."""
+    monkeypatch.setattr(remote, "TRANSFERS", 1)
+    run = override(tiny, {"checkpoint.keep_last": 1})
+    left: int | None = None
+    for name in ("put_file", "pipe_file", "rm_file"):
+        real = getattr(type(bucket), name)
+
+        def counted(self: Any, *arguments: Any, real: Any = real, **options: Any) -> Any:
+            nonlocal left
+            if left is not None and not str(arguments[-1]).endswith(lease.LEASE):
+                if left == 0:
+                    raise Killed
+                left -= 1
+            return real(self, *arguments, **options)
+
+        monkeypatch.setattr(type(bucket), name, counted)
+
+    def copy() -> None:
+        own = RemoteRun(folder(), print)
+        own.claim(run)
+        try:
+            with own.copying(run):
+                pass
+        finally:
+            own._lease._released.set()  # as the end of the process does, without more
+
+    shutil.copytree(finished, working_folder(folder()))
+    older = working_folder(folder()) / "checkpoints" / "14"
+    newer = older.rename(tmp_path / "14")
+    copy()
+    begun = dict(bucket.store)
+    shutil.copytree(newer, older)
+    wholes = []
+    for number in itertools.count(0, 3):
+        bucket.store.clear()
+        bucket.store.update(begun)
+        left = number
+        try:
+            copy()
+            break
+        except Killed:
+            pass
+        left = None
+        there_now = fetched(tmp_path)
+        wholes.append(remote_run.steps_of(contents(there_now)))
+        for step in wholes[-1]:
+            assert Checkpoints(there_now).fault(step) is None
+        assert max(row["step"] for row in rows(there_now)) >= wholes[-1][-1]
+    assert [steps for steps, _ in itertools.groupby(wholes)] == [[10], [10, 14], [14]]
+    assert len(wholes) > 20
+    assert remote_run.steps_of(there()) == [14]
+    assert not there("checkpoints/10/")
 
 
 @pytest.mark.deep

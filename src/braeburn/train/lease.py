@@ -159,8 +159,8 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 def _is_gone(holder: dict[str, Any]) -> bool:
     """Whether the process that holds a lease is known to have ended: it ran here, and does not."""
-    number = holder.get("process")
-    if holder.get("numbered_by") != _numbered_by() or not isinstance(number, int):
+    number, here = holder.get("process"), _numbered_by()
+    if here is None or holder.get("numbered_by") != here or not isinstance(number, int):
         return False
     if number == os.getpid():  # an earlier process of this number
         return True

@@ -7,6 +7,7 @@ first; the record names all other files. The run itself counts once its `config.
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -131,7 +132,14 @@ class RemoteRun:
             self._refuse_strangers(listed, begun)
         self._lease.take(self._say, proceed)
         if CONFIG in listed:
-            self._update(run, self.folder.list(), begun, proceed)
+            try:
+                self._update(run, self.folder.list(), begun, proceed)
+            except FileNotFoundError as error:
+                if error.filename is not None:
+                    raise  # of this disk
+                raise UserError(
+                    f"{self.folder.label} changed while it was fetched; run the same command again"
+                ) from None
 
     def release(self) -> None:
         """Lets other machines train there."""
@@ -148,9 +156,11 @@ class RemoteRun:
         try:
             yield
         except BaseException as error:
-            # What ends the run is told, not what becomes of the copy after it.
+            # What ends the run is told, not what becomes of the copy after it. A second Ctrl-C
+            # waits for nothing.
+            seconds = SECONDS_IN_A_HURRY if isinstance(error, Exception) else 0.0
             with contextlib.suppress(UserError, Interrupted):
-                self._copying.finish(hurry=not isinstance(error, UserError))
+                self._copying.finish(None if isinstance(error, UserError) else seconds)
             raise
         self._copying.finish()
 
@@ -279,20 +289,20 @@ class _Copying:
         self._due = 0.0
         self._thread = Background(self._work, "copying")
 
-    def finish(self, *, hurry: bool = False) -> None:
+    def finish(self, seconds: float | None = None) -> None:
         """Returns once all is copied.
 
         Args:
-            hurry: whether to give up soon.
+            seconds: after which to give up; None for no such limit.
 
         Raises:
             UserError: it could not be, for as long as an outage is waited for.
-            Interrupted: it could not be soon.
+            Interrupted: it could not be in so many seconds.
         """
-        limit = time.monotonic() + SECONDS_IN_A_HURRY
+        limit = math.inf if seconds is None else time.monotonic() + seconds
 
         def proceed() -> None:
-            if hurry and time.monotonic() > limit:
+            if time.monotonic() > limit:
                 raise Interrupted
 
         self._closing.set()
