@@ -178,7 +178,7 @@ class Killed(BaseException):
 def test_whenever_copying_ends_what_is_there_is_whole(
     finished: Path, tiny: Run, tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ended after every third number of changes to the URL, of a run that replaces an earlier state."""
+    """Ended after every third number of changes to the URL, where a checkpoint replaces one."""
     monkeypatch.setattr(remote, "TRANSFERS", 1)
     run = override(tiny, {"checkpoint.keep_last": 1})
     left: int | None = None
@@ -289,6 +289,12 @@ def test_what_is_no_run_is_refused(tiny_arguments: list[str], tmp_path: Path) ->
         in answer.error
     )
     assert there() == {"thesis.tex"}
+    folder().write("config.json", b'{"model_type": "llama"}')
+    answer = braeburn("train", *tiny_arguments, "--out", URL)
+    assert f"--out '{URL}' holds 'config.json' but no run; restore it, or choose" in answer.error
+    assert there() == {"thesis.tex", "config.json"}
+    assert not (working_folder(folder()) / "config.json").exists()
+    folder().delete(["config.json"])
     answer = braeburn("evaluate", URL)
     assert f"DIR={URL!r} is neither a run directory nor a Hugging Face" in answer.error
     answer = braeburn("train", *tiny_arguments, "--out", "s3:/bucket/run")

@@ -126,12 +126,11 @@ class RemoteRun:
         """
         for left_over in (_OUTGOING, _INCOMING):
             shutil.rmtree(self.path / left_over, ignore_errors=True)
-        listed = self.folder.list()
         begun = (self.path / CONFIG).exists()
-        if CONFIG not in listed:
-            self._refuse_strangers(listed, begun)
+        self._check(begun)
         self._lease.take(self._say, proceed)
-        if CONFIG in listed:
+        # Another process may have begun or ended there while this one waited.
+        if self._check(begun):
             try:
                 self._update(run, self.folder.list(), begun, proceed)
             except FileNotFoundError as error:
@@ -172,8 +171,26 @@ class RemoteRun:
         """
         self._lease.check()
 
-    def _refuse_strangers(self, listed: dict[str, RemoteFile], begun: bool) -> None:
-        strangers = sorted(name for name in listed if not name.startswith("."))
+    def _check(self, begun: bool) -> bool:
+        """Whether the folder holds a run.
+
+        Args:
+            begun: whether the working copy does.
+
+        Raises:
+            UserError: it holds something else, or not the run that the working copy is of.
+        """
+        content = self.folder.read_if_there(CONFIG)
+        if content is not None:
+            identity = _identity(content, self.folder)
+            if begun and read_identity(self.path) != identity:
+                raise UserError(
+                    f"{self.folder.label} holds another run than its copy {str(self.path)!r} on "
+                    f"this machine; delete that folder to go on with the run there, or choose "
+                    f"another --out"
+                )
+            return True
+        strangers = sorted(name for name in self.folder.list() if not name.startswith("."))
         if strangers:
             raise UserError(
                 f"{self.folder.label} holds {strangers[0].partition('/')[0]!r} but no run; choose "
@@ -184,20 +201,12 @@ class RemoteRun:
                 f"{self.folder.label} no longer holds the run that {str(self.path)!r} is a copy "
                 f"of; delete that folder to begin anew, or choose another --out"
             )
+        return False
 
     def _update(
         self, run: Run, listed: dict[str, RemoteFile], begun: bool, proceed: Callable[[], None]
     ) -> None:
         """Fetches what is newer there than here."""
-        content = self.folder.read(CONFIG)
-        if begun:
-            ours, theirs = read_identity(self.path), _identity(content, self.folder)
-            if ours != theirs:
-                raise UserError(
-                    f"{self.folder.label} holds another run than its copy {str(self.path)!r} on "
-                    f"this machine; delete that folder to go on with the run there, or choose "
-                    f"another --out"
-                )
         self._note_copied()
         newest = self._newest_sound(read_identity(self.path)) if begun else None
         candidates = [
@@ -504,11 +513,19 @@ def _belongs(name: str) -> bool:
 
 
 def _identity(content: bytes, folder: RemoteFolder) -> str | None:
-    """What tells a run from all others, of its configuration."""
+    """What tells a run from all others, of the content of its `config.json`.
+
+    Raises:
+        UserError: it is the file of something else, as of a Hugging Face directory.
+    """
     try:
-        found = json.loads(content)["identity"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("run"), dict):
         raise UserError(
-            f"'{folder.url}/{CONFIG}' does not hold a run; restore it, or choose another --out"
-        ) from None
-    return found if isinstance(found, str) else None
+            f"{folder.label} holds {CONFIG!r} but no run; restore it, or choose an empty or new "
+            f"folder"
+        )
+    identity = found.get("identity")
+    return identity if isinstance(identity, str) else None
