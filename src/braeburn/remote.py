@@ -334,10 +334,19 @@ class RemoteFolder:
         self._writing(name, pipe)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Deletes files, of which some may be gone already."""
-        for name in names:
+        """Deletes files, of which some may be gone already: the first, then the others, several at
+        a time.
+        """
+
+        def remove(name: str) -> None:
             with contextlib.suppress(FileNotFoundError):
                 self._patiently(name, lambda filesystem, path: filesystem.rm_file(path))
+
+        names = list(names)
+        for name in names[:1]:
+            remove(name)
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(remove, names[1:]))
 
     def _make_folder(self, filesystem: Any, path: str) -> None:
         if self._protocol not in _OBJECT_STORES:

@@ -21,8 +21,6 @@ from support import on_json_lines, rows
 
 __all__ = ["proxy"]  # a fixture
 
-SHORT_OUTAGE_SECONDS = 8.0
-
 
 @pytest.fixture
 def run(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
@@ -66,7 +64,7 @@ def test_an_outage_while_text_is_published(run: Run, proxy: Proxy, tmp_path: Pat
     def say(line: str) -> None:
         said.append(line)
         if line.startswith("prepared "):  # what follows is the copying
-            threading.Thread(target=proxy.outage, args=(SHORT_OUTAGE_SECONDS,)).start()
+            threading.Thread(target=proxy.outage, args=(OUTAGE_SECONDS,)).start()
             time.sleep(0.5)
 
     refused = proxy.refused

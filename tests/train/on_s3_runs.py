@@ -24,6 +24,7 @@ from braeburn.models import decoder
 from braeburn.remote import RemoteFolder
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.remote_run import steps_of
+from launch.together import members
 from s3_server import OUTAGE_SECONDS, Proxy, proxy
 from support import PROGRAM, braeburn, contents, events, process, rows
 
@@ -189,18 +190,29 @@ def test_kills_at_any_moment(
 def test_several_processes_of_one_machine(
     arguments: list[str], tmp_path: Path, machine: Any
 ) -> None:
+    """Two processes, of which one is killed; then one process on another machine."""
     out = url(tmp_path)
-    mesh = ["--set", "mesh.fsdp=2", "--set", "stages.core.tokens=15360"]
+    mesh = ["--set", "mesh.fsdp=2", "--set", "stages.core.tokens=30720"]
     many = ["launch", "local", *arguments, *mesh, "--processes", 2, "--json", "--out"]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     answer = process(*many, tmp_path / "local", env=environment)
     assert answer.code == 0, answer.err
-    answer = process(*many, out, env=environment)
+    command = [*PROGRAM, *map(str, many), out]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, env=environment, **pipes)
+    wait_for(lambda: checkpoints_at(out), running)
+    os.kill(members(out)[1], signal.SIGKILL)
+    printed, log = running.communicate(timeout=300)
+    assert running.returncode == 0, log
+    assert json.loads(printed)["finished"]
+    [restart] = json.loads(printed)["restarts"]
+    assert restart["resumed_step"] % 5 == 0 and "was killed by SIGKILL" in restart["reason"]
+    machine(2)
+    answer = process("train", *arguments, *mesh, "--out", out)
     assert answer.code == 0, answer.err
-    assert json.loads(answer.out)["finished"]
     copy = fetched(out, tmp_path / "copy")
     assert losses(copy) == losses(tmp_path / "local")
-    assert same_weights(copy, tmp_path / "local", 15)
+    assert same_weights(copy, tmp_path / "local", 30)
     several = ["--coordinator", "10.0.0.1:8476", "--num-processes", 2, "--process-id", 0]
     refused = braeburn("train", *arguments, "--out", out, *several).error
     assert "cannot be written by processes on several machines" in refused
