@@ -11,7 +11,7 @@
 #   make test-slurm   the printed SLURM script on a real SLURM (root, Debian's slurm-wlm and munge)
 #   make test-compile    the compilers of absent TPUs and GPUs, gigabytes of them (Linux on x86-64; most of an hour)
 #   make test-gguf    GGUF files in the real llama.cpp, which is built from source (a C++ compiler; half an hour)
-#   make test-s3   prepared text on a real S3 server of the package index, with outages (two minutes)
+#   make test-s3   text, runs and models on a real S3 server of the package index, with outages and kills (ten minutes)
 #   make docs   the site of docs/, in site/; a link to nowhere is an error
 #   make setup   .venv with everything that tests and checks need
 #   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-chat, -data, -docs, -gguf, -rocm, -s3 and -tpu
@@ -140,7 +140,7 @@ $(VENV)-other/.all: $(PINS)
 
 # A server of S3, and ways to it that are cut.
 test-s3: extra-s3-test
-	$(BIN)/python -m pytest --durations=5 tests/data/on_s3.py
+	$(BIN)/python -m pytest --durations=5 tests/data/on_s3.py tests/train/on_s3_runs.py
 
 # What `make test-other` would take; nothing where there is none.
 python-other:

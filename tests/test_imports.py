@@ -24,6 +24,7 @@ LAYERS = (
     ("hardware",),
     ("config",),
     # What any of them may need, without a word of training.
+    ("remote",),
     ("reading", "atomic", "background", "extras"),
     ("jsonfile", "disk", "discovery"),
     ("errors",),

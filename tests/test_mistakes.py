@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from braeburn.config import Run, override
@@ -322,13 +323,28 @@ def test_a_folder_that_holds_other_things(tiny_arguments: list[str], tmp_path: P
     assert "holds 'thesis.tex' but no run; choose an empty or new folder" in sentence
 
 
-@pytest.mark.parametrize("out", ["gs://bucket/run", "s3://bucket/run"])
-def test_a_folder_in_a_bucket(
-    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+@pytest.mark.parametrize(
+    ("out", "package", "how"),
+    [
+        ("gs://bucket/run", "gcsfs", "install the package of that file system"),
+        ("s3://bucket/run", "s3fs", "run `make extra-s3"),
+    ],
+)
+def test_a_bucket_whose_package_is_not_installed(
+    tiny_arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    out: str,
+    package: str,
+    how: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sentence = braeburn("train", *tiny_arguments, "--out", out).error
-    assert "is not a local folder; name a folder on a mounted file system" in sentence
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(fsspec.registry._registry, out.partition(":")[0], raising=False)
+    for command in (["train", *tiny_arguments, "--out", out], ["evaluate", out]):
+        sentence = braeburn(*command).error
+        assert f"{out!r} cannot be used (" in sentence and how in sentence
     assert list(tmp_path.iterdir()) == []
 
 

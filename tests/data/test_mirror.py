@@ -12,16 +12,18 @@ import fsspec
 import numpy as np
 import pytest
 
+from braeburn import remote
 from braeburn.config import Run, override
 from braeburn.data import mirror
 from braeburn.data.corpus import Document
 from braeburn.data.listing import cache_folder, mirror_of
 from braeburn.data.loader import Batches
-from braeburn.data.mirror import BlockCache, Mirror, RangeFile, RemoteFolder, is_remote
+from braeburn.data.mirror import BlockCache, Mirror, RangeFile
 from braeburn.data.prepare import prepare
 from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import train as train_tokenizer
 from braeburn.errors import UserError
+from braeburn.remote import RemoteFolder, is_remote
 from support import braeburn, on_json_lines
 
 TOKENIZER = train_tokenizer(["one two three four five six"] * 9, 280)
@@ -32,7 +34,7 @@ def url() -> Iterator[str]:
     """An empty remote folder."""
     filesystem = fsspec.filesystem("memory")
     filesystem.rm("/bucket", recursive=True) if filesystem.exists("/bucket") else None
-    mirror._reached.clear()
+    remote._reached.clear()
     yield "memory://bucket/tokens"
 
 
@@ -171,7 +173,7 @@ def test_an_outage_is_waited_for(url: str, tmp_path: Path, monkeypatch: pytest.M
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe_file("/bucket/tokens/a", b"abc")
     folder = RemoteFolder(url)
-    monkeypatch.setattr(mirror.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     failures = iter([TimeoutError("no answer")] * 4)
     real = type(filesystem).cat_file
 
@@ -185,7 +187,7 @@ def test_an_outage_is_waited_for(url: str, tmp_path: Path, monkeypatch: pytest.M
     assert folder.read("a", 1, 2) == b"b"
     failures = itertools.repeat(TimeoutError("no answer"))
     clock = itertools.count(0, 100)
-    monkeypatch.setattr(mirror.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(remote.time, "monotonic", lambda: next(clock))
     with pytest.raises(
         UserError, match=r"data\.cache='memory://bucket/tokens' has not answered for \d+ s \(no an"
     ):

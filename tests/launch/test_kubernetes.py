@@ -190,3 +190,52 @@ def test_nothing_that_is_given_becomes_a_line_of_its_own(
     arguments: list[str], sentence: str
 ) -> None:
     assert sentence in launch("cpu:2", *arguments, recipe="afm-tiny").error
+
+
+def test_a_run_at_a_url_needs_no_volume() -> None:
+    needed = ["--out", "s3://bucket/run", "--image", "registry/braeburn:1"]
+    command = ["launch", "kubernetes", "llama3-8b", "--on", "h100:8"]
+    cached = ["--set", "data.cache=s3://bucket/tokens"]
+    answer = braeburn(*command, *needed, *cached)
+    _, job, pod, container = parts(answer.out)
+    assert job["template"]["spec"]["completions"] == 1
+    assert container["args"][:3] == ["llama3-8b", "--out", "s3://bucket/run"]
+    assert "env" not in container
+    assert [volume["name"] for volume in pod["volumes"]] == ["shared-memory"]
+    assert (
+        "#   --out s3://bucket/run: the run directory, which processes write together; each needs "
+        "the credentials\n"
+    ) in answer.out
+    assert answer.err.startswith("warning: data.sources.web.paths=")
+    assert "is a path, and this job has no volume; make sure that the image has it" in answer.err
+    assert (
+        "--claim c is for a run directory in a volume"
+        in braeburn(*command, *needed, "--claim", "c").error
+    )
+    assert (
+        "--out 's3://bucket/run' cannot be written by 2 pods"
+        in braeburn(*command[:-1], "h100:16", *needed).error
+    )
+    needed[1] = "/runs/first"
+    assert (
+        "--claim is missing; name the PersistentVolumeClaim for the folder '/runs'"
+        in braeburn(*command, *needed).error
+    )
+
+
+def test_paths_that_containers_would_not_have_are_warned_of() -> None:
+    changes = ["--set", "initial_weights=/models/base", "--set", "data.tokenizer=/runs/t.json"]
+    answer = launch("h100:16", *changes)
+    assert answer.code == 0
+    told = [line for line in answer.err.splitlines() if line.startswith("warning: ")]
+    assert [line.split("=")[0] for line in told] == [
+        "warning: data.cache",
+        "warning: data.sources.web.paths",
+        "warning: initial_weights",
+    ]
+    assert "lose it; add --set data.cache=/runs/tokens" in told[0]
+    assert "is not below '/runs', where the volume is mounted; make sure that" in told[2]
+    # The advice works.
+    advised = ["--set", "data.cache=/runs/tokens", "--set", "initial_weights=/runs/base"]
+    sources = ["--set", 'data.sources.web.paths=["/runs/text/*.jsonl"]']
+    assert launch("h100:16", *advised, *sources).err == ""

@@ -74,10 +74,9 @@ def test_cpus_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     script = launch("cpu:2", "--account", "me").out
     assert "--ntasks=2" in directives(script) and "--account=me" in directives(script)
     assert "export JAX_PLATFORMS=cpu" in script and "gpu" not in script.lower()
-    assert json.loads(launch("cpu:2", "--account", "me", "--json").out) == {
-        "script": script,
-        "submitted": None,
-    }
+    told = json.loads(launch("cpu:2", "--account", "me", "--json").out)
+    assert told["script"] == script and told["submitted"] is None
+    assert told["shared"][0]["path"] == "/shared/runs/a b"
     assert (
         "SLURM does not schedule TPUs; use `braeburn launch kubernetes`"
         in launch("v5p:256", recipe="llama3-8b").error
@@ -196,4 +195,43 @@ def test_limits_as_sbatch_reads_them(time: str) -> None:
 def test_a_name_with_spaces_is_one_word_of_its_directive() -> None:
     assert "--job-name=braeburn-two-words" in directives(
         launch("cpu:2", "--set", "name=two words").out
+    )
+
+
+def test_what_must_be_shared_is_said_and_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text(
+        "from braeburn.recipes import load\n\n\ndef run():\n    return load('llama3-8b')\n"
+    )
+    recipe = f"{tmp_path}/recipe.py:run"
+    changes = ["--set", "initial_weights=/shared/base", "--set", "data.cache=s3://bucket/tokens"]
+    changes += ["--set", 'data.sources.web.paths=["/usr/li?"]', "--json"]
+    told = json.loads(launch("h100:16", *changes, recipe=recipe).out)
+    assert [(place["field"], place["path"]) for place in told["shared"]] == [
+        ("--out", "/shared/runs/a b"),
+        ("RECIPE", f"{tmp_path}/recipe.py"),
+        ("data.cache", "s3://bucket/tokens"),
+        ("data.sources.web.paths", "/usr/li?"),
+        ("initial_weights", "/shared/base"),
+    ]
+    own, missing = told["warnings"]
+    assert own.startswith(f"warning: RECIPE='{tmp_path}/recipe.py' lies in ")
+    assert "which every machine has for itself; name a folder on storage that all" in own
+    assert missing.startswith("warning: initial_weights='/shared/base' is not there, as seen from")
+    header = told["script"].partition("#SBATCH")[0]
+    assert "# All machines of the job must reach these, each under this name:" in header
+    assert "#   data.cache s3://bucket/tokens: prepared text, made once for all; each" in header
+
+
+def test_a_run_at_a_url_needs_one_node() -> None:
+    command = ["launch", "slurm", "llama3-8b", "--out", "s3://bucket/run", "--on"]
+    script = braeburn(*command, "h100:8").out
+    assert "braeburn train llama3-8b --out s3://bucket/run" in script
+    assert "realpath" not in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    refused = braeburn(*command, "h100:16").error
+    assert "--out 's3://bucket/run' cannot be written by processes on several machines" in refused
+    tasks = ["--prepare", 3, "--set", "data.cache=s3://bucket/tokens"]
+    assert (
+        "is a URL, and 3 tasks share the work out through a folder"
+        in braeburn(*command, "h100:8", *tasks).error
     )

@@ -10,7 +10,7 @@ import pytest
 
 from braeburn.errors import UserError
 from braeburn.parallel.agreement import noticing_loss
-from braeburn.parallel.processes import Membership, ProcessLost, find
+from braeburn.parallel.processes import Membership, ProcessLost, find, on_one_machine
 from support import process
 
 SLURM = {
@@ -63,6 +63,29 @@ GKE = {"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "1"}
 )
 def test_who_is_there(flags: tuple, environ: dict[str, str], expected: Membership | None) -> None:
     assert find(*flags, environ=environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "known_by", "environ", "expected"),
+    [
+        ("127.0.0.1:5", "flags", {}, True),
+        ("localhost:5", "flags", {}, True),
+        ("[::1]:5", "flags", {}, True),
+        ("10.0.0.1:5", "flags", {}, False),
+        # A job of one node may still be given a coordinator elsewhere.
+        ("10.0.0.1:5", "flags", {**SLURM, "SLURM_STEP_NUM_NODES": "1"}, False),
+        (None, "SLURM", {**SLURM, "SLURM_STEP_NUM_NODES": "1"}, True),
+        (None, "SLURM", {**SLURM, "SLURM_NNODES": "2"}, False),
+        (None, "SLURM", {**SLURM, "SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "2"}, True),
+        (None, "Open MPI", {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, True),
+        (None, "Open MPI", {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+        (None, "GKE", GKE, False),
+    ],
+)
+def test_whether_all_are_on_one_machine(
+    coordinator: str | None, known_by: str, environ: dict[str, str], expected: bool
+) -> None:
+    assert on_one_machine(Membership(1, 4, coordinator, known_by), environ) == expected
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,21 @@ def main() -> None:
     except Exception as error:
         sentence = explained(error) if isinstance(error, OSError) else None
         if sentence:
-            processes.report(sentence)
-            processes.leave(2)
+            _refuse(sentence)
         if not processes.joined():
             raise
         traceback.print_exc()
         processes.leave(1)
-    processes.report(message)
+    _refuse(message)
+
+
+def _refuse(sentence: str) -> None:
+    """Ends the process with a sentence about a mistake, and tells of which URL a folder in it is a
+    copy.
+    """
+    from braeburn.remote import explained
+
+    processes.report(explained(sentence))
     processes.leave(2)
 
 

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from braeburn.cli.options import AsJson, RunFolder
+from braeburn.cli.options import AsJson, Location, NewRun, RunFolder
 from braeburn.cli.output import print_json
-from braeburn.cli.resolve import weight_type
+from braeburn.cli.resolve import run_folder, weight_type
 from braeburn.errors import UserError
 from braeburn.parallel import processes
 
@@ -17,10 +17,12 @@ commands = typer.Typer()
 @commands.command("import")
 def import_(
     hf_dir: Annotated[
-        Path,
-        typer.Argument(metavar="HF_DIR", help="A Hugging Face directory: Llama or Qwen3, dense."),
+        Location,
+        typer.Argument(
+            metavar="HF_DIR", help="A Hugging Face directory, or its URL: Llama or Qwen3, dense."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    out: NewRun,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -34,23 +36,32 @@ def import_(
     """Make a run directory of a Hugging Face model, to evaluate, sample or train on."""
     stored_as = weight_type(dtype)
     from braeburn.interop.exchange import import_huggingface
+    from braeburn.remote import place
+    from braeburn.train.copies import fetched, made_for
 
-    run = import_huggingface(hf_dir, out, stored_as)
-    result = {"out": str(out), "model": run.model.model_dump(mode="json")}
+    source, target = place(hf_dir, "HF_DIR"), place(out, "--out")
+    with made_for(target) as made:
+        run = import_huggingface(fetched(source), made, stored_as)
+    result = {"out": out, "model": run.model.model_dump(mode="json")}
     if as_json:
         print_json(result)
         return
-    print(f"imported {str(hf_dir)!r} into {str(out)!r}")
+    print(f"imported {hf_dir!r} into {out!r}")
     print(
-        f"a recipe trains on with model=ModelConfig.from_directory({str(out)!r}) and "
-        f"initial_weights={str(out)!r}"
+        f"a recipe trains on with model=ModelConfig.from_directory({out!r}) and "
+        f"initial_weights={out!r}"
     )
 
 
 @commands.command()
 def export(
     directory: RunFolder,
-    out: Annotated[Path, typer.Option(help="The folder to make, or a file that ends in .gguf.")],
+    out: Annotated[
+        Location,
+        typer.Option(
+            metavar="PATH", help="The folder to make, or a file that ends in .gguf; or its URL."
+        ),
+    ],
     format: Annotated[  # noqa: A002
         str,
         typer.Option(
@@ -80,29 +91,40 @@ def export(
         raise UserError(
             f"--dtype {dtype} is one of --format hf; of a GGUF file it is --type f16, q8_0 or q4_0"
         )
-    if format == "hf" and out.suffix == ".gguf":
+    if format == "hf" and out.endswith(".gguf"):
         raise UserError(
-            f"--out {str(out)!r} names a GGUF file, but a folder will be made; add --format gguf"
+            f"--out {out!r} names a GGUF file, but a folder will be made; add --format gguf"
         )
     if type_ not in (None, "f16", "q8_0", "q4_0"):
         raise UserError(f"--type {type_!r} is not known; use --type f16, q8_0 or q4_0")
     chosen = weight_type(dtype)
     processes.connect()
     from braeburn.interop.exchange import export_gguf, export_huggingface
+    from braeburn.remote import place
+    from braeburn.train.copies import made_for
 
-    result: dict[str, Any] = {"out": str(out), "format": format}
-    if format == "hf":
-        written_as = chosen or "float32"
-        result |= {"dtype": written_as, "step": export_huggingface(directory, out, written_as)}
-    else:
-        written = export_gguf(directory, out, type_ or "f16")  # type: ignore[arg-type]
-        result["step"], path, uneven = written
-        result |= {"out": str(path), "type": type_ or "f16", "float16": uneven}
+    source, target = run_folder(directory), place(out, "--out")
+    if processes.joined() and not isinstance(target, Path):
+        raise UserError(
+            f"--out {out!r} is a URL, and several processes write into one folder; name a folder "
+            f"that all of them see, or export with one process"
+        )
+    result: dict[str, Any] = {"out": out, "format": format}
+    with made_for(target, among_others=format == "gguf") as made:
+        if format == "hf":
+            written_as = chosen or "float32"
+            result |= {"dtype": written_as, "step": export_huggingface(source, made, written_as)}
+        else:
+            written = export_gguf(source, made, type_ or "f16")  # type: ignore[arg-type]
+            result["step"], path, uneven = written
+            # Where it is in the end.
+            file = out if path == made else f"{out.rstrip('/')}/{path.name}"
+            result |= {"out": file, "type": type_ or "f16", "float16": uneven}
     if not processes.is_main():
         return
     if as_json:
         print_json(result)
         return
-    print(f"exported step {result['step']} of {str(directory)!r} into {result['out']!r}")
+    print(f"exported step {result['step']} of {directory!r} into {result['out']!r}")
     if result.get("float16"):
         print(f"float16, since their rows are no multiple of 32: {', '.join(result['float16'])}")

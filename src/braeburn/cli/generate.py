@@ -15,6 +15,7 @@ from braeburn.cli.resolve import (
     begin_computing,
     join,
     parse_mesh,
+    run_folder,
     warn_of_unused_accelerator,
     weight_type,
 )
@@ -108,11 +109,12 @@ def generate(
             f"--stream prints one text as it comes, and there are {len(texts)} prompts; leave "
             f"--stream out, or add --json, whose events tell the texts apart"
         )
+    folder = run_folder(directory)
     join("generate", mesh)
     begin_computing()
     from braeburn.evaluate.generate import load_ready
 
-    trained, at_hand = load_ready(directory, devices, compute)
+    trained, at_hand = load_ready(folder, devices, compute)
     warn_of_unused_accelerator()
     tokenizer = trained.tokenizer
     ids = _encoded(tokenizer, texts, chat)

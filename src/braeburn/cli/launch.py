@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from braeburn.cli.options import AsJson, MaxRestarts, On, Out, Recipe, Set, Submit
-from braeburn.cli.output import print_json
+from braeburn.cli.options import AsJson, Location, MaxRestarts, On, Out, Recipe, Set, Submit
+from braeburn.cli.output import print_json, say
 from braeburn.cli.resolve import on_target, recipe_arguments, resolve
 from braeburn.parallel import processes
 
 if TYPE_CHECKING:
+    from braeburn.config import Run
     from braeburn.launch.job import Job
 
 commands = typer.Typer(help="Several processes here, or the script or manifest for a cluster.")
@@ -33,14 +33,15 @@ def local(
     resolve(recipe, assignments)
     from braeburn.launch.local import launch
     from braeburn.launch.supervisor import GaveUp
+    from braeburn.remote import place
 
     arguments = [
         *recipe_arguments(recipe, assignments),
-        *("--out", str(out)),
+        *("--out", out),
         *(["--json"] if as_json else []),
     ]
     try:
-        ending = launch(arguments, out, num_processes, max_restarts)
+        ending = launch(arguments, place(out, "--out"), num_processes, max_restarts)
     except GaveUp as failure:
         processes.report(str(failure))
         raise typer.Exit(1) from None
@@ -79,16 +80,19 @@ def slurm(
 ) -> None:
     """Print the script that trains on a SLURM cluster, or submit it."""
     from braeburn.data.listing import cache_folder
+    from braeburn.launch.places import doubts, places_of_text
     from braeburn.launch.slurm import Account, prepare_script, script
 
-    job = _job(recipe, on, out, assignments, max_restarts)
+    job, run = _job(recipe, on, out, assignments, max_restarts)
     charged = Account(time, partition, account)
     if prepare is None:
         text = script(job, charged)
     else:
-        run, _ = resolve(recipe, assignments)
-        text = prepare_script(job, prepare, str(cache_folder(run.data)), charged)
-    _print_job("script", text, ["sbatch"] if submit else None, as_json)
+        job = dataclasses.replace(job, places=places_of_text(run, recipe))
+        cache = run.data.cache or str(cache_folder(run.data))
+        text = prepare_script(job, prepare, cache, charged)
+    command = ["sbatch"] if submit else None
+    _print_job("script", text, command, job, doubts(job.places), as_json)
 
 
 @commands.command()
@@ -96,47 +100,67 @@ def kubernetes(
     recipe: Recipe,
     on: On,
     out: Annotated[
-        Path,
-        typer.Option(help="The run directory inside the containers, below the volume's folder."),
+        Location,
+        typer.Option(
+            metavar="DIR",
+            help="The run directory inside the containers, below the volume's folder; or its URL.",
+        ),
     ],
     image: Annotated[str, typer.Option(help="Container image with Braeburn and the target's JAX.")],
     claim: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="PersistentVolumeClaim for the parent folder of --out."),
-    ],
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="PersistentVolumeClaim for the parent folder of --out; none for a URL.",
+        ),
+    ] = None,
     assignments: Set = None,
     max_restarts: MaxRestarts = 3,
     submit: Submit = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the JobSet that trains on TPUs, GPUs or CPUs of a Kubernetes cluster, or apply it."""
-    from braeburn.launch.kubernetes import manifest
+    from braeburn.launch.kubernetes import manifest, mount_of
+    from braeburn.launch.places import doubts_in_containers
 
-    job = _job(recipe, on, out, assignments, max_restarts)
+    job, _ = _job(recipe, on, out, assignments, max_restarts)
     text = manifest(job, image, claim)
-    _print_job("manifest", text, ["kubectl", "apply", "-f", "-"] if submit else None, as_json)
+    command = ["kubectl", "apply", "-f", "-"] if submit else None
+    doubts = doubts_in_containers(job.places, mount_of(job))
+    _print_job("manifest", text, command, job, doubts, as_json)
 
 
 def _job(
-    recipe: str, on: str, out: Path, assignments: list[str] | None, max_restarts: int
-) -> "Job":
-    """The job that trains a recipe on a target, once the mesh is known to fit."""
+    recipe: str, on: str, out: str, assignments: list[str] | None, max_restarts: int
+) -> "tuple[Job, Run]":
+    """The job that trains a recipe on a target, once the mesh is known to fit, and the run."""
     from braeburn.launch.job import Job
+    from braeburn.launch.places import places_of
+    from braeburn.remote import place
     from braeburn.train.resolved import sizes_of
 
     run, target, assignments = on_target(recipe, on, assignments)
     for stage in run.stages:
         sizes_of(run, stage, target.devices)
     arguments = recipe_arguments(recipe, assignments)
-    return Job(run.name, arguments, out, target, max_restarts)
+    place(out, "--out")  # is neither made nor reached here, but may be no URL
+    places = places_of(run, recipe, out)
+    return Job(run.name, arguments, out, target, max_restarts, places), run
 
 
-def _print_job(kind: str, text: str, command: list[str] | None, as_json: bool) -> None:
+def _print_job(
+    kind: str, text: str, command: list[str] | None, job: "Job", doubts: list[str], as_json: bool
+) -> None:
     """Prints what describes a job, or hands it to `command` and prints the answer."""
     from braeburn.launch.submit import submit
 
+    for doubt in doubts:
+        say(doubt)
     answer = submit(command, text) if command else None
     if as_json:
-        print_json({kind: text, "submitted": answer})
+        shared = [
+            {"field": place.field, "path": place.path, "use": place.use} for place in job.places
+        ]
+        print_json({kind: text, "submitted": answer, "shared": shared, "warnings": doubts})
         return
     print(answer or text, end="\n" if answer else "")

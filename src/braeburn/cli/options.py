@@ -8,12 +8,23 @@ import typer
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or file.py:function.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
+# A path or the URL of an fsspec file system; `braeburn.remote.place` reads it. pathlib would make
+# one slash of the two in a URL.
+Location = str
+RunFolder = Annotated[Location, typer.Argument(metavar="DIR", help="A run directory, or its URL.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a field; may be given repeatedly."),
 ]
-Out = Annotated[Path, typer.Option(help="The run directory; a run begun there goes on.")]
+Out = Annotated[
+    Location,
+    typer.Option(
+        metavar="DIR", help="The run directory, or its URL as s3://...; a run begun there goes on."
+    ),
+]
+NewRun = Annotated[
+    Location, typer.Option("--out", metavar="DIR", help="The run directory to make, or its URL.")
+]
 On = Annotated[
     str,
     typer.Option(

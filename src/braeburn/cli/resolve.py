@@ -60,6 +60,26 @@ def resolve(recipe: str, assignments: list[str] | None) -> Any:
     return override(base, values), provenance(base, values)
 
 
+def run_folder(location: str, *, optimizer: bool = False) -> Path:
+    """The local folder of a run directory that a command reads: of a URL, a copy of what it needs.
+
+    Args:
+        location: the path or URL.
+        optimizer: whether the state of the optimizer is needed, too.
+
+    Raises:
+        UserError: there is no model at the URL, or it does not answer.
+    """
+    from braeburn.remote import place
+
+    found = place(location, "DIR")
+    if isinstance(found, Path):
+        return found
+    from braeburn.train.copies import fetched
+
+    return fetched(found, optimizer=optimizer)
+
+
 def parse_mesh(text: str | None) -> Any:
     """The mesh that `--mesh` names; None without it.
 

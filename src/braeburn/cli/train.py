@@ -48,12 +48,17 @@ def train(
     """Train all stages of a recipe; run again on the same folder, it resumes."""
     run, origins = resolve(recipe, assignments)
     profiled = range(0) if profile_steps is None else _steps(profile_steps, run.total_steps)
+    from braeburn.remote import RemoteFolder, place
     from braeburn.train.environment import gpu_environment
+    from braeburn.train.remote_run import check_machines
 
     os.environ |= gpu_environment()
-    processes.find(
-        coordinator, num_processes, process_id
-    )  # before JAX, for whose import a mistake need not wait
+    # Before JAX, for whose import a mistake need not wait.
+    found = processes.find(coordinator, num_processes, process_id)
+    target = place(out, "--out")
+    if isinstance(target, RemoteFolder):
+        check_machines(target, found is not None and not processes.on_one_machine(found))
+        target.size("config.json")  # whether it can be reached
     processes.connect(coordinator, num_processes, process_id)
     begin_computing()
     from braeburn.interop.exchange import find_teacher
@@ -61,7 +66,7 @@ def train(
 
     outcome = train(
         run,
-        out,
+        target,
         origins=origins,
         stop_after_steps=stop_after_steps,
         profile_steps=profiled,

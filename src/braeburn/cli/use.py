@@ -1,16 +1,16 @@
 """Commands on a trained model: `evaluate` and `prune`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from braeburn.cli.options import AsJson, HeldAs, Mesh, RunFolder, Set
+from braeburn.cli.options import AsJson, HeldAs, Mesh, NewRun, RunFolder, Set
 from braeburn.cli.output import print_json, print_rows
 from braeburn.cli.resolve import (
     begin_computing,
     join,
     parse_mesh,
+    run_folder,
     warn_of_unused_accelerator,
     weight_type,
 )
@@ -60,12 +60,13 @@ def evaluate(
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
     devices, held_as = parse_mesh(mesh), weight_type(dtype)
+    folder = run_folder(directory)
     join("evaluate", mesh)
     begin_computing()
     from braeburn.evaluate.text import Windows, evaluate_files, evaluate_held_out
     from braeburn.train.trained import load
 
-    trained = load(directory, devices, held_as, for_programs=True)
+    trained = load(folder, devices, held_as, for_programs=True)
     warn_of_unused_accelerator()
     texts = [*(data or []), *(more or [])]
     windows = Windows(sequence_length, stride, by_position)
@@ -108,7 +109,7 @@ def prune(
         int,
         typer.Option(min=1, metavar="N", help="Hidden units of the FFN that stay in each layer."),
     ],
-    out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    out: NewRun,
     tokens: Annotated[
         int | None,
         typer.Option(min=1, metavar="T", help="To learn masks on; 3% of the run's without it."),
@@ -136,18 +137,20 @@ def prune(
     from pydantic import ValidationError
 
     from braeburn.config import Pruning, Source, explain_validation_error, parse_assignment
+    from braeburn.remote import place
 
     try:
         pruning = Pruning.model_validate({"keep": {"ffn": ffn}, "method": method})
     except ValidationError as error:
         raise UserError(f"--{explain_validation_error(error)}") from None
     changes = dict(parse_assignment(text) for text in assignments or [])
+    source, target = run_folder(directory, optimizer=True), place(out, "--out")
     begin_computing()
     from braeburn.prune.run_directory import prune
+    from braeburn.train.copies import made_for
 
     text = Source(paths=tuple(data), field=field) if data else None
-    model = prune(directory, out, pruning, tokens, changes, text)
-    result = {"out": str(out), "model": model.model_dump(mode="json")}
-    print_json(result) if as_json else print(
-        f"pruned {str(directory)!r} to ffn_dim={ffn} into {str(out)!r}"
-    )
+    with made_for(target) as made:
+        model = prune(source, made, pruning, tokens, changes, text)
+    result = {"out": out, "model": model.model_dump(mode="json")}
+    print_json(result) if as_json else print(f"pruned {directory!r} to ffn_dim={ffn} into {out!r}")

@@ -1,14 +1,17 @@
 """The model: its sizes, its layers, and how positions are rotated."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from braeburn.atomic import write_atomically
 from braeburn.config.base import Count, Frozen, NonNegative, Positive, Size, divisors, some
 from braeburn.config.sublayers import Attention, FeedForward, FullAttention, SwiGLU
 from braeburn.errors import UserError
+from braeburn.remote import RemoteFolder, folder_for, place, user_cache
 
 # Far beyond any model that is published; without a limit, one wrong digit would take all memory
 # before it is noticed.
@@ -127,7 +130,7 @@ class ModelConfig(Frozen):
     @classmethod
     def from_directory(cls, directory: str | Path) -> "ModelConfig":
         """The model of a run directory's newest checkpoint or of one of its checkpoints, as
-        `braeburn import` makes it.
+        `braeburn import` makes it; also of one at a URL.
 
         A recipe that trains on from it names the directory as `initial_weights`, too.
 
@@ -137,11 +140,16 @@ class ModelConfig(Frozen):
         # A run is made of models, so what reads runs cannot be imported before this module.
         from braeburn.config.directory import read_run
 
-        path = Path(directory).expanduser()
-        step = None
-        if path.parent.name == "checkpoints" and path.name.isdigit():
-            step = int(path.name)
-            path = path.parent.parent
+        found_place = place(str(directory), "ModelConfig.from_directory")
+        text, step = str(found_place), None
+        if match := re.fullmatch(r"(.+)/checkpoints/([0-9]+)/?", text):
+            text, step = match[1], int(match[2])
+        if isinstance(found_place, RemoteFolder):
+            path, found = _described(RemoteFolder(text, found_place.named_by))
+        else:
+            path = Path(text)
+            names = (each.name for each in (path / "checkpoints").glob("*"))
+            found = sorted(int(name) for name in names if name.isdigit())
         try:
             run = read_run(path)
         except UserError as error:
@@ -149,9 +157,6 @@ class ModelConfig(Frozen):
                 f"ModelConfig.from_directory({str(directory)!r}): {error}; a Hugging Face "
                 f"directory is made one by `braeburn import`"
             ) from None
-        found = sorted(
-            int(each.name) for each in (path / "checkpoints").glob("*") if each.name.isdigit()
-        )
         if not found or (step is not None and step not in found):
             raise UserError(
                 f"ModelConfig.from_directory({str(directory)!r}): there is no such checkpoint; "
@@ -189,3 +194,18 @@ class ModelConfig(Frozen):
                 f"the pattern; set tail_layers below {self.num_layers}"
             )
         return self
+
+
+def _described(folder: RemoteFolder) -> tuple[Path, list[int]]:
+    """A local folder with the configuration of a remote run directory, and the steps of the
+    complete checkpoints there, in order.
+    """
+    path = folder_for(folder.url, user_cache() / "described")
+    content = folder.read_if_there("config.json")
+    path.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        (path / "config.json").unlink(missing_ok=True)
+    else:
+        write_atomically(path / "config.json", content.decode("utf-8", "replace"))
+    complete = (re.fullmatch(r"checkpoints/([0-9]+)/record\.json", name) for name in folder.list())
+    return path, sorted(int(match[1]) for match in complete if match)

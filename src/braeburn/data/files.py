@@ -13,6 +13,7 @@ from typing import Any
 
 from braeburn.config import Source
 from braeburn.errors import UserError
+from braeburn.remote import version_of
 
 _TESTS_AND_TOOLS = ("test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data")
 _NOT_LIBRARY = frozenset((*_TESTS_AND_TOOLS, "site-packages", "dist-packages", "__pycache__"))
@@ -118,20 +119,10 @@ class _Match:
 
 
 def _file(match: _Match, filesystem: Any) -> File:
-    # What changes when a file is written again, under the names that file systems give it.
-    keys = (
-        "mtime",
-        "ETag",
-        "etag",
-        "md5Hash",
-        "LastModified",
-        "last_modified",
-        "updated",
-        "created",
-    )
-    version = next((str(match.info[key]) for key in keys if match.info.get(key)), "")
     relative = match.path[len(match.root) :].lstrip("/")
-    return File(match.path, relative, int(match.info.get("size") or 0), version, filesystem)
+    return File(
+        match.path, relative, int(match.info.get("size") or 0), version_of(match.info), filesystem
+    )
 
 
 def _glob_root(path: str) -> str:

@@ -8,7 +8,6 @@ configuration alone.
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from pathlib import Path
 from braeburn.atomic import write_atomically
 from braeburn.config import Data, Run, Source
 from braeburn.data.corpus import READING_VERSION, File, files
-from braeburn.data.mirror import Mirror, RemoteFolder, is_remote
+from braeburn.data.mirror import Mirror
 from braeburn.errors import UserError
+from braeburn.remote import RemoteFolder, is_remote, place, user_cache
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,11 @@ def cache_folder(data: Data) -> Path:
     """The local folder that holds tokenizers and token shards; of a remote `data.cache`, what this
     machine needs of them.
     """
-    if data.cache is not None and not is_remote(data.cache):
-        return Path(data.cache).expanduser()
-    own = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        / "braeburn"
-        / "data"
-    )
+    if data.cache is not None:
+        found = place(data.cache, "data.cache")
+        if isinstance(found, Path):
+            return found
+    own = user_cache() / "data"
     return own if data.cache is None else own / "mirrors" / fingerprint(data.cache.rstrip("/"))
 
 

@@ -9,152 +9,23 @@ kept on the local disk.
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 import threading
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 
 from braeburn.data.building import put_in_place, shard_path
 from braeburn.data.manifest import TokenManifest, read_manifest
 from braeburn.errors import UserError
+from braeburn.remote import RemoteFolder
 
 BLOCK_BYTES = 2**16  # of tokens that are fetched at once
 REMOTE = "remote.json"  # in a local folder whose tokens are elsewhere: where
-# How long an outage may last before the work is given up, and how long a folder that has never
-# answered is asked, where a mistake is likelier.
-PATIENCE_SECONDS = 600.0
-PATIENCE_AT_FIRST = 15.0
-LONGEST_PAUSE = 15.0
-# What waiting does not mend.
-_FINAL = (FileNotFoundError, PermissionError, NotImplementedError, ImportError, UserError)
-
-Result = TypeVar("Result")
-_reached: set[str] = set()  # remote folders that have answered this process
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL of another file system than the local one."""
-    protocol, separator, _ = path.partition("://")
-    return bool(separator) and protocol not in ("file", "local")
-
-
-@dataclass(frozen=True)
-class RemoteFolder:
-    """A folder on any fsspec file system; what does not answer is asked again for some minutes.
-
-    Attributes:
-        url: of the folder.
-    """
-
-    url: str
-
-    @cached_property
-    def _opened(self) -> tuple[Any, str]:
-        import fsspec
-
-        try:
-            filesystem, path = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"data.cache={self.url!r} cannot be used ({error}); install the package of that "
-                f"file system, or name a local folder"
-            ) from None
-        return filesystem, path.rstrip("/")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The state without the file system, which every process opens for itself."""
-        return {"url": self.url}
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
-
-        def ask(filesystem: Any, path: str) -> int | None:
-            filesystem.invalidate_cache()  # others write there, too
-            try:
-                return int(filesystem.info(path)["size"])
-            except FileNotFoundError:
-                return None
-
-        return self._patiently(name, ask)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Some bytes of a file, or all of them.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        return self._patiently(
-            name, lambda filesystem, path: bytes(filesystem.cat_file(path, start=start, end=stop))
-        )
-
-    def fetch(self, name: str, target: Path) -> None:
-        """Copies a file to the local disk, where it appears whole.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            self._patiently(
-                name, lambda filesystem, path: filesystem.get_file(path, str(temporary))
-            )
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def put(self, source: Path, name: str) -> None:
-        """Copies a local file to the folder."""
-
-        def copy(filesystem: Any, path: str) -> None:
-            with contextlib.suppress(NotImplementedError, PermissionError):
-                filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-            filesystem.put_file(str(source), path)
-
-        self._patiently(name, copy)
-
-    def _patiently(self, name: str, work: Callable[[Any, str], Result]) -> Result:
-        filesystem, root = self._opened
-        patience = PATIENCE_SECONDS if self.url in _reached else PATIENCE_AT_FIRST
-        began, pause, told = time.monotonic(), 0.5, False
-        while True:
-            try:
-                result = work(filesystem, f"{root}/{name}")
-                _reached.add(self.url)
-                return result
-            except _FINAL as error:
-                if isinstance(error, PermissionError):
-                    raise UserError(
-                        f"data.cache={self.url!r} may not be used ({error}); see to your "
-                        f"credentials and permissions there, or name another folder"
-                    ) from None
-                raise
-            except Exception as error:
-                waited = time.monotonic() - began
-                if waited + pause > patience:
-                    first = str(error).partition("\n")[0][:200] or type(error).__name__
-                    raise UserError(
-                        f"data.cache={self.url!r} has not answered for {waited:.0f} s ({first}); "
-                        f"see to the network and your credentials, then run the same command again"
-                    ) from None
-                if not told and waited > 5:
-                    told = True
-                    logging.getLogger(__name__).warning(
-                        "warning: %s does not answer (%s); trying again for %.0f s",
-                        self.url,
-                        type(error).__name__,
-                        patience,
-                    )
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class BlockCache:
@@ -359,6 +230,6 @@ def range_files(
     """
     where = json.loads((directory / REMOTE).read_bytes())
     folder = RemoteFolder(where["url"])
-    _reached.add(folder.url)  # when the local folder was made
+    folder.has_answered()  # when the local folder was made
     blocks = BlockCache(Path(where["blocks"]) / "blocks", int(where["block_bytes"]))
     return [RangeFile(folder, directory / name, dtype, count, blocks) for name, count in names]

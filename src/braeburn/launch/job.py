@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
+from braeburn.launch.places import Place
 
 
 @dataclass(frozen=True)
@@ -15,22 +15,24 @@ class Job:
     Attributes:
         name: of the run.
         arguments: the recipe and its overrides, as every command takes them.
-        out: the run directory, as the processes of the job see it.
+        out: the run directory, as the processes of the job see it, or its URL.
         target: the hardware to run on.
         max_restarts: restarts of all processes after failures, at most.
+        places: what all machines of the job must reach.
     """
 
     name: str
     arguments: Sequence[str]
-    out: Path
+    out: str
     target: Target
     max_restarts: int
+    places: Sequence[Place] = ()
 
     @property
     def train_arguments(self) -> list[str]:
         """Those of `braeburn train`."""
         recipe, *overrides = self.arguments
-        return [recipe, "--out", str(self.out), *overrides]
+        return [recipe, "--out", self.out, *overrides]
 
     def check(self) -> None:
         """Refuses a job that no script or manifest can be written for.
@@ -40,7 +42,7 @@ class Job:
                 line of the text.
         """
         self.target.check_installable()
-        check_line("--out", str(self.out))
+        check_line("--out", self.out)
         check_line("RECIPE", self.arguments[0])
         check_line("the name", self.name)
 

@@ -10,10 +10,14 @@ from pathlib import Path
 
 from braeburn.errors import UserError
 from braeburn.launch.supervisor import Ending, Restart, Supervisor
+from braeburn.remote import RemoteFolder
 from braeburn.train.directory import RunDirectory
+from braeburn.train.remote_run import working_folder
 
 
-def launch(arguments: Sequence[str], out: Path, processes: int, max_restarts: int) -> Ending:
+def launch(
+    arguments: Sequence[str], out: Path | RemoteFolder, processes: int, max_restarts: int
+) -> Ending:
     """Trains with several processes until the run is finished or stopped.
 
     Args:
@@ -28,6 +32,7 @@ def launch(arguments: Sequence[str], out: Path, processes: int, max_restarts: in
         GaveUp: too many failures.
     """
     shares = share_gpus(processes)
+    folder = working_folder(out) if isinstance(out, RemoteFolder) else out
     program = [
         sys.executable,
         "-P",
@@ -55,13 +60,13 @@ def launch(arguments: Sequence[str], out: Path, processes: int, max_restarts: in
         # A folder whose name is a number is a whole checkpoint. Orbax would bring JAX, and with it
         # the GPUs.
         steps = [
-            int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdecimal()
+            int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()
         ]
         return max(steps, default=None)
 
     def restarting(restart: Restart) -> None:
-        if (out / "events.jsonl").exists():
-            RunDirectory(out).event("restart", reason=restart.reason, step=restart.resumed_step)
+        if (folder / "events.jsonl").exists():
+            RunDirectory(folder).event("restart", reason=restart.reason, step=restart.resumed_step)
 
     def say(text: str) -> None:
         with suppress(OSError):  # the terminal is gone, or the disk that holds the log is full

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from braeburn.errors import UserError
 from braeburn.launch.job import Job, check_line
+from braeburn.launch.places import comment
+from braeburn.remote import RemoteFolder, is_remote
+from braeburn.train.remote_run import check_machines
 
 # Minutes, hours and days as sbatch reads them.
 TIME_LIMIT = re.compile(
@@ -17,7 +20,7 @@ _TEMPLATE = """\
 #!/bin/bash
 # {name} on {target}: {shape}.
 # Submit with `sbatch FILE`; run again, or requeued, it goes on from the last checkpoint in {out}.
-
+{places}
 #SBATCH --job-name={job_name}
 {resources}
 #SBATCH --time={time}
@@ -33,9 +36,7 @@ _TEMPLATE = """\
 # Make `braeburn` available to every node here, unless it is on the PATH already:
 # source /shared/venv/bin/activate
 
-# Compiled programs are kept on storage that all nodes share: a restart does not compile again.
-export JAX_COMPILATION_CACHE_DIR="${{JAX_COMPILATION_CACHE_DIR:-"$(realpath -m {out})/.cache/jax"}}"
-{environment}
+{compiled}{environment}
 MAX_RESTARTS={max_restarts}
 
 stopping=
@@ -85,7 +86,7 @@ _PREPARE_TEMPLATE = """\
 # Submit with `sbatch FILE`; run again, or requeued, it goes on where it was. The training can wait
 # for it: sbatch --dependency=afterok:ID FILE, with the number that sbatch printed.
 # The files of the sources and data.cache ({cache}) must be on storage that all nodes share.
-
+{places}
 #SBATCH --job-name={job_name}
 #SBATCH --array=0-{last}
 #SBATCH --nodes=1
@@ -159,18 +160,36 @@ def prepare_script(job: Job, tasks: int, cache: str, account: Account) -> str:
         The text of the script.
 
     Raises:
-        UserError: a value would not stay within its line of the script.
+        UserError: a value would not stay within its line of the script, or the cache is a URL.
     """
     job.check()
     check_line("data.cache", cache)
+    if is_remote(cache) and tasks > 1:
+        raise UserError(
+            f"data.cache={cache!r} is a URL, and {tasks} tasks share the work out through a "
+            f"folder; set data.cache to one that all nodes mount, or use --prepare 1"
+        )
     return _PREPARE_TEMPLATE.format(
         name=job.name,
         tasks=tasks,
         last=tasks - 1,
         cache=cache,
+        places=comment(job.places),
         job_name=_job_name(f"prepare-{job.name}"),
         arguments=shlex.join(job.arguments),
         **account.lines(),
+    )
+
+
+def _compiled(out: str) -> str:
+    """Where compiled programs are kept: with a run on the disk of all nodes."""
+    if is_remote(out):
+        return ""  # in the home folder
+    folder = f"$(realpath -m {shlex.quote(out)})/.cache/jax"
+    return (
+        "# Compiled programs are kept on storage that all nodes share: a restart does not compile "
+        "again.\n"
+        f'export JAX_COMPILATION_CACHE_DIR="${{JAX_COMPILATION_CACHE_DIR:-"{folder}"}}"\n'
     )
 
 
@@ -183,16 +202,17 @@ def script(job: Job, account: Account) -> str:
     """A commented sbatch script: one task for each GPU, or for each CPU process.
 
     Args:
-        job: whose run directory is on storage that all nodes share, and whose restarts are within
-            one job of SLURM.
+        job: whose run directory is on storage that all nodes share, or a URL if there is one
+            node, and whose restarts are within one job of SLURM.
         account: what SLURM asks of every job.
 
     Returns:
         The text of the script.
 
     Raises:
-        UserError: the target is one of TPUs, or has no JAX that could be installed, or a value
-            would not stay within its line of the script.
+        UserError: the target is one of TPUs, or has no JAX that could be installed, the run
+            directory is a URL and there are several nodes, or a value would not stay within its
+            line of the script.
     """
     job.check()
     target = job.target
@@ -202,6 +222,8 @@ def script(job: Job, account: Account) -> str:
         target.chips_per_node * target.facts.devices_per_chip,
     )
     environment, srun = "", ""
+    if is_remote(job.out) and target.facts.maker != "cpu":
+        check_machines(RemoteFolder(job.out, "--out"), nodes > 1)
     if target.facts.maker == "google":
         raise UserError(
             f"--on {str(target)!r}: SLURM does not schedule TPUs; use `braeburn launch kubernetes`"
@@ -209,6 +231,8 @@ def script(job: Job, account: Account) -> str:
     if target.facts.maker == "cpu":
         shape = f"{target.chips} processes on CPUs"
         resources = [f"#SBATCH --ntasks={target.chips}"]
+        if is_remote(job.out):
+            resources.append("#SBATCH --nodes=1")  # they work on the run in one folder
         environment = "export JAX_PLATFORMS=cpu\n"
     else:
         shape = f"{nodes} node{'s' * (nodes > 1)} of {each} GPUs, a process for each GPU"
@@ -227,7 +251,9 @@ def script(job: Job, account: Account) -> str:
         job_name=_job_name(job.name),
         target=target,
         shape=shape,
-        out=shlex.quote(str(job.out)),
+        out=shlex.quote(job.out),
+        places=comment(job.places),
+        compiled=_compiled(job.out),
         resources="\n".join(resources),
         **header,
         environment=environment,

@@ -46,7 +46,12 @@ class Patience:
     factor: float = 10.0
     first: float = 600.0
     phases: Mapping[str, float] = field(
-        default_factory=lambda: {"starting": 600.0, "preparing": 86_400.0, "compiling": 7_200.0}
+        default_factory=lambda: {
+            "starting": 600.0,
+            "preparing": 86_400.0,
+            "copying": 86_400.0,
+            "compiling": 7_200.0,
+        }
     )
     otherwise: float = 3_600.0
 

@@ -109,6 +109,22 @@ def find(
     return Membership(process_id, num_processes, coordinator, known_by)
 
 
+def on_one_machine(membership: Membership, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the processes of a run are known to be on one machine, and so to share its disk.
+
+    Args:
+        membership: this process's place among them.
+        environ: the environment variables.
+    """
+    host = (membership.coordinator or "").rpartition(":")[0].strip("[]")
+    if host == "localhost" or host.startswith("127.") or host == "::1":
+        return True
+    nodes = _number(environ, "SLURM_STEP_NUM_NODES") or _number(environ, "SLURM_NNODES")
+    if membership.known_by == "SLURM" and nodes == 1:
+        return True
+    return _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE") == membership.num_processes
+
+
 def _started_by(environ: Mapping[str, str]) -> tuple[str, int, int, bool] | None:
     """Who started several processes, this one's number, how many, and whether JAX can tell the
     coordinator.

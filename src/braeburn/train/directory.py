@@ -29,6 +29,7 @@ from braeburn.train.records import Records, json_line
 
 log = logging.getLogger(__name__)
 
+_LOCK = ".lock"
 # What may differ when a run goes on: how it is carried out, not what it computes.
 FREE_TO_CHANGE = (
     *(
@@ -112,9 +113,37 @@ class RunDirectory:
             f"--out {str(self.path)!r} is in use by another process that trains there; "
             f"wait for it to end or stop it, or choose another --out"
         )
-        with locked(self.path / ".lock", in_use):
+        with locked(self.path / _LOCK, in_use):
             self._number = _number(self.path)
             yield
+
+    def leave_mark(self) -> str:
+        """Leaves something in the folder, which this process has claimed, that tells it from all
+        others; returns that, or nothing where it could not be left.
+        """
+        mark = uuid.uuid4().hex
+        try:
+            (self.path / _LOCK).write_text(mark)
+        except OSError:  # as of a full disk, of which others tell better
+            return ""
+        return mark
+
+    def has_mark(self, mark: str, seconds: float) -> bool:
+        """Whether the folder here is the one that another process left its mark in.
+
+        Args:
+            mark: as that process tells; empty where it left none.
+            seconds: to wait for it, since network file systems may show a new file late.
+        """
+        until = time.monotonic() + seconds
+        while mark:
+            with suppress(OSError):
+                if (self.path / _LOCK).read_text() == mark:
+                    return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.5)
+        return True
 
     def begun(self) -> bool:
         """Whether a run was begun or imported here."""

@@ -6,6 +6,9 @@ from braeburn.config import Run, read_run
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.reading import shown
+from braeburn.remote import RemoteFolder, place
+from braeburn.train.copies import fetched
+from braeburn.train.remote_run import working_folder
 from braeburn.train.teaching import FindTeacher, Teacher
 
 # Fields of a model that change how it is trained, and not what its weights mean.
@@ -31,18 +34,19 @@ def initial_weights(
     if run.initial_weights is None:
         return None
     field = f"initial_weights={run.initial_weights!r}"
-    path = Path(run.initial_weights).expanduser()
+    source = place(run.initial_weights, "initial_weights")
     if resumed is not None:
         if (
             resumed == 0
             and read_run(directory).initial_weights != run.initial_weights
-            and not _is(path, directory)
+            and not _is(source, directory)
         ):
             raise UserError(
                 f"{field} is not read, since {str(directory)!r} holds weights of its own already; "
                 f"choose a new --out, or leave initial_weights unset to train these"
             )
         return None
+    path = fetched(source)
     try:
         found = find(path)
     except UserError as error:
@@ -66,6 +70,11 @@ def initial_weights(
     return found
 
 
-def _is(path: Path, directory: Path) -> bool:
-    """Whether both are one folder, or the path is a checkpoint in it."""
+def _is(source: Path | RemoteFolder, directory: Path) -> bool:
+    """Whether both are one run directory, or the source is a checkpoint in it."""
+    if isinstance(source, RemoteFolder):
+        url, parent = source.url, source.url.rpartition("/checkpoints/")[0]
+        folders = (RemoteFolder(each, source.named_by) for each in (url, parent) if each)
+        return directory.resolve() in (working_folder(each).resolve() for each in folders)
+    path = source
     return directory.resolve() in (path.resolve(), path.resolve().parent.parent)

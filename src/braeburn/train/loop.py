@@ -31,7 +31,8 @@ from braeburn import background
 from braeburn.config import Run
 from braeburn.disk import explaining
 from braeburn.errors import Interrupted, UserError
-from braeburn.parallel.agreement import meet, noticing_loss, tell_to_stop, told_to_stop
+from braeburn.parallel.agreement import main_first, meet, noticing_loss, tell_to_stop, told_to_stop
+from braeburn.remote import RemoteFolder
 from braeburn.train.directory import RunDirectory
 from braeburn.train.evaluations import Evaluations
 from braeburn.train.feed import BatchFeed
@@ -41,6 +42,7 @@ from braeburn.train.metrics import History, MetricsWriter, Recorder
 from braeburn.train.preparation import Preparation, Ready
 from braeburn.train.profiling import Profile
 from braeburn.train.progress import Display, duration
+from braeburn.train.remote_run import RemoteRun, working_folder
 from braeburn.train.resolved import ResolvedStage, resolve_stages
 from braeburn.train.saving import Saver, facts_of
 from braeburn.train.session import Agreement, Session
@@ -77,7 +79,7 @@ class Outcome:
 
 def train(
     run: Run,
-    out: Path,
+    out: Path | RemoteFolder,
     *,
     origins: dict[str, str] | None = None,
     stop_after_steps: int | None = None,
@@ -89,6 +91,7 @@ def train(
     Args:
         run: the complete run.
         out: its run directory; a run begun there goes on from its newest checkpoint, bit for bit.
+            One at a URL is worked on in a folder of this machine, and copied from there.
         origins: where each value of the run came from, for `config.json`.
         stop_after_steps: save and return after this many steps of this call.
         profile_steps: numbers of steps to be profiled, from 1 over all stages.
@@ -101,22 +104,31 @@ def train(
         raise UserError(f"stages of the run {run.name!r} is empty; add a stage to train")
     # Of all stages, so that a mesh that does not fit the last is found out before the first.
     stages = resolve_stages(run)
-    teachers = teachers_of(stages, out, find_teacher)
+    path = working_folder(out) if isinstance(out, RemoteFolder) else out
+    teachers = teachers_of(stages, path, find_teacher)
     stages = with_teachers(stages, teachers)
     main, heartbeat = jax.process_index() == 0, Heartbeat()
     heartbeat.phase("preparing")
     stop = StopRequest(tell_to_stop, told_to_stop)
     with ExitStack() as held, Display(run.total_steps, quiet=not main) as display, stop:
-        directory = RunDirectory(out, writes=main, say=display.say)
+        directory = RunDirectory(path, writes=main, say=display.say)
+        remote = RemoteRun(out, display.say) if isinstance(out, RemoteFolder) else None
         held.enter_context(explaining(directory.path))
         held.enter_context(noticing_loss())
-        session = Session(stages, directory, display, stop, Agreement(stop), heartbeat)
+        session = Session(stages, directory, display, stop, Agreement(stop), heartbeat, remote)
         preparation = Preparation(session, teachers, find_teacher, origins or {})
         try:
             ready = background.run(lambda: preparation.work(held), "preparing", stop.check)
         except Interrupted:
             return _stopped_before(session, preparation.resumed or 0)
-        return _Loop(session, ready, profile_steps).run(stop_after_steps)
+        with ExitStack() as copied:
+            if remote and main:
+                copied.enter_context(remote.copying(run))
+            outcome = _Loop(session, ready, profile_steps).run(stop_after_steps)
+            if remote:
+                heartbeat.phase("copying")
+                main_first("the run was copied", copied.close)
+        return outcome
 
 
 def _stopped_before(session: Session, step: int) -> Outcome:

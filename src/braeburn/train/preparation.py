@@ -15,18 +15,22 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.workers import Work
 from braeburn.disk import check_space
 from braeburn.errors import UserError
-from braeburn.parallel.agreement import main_first, wait_for_all
+from braeburn.parallel.agreement import first_objection, main_first, said_by_main, wait_for_all
 from braeburn.train.ahead import Ahead
 from braeburn.train.checkpoint import Checkpoints, Fault
 from braeburn.train.directory import RunDirectory
 from braeburn.train.environment import unused_accelerator
 from braeburn.train.initial import initial_weights
+from braeburn.train.remote_run import VARIABLE
 from braeburn.train.same_text import check_text, require_same_text, saved_text
 from braeburn.train.session import Session
 from braeburn.train.stage_run import batches_of
 from braeburn.train.stages import abstract_state
 from braeburn.train.teaching import FindTeacher, Teacher, check_tokenizers
 from braeburn.train.trained import require_same_model, require_same_tokenizer
+
+# For a file that another machine has made, in a folder that both mount.
+SECONDS_TO_APPEAR = 90.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Preparation:
             UserError: anything that the user can mend; nothing is written by then.
         """
         session, run, directory = self.session, self.session.run, self.session.directory
-        main_first("the run directory was claimed", lambda: held.enter_context(directory.claim()))
+        main_first("the run directory was claimed", lambda: self._claim(held))
+        self._check_shared()
         self.resumed, tokenizer, faults = _resume_point(directory, run)
         saved = saved_text(directory, self.resumed or 0)
         start = initial_weights(run, directory.path, self.resumed, self.find_teacher)
@@ -107,6 +112,32 @@ class Preparation:
 
         return main_first("text was prepared", prepared)
 
+    def _claim(self, held: ExitStack) -> None:
+        """Keeps others from training in the run's folder, which is up to date then."""
+        session, remote = self.session, self.session.remote
+        held.enter_context(session.directory.claim())
+        if remote and session.directory.writes:
+            held.callback(remote.release)
+            remote.claim(session.run, session.stop.check)
+
+    def _check_shared(self) -> None:
+        """Refuses processes whose run directories are different folders of the same name."""
+        directory = self.session.directory
+        if jax.process_count() == 1:
+            return
+        own = directory.leave_mark() if directory.writes else ""
+        mark = said_by_main("what marks the run directory", own)
+        objection = None
+        if not directory.has_mark(mark, SECONDS_TO_APPEAR):
+            objection = (
+                f"--out {str(directory.path)!r} is another folder for process "
+                f"{jax.process_index()} than for process 0; name a folder on storage that the "
+                f"machines of all processes mount"
+            )
+        objection = first_objection("the run directory is shared", objection)
+        if objection is not None:
+            raise UserError(objection)
+
     def _check_places(self) -> None:
         """Looks for room for a checkpoint, and for the files of all sources."""
         state = jax.tree.leaves(abstract_state(self.session.first))
@@ -114,7 +145,9 @@ class Preparation:
             self.session.directory.path,
             sum(leaf.size * leaf.dtype.itemsize for leaf in state),
             "a checkpoint takes",
-            "free some or choose another --out",
+            f"free some or set {VARIABLE} to another folder"
+            if self.session.remote
+            else "free some or choose another --out",
         )
         list_sources(self.session.run)  # before work begins that an exit would have to wait for
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 PARTS = ("params", "optimizer", "run")
 RECORD = "record.json"
+# In a copy of a checkpoint from elsewhere: which parts were fetched, and what tells its version.
+FETCHED = "fetched.json"
 FORMAT = 1
 # Hashing is done in C without Python's lock. Two threads for each core would only fight over the
 # disk.
@@ -273,7 +275,10 @@ def check_names(folder: Path, record: Record) -> None:
         OSError: the folder cannot be read.
     """
     present = list_files(folder)
+    left_out = _left_out(folder)
     for name, (size, _) in record.files.items():
+        if name.startswith(left_out):
+            continue
         if name not in present:
             raise Damaged(f"{name} is missing")
         if present[name] != size:
@@ -281,6 +286,18 @@ def check_names(folder: Path, record: Record) -> None:
     for name in present:
         if name not in record.files:
             raise Damaged(f"{name} is not of this checkpoint")
+
+
+def _left_out(folder: Path) -> tuple[str, ...]:
+    """What the names of files begin with that a copy of a checkpoint was made without."""
+    try:
+        fetched = read_json(folder / FETCHED, MOST_BYTES)
+    except FileNotFoundError:
+        return ()
+    except Unreadable as error:
+        raise Damaged(f"its {FETCHED} {error}") from None
+    parts = fetched.get("parts") if isinstance(fetched, dict) else None
+    return tuple(f"{part}/" for part in PARTS if parts is not None and part not in parts)
 
 
 def check_content(folder: Path, record: Record, names: Iterable[str]) -> None:

@@ -54,6 +54,8 @@ class Saver:
         session, prepared, step = self._session, self._prepared, int(state.step)
         session.heartbeat.phase("saving")
         session.directory.require_present()
+        if session.remote:
+            session.remote.check()
         facts: dict[str, Any] = {"text": prepared.fingerprints}
         tokenizer = prepared.tokenizer.to_json()
         if self._checkpoints.save(step, state, session.run, tokenizer, facts):

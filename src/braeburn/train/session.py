@@ -12,6 +12,7 @@ from braeburn.train.directory import RunDirectory
 from braeburn.train.guard import StopRequest
 from braeburn.train.heartbeat import Heartbeat
 from braeburn.train.progress import Display
+from braeburn.train.remote_run import RemoteRun
 from braeburn.train.resolved import ResolvedStage
 
 Result = TypeVar("Result")
@@ -52,6 +53,7 @@ class Session:
         stop: what this process was asked.
         agreement: what all processes agree on.
         heartbeat: tells a launcher what the process is at.
+        remote: where the run directory really is; None where it is a local folder.
     """
 
     stages: dict[str, ResolvedStage]
@@ -60,6 +62,7 @@ class Session:
     stop: StopRequest
     agreement: Agreement
     heartbeat: Heartbeat
+    remote: RemoteRun | None = None
 
     @property
     def first(self) -> ResolvedStage:

@@ -19,13 +19,17 @@ from braeburn.data.prepare import Prepared
 from braeburn.data.teacher_labels import Labelling, TeacherLabels, Writer, build_teacher_labels
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
+from braeburn.jsonfile import read_json
 from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives.distillation import top_k_labels
 from braeburn.parallel.agreement import main_first
 from braeburn.parallel.rules import check
 from braeburn.parallel.sequence import zigzag
+from braeburn.remote import place
 from braeburn.train.checkpoint import Checkpoints
+from braeburn.train.copies import fetched
+from braeburn.train.record import FETCHED
 from braeburn.train.resolved import ResolvedStage
 from braeburn.train.stages import abstract_params
 from braeburn.train.trained import ordinary_step, read_tokenizer
@@ -72,7 +76,12 @@ def find_in_run(path: Path) -> Teacher:
 
 
 def files_identity(folder: Path) -> str:
-    """A hash of the names, sizes and times of all files below a folder."""
+    """A hash of the names, sizes and times of all files below a folder; of a copy from a URL, of
+    what tells its version there.
+    """
+    if (folder / FETCHED).exists():
+        version = read_json(folder / FETCHED).get("identity")
+        return hashlib.sha256(json.dumps(version).encode()).hexdigest()
     found = [
         (str(path.relative_to(folder)), path.stat())
         for path in sorted(folder.rglob("*"))
@@ -106,8 +115,9 @@ def teachers_of(
         if stage.teacher in run.stages:
             teacher = _earlier_stage(run, directory, stage.teacher)
         else:
+            path = fetched(place(stage.teacher, f"stages.{name}.teacher"))
             try:
-                teacher = find(Path(stage.teacher))
+                teacher = find(path)
             except UserError as error:
                 raise UserError(f"{field} cannot teach: {error}") from None
         if teacher.model.vocab_size != run.model.vocab_size:
@@ -150,10 +160,11 @@ def check_tokenizers(run: Run, teachers: Mapping[str, Teacher], tokenizer: Token
     for name, teacher in teachers.items():
         if teacher.tokenizer is not None and teacher.tokenizer.hash != tokenizer.hash:
             path = str(run.stages[name].teacher)
+            own = f"{path.rstrip('/')}/tokenizer.json"
             raise UserError(
                 f"stages.{name}.teacher={path!r} has another tokenizer than the run; set "
                 f"data.tokenizer to that of the "
-                f"teacher, as {str(Path(path) / 'tokenizer.json')!r}, in a new run directory"
+                f"teacher, as {own!r}, in a new run directory"
             )
 
 
