@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from braeburn.config import Run, override
@@ -341,7 +340,8 @@ def test_a_bucket_whose_package_is_not_installed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(fsspec.registry._registry, out.partition(":")[0], raising=False)
+    registry = sys.modules["fsspec.registry"]  # the package has a mapping of that name
+    monkeypatch.delitem(registry._registry, out.partition(":")[0], raising=False)
     for command in (["train", *tiny_arguments, "--out", out], ["evaluate", out]):
         sentence = braeburn(*command).error
         assert f"{out!r} cannot be used (" in sentence and how in sentence

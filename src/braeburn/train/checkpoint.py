@@ -292,8 +292,10 @@ class Checkpoints:
         }
         handler = ocp.CompositeCheckpointHandler(run=ocp.JsonCheckpointHandler(), **parts)
         # Orbax's thread for writing is waited for: its other class, that writes in this thread,
-        # waits for a sign of life of savings in the background that came before.
-        with ocp.AsyncCheckpointer(handler) as checkpointer:
+        # waits for a sign of life of savings in the background that came before. Folders are there
+        # before it begins, or the description of the run would at times be written before its own.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        with ocp.AsyncCheckpointer(handler, async_options=options) as checkpointer:
             try:
                 checkpointer.save(self._folder(step), args=composite)
                 total = sum(leaf.count for leaf in leaves)
