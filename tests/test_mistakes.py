@@ -3,6 +3,7 @@ worse for it.
 """
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -340,7 +341,7 @@ def test_a_bucket_whose_package_is_not_installed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, package, None)
-    registry = sys.modules["fsspec.registry"]  # the package has a mapping of that name
+    registry = importlib.import_module("fsspec.registry")  # the package has a mapping of that name
     monkeypatch.delitem(registry._registry, out.partition(":")[0], raising=False)
     for command in (["train", *tiny_arguments, "--out", out], ["evaluate", out]):
         sentence = braeburn(*command).error
