@@ -1,6 +1,7 @@
 """Evaluation on several devices gives what one device gives."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from braeburn.cli.resolve import parse_mesh
 from braeburn.train.trained import load
-from support import PROGRAM, braeburn, together
+from support import braeburn, process
 
 
 def results(directory: Path, *arguments: Any) -> dict[str, Any]:
@@ -54,12 +55,12 @@ def test_short_files_and_overlapping_windows_on_a_mesh(finished: Path, tmp_path:
 def test_several_processes_share_a_model(
     finished: Path, tmp_path: Path, on_one: dict[str, Any]
 ) -> None:
-    """Two processes of four devices each, which the environment tells of each other."""
-    arguments = ["evaluate", str(finished), "--json", "--by-position", "--mesh", "fsdp=4,tensor=2"]
-    main, other = together(*[[*PROGRAM, *arguments]] * 2, devices=4)
-    assert (main.code, other.code) == (0, 0), main.err + other.err
-    assert other.out == ""
-    found = json.loads(main.out)["results"]
+    """Two processes of four devices each, which `launch local` starts."""
+    arguments = ["evaluate", finished, "--json", "--by-position", "--mesh", "fsdp=4,tensor=2"]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
+    answer = process("launch", "local", "--processes", "2", "--", *arguments, env=environment)
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)["results"]
     for source, expected in on_one.items():
         assert found[source]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         parts = found[source]["by_position"]
@@ -73,6 +74,21 @@ def test_several_processes_need_a_mesh(finished: Path, monkeypatch: pytest.Monke
     assert "2 processes, which share a model over --mesh alone; add --mesh fsdp=-1" in (
         braeburn("evaluate", finished).error
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["afm-tiny"], "--out is missing; name the run directory, as in --out runs/first"),
+        (["afm-tiny", "x", "--out", "y"], "'x' is one argument too many"),
+        (["evaluate", "DIR", "--json"], "the options of evaluate stand behind it; write them as"),
+        (["--", "evaluate", "DIR"], "2 processes, which share a model over --mesh alone"),
+        (["--", "evaluate", "DIR", "--mesh", "fsdp=3"], "fsdp"),
+    ],
+)
+def test_jobs_that_cannot_be_launched(arguments: list[str], sentence: str, finished: Path) -> None:
+    given = [str(finished) if word == "DIR" else word for word in arguments]
+    assert sentence in braeburn("launch", "local", "--processes", "2", *given).error
 
 
 def test_each_device_gets_its_part(finished: Path) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +11,7 @@ import typer
 from braeburn.cli.options import AsJson, Location, MaxRestarts, On, Out, Recipe, Set, Submit
 from braeburn.cli.output import print_json, say
 from braeburn.cli.resolve import on_target, recipe_arguments, resolve
+from braeburn.errors import UserError
 from braeburn.parallel import processes
 
 if TYPE_CHECKING:
@@ -20,19 +23,52 @@ commands = typer.Typer(help="Several processes here, or the script or manifest f
 
 @commands.command()
 def local(
-    recipe: Recipe,
-    out: Out,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A built-in recipe, or file.py:function; or, behind --, a command on a trained "
+            "model with its arguments: -- evaluate DIR --mesh fsdp=-1.",
+        ),
+    ],
     num_processes: Annotated[
         int, typer.Option("--processes", min=1, max=1024, metavar="N", help="How many.")
     ],
+    job: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    out: Annotated[
+        Location | None,
+        typer.Option(
+            metavar="DIR", help="The run directory, or its URL; a run begun there goes on."
+        ),
+    ] = None,
     assignments: Set = None,
     max_restarts: MaxRestarts = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Train with several processes here; when one dies or hangs, all go on from the last save."""
+    """Train with several processes here; when one dies or hangs, all go on from the last save.
+
+    Or run evaluate, generate or export in several processes.
+    """
+    from braeburn.launch.local import JOBS, launch, launch_job
+
+    if recipe in JOBS:
+        if out is not None or assignments or as_json:
+            raise UserError(
+                f"the options of {recipe} stand behind it; write them as in braeburn launch local "
+                f"--processes 2 -- evaluate DIR --mesh fsdp=-1 --json"
+            )
+        with _giving_up():
+            ending = launch_job([recipe, *(job or [])], num_processes, max_restarts)
+        print(ending.output, end="")
+        return
+    if job:
+        raise UserError(
+            f"{job[0]!r} is one argument too many; name one recipe, or behind -- one of the "
+            f"commands {', '.join(JOBS)} with its arguments"
+        )
+    if out is None:
+        raise UserError("--out is missing; name the run directory, as in --out runs/first")
     resolve(recipe, assignments)
-    from braeburn.launch.local import launch
-    from braeburn.launch.supervisor import GaveUp
     from braeburn.remote import place
 
     arguments = [
@@ -40,16 +76,25 @@ def local(
         *("--out", out),
         *(["--json"] if as_json else []),
     ]
-    try:
+    with _giving_up():
         ending = launch(arguments, place(out, "--out"), num_processes, max_restarts)
-    except GaveUp as failure:
-        processes.report(str(failure))
-        raise typer.Exit(1) from None
     if not as_json:
         print(ending.output, end="")
         return
     restarts = [dataclasses.asdict(restart) for restart in ending.restarts]
     print_json({**json.loads(ending.output), "processes": num_processes, "restarts": restarts})
+
+
+@contextmanager
+def _giving_up() -> Iterator[None]:
+    """Ends with code 1 and one sentence where processes have failed too often."""
+    from braeburn.launch.supervisor import GaveUp
+
+    try:
+        yield
+    except GaveUp as failure:
+        processes.report(str(failure))
+        raise typer.Exit(1) from None
 
 
 @commands.command()

@@ -1,5 +1,6 @@
 """`launch local`: several processes of one run on this machine, under supervision."""
 
+import math
 import os
 import re
 import socket
@@ -9,10 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from braeburn.errors import UserError
-from braeburn.launch.supervisor import Ending, Restart, Supervisor
+from braeburn.launch.supervisor import Ending, Patience, Restart, Supervisor
 from braeburn.remote import RemoteFolder
 from braeburn.train.directory import RunDirectory
 from braeburn.train.remote_run import working_folder
+
+PROGRAM = (sys.executable, "-P", "-c", "from braeburn.cli import console; console()")
+# The commands on a trained model that several processes can run together.
+JOBS = ("evaluate", "generate", "export")
 
 
 def launch(
@@ -33,14 +38,7 @@ def launch(
     """
     shares = share_gpus(processes)
     folder = working_folder(out) if isinstance(out, RemoteFolder) else out
-    program = [
-        sys.executable,
-        "-P",
-        "-c",
-        "from braeburn.cli import console; console()",
-        "train",
-        *arguments,
-    ]
+    program = [*PROGRAM, "train", *arguments]
 
     def commands() -> list[tuple[list[str], dict[str, str]]]:
         if processes == 1:
@@ -68,11 +66,47 @@ def launch(
         if (folder / "events.jsonl").exists():
             RunDirectory(folder).event("restart", reason=restart.reason, step=restart.resumed_step)
 
-    def say(text: str) -> None:
-        with suppress(OSError):  # the terminal is gone, or the disk that holds the log is full
-            print(text, file=sys.stderr, flush=True)
+    return Supervisor(commands, max_restarts, _say, newest_checkpoint, restarting).run()
 
-    return Supervisor(commands, max_restarts, say, newest_checkpoint, restarting).run()
+
+def launch_job(arguments: Sequence[str], processes: int, max_restarts: int) -> Ending:
+    """Runs a job on a trained model with several processes until it is done.
+
+    Args:
+        arguments: the command, one of `JOBS`, and its own arguments.
+        processes: how many.
+        max_restarts: how often all are started anew, from the beginning, after one died.
+
+    Raises:
+        UserError: the GPUs cannot be shared, or the job met a mistake of the user's.
+        GaveUp: too many failures.
+    """
+    shares = share_gpus(processes)
+    program = [*PROGRAM, *arguments]
+
+    def commands() -> list[tuple[list[str], dict[str, str]]]:
+        if processes == 1:
+            return [(program, {})]
+        port = _free_port()
+        found = {
+            "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+        }
+        return [
+            (program, found | {"JAX_PROCESS_ID": str(index)} | share)
+            for index, share in enumerate(shares)
+        ]
+
+    # Jobs give no sign of life as they go: how long one takes is not known here.
+    patience = Patience(phases={"starting": math.inf})
+    nothing = (lambda: None), (lambda restart: None)
+    return Supervisor(commands, max_restarts, _say, *nothing, patience).run()
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal is gone, or the disk that holds the log is full
+        print(text, file=sys.stderr, flush=True)
 
 
 def share_gpus(
