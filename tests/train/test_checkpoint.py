@@ -19,6 +19,7 @@ import pytest
 
 from braeburn.config import Checkpoint, Run
 from braeburn.errors import UserError
+from braeburn.train import checkpoint
 from braeburn.train import record as records
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.record import Damaged
@@ -308,14 +309,14 @@ def test_a_failure_to_read_is_not_damage(directory: Path, monkeypatch: pytest.Mo
     """
 
     def fail(error: Exception) -> Any:
-        def restore(*_: Any, **__: Any) -> Any:
+        def read(*_: Any, **__: Any) -> Any:
             raise error
 
-        return restore
+        return read
 
     checkpoints = Checkpoints(directory)
     monkeypatch.setattr(
-        checkpoints._reader, "restore", fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+        checkpoint, "placed", fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
     )
     with pytest.raises(
         UserError,
@@ -323,9 +324,7 @@ def test_a_failure_to_read_is_not_damage(directory: Path, monkeypatch: pytest.Mo
     ):
         checkpoints.restore_params(8, shape_of(state_at(8)).params)
     monkeypatch.setattr(
-        checkpoints._reader,
-        "restore",
-        fail(ValueError("INTERNAL: Input/output error [os_error_code='5']")),
+        checkpoint, "placed", fail(ValueError("INTERNAL: Input/output error [os_error_code='5']"))
     )
     with pytest.raises(
         UserError,

@@ -5,6 +5,7 @@ record that all of them are checked against before they are read; a folder of th
 once all of it is on disk. This is the only module that knows orbax.
 """
 
+import functools
 import itertools
 import json
 import logging
@@ -80,11 +81,20 @@ class Checkpoints:
         # Reading goes past the manager: what orbax notes of the time of writing is in no record,
         # and so not read.
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(*PARTS))
-        self._manager = None if options is None else self._manager_of(options, lasting)
+        self._options, self._lasting = options, lasting
+        if options is not None and self._directory.is_dir():
+            _ = self._manager  # deletes what killed processes have left
 
-    def _manager_of(self, options: Checkpoint, lasting: Sequence[int]) -> ocp.CheckpointManager:
-        """What writes checkpoints and deletes those that are not to be kept."""
-        keep = [policies.LatestN(options.keep_last), policies.CustomSteps(list(lasting))]
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """What writes checkpoints and deletes those that are not to be kept.
+
+        It begins by deleting what killed processes have left, in a thread of its own, and would
+        take what `_save_streamed` is writing for that: so it is not made before it is needed.
+        """
+        options = self._options
+        assert options is not None
+        keep = [policies.LatestN(options.keep_last), policies.CustomSteps(list(self._lasting))]
         if options.keep_every_steps:
             keep.append(policies.EveryNSteps(options.keep_every_steps))
         in_background = ocp.AsyncOptions(
@@ -244,8 +254,8 @@ class Checkpoints:
         Raises:
             UserError: an earlier write failed, as for want of space.
         """
-        assert self._manager is not None
-        if self._newest_saved == step or step in self._manager.all_steps():
+        assert self._options is not None
+        if self._newest_saved == step or step in self.steps():
             return False
         if state.optimizer is None and step:
             raise ValueError(
@@ -310,7 +320,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns once every checkpoint begun is on disk."""
-        if self._manager:
+        if "_manager" in vars(self):
             with self._explaining():
                 self._manager.wait_until_finished()
 
@@ -419,7 +429,7 @@ class Checkpoints:
         """Finishes what is being written."""
         with self._explaining():
             self._reader.close()
-            if self._manager:
+            if "_manager" in vars(self):
                 self._manager.close()
 
     def _run_identity(self) -> str | None:

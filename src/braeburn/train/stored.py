@@ -4,6 +4,7 @@ Files are those that orbax writes: zarr arrays in an OCDBT database, through Ten
 """
 
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,13 @@ import numpy as np
 import tensorstore as ts
 
 # The most bytes that are read at once, unless a single layer or a chunk on disk has more.
-PIECE_BYTES = 2**27
+PIECE_BYTES = 2**25
 # Arrays beyond this size are cut into chunks of at most this size on disk, each of one layer.
 CHUNK_BYTES = 2**26
 
 Index = Any  # whatever NumPy takes as one
+# Where a block of an array begins and ends, along each dimension.
+Bounds = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -143,32 +146,45 @@ class StoredArray:
             index: a slice without a step for each of the first dimensions.
             dtype: that the values get as they are read; as on disk by default.
         """
-        dtype = np.dtype(dtype or self.dtype)
-        bounds = _bounds(index, self.shape)
-        shape = tuple(stop - start for start, stop in bounds)
-        store = ts.cast(self._store, ts.dtype(dtype))
-        if not shape:
-            return np.asarray(store.read().result())
-        values = np.empty(shape, dtype)
-        rest = tuple(slice(*each) for each in bounds[1:])
-        first = bounds[0][0]
-        for start, stop in self._rows(*bounds[0], math.prod(shape[1:]) * self.dtype.itemsize):
-            ts.array(values)[start - first : stop - first].write(
-                store[(slice(start, stop), *rest)].translate_to[0]
-            ).result()
+        dtype, bounds = np.dtype(dtype or self.dtype), _bounds(index, self.shape)
+        values = _empty(_lengths(bounds), dtype)
+        for piece, block in self.pieces(bounds, dtype):
+            values[_within(piece, bounds)] = block
         return values
 
-    def _rows(self, first: int, last: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-        """Where the pieces of the rows from `first` to before `last` begin and end: at the bounds
-        of chunks, so that none is read twice.
+    def pieces(self, bounds: Bounds, dtype: Any) -> Iterator[tuple[Bounds, np.ndarray]]:
+        """Pieces of a block of the array, each of some rows along the first dimension, with where
+        they lie in the array. They begin and end at the bounds of chunks, so that none is read
+        twice.
         """
+        store = ts.cast(self._store, ts.dtype(np.dtype(dtype)))
+        if not bounds:
+            yield (), np.asarray(store.read().result())
+            return
+        (first, last), *others = bounds
+        row_bytes = math.prod(_lengths(tuple(others))) * self.dtype.itemsize
         chunk = self._chunk_rows
         step = max(1, PIECE_BYTES // max(1, row_bytes) // chunk) * chunk
         start = first
         while start < last:
             stop = min(last, (start // step + 1) * step)
-            yield start, stop
+            piece = ((start, stop), *others)
+            index = tuple(slice(*each) for each in piece)
+            yield piece, np.asarray(store[index].read().result())
             start = stop
+
+
+def placed(stored: StoredArray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of a checkpoint on the devices; each process reads what its own devices hold, once.
+
+    Args:
+        stored: the array.
+        wanted: the type that it is to have, and its sharding; None is this process's first device.
+    """
+    blocks = _Blocks(wanted)
+    for bounds, values in stored.pieces(blocks.box, wanted.dtype):
+        blocks.fill(bounds, values)
+    return blocks.placed()
 
 
 def placed_pieces(pieces: Pieces, wanted: jax.ShapeDtypeStruct) -> jax.Array:
@@ -179,42 +195,78 @@ def placed_pieces(pieces: Pieces, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         pieces: the array, in pieces of one layer or whole.
         wanted: the type that it is to have, and its sharding; None is this process's first device.
     """
-    sharding = _sharding(wanted)
-    indices = sharding.addressable_devices_indices_map(wanted.shape).values()
-    blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-    for index in indices:
-        bounds = _bounds(index or (), wanted.shape)
-        blocks[bounds] = np.empty([stop - start for start, stop in bounds], wanted.dtype)
+    blocks = _Blocks(wanted)
+    everything = tuple((0, size) for size in wanted.shape)
     for which, values in pieces.pieces():
-        for bounds, block in blocks.items():
-            if isinstance(which, int):
-                (start, stop), *rest = bounds
-                if start <= which < stop:
-                    block[which - start] = values[tuple(slice(*each) for each in rest)]
-            else:
-                block[...] = values[tuple(slice(*each) for each in bounds)]
-    return jax.make_array_from_callback(
-        wanted.shape, sharding, lambda index: blocks[_bounds(index or (), wanted.shape)]
-    )
+        if isinstance(which, int):
+            blocks.fill(((which, which + 1), *everything[1:]), values[None])
+        else:
+            blocks.fill(everything, values)
+    return blocks.placed()
 
 
-def placed(stored: StoredArray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array of a checkpoint on the devices; each process reads what its own devices hold.
+class _Blocks:
+    """The parts of an array that the devices of this process hold, while they are filled.
 
-    Args:
-        stored: the array.
-        wanted: the type that it is to have, and its sharding; None is this process's first device.
+    Attributes:
+        wanted: the array's type.
+        sharding: of the array.
+        values: of each part, by where it begins and ends along each dimension.
+        box: the least block of the array that has all parts in it.
     """
-    return jax.make_array_from_callback(
-        wanted.shape, _sharding(wanted), lambda index: stored.read(index or (), wanted.dtype)
+
+    def __init__(self, wanted: jax.ShapeDtypeStruct):
+        """Makes room for the parts, which takes no memory before they are filled."""
+        self.wanted = wanted
+        self.sharding = wanted.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        indices = self.sharding.addressable_devices_indices_map(wanted.shape).values()
+        found = dict.fromkeys(_bounds(index or (), wanted.shape) for index in indices)
+        self.values = {bounds: _empty(_lengths(bounds), wanted.dtype) for bounds in found}
+        self.box = tuple(
+            (min(start for start, _ in along), max(stop for _, stop in along))
+            for along in zip(*found, strict=True)
+        )
+
+    def fill(self, bounds: Bounds, values: np.ndarray) -> None:
+        """Copies what lies in a block of the array to the parts that have some of it."""
+        for own, part in self.values.items():
+            shared = tuple(
+                (max(a, c), min(b, d)) for (a, b), (c, d) in zip(own, bounds, strict=True)
+            )
+            if all(start < stop for start, stop in shared):
+                part[_within(shared, own)] = values[_within(shared, bounds)]
+
+    def placed(self) -> jax.Array:
+        """The array, once the parts are filled."""
+        shape = self.wanted.shape
+        return jax.make_array_from_callback(
+            shape, self.sharding, lambda index: self.values[_bounds(index or (), shape)]
+        )
+
+
+def _lengths(bounds: Bounds) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in bounds)
+
+
+def _within(inner: Bounds, outer: Bounds) -> tuple[slice, ...]:
+    """The index of a block in another that it lies in."""
+    return tuple(
+        slice(start - first, stop - first)
+        for (start, stop), (first, _) in zip(inner, outer, strict=True)
     )
 
 
-def _sharding(wanted: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-    return wanted.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array to fill, in pages of its own: JAX takes them over on CPUs, since they are aligned,
+    and the system has them back at once when they are given up, unlike what is allocated.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < mmap.PAGESIZE:
+        return np.empty(shape, dtype)
+    return np.ndarray(shape, dtype, mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Where a block begins and ends along each dimension."""
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    """Where the block of an index begins and ends."""
     given = [part.indices(size)[:2] for part, size in zip(index, shape, strict=False)]
     return (*given, *((0, size) for size in shape[len(given) :]))
