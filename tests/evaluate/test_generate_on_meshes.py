@@ -10,23 +10,18 @@ import pytest
 
 from braeburn.config import Execution, MeshConfig, ModelConfig, Precision, RopeScaling
 from braeburn.errors import UserError
-from braeburn.evaluate.generate import (
+from braeburn.evaluate.decoding import (
     Draws,
-    Generation,
     Prompts,
-    Ready,
     abstract_params,
     abstract_prompts,
     abstract_rows,
     cache_bytes,
-    collected,
-    continuations,
-    generate,
     inference_layout,
     programs,
-    ready,
     weight_bytes,
 )
+from braeburn.evaluate.generate import Generation, Ready, collected, continuations, generate, ready
 from braeburn.evaluate.sampling import Sampling
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models import decoder
