@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 
 from braeburn.config import Execution, ModelConfig, Precision, RopeScaling
 from braeburn.errors import UserError
-from braeburn.evaluate.generate import (
-    Generation,
-    generate,
-    inference,
-    last_logits,
-    programs,
-    ready,
-    round_up,
-)
+from braeburn.evaluate.decoding import inference, last_logits, programs
+from braeburn.evaluate.generate import Generation, generate, ready, round_up
 from braeburn.evaluate.sampling import Sampling, choose, filter_logits
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models import cached, decoder

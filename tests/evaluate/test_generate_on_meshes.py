@@ -10,23 +10,18 @@ import pytest
 
 from braeburn.config import Execution, MeshConfig, ModelConfig, Precision, RopeScaling
 from braeburn.errors import UserError
-from braeburn.evaluate.generate import (
+from braeburn.evaluate.decoding import (
     Draws,
-    Generation,
     Prompts,
-    Ready,
     abstract_params,
     abstract_prompts,
     abstract_rows,
     cache_bytes,
-    collected,
-    continuations,
-    generate,
     inference_layout,
     programs,
-    ready,
     weight_bytes,
 )
+from braeburn.evaluate.generate import Generation, Ready, collected, continuations, generate, ready
 from braeburn.evaluate.sampling import Sampling
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models import decoder
@@ -112,11 +107,19 @@ MESHES: list[tuple[str, Sampling, dict[str, int]]] = [
     ("llama", DRAWN, {"fsdp": 2, "tensor": 2}),
     ("gemma", Sampling(0.0), {"tensor": 4}),
 ]
+NUCLEUS = Sampling(1.1, None, 0.7)
 OTHERS = [
     pytest.param(name, sampling, sizes, marks=pytest.mark.deep)
-    for name in MODELS
-    for sampling in (Sampling(0.0), DRAWN, Sampling(1.1, None, 0.7))
-    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}, {"fsdp": 8})
+    for name, sampling, sizes in (
+        ("qwen3", NUCLEUS, {"tensor": 8}),
+        ("llama", Sampling(0.0), {"fsdp": 8}),
+        ("gemma", NUCLEUS, {"fsdp": 2, "tensor": 4}),
+        ("gemma", DRAWN, {"replica": 2, "data": 2, "fsdp": 2}),
+        ("olmo", Sampling(0.0), {"tensor": 8}),
+        ("olmo", DRAWN, {"data": 2, "tensor": 4}),
+        ("afm", DRAWN, {"tensor": 8}),
+        ("afm", Sampling(0.0), {"fsdp": 4, "tensor": 2}),
+    )
 ]
 
 
