@@ -291,7 +291,7 @@ def test_the_programs_of_a_job_are_compiled_one_by_one(child, tmp_path):
         folder.mkdir()
     answers.append(answered(folders[0], straight(gather.replace("%x", "%p")), {"tensor": 8}))
     answers.append(answered(folders[1], loop_of_tokens(gather), {"tensor": 8}))
-    sizes = ["--mesh", "tensor=8", "--prompts", "4", "--dtype", "bf16"]
+    sizes = ["--mesh", "tensor=8", "--batch", "4", "--dtype", "bf16"]
     on = ["compile", "llama3-8b", "--on", "h100:8", "--job", "generate", *sizes]
     answer = braeburn(*on, "--json")
     assert answer.code == 0, answer.err
@@ -301,7 +301,7 @@ def test_the_programs_of_a_job_are_compiled_one_by_one(child, tmp_path):
     assert [each["program"] for each in asked] == ["prefill", "token"]
     for each in asked:
         assert each["job"] == "generate" and each["mesh"]["tensor"] == 8
-        assert each["settings"]["prompts"] == 4 and each["settings"]["dtype"] == "bfloat16"
+        assert each["settings"]["batch"] == 4 and each["settings"]["dtype"] == "bfloat16"
     # One round of the loop, as the plan has it.
     token = facts["programs"][1]
     assert token["rounds"] == 255 and token["bytes"] == {"tensor": 2 * 8 * 1024}
@@ -336,5 +336,5 @@ def test_what_is_wrong_with_a_job_is_said_before_compiling(child):
     assert "--mesh context=8 splits sequences" in error
     error = braeburn(*on, "--job", "evaluate", "--mesh", "fsdp=3").error
     assert "cannot be split into 3 equal parts" in error
-    assert "--prompts is of --job generate" in braeburn(*on, "--prompts", "3").error
+    assert "--batch is of --job generate" in braeburn(*on, "--batch", "3").error
     assert not child[1]

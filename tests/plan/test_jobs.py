@@ -38,7 +38,9 @@ from support import braeburn
 CPU = Accelerator("cpu")
 SIZES = {"model.d_model": 128, "model.ffn_dim": 320, "model.head_dim": 32, "model.num_layers": 4}
 EVALUATE = Evaluate(tokens=8192, sequence_length=128, dtype="float32", read_gb_per_s=1.0)
-GENERATE = Generate(prompts=8, prompt_tokens=64, new_tokens=40, dtype="float32", read_gb_per_s=1.0)
+GENERATE = Generate(
+    batch=8, prompt_tokens=64, max_new_tokens=40, dtype="float32", read_gb_per_s=1.0
+)
 MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
@@ -127,7 +129,7 @@ def test_generation_holds_what_is_planned(mesh: dict[str, int], tiny: Run) -> No
         work, memory = work_of_program(program, CPU)
         assert memory.weights == own_bytes(at_hand.params)
         assert memory.held == held
-    assert program.rounds == GENERATE.new_tokens - 1
+    assert program.rounds == GENERATE.max_new_tokens - 1
     # A token reads the weights once, but for the embedding, of which it takes a row; and the cache.
     matrices = sum(each.bytes * each.times for each in work.products)
     layers = own_bytes({k: v for k, v in at_hand.params.items() if k == "layers"})
@@ -285,8 +287,8 @@ def test_settings_that_are_not_given(tiny: Run) -> None:
     [
         (["--job", "evalute"], "--job 'evalute' is no job; did you mean 'evaluate'"),
         (
-            ["--job", "export", "--prompts", "3"],
-            "--prompts is of --job generate; leave it out, or add --job generate in place of "
+            ["--job", "export", "--batch", "3"],
+            "--batch is of --job generate; leave it out, or add --job generate in place of "
             "--job export",
         ),
         (["--tokens", "3"], "--tokens is of --job evaluate; leave it out, or add --job evaluate"),
@@ -298,7 +300,7 @@ def test_settings_that_are_not_given(tiny: Run) -> None:
         (["--job", "export", "--type", "f16"], "--type f16 is one of --format gguf"),
         (["--job", "export", "--format", "onnx"], "use --format hf or --format gguf"),
         (["--job", "evaluate", "--stage", "cor"], "--stage 'cor' is no stage of afm-85m"),
-        (["--job", "export", "--host-memory-gb", "0.5"], "run it on a host of 1 GB or more"),
+        (["--job", "export", "--host-memory-gb", "0.3"], "run it on a host of 1 GB or more"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -91,14 +91,14 @@ WindowTokens = Annotated[
         help="evaluate: tokens that the model sees at once; as many as in training without it.",
     ),
 ]
-Prompts = Annotated[
+Batch = Annotated[
     int | None,
     typer.Option(
-        "--prompts",
+        "--batch",
         min=1,
-        max=2**20,
+        max=2**16,
         metavar="N",
-        help="generate: continued at once; 8 without it.",
+        help="generate: prompts that are continued at once; 8 without it.",
     ),
 ]
 PromptTokens = Annotated[
@@ -114,7 +114,7 @@ PromptTokens = Annotated[
 NewTokens = Annotated[
     int | None,
     typer.Option(
-        "--new-tokens",
+        "--max-new-tokens",
         min=1,
         max=2**20,
         metavar="N",
@@ -130,8 +130,8 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="evaluate, generate: that weights are held in; export: of an hf's weights. fp32 or "
-        "bf16; fp32 without it.",
+        help="evaluate: that weights are held in, fp32 without it; generate: of weights and cache, "
+        "as the run computes without it; export: of an hf's weights, fp32 without it.",
     ),
 ]
 GgufType = Annotated[

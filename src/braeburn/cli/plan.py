@@ -9,6 +9,7 @@ import typer
 
 from braeburn.cli.options import (
     AsJson,
+    Batch,
     ChipsFile,
     Dtype,
     ExportFormat,
@@ -17,7 +18,6 @@ from braeburn.cli.options import (
     Job,
     NewTokens,
     On,
-    Prompts,
     PromptTokens,
     ReadSpeed,
     Recipe,
@@ -100,9 +100,9 @@ def plan(
     job: Job = "train",
     tokens: TextTokens = None,
     sequence_length: WindowTokens = None,
-    prompts: Prompts = None,
+    batch: Batch = None,
     prompt_tokens: PromptTokens = None,
-    new_tokens: NewTokens = None,
+    max_new_tokens: NewTokens = None,
     format: ExportFormat = None,  # noqa: A002
     dtype: Dtype = None,
     type_: GgufType = None,
@@ -142,9 +142,9 @@ def plan(
     settings = {
         "tokens": tokens,
         "sequence_length": sequence_length,
-        "prompts": prompts,
+        "batch": batch,
         "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
+        "max_new_tokens": max_new_tokens,
         "format": format,
         "dtype": dtype,
         "type": type_,
@@ -232,9 +232,9 @@ def compile_(
     job: Job = "train",
     tokens: TextTokens = None,
     sequence_length: WindowTokens = None,
-    prompts: Prompts = None,
+    batch: Batch = None,
     prompt_tokens: PromptTokens = None,
-    new_tokens: NewTokens = None,
+    max_new_tokens: NewTokens = None,
     format: ExportFormat = None,  # noqa: A002
     dtype: Dtype = None,
     type_: GgufType = None,
@@ -266,9 +266,9 @@ def compile_(
     settings = {
         "tokens": tokens,
         "sequence_length": sequence_length,
-        "prompts": prompts,
+        "batch": batch,
         "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
+        "max_new_tokens": max_new_tokens,
         "format": format,
         "dtype": dtype,
         "type": type_,

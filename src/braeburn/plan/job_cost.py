@@ -177,10 +177,9 @@ def _casting(job: Generate, prefill: Timed, target: Target) -> Timed:
     It goes parameter by parameter; what is made of one beside it is not counted.
     """
     made = prefill.memory["weights"] * GIB
-    read = made * WIDTHS[job.dtype] / WIDTHS["bfloat16"]
-    moved = (read + made) if job.dtype == "float32" else 0.0
+    read = made * FLOAT / WIDTHS[job.dtype]
     efficiency = EFFICIENCY[target.facts.family]
-    spent = moved / (memory_bandwidth(target.facts) * efficiency.memory)
+    spent = (read + made) / (memory_bandwidth(target.facts) * efficiency.memory)
     return Timed(CASTING, 1, {"memory_bound": spent}, [], spent, {"weights": read / GIB})
 
 

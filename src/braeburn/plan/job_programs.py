@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,8 +13,8 @@ from jax.sharding import AbstractDevice
 
 from braeburn.config import Execution, MeshConfig, ModelConfig, Run
 from braeburn.errors import UserError
+from braeburn.evaluate.generate import abstract_params as weights_to_generate_from
 from braeburn.evaluate.generate import (
-    ROWS_AT_ONCE,
     abstract_prompts,
     abstract_rows,
     inference_layout,
@@ -22,7 +22,6 @@ from braeburn.evaluate.generate import (
     rooms,
     round_up,
 )
-from braeburn.evaluate.generate import abstract_params as weights_to_generate_from
 from braeburn.evaluate.sampling import DEFAULT_TEMPERATURE, Sampling
 from braeburn.evaluate.text import BATCH_TOKENS
 from braeburn.evaluate.windows import batch_rows
@@ -134,12 +133,13 @@ def _evaluation(job: Evaluate, model: ModelConfig, layout: Layout) -> JobProgram
 
 
 def _generation(job: Generate, model: ModelConfig, layout: Layout) -> list[JobProgram]:
-    own = inference_layout(model, layout)
+    precision = layout.execution.precision.model_copy(update={"compute": job.dtype})
+    execution = replace(layout.execution, precision=precision)
+    own = inference_layout(model, replace(layout, execution=execution))
     sequences = batch_shards(own.execution)
-    rows = -(-min(job.prompts, ROWS_AT_ONCE) // sequences) * sequences
-    batches = -(-job.prompts // rows)
-    length, first_room = rooms(job.prompt_tokens, job.new_tokens)
-    room = round_up(job.new_tokens)
+    rows = -(-job.batch // sequences) * sequences
+    length, first_room = rooms(job.prompt_tokens, job.max_new_tokens)
+    room = round_up(job.max_new_tokens)
     compiled = programs(model, own.execution, own.mesh, Sampling(DEFAULT_TEMPERATURE))
     params = weights_to_generate_from(model, own)
     prompts, draws = abstract_prompts(rows, length, own)
@@ -149,10 +149,9 @@ def _generation(job: Generate, model: ModelConfig, layout: Layout) -> list[JobPr
             "prefill",
             lambda params, prompts, draws: compiled.begin(params, prompts, draws, first_room),
             (params, prompts, draws),
-            calls=batches,
         )
     ]
-    if job.new_tokens > 1:
+    if job.max_new_tokens > 1:
         written = abstract_rows(model, rows, length, room, own)
         found.append(
             JobProgram(
@@ -160,7 +159,7 @@ def _generation(job: Generate, model: ModelConfig, layout: Layout) -> list[JobPr
                 compiled.go_on,
                 (params, written, draws, until),
                 held=("cache",),
-                rounds=(job.new_tokens - 1) * batches,
+                rounds=job.max_new_tokens - 1,
                 given_up=(1,),
             )
         )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from braeburn.config import Run
-from braeburn.evaluate.generate import ROWS_AT_ONCE
 from braeburn.hardware.catalogue import Figure, weakest
 from braeburn.hardware.targets import Target
 from braeburn.layers.spec import count
@@ -130,9 +129,8 @@ def _speeds(found: JobEstimate, job: Evaluate | Generate) -> dict[str, Any]:
     prefill = by_name["prefill"]
     # Of a batch, once its prompts are read; of one token each there is nothing to wait for then.
     step = by_name.get("token", prefill)
-    at_once = min(job.prompts, ROWS_AT_ONCE)
     return {
-        "tokens_per_second": _figure(at_once / step.seconds, found.confidence),
+        "tokens_per_second": _figure(job.batch / step.seconds, found.confidence),
         "first_token_seconds": _figure(prefill.seconds, found.confidence),
     }
 

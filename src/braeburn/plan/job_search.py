@@ -13,7 +13,7 @@ from braeburn.plan.cost import EFFICIENCY, GIB, memory_bandwidth
 from braeburn.plan.job_cost import JobEstimate, estimate_job, job_work
 from braeburn.plan.jobs import WIDTHS, Evaluate, JobOn
 from braeburn.plan.search import NOMINAL_BYTES_PER_S, Sequences, divides, meshes
-from braeburn.plan.storage import axes_of_parameters, specs_of
+from braeburn.plan.storage import FLOAT, axes_of_parameters, specs_of
 
 # Of which the best are sure to be among those that are looked at.
 MOST_MESHES = 8
@@ -91,22 +91,24 @@ def least_seconds(on: JobOn, sizes: MeshConfig) -> float:
         windows = max(1, -(-job.tokens // job.sequence_length))
         tokens = -(-windows // shards) * job.sequence_length / sizes.context
         return 2 * weights * tokens / (peak * efficiency.matrix)
-    moved = WIDTHS["bfloat16"] * weights
+    moved = WIDTHS[job.dtype] * weights
     once = moved / (memory_bandwidth(chip) * efficiency.memory)
     if sizes.fsdp > 1 and chip.link_gb_per_s:
         gathered = moved * (sizes.fsdp - 1) / sizes.fsdp
         links = chip.link_gb_per_s.value * 1e9 / chip.devices_per_chip
         once = max(once, gathered / links * (1 - efficiency.weights_hidden))
-    return once * (job.new_tokens - 1)
+    return once * (job.max_new_tokens - 1)
 
 
 def weights_gib(on: JobOn, sizes: MeshConfig) -> float:
     """GiB of a model's weights on each device of a mesh, as they are read."""
     split = axes_of_parameters(on.model, on.run.rules, "parameters", sizes)
+    # To generate from, they are cast when they have been read.
+    width = WIDTHS[on.job.dtype] if isinstance(on.job, Evaluate) else FLOAT
     total = 0.0
     for path, spec in walk(specs_of(on.model)):
         parts = math.prod(sizes.sizes[axis] for axis in split[tuple(path.split("/"))])
-        total += WIDTHS[on.job.dtype] * math.prod(spec.shape) / parts
+        total += width * math.prod(spec.shape) / parts
     return total / GIB
 
 
@@ -158,7 +160,7 @@ def why_no_mesh_fits(on: JobOn, found: list[JobCandidate]) -> str:
         f"are there"
     )
     remedies = []
-    if job.dtype == "float32":
+    if isinstance(job, Evaluate) and job.dtype == "float32":
         halved = job_candidates(replace(on, job=replace(job, dtype="bfloat16")))
         if halved and halved[0].estimate.fits:
             remedies.append(

@@ -50,17 +50,17 @@ class Generate:
     """`braeburn generate`: the continuation of prompts.
 
     Attributes:
-        prompts: how many are continued at once.
+        batch: prompts that are continued at once.
         prompt_tokens: of each.
-        new_tokens: written for each.
-        dtype: the type that weights are held in.
+        max_new_tokens: written for each.
+        dtype: the type of weights and cache; weights are read in float32 and cast to it.
         read_gb_per_s: what each host reads of the checkpoint in a second, in GB.
     """
 
     name: ClassVar[str] = "generate"
-    prompts: int
+    batch: int
     prompt_tokens: int
-    new_tokens: int
+    max_new_tokens: int
     dtype: Weights
     read_gb_per_s: float
 
@@ -96,7 +96,7 @@ TYPES: dict[str, dict[str, str]] = {
 # The options of each job on the command line, by the names of their arguments there.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("tokens", "sequence_length", "dtype", "read_gb_per_s"),
-    "generate": ("prompts", "prompt_tokens", "new_tokens", "dtype", "read_gb_per_s"),
+    "generate": ("batch", "prompt_tokens", "max_new_tokens", "dtype", "read_gb_per_s"),
     "export": ("format", "dtype", "type", "host_memory_gb", "read_gb_per_s", "write_gb_per_s"),
 }
 
@@ -181,10 +181,11 @@ def job_of(name: str, run: Run, stage: str, given: dict[str, Any]) -> Job:
     defaults: dict[str, Any] = {
         "tokens": run.evaluation.tokens * max(1, len(run.data.sources)),
         "sequence_length": trained,
-        "prompts": 8,
+        "batch": 8,
         "prompt_tokens": 1024,
-        "new_tokens": 256,
-        "dtype": "float32",
+        "max_new_tokens": 256,
+        # Generation casts the weights to the type that it computes in; evaluation does as it goes.
+        "dtype": run.precision.compute if name == Generate.name else "float32",
         "host_memory_gb": None,
         "read_gb_per_s": DEFAULT_GB_PER_S,
         "write_gb_per_s": DEFAULT_GB_PER_S,
@@ -200,10 +201,10 @@ def job_of(name: str, run: Run, stage: str, given: dict[str, Any]) -> Job:
         set_["dtype"] = dtype
     names = [field.name for field in fields(JOBS[name])]
     found: Job = JOBS[name](**{key: (defaults | set_)[key] for key in names})
-    if isinstance(found, Generate) and found.prompt_tokens + found.new_tokens > 2**24:
+    if isinstance(found, Generate) and found.prompt_tokens + found.max_new_tokens > 2**24:
         raise UserError(
-            f"--prompt-tokens {found.prompt_tokens} and --new-tokens {found.new_tokens} come to "
-            f"more than {2**24:,} positions; lower one of them"
+            f"--prompt-tokens {found.prompt_tokens} and --max-new-tokens {found.max_new_tokens} "
+            f"come to more than {2**24:,} positions; lower one of them"
         )
     return found
 

@@ -30,10 +30,7 @@ Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
 
 
 def evaluation_sums(
-    model: ModelConfig,
-    token_bytes: np.ndarray,
-    execution: Execution,
-    positions: Sequence[int] = (),
+    model: ModelConfig, token_bytes: np.ndarray, execution: Execution, positions: Sequence[int] = ()
 ) -> Evaluate:
     """The program of a device from parameters and a batch to its share of sums over the batch's
     weighted tokens.
