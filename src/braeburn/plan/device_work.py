@@ -100,7 +100,7 @@ class DeviceMemory:
         arguments: of all others.
         results: that are not written over arguments.
         workspace: of what the program makes and drops, at its fullest moment.
-        relaid: of stacks of weights that XLA for GPUs copies into another order before a loop.
+        relaid: of weights that XLA copies into another order before a loop.
     """
 
     weights: float
@@ -154,6 +154,8 @@ def work_of_program(
     memory = _memory(program, graph, once[1])
     if accelerator.platform in ("cuda", "rocm"):
         memory = replace(memory, relaid=_relaid(device))
+    if accelerator.platform == "tpu" and program.rounds:
+        memory = replace(memory, relaid=_sliced(once[1]))
     return _work(*once, accelerator), memory
 
 
@@ -287,6 +289,21 @@ def _relaid(part: Part) -> float:
         for index in _gathered_later(body, of_weights):
             total += sum(node.inputs[index].bytes)
     return total
+
+
+def _sliced(once: Graph) -> float:
+    """Bytes of the weights of which one round of a loop uses a slice: keys and values where a
+    device has all heads and works with one of them.
+
+    libtpu copies such a weight whole, before the loop, with the heads outermost.
+    """
+    given = set(once.inputs)
+    sliced = {
+        node.inputs[0]
+        for node in once.nodes
+        if node.name == "dynamic_slice" and node.inputs[0] in given and node.inputs[0].floating
+    }
+    return sum(value.bytes.fixed for value in sliced)
 
 
 def _gathered_later(jaxpr: Any, of_weights: dict[Any, int]) -> set[int]:
