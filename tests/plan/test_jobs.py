@@ -380,3 +380,25 @@ def test_weights_in_bfloat16_take_half() -> None:
 def test_a_mesh_that_splits_sequences_cannot_generate(tiny: Run) -> None:
     with pytest.raises(UserError, match="splits sequences"):
         programs_of(GENERATE, tiny.model, laid(tiny, {"context": 2}, real=False))
+
+
+def test_weights_that_are_copied_into_another_order(tiny: Run) -> None:
+    run = override(tiny, SIZES)
+    model = run.model
+
+    def relaid(job: Any, mesh: dict[str, int], platform: str) -> float:
+        *_, program = programs_of(job, model, laid(run, mesh, real=False))
+        return work_of_program(program, Accelerator(platform))[1].relaid
+
+    # On GPUs what is gathered along its last dimension: outputs of attention and FFN, and the head,
+    # block by block.
+    heads = model.num_heads * model.head_dim
+    rows = model.num_layers * (heads + model.ffn_dim) + model.vocab_size
+    stacks = 4 * rows * model.d_model / 2
+    assert relaid(EVALUATE, {"fsdp": 2}, "cuda") == stacks
+    assert relaid(EVALUATE, {"fsdp": 2}, "tpu") == relaid(EVALUATE, {"tensor": 2}, "cuda") == 0
+    # On TPUs keys and values, where a device works with one head of those that it has.
+    assert (model.num_kv_heads, model.num_heads) == (2, 4)
+    whole = 2 * 4 * model.num_layers * model.d_model * model.num_kv_heads * model.head_dim
+    assert relaid(GENERATE, {"tensor": 4}, "tpu") == whole
+    assert relaid(GENERATE, {"tensor": 2}, "tpu") == relaid(GENERATE, {"tensor": 4}, "cuda") == 0
