@@ -132,3 +132,27 @@ def test_masks_and_a_teacher_take_what_is_planned(arguments):
     check(facts)
     check_bytes(facts)
     assert facts["memory_gib"]["required"] == pytest.approx(facts["plan"]["memory_gib"], rel=0.2)
+
+
+JOBS = [("afm-server", "v4:1024"), ("llama3-70b", "h100:8")]
+
+
+@pytest.mark.parametrize(("recipe", "on"), JOBS)
+@pytest.mark.parametrize("job", ["evaluate", "generate"])
+def test_jobs_after_training_fit_as_planned(recipe, on, job):
+    # Layers are written out where tokens are generated, which takes more than 5 GB to compile.
+    asked = ["compile", recipe, "--on", on, "--job", job, "--memory-limit", "8", "--json"]
+    answer = process(*asked, timeout=1800)
+    assert answer.code == 0, answer.err
+    facts = json.loads(answer.out)
+    assert facts["fits"]
+    names = ["batch"] if job == "evaluate" else ["prefill", "token"]
+    assert [program["name"] for program in facts["programs"]] == names
+    for program in facts["programs"]:
+        memory, plan = program["memory_gib"], program["plan"]
+        print(recipe, on, program["name"], json.dumps({"memory": memory, "plan": plan}))
+        assert memory["required"] == pytest.approx(plan["memory_gib"], rel=0.1)
+        assert not program["untimed"] and all(row["axes"] for row in program["collectives"])
+        for axis, planned in plan["bytes"].items():
+            assert program["bytes"][axis] == pytest.approx(planned, rel=0.1, abs=2**20), axis
+        assert program["compiler"]["resident_gib"] < 7

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from test_hlo import megascale, straight
+from test_hlo import megascale, module, straight
 
 from braeburn.config import override
 from braeburn.errors import UserError
@@ -255,3 +255,86 @@ def test_too_few_chips(child, tmp_path):
     answers.append(known | {"required_gib": 342.0, "available_gib": 15.75})
     answer = braeburn("compile", "llama2-7b", "--on", "v5e:4")
     assert answer.code == 1 and "would fit on v5e:" in answer.out
+
+
+def loop_of_tokens(*lines):
+    """A program that is one loop, of a length that nothing tells."""
+    body = (
+        "%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128])",
+        "%p = (s32[], bf16[8,128]) parameter(0)",
+        "%i = s32[] get-tuple-element(%p), index=0",
+        "%x = bf16[8,128]{1,0} get-tuple-element(%p), index=1",
+        *lines,
+        "ROOT %t = (s32[], bf16[8,128]) tuple(%i, %x)",
+    )
+    condition = (
+        "%condition (p.1: (s32[], bf16[8,128])) -> pred[]",
+        "%p.1 = (s32[], bf16[8,128]) parameter(0)",
+        "ROOT %go = pred[] custom-call(%p.1)",
+    )
+    entry = (
+        "ENTRY %main (s: (s32[], bf16[8,128])) -> (s32[], bf16[8,128])",
+        "%s = (s32[], bf16[8,128]) parameter(0)",
+        "ROOT %w = (s32[], bf16[8,128]) while(%s), condition=%condition, body=%body",
+    )
+    return module(entry, body, condition)
+
+
+def test_the_programs_of_a_job_are_compiled_one_by_one(child, tmp_path):
+    answers, asked = child
+    gather = (
+        "%g = bf16[8,1024]{1,0} all-gather(%x), replica_groups=mesh['tensor'=8] {'tensor'}, "
+        "dimensions={1}"
+    )
+    folders = [tmp_path / "prefill", tmp_path / "token"]
+    for folder in folders:
+        folder.mkdir()
+    answers.append(answered(folders[0], straight(gather.replace("%x", "%p")), {"tensor": 8}))
+    answers.append(answered(folders[1], loop_of_tokens(gather), {"tensor": 8}))
+    sizes = ["--mesh", "tensor=8", "--batch", "4", "--dtype", "bf16"]
+    on = ["compile", "llama3-8b", "--on", "h100:8", "--job", "generate", *sizes]
+    answer = braeburn(*on, "--json")
+    assert answer.code == 0, answer.err
+    facts = json.loads(answer.out)
+    assert facts["fits"] and facts["mesh_option"] == "tensor=8"
+    assert [program["name"] for program in facts["programs"]] == ["prefill", "token"]
+    assert [each["program"] for each in asked] == ["prefill", "token"]
+    for each in asked:
+        assert each["job"] == "generate" and each["mesh"]["tensor"] == 8
+        assert each["settings"]["batch"] == 4 and each["settings"]["dtype"] == "bfloat16"
+    # One round of the loop, as the plan has it.
+    token = facts["programs"][1]
+    assert token["rounds"] == 255 and token["bytes"] == {"tensor": 2 * 8 * 1024}
+    assert token["plan"]["memory_gib"] > 0 and token["plan"]["bytes"]["tensor"] > 0
+    text = braeburn(*on).out
+    assert "token, which runs 255 times, fits: 20.00 GiB of 74.00 on each chip" in text
+
+
+def test_a_job_that_does_not_fit_is_told_with_what_would(child, tmp_path):
+    answers, _ = child
+    known = answered(tmp_path, straight(), {"fsdp": 8})
+    del known["memory"], known["program"]
+    answers.append(known | {"required_gib": 80.0, "available_gib": 74.0})
+    on = ["compile", "llama3-8b", "--on", "h100:8", "--job", "evaluate", "--mesh", "fsdp=8"]
+    answer = braeburn(*on)
+    assert answer.code == 1 and "batch, which runs 4 times, does not fit: 80.00 GiB" in answer.out
+    assert "would fit on h100:8" in answer.out and "\n--mesh fsdp=" in answer.out
+
+
+def test_an_export_has_nothing_to_compile():
+    answer = braeburn("compile", "afm-server", "--on", "v4:1024", "--job", "export")
+    assert answer.code == 0 and "runs no program on v4:1024" in answer.out
+    facts = json.loads(
+        braeburn("compile", "afm-server", "--on", "v4:1024", "--job", "export", "--json").out
+    )
+    assert facts["fits"] and facts["programs"] == []
+
+
+def test_what_is_wrong_with_a_job_is_said_before_compiling(child):
+    on = ["compile", "llama3-8b", "--on", "h100:8"]
+    error = braeburn(*on, "--job", "generate", "--mesh", "context=8").error
+    assert "--mesh context=8 splits sequences" in error
+    error = braeburn(*on, "--job", "evaluate", "--mesh", "fsdp=3").error
+    assert "cannot be split into 3 equal parts" in error
+    assert "--batch is of --job generate" in braeburn(*on, "--batch", "3").error
+    assert not child[1]

@@ -154,6 +154,16 @@ def test_a_loop_of_unknown_length_is_named(text):
         computing(parse(text), V5P)
 
 
+def test_a_loop_that_is_told_when_to_stop_counts_one_round():
+    """As where tokens are written; a loop within another is none of these."""
+    text = loop(CARRIED, after="%add.2, %y, %add.2")
+    one_round = dataclasses.replace(parse(text), one_round=True)
+    assert computing(one_round, V5P).seconds == pytest.approx(1000 / CLOCK)
+    within = dataclasses.replace(parse(called(text)), one_round=True)
+    with pytest.raises(UserError, match=r"whose length cannot be told"):
+        computing(within, V5P)
+
+
 def called(text):
     """The same program with its loop in a computation that a call runs, as XLA's CPU compiler has
     it from JAX 0.12.
@@ -445,9 +455,11 @@ def test_time_on_gpus():
     other = ("%other (q: bf16[64,32]) -> bf16[64,32]", "ROOT %q = bf16[64,32]{1,0} parameter(0)")
     found = computing(parse(module(main, fused, other)), H100)
     peak, pairs = 989e12, 4 * 32 * 4096 * 4096 * 128
+    # So small products wait for their bytes: operands of bf16, a result of float32.
+    moved = 2 * (64 * 32 + 32 * 16) + 4 * 64 * 16
     products, attention = (
-        2 * 2 * 64 * 16 * 32 / (peak * 0.72),
+        2 * max(2 * 64 * 16 * 32 / (peak * 0.72), moved / (3350e9 * 0.5)),
         [2 * pairs / (peak * 0.5), 5 * pairs / (peak * 0.5)],
     )
     assert [k.seconds for k in found.kernels] == pytest.approx(attention)
-    assert found.seconds == pytest.approx(77.5e-6 + products + sum(attention))
+    assert found.seconds == pytest.approx(77.5e-6 + products + sum(attention), rel=1e-9)

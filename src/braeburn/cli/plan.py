@@ -3,13 +3,31 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from braeburn.cli.options import AsJson, ChipsFile, On, Recipe, Set
+from braeburn.cli.options import (
+    AsJson,
+    Batch,
+    ChipsFile,
+    Dtype,
+    ExportFormat,
+    GgufType,
+    HostMemory,
+    Job,
+    NewTokens,
+    On,
+    PromptTokens,
+    ReadSpeed,
+    Recipe,
+    Set,
+    TextTokens,
+    WindowTokens,
+    WriteSpeed,
+)
 from braeburn.cli.output import print_json, print_rows
-from braeburn.cli.resolve import checked_stage, on_target, resolve
+from braeburn.cli.resolve import checked_stage, on_target, parse_mesh, resolve
 from braeburn.errors import UserError
 
 commands = typer.Typer()
@@ -72,17 +90,34 @@ def plan(
     ] = None,  # --on takes several
     assignments: Set = None,
     stage: Annotated[
-        str | None, typer.Option(metavar="S", help="One stage of the recipe; all by default.")
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="One stage of the recipe; all by default. Of a job after training, the stage that "
+            "it comes after; the last by default.",
+        ),
     ] = None,
+    job: Job = "train",
+    tokens: TextTokens = None,
+    sequence_length: WindowTokens = None,
+    batch: Batch = None,
+    prompt_tokens: PromptTokens = None,
+    max_new_tokens: NewTokens = None,
+    format: ExportFormat = None,  # noqa: A002
+    dtype: Dtype = None,
+    type_: GgufType = None,
+    host_memory_gb: HostMemory = None,
+    read_gb_per_s: ReadSpeed = None,
+    write_gb_per_s: WriteSpeed = None,
     layouts: Annotated[
         int, typer.Option(min=1, metavar="N", help="Layouts to show of each stage.")
     ] = 5,
     verify: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0, metavar="N", help="Compile the best N of each stage and rank them anew."
         ),
-    ] = 0,
+    ] = None,
     failures_per_chip_hour: Annotated[
         float | None,
         typer.Option(
@@ -102,8 +137,39 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Rank the layouts of a recipe on hardware by memory, time, MFU, cost, energy and goodput."""
+    from braeburn.plan.jobs import TRAIN, check_job, job_of
+
+    settings = {
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "format": format,
+        "dtype": dtype,
+        "type": type_,
+        "host_memory_gb": host_memory_gb,
+        "read_gb_per_s": read_gb_per_s,
+        "write_gb_per_s": write_gb_per_s,
+    }
+    of_training = {
+        "verify": verify,
+        "failures_per_chip_hour": failures_per_chip_hour,
+        "checkpoint_seconds": checkpoint_seconds,
+        "restart_seconds": restart_seconds,
+        "html": html,
+    }
+    check_job(job, settings, of_training)
     runs = [on_target(recipe, text, assignments, extra)[:2] for text in [*on, *(more or [])]]
     stages = [checked_stage(recipe, runs[0][0], stage)] if stage else list(runs[0][0].stages)
+    if job != TRAIN:
+        from braeburn.plan.job_ranking import compare_jobs
+        from braeburn.plan.job_table import job_tables
+
+        after = stages[-1] if stages else ""
+        found = compare_jobs(recipe, runs, after, job_of(job, runs[0][0], after, settings))
+        _show(found, list(job_tables(found, layouts)), as_json)
+        return
     from braeburn.hardware.catalogue import catalogue
     from braeburn.plan.page import write
     from braeburn.plan.program import ranked_by_compiling
@@ -118,19 +184,33 @@ def plan(
     failures = {name: value for name, value in given.items() if value is not None}
     ranking = {"ranked": ranked_by_compiling(verify, extra)} if verify else {}
     plan = compare(recipe, runs, catalogue(extra), stages, failures, **ranking)
+    if html and _planned(plan):
+        write(plan, html)
+    _show(plan, list(tables(plan, layouts)), as_json)
+
+
+def _planned(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The targets of a plan on which something fits."""
+    return [target for target in plan["targets"] if not target["refused"]]
+
+
+def _show(plan: dict[str, Any], tables: list[Any], as_json: bool) -> None:
+    """Prints a plan.
+
+    Raises:
+        UserError: every target is refused.
+    """
     refused = [
         f"{target['target']}: {target['refused']}"
         for target in plan["targets"]
         if target["refused"]
     ]
-    if len(refused) == len(runs):
+    if not _planned(plan):
         raise UserError("; ".join(refused))
-    if html:
-        write(plan, html)
     if as_json:
         print_json(plan)
         return
-    for title, rows, align in tables(plan, layouts):
+    for title, rows, align in tables:
         print(title)
         print_rows(rows, align)
         print()
@@ -142,8 +222,22 @@ def compile_(
     recipe: Recipe,
     on: On,
     stage: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the recipe's; the first without it.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of the recipe's; the first without it. Of a job after training, the stage that "
+            "it comes after; the last without it.",
+        ),
     ] = None,
+    job: Job = "train",
+    tokens: TextTokens = None,
+    sequence_length: WindowTokens = None,
+    batch: Batch = None,
+    prompt_tokens: PromptTokens = None,
+    max_new_tokens: NewTokens = None,
+    format: ExportFormat = None,  # noqa: A002
+    dtype: Dtype = None,
+    type_: GgufType = None,
     mesh: Annotated[
         str | None,
         typer.Option(
@@ -166,8 +260,33 @@ def compile_(
     ] = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a train step for absent hardware: does it fit, how fast, what crosses which link."""
+    """Compile a train step, or a job after training, for absent hardware: does it fit, how fast."""
+    from braeburn.plan.jobs import TRAIN, check_job
+
+    settings = {
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "format": format,
+        "dtype": dtype,
+        "type": type_,
+    }
+    check_job(job, settings, {})
     base, _ = resolve(recipe, assignments)
+    if job != TRAIN:
+        if stage:
+            checked_stage(recipe, base, stage)
+        after = stage or next(reversed(base.stages), "")
+        run, target, _ = on_target(recipe, on, assignments, extra)
+        facts = _compile_job(
+            (run, after, target), (job, settings), mesh, fix, (extra, memory_limit)
+        )
+        _show_compiled(facts, as_json)
+        if not facts["fits"]:
+            raise typer.Exit(1)
+        return
     stage = checked_stage(recipe, base, stage or next(iter(base.stages)))
     path = f"stages.{stage}.mesh" if base.stages[stage].mesh else "mesh"
     sizes = [f"{path}.{part.strip()}" for part in mesh.split(",")] if mesh else []
@@ -192,3 +311,72 @@ def compile_(
             print_rows(rows)
     if not compiled.fits or compiled.offenders:
         raise typer.Exit(1)
+
+
+def _compile_job(
+    where: tuple[Any, str, Any],
+    what: tuple[str, dict[str, Any]],
+    mesh: str | None,
+    fix: bool,
+    how: tuple[Path | None, float],
+) -> dict[str, Any]:
+    """What the compiler says of the programs of a job after training.
+
+    Args:
+        where: the run, the stage after which the job works on its model, and the target.
+        what: the name of the job, and its settings by the names of options.
+        mesh: as the command line has it; None for the best by the plan.
+        fix: whether to compile what the plan says would fit, where this does not.
+        how: a catalogue of the user's, and what compiling may take of this machine's memory, in GB.
+    """
+    from braeburn.plan.jobs import Export, JobOn, job_of
+
+    run, after, target = where
+    name, settings = what
+    chips, memory_gb = how
+    job = job_of(name, run, after, settings)
+    facts: dict[str, Any] = {
+        "recipe": run.name,
+        "job": name,
+        "stage": after,
+        "target": str(target),
+        "settings": dataclasses.asdict(job),
+    }
+    if isinstance(job, Export):
+        # Weights go from the disk to the files by way of the host alone.
+        return facts | {"fits": True, "programs": [], "mesh": {}}
+    from braeburn.plan.child import check_compiler
+    from braeburn.plan.job_compilation import compile_job, job_mesh, meshes_that_fit
+
+    check_compiler(target)
+    placed = JobOn(job, run, after, target)
+    candidate = job_mesh(placed, parse_mesh(mesh))
+    shown = candidate.mesh_option
+    print(f"compiling {name} of {run.name} for {target}, {shown} ...", file=sys.stderr, flush=True)
+    compiled = list(compile_job(placed, candidate, chips, memory_gb))
+    facts |= {
+        "mesh": candidate.sizes.sizes,
+        "mesh_option": shown,
+        "fits": all(program.fits for program in compiled),
+        "programs": [program.summary() for program in compiled],
+    }
+    if not facts["fits"]:
+        facts["changes"] = meshes_that_fit(placed, verify=fix, chips=chips, memory_gb=memory_gb)
+    return facts
+
+
+def _show_compiled(facts: dict[str, Any], as_json: bool) -> None:
+    """Prints what the compiler says of the programs of a job."""
+    from braeburn.plan.report import job_report
+
+    if as_json:
+        print_json(facts)
+    elif facts["job"] == "export":
+        print(
+            f"export runs no program on {facts['target']}: it streams the checkpoint through the "
+            f"memory of one host, so there is nothing to compile; `braeburn plan --job export` "
+            f"says what it takes"
+        )
+    else:
+        for rows in job_report(facts):
+            print_rows(rows)

@@ -88,12 +88,24 @@ def evaluation_batches(
 
     found = list(spans(tokens, length, stride))
     whole = sum(padded_length(span.stop - span.start, length, pieces) == length for span in found)
-    most = min(max(1, batch_tokens // length), power_of_two(whole))
-    size = -(-most // sequences) * sequences
+    size = batch_rows(length, whole, batch_tokens, sequences)
     return Batches(
         itertools.chain(batched(rows(True), size), batched(rows(False), sequences)),
         -(-whole // size) + -(-(len(found) - whole) // sequences),
     )
+
+
+def batch_rows(length: int, whole: int, batch_tokens: int, sequences: int) -> int:
+    """Sequences of a batch of whole windows.
+
+    Args:
+        length: of a window, in tokens.
+        whole: windows of that length that there are.
+        batch_tokens: the most in a batch, unless the fewest windows have more.
+        sequences: what the number is a multiple of.
+    """
+    most = min(max(1, batch_tokens // length), power_of_two(whole))
+    return -(-most // sequences) * sequences
 
 
 def padded_length(tokens: int, length: int, pieces: int = 1) -> int:

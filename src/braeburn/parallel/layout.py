@@ -35,12 +35,12 @@ class Layout:
 
     Attributes:
         execution: how the model is carried out: resolved sizes of the mesh, rules and more.
-        mesh: its devices.
+        mesh: its devices; abstract for programs that are only traced.
         specs: tree of the parameters' specs, each with `axes`, `shape` and `role`.
     """
 
     execution: Execution
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
     specs: Tree
 
     @property

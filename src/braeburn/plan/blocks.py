@@ -40,7 +40,7 @@ from braeburn.objectives import distillation
 from braeburn.objectives.definition import objective_of, text_loss
 from braeburn.parallel.collectives import CONTEXT
 from braeburn.parallel.rules import Kind, mesh_axes
-from braeburn.plan.graph import total_collectives
+from braeburn.plan.graph import common_and_carried, total_collectives
 from braeburn.plan.trace import (
     REMATERIALIZED,
     Policy,
@@ -434,7 +434,7 @@ def programs(shapes: Shapes) -> Programs:
             if equation not in loops:
                 return None
             made.extend(inputs[index] for index in prepared[equation])
-            first, count = _common_and_carried(equation)
+            first, count = common_and_carried(equation)
             states = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in equation.outvars[count:]]
             return [*inputs[first : first + count], *states]
 
@@ -449,17 +449,7 @@ def programs(shapes: Shapes) -> Programs:
 
 def _first_stacked(equation: Any) -> int:
     """The first input of a loop that differs between its rounds."""
-    return sum(_common_and_carried(equation))
-
-
-def _common_and_carried(equation: Any) -> tuple[int, int]:
-    """How many inputs of a loop all rounds have in common, and how many one hands to the next."""
-    params = equation.params
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    # From JAX 0.12 on.
-    common, carried, _ = params["ft_in"].unpack()
-    return len(common), len(carried)
+    return sum(common_and_carried(equation))
 
 
 def _loops(
@@ -524,7 +514,7 @@ def _blocks(equation: Any, flags: list[bool], wrap: Callable, marker: int) -> li
         marker: see `flatten`.
     """
     params, body = equation.params, equation.params["jaxpr"]
-    first, count = _common_and_carried(equation)
+    first, count = common_and_carried(equation)
     constants = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
     index_of = {var: index for index, var in enumerate(body.jaxpr.invars)}
     equations = list(_layers(body.jaxpr))

@@ -71,7 +71,12 @@ def check_compiler(target: Target) -> None:
 
 
 def compile_in_child(
-    run: Run, stage: str, target: Target, chips: Path | None, memory_gb: float
+    run: Run,
+    stage: str,
+    target: Target,
+    chips: Path | None,
+    memory_gb: float,
+    of_job: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The answer of `compiler.compile_request` for a stage of a run on a target.
 
@@ -81,6 +86,8 @@ def compile_in_child(
         target: of TPUs or NVIDIA GPUs; none of them needs to be there.
         chips: a catalogue of the user's.
         memory_gb: what the compiler may take of this machine's memory.
+        of_job: "job", "settings", "mesh" and "program" of a job after training; None for the train
+            step.
 
     Raises:
         UserError: there is no compiler for the chip or it is not installed, the mesh does not fit,
@@ -93,7 +100,9 @@ def compile_in_child(
     cache.mkdir(parents=True, exist_ok=True)
     paths = {"chips": str(chips.resolve()) if chips else None, "cache": str(cache)}
     request = {"run": run.model_dump(mode="json"), "stage": stage, "target": str(target), **paths}
-    log = cache / f"{run.name}-{stage}-{target}.log".replace(":", "-").replace("/", "-")
+    request |= of_job or {}
+    what = "-".join([stage, *([of_job["job"], of_job["program"]] if of_job else [])])
+    log = cache / f"{run.name}-{what}-{target}.log".replace(":", "-").replace("/", "-")
     return _ask([sys.executable, "-m", "braeburn.plan.compiler"], request, log, memory_gb)
 
 

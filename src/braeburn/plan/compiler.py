@@ -1,4 +1,5 @@
-"""The child process of `braeburn compile`: one train step, compiled for devices that are not there.
+"""The child process of `braeburn compile`: one train step, or one program of a job after training,
+compiled for devices that are not there.
 
 `python -m braeburn.plan.compiler` reads a request, a JSON object, from standard input and writes
 the answer as the last line of standard output.
@@ -13,6 +14,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,12 +24,14 @@ import jax
 from jax.experimental.topologies import TopologyDescription, get_topology_desc
 
 from braeburn.atomic import write_atomically
-from braeburn.config import validate
+from braeburn.config import MeshConfig, Run, validate
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import catalogue
 from braeburn.hardware.targets import Target, parse_target
 from braeburn.parallel.layout import Layout
 from braeburn.plan.cost import online_teacher
+from braeburn.plan.job_programs import job_layout, programs_of
+from braeburn.plan.jobs import JOBS, model_after
 from braeburn.train.compiler_flags import options
 from braeburn.train.resolved import resolve_stage
 from braeburn.train.stages import lower_stage
@@ -89,11 +93,13 @@ def _description(target: Target) -> str:
 
 
 def compile_request(request: dict[str, Any]) -> dict[str, Any]:
-    """Compiles, or finds in the cache, the train step that a request is for.
+    """Compiles, or finds in the cache, the train step that a request is for, or a program of a job
+    after training.
 
     Args:
         request: "run", "stage", "target", "chips" (a catalogue of the user's, or None) and "cache"
-            (a folder).
+            (a folder); of a job after training also "job" (its name), "settings", "mesh" (resolved
+            sizes) and "program" (its name).
 
     Returns:
         "program", the path of the HLO text, with the compiler's "memory" in GiB; or "required_gib"
@@ -107,20 +113,13 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     chips = catalogue(Path(request["chips"])) if request["chips"] else None
     target = parse_target(request["target"], chips)
     devices = topology(target).devices
-    stage = resolve_stage(run, request["stage"], devices)
-    layout = stage.layout
-    lowered = lower_stage(stage.with_teacher(online_teacher(run, request["stage"])))
+    lower = _lowered_program if request.get("job") else _lowered_step
+    lowered, of_layout = lower(run, request, devices)
     flags: dict[str, Any] = options(target.facts.flags)
     packages = ["jax", "jaxlib", "libtpu" if target.facts.family == "tpu" else "jax-cuda13-pjrt"]
     if target.facts.family == "nvidia":
         flags["xla_gpu_collect_cost_model_stats"] = True
-    facts = {
-        "versions": {name: version(name) for name in packages},
-        "flags": flags,
-        "mesh": layout.sizes.sizes,
-        "gradient_bytes": _gradient_bytes(layout, 1),
-        "padded_gradient_bytes": _gradient_bytes(layout, LANES),
-    }
+    facts = {"versions": {name: version(name) for name in packages}, "flags": flags, **of_layout}
     identity = json.dumps([FORMAT, lowered.as_text(), str(target), facts["versions"], flags])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
     answer, cached = cache / f"{fingerprint}.json", True
@@ -130,6 +129,35 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
             answer, json.dumps(_compiled(lowered, flags, cache / f"{fingerprint}.hlo"))
         )
     return {**facts, **json.loads(answer.read_text()), "fingerprint": fingerprint, "cached": cached}
+
+
+def _lowered_step(
+    run: Run, request: dict[str, Any], devices: Sequence[Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The train step of a request, and what is told of its layout."""
+    stage = resolve_stage(run, request["stage"], devices)
+    layout = stage.layout
+    lowered = lower_stage(stage.with_teacher(online_teacher(run, request["stage"])))
+    return lowered, {
+        "mesh": layout.sizes.sizes,
+        "gradient_bytes": _gradient_bytes(layout, 1),
+        "padded_gradient_bytes": _gradient_bytes(layout, LANES),
+    }
+
+
+def _lowered_program(
+    run: Run, request: dict[str, Any], devices: Sequence[Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The program of a job after training that a request names, and the mesh."""
+    job = JOBS[request["job"]](**request["settings"])
+    model = model_after(run, request["stage"])[0]
+    sizes = MeshConfig.model_validate(request["mesh"])
+    layout = job_layout(run, model, sizes, devices[: math.prod(sizes.sizes.values())])
+    (program,) = [
+        program for program in programs_of(job, model, layout) if program.name == request["program"]
+    ]
+    lowered = jax.jit(program.function, donate_argnums=program.given_up).lower(*program.arguments)
+    return lowered, {"mesh": sizes.sizes}
 
 
 def _gradient_bytes(layout: Layout, lanes: int) -> int:

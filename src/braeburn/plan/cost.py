@@ -3,6 +3,7 @@ or measured.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from braeburn.config import (
     ShardingRules,
 )
 from braeburn.errors import UserError
-from braeburn.hardware.catalogue import Confidence, weakest
+from braeburn.hardware.catalogue import Chip, Confidence, weakest
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors
@@ -462,17 +463,56 @@ def estimate(run: Run, name: str, target: Target) -> Estimate:
     return estimate_work(work, target, Links(target, work.mesh))
 
 
+def memory_bandwidth(chip: Chip) -> float:
+    """Bytes that the memory of a device moves in a second by its specification; infinite where that
+    is unknown.
+    """
+    figure = chip.memory_gb_per_s
+    return (figure.value if figure else math.inf) * 1e9 / chip.devices_per_chip
+
+
+def timed(
+    asked: Iterable[CollectiveTotal], sizes: MeshConfig, target: Target, links: Links
+) -> tuple[list[tuple[CollectiveTotal, str, float | None]], float]:
+    """Collectives as they are compiled, each with its link and its seconds.
+
+    Args:
+        asked: of the traced program.
+        sizes: of the mesh.
+        target: the chips.
+        links: of the mesh on them.
+
+    Returns:
+        The collectives, None for seconds where the link's speed is unknown; and of all seconds
+        those that pass beside computing.
+    """
+    efficiency = EFFICIENCY[target.facts.family]
+    found: list[tuple[CollectiveTotal, str, float | None]] = []
+    hidden = 0.0
+    for each in asked:
+        total = _as_compiled(each, sizes, target)
+        axes = (total.axis,)
+        once = links.seconds(total.kind, total.bytes / total.times, axes)
+        spent = None if once is None else once * total.times
+        found.append((total, links.name(axes), spent))
+        # A layer's weights from another slice are sent and received in that layer, which waits for
+        # them.
+        early = total.what == "weights" and (
+            links.name(axes) != "DCN" or total.kind == "all-reduce"
+        )
+        hidden += (spent or 0.0) * (
+            efficiency.weights_hidden if early else efficiency.tokens_hidden
+        )
+    return found, hidden
+
+
 def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
     """As `estimate`, of a mesh that is known to divide the stage, laid over links."""
     chip, stage, model = target.facts, work.stage, work.model
     peak, room = chip.peak_flops, chip.device_memory_gib
     assert peak and room  # the catalogue refuses chips without them
     efficiency = EFFICIENCY[chip.family]
-    bandwidth = (
-        (chip.memory_gb_per_s.value if chip.memory_gb_per_s else math.inf)
-        * 1e9
-        / chip.devices_per_chip
-    )
+    bandwidth = memory_bandwidth(chip)
     seconds = {
         "matrix": work.matrix_flops / (peak * efficiency.matrix),
         "attention": work.attention_flops(efficiency.tile, efficiency.backward)
@@ -493,20 +533,9 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         copies = CollectiveTotal("host", "copy", offloaded, 1, "weights")
         collectives.append((copies, "PCIe", spent))
         hidden += (spent or 0.0) * efficiency.weights_hidden
-    for asked in work.collective_totals():
-        total = _as_compiled(asked, work.mesh, target)
-        axes = (total.axis,)
-        once = links.seconds(total.kind, total.bytes / total.times, axes)
-        spent = None if once is None else once * total.times
-        collectives.append((total, links.name(axes), spent))
-        # A layer's weights from another slice are sent and received in that layer, which waits for
-        # them.
-        early = total.what == "weights" and (
-            links.name(axes) != "DCN" or total.kind == "all-reduce"
-        )
-        hidden += (spent or 0.0) * (
-            efficiency.weights_hidden if early else efficiency.tokens_hidden
-        )
+    over_links, beside = timed(work.collective_totals(), work.mesh, target, links)
+    collectives += over_links
+    hidden += beside
     compute, communication = sum(seconds.values()), sum(spent or 0.0 for _, _, spent in collectives)
     step = max(compute, communication, compute + communication - hidden)
     flops = _flops_per_token(model, stage.sequence_length) * stage.batch_tokens

@@ -6,8 +6,8 @@ are replaced by what they do. Loops stay single operations, with the costs of al
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -47,6 +47,9 @@ _APART = {
 # Of these, operations that do nothing but move or add up elements, so that their time is that of
 # the memory.
 _MOVED = {"gather", "scatter", "scatter-add", "sort", "top_k", "cumsum", "dynamic_update_slice"}
+# Of these, operations that replace elements of their first operand, each with which operand has the
+# new ones.
+_REPLACING = {"scatter": 2, "scatter-add": 2, "dynamic_update_slice": 1}
 # Operations whose result has the elements of their operand.
 ALIASES = {"name", "reshape", "squeeze", "expand_dims", "copy", "optimization_barrier"}
 _OPAQUE = {"pallas_call", "ffi_call"}
@@ -140,6 +143,11 @@ class Node:
         return str(self.equation.primitive.name)
 
     @property
+    def opaque(self) -> bool:
+        """Whether it is a kernel, of which the program does not tell what it does."""
+        return self.name in _OPAQUE
+
+    @property
     def apart(self) -> bool:
         """Whether it reads and writes memory, and is not part of a fusion."""
         return self.name in _APART
@@ -165,13 +173,34 @@ def flatten(closed: Any, marker: int = 0) -> Graph:
     return _Flattening(marker).graph(closed.jaxpr)
 
 
+def flatten_by_origin(
+    jaxpr: Any, of_tokens: Sequence[bool], held: Callable[[Any], float] = lambda equation: 0.0
+) -> Graph:
+    """The graph of a program that was traced with the sizes that it runs with: what is worked out
+    of tokens counts as what grows with them, what is worked out of weights alone as fixed.
+
+    Args:
+        jaxpr: the program of one device, not closed.
+        of_tokens: of each of its inputs, whether it is tokens, or was worked out of them.
+        held: bytes that an opaque operation holds beside its operands and results.
+    """
+    return _ByOrigin(held).graph(jaxpr, of_tokens)
+
+
 class _Flattening:
+    # Whether there is no backward pass: see `live_bytes`.
+    forward_alone = False
+
     def __init__(self, marker: int):
         self.marker = marker
 
-    def value(self, aval: Any) -> Value:
+    def scales(self, count: int, sources: Sequence[Value]) -> bool:
+        """Whether an array of so many elements, made of other arrays, grows with the tokens."""
+        return not self.marker or (count % self.marker == 0 and count > 0)
+
+    def value(self, aval: Any, sources: Sequence[Value] = ()) -> Value:
         count = math.prod(aval.shape)
-        scales = not self.marker or (count % self.marker == 0 and count > 0)
+        scales = self.scales(count, sources)
         try:
             width = jnp.dtype(aval.dtype).itemsize
             floating = jnp.issubdtype(aval.dtype, jnp.floating)
@@ -184,10 +213,13 @@ class _Flattening:
             bool(floating),
         )
 
-    def graph(self, jaxpr: Any) -> Graph:
+    def graph(self, jaxpr: Any, of_tokens: Sequence[bool] | None = None) -> Graph:
         values: dict[Any, Value] = {}
         for var in (*jaxpr.constvars, *jaxpr.invars):
             values[var] = self.value(var.aval)
+        if of_tokens is not None:
+            for var, scales in zip(jaxpr.invars, of_tokens, strict=True):
+                values[var] = _sized(values[var], scales)
         nodes: list[Node] = []
         self.walk(jaxpr, values, nodes)
         return Graph(
@@ -202,9 +234,9 @@ class _Flattening:
     def walk(self, jaxpr: Any, values: dict[Any, Value], nodes: list[Node]) -> None:
         for equation in jaxpr.eqns:
             inputs = tuple(self.read(var, values) for var in equation.invars)
-            inner = _inlined(equation)
+            inner = inlined(equation)
             if inner is None:
-                outputs = tuple(self.value(var.aval) for var in equation.outvars)
+                outputs = tuple(self.value(var.aval, inputs) for var in equation.outvars)
                 values.update(zip(equation.outvars, outputs, strict=True))
                 nodes.append(self.node(equation, inputs, outputs))
                 continue
@@ -249,10 +281,10 @@ class _Flattening:
         Returns:
             The sum over all times, and what one time holds at most.
         """
-        graph = self.graph(body.jaxpr)
+        graph = self.body(equation, inputs, body)
         collectives = total_collectives(graph.nodes)
         nodes = needed(graph.nodes, graph.outputs)
-        held = live_bytes(nodes, graph.inputs, graph.outputs)
+        held = live_bytes(nodes, graph.inputs, graph.outputs, forward_alone=self.forward_alone)
         peak = max((size for _, size in held), default=Amount(), key=sum)
         return Node(
             equation,
@@ -264,26 +296,107 @@ class _Flattening:
             live=peak,
         )
 
+    def body(self, equation: Any, inputs: tuple[Value, ...], body: Any) -> Graph:
+        """The graph of what an equation runs."""
+        return self.graph(body.jaxpr)
+
     def flops(self, equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Amount:
-        name, params = equation.primitive.name, equation.params
-        shapes = [var.aval.shape for var in equation.invars]
-        if name == "dot_general":
-            (summed, _), _ = params["dimension_numbers"]
-            each = 2.0 * math.prod(shapes[0][dim] for dim in summed)
-        elif name in ("ragged_dot", "ragged_dot_general"):
-            each = 2.0 * shapes[0][-1]
-        elif name == "conv_general_dilated":
-            features = shapes[1][params["dimension_numbers"].rhs_spec[0]]
-            each = 2.0 * math.prod(shapes[1]) / features
-        else:
-            return Amount()
+        total = product_flops(equation)
         # A product summed over the tokens, as the gradient of a weight, grows with them too.
-        total = each * math.prod(equation.outvars[0].aval.shape)
         scales = any(value.count.scaled for value in (*inputs, *outputs))
         return Amount(0.0, total) if scales else Amount(total)
 
 
-def _inlined(equation: Any) -> Any:
+def product_flops(equation: Any) -> float:
+    """Of a matrix product; 0 of other operations."""
+    name, params = equation.primitive.name, equation.params
+    shapes = [var.aval.shape for var in equation.invars]
+    if name == "dot_general":
+        (summed, _), _ = params["dimension_numbers"]
+        each = 2.0 * math.prod(shapes[0][dim] for dim in summed)
+    elif name in ("ragged_dot", "ragged_dot_general"):
+        each = 2.0 * shapes[0][-1]
+    elif name == "conv_general_dilated":
+        features = shapes[1][params["dimension_numbers"].rhs_spec[0]]
+        each = 2.0 * math.prod(shapes[1]) / features
+    else:
+        return 0.0
+    return float(each * math.prod(equation.outvars[0].aval.shape))
+
+
+class _ByOrigin(_Flattening):
+    """What grows with the tokens is told by what it was worked out of."""
+
+    forward_alone = True
+
+    def __init__(self, held: Callable[[Any], float]):
+        super().__init__(0)
+        self.held = held
+
+    def scales(self, count: int, sources: Sequence[Value]) -> bool:
+        return any(source.count.scaled for source in sources)
+
+    def node(self, equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Node:
+        node = super().node(equation, inputs, outputs)
+        return replace(node, live=Amount(0.0, self.held(equation))) if node.opaque else node
+
+    def body(self, equation: Any, inputs: tuple[Value, ...], body: Any) -> Graph:
+        flags = [bool(value.count.scaled) for value in inputs]
+        name, params = equation.primitive.name, equation.params
+        if name == "while":
+            flags = flags[params["cond_nconsts"] :]
+            first, count = params["body_nconsts"], len(flags) - params["body_nconsts"]
+        elif name == "scan":
+            first, count = common_and_carried(equation)
+        else:
+            flags, first, count = flags[1:], 0, 0
+        # What one round hands to the next may come of tokens from the second round on.
+        if any(flags):
+            flags[first : first + count] = [True] * count
+        return self.graph(body.jaxpr, flags)
+
+
+def _sized(value: Value, scales: bool) -> Value:
+    """A value that grows with the tokens, or does not."""
+
+    def one(amount: Amount) -> Amount:
+        return Amount(0.0, sum(amount)) if scales else Amount(sum(amount))
+
+    return Value(one(value.bytes), one(value.count), value.floating)
+
+
+def common_and_carried(equation: Any) -> tuple[int, int]:
+    """How many inputs of a loop all rounds have in common, and how many one hands to the next."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # From JAX 0.12 on.
+    common, carried, _ = params["ft_in"].unpack()
+    return len(common), len(carried)
+
+
+def rounds(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Every operation of a program that is more than a call, with how often it runs.
+
+    Loops of unknown length count once; of branches all are counted.
+    """
+    for equation in jaxpr.eqns:
+        inner = inlined(equation)
+        params = equation.params
+        if inner is not None:
+            yield from rounds(inner, times)
+        elif equation.primitive.name == "scan":
+            yield from rounds(params["jaxpr"].jaxpr, times * params["length"])
+        elif equation.primitive.name == "while":
+            yield from rounds(params["body_jaxpr"].jaxpr, times)
+        elif equation.primitive.name == "cond":
+            for branch in params["branches"]:
+                yield from rounds(branch.jaxpr, times)
+        else:
+            yield equation, times
+
+
+def inlined(equation: Any) -> Any:
     """The jaxpr that an operation stands for; None where it is one of its own."""
     if equation.primitive.name in _APART | _OPAQUE:
         return None
@@ -423,11 +536,19 @@ def _in_memory(steps: Sequence[_Step], outputs: Iterable[Value], cheap: set[str]
     return written
 
 
-def element_wise_bytes(nodes: Sequence[Node], outputs: Iterable[Value]) -> Amount:
+def element_wise_bytes(
+    nodes: Sequence[Node], outputs: Iterable[Value], *, in_place: bool = False
+) -> Amount:
     """The fewest bytes that the element-wise work of some operations reads and writes.
 
     Each fusion reads what it needs once and writes its result. Matrix products, kernels and
     collectives read and write in their own time.
+
+    Args:
+        nodes: the operations.
+        outputs: of the program.
+        in_place: whether what replaces elements of an array takes its memory, so that only the new
+            elements are moved, as in a cache that is handed from round to round.
     """
     steps, array = _steps(nodes)
     written = _in_memory(steps, {array(value) for value in outputs}, _CHEAP)
@@ -437,7 +558,9 @@ def element_wise_bytes(nodes: Sequence[Node], outputs: Iterable[Value]) -> Amoun
     for node, inputs, made in steps:
         total = total + node.element_wise
         if node.apart:
-            if node.name in _MOVED:
+            if in_place and node.name in _REPLACING:
+                total = total + node.inputs[_REPLACING[node.name]].bytes * 2
+            elif node.name in _MOVED:
                 for value in made:
                     total = total + value.bytes * 2
             continue
@@ -453,7 +576,11 @@ def element_wise_bytes(nodes: Sequence[Node], outputs: Iterable[Value]) -> Amoun
 
 
 def live_bytes(
-    nodes: Sequence[Node], inputs: Iterable[Value], outputs: Iterable[Value]
+    nodes: Sequence[Node],
+    inputs: Iterable[Value],
+    outputs: Iterable[Value],
+    *,
+    forward_alone: bool = False,
 ) -> list[tuple[Node, Amount]]:
     """Each operation, and the bytes of the arrays that are held while it runs.
 
@@ -461,15 +588,28 @@ def live_bytes(
         nodes: the operations in order, all of them needed.
         inputs: values whose memory is counted elsewhere.
         outputs: others of this kind.
+        forward_alone: whether there is no backward pass, in which memory is so short that XLA
+            recomputes sums and products rather than hold them. Without one they are written where
+            several operations use them, and what a fusion reads is held until it ends.
     """
     steps, array = _steps(nodes)
     results = {array(value) for value in outputs}
-    written = _in_memory(steps, results, _RECOMPUTED)
+    written = _in_memory(steps, results, _CHEAP if forward_alone else _RECOMPUTED)
     elsewhere = results | {array(value) for value in inputs}
     last: dict[Value, int] = {}
+    # What a fusion has read by the time that it has made a value: it is held until the fusion ends.
+    sources: dict[Value, set[Value]] = {}
     for index, step in enumerate(steps):
+        read: set[Value] = set()
+        for value in step.inputs:
+            read |= {value} if value in written else sources.get(value, {value})
         for value in (*step.inputs, *step.outputs):
             last[value] = index
+        for value in step.outputs:
+            sources[value] = read
+            if forward_alone and value in written:
+                for each in read:
+                    last[each] = index
     ending: dict[int, list[Value]] = {}
     for value, index in last.items():
         ending.setdefault(index, []).append(value)

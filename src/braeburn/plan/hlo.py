@@ -118,12 +118,18 @@ class Execution:
 
 @dataclass(frozen=True)
 class Module:
-    """A compiled module: the instructions of each computation by its name, and the computation that
-    it begins with.
+    """A compiled module.
+
+    Attributes:
+        computations: the instructions of each by its name.
+        entry: the computation that it begins with.
+        one_round: whether a loop of unknown length in the entry computation counts as one round of
+            it, as where a program writes tokens until it is told to stop.
     """
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
+    one_round: bool = False
 
     def walk(self) -> Iterator[Execution]:
         """Every instruction that runs, in the order of the text within each computation.
@@ -140,7 +146,7 @@ class Module:
             if instruction.opcode == "while":
                 trips = self._trips(here)
                 here = replace(here, caller=None)
-                if trips is None:
+                if trips is None and not (self.one_round and place.computation == self.entry):
                     here = replace(here, endless=place.endless or instruction.name)
                 names, times = (
                     instruction.called("body", "condition"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from braeburn.hardware.catalogue import Chip
 from braeburn.plan.collectives import arrays
-from braeburn.plan.cost import EFFICIENCY
+from braeburn.plan.cost import EFFICIENCY, memory_bandwidth
 from braeburn.plan.hlo import Execution, Instruction, Module
 
 # What the compiler writes for a time that it does not know.
@@ -80,7 +80,9 @@ def computing(module: Module, chip: Chip) -> Computing:
             else:
                 total += run.times * instruction.cycles / clock
         elif chip.family == "nvidia":
-            total += run.times * _gpu_seconds(module, run, peak * efficiency.matrix)
+            total += run.times * _gpu_seconds(
+                module, run, peak * efficiency.matrix, memory_bandwidth(chip) * efficiency.memory
+            )
     found = [Kernel(name, calls, seconds) for name, (calls, seconds) in kernels.items()]
     untimed += [kernel.name for kernel in found if kernel.seconds is None]
     return Computing(total + sum(kernel.seconds or 0.0 for kernel in found), found, untimed)
@@ -124,22 +126,41 @@ def _reached(name: str, blocks: tuple[int, ...], queries: int, keys: int) -> flo
     return min(1.0, 1 / visited if name.endswith("dkv") else visited)
 
 
-def _gpu_seconds(module: Module, run: Execution, speed: float) -> float:
-    """Seconds of one instruction of a GPU program that runs by itself, its matrix products at
-    `speed` FLOP/s.
+def _gpu_seconds(module: Module, run: Execution, speed: float, bandwidth: float) -> float:
+    """Seconds of one instruction of a GPU program that runs by itself.
+
+    Args:
+        module: the program.
+        run: the instruction.
+        speed: FLOP/s of matrix products.
+        bandwidth: bytes/s at which they read their operands, which few rows wait for.
     """
     instruction, body = run.instruction, module.computations[run.computation]
     if "__cublas" in instruction.rest:
-        return _product_flops(instruction, body) / speed
+        return _product_seconds(instruction, body, speed, bandwidth)
     if instruction.opcode == "fusion":
         inner = module.computations[instruction.called("calls")[0]]
-        flops = sum(
-            _product_flops(found, inner) for found in inner.values() if found.opcode == "dot"
-        )
-        if flops:
-            return flops / speed
+        products = [found for found in inner.values() if found.opcode == "dot"]
+        if products:
+            return sum(_product_seconds(found, inner, speed, bandwidth) for found in products)
     microseconds = _SPEED_OF_LIGHT.search(instruction.rest)
     return float(microseconds[1]) / 1e6 if microseconds else 0.0
+
+
+def _product_seconds(
+    product: Instruction, body: Mapping[str, Instruction], speed: float, bandwidth: float
+) -> float:
+    """The longer of the time of a product's FLOPs and of that of its bytes."""
+    both = [array for name in product.arguments[:2] for array in arrays(body[name].type)[:1]]
+    (result, *_) = arrays(product.type)
+    moved = sum(_size(dtype, shape) for dtype, shape in [*both, result])
+    return max(_product_flops(product, body) / speed, moved / bandwidth)
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> float:
+    """Bytes of an array whose type is as HLO writes it, "bf16"."""
+    width = re.search(r"\d+", dtype)
+    return math.prod(shape) * (int(width[0]) if width else 8) / 8
 
 
 def _product_flops(product: Instruction, body: Mapping[str, Instruction]) -> float:

@@ -45,11 +45,13 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Compilation:
-    """What the compiler says of a train step.
+class Compiled:
+    """What the compiler says of a program.
 
     Attributes:
-        run: what was compiled, `stage` of it, for `target`.
+        run: whose model it is for.
+        stage: of the run.
+        target: that it is for.
         answer: of the child process, see `compiler.compile_request`.
     """
 
@@ -95,6 +97,103 @@ class Compilation:
         """What each chip computes."""
         return computing(self.module, self.target.facts)
 
+    @property
+    def mesh(self) -> MeshConfig:
+        """The mesh, resolved."""
+        return MeshConfig.model_validate(self.answer["mesh"])
+
+    @cached_property
+    def _across(self) -> tuple[MeshConfig, tuple[int, ...]]:
+        """The mesh, resolved, and how many slices each of its axes crosses."""
+        mesh = self.mesh
+        return mesh, across_slices(
+            mesh, self.target.slices if self.target.facts.family == "tpu" else 1
+        )
+
+    @cached_property
+    def transfers(self) -> list[Collective]:
+        """What leaves a slice of TPUs."""
+        mesh, across = self._across
+        return transfers(
+            self.module, tuple(axis for axis, n in zip(mesh.sizes, across, strict=True) if n > 1)
+        )
+
+    @cached_property
+    def traffic(self) -> list[Traffic]:
+        """Every collective by kind and axes, within slices and across, what moves most first."""
+        mesh, across = self._across
+        within = {
+            axis: size // part
+            for (axis, size), part in zip(mesh.sizes.items(), across, strict=True)
+        }
+        slices, each = math.prod(across), self.target.chips_per_slice
+        inside = Links(
+            replace(self.target, slices=self.target.slices // slices),
+            mesh.model_copy(update=within),
+        )
+        rows = _rows(collectives(self.module, within), inside, None)
+        if self.transfers:
+            rows += _rows(
+                self.transfers,
+                Links(self.target, MeshConfig(replica=slices, fsdp=each)),
+                ("replica",),
+            )
+        return sorted(rows, key=lambda row: -row.bytes)
+
+    @property
+    def interval(self) -> tuple[float, float | None]:
+        """Seconds of a step with all communication beside computing, and with none: None if a
+        link's speed is unknown.
+        """
+        compute, communication = (
+            self.computing.seconds,
+            sum(row.seconds or 0.0 for row in self.traffic),
+        )
+        unknown = any(row.seconds is None for row in self.traffic)
+        return max(compute, communication), None if unknown else compute + communication
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What is known of a program that was compiled whole."""
+        axes = [axis for axis, size in self.answer["mesh"].items() if size > 1]
+        return {
+            "compute_seconds": self.computing.seconds,
+            "kernels": [asdict(kernel) for kernel in self.computing.kernels],
+            "untimed": self.computing.untimed,
+            "collectives": [asdict(row) for row in self.traffic],
+            "bytes": {
+                axis: sum(row.bytes for row in self.traffic if row.axes == (axis,)) for axis in axes
+            },
+            "overlapped": self.interval[0],
+            "serial": self.interval[1],
+            "program": self.answer["program"],
+        }
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """GiB by part, with what is required and usable."""
+        return {
+            **self.answer.get("memory", {}),
+            "required": self.required_gib,
+            "usable": self.usable_gib,
+        }
+
+    @property
+    def effort(self) -> dict[str, Any]:
+        """What compiling took."""
+        return {key: self.answer[key] for key in EFFORT}
+
+
+@dataclass(frozen=True)
+class Compilation(Compiled):
+    """What the compiler says of the train step of a stage."""
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """The mesh of the stage, resolved."""
+        mesh = self.run.stages[self.stage].mesh or self.run.mesh
+        return mesh.model_copy(update=self.answer["mesh"])
+
     @cached_property
     def flop_bound(self) -> float:
         """Seconds of computing below which the peak does not allow: the models' products, attention
@@ -121,24 +220,6 @@ class Compilation:
         return flops * stage.batch_tokens / (self.target.devices * peak)
 
     @cached_property
-    def _across(self) -> tuple[MeshConfig, tuple[int, ...]]:
-        """The mesh, resolved, and how many slices each of its axes crosses."""
-        mesh = (self.run.stages[self.stage].mesh or self.run.mesh).model_copy(
-            update=self.answer["mesh"]
-        )
-        return mesh, across_slices(
-            mesh, self.target.slices if self.target.facts.family == "tpu" else 1
-        )
-
-    @cached_property
-    def transfers(self) -> list[Collective]:
-        """What leaves a slice of TPUs."""
-        mesh, across = self._across
-        return transfers(
-            self.module, tuple(axis for axis, n in zip(mesh.sizes, across, strict=True) if n > 1)
-        )
-
-    @cached_property
     def offenders(self) -> list[Collective]:
         """Of what leaves a slice, all that is not the sum of gradients."""
         allowed = self.answer["padded_gradient_bytes"] + SLACK
@@ -155,28 +236,6 @@ class Compilation:
                 sums = []
         return [t for t in self.transfers if t not in sums]
 
-    @cached_property
-    def traffic(self) -> list[Traffic]:
-        """Every collective by kind and axes, within slices and across, what moves most first."""
-        mesh, across = self._across
-        within = {
-            axis: size // part
-            for (axis, size), part in zip(mesh.sizes.items(), across, strict=True)
-        }
-        slices, each = math.prod(across), self.target.chips_per_slice
-        inside = Links(
-            replace(self.target, slices=self.target.slices // slices),
-            mesh.model_copy(update=within),
-        )
-        rows = _rows(collectives(self.module, within), inside, None)
-        if self.transfers:
-            rows += _rows(
-                self.transfers,
-                Links(self.target, MeshConfig(replica=slices, fsdp=each)),
-                ("replica",),
-            )
-        return sorted(rows, key=lambda row: -row.bytes)
-
     def summary(self) -> dict[str, Any]:
         """All that is known, as JSON has it."""
         plan, answer = estimate(self.run, self.stage, self.target), self.answer
@@ -187,11 +246,7 @@ class Compilation:
             "stage": self.stage,
             "mesh": answer["mesh"],
             "fits": self.fits,
-            "memory_gib": {
-                **answer.get("memory", {}),
-                "required": self.required_gib,
-                "usable": self.usable_gib,
-            },
+            "memory_gib": self.memory,
             "plan": {
                 "memory_gib": plan.total_gib,
                 "compute_seconds": plan.compute,
@@ -203,7 +258,7 @@ class Compilation:
                     for axis in axes
                 },
             },
-            "compiler": {key: answer[key] for key in EFFORT},
+            "compiler": self.effort,
         }
         if "memory" not in answer:
             return known
@@ -223,31 +278,10 @@ class Compilation:
         }
         return {
             **known,
-            "compute_seconds": self.computing.seconds,
+            **self.measured,
             "flop_bound_seconds": self.flop_bound,
-            "kernels": [asdict(kernel) for kernel in self.computing.kernels],
-            "untimed": self.computing.untimed,
-            "collectives": [asdict(row) for row in self.traffic],
-            "bytes": {
-                axis: sum(row.bytes for row in self.traffic if row.axes == (axis,)) for axis in axes
-            },
             "slices": slices if crossing else None,
-            "overlapped": self.interval[0],
-            "serial": self.interval[1],
-            "program": answer["program"],
         }
-
-    @property
-    def interval(self) -> tuple[float, float | None]:
-        """Seconds of a step with all communication beside computing, and with none: None if a
-        link's speed is unknown.
-        """
-        compute, communication = (
-            self.computing.seconds,
-            sum(row.seconds or 0.0 for row in self.traffic),
-        )
-        unknown = any(row.seconds is None for row in self.traffic)
-        return max(compute, communication), None if unknown else compute + communication
 
 
 def _rows(found: list[Collective], links: Links, axes: tuple[str, ...] | None) -> list[Traffic]:

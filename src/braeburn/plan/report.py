@@ -27,33 +27,72 @@ def report(facts: dict[str, Any]) -> Iterator[Rows]:
         ),
     ]
     if "compute_seconds" in facts:
-        parts = ("arguments", "temporaries", "program", "host")
-        yield [("",), ("memory", "GiB"), *((part, f"{memory[part]:,.2f}") for part in parts)]
+        yield _memory(memory)
         yield from _speed(facts, plan)
     if facts.get("slices"):
         yield from _slices(facts["slices"])
     for change in facts.get("changes", []):
-        verified = change["verified"]
-        said = (
-            "not compiled"
-            if verified is None
-            else "compiles and fits"
-            if verified
-            else "compiled: does not fit"
-        )
         values = (f"{path}={json.dumps(value)}" for path, value in change["assignments"].items())
         sets = " ".join(f"--set {shlex.quote(value)}" for value in values)
-        yield [
-            ("",),
-            (f"would fit on {change['target']}, {change['total_gib']:.2f} GiB ({said}):",),
-            (sets,),
-        ]
+        yield _change(change, sets)
     if not facts["fits"] and not facts["changes"]:
         yield [("",), ("the plan knows no layout and no number of these chips that would do",)]
+    yield _effort(compiler)
+
+
+def job_report(facts: dict[str, Any]) -> Iterator[Rows]:
+    """The tables of the programs of a job after training: of each its summary, see
+    `job_compilation.JobCompilation.summary`.
+    """
+    mesh = (
+        " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
+        or "one device"
+    )
+    yield [(f"{facts['job']} with {facts['recipe']} on {facts['target']}: {mesh}",)]
+    for program in facts["programs"]:
+        memory, plan = program["memory_gib"], program["plan"]
+        verdict = "fits" if program["fits"] else "does not fit"
+        yield [
+            ("",),
+            (
+                f"{program['name']}, which runs {program['rounds']:,} times, {verdict}: "
+                f"{memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each chip (the plan "
+                f"says {plan['memory_gib']:,.2f})",
+            ),
+        ]
+        if "compute_seconds" in program:
+            yield _memory(memory)
+            yield from _speed(program, plan)
+        yield _effort(program["compiler"])
+    for change in facts.get("changes", []):
+        yield _change(change, f"--mesh {change['mesh_option']}")
+    if not facts["fits"] and not facts["changes"]:
+        yield [("",), ("the plan knows no mesh and no number of these chips that would do",)]
+
+
+def _memory(memory: dict[str, Any]) -> Rows:
+    parts = ("arguments", "temporaries", "program", "host")
+    return [("",), ("memory", "GiB"), *((part, f"{memory[part]:,.2f}") for part in parts)]
+
+
+def _change(change: dict[str, Any], how: str) -> Rows:
+    """What would fit, and how it is asked for."""
+    said = {None: "not compiled", True: "compiles and fits", False: "compiled: does not fit"}
+    return [
+        ("",),
+        (
+            f"would fit on {change['target']}, {change['total_gib']:.2f} GiB "
+            f"({said[change['verified']]}):",
+        ),
+        (how,),
+    ]
+
+
+def _effort(compiler: dict[str, Any]) -> Rows:
     how = "found compiled before, then in" if compiler["cached"] else "compiled in"
     versions = ", ".join(f"{name} {version}" for name, version in compiler["versions"].items())
     took = f"{compiler['seconds']:.0f} s, {compiler['cpu_seconds']:.0f} of the processor"
-    yield [("",), (f"{how} {took}, {compiler['resident_gib']:.1f} GiB; {versions}",)]
+    return [("",), (f"{how} {took}, {compiler['resident_gib']:.1f} GiB; {versions}",)]
 
 
 def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
@@ -82,7 +121,11 @@ def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
         ("",),
         ("seconds of a step", "compiler", "plan"),
         ("computing", _seconds(facts["compute_seconds"]), _seconds(plan["compute_seconds"])),
-        ("least, by the peak", _seconds(facts["flop_bound_seconds"])),
+        *(
+            [("least, by the peak", _seconds(facts["flop_bound_seconds"]))]
+            if "flop_bound_seconds" in facts
+            else []
+        ),
         (
             "all communication beside it",
             _seconds(facts["overlapped"]),
@@ -91,7 +134,7 @@ def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
         ("none beside it", _seconds(facts["serial"]), _seconds(plan["serial"])),
         ("predicted", "", _seconds(plan["step_seconds"])),
     ]
-    if facts["compute_seconds"] < facts["flop_bound_seconds"]:
+    if facts["compute_seconds"] < facts.get("flop_bound_seconds", 0.0):
         yield [
             (
                 "computing takes less than the peak allows: some of it has no time in the "
@@ -128,4 +171,7 @@ def _slices(slices: dict[str, Any]) -> Iterator[Rows]:
 
 
 def _seconds(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3f}"
+    if value is None:
+        return "unknown"
+    # The programs that write tokens take less than a millisecond where chips are many.
+    return f"{value:.3f}" if value >= 0.1 or value == 0 else f"{value:.2g}"

@@ -79,9 +79,7 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     models = [*run.models()[name], *([work.teacher] if work.teacher else [])]
     distinct = list(dict.fromkeys(models))
     every = [
-        sizes
-        for sizes in meshes(models, work.stage, target)
-        if _allowed(distinct, run.rules, sizes)
+        sizes for sizes in meshes(models, work.stage, target) if divides(distinct, run.rules, sizes)
     ]
     room = target.facts.device_memory_gib
     assert room  # the catalogue refuses chips without it
@@ -89,7 +87,7 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     return _best_of(possible, work, name, target) or _best_of(every, work, name, target)
 
 
-def _allowed(models: Sequence[ModelConfig], rules: ShardingRules, sizes: MeshConfig) -> bool:
+def divides(models: Sequence[ModelConfig], rules: ShardingRules, sizes: MeshConfig) -> bool:
     """Whether a mesh divides all parameters as the rules split them."""
     try:
         for model in models:
@@ -143,7 +141,23 @@ def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target
                 break
 
 
-def meshes(models: Sequence[ModelConfig], stage: Stage, target: Target) -> list[MeshConfig]:
+@dataclass(frozen=True)
+class Sequences:
+    """What a mesh divides beside a model, where there is no stage.
+
+    Attributes:
+        batch_size: sequences that are worked on at once; 0 where a batch is filled up to any
+            number.
+        sequence_length: tokens of each.
+    """
+
+    batch_size: int
+    sequence_length: int
+
+
+def meshes(
+    models: Sequence[ModelConfig], stage: Stage | Sequences, target: Target
+) -> list[MeshConfig]:
     """The meshes that divide all models of a stage and its batch over the devices of a target.
 
     Nodes of other chips than TPUs may stay idle where no mesh of all of them divides: the most that
@@ -159,7 +173,11 @@ def meshes(models: Sequence[ModelConfig], stage: Stage, target: Target) -> list[
 
 
 def _meshes(
-    models: Sequence[ModelConfig], stage: Stage, target: Target, within: int, slices: int
+    models: Sequence[ModelConfig],
+    stage: Stage | Sequences,
+    target: Target,
+    within: int,
+    slices: int,
 ) -> Iterator[MeshConfig]:
     """The meshes of `slices` slices of `within` devices."""
     chip = target.facts

@@ -31,7 +31,7 @@ def tables(plan: dict[str, Any], most_layouts: int) -> Iterator[tuple[str, Rows,
         yield "all stages", _totals(planned), "l"
     if plan["claims"]:
         rows = [
-            (c["claim"], _number(c["claimed"]), _number(c["planned"]), c["verdict"])
+            (c["claim"], number(c["claimed"]), number(c["planned"]), c["verdict"])
             for c in plan["claims"]
         ]
         yield "claims", [("claim", "claimed", "planned", "verdict"), *rows], "lrrl"
@@ -60,16 +60,16 @@ def _layouts(layouts: list[tuple[str, dict[str, Any]]]) -> Rows:
             or "one device"
         )
         offload = f", offload {'+'.join(layout['offload'])}" if layout["offload"] else ""
-        memory = (_number(layout["total_gib"]["value"]), _number(layout["usable_gib"]["value"]))
+        memory = (number(layout["total_gib"]["value"]), number(layout["usable_gib"]["value"]))
         times = (
             _least(layout) + figure(layout["step_seconds"]),
-            _number(layout["overlapped"]),
-            _number(layout["serial"]),
+            number(layout["overlapped"]),
+            number(layout["serial"]),
         )
         speeds = (f"{layout['mfu']['value']:.1%}", f"{layout['tokens_per_second']['value']:,.0f}")
         what = (
             mesh,
-            _torus(layout["torus"]),
+            shown_torus(layout["torus"]),
             layout["remat"] + offload,
             str(layout["accumulation_steps"]),
         )
@@ -92,10 +92,10 @@ def _compiled(said: dict[str, Any]) -> str:
     if "failed" in said:
         return f"failed: {said['failed']}"
     if not said["fits"]:
-        return f"no room, {_number(said['required_gib'])} GiB"
+        return f"no room, {number(said['required_gib'])} GiB"
     return (
-        f"{_number(said['required_gib'])} GiB, [{_number(said['overlapped'])}, "
-        f"{_number(said['serial'])}] s"
+        f"{number(said['required_gib'])} GiB, [{number(said['overlapped'])}, "
+        f"{number(said['serial'])}] s"
     )
 
 
@@ -104,7 +104,8 @@ def _least(layout: dict[str, Any]) -> str:
     return "" if layout["serial"] is not None else ">= "
 
 
-def _torus(torus: dict[str, Any] | None) -> str:
+def shown_torus(torus: dict[str, Any] | None) -> str:
+    """How a mesh lies on a torus; a dash where there is none."""
     return (
         " ".join(f"{axis} {'x'.join(map(str, factors))}" for axis, factors in (torus or {}).items())
         or "-"
@@ -113,18 +114,18 @@ def _torus(torus: dict[str, Any] | None) -> str:
 
 def _parts(layout: dict[str, Any]) -> Rows:
     collectives = [
-        f"{c['kind']} over {c['axis']} ({c['link']}) {_number(c['seconds'])} for "
+        f"{c['kind']} over {c['axis']} ({c['link']}) {number(c['seconds'])} for "
         f"{c['bytes'] / 2**30:.3g} GiB"
         for c in layout["collectives"]
     ]
     return [
         (
             "GiB",
-            ", ".join(f"{name} {_number(value)}" for name, value in layout["memory_gib"].items()),
+            ", ".join(f"{name} {number(value)}" for name, value in layout["memory_gib"].items()),
         ),
         (
             "seconds",
-            ", ".join(f"{name} {_number(value)}" for name, value in layout["seconds"].items()),
+            ", ".join(f"{name} {number(value)}" for name, value in layout["seconds"].items()),
         ),
         *(("" if i else "collectives", row) for i, row in enumerate(collectives)),
         (
@@ -183,10 +184,11 @@ def _totals(planned: list[dict[str, Any]]) -> Rows:
 
 def figure(value: dict[str, Any] | None) -> str:
     """A figure with the letter of its confidence."""
-    return f"{_number(value['value'])} {value['confidence']}" if value else "unknown"
+    return f"{number(value['value'])} {value['confidence']}" if value else "unknown"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A number to three digits; whole from a thousand on."""
     if value is None:
         return "unknown"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

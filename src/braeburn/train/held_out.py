@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from braeburn.background import nothing_to_ask
-from braeburn.config import ModelConfig
+from braeburn.config import Execution, ModelConfig
 from braeburn.data.loader import held_out_batches
 from braeburn.data.prepare import Prepared
 from braeburn.layers.spec import Tree
@@ -29,15 +29,16 @@ BY_POSITION = "_by_position"
 Evaluate = Callable[[Tree, dict[str, Any]], dict[str, Array]]
 
 
-def evaluator(
-    model: ModelConfig, token_bytes: np.ndarray, layout: Layout, positions: Sequence[int] = ()
+def evaluation_sums(
+    model: ModelConfig, token_bytes: np.ndarray, execution: Execution, positions: Sequence[int] = ()
 ) -> Evaluate:
-    """A compiled function from parameters and a batch to sums over the batch's weighted tokens.
+    """The program of a device from parameters and a batch to its share of sums over the batch's
+    weighted tokens.
 
     Args:
         model: sizes and RoPE base.
         token_bytes: UTF-8 bytes of each entry of the vocabulary, int32 [V].
-        layout: where parameters and batches lie.
+        execution: how the model is carried out.
         positions: where ranges of positions in a document begin, ascending from 0; the sums then
             have the loss and the tokens of each range, too.
     """
@@ -45,11 +46,11 @@ def evaluator(
     lengths = np.zeros(model.vocab_size, np.float32)
     lengths[: len(token_bytes)] = token_bytes[: model.vocab_size]
 
-    mesh = layout.sizes
+    mesh = execution.mesh
 
     def sums(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
         inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-        hidden = decoder.forward(params, inputs, model, layout.execution.forward_only)
+        hidden = decoder.forward(params, inputs, model, execution.forward_only)
         losses, _, correct = token_losses(
             hidden, decoder.head_matrix(params), batch["targets"], mesh
         )
@@ -68,6 +69,21 @@ def evaluator(
                 found[f"{name}{BY_POSITION}"] = by_range
         return found
 
+    return sums
+
+
+def evaluator(
+    model: ModelConfig, token_bytes: np.ndarray, layout: Layout, positions: Sequence[int] = ()
+) -> Evaluate:
+    """A compiled function from parameters and a batch to sums over the batch's weighted tokens.
+
+    Args:
+        model: sizes and RoPE base.
+        token_bytes: UTF-8 bytes of each entry of the vocabulary, int32 [V].
+        layout: where parameters and batches lie.
+        positions: those of `evaluation_sums`.
+    """
+    sums = evaluation_sums(model, token_bytes, layout.execution, positions)
     compiled = jax.jit(layout.total(sums))
 
     def evaluate(params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
