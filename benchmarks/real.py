@@ -3,8 +3,8 @@ quantised, exported to GGUF and read back.
 
 Each stage is the command that a user would type, and is printed before it runs. Beside them,
 transformers computes the perplexity of the same text, of what was imported and of what was
-exported, from the files alone; with --llama-cpp llama.cpp does so too. Run again on the same folder,
-finished stages are not repeated.
+exported, from the files alone; with --llama-cpp llama.cpp does so too. Run again on the same
+folder, finished stages are not repeated.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +38,10 @@ WIKITEXT = SHARED / "wikitext2-valid.txt"
 # A line that begins an article of WikiText.
 ARTICLE = re.compile(r"^ = [^=\n]+ = $", re.MULTILINE)
 RECIPE = Path(__file__).with_name("real_recipe.py")
+TRANSFORMERS = "transformers"
+LLAMA_CPP = "llama.cpp"
+# The other programs, and the module of each.
+PROGRAMS = {TRANSFORMERS: "transformers", LLAMA_CPP: "llama_cpp"}
 PROMPT = "The history of the lighthouse begins"
 QUESTION = "Which apples keep well over the winter?"
 NEW_TOKENS = 64
@@ -65,8 +69,6 @@ class Settings:
         calibration_tokens: on which activations are measured.
         distilled_tokens: of the stage that distils; None for the recipe's own.
         rounded_tokens: of the stage that quantises; None for the recipe's own.
-        comparison: whether transformers computes the same.
-        llama_cpp: whether llama.cpp computes the same of the exported files.
     """
 
     model: str | None
@@ -77,8 +79,6 @@ class Settings:
     calibration_tokens: int
     distilled_tokens: int | None
     rounded_tokens: int | None
-    comparison: bool
-    llama_cpp: bool
 
 
 class Progress:
@@ -187,12 +187,28 @@ def published() -> tuple[Path, str]:
     )
 
 
+def gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file, as transformers has it."""
+    import gguf
+    import tokenizers
+    import transformers
+
+    found = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers splits text as GPT-2 does whatever the file says; SmolLM's digits stand alone.
+    if gguf.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == "smollm":
+        found.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    return found
+
+
 def converted(file: Path, out: Path) -> dict[str, Any]:
     """A GGUF file as a Hugging Face directory, written by transformers in float32."""
     import copy
 
-    import gguf
-    import tokenizers
     import torch
     import transformers
 
@@ -205,21 +221,11 @@ def converted(file: Path, out: Path) -> dict[str, Any]:
         del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    # transformers splits text as GPT-2 does whatever the file says; SmolLM's digits stand alone.
-    split = gguf.GGUFReader(file).fields["tokenizer.ggml.pre"].contents()
-    if split == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [
-                tokenizers.pre_tokenizers.Digits(individual_digits=True),
-                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
     partial = out.with_name(f".{out.name}.partial")
     for stale in (out, partial):  # of a call that was interrupted
         shutil.rmtree(stale, ignore_errors=True)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    gguf_tokenizer(file).save_pretrained(partial)
     partial.rename(out)
     return {"bytes": file.stat().st_size}
 
@@ -309,12 +315,15 @@ class Transformers:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        where: dict[str, Any] = {"pretrained_model_name_or_path": path}
-        if path.suffix == ".gguf":
+        is_gguf = path.suffix == ".gguf"
+        where = {"pretrained_model_name_or_path": path}
+        if is_gguf:
             where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         self.model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         self.model.eval()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        self.tokenizer = (
+            gguf_tokenizer(path) if is_gguf else transformers.AutoTokenizer.from_pretrained(path)
+        )
 
     def logits(self, tokens: list[int]) -> Any:
         """[tokens, vocabulary], float32."""
@@ -363,16 +372,11 @@ class LlamaCpp:
         return torch.from_numpy(self.llama.scores[: len(tokens)].copy())
 
 
-def document_of(tokenizer: Any, text: str) -> list[int]:
-    """A text as one document, as `braeburn evaluate` takes it: between the begin and the end token.
-
-    Args:
-        tokenizer: of transformers.
-        text: markers in it are text.
+def scored(tokens: list[int], begin: int, end: int) -> list[int]:
+    """A text's tokens as `braeburn evaluate` scores them: a document between its begin and end
+    token, and the begin token of a document behind it.
     """
-    tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return [begin, *tokens] if begin == end else [begin, *tokens, end]
+    return [begin, *tokens, *([] if begin == end else [end]), begin]
 
 
 def measured(
@@ -403,10 +407,17 @@ def measured(
 class Demonstration:
     """All stages in their order, in one folder."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, programs: Container[str]) -> None:
+        """
+        Args:
+            folder: holds everything that is made.
+            settings: what is asked for.
+            programs: which compute the same, of `TRANSFORMERS` and `LLAMA_CPP`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.settings = settings
+        self.programs = programs
         self.progress = Progress(folder, settings)
 
     def run(self) -> dict[str, Any]:
@@ -426,7 +437,7 @@ class Demonstration:
         stage("text", write_texts, self.folder, settings)
         stage("import", self._made, "imported", "import", source)
         stage("evaluate imported", self._evaluated, "imported")
-        if settings.comparison:
+        if TRANSFORMERS in self.programs:
             stage("transformers imported", self._theirs, source)
             stage("greedy text", self._greedy, source)
         stage("prune", self._prune)
@@ -438,9 +449,9 @@ class Demonstration:
         for name, type_ in EXPORTS:
             file = self.folder / f"{name}-{type_}.gguf"
             stage(f"export {file.name}", self._export, name, type_, file)
-            if settings.comparison:
+            if TRANSFORMERS in self.programs:
                 stage(f"transformers {file.name}", self._theirs, file)
-            if settings.llama_cpp:
+            if LLAMA_CPP in self.programs:
                 stage(f"llama.cpp {file.name}", self._llama_cpp, file)
         return self.progress.results
 
@@ -497,14 +508,16 @@ class Demonstration:
     def _theirs(self, path: Path) -> dict[str, Any]:
         theirs = Transformers(path)
         text = (self.folder / "evaluation.txt").read_text(encoding="utf-8")
-        document = document_of(theirs.tokenizer, text)
+        tokenizer = theirs.tokenizer
+        tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        document = scored(tokens, tokenizer.bos_token_id, tokenizer.eos_token_id)
         return measured(theirs.logits, document, self.settings.sequence_length)
 
     def _llama_cpp(self, file: Path) -> dict[str, Any]:
         theirs = LlamaCpp(file, self.settings.sequence_length)
         text = (self.folder / "evaluation.txt").read_text(encoding="utf-8")
         tokens = theirs.llama.tokenize(text.encode(), add_bos=False, special=False)
-        document = [theirs.llama.token_bos(), *tokens, theirs.llama.token_eos()]
+        document = scored(tokens, theirs.llama.token_bos(), theirs.llama.token_eos())
         return measured(theirs.logits, document, self.settings.sequence_length)
 
     def _greedy(self, source: Path) -> dict[str, Any]:
@@ -589,7 +602,7 @@ def checks(results: dict[str, Any]) -> dict[str, bool]:
     pairs.append(("rounded", "rounded-q4_0.gguf"))
     for name, theirs in pairs:
         ours = results[f"evaluate {name}"]
-        for program in ("transformers", "llama.cpp"):
+        for program in PROGRAMS:
             other = results.get(f"{program} {theirs}")
             if other:
                 difference = other["perplexity"] / ours["perplexity"] - 1
@@ -641,7 +654,7 @@ def report(results: dict[str, Any], settings: Settings) -> str:
     if "greedy text" in results:
         sample = results["greedy text"]["chat"]
         lines += ["", f"The imported model, asked {sample['prompt']!r}:", sample["continuation"]]
-    if not settings.comparison:
+    else:
         lines.append("Nothing was compared with transformers (--no-comparison).")
     return "\n".join(lines)
 
@@ -681,21 +694,19 @@ def main() -> int:
         calibration_tokens=arguments.calibration_tokens,
         distilled_tokens=arguments.distilled_tokens,
         rounded_tokens=arguments.rounded_tokens,
-        comparison=not arguments.no_comparison,
-        llama_cpp=arguments.llama_cpp,
     )
+    programs = [
+        *([] if arguments.no_comparison else [TRANSFORMERS]),
+        *([LLAMA_CPP] if arguments.llama_cpp else []),
+    ]
     try:
-        if settings.comparison and importlib.util.find_spec("transformers") is None:
-            raise UserError(
-                "transformers is not installed; run `make demo-real`, or add --no-comparison and "
-                "--model"
-            )
-        if settings.llama_cpp and importlib.util.find_spec("llama_cpp") is None:
-            raise UserError(
-                "--llama-cpp needs the package llama-cpp-python in this environment; install it, "
-                "or leave the option out"
-            )
-        results = Demonstration(arguments.out, settings).run()
+        for program, module in PROGRAMS.items():
+            if program in programs and importlib.util.find_spec(module) is None:
+                raise UserError(
+                    f"{program} is not installed in this environment; `make demo-real` installs "
+                    f"transformers, and --no-comparison does without"
+                )
+        results = Demonstration(arguments.out, settings, programs).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
