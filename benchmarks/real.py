@@ -333,7 +333,8 @@ class Demonstration:
         tokenizer = theirs.tokenizer
         tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         document = scored(tokens, tokenizer.bos_token_id, tokenizer.eos_token_id)
-        return measured(theirs.logits, document, self.settings.sequence_length)
+        found = measured(theirs.logits, document, self.settings.sequence_length)
+        return found | {"chat_tokens": theirs.prompt(QUESTION, chat=True)}
 
     def _llama_cpp(self, file: Path) -> dict[str, Any]:
         theirs = LlamaCpp(file, self.settings.sequence_length)
@@ -353,7 +354,7 @@ class Demonstration:
                 *("generate", self.folder / "imported", "--prompt", prompt, "--greedy"),
                 *("--max-new-tokens", NEW_TOKENS, *options),
             )["samples"][0]
-            expected = theirs.greedy(prompt, chat)
+            expected = theirs.greedy(theirs.prompt(prompt, chat))
             found[name] = {
                 "prompt": prompt,
                 "continuation": sample["text"],
@@ -434,6 +435,10 @@ def checks(results: dict[str, Any]) -> dict[str, bool]:
                 )
                 same = other["tokens"] == ours["tokens"] and abs(difference) < SAME
                 found[line] = same
+    chats = [result["chat_tokens"] for result in results.values() if "chat_tokens" in result]
+    if chats:
+        line = "the chat template makes the same tokens of a question in every file"
+        found[line] = all(chat == chats[0] for chat in chats)
     for name, sample in results.get("greedy text", {}).items():
         if name != "seconds":
             line = f"greedy {name} of {sample['tokens']} tokens, as in transformers"

@@ -120,22 +120,23 @@ class Transformers:
         with torch.no_grad():
             return self.model(torch.tensor([tokens])).logits[0].float()
 
-    def greedy(self, prompt: str, chat: bool) -> list[int]:
-        """The most probable continuation of a prompt, without a token that ends it."""
+    def prompt(self, text: str, chat: bool) -> list[int]:
+        """The tokens of a prompt, which the chat template lays out as a user's message if asked."""
+        if not chat:
+            return self.tokenizer(text)["input_ids"]
+        laid_out = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return self.tokenizer(laid_out, add_special_tokens=False)["input_ids"]
+
+    def greedy(self, prompt: list[int]) -> list[int]:
+        """The most probable continuation of tokens, without a token that ends it."""
         import torch
 
-        if chat:
-            messages = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            tokens = self.tokenizer(prompt)["input_ids"]
-        batch = torch.tensor([tokens])
+        batch = torch.tensor([prompt])
         found = self.model.generate(
             batch, attention_mask=torch.ones_like(batch), max_new_tokens=NEW_TOKENS, do_sample=False
-        )[0, len(tokens) :].tolist()
+        )[0, len(prompt) :].tolist()
         return found[:-1] if found and found[-1] == self.tokenizer.eos_token_id else found
 
 

@@ -322,7 +322,7 @@ def test_a_pruned_run_is_an_ordinary_smaller_model(finished, corpus, tmp_path):
 def test_the_demonstration_agrees_with_transformers_on_every_file(demo: Demo, capsys) -> None:
     assert demo("--json") == 0
     printed = json.loads(capsys.readouterr().out)
-    assert len(printed["checks"]) == 5 and all(printed["checks"].values())
+    assert len(printed["checks"]) == 6 and all(printed["checks"].values())
     # Weights that are rounded further have another perplexity: the files were really read.
     perplexities = [row["transformers"] for row in printed["rows"] if row["model"].endswith("gguf")]
     assert len(set(perplexities)) == len(real.EXPORTS)
