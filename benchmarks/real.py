@@ -498,7 +498,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a Hugging Face directory, instead of SmolLM2")
     parser.add_argument("--ffn", type=int, default=1024, help="hidden units that stay")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--evaluation-bytes", type=int, default=60_000, help="to evaluate on")
+    parser.add_argument("--evaluation-bytes", type=int, default=30_000, help="to evaluate on")
     parser.add_argument("--calibration-tokens", type=int, default=16_384, help="to prune by")
     parser.add_argument("--distilled-tokens", type=int, help="to distil on; else the recipe's")
     parser.add_argument("--rounded-tokens", type=int, help="to quantise on; else the recipe's")
