@@ -91,10 +91,10 @@ class Progress:
         self.results: dict[str, Any] = {}
         if self._file.exists():
             held = json.loads(self._file.read_text())
-            if held["settings"] != self._asked:
-                different = [
-                    name for name, value in self._asked.items() if held["settings"][name] != value
-                ]
+            different = [
+                name for name, value in self._asked.items() if held["settings"].get(name) != value
+            ]
+            if different:
                 raise UserError(
                     f"--out {str(folder)!r} holds results of another --"
                     f"{different[0].replace('_', '-')}; delete the folder or name another"
