@@ -8,6 +8,8 @@ folder, finished stages are not repeated.
 """
 
 import argparse
+import contextlib
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -76,6 +78,23 @@ class Settings:
     calibration_tokens: int
     distilled_tokens: int | None
     rounded_tokens: int | None
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other calls out of a folder: two would make the same files.
+
+    Raises:
+        UserError: another call works there.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another call works in {str(folder)!r}; wait for its end, or name another --out"
+            ) from None
+        yield
 
 
 class Progress:
@@ -232,11 +251,10 @@ class Demonstration:
     def __init__(self, folder: Path, settings: Settings, programs: Container[str]) -> None:
         """
         Args:
-            folder: holds everything that is made.
+            folder: holds everything that is made; it exists.
             settings: what is asked for.
             programs: which compute the same, of `TRANSFORMERS` and `LLAMA_CPP`.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.settings = settings
         self.programs = programs
@@ -533,7 +551,9 @@ def main() -> int:
                     f"{program} is not installed in this environment; `make demo-real` installs "
                     f"transformers, and --no-comparison does without"
                 )
-        results = Demonstration(arguments.out, settings, programs).run()
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with alone(arguments.out):
+            results = Demonstration(arguments.out, settings, programs).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -77,3 +77,13 @@ def test_programs_that_do_not_agree_are_told_of() -> None:
     found = real.checks(results)
     assert list(found.values()) == [True, False, False, True]
     assert "+0.0500%" in next(iter(found))
+
+
+def test_two_calls_do_not_work_in_one_folder(
+    demo: Demo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo.folder.mkdir()
+    with real.alone(demo.folder):
+        assert demo("--no-comparison") == 1
+    assert "another call works in" in capsys.readouterr().err
+    assert not demo.commands
