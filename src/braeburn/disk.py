@@ -211,6 +211,13 @@ def explained(error: OSError, directory: Path | None = None) -> str | None:
             f"{name!r} cannot be used ({os.strerror(error.errno).lower()}); put right what is "
             f"there, {again}"
         )
+    if error.errno == errno.ENOTEMPTY:
+        # Of a rename, the second is the folder that it should have become.
+        place = str(error.filename2 or name)
+        return (
+            f"{place!r} is in use: files were put there while this command worked; they are left "
+            f"as they are, so name a new or empty folder"
+        )
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO):
         reason = os.strerror(error.errno).lower()
         return f"the storage of {name!r} failed ({reason}); see to the disk or the network, {again}"

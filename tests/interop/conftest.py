@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from real_demo import Demo
 
 from braeburn.data.tokenizer import train
 
@@ -14,3 +15,9 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(path)
     return path
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
+    """The program of `make demo-real` on a tiny random model."""
+    return Demo(tmp_path, monkeypatch)

@@ -280,16 +280,19 @@ CHAT = (
 )
 
 
-def chat_model(directory: Path, prefix: str | None, **settings) -> Path:
+def chat_model(
+    directory: Path, prefix: str | None, model: ModelConfig | None = None, **settings
+) -> Path:
     """A directory as an instruction-tuned model is published, with markers, a template and sampling
     defaults.
 
     Args:
         directory: where to write.
         prefix: the token that the tokenizer puts before a text; None for none.
+        model: its sizes; None for those of `make`.
         settings: further fields of `tokenizer_config.json`.
     """
-    model = make()
+    model = model or make()
     own = tokenizers.Tokenizer.from_str(train(["the cat sat on the mat " * 20], 290).json)
     own.add_special_tokens(["<|begin|>", "<|im_start|>", "<|im_end|>", "<|pad|>"])
     own.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)

@@ -3,12 +3,14 @@
 `make test` compares with what `write_golden_logits.py` wrote down of them.
 """
 
+import json
 import unicodedata
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hf_models import (
@@ -32,6 +34,7 @@ from hf_models import (
     without_prefix,
     write,
 )
+from real_demo import Demo, real
 from theirs import load, their_logits, their_model
 
 from braeburn.data.tokenizer import PATTERN
@@ -314,3 +317,34 @@ def test_a_pruned_run_is_an_ordinary_smaller_model(finished, corpus, tmp_path):
     ours = our_logits(pruned.params, tokens, pruned.model)
     theirs = their_logits(load(tmp_path / "hf", dtype=torch.float32), tokens)
     np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_the_demonstration_agrees_with_transformers_on_every_file(demo: Demo, capsys) -> None:
+    assert demo("--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["checks"]) == 6 and all(printed["checks"].values())
+    # Weights that are rounded further have another perplexity: the files were really read.
+    perplexities = [row["transformers"] for row in printed["rows"] if row["model"].endswith("gguf")]
+    assert len(set(perplexities)) == len(real.EXPORTS)
+
+
+def test_a_gguf_file_becomes_a_directory_with_its_weights_and_its_splits(tmp_path: Path) -> None:
+    source = chat_model(tmp_path / "hf", None, make(qk_norm=False), bos_token="<|im_start|>")
+    file = source / "tokenizer.json"
+    own = tokenizers.Tokenizer.from_file(str(file))
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [digits, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    own.save(str(file))
+    assert braeburn("import", source, "--out", tmp_path / "run").code == 0
+    gguf = tmp_path / "model.gguf"
+    assert braeburn("export", tmp_path / "run", "--format", "gguf", "--out", gguf).code == 0
+
+    real.converted(gguf, tmp_path / "back")
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    text = "in 1234 ways\n  12   345"
+    assert found(text)["input_ids"] == own.encode(text).ids
+    assert braeburn("import", tmp_path / "back", "--out", tmp_path / "again").code == 0
+    params, again = (trained.load(tmp_path / name).params for name in ("run", "again"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), params, again)

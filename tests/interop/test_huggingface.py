@@ -30,6 +30,8 @@ from safetensors.numpy import load_file, save_file
 
 from braeburn.errors import UserError
 from braeburn.interop import huggingface
+from braeburn.train.directory import RunDirectory
+from support import braeburn
 
 
 def test_shards_hold_what_one_file_holds(tokenizer_file, tmp_path):
@@ -372,6 +374,30 @@ def test_imports_refused(damage, sentence, tokenizer_file, tmp_path):
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*; name a downloaded"):
         huggingface.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("owner", "method"), [(RunDirectory, "event"), (Path, "rmdir")])
+def test_a_folder_that_another_command_fills_meanwhile_is_left_to_it(
+    owner, method, tokenizer_file, tmp_path, monkeypatch
+):
+    """Of two imports into one folder, the slower one says so in a sentence and replaces nothing."""
+    source = write(tmp_path / "hf", random_params(make()), make(), tokenizer_file)
+    out = tmp_path / "run"
+    out.mkdir()
+    original = getattr(owner, method)
+
+    def fill_afterwards(self, *arguments, **options):
+        original(self, *arguments, **options)
+        if owner is RunDirectory or self == out:
+            out.mkdir(exist_ok=True)
+            (out / "theirs.txt").write_text("theirs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, fill_afterwards)
+        error = braeburn("import", source, "--out", out).error
+    assert f"{str(out)!r} is in use" in error and "name a new or empty folder" in error
+    assert [path.name for path in out.iterdir()] == ["theirs.txt"]
+    assert braeburn("import", source, "--out", tmp_path / "other").code == 0
 
 
 def in_index(name):
