@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from braeburn.config import MeshConfig, ModelConfig, Precision
+from braeburn.config import MeshConfig, ModelConfig, Precision, read_run
 from braeburn.errors import UserError
 from braeburn.evaluate.decoding import (
     Draws,
@@ -183,7 +183,9 @@ def load_ready(
     """
     if mesh is not None:
         check_mesh(mesh)
-    trained = load(directory, mesh)
+    # Never wider than it is used, and as it is stored where it is widened layer by layer.
+    halved = (compute or read_run(directory).precision.compute) == "bfloat16"
+    trained = load(directory, mesh, "bfloat16" if halved else None)
     precision = trained.run.precision
     if compute is not None:
         precision = Precision.model_validate(precision.model_dump() | {"compute": compute})

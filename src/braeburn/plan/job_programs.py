@@ -13,15 +13,9 @@ from jax.sharding import AbstractDevice
 
 from braeburn.config import Execution, MeshConfig, ModelConfig, Run
 from braeburn.errors import UserError
-from braeburn.evaluate.generate import abstract_params as weights_to_generate_from
-from braeburn.evaluate.generate import (
-    abstract_prompts,
-    abstract_rows,
-    inference_layout,
-    programs,
-    rooms,
-    round_up,
-)
+from braeburn.evaluate.decoding import abstract_params as weights_to_generate_from
+from braeburn.evaluate.decoding import abstract_prompts, abstract_rows, inference_layout, programs
+from braeburn.evaluate.generate import rooms, round_up
 from braeburn.evaluate.sampling import DEFAULT_TEMPERATURE, Sampling
 from braeburn.evaluate.text import BATCH_TOKENS
 from braeburn.evaluate.windows import batch_rows
