@@ -3,6 +3,7 @@ worse for it.
 """
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from braeburn.config import Run, override
@@ -341,7 +341,8 @@ def test_a_bucket_whose_package_is_not_installed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(fsspec.registry._registry, out.partition(":")[0], raising=False)
+    known = importlib.import_module("fsspec.registry")._registry
+    monkeypatch.delitem(known, out.partition(":")[0], raising=False)
     for command in (["train", *tiny_arguments, "--out", out], ["evaluate", out]):
         sentence = braeburn(*command).error
         assert f"{out!r} cannot be used (" in sentence and how in sentence

@@ -180,7 +180,7 @@ def test_gguf_files_lie_beside_others(bucket: Any) -> None:
     with pytest.raises(UserError, match=r"'memory://bucket/model/b.gguf' is in use; name a new"):
         make(f"{URL}/b.gguf", "again")
     assert model().read("a.gguf") == b"in the folder"
-    with pytest.raises(UserError, match="is a file; name a folder"):
+    with pytest.raises(UserError, match="is neither a run directory nor a Hugging Face directory"):
         fetched(model(f"{URL}/others.txt"))
 
 
