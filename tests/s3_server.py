@@ -81,6 +81,8 @@ def proxy() -> Iterator[Proxy]:
     found = Proxy(port)
     os.environ |= CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{found.port}"}
     os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    # fsspec would go on with the server of another module.
+    s3fs.S3FileSystem.clear_instance_cache()
     deadline = time.monotonic() + 60
     while True:
         try:

@@ -341,8 +341,8 @@ def test_a_bucket_whose_package_is_not_installed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, package, None)
-    registry = importlib.import_module("fsspec.registry")  # the package has a mapping of that name
-    monkeypatch.delitem(registry._registry, out.partition(":")[0], raising=False)
+    known = importlib.import_module("fsspec.registry")._registry
+    monkeypatch.delitem(known, out.partition(":")[0], raising=False)
     for command in (["train", *tiny_arguments, "--out", out], ["evaluate", out]):
         sentence = braeburn(*command).error
         assert f"{out!r} cannot be used (" in sentence and how in sentence

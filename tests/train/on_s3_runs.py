@@ -6,6 +6,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -25,7 +26,7 @@ from braeburn.remote import RemoteFolder
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.remote_run import steps_of
 from launch.together import members
-from s3_server import OUTAGE_SECONDS, Proxy, proxy
+from s3_server import OUTAGE_SECONDS, Proxy, free_port, proxy
 from support import PROGRAM, braeburn, contents, events, process, rows
 
 __all__ = ["proxy"]  # a fixture
@@ -213,10 +214,31 @@ def test_several_processes_of_one_machine(
     copy = fetched(out, tmp_path / "copy")
     assert losses(copy) == losses(tmp_path / "local")
     assert same_weights(copy, tmp_path / "local", 30)
-    several = ["--coordinator", "10.0.0.1:8476", "--num-processes", 2, "--process-id", 0]
-    refused = braeburn("train", *arguments, "--out", out, *several).error
+
+
+def test_several_machines_work_in_a_folder_that_all_mount(
+    arguments: list[str], tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that meet by the name of a host, and so may be on several machines."""
+    out = url(tmp_path)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    meet = ["--coordinator", f"{socket.gethostname()}:{free_port()}", "--num-processes", 2]
+    steps = ["--set", "mesh.fsdp=2", "--set", "stages.core.tokens=10240"]
+    first = [*arguments, *steps, "--out", out, *meet, "--process-id", 0]
+    refused = braeburn("train", *first).error
     assert "cannot be written by processes on several machines" in refused
     assert "or set BRAEBURN_RUNS to one" in refused
+    monkeypatch.setenv("BRAEBURN_RUNS", str(tmp_path / "mounted"))  # as advised
+    running = [begin([*arguments, *steps], out, *meet, "--process-id", n) for n in range(2)]
+    for each in running:
+        _, log = each.communicate(timeout=300)
+        assert each.returncode == 0, log
+    assert checkpoints_at(out) == [5, 10]
+    [folder] = (tmp_path / "mounted").iterdir()
+    copy = fetched(out, tmp_path / "copy")
+    assert losses(copy) == losses(folder)
+    assert [event["processes"] for event in events(copy, "start")] == [2]
+    assert Checkpoints(copy).fault(10) is None
 
 
 def test_models_to_and_from(

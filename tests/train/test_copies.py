@@ -12,6 +12,7 @@ import pytest
 
 from braeburn import remote
 from braeburn.config import ModelConfig
+from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
 from braeburn.remote import RemoteFolder, explained, folder_for, user_cache
 from braeburn.train.checkpoint import Checkpoints
@@ -106,6 +107,22 @@ def test_another_checkpoint_is_fetched_and_the_old_copy_goes(finished: Path) -> 
         load(fetched(model()))
 
 
+def test_a_tokenizer_at_a_url(finished: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
+    put(finished)
+    local = Tokenizer.load(finished / "tokenizer.json")
+    there = Tokenizer.load(f"{URL}/tokenizer.json")
+    assert there.hash == local.hash
+    assert there.to_json() == local.to_json()
+    prepared = braeburn(
+        "prepare", *tiny_arguments, "--set", f"data.tokenizer={URL}/tokenizer.json", "--json"
+    )
+    assert prepared.code == 0, prepared.err
+    assert json.loads(prepared.out)["vocab_size"] == local.vocab_size
+    missing = ["--set", f"data.tokenizer={URL}/none/tokenizer.json"]
+    answer = braeburn("prepare", *tiny_arguments, *missing)
+    assert f"data.tokenizer: there is no file '{URL}/none/tokenizer.json'" in answer.error
+
+
 def test_a_damaged_copy_is_told_of(finished: Path) -> None:
     put(finished)
     record = json.loads(model().read("checkpoints/14/record.json"))
@@ -163,7 +180,7 @@ def test_gguf_files_lie_beside_others(bucket: Any) -> None:
     with pytest.raises(UserError, match=r"'memory://bucket/model/b.gguf' is in use; name a new"):
         make(f"{URL}/b.gguf", "again")
     assert model().read("a.gguf") == b"in the folder"
-    with pytest.raises(UserError, match="is a file; name a folder"):
+    with pytest.raises(UserError, match="is neither a run directory nor a Hugging Face directory"):
         fetched(model(f"{URL}/others.txt"))
 
 

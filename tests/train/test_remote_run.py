@@ -24,6 +24,7 @@ from braeburn.models import decoder
 from braeburn.remote import RemoteFolder
 from braeburn.train import lease, remote_run
 from braeburn.train.checkpoint import Checkpoints
+from braeburn.train.directory import RunDirectory
 from braeburn.train.loop import train
 from braeburn.train.remote_run import RemoteRun, check_machines, kept, working_folder
 from support import braeburn, contents, damage, events, rows
@@ -230,6 +231,48 @@ def test_whenever_copying_ends_what_is_there_is_whole(
     assert len(wholes) > 20
     assert remote_run.steps_of(there()) == [14]
     assert not there("checkpoints/10/")
+
+
+def test_whenever_fetching_ends_it_is_gone_on_with(
+    finished: Path, tiny: Run, tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended after several numbers of files on a new machine, and then done there by another."""
+    monkeypatch.setattr(remote, "TRANSFERS", 1)
+    list(folder().put_all(finished, [n for n in contents(finished) if not n.startswith(".")]))
+    real, left = type(bucket).get_file, None
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal left
+        if left is not None:
+            if left == 0:
+                raise Killed
+            left -= 1
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(type(bucket), "get_file", counted)
+
+    def fetch() -> None:
+        directory = RunDirectory(working_folder(folder()))
+        own = RemoteRun(folder(), print)
+        with directory.claim():
+            try:
+                own.claim(tiny)
+            finally:
+                own.release()
+
+    for number in (0, 1, 2, 3, 5, 9, 20):
+        on_another_machine(monkeypatch, tmp_path, f"machine {number}")
+        left = number
+        with pytest.raises(Killed):
+            fetch()
+        left = None
+        fetch()
+        here = working_folder(folder())
+        assert rows(here) == rows(finished)
+        assert remote_run.steps_of(contents(here)) == [14]
+        assert Checkpoints(here).fault(14) is None
+        assert read_run(here) == read_run(finished)
+        assert (here / "tokenizer.json").exists()
 
 
 @pytest.mark.deep

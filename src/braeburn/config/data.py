@@ -36,13 +36,13 @@ class Source(Frozen):
 class Data(Frozen):
     """Where text comes from and how it is turned into batches.
 
-    `tokenizer` is the path of a `tokenizer.json`; with none, a byte-level BPE of `model.vocab_size`
-    entries is trained on the sources. `held_out` is the fraction of documents, chosen by hash, that
-    training never sees; with 0 none is held out, and nothing is evaluated. `cache` holds the
-    tokenised shards; with none, they are kept below the user's cache folder. It may be a URL of any
-    fsspec file system, of whose tokens this machine keeps `local_cache_bytes`. `accept` is the
-    fingerprint of text that has changed since the run's last checkpoint, to go on with it all the
-    same.
+    `tokenizer` is the path or URL of a `tokenizer.json`; with none, a byte-level BPE of
+    `model.vocab_size` entries is trained on the sources. `held_out` is the fraction of documents,
+    chosen by hash, that training never sees; with 0 none is held out, and nothing is evaluated.
+    `cache` holds the tokenised shards; with none, they are kept below the user's cache folder. It
+    may be a URL of any fsspec file system, of whose tokens this machine keeps `local_cache_bytes`.
+    `accept` is the fingerprint of text that has changed since the run's last checkpoint, to go on
+    with it all the same.
     """
 
     sources: dict[Name, Source] = Field(default_factory=dict)

@@ -21,12 +21,14 @@ from braeburn.data.tokenizer_settings import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
     Settings,
+    fetched_tokenizer,
     parse_settings,
     read_settings,
 )
 from braeburn.errors import UserError
 from braeburn.jsonfile import Unreadable, parse_object
 from braeburn.reading import read_text, shown
+from braeburn.remote import is_remote
 
 if TYPE_CHECKING:
     import tokenizers
@@ -212,19 +214,23 @@ class Tokenizer:
         """The tokenizer in a `tokenizer.json`, with what the files beside it say.
 
         Args:
-            path: the file.
+            path: the file, or its URL.
             fix: what the user can do where it is missing or unsound.
 
         Raises:
             UserError: a file is missing or cannot be parsed, or the tokenizer has no token to begin
                 a document.
         """
-        path = Path(path).expanduser()
+        if is_remote(str(path)):
+            named, path = str(path), fetched_tokenizer(str(path))
+        else:
+            path = Path(path).expanduser()
+            named = str(path)
         if not path.exists():
-            raise UserError(f"there is no file {str(path)!r}; {fix}")
+            raise UserError(f"there is no file {named!r}; {fix}")
         text = read_text(path, fix)
-        tokenizer = _parsed(text, f"{str(path)!r} is not a sound tokenizer.json", fix)
-        return cls(tokenizer, repr(str(path)), read_settings(path.parent))
+        tokenizer = _parsed(text, f"{named!r} is not a sound tokenizer.json", fix)
+        return cls(tokenizer, repr(named), read_settings(path.parent))
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":

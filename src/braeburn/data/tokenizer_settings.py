@@ -14,8 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel, FiniteFloat
 
+from braeburn.disk import explaining
 from braeburn.errors import UserError
 from braeburn.reading import Foreign, is_regular, read_object, read_text, validated
+from braeburn.remote import RemoteFolder, folder_for, user_cache
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -116,6 +118,26 @@ class Settings:
     padding_ids: tuple[int, ...] = ()
     chat_template: str | dict[str, str] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fetched_tokenizer(url: str) -> Path:
+    """The local copy of a `tokenizer.json` at a URL, with those of the files beside it that say
+    something of it; missing where the URL has none.
+
+    Raises:
+        UserError: the URL does not answer, or the copy cannot be written.
+    """
+    parent, _, name = url.rpartition("/")
+    folder = RemoteFolder(parent, "data.tokenizer")
+    copy = folder_for(url, user_cache() / "copies")
+    with explaining():
+        copy.mkdir(parents=True, exist_ok=True)
+        for each in (name, *_JSON_FILES, CHAT_TEMPLATE):
+            try:
+                folder.fetch(each, copy / each)
+            except FileNotFoundError:
+                (copy / each).unlink(missing_ok=True)
+    return copy / name
 
 
 def read_settings(folder: Path) -> Settings:

@@ -55,13 +55,22 @@ def fetched(place: Path | RemoteFolder, *, optimizer: bool = False) -> Path:
     step = int(found[2]) if found else None
     parts = PARTS if optimizer else ("params", "run")
     copy = folder_for(folder.url, user_cache() / "copies")
+    config = folder.read_if_there(CONFIG)
+    if config is None:
+        raise UserError(
+            f"{place.label} is neither a run directory nor a Hugging Face directory: it holds no "
+            f"{CONFIG}; name what was given to --out of train, import or export"
+        )
     with explaining():
         copy.mkdir(parents=True, exist_ok=True)
         with (copy / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be fetching the same
             for attempt in range(ATTEMPTS):
                 try:
-                    _fetch_model(folder, place.label, copy, step, parts)
+                    if _is_huggingface(config):
+                        _fetch_huggingface(folder, folder.list(), copy)
+                    else:
+                        _fetch_run(folder, folder.list(), copy, step, parts)
                     break
                 except _Changed:  # as of a run that goes on there, which deletes checkpoints
                     if attempt + 1 == ATTEMPTS:
@@ -74,25 +83,6 @@ def fetched(place: Path | RemoteFolder, *, optimizer: bool = False) -> Path:
 
 class _Changed(Exception):
     """What was listed at a URL is gone."""
-
-
-def _fetch_model(
-    folder: RemoteFolder, label: str, copy: Path, step: int | None, parts: Iterable[str]
-) -> None:
-    """Brings the copy of a model up to date; arguments as of `_fetch_run`, and its name for
-    messages.
-    """
-    listed = folder.list()
-    config = folder.read_if_there(CONFIG)
-    if config is None:
-        raise UserError(
-            f"{label} is neither a run directory nor a Hugging Face directory: it holds no "
-            f"{CONFIG}; name what was given to --out of train, import or export"
-        )
-    if _is_huggingface(config):
-        _fetch_huggingface(folder, listed, copy)
-    else:
-        _fetch_run(folder, listed, copy, step, parts)
 
 
 def _is_huggingface(config: bytes) -> bool:

@@ -214,7 +214,7 @@ class RemoteRun:
         ]
         if newest in candidates and self._same_record(newest):
             candidates = [step for step in candidates if step > newest]
-        if candidates or not begun:
+        if candidates or newest is None:
             # Before checkpoints, so that none is ever here without the rows of its steps.
             self._fetch_files(listed)
         for step in candidates:
@@ -243,17 +243,18 @@ class RemoteRun:
         return self.folder.read_if_there(f"checkpoints/{step}/{RECORD}") == here
 
     def _fetch_files(self, listed: dict[str, RemoteFile]) -> None:
-        """Replaces the files here that training goes on with by those there, the configuration
-        last.
+        """Replaces the files here that training goes on with by those there.
+
+        The configuration comes first: without it, the others would be no run's.
         """
         others = ("checkpoints/", "profile/")
         names = [name for name in listed if not _is_hidden(name) and not name.startswith(others)]
         for path in (self.path / "tensorboard").glob("*"):
             if f"tensorboard/{path.name}" not in listed:
                 path.unlink()
+        self.folder.fetch(CONFIG, self.path / CONFIG)
         for _ in self.folder.fetch_all((name for name in names if name != CONFIG), self.path):
             pass
-        self.folder.fetch(CONFIG, self.path / CONFIG)
 
     def _drop_others(self, there: list[int]) -> None:
         """Deletes checkpoints here that the run, as it went on elsewhere, has not made."""
