@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from braeburn.config import Run, override
@@ -907,3 +908,22 @@ def test_interruption_is_no_traceback(tiny_arguments: list[str], tmp_path: Path)
     )
     assert done.returncode == 130
     assert done.stderr in ("", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."),
+        MemoryError(),
+    ],
+)
+def test_memory_that_is_used_up(
+    error: Exception, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("braeburn.evaluate.text.measure", fail)
+    sentence = braeburn("evaluate", finished).error
+    assert "is used up" in sentence and "--mesh" in sentence and "--dtype bf16" in sentence
+    assert str(error) in sentence

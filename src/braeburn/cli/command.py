@@ -62,7 +62,7 @@ def main() -> None:
         processes.report(str(error))
         processes.leave(1)
     except Exception as error:
-        sentence = explained(error) if isinstance(error, OSError) else None
+        sentence = explained(error) if isinstance(error, OSError) else _memory_used_up(error)
         if sentence:
             _refuse(sentence)
         if not processes.joined():
@@ -70,6 +70,19 @@ def main() -> None:
         traceback.print_exc()
         processes.leave(1)
     _refuse(message)
+
+
+def _memory_used_up(error: Exception) -> str | None:
+    """One sentence about a failure for want of memory; None for any other."""
+    text = str(error).partition("\n")[0]
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+        return None
+    what = f" ({text[:160]})" if text else ""
+    return (
+        f"the memory of a device or of this machine is used up{what}; split the model over more "
+        f"devices with mesh or --mesh, hold weights with --dtype bf16, or take shorter sequences "
+        f"and smaller batches: `braeburn plan` tells what fits"
+    )
 
 
 def _refuse(sentence: str) -> None:
