@@ -143,7 +143,7 @@ def main() -> None:
     ffn = json.loads((source / "config.json").read_text())["intermediate_size"] * 3 // 4
     jobs = {
         "import": f"import {source} --out {imported}",
-        "evaluate": f"evaluate {imported} --data {text} --json --sequence-length 256 --mesh {mesh}",
+        "evaluate": f"evaluate {imported} --data {text} --json --sequence-length 64 --mesh {mesh}",
         "generate": f"generate {imported} --prompt the --max-new-tokens 4 --greedy --dtype bf16 "
         f"--json --mesh {mesh}",
         "prune": f"prune {imported} --ffn {ffn} --out {pruned} --method magnitude",

@@ -914,6 +914,7 @@ def test_interruption_is_no_traceback(tiny_arguments: list[str], tmp_path: Path)
     "error",
     [
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."),
+        jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory"),
         MemoryError(),
     ],
 )

@@ -75,7 +75,8 @@ def main() -> None:
 def _memory_used_up(error: Exception) -> str | None:
     """One sentence about a failure for want of memory; None for any other."""
     text = str(error).partition("\n")[0]
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+    told = any(words in text for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    if not told and not isinstance(error, MemoryError):
         return None
     what = f" ({text[:160]})" if text else ""
     return (
