@@ -1,7 +1,7 @@
 """Preparing gigabytes of text: speed a core, memory of all processes, and what kills cost.
 
     python benchmarks/preparing.py [--gigabytes 2] [--kills 5] [--workers N] [--folder DIR]
-    [--data FILE ...]
+    [--data FILE ...] [--first-step]
 
 The text is grown from real corpora, those of benchmarks/corpora.py: documents are runs of ten to
 sixty paragraphs of one corpus in a random order, so that no two are alike, until there is as much
@@ -10,11 +10,16 @@ lines compressed by zstd. `braeburn prepare` is then run on it with a tokenizer 
 once undisturbed, then killed as many times as asked for, at random moments, and run to its end; the
 token shards of both are compared byte by byte. Memory is the proportional set size of all its
 processes together, looked at twice a second (Linux).
+
+`--first-step` then trains on what was prepared, without the files of the text, and on a megabyte of
+text prepared in the same way, and tells the seconds until the first step of each. A call before
+them has compiled their programs.
 """
 
 import argparse
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +152,45 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return {**found, "seconds": seconds, "peak_bytes": peak}
 
 
+def seconds_to_first_step(arguments: list[str], out: Path) -> float:
+    """From the call of `train` until the first row of its metrics."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [*COMMAND, "train", *arguments, "--out", str(out), "--stop-after-steps", "2"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        if process.poll():
+            sys.exit(f"error: train failed: {process.communicate()[1]}")
+        time.sleep(0.02)
+    seconds = time.monotonic() - began
+    process.communicate()
+    return seconds
+
+
+def compare_first_steps(folder: Path, corpora: list[list[str]], cache: Path) -> None:
+    """Prints how long training takes to its first step, on the text and on a megabyte of it."""
+    small = folder / "small"
+    (small / "text").mkdir(parents=True)
+    write(small / "text", corpora, 1_000_000)
+    shutil.copy(folder / "tokenizer.json", small)
+    little = [recipe(small), "--set", f"data.cache={small / 'cache'}"]
+    run(["prepare", *little])
+    much = [recipe(folder), "--set", f"data.cache={cache}"]
+    for path in (folder / "text").iterdir():
+        path.unlink()
+    seconds_to_first_step(little, folder / "first")
+    on_little = seconds_to_first_step(little, folder / "second")
+    on_much = seconds_to_first_step(much, folder / "third")
+    print(
+        f"first step after {on_little:.1f} s on a megabyte of text, {on_much:.1f} s on all of it, "
+        f"whose files are gone"
+    )
+
+
 def main() -> None:
     """Runs the program."""
     parser = argparse.ArgumentParser(
@@ -159,6 +203,9 @@ def main() -> None:
         "--folder", type=Path, help="where to write; the system's temporary folder without it"
     )
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="corpora to grow from")
+    parser.add_argument(
+        "--first-step", action="store_true", help="time training's first step on it, too"
+    )
     options = parser.parse_args()
     from braeburn.data.tokenizer import train
     from braeburn.data.workers import cores
@@ -182,6 +229,10 @@ def main() -> None:
             f"{whole['peak_bytes'] / 1e9:.2f} GB of memory",
             flush=True,
         )
+        if options.first_step:
+            compare_first_steps(folder, corpora, folder / "whole")
+            if options.kills:
+                write(folder / "text", corpora, int(options.gigabytes * 1e9))
         if not options.kills:
             return
         generator = random.Random(2)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from braeburn.cli.resolve import parse_mesh
@@ -74,6 +75,34 @@ def test_several_processes_need_a_mesh(finished: Path, monkeypatch: pytest.Monke
     assert "2 processes, which share a model over --mesh alone; add --mesh fsdp=-1" in (
         braeburn("evaluate", finished).error
     )
+
+
+@pytest.fixture(scope="module")
+def half(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is stored in bfloat16: an import of an export."""
+    folder = tmp_path_factory.mktemp("half")
+    for arguments in (
+        ("export", finished, "--out", folder / "hf", "--dtype", "bf16"),
+        ("import", folder / "hf", "--out", folder / "run"),
+    ):
+        assert braeburn(*arguments).code == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("mesh", [(), ("--mesh", "fsdp=2,tensor=2")])
+def test_weights_held_in_bfloat16_compute_the_same(
+    mesh: tuple[str, ...], half: Path, tmp_path: Path
+) -> None:
+    """What was imported in bfloat16 stays so on the devices, and float32 would change nothing."""
+    file = tmp_path / "a.txt"
+    file.write_text("def f(x):\n    return x + 1\n" * 30)
+    options = ("--data", file, "--sequence-length", 64, *mesh)
+    assert results(half, *options) == results(half, *options, "--dtype", "fp32")
+    held = load(half, parse_mesh(mesh[1]) if mesh else None, for_programs=True).params
+    assert held["layers"]["gate"].dtype == np.uint16
+    assert held["embedding"].dtype == jax.numpy.bfloat16
+    assert held["final_norm"].dtype == np.float32
+    assert load(half).params["layers"]["gate"].dtype == jax.numpy.bfloat16
 
 
 @pytest.mark.parametrize(
