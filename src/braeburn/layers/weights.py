@@ -13,33 +13,27 @@ from braeburn.layers.spec import ParamSpec, Tree, walk
 from braeburn.parallel.collectives import TENSOR, axis_index
 from braeburn.parallel.rules import mesh_axes
 
-# Of the integers that hold bfloat16 numbers: see `as_bits`.
+# Of the integers that hold the bits of bfloat16 numbers: see `type_on_cpus`.
 BITS = jnp.uint16
 
 
-def as_bits(params: Tree, specs: Tree) -> Tree:
-    """The parameters with the bfloat16 weights of layers as integers of the same bits, which
-    `linear` takes like the weights themselves.
+def type_on_cpus(spec: ParamSpec, dtype: Any) -> Any:
+    """The type in which programs on CPUs are given a weight of some type.
 
-    For programs on CPUs, where XLA has no bfloat16: in a loop over layers it would widen the
-    weights of all layers to float32 at once, ahead of the loop. These programs have no gradients
-    with respect to the weights.
+    It is that type, but for the bfloat16 weights of layers, which are given as integers of the same
+    bits: XLA for CPUs has no bfloat16, and in a loop over layers it would widen the weights of all
+    layers to float32 at once, ahead of the loop. `linear` takes both; programs that are given bits
+    have no gradients with respect to them.
 
     Args:
-        params: arrays of any float types; those that are replaced are given up, so that memory
-            never holds both.
-        specs: of the parameters.
+        spec: of the weight.
+        dtype: that it is held in.
     """
-    bits = jax.jit(lambda leaf: lax.bitcast_convert_type(leaf, BITS), donate_argnums=0)
-    return jax.tree.map(
-        lambda spec, leaf: bits(leaf) if spec.stacked and leaf.dtype == jnp.bfloat16 else leaf,
-        specs,
-        params,
-    )
+    return jnp.dtype(BITS if spec.stacked and dtype == jnp.bfloat16 else dtype)
 
 
 def from_bits(weight: Array) -> Array:
-    """A weight of `as_bits` as bfloat16; any other as it is."""
+    """A weight that is given as bits as bfloat16; any other as it is."""
     return lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == BITS else weight
 
 

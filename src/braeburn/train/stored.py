@@ -180,10 +180,12 @@ def placed(stored: StoredArray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     Args:
         stored: the array.
         wanted: the type that it is to have, and its sharding; None is this process's first device.
+            16-bit integers are the bits of bfloat16 numbers.
     """
     blocks = _Blocks(wanted)
-    for bounds, values in stored.pieces(blocks.box, wanted.dtype):
-        blocks.fill(bounds, values)
+    is_bits = wanted.dtype == np.uint16
+    for bounds, values in stored.pieces(blocks.box, "bfloat16" if is_bits else wanted.dtype):
+        blocks.fill(bounds, values.view(np.uint16) if is_bits else values)
     return blocks.placed()
 
 

@@ -23,7 +23,7 @@ from braeburn.data.tokenizer_settings import TOKENIZER_CONFIG
 from braeburn.disk import explaining, scratch
 from braeburn.errors import UserError
 from braeburn.layers.spec import ParamSpec, Tree, abstract
-from braeburn.layers.weights import as_bits
+from braeburn.layers.weights import type_on_cpus
 from braeburn.parallel.layout import Layout
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
@@ -71,7 +71,7 @@ def load(
         mesh: the devices to read it onto, each of which gets its part; None for one device.
         dtype: that all parameters but those of norms are held in; None for that of the checkpoint.
         for_programs: whether nothing but the model's own programs will read the parameters. On CPUs
-            those in bfloat16 then come as their bits: see `layers.weights.as_bits`.
+            those in bfloat16 then come as their bits: see `layers.weights.type_on_cpus`.
 
     Raises:
         UserError: the folder holds no run or no checkpoint, the newest is damaged or of another
@@ -194,11 +194,12 @@ def held(
 
     def wanted(spec: ParamSpec, array: StoredArray, place: Any) -> jax.ShapeDtypeStruct:
         kept_as = array.dtype if spec.role == "norm" else np.dtype(dtype or array.dtype)
+        if for_programs and layout.platform == "cpu":
+            kept_as = type_on_cpus(spec, kept_as)
         return jax.ShapeDtypeStruct(spec.shape, kept_as, sharding=place)
 
     shapes = jax.tree.map(wanted, layout.specs, stored, layout.parameters())
-    params = checkpoints.restore_params(step, shapes)
-    return as_bits(params, layout.specs) if for_programs and layout.platform == "cpu" else params
+    return checkpoints.restore_params(step, shapes)
 
 
 # What may differ between the model of a configuration and that of a checkpoint: how it is computed,
