@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -105,6 +106,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker(OPTIMIZED):
             item.add_marker(elsewhere)
+
+
+# Programs that a process has compiled stay in its memory, and tests compile thousands.
+MOST_BYTES = 2_500_000_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Drops compiled programs after a module where they have grown large."""
+    yield
+    status = Path("/proc/self/statm")
+    if status.exists() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > (
+        MOST_BYTES
+    ):
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 # How long an example takes depends on what else the machine does, and on what has been compiled.
