@@ -158,7 +158,7 @@ python-other:
 	@echo $(PYTHON_OTHER)
 
 test-other: $(VENV)-other/.all
-	$(VENV)-other/bin/python -m pytest $(PARALLEL) --durations=10 $(SMOKE)
+	$(VENV)-other/bin/python -m pytest $(PARALLEL) -m 'not deep' --durations=10 $(SMOKE)
 
 # Needs the package index. uv resolves for other Pythons than its own, and without fetching gigabytes.
 $(VENV)/.uv: $(VENV)/.all

@@ -22,6 +22,15 @@ _LOCK = ".lock"
 STALE_SECONDS = 3600.0
 
 
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What matches a pattern below a folder that other processes may be deleting from meanwhile.
+
+    `Path.glob` of Python 3.11 fails where a folder is gone by the time that it looks into it.
+    """
+    names = glob.glob(pattern, root_dir=folder, include_hidden=True)  # noqa: PTH207
+    return [folder / name for name in sorted(names)]
+
+
 @contextmanager
 def locked(path: Path, in_use: str) -> Iterator[None]:
     """Holds the lock that a file is, until the end of this process at the latest; on file systems

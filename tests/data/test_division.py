@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -29,6 +30,7 @@ from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer import train as train_tokenizer
 from braeburn.data.workers import Progress, Work, in_processes, in_threads
+from braeburn.disk import matching
 from braeburn.errors import UserError
 from support import PROGRAM, braeburn, contents, damage, on_json_lines, token_shards
 
@@ -157,6 +159,23 @@ def test_parts_in_threads_and_processes_give_the_bytes_of_the_whole(
         assert sorted(path.name for path in (tmp_path / cache / "stores").iterdir()) == sorted(
             path.name for path in (tmp_path / "cache" / "stores").iterdir()
         )
+
+
+def test_a_folder_that_goes_while_it_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may delete it between its name and its contents."""
+    for name in ("gone/train.1", "there/train.2", "there/other"):
+        (tmp_path / name).mkdir(parents=True)
+    real = os.scandir
+
+    def scandir(path: str | os.PathLike[str] = ".") -> Any:
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert matching(tmp_path, "*/train*") == [tmp_path / "there" / "train.2"]
 
 
 def test_several_that_prepare_at_once_help_each_other(

@@ -30,7 +30,7 @@ LARGE = ModelConfig(
     ffn_dim=6144,
     qk_norm=False,
 )
-LIMIT = 900 * MB
+LIMIT = 1000 * MB
 UNDER_A_LIMIT = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
@@ -83,7 +83,7 @@ def test_weights_never_lie_in_memory_whole(tokenizer_file: Path, tmp_path: Path)
     source, imported, pruned = (tmp_path / name for name in ("source", "imported", "pruned"))
     files = huggingface.Files(2048, "bfloat16")
     huggingface.write(source, params, LARGE, Tokenizer.load(tokenizer_file), files)
-    assert stored(source) > 1.2 * LIMIT
+    assert stored(source) > 1.1 * LIMIT
     limited("import", source, "--out", imported)
     limited("export", imported, "--out", tmp_path / "out", "--dtype", "bf16")
     name = "model.safetensors"

@@ -227,7 +227,9 @@ def test_whenever_copying_ends_what_is_there_is_whole(
         for step in wholes[-1]:
             assert Checkpoints(there_now).fault(step) is None
         assert max(row["step"] for row in rows(there_now)) >= wholes[-1][-1]
-    assert [steps for steps, _ in itertools.groupby(wholes)] == [[10], [10, 14], [14]]
+    # The older one stays until the newer counts; a kill between the two is not always met.
+    seen = [steps for steps, _ in itertools.groupby(wholes)]
+    assert seen in ([[10], [10, 14], [14]], [[10], [14]])
     assert len(wholes) > 20
     assert remote_run.steps_of(there()) == [14]
     assert not there("checkpoints/10/")

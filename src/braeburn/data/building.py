@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from braeburn.data.manifest import Count, TokenShard, is_file, sha256_of, write
+from braeburn.disk import matching
 
 RECORD_SECONDS = 5.0
 # A builder that is alive has recorded something within this time.
@@ -226,7 +227,7 @@ def claim(directory: Path, key: str, dtype: np.dtype, shard_tokens: int) -> Iter
     _sweep(directory.parent)
     with contextlib.ExitStack() as held:
         building = None
-        for folder in sorted(directory.parent.glob(f"{directory.name}.partial-*")):
+        for folder in matching(directory.parent, f"{directory.name}.partial-*"):
             lock = _try_lock(folder) if _is_builders(folder) else None
             if lock is None:
                 continue
@@ -252,7 +253,7 @@ def is_at_work(directory: Path) -> bool:
     """Whether another process, which has written lately, is building the token shards of
     `directory`.
     """
-    for folder in directory.parent.glob(f"{directory.name}.partial-*"):
+    for folder in matching(directory.parent, f"{directory.name}.partial-*"):
         lock = _try_lock(folder) if _is_builders(folder) else None
         if lock is not None:
             lock.close()
@@ -317,7 +318,7 @@ def _sweep(parent: Path) -> None:
     """Removes what killed builders of other token shards left long ago; a teacher's labels are not
     touched.
     """
-    for folder in parent.glob("*.partial-*"):
+    for folder in matching(parent, "*.partial-*"):
         if _LABELS not in folder.name and _is_builders(folder) and age(folder) > ABANDONED_SECONDS:
             with contextlib.suppress(OSError):
                 lock = _try_lock(folder)

@@ -37,6 +37,7 @@ from braeburn.data.workers import (
     in_processes,
     in_threads,
 )
+from braeburn.disk import matching
 from braeburn.errors import UserError
 
 # Of less text, processes of their own would take longer to start than they save.
@@ -126,10 +127,10 @@ class SourceText:
         """Removes what was only needed to make the folders, which are there."""
         for side in self.directories:
             shutil.rmtree(self.parts_folder / side, ignore_errors=True)
-            for path in self.parts_folder.glob(f"*/{side}*"):
+            for path in matching(self.parts_folder, f"*/{side}*"):
                 shutil.rmtree(path, ignore_errors=True)
         # They hold parts of the other side, or are gone.
-        for path in (*self.parts_folder.glob("*"), self.parts_folder):
+        for path in (*matching(self.parts_folder, "*"), self.parts_folder):
             with contextlib.suppress(OSError):
                 path.rmdir()
 
@@ -223,7 +224,7 @@ class PartTask:
         return [
             folder
             for path in self.directories.values()
-            for folder in path.parent.glob(f"{path.name}.partial-*")
+            for folder in matching(path.parent, f"{path.name}.partial-*")
         ]
 
     def side_of(self, document: str) -> str:
@@ -326,8 +327,8 @@ def _build(
 
 def _sweep(folder: Path) -> None:
     """Removes the parts of text that nobody asked for again."""
-    for parts in folder.glob("*.parts"):
-        names = [path.name for path in parts.glob("*")]
+    for parts in matching(folder, "*.parts"):
+        names = [path.name for path in matching(parts, "*")]
         if all(_PART.fullmatch(name) for name in names) and age(parts) > ABANDONED_SECONDS:
             shutil.rmtree(parts, ignore_errors=True)
 
