@@ -63,7 +63,10 @@ def _squares(weight: Any, over: tuple[int, ...], stacked: bool) -> Array:
     if isinstance(weight, jax.Array) or not stacked:
         return one(weight if isinstance(weight, jax.Array) else np.asarray(weight), over)
     within = tuple(dim - 1 for dim in over if dim > 0)
-    layers = jnp.stack([one(weight[layer], within) for layer in range(weight.shape[0])])
+    # Each before the next is read: JAX would otherwise hold all that it has still to sum.
+    layers = jnp.stack(
+        [jax.block_until_ready(one(weight[layer], within)) for layer in range(weight.shape[0])]
+    )
     return jnp.sum(layers, axis=0) if 0 in over else layers
 
 
