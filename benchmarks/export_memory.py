@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from braeburn.config import ModelConfig, Precision, Run
+from braeburn.config import ModelConfig, Precision, Run, file_type
 from braeburn.data.tokenizer import train
 from braeburn.layers.spec import ParamSpec, count, map_specs
 from braeburn.models.decoder import param_specs
 from braeburn.plan.export_cost import estimate_export
-from braeburn.plan.jobs import DTYPES, TYPES, Export, model_after
+from braeburn.plan.jobs import Export, model_after
 from braeburn.recipes import load
 from braeburn.train.state import TrainState
 from braeburn.train.stored import Pieces
@@ -54,7 +54,7 @@ def make(folder: Path, model: ModelConfig, stored: str) -> None:
 
     def pieces(_: str, spec: ParamSpec) -> Pieces:
         values = Random(spec, next(numbers))
-        dtype = np.dtype(np.float32 if spec.role == "norm" else stored)
+        dtype = spec.held_in(stored)
         if not spec.stacked:
             return Pieces.whole(spec.shape, dtype, lambda: np.asarray(values).astype(dtype))
         return Pieces.of_layers(spec.shape, dtype, lambda layer: values[layer].astype(dtype))
@@ -84,8 +84,9 @@ def main() -> None:
         make(folder / "run", model, options.stored)
         for text in options.formats.split(","):
             format_, _, type_ = text.partition(":")
-            job = Export(format_, TYPES[format_][type_], None, 1.0, 1.0)
-            planned = estimate_export(job, model, DTYPES[options.stored])
+            named = (type_, None) if format_ == "hf" else (None, type_)
+            job = Export(format_, file_type(format_, *named), None, 1.0, 1.0)
+            planned = estimate_export(job, model, options.stored)
             option = "--dtype" if format_ == "hf" else "--type"
             out = folder / ("out" if format_ == "hf" else "out.gguf")
             arguments = f"export {folder / 'run'} --out {out} --format {format_} {option} {type_}"

@@ -8,13 +8,15 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
+from braeburn import remote
 from braeburn.cli import main
 from braeburn.config import Run, Source
 
@@ -100,6 +102,17 @@ def together(*programs: list[str], devices: int, timeout: float = 300) -> list[A
         Answer(member.returncode, out, err)
         for member, (out, err) in zip(members, outputs, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def empty_bucket() -> Iterator[Any]:
+    """An empty file system that is no disk, which this process has not met."""
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
+    remote._reached.clear()
+    yield filesystem
+    filesystem.store.clear()
 
 
 def contents(folder: Path) -> dict[str, str]:

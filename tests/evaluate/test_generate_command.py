@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 
 from braeburn.evaluate.prompts import gather_prompts
-from support import braeburn
+from support import PROGRAM, braeburn, together
 
 GREEDY = ("--greedy", "--max-new-tokens", "12")
 
@@ -112,39 +110,12 @@ def test_memory_is_that_of_the_type(finished: Path) -> None:
     assert half["weights"] < 0.51 * wide["weights"]
 
 
-TWO = """
-import sys
-from braeburn.parallel import processes
-from braeburn.cli import console
-processes.connect("127.0.0.1:" + sys.argv.pop(1), 2, int(sys.argv.pop(1)))
-try:
-    console()
-finally:
-    processes.leave(0)
-"""
-
-
 @pytest.mark.deep
 def test_two_processes_write_what_one_writes(finished: Path) -> None:
-    import socket
-
     arguments = ["--prompt", "def ", "--prompt", "import os", "--dtype", "fp32"]
     expected = samples(finished, *arguments)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     command = ["generate", str(finished), "--json", *GREEDY, *arguments]
     command += ["--mesh", "data=2,tensor=2"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, port, str(number), *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
-        )
-        for number in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in started]
-    assert json.loads(outputs[0][0])["samples"] == expected, outputs[0][1][-2000:]
-    assert outputs[1][0] == ""
+    main, other = together(*[[*PROGRAM, *command]] * 2, devices=2)
+    assert json.loads(main.out)["samples"] == expected, main.err[-2000:]
+    assert other.out == ""

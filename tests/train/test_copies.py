@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
-from braeburn import remote
 from braeburn.config import ModelConfig
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
@@ -19,21 +17,17 @@ from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.copies import fetched, made_for
 from braeburn.train.teaching import files_identity
 from braeburn.train.trained import load
-from support import braeburn, contents
+from support import braeburn, contents, empty_bucket
 
 URL = "memory://bucket/model"
 
 
 @pytest.fixture(autouse=True)
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty file system that is no disk, on a machine that has met none."""
-    filesystem = fsspec.filesystem("memory")
-    filesystem.store.clear()
-    filesystem.pseudo_dirs[:] = [""]
-    remote._reached.clear()
+    """An empty file system, on a machine that has met none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
-    yield filesystem
-    filesystem.store.clear()
+    with empty_bucket() as filesystem:
+        yield filesystem
 
 
 @pytest.fixture

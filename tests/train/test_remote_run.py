@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import jax
 import numpy as np
 import pytest
@@ -27,22 +26,18 @@ from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.loop import train
 from braeburn.train.remote_run import RemoteRun, check_machines, kept, working_folder
-from support import braeburn, contents, damage, events, rows
+from support import braeburn, contents, damage, empty_bucket, events, rows
 
 URL = "memory://bucket/run"
 
 
 @pytest.fixture(autouse=True)
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty file system that is no disk, on a machine that has met none."""
-    filesystem = fsspec.filesystem("memory")
-    filesystem.store.clear()
-    filesystem.pseudo_dirs[:] = [""]
-    remote._reached.clear()
+    """An empty file system, on a machine that has met none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine 1"))
     monkeypatch.setattr(remote_run, "POLL_SECONDS", 0.01)
-    yield filesystem
-    filesystem.store.clear()
+    with empty_bucket() as filesystem:
+        yield filesystem
 
 
 @pytest.fixture

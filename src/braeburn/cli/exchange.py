@@ -7,7 +7,7 @@ import typer
 
 from braeburn.cli.options import AsJson, Location, NewRun, RunFolder
 from braeburn.cli.output import print_json
-from braeburn.cli.resolve import run_folder, weight_type
+from braeburn.cli.resolve import run_folder
 from braeburn.errors import UserError
 from braeburn.parallel import processes
 
@@ -34,6 +34,8 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Make a run directory of a Hugging Face model, to evaluate, sample or train on."""
+    from braeburn.config import weight_type
+
     stored_as = weight_type(dtype)
     from braeburn.interop.exchange import import_huggingface
     from braeburn.remote import place
@@ -80,24 +82,13 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the newest checkpoint for other software."""
-    if format not in ("hf", "gguf"):
-        raise UserError(f"--format {format!r} is not known; use --format hf or --format gguf")
-    if format == "hf" and type_ is not None:
-        raise UserError(
-            f"--type {type_} is one of --format gguf; of a Hugging Face directory it is --dtype "
-            f"fp32 or --dtype bf16"
-        )
-    if format == "gguf" and dtype is not None:
-        raise UserError(
-            f"--dtype {dtype} is one of --format hf; of a GGUF file it is --type f16, q8_0 or q4_0"
-        )
+    from braeburn.config import file_type
+
+    written_as: Any = file_type(format, dtype, type_)
     if format == "hf" and out.endswith(".gguf"):
         raise UserError(
             f"--out {out!r} names a GGUF file, but a folder will be made; add --format gguf"
         )
-    if type_ not in (None, "f16", "q8_0", "q4_0"):
-        raise UserError(f"--type {type_!r} is not known; use --type f16, q8_0 or q4_0")
-    chosen = weight_type(dtype)
     processes.connect()
     from braeburn.interop.exchange import export_gguf, export_huggingface
     from braeburn.remote import place
@@ -112,14 +103,13 @@ def export(
     result: dict[str, Any] = {"out": out, "format": format}
     with made_for(target, among_others=format == "gguf") as made:
         if format == "hf":
-            written_as = chosen or "float32"
             result |= {"dtype": written_as, "step": export_huggingface(source, made, written_as)}
         else:
-            written = export_gguf(source, made, type_ or "f16")  # type: ignore[arg-type]
+            written = export_gguf(source, made, written_as)
             result["step"], path, uneven = written
             # Where it is in the end.
             file = out if path == made else f"{out.rstrip('/')}/{path.name}"
-            result |= {"out": file, "type": type_ or "f16", "float16": uneven}
+            result |= {"out": file, "type": written_as, "float16": uneven}
     if not processes.is_main():
         return
     if as_json:

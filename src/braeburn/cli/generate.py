@@ -17,7 +17,6 @@ from braeburn.cli.resolve import (
     parse_mesh,
     run_folder,
     warn_of_unused_accelerator,
-    weight_type,
 )
 from braeburn.errors import UserError
 from braeburn.parallel import processes
@@ -99,6 +98,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with the newest checkpoint."""
+    from braeburn.config import weight_type
     from braeburn.evaluate.prompts import gather_prompts
 
     devices = parse_mesh(mesh)

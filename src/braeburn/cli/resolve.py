@@ -3,14 +3,11 @@
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from braeburn.cli.output import say
 from braeburn.errors import UserError
 from braeburn.parallel import processes
-
-if TYPE_CHECKING:
-    from braeburn.config import WeightType
 
 
 def checked_stage(recipe: str, run: Any, stage: str) -> str:
@@ -100,21 +97,6 @@ def parse_mesh(text: str | None) -> Any:
             )
         sizes[axis.strip()] = int(size)
     return MeshConfig().replace(**sizes)
-
-
-def weight_type(text: str | None) -> "WeightType | None":
-    """The type of weights that `--dtype` names; None without it.
-
-    Raises:
-        UserError: it names none.
-    """
-    if text is None:
-        return None
-    from braeburn.config import WEIGHT_TYPES
-
-    if text not in WEIGHT_TYPES:
-        raise UserError(f"--dtype {text!r} is not known; use --dtype fp32 or --dtype bf16")
-    return WEIGHT_TYPES[text]
 
 
 def join(command: str, mesh: str | None) -> None:

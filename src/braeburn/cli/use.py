@@ -12,7 +12,6 @@ from braeburn.cli.resolve import (
     parse_mesh,
     run_folder,
     warn_of_unused_accelerator,
-    weight_type,
 )
 from braeburn.errors import UserError
 from braeburn.parallel import processes
@@ -59,6 +58,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity, next-token accuracy and bits per byte of the newest checkpoint."""
+    from braeburn.config import weight_type
+
     devices, held_as = parse_mesh(mesh), weight_type(dtype)
     folder = run_folder(directory)
     join("evaluate", mesh)

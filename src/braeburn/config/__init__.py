@@ -28,15 +28,7 @@ from braeburn.config.data import Data, Source
 from braeburn.config.directory import read_identity, read_run
 from braeburn.config.distillation import Distillation
 from braeburn.config.execution import KEEP_ALL, Execution
-from braeburn.config.memory import (
-    NO_OFFLOAD,
-    WEIGHT_TYPES,
-    NamedActivation,
-    Offload,
-    Precision,
-    Remat,
-    WeightType,
-)
+from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
 from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
 from braeburn.config.model import LARGEST_SIZES, LayerConfig, ModelConfig, RopeScaling, Segment
 from braeburn.config.objectives import NextToken, Objective, ObjectiveConfig
@@ -61,6 +53,7 @@ from braeburn.config.transforms import (
     TransformConfig,
     check_pruning,
 )
+from braeburn.config.weights import WeightType, file_type, weight_type
 
 __all__ = [
     "KEEP_ALL",
@@ -70,7 +63,6 @@ __all__ = [
     "NO_OFFLOAD",
     "ONE_DEVICE",
     "PRUNABLE",
-    "WEIGHT_TYPES",
     "AdamW",
     "AfmOptimizer",
     "Attention",
@@ -126,6 +118,7 @@ __all__ = [
     "check_pruning",
     "divisors",
     "explain_validation_error",
+    "file_type",
     "flatten",
     "override",
     "parse_assignment",
@@ -134,4 +127,5 @@ __all__ = [
     "read_run",
     "some",
     "validate",
+    "weight_type",
 ]

@@ -25,17 +25,6 @@ class Remat(Frozen):
     )
 
 
-# What weights are held and written in.
-WeightType = Literal["float32", "bfloat16"]
-# The same by the names that the field uses, too.
-WEIGHT_TYPES: dict[str, WeightType] = {
-    "float32": "float32",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-}
-
-
 class Precision(Frozen):
     """The type of activations and of the weights as they are multiplied; parameters and optimizer
     are float32.

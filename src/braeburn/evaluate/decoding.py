@@ -166,10 +166,7 @@ def inference_layout(model: ModelConfig, layout: Layout) -> Layout:
 def types(model: ModelConfig, execution: Execution) -> Tree:
     """The type of each parameter that is generated from, where layers are apart."""
     compute = jnp.dtype(execution.precision.compute)
-    return jax.tree.map(
-        lambda spec: jnp.dtype(jnp.float32) if spec.role == "norm" else compute,
-        cached.apart_specs(model),
-    )
+    return jax.tree.map(lambda spec: spec.held_in(compute), cached.apart_specs(model))
 
 
 def last_logits(

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, which safetensors needs to read it
 import numpy as np
-from jax.experimental import multihost_utils
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
@@ -31,7 +30,7 @@ from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models.decoder import param_specs
 from braeburn.models.families import Family, families_by_type, family_of
 from braeburn.models.huggingface_config import read_config, write_config
-from braeburn.parallel.agreement import first_objection, main_first
+from braeburn.parallel.agreement import first_objection, main_first, said_by_main
 from braeburn.parallel.processes import is_main
 from braeburn.reading import is_regular, read_object, shown, validated
 from braeburn.train.progress import tracked
@@ -88,7 +87,8 @@ def write(
         ValueError: `params` are not those of `model`.
     """
     directory = Path(directory).expanduser().resolve()
-    partial = directory.with_name(f".{directory.name}.partial-{_number().hex}")
+    number = said_by_main(f"which folder {directory} is made in", uuid.uuid4().hex)
+    partial = directory.with_name(f".{directory.name}.partial-{number}")
     made = False
 
     def begin() -> None:
@@ -123,15 +123,6 @@ def write(
     finally:
         if made:  # what this call did not make is not its to remove
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _number() -> uuid.UUID:
-    """A number that no other call has, the same in all processes of this one."""
-    number = uuid.uuid4()
-    if jax.process_count() == 1:
-        return number
-    words = np.frombuffer(number.bytes, np.uint32)
-    return uuid.UUID(bytes=np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes())
 
 
 @contextmanager
@@ -345,7 +336,7 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
         parts = by_path[path]
         is_half = {types[stored[part.name]] for part in parts} == {_CODES["bfloat16"]}
         lossless = "bfloat16" if is_half else "float32"
-        kept_as = np.dtype("float32" if spec.role == "norm" else dtype or lossless)
+        kept_as = spec.held_in(dtype or lossless)
         if parts[0].layer is None:
             return Pieces.whole(spec.shape, kept_as, lambda: values(parts[0], kept_as))
         in_order = {part.layer: part for part in parts}

@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,23 +36,13 @@ def launch(
         UserError: the GPUs cannot be shared, or training met a mistake of the user's.
         GaveUp: too many failures.
     """
-    shares = share_gpus(processes)
     folder = working_folder(out) if isinstance(out, RemoteFolder) else out
-    program = [*PROGRAM, "train", *arguments]
 
-    def commands() -> list[tuple[list[str], dict[str, str]]]:
-        if processes == 1:
-            return [(program, {})]
-        port = _free_port()  # that of the last attempt may be in use for a while
-        own = {"JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
-        meet = [
-            "--coordinator",
-            f"127.0.0.1:{port}",
-            "--num-processes",
-            f"{processes}",
-            "--process-id",
-        ]
-        return [([*program, *meet, f"{index}"], own | share) for index, share in enumerate(shares)]
+    def meet(address: str, index: int) -> tuple[list[str], dict[str, str]]:
+        flags = ["--coordinator", address, "--num-processes", f"{processes}"]
+        return [*flags, "--process-id", f"{index}"], {}
+
+    commands = _commands([*PROGRAM, "train", *arguments], processes, meet)
 
     def newest_checkpoint() -> int | None:
         # A folder whose name is a number is a whole checkpoint. Orbax would bring JAX, and with it
@@ -81,27 +71,52 @@ def launch_job(arguments: Sequence[str], processes: int, max_restarts: int) -> E
         UserError: the GPUs cannot be shared, or the job met a mistake of the user's.
         GaveUp: too many failures.
     """
-    shares = share_gpus(processes)
-    program = [*PROGRAM, *arguments]
 
-    def commands() -> list[tuple[list[str], dict[str, str]]]:
-        if processes == 1:
-            return [(program, {})]
-        port = _free_port()
-        found = {
-            "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    def meet(address: str, index: int) -> tuple[list[str], dict[str, str]]:
+        return [], {
+            "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(index),
         }
-        return [
-            (program, found | {"JAX_PROCESS_ID": str(index)} | share)
-            for index, share in enumerate(shares)
-        ]
 
+    commands = _commands([*PROGRAM, *arguments], processes, meet)
     # Jobs give no sign of life as they go: how long one takes is not known here.
     patience = Patience(phases={"starting": math.inf})
     nothing = (lambda: None), (lambda restart: None)
     return Supervisor(commands, max_restarts, _say, *nothing, patience).run()
+
+
+def _commands(
+    program: Sequence[str],
+    processes: int,
+    meet: Callable[[str, int], tuple[list[str], dict[str, str]]],
+) -> Callable[[], list[tuple[list[str], dict[str, str]]]]:
+    """What the supervisor starts: for each attempt the command of each process, and what its
+    environment has besides this one's.
+
+    Args:
+        program: with its arguments.
+        processes: how many.
+        meet: (where process 0 listens, the number of a process) -> the arguments and the
+            environment that tell the process of the others.
+
+    Raises:
+        UserError: the GPUs cannot be shared.
+    """
+    shares = share_gpus(processes)
+
+    def commands() -> list[tuple[list[str], dict[str, str]]]:
+        if processes == 1:
+            return [([*program], {})]
+        address = f"127.0.0.1:{_free_port()}"  # that of the last attempt may be in use for a while
+        found = []
+        for index, share in enumerate(shares):
+            arguments, told = meet(address, index)
+            own = {"JAX_COORDINATOR_BIND_ADDRESS": address, **told, **share}
+            found.append(([*program, *arguments], own))
+        return found
+
+    return commands
 
 
 def _say(text: str) -> None:

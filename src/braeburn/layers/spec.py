@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 # muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs.
@@ -56,6 +57,12 @@ class ParamSpec:
     def stacked(self) -> bool:
         """Whether the first dimension runs over layers."""
         return self.axes[:1] == (LAYERS,)
+
+    def held_in(self, dtype: Any) -> np.dtype:
+        """The type that this parameter has where weights have `dtype`: that of a norm stays
+        float32.
+        """
+        return np.dtype(np.float32 if self.role == "norm" else dtype)
 
     def stack(self, layers: int) -> "ParamSpec":
         """The spec of this parameter of several layers, along a leading axis."""

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from braeburn.config import ModelConfig
+from braeburn.config import ModelConfig, WeightType
 from braeburn.interop.tensors import Tensor, tensors_of
 from braeburn.models.families import family_of
-from braeburn.plan.jobs import WIDTHS, Export, Weights
+from braeburn.plan.jobs import WIDTHS, Export
 from braeburn.plan.storage import FLOAT
 
 # What the process takes before it has read a weight: Python, JAX, TensorStore, the tokenizer.
@@ -66,7 +66,7 @@ class Held(NamedTuple):
     left: float
 
 
-def held_of(tensor: Tensor, job: Export, stored: Weights) -> Held:
+def held_of(tensor: Tensor, job: Export, stored: WeightType) -> Held:
     """What an export holds of a tensor: as it is read, in float32 and in the order of the files,
     and as it is written.
 
@@ -100,7 +100,9 @@ def in_order(model: ModelConfig, job: Export) -> Iterator[Tensor]:
     yield from tensors_of(model, names)
 
 
-def estimate_export(job: Export, model: ModelConfig, stored: Weights = "float32") -> ExportEstimate:
+def estimate_export(
+    job: Export, model: ModelConfig, stored: WeightType = "float32"
+) -> ExportEstimate:
     """Predicts an export.
 
     Args:

@@ -95,8 +95,7 @@ def held_params(layout: Layout, weights: str) -> Tree:
     """
 
     def held(spec: Any, leaf: Any) -> Any:
-        dtype = jnp.float32 if spec.role == "norm" else jnp.dtype(weights)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, spec.held_in(weights), sharding=leaf.sharding)
 
     return jax.tree.map(held, layout.specs, abstract_params(layout))
 

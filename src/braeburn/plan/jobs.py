@@ -4,22 +4,14 @@ each with its settings. Without JAX.
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from braeburn.config import ModelConfig, Run
+from braeburn.config import ModelConfig, Run, WeightType, file_type, weight_type
 from braeburn.errors import UserError, did_you_mean
 from braeburn.hardware.targets import Target
 
 TRAIN = "train"
-Weights = Literal["float32", "bfloat16"]
 WIDTHS: dict[str, int] = {"float32": 4, "bfloat16": 2}
-# The types that jobs hold weights in, by the names that `--dtype` takes.
-DTYPES: dict[str, Weights] = {
-    "float32": "float32",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-}
 # Tokens of a window where the run does not tell how long its sequences are, as of an import.
 DEFAULT_LENGTH = 2048
 # Of what a network disk or an object store gives to one host, and a disk takes from it. Nothing in
@@ -41,7 +33,7 @@ class Evaluate:
     name: ClassVar[str] = "evaluate"
     tokens: int
     sequence_length: int
-    dtype: Weights
+    dtype: WeightType
     read_gb_per_s: float
 
 
@@ -61,7 +53,7 @@ class Generate:
     batch: int
     prompt_tokens: int
     max_new_tokens: int
-    dtype: Weights
+    dtype: WeightType
     read_gb_per_s: float
 
 
@@ -88,11 +80,6 @@ class Export:
 Job = Evaluate | Generate | Export
 JOBS: dict[str, type[Any]] = {job.name: job for job in (Evaluate, Generate, Export)}
 
-# The types of weights that each format has, the usual one first, by the names that options take.
-TYPES: dict[str, dict[str, str]] = {
-    "hf": {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"},
-    "gguf": {"f16": "f16", "q8_0": "q8_0", "q4_0": "q4_0"},
-}
 # The options of each job on the command line, by the names of their arguments there.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("tokens", "sequence_length", "dtype", "read_gb_per_s"),
@@ -191,14 +178,11 @@ def job_of(name: str, run: Run, stage: str, given: dict[str, Any]) -> Job:
         "write_gb_per_s": DEFAULT_GB_PER_S,
     }
     if name == Export.name:
-        defaults |= _files(set_)
+        format_ = set_.pop("format", "hf")
+        found_type = file_type(format_, set_.pop("dtype", None), set_.pop("type", None))
+        defaults |= {"format": format_, "type": found_type}
     elif "dtype" in set_:
-        dtype = DTYPES.get(set_["dtype"])
-        if dtype is None:
-            raise UserError(
-                f"--dtype {set_['dtype']!r} is not known; use --dtype fp32 or --dtype bf16"
-            )
-        set_["dtype"] = dtype
+        set_["dtype"] = weight_type(set_["dtype"])
     names = [field.name for field in fields(JOBS[name])]
     found: Job = JOBS[name](**{key: (defaults | set_)[key] for key in names})
     if isinstance(found, Generate) and found.prompt_tokens + found.max_new_tokens > 2**24:
@@ -207,30 +191,3 @@ def job_of(name: str, run: Run, stage: str, given: dict[str, Any]) -> Job:
             f"come to more than {2**24:,} positions; lower one of them"
         )
     return found
-
-
-def _files(given: dict[str, Any]) -> dict[str, Any]:
-    """Format and type of an export; `given` loses what it tells of them."""
-    format_ = given.pop("format", "hf")
-    dtype, type_ = given.pop("dtype", None), given.pop("type", None)
-    if format_ not in TYPES:
-        raise UserError(f"--format {format_!r} is not known; use --format hf or --format gguf")
-    if format_ == "hf" and type_ is not None:
-        raise UserError(
-            f"--type {type_} is one of --format gguf; of a Hugging Face directory it is --dtype "
-            f"fp32 or --dtype bf16"
-        )
-    if format_ == "gguf" and dtype is not None:
-        raise UserError(
-            f"--dtype {dtype} is one of --format hf; of a GGUF file it is --type f16, q8_0 or q4_0"
-        )
-    said = dtype if format_ == "hf" else type_
-    types = TYPES[format_]
-    found = types.get(said) if said is not None else next(iter(types.values()))
-    if found is None:
-        word = "dtype" if format_ == "hf" else "type"
-        raise UserError(
-            f"--{word} {said!r} is not known; use --{word} "
-            + ("fp32 or --dtype bf16" if format_ == "hf" else "f16, q8_0 or q4_0")
-        )
-    return {"format": format_, "type": found}

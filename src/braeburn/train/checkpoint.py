@@ -359,7 +359,14 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged, or of another model.
         """
-        stored = self.stored_params(step, params)
+        return self.placed(step, self.stored_params(step, params), params)
+
+    def placed(self, step: int, stored: Tree, params: Tree) -> Tree:
+        """The parameters of `stored_params`, in the types and places of the abstract `params`.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
         with self._reading(step):
             return jax.tree.map(placed, stored, params)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from braeburn.config import (
     Checkpoint,
@@ -165,11 +164,7 @@ def _params(
     of_stage = replace(layout, specs=trained_specs(run, name))
     used = effective(held(checkpoints, step, of_stage, "float32"), index)
     if dtype is not None:
-        used = jax.tree.map(
-            lambda spec, leaf: leaf if spec.role == "norm" else leaf.astype(dtype),
-            layout.specs,
-            used,
-        )
+        used = jax.tree.map(lambda spec, leaf: leaf.astype(spec.held_in(dtype)), layout.specs, used)
     return used if layout.num_devices == 1 else jax.device_put(used, layout.parameters())
 
 
@@ -193,13 +188,13 @@ def held(
     stored = checkpoints.stored_params(step, abstract(layout.specs))
 
     def wanted(spec: ParamSpec, array: StoredArray, place: Any) -> jax.ShapeDtypeStruct:
-        kept_as = array.dtype if spec.role == "norm" else np.dtype(dtype or array.dtype)
+        kept_as = spec.held_in(dtype or array.dtype)
         if for_programs and layout.platform == "cpu":
             kept_as = type_on_cpus(spec, kept_as)
         return jax.ShapeDtypeStruct(spec.shape, kept_as, sharding=place)
 
     shapes = jax.tree.map(wanted, layout.specs, stored, layout.parameters())
-    return checkpoints.restore_params(step, shapes)
+    return checkpoints.placed(step, stored, shapes)
 
 
 # What may differ between the model of a configuration and that of a checkpoint: how it is computed,
