@@ -3,9 +3,8 @@
     python benchmarks/job_memory.py [--gigabytes 3] [--limit 5] [--devices 4] [--keep FOLDER]
 
 A Hugging Face directory of random weights is made in bfloat16, one layer after the other. It is
-imported, evaluated, pruned and exported, each in a process that the system gives no more memory
-than `--limit` GB to (RLIMIT_DATA: of its own, without mapped files), with simulated devices; it is
-sampled without a limit.
+imported, evaluated, sampled, pruned and exported, each in a process that the system gives no more
+memory than `--limit` GB to (RLIMIT_DATA: of its own, without mapped files), with simulated devices.
 What is exported in bfloat16 must be the directory that was imported, byte for byte. Evaluation and
 generation are compared with those of one device, which has no limit.
 """
@@ -161,8 +160,8 @@ def main() -> None:
         "evaluate, two processes": f"launch local --processes 2 -- {evaluate} --mesh {mesh}",
         "prune": f"prune {imported} --ffn {ffn} --out {pruned} --method magnitude",
         "export": f"export {imported} --out {exported} --dtype bf16",
-        # Last, since XLA for CPUs widens all weights to float32 to generate, and so needs more.
         "generate": f"{generate} --mesh {mesh}",
+        "generate, two processes": f"launch local --processes 2 -- {generate} --mesh {mesh}",
     }
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"a model of {size / GB:.2f} GB, at most {options.limit} GB a process")
@@ -171,8 +170,7 @@ def main() -> None:
         if name == "import" and imported.exists():
             continue
         devices = options.devices // 2 if "two" in name else options.devices
-        limit = 0 if name == "generate" else options.limit
-        seconds, peak, outputs[name] = run(shlex.split(arguments), limit, devices)
+        seconds, peak, outputs[name] = run(shlex.split(arguments), options.limit, devices)
         # That of processes which a launcher starts is not known here.
         told = "" if "two" in name else f"   peak {peak / GB:5.2f} GB"
         print(f"{name:24} {seconds:6.1f} s{told}", flush=True)

@@ -175,6 +175,33 @@ def test_memory_is_as_said(name: str, sizes: dict[str, int], precision: Precisio
         assert there.sharding.is_equivalent_to(told.sharding, there.ndim)
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"fsdp": 2}])
+def test_weights_are_widened_one_layer_at_a_time(sizes: dict[str, int]) -> None:
+    """XLA for CPUs would widen the bfloat16 weights of all layers before it computes anything, and
+    before the first of the tokens that it draws.
+    """
+    wide = {"d_model": 256, "num_layers": 12, "ffn_dim": 1024}
+    model = ModelConfig.model_validate({**SIZES, **wide})
+    mesh = MeshConfig.model_validate({"fsdp": 1, **sizes})
+    devices = build(mesh, jax.devices()[: math.prod(mesh.sizes.values())])
+    layout = inference_layout(model, Layout(Execution(mesh), devices, decoder.param_specs(model)))
+    params = abstract_params(model, layout)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params["layers"][0]["up"])} == {
+        np.dtype(np.uint16)
+    }
+    run = programs(model, layout.execution, layout.mesh, Sampling(0.0))
+    prompts, draws = abstract_prompts(2, 16, layout)
+    rows = abstract_rows(model, 2, 16, 16, layout)
+    until = jax.ShapeDtypeStruct((), np.int32, sharding=layout.everywhere())
+    begin = run.begin.lower(params, prompts, draws, 16)
+    with layout.compiling():
+        for program in (begin, run.go_on.lower(params, rows, draws, until)):
+            temporaries = program.compile().memory_analysis().temp_size_in_bytes
+            # All in float32 would be twice what they are in bfloat16.
+            assert temporaries < weight_bytes(model, layout)
+
+
 def test_a_window_keeps_no_more_than_it_sees() -> None:
     model, execution = (
         MODELS["gemma"],

@@ -25,7 +25,8 @@ from braeburn.config import Execution, MeshConfig, ModelConfig
 from braeburn.config.rules import Placement
 from braeburn.errors import UserError
 from braeburn.evaluate.sampling import Sampling, choose
-from braeburn.layers.spec import Tree
+from braeburn.layers.spec import ParamSpec, Tree
+from braeburn.layers.weights import type_on_cpus
 from braeburn.models import cached, decoder
 from braeburn.parallel.collectives import FSDP, all_to_all, reduce_scatter
 from braeburn.parallel.layout import Layout
@@ -163,10 +164,19 @@ def inference_layout(model: ModelConfig, layout: Layout) -> Layout:
     return replace(layout, execution=inference(layout.execution), specs=cached.apart_specs(model))
 
 
-def types(model: ModelConfig, execution: Execution) -> Tree:
-    """The type of each parameter that is generated from, where layers are apart."""
-    compute = jnp.dtype(execution.precision.compute)
-    return jax.tree.map(lambda spec: spec.held_in(compute), cached.apart_specs(model))
+def types(layout: Layout) -> Tree:
+    """The type of each parameter that is generated from.
+
+    Args:
+        layout: of `inference_layout`.
+    """
+    compute = jnp.dtype(layout.execution.precision.compute)
+
+    def one(spec: ParamSpec) -> Any:
+        held = spec.held_in(compute)
+        return type_on_cpus(spec, held) if layout.platform == "cpu" else held
+
+    return jax.tree.map(one, layout.specs)
 
 
 def last_logits(
@@ -347,7 +357,7 @@ def abstract_params(model: ModelConfig, layout: Layout) -> Tree:
     return jax.tree.map(
         lambda spec, dtype, place: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=place),
         layout.specs,
-        types(model, layout.execution),
+        types(layout),
         layout.parameters(),
     )
 

@@ -31,6 +31,7 @@ from braeburn.evaluate.decoding import (
 )
 from braeburn.evaluate.sampling import UNFILTERED, Sampling
 from braeburn.layers.spec import Tree, random_key
+from braeburn.layers.weights import BITS, to_bits
 from braeburn.models import decoder
 from braeburn.parallel.layout import Layout, one_device
 from braeburn.parallel.rules import BATCH, batch_shards, partition
@@ -82,7 +83,8 @@ class Ready:
     """A model whose parameters lie as generation needs them: see `ready`.
 
     Attributes:
-        params: matrices in the type to compute in, norms float32; layers `apart`.
+        params: matrices in the type to compute in, or as `type_on_cpus` has them; norms float32;
+            layers `apart`.
         model: sizes.
         layout: where the parameters lie; its execution is that of `inference`.
     """
@@ -108,7 +110,7 @@ def ready(params: Tree, model: ModelConfig, layout: Layout, *, consume: bool = F
     """
     own = inference_layout(model, layout)
     places = own.parameters()
-    dtypes = types(model, own.execution)
+    dtypes = types(own)
     segments = {segment.name: segment.repeats for segment in model.segments}
 
     def cast(leaf: Any, targets: list[tuple[Any, Any]], index: Sequence[int | None]) -> list[Any]:
@@ -159,7 +161,7 @@ def _compiled_cast(place: NamedSharding, dtype: Any, one_layer: bool) -> Callabl
     def cast(leaf: Array, index: Array) -> Array:
         if one_layer:
             leaf = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-        return leaf.astype(dtype)
+        return to_bits(leaf) if dtype == BITS else leaf.astype(dtype)
 
     return jax.jit(cast, out_shardings=place)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, UInt16
 
 from braeburn.config import Execution
 from braeburn.layers.spec import ParamSpec
-from braeburn.layers.weights import from_bits, gathered
+from braeburn.layers.weights import from_bits, gathered, not_before
 
 
 def flat(x: Float[Array, "*S D"]) -> Float[Array, "tokens D"]:
@@ -59,7 +59,8 @@ def linear(
     Returns:
         The product, in the type of `x`, whose last dimensions are the other ones of the weight.
     """
-    weight = from_bits(gathered(weight, spec, execution)).astype(x.dtype)
+    weight = gathered(not_before(weight, x), spec, execution)
+    weight = from_bits(weight).astype(x.dtype)
     summed = len(spec.fan_in)
     if weight.ndim == 2:
         return product(x, weight)

@@ -20,21 +20,43 @@ BITS = jnp.uint16
 def type_on_cpus(spec: ParamSpec, dtype: Any) -> Any:
     """The type in which programs on CPUs are given a weight of some type.
 
-    It is that type, but for the bfloat16 weights of layers, which are given as integers of the same
-    bits: XLA for CPUs has no bfloat16, and in a loop over layers it would widen the weights of all
-    layers to float32 at once, ahead of the loop. `linear` takes both; programs that are given bits
-    have no gradients with respect to them.
+    It is that type, but for the bfloat16 matrices of layers, which are given as integers of the
+    same bits: XLA for CPUs has no bfloat16, and would widen the matrices of all layers to float32
+    at once, ahead of a loop over layers or tokens. `linear` takes both; programs that are given
+    bits have no gradients with respect to them.
 
     Args:
         spec: of the weight.
         dtype: that it is held in.
     """
-    return jnp.dtype(BITS if spec.stacked and dtype == jnp.bfloat16 else dtype)
+    return jnp.dtype(BITS if spec.role == "matrix" and dtype == jnp.bfloat16 else dtype)
 
 
 def from_bits(weight: Array) -> Array:
     """A weight that is given as bits as bfloat16; any other as it is."""
     return lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == BITS else weight
+
+
+def to_bits(weight: Array) -> Array:
+    """A weight of any float type as the bits of bfloat16 numbers."""
+    return lax.bitcast_convert_type(weight.astype(jnp.bfloat16), BITS)
+
+
+def not_before(weight: Array, x: Array) -> Array:
+    """A weight that is given as bits, to be widened when `x` is there and no sooner; any other as
+    it is.
+
+    Where layers are not in a loop, nothing else keeps XLA for CPUs from widening those of all
+    layers at once: it takes out optimization barriers before it orders the work. So the bits are
+    made to depend on `x`, by what is always zero but which no compiler may take for it.
+
+    Args:
+        weight: of any type.
+        x: what it is to be multiplied by.
+    """
+    if weight.dtype != BITS:
+        return weight
+    return weight | (x.ravel()[0] > jnp.inf).astype(BITS)
 
 
 def gathered(weight: Array, spec: ParamSpec, execution: Execution) -> Array:

@@ -66,7 +66,9 @@ class Layout:
 
     @property
     def platform(self) -> str:
-        """What the devices are, as JAX names it: "cpu", "gpu" or "tpu"."""
+        """What the devices are, as JAX names it: "cpu", "gpu" or "tpu"; "" of an abstract mesh."""
+        if isinstance(self.mesh, jax.sharding.AbstractMesh):
+            return ""
         return str(self.mesh.devices.flat[0].platform)
 
     @contextmanager
