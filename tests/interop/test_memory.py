@@ -175,3 +175,21 @@ def test_a_failure_of_one_process_ends_the_others(tokenizer_file: Path, tmp_path
         assert "the disk is gone" in answers[failing].err
         assert not any("Traceback" in answer.err for answer in answers), answers
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.deep
+def test_many_layers_are_generated_from_in_several_processes(
+    tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """More programs that gather than XLA for CPUs has under way at once held each other up."""
+    sizes = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 16, "ffn_dim": 64, "qk_norm": False}
+    model = ModelConfig(vocab_size=308, d_model=64, num_layers=40, **sizes)
+    source = write(tmp_path / "source", random_params(model), model, tokenizer_file)
+    assert braeburn("import", source, "--out", tmp_path / "run").code == 0
+    generate = ["generate", str(tmp_path / "run"), "--prompt", "a", "--max-new-tokens", "4"]
+    program = [sys.executable, "-c", "from braeburn.cli import console; console()", *generate]
+    one, *_ = together([*program, "--greedy", "--json"], devices=1)
+    mesh = [*program, "--greedy", "--json", "--mesh", "tensor=4"]
+    first, second = together(mesh, mesh, devices=2, timeout=200)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert json.loads(first.out)["samples"] == json.loads(one.out)["samples"]
