@@ -303,6 +303,13 @@ def test_pods_that_are_told_so_evaluate_together(finished: Path) -> None:
         assert found[source]["loss"] == pytest.approx(values["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("prompt", ["\U0001f34e and é", 'two\nlines: "a"\t', "\x7f\u2028\x85 \\"])
+def test_any_text_is_an_argument(prompt: str) -> None:
+    words = ["generate", "/runs/afm", "--mesh", "fsdp=-1", "--prompt", prompt]
+    _, _, _, container = parts(start("v6e:16", "--", *words).out)
+    assert container["args"] == words[1:]
+
+
 def test_generation_on_a_slice_of_tpus() -> None:
     words = ["generate", "/runs/afm", "--prompts", "/text/prompts.txt", "--mesh", "fsdp=-1"]
     answer = start("v5p:64", "--", *words)

@@ -138,15 +138,15 @@ def manifest(job: Job, image: str, volume: Volume) -> str:
         environment = [
             "# Compiled programs are kept with the run, so that a restart does not compile again.",
             "- name: JAX_COMPILATION_CACHE_DIR",
-            f"  value: {_string(f'{job.home.path}/.cache/jax')}",
+            f"  value: {_literal(f'{job.home.path}/.cache/jax')}",
         ]
     if mount:
-        mounts = ["- name: runs", f"  mountPath: {json.dumps(mount)}"]
+        mounts = ["- name: runs", f"  mountPath: {_string(mount)}"]
         volumes = [
             "# Storage that all pods can write to (ReadWriteMany) and that outlives them.",
             "- name: runs",
             "  persistentVolumeClaim:",
-            f"    claimName: {json.dumps(volume.claim)}",
+            f"    claimName: {_string(volume.claim or '')}",
         ]
     resources = {"google": "google.com/tpu", "nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(
         facts.maker
@@ -212,7 +212,7 @@ def manifest(job: Job, image: str, volume: Volume) -> str:
         origin=job.origin,
         process_0=",".join(labels),
         saving=_lines(saving if job.trains else [], 12),
-        command=json.dumps(job.command),
+        command=_string(job.command),
         jobset=jobset,
         job=job_name,
         annotations=_lines(annotations, 2),
@@ -223,8 +223,8 @@ def manifest(job: Job, image: str, volume: Volume) -> str:
         pods=pods,
         placement=_lines(placement, 12),
         extra=extra,
-        image=json.dumps(image),
-        arguments=_lines([f"- {_string(text)}" for text in job.arguments], 14).rstrip("\n"),
+        image=_string(image),
+        arguments=_lines([f"- {_literal(text)}" for text in job.arguments], 14).rstrip("\n"),
         places=comment(job.places),
         environment=_lines(["env:", *environment] if environment else [], 14),
         resources=_lines(limits, 14),
@@ -294,10 +294,21 @@ def _check_places(job: Job, volume: Volume) -> None:
 
 
 def _string(text: str) -> str:
-    """A string of YAML that Kubernetes takes as it is: it would put variables in the place of
-    `$(NAME)`, and one `$` in that of two.
+    """A string of YAML: one of JSON, but for characters beyond 16 bits, which JSON writes as two
+    that YAML refuses.
     """
-    return json.dumps(text.replace("$", "$$"))  # JSON's strings are strings of YAML too
+    return re.sub(
+        r"[^ -~]",
+        lambda found: found[0] if found[0].isprintable() else f"\\U{ord(found[0]):08x}",
+        json.dumps(text, ensure_ascii=False),
+    )
+
+
+def _literal(text: str) -> str:
+    """A string of YAML for where Kubernetes would put variables in the place of `$(NAME)`, and one
+    `$` in that of two.
+    """
+    return _string(text.replace("$", "$$"))
 
 
 def _lines(lines: Sequence[str], indent: int) -> str:
