@@ -110,7 +110,7 @@ def test_weights_held_in_bfloat16_compute_the_same(
     [
         (["afm-tiny"], "--out is missing; name the run directory, as in --out runs/first"),
         (["afm-tiny", "x", "--out", "y"], "'x' is one argument too many"),
-        (["evaluate", "DIR", "--json"], "the options of evaluate stand behind it; write them as"),
+        (["evaluate", "DIR", "--json"], "--json of launch local is of training alone"),
         (["--", "evaluate", "DIR"], "2 processes, which share a model over --mesh alone"),
         (["--", "evaluate", "DIR", "--mesh", "fsdp=3"], "fsdp"),
     ],

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from together import ENVIRON, STEPS
 
-from support import events, process, rows
+from support import contents, events, process, rows
 
 CONF = """
 ClusterName=test
@@ -122,15 +122,18 @@ def cluster() -> Iterator[Path]:
 
 def submit(folder: Path, arguments: list[str], *more: str) -> tuple[str, Path, Path]:
     """Submits a printed script of two tasks; the job's number, its run directory and its log."""
-    folder.mkdir()
     out = folder / "run"
-    printed = process("launch", "slurm", *arguments, *more, "--on", "cpu:2", "--out", out, "--json")
-    assert printed.code == 0, printed.err
-    answer = call(
-        "sbatch", "--parsable", "--chdir", folder, input=json.loads(printed.out)["script"]
-    )
-    number = answer.strip()
+    number = submit_to(folder, "--out", out, *arguments, *more)
     return number, out, folder / f"braeburn-afm-tiny-{number}.log"
+
+
+def submit_to(folder: Path, *arguments: object) -> str:
+    """Submits a printed script of two tasks that works in a new folder; the job's number."""
+    folder.mkdir()
+    printed = process("launch", "slurm", "--on", "cpu:2", "--json", *arguments)
+    assert printed.code == 0, printed.err
+    script = json.loads(printed.out)["script"]
+    return call("sbatch", "--parsable", "--chdir", folder, input=script).strip()
 
 
 def state(number: str) -> str:
@@ -232,6 +235,61 @@ def test_a_cancelled_job_is_not_queued_again(
     wait_for(number, "CANCELLED", seconds=60)
     time.sleep(15)
     assert state(number) == "CANCELLED"
+
+
+def test_two_tasks_evaluate_and_the_result_has_a_file_of_its_own(
+    cluster: Path, alone: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", alone, "--json"]
+    expected = json.loads(process(*words, env=ENVIRON).out)["results"]
+    number = submit_to(tmp_path / "job", "--", *words, "--mesh", "fsdp=-1")
+    wait_for(number, "COMPLETED", "FAILED", "CANCELLED")
+    log = (tmp_path / "job" / f"braeburn-evaluate-run-{number}.log").read_text()
+    assert state(number) == "COMPLETED", log
+    result = tmp_path / "job" / f"braeburn-evaluate-run-{number}.out"
+    found = json.loads(result.read_text())["results"]
+    for source, values in expected.items():
+        assert found[source]["loss"] == pytest.approx(values["loss"], rel=1e-5)
+    assert f"the result will be in {result.name}" in log and "restart" not in log
+
+    number = submit_to(tmp_path / "mistake", "--", "evaluate", tmp_path, "--mesh", "fsdp=-1")
+    wait_for(number, "COMPLETED", "FAILED", "CANCELLED")
+    log = (tmp_path / "mistake").joinpath(f"braeburn-evaluate-{tmp_path.name}-{number}.log")
+    assert state(number) == "FAILED"
+    assert "restart" not in log.read_text() and "is not a run directory" in log.read_text()
+
+
+def test_two_tasks_export_what_one_does(cluster: Path, alone: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert process("export", alone, "--out", one, env=ENVIRON).code == 0
+    number = submit_to(tmp_path / "job", "--", "export", alone, "--out", two)
+    wait_for(number, "COMPLETED", "FAILED", "CANCELLED")
+    assert state(number) == "COMPLETED"
+    assert contents(two).keys() == contents(one).keys()
+    result = tmp_path / "job" / f"braeburn-export-run-{number}.out"
+    assert result.read_text().startswith("exported step ")
+
+
+@pytest.mark.parametrize(
+    ("how", "end"), [(("--signal=TERM", "--batch"), "FAILED"), ((), "CANCELLED")]
+)
+def test_a_command_that_is_stopped_is_not_begun_again(
+    how: tuple[str, ...], end: str, cluster: Path, alone: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def f(x):\n" * 2000)
+    words = ["generate", alone, "--prompts", prompts, "--mesh", "fsdp=-1", "--batch", 2]
+    number = submit_to(tmp_path / "job", "--", *words)
+    result = tmp_path / "job" / f"braeburn-generate-run-{number}.out"
+    deadline = time.monotonic() + 60
+    while not result.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(8)  # it is at work by then
+    call("scancel", *how, number)
+    wait_for(number, end, seconds=60)
+    log = result.with_suffix(".log").read_text()
+    assert "restart" not in log and ("ended by SIGTERM before" in log or end == "CANCELLED")
 
 
 def test_submit_hands_the_script_over(

@@ -1,6 +1,9 @@
 """The JobSet that is printed, held against the published schemas."""
 
 import json
+import os
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from support import Answer, braeburn
+from support import PROGRAM, Answer, braeburn, process
 
 SCHEMA = json.loads(Path(__file__).with_name("jobset.schema.json").read_text())
 
@@ -44,6 +47,16 @@ def parts(text: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], di
     return jobset, job, pod, container
 
 
+def told(container: dict[str, Any]) -> dict[str, str]:
+    """The environment of a container: values, and the fields that others are taken from."""
+    return {
+        variable["name"]: variable["value"]
+        if "value" in variable
+        else variable["valueFrom"]["fieldRef"]["fieldPath"]
+        for variable in container.get("env", [])
+    }
+
+
 def test_slices_of_tpus() -> None:
     answer = launch("v4:8x1024", "--max-restarts", 5, recipe="afm-server")
     jobset, job, pod, container = parts(answer.out)
@@ -74,16 +87,17 @@ def test_nodes_of_gpus() -> None:
     tricky = 'data.sources.web.paths=["/data/a b/*.py", "#x: y"]'
     _, job, pod, container = parts(launch("h100:16", "--set", tricky, "--set", "seed=3").out)
     assert (job["replicas"], job["template"]["spec"]["completions"]) == (1, 2)
+    assert container["command"] == ["braeburn", "train"]
     assert container["args"] == [
-        *["llama3-8b", "--out", "/runs/first", "--set", tricky, "--set", "seed=3"],
-        *[
-            "--coordinator",
-            "braeburn-llama3-8b-node-0-0.braeburn-llama3-8b:8476",
-            "--num-processes",
-            "2",
-        ],
-        *["--process-id", "$(JOB_COMPLETION_INDEX)"],
+        *["llama3-8b", "--out", "/runs/first", "--set", tricky, "--set", "seed=3"]
     ]
+    assert told(container) == {
+        "JAX_COORDINATOR_ADDRESS": "braeburn-llama3-8b-node-0-0.braeburn-llama3-8b:8476",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "metadata.annotations['batch.kubernetes.io/job-completion-index']",
+        "JAX_COMPILATION_CACHE_DIR": "/runs/first/.cache/jax",
+    }
+    assert pod["terminationGracePeriodSeconds"] == 120
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert container["volumeMounts"][0]["mountPath"] == "/runs"
@@ -106,12 +120,13 @@ def test_other_targets(on: str, pods: int, limits: dict[str, int] | None) -> Non
     _, job, _, container = parts(launch(on).out)
     assert job["template"]["spec"]["completions"] == pods
     assert container.get("resources", {}).get("limits") == limits
-    assert ("--coordinator" in container["args"]) == (
-        limits is None or "google.com/tpu" not in limits
-    ) * (pods > 1)
-    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    environment = told(container)
     assert environment.pop("JAX_COMPILATION_CACHE_DIR") == "/runs/first/.cache/jax"
-    assert environment == ({} if limits else {"JAX_PLATFORMS": "cpu"})
+    names = {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}
+    # GKE tells pods of TPUs, and JAX reads it.
+    of_tpus = limits is not None and "google.com/tpu" in limits
+    assert environment.keys() & names == (names if pods > 1 and not of_tpus else set())
+    assert environment.keys() - names == (set() if limits else {"JAX_PLATFORMS"})
 
 
 def test_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,7 +137,7 @@ def test_json_and_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     )
     assert answer["submitted"] is None and answer["manifest"] == launch("v6e:16").out
     assert (
-        "--out 'runs/x' must lie in the folder of the volume; give a path as /runs/llama3-8b"
+        "--out 'runs/x' must lie in the folder of the volume; give a path as /runs/x"
         in launch("h100:8", out="runs/x").error
     )
     assert (
@@ -221,6 +236,145 @@ def test_a_run_at_a_url_needs_no_volume() -> None:
         "--claim is missing; name the PersistentVolumeClaim for the folder '/runs'"
         in braeburn(*command, *needed).error
     )
+
+
+def start(on: str, *words: object, claim: str | None = "runs") -> Answer:
+    """Launches a command on a trained model."""
+    needed = ["--image", "registry/braeburn:1", *(["--claim", claim] if claim else [])]
+    return braeburn("launch", "kubernetes", "--on", on, *needed, *words)
+
+
+def test_evaluation_on_nodes_of_gpus() -> None:
+    words = ["evaluate", "/runs/AFM 1", "--data", "/runs/$(X)$$.txt", "--mesh", "fsdp=-1"]
+    answer = start("h100:16", "--max-restarts", 1, "--", *words)
+    assert (answer.code, answer.err) == (0, "")
+    jobset, job, pod, container = parts(answer.out)
+    name = jobset["metadata"]["name"]
+    assert name == "braeburn-evaluate-afm-1"
+    assert (job["replicas"], job["template"]["spec"]["completions"]) == (1, 2)
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 1
+    assert container["command"] == ["braeburn", "evaluate"]
+    # Kubernetes makes one of two `$`.
+    assert [text.replace("$$", "$") for text in container["args"]] == words[1:]
+    assert told(container) == {
+        "JAX_COMPILATION_CACHE_DIR": "/runs/AFM 1/.cache/jax",
+        "JAX_COORDINATOR_ADDRESS": f"{name}-node-0-0.{name}:8476",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "metadata.annotations['batch.kubernetes.io/job-completion-index']",
+    }
+    assert container["volumeMounts"][0]["mountPath"] == "/runs"
+    assert "terminationGracePeriodSeconds" not in pod
+    assert "checkpoint" not in answer.out and "started anew, from the beginning" in answer.out
+    assert "#   DIR /runs/AFM 1: the run directory\n#   --data /runs/$(X)$$.txt: text" in answer.out
+    assert (
+        f"jobset.sigs.k8s.io/jobset-name={name},jobset.sigs.k8s.io/job-index=0,"
+        f"batch.kubernetes.io/job-completion-index=0"
+    ) in answer.out
+    whole = json.loads(start("h100:16", "--max-restarts", 1, "--json", "--", *words).out)
+    assert whole["manifest"] == answer.out and whole["submitted"] is None
+    assert [place["field"] for place in whole["shared"]] == ["DIR", "--data"]
+
+
+@pytest.mark.deep
+def test_pods_that_are_told_so_evaluate_together(finished: Path) -> None:
+    """Two processes with the command and the environment of the pods, and this machine's names."""
+    words = ["evaluate", finished, "--json"]
+    expected = json.loads(process(*words).out)["results"]
+    _, _, _, container = parts(start("cpu:2", "--", *words, "--mesh", "fsdp=-1").out)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environ = told(container) | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_CPU_DEVICES": "4"}
+    [_, command] = container["command"]
+    pods = [
+        subprocess.Popen(
+            [*PROGRAM, command, *container["args"]],
+            env=os.environ | environ | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    printed = [pod.communicate(timeout=200)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0]
+    assert printed[1] == ""
+    found = json.loads(printed[0])["results"]
+    for source, values in expected.items():
+        assert found[source]["loss"] == pytest.approx(values["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["\U0001f34e and é", 'two\nlines: "a"\t', "\x7f\u2028\x85 \\"])
+def test_any_text_is_an_argument(prompt: str) -> None:
+    words = ["generate", "/runs/afm", "--mesh", "fsdp=-1", "--prompt", prompt]
+    _, _, _, container = parts(start("v6e:16", "--", *words).out)
+    assert container["args"] == words[1:]
+
+
+def test_generation_on_a_slice_of_tpus() -> None:
+    words = ["generate", "/runs/afm", "--prompts", "/text/prompts.txt", "--mesh", "fsdp=-1"]
+    answer = start("v5p:64", "--", *words)
+    _, job, pod, container = parts(answer.out)
+    assert job["template"]["spec"]["completions"] == 16
+    assert told(container).keys() == {"JAX_COMPILATION_CACHE_DIR"}
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
+    [warning] = answer.err.splitlines()
+    assert warning.startswith("warning: --prompts '/text/prompts.txt' is not below '/runs', where")
+    assert warning.endswith("make sure that the image has it, or move it below '/runs'")
+
+
+def test_one_process_that_leaves_devices_alone_is_warned_of() -> None:
+    words = ["evaluate", "/runs/afm"]
+    answer = start("h100:8", "--", *words)
+    assert answer.code == 0 and "JAX_NUM_PROCESSES" not in answer.out
+    assert answer.err.startswith(
+        "warning: evaluate uses one of the 8 devices of h100:8; add --mesh"
+    )
+    assert start("h100:8", "--", *words, "--mesh", "fsdp=-1").err == ""
+    assert start("h100:1", "--", *words).err == ""
+
+
+def test_where_the_volume_of_a_command_is() -> None:
+    export = ["export", "/runs/a/afm", "--out", "/runs/b/afm"]
+    assert start("cpu:2", "--", *export).error.endswith(
+        "--out '/runs/b/afm' is in no volume and would be lost with the pod; name a path below "
+        "'/runs/a', or another folder for the volume with --mount"
+    )
+    _, _, _, container = parts(start("cpu:2", "--mount", "/runs", "--", *export).out)
+    assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
+    assert "--mount '/' is no folder" in start("cpu:2", "--mount", "/", "--", *export).error
+    assert "--mount 'runs' is no folder" in start("cpu:2", "--mount", "runs", "--", *export).error
+
+    at_url = ["export", "s3://bucket/afm", "--out", "/runs/afm-hf"]
+    assert "add a volume that holds it, with --claim and --mount" in (
+        start("cpu:1", "--", *at_url, claim=None).error
+    )
+    assert "say with --mount where the volume is to be" in start("cpu:1", "--", *at_url).error
+    _, _, _, container = parts(start("cpu:1", "--mount", "/runs", "--", *at_url).out)
+    assert told(container) == {"JAX_PLATFORMS": "cpu"}
+
+    evaluate = ["evaluate", "s3://bucket/afm", "--mesh", "fsdp=-1"]
+    answer = start("v6e:16", "--", *evaluate, claim=None)
+    assert "env" not in parts_without_volume(answer.out)
+    relative = ["evaluate", "runs/afm", "--mesh", "fsdp=-1"]
+    assert "DIR='runs/afm' must lie in the folder of the volume; give a path as /runs/afm" in (
+        start("v6e:16", "--", *relative).error
+    )
+    relative[1] = "/runs/afm"
+    assert start("v6e:16", "--", *relative).code == 0
+    assert "--claim is missing; name the PersistentVolumeClaim for the folder '/runs' of DIR" in (
+        start("v6e:16", "--", *relative, claim=None).error
+    )
+
+
+def parts_without_volume(text: str) -> dict[str, Any]:
+    """The container of a valid JobSet without a volume."""
+    jobset = yaml.safe_load(text)
+    jsonschema.validate(jobset, SCHEMA)
+    [job] = jobset["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert "volumes" not in pod
+    [container] = pod["containers"]
+    return container
 
 
 def test_paths_that_containers_would_not_have_are_warned_of() -> None:

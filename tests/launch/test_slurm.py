@@ -18,6 +18,7 @@ from support import Answer, braeburn
 # Ends as the next line of `codes` says, or when its step is told to stop.
 SRUN = """#!/bin/bash
 echo "srun $*" >> calls
+echo "printed in call $(wc -l < calls)"
 code=$(head -1 codes); sed -i 1d codes
 if [ "$code" = stop ]; then touch waiting; until [ -e stopped ]; do sleep 0.05; done; code=0; fi
 exit "$code"
@@ -26,6 +27,14 @@ exit "$code"
 
 def launch(on: str, *more: object, recipe: str = "afm-tiny") -> Answer:
     return braeburn("launch", "slurm", recipe, "--on", on, "--out", "/shared/runs/a b", *more)
+
+
+EXPORT = ["export", "/shared/run", "--out", "/shared/run-hf"]
+
+
+def start(on: str, *words: object) -> Answer:
+    """Launches a command on a trained model."""
+    return braeburn("launch", "slurm", "--on", on, *words)
 
 
 def directives(script: str) -> list[str]:
@@ -125,7 +134,40 @@ def test_an_array_that_prepares_the_text(tmp_path: Path) -> None:
 def test_what_follows_the_end_of_a_step(
     codes: list[int | str], code: int, calls: int, state: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "script").write_text(launch("cpu:2", "--max-restarts", 2).out)
+    script = launch("cpu:2", "--max-restarts", 2).out
+    made = run(script, codes, state, tmp_path, code)
+    assert sum(call.startswith("srun ") for call in made) == calls
+    assert ("scontrol requeue 7" in made) == (codes == ["stop"] and state == "RUNNING")
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "calls"),
+    [([0], 0, 1), ([1, 137, 0], 0, 3), ([2], 2, 1), ([1, 1, 1], 1, 3), (["stop"], 143, 1)],
+)
+def test_what_follows_the_end_of_a_step_after_training(
+    codes: list[int | str], code: int, calls: int, tmp_path: Path
+) -> None:
+    """The job begins anew, and what the last attempt printed is the result, whole and alone."""
+    script = start("cpu:2", "--max-restarts", 2, "--", *EXPORT).out
+    made = run(script, codes, "RUNNING", tmp_path, code)
+    assert made == ["srun --kill-on-bad-exit=0 --wait=30 braeburn " + " ".join(EXPORT)] * calls
+    result = tmp_path / "braeburn-export-run-7.out"
+    assert result.read_text() == f"printed in call {calls}\n"
+    log = (tmp_path / "log").read_text()
+    assert "the result will be in braeburn-export-run-7.out" in log and "printed" not in log
+    assert ("from the beginning" in log) == (calls > 1)
+    assert ("ended by SIGTERM before it was done" in log) == (codes == ["stop"])
+
+
+def run(
+    script: str, codes: list[int | str], state: str, tmp_path: Path, expected: int
+) -> list[str]:
+    """Runs a script whose steps end as `codes` say, and looks at its own code.
+
+    Returns:
+        The calls of srun and scontrol.
+    """
+    (tmp_path / "script").write_text(script)
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*" >> calls\n')
@@ -136,18 +178,18 @@ def test_what_follows_the_end_of_a_step(
     for name in ("srun", "scontrol", "scancel", "squeue"):
         (tmp_path / name).chmod(0o755)
     environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    job = subprocess.Popen(
-        ["bash", "script"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True
-    )
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(["bash", "script"], cwd=tmp_path, env=environ, stdout=log)
     if codes == ["stop"]:
         while not (tmp_path / "waiting").exists():
             time.sleep(0.02)
         job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=20)
-    assert job.returncode == code
-    made = (tmp_path / "calls").read_text().splitlines()
-    assert sum(call.startswith("srun ") for call in made) == calls
-    assert ("scontrol requeue 7" in made) == (codes == ["stop"] and state == "RUNNING")
+    assert job.wait(timeout=20) == expected
+    return [
+        call
+        for call in (tmp_path / "calls").read_text().splitlines()
+        if call.startswith(("srun ", "scontrol "))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -234,4 +276,58 @@ def test_a_run_at_a_url_needs_one_node() -> None:
     assert (
         "is a URL, and 3 tasks share the work out through a folder"
         in braeburn(*command, "h100:8", *tasks).error
+    )
+
+
+def test_a_command_on_a_trained_model(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    words = ["generate", f"{tmp_path}/run", "--prompts", "/shared/a b.txt", "--mesh", "fsdp=-1"]
+    options = ["--partition", "gpu", "--time", "02:00:00", "--json"]
+    told = json.loads(start("h100:64", *options, "--", *words).out)
+    script = told["script"]
+    assert script.startswith(
+        "#!/bin/bash\n# generate-run on h100:64: 8 nodes of 8 GPUs, a process for each GPU.\n"
+        "# Submit with `sbatch FILE`; run again, or requeued, it starts from the beginning.\n"
+    )
+    for directive in ("nodes=8", "ntasks-per-node=8", "partition=gpu", "time=02:00:00", "requeue"):
+        assert f"--{directive}" in directives(script)
+    assert not [directive for directive in directives(script) if "signal" in directive]
+    assert "checkpoint" not in script
+    assert (
+        f"        braeburn generate {tmp_path}/run --prompts '/shared/a b.txt' --mesh fsdp=-1 "
+        f'>"$RESULT" &\n'
+    ) in script
+    assert f'"$(realpath -m {tmp_path}/run)/.cache/jax"' in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+    assert [(place["field"], place["path"]) for place in told["shared"]] == [
+        ("DIR", f"{tmp_path}/run"),
+        ("--prompts", "/shared/a b.txt"),
+    ]
+    assert "#   --prompts /shared/a b.txt: prompts\n" in script.partition("#SBATCH")[0]
+    own, missing = told["warnings"]
+    assert own.startswith(f"warning: DIR='{tmp_path}/run' lies in ")
+    assert missing.startswith("warning: --prompts '/shared/a b.txt' is not there, as seen from")
+    assert told["submitted"] is None
+
+
+def test_what_is_made_at_a_url_needs_one_process() -> None:
+    words = ["export", "s3://bucket/run", "--out", "s3://bucket/hf"]
+    assert "--out 's3://bucket/hf' is a URL, and 8 processes write into one folder; name" in (
+        start("h100:8", "--", *words).error
+    )
+    script = start("h100:1", "--", *words).out
+    assert "braeburn export s3://bucket/run --out s3://bucket/hf" in script
+    assert "realpath" not in script
+    # What is only read may be at a URL: each node makes a copy.
+    assert start("cpu:2", "--", "export", "s3://bucket/run", "--out", "/shared/hf").code == 0
+
+
+def test_submission_of_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/bash\nread -r; read -r line; echo "got: $line"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert start("cpu:2", "--submit", "--", *EXPORT).out == (
+        "got: # export-run on cpu:2: 2 processes on CPUs.\n"
     )

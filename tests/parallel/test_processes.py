@@ -8,7 +8,9 @@ import time
 import jax
 import pytest
 
+from braeburn.cli.output import say
 from braeburn.errors import UserError
+from braeburn.parallel import processes
 from braeburn.parallel.agreement import noticing_loss
 from braeburn.parallel.processes import Membership, ProcessLost, find, on_one_machine
 from support import process
@@ -220,3 +222,12 @@ def test_what_follows_the_end_of_another_process_is_one_sentence(
         with pytest.raises(type(error)) as raised, noticing_loss():
             raise error
         assert raised.value is error
+
+
+@pytest.mark.parametrize(("number", "told"), [(0, "once\n"), (1, "")])
+def test_lines_for_the_user_come_from_one_process(
+    number: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "_joined", Membership(number, 2, None, "SLURM"))
+    say("once")
+    assert capsys.readouterr().err == told

@@ -47,8 +47,10 @@ def test_several_processes_prune_as_one(
 
 
 def test_several_processes_refuse_a_url(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("braeburn.parallel.processes.joined", lambda: True)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
     url = "memory://bucket/pruned"
     refused = braeburn("prune", finished, "--ffn", KEEP, "--method", "random", "--out", url).error
-    assert f"--out {url!r} is a URL, and several processes write into one folder" in refused
+    assert f"--out {url!r} is a URL, and 2 processes write into one folder" in refused
     assert "name a folder that all of them see, or run one process" in refused

@@ -4,13 +4,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from braeburn import __version__
 from braeburn.background import ending_process
 from braeburn.cli import exchange, generate, launch, plan, prepare, recipes, train, use, verify
+from braeburn.cli.options import UsageError
 from braeburn.disk import explained
 from braeburn.errors import UserError
 from braeburn.parallel import processes
@@ -19,8 +20,6 @@ from braeburn.train.quiet import quieten_orbax
 app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-# typer brings a click of its own.
-UsageError: Any = typer.BadParameter.__base__
 
 
 def console() -> None:

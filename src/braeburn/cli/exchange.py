@@ -6,8 +6,7 @@ import typer
 
 from braeburn.cli.options import AsJson, Location, NewRun, RunFolder
 from braeburn.cli.output import print_json
-from braeburn.cli.resolve import require_shared, run_folder
-from braeburn.errors import UserError
+from braeburn.cli.resolve import join_to_write, run_folder, written_type
 from braeburn.parallel import processes
 
 commands = typer.Typer()
@@ -39,8 +38,7 @@ def import_(
     from braeburn.remote import place
 
     source, target = place(hf_dir, "HF_DIR"), place(out, "--out")
-    processes.connect()
-    require_shared(target)
+    join_to_write(target)
     from braeburn.interop.exchange import import_huggingface
     from braeburn.train.copies import fetched, made_for
 
@@ -86,20 +84,15 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the newest checkpoint for other software."""
-    from braeburn.config import file_type
-
-    written_as: Any = file_type(format, dtype, type_)
-    if format == "hf" and out.endswith(".gguf"):
-        raise UserError(
-            f"--out {out!r} names a GGUF file, but a folder will be made; add --format gguf"
-        )
-    processes.connect()
-    from braeburn.interop.exchange import export_gguf, export_huggingface
     from braeburn.remote import place
+
+    written_as: Any = written_type(out, format, dtype, type_)
+    target = place(out, "--out")
+    join_to_write(target)
+    from braeburn.interop.exchange import export_gguf, export_huggingface
     from braeburn.train.copies import made_for
 
-    source, target = run_folder(directory), place(out, "--out")
-    require_shared(target)
+    source = run_folder(directory)
     result: dict[str, Any] = {"out": out, "format": format}
     with made_for(target, among_others=format == "gguf") as made:
         if format == "hf":

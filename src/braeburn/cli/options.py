@@ -1,9 +1,12 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+# Arguments that a command does not take. typer brings a click of its own.
+UsageError: Any = typer.BadParameter.__base__
 
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or file.py:function.")
@@ -36,7 +39,9 @@ On = Annotated[
 MaxRestarts = Annotated[
     int,
     typer.Option(
-        min=0, metavar="N", help="Restarts from the last checkpoint after failures, at most."
+        min=0,
+        metavar="N",
+        help="Restarts after failures, at most; training goes on from the last checkpoint.",
     ),
 ]
 Submit = Annotated[

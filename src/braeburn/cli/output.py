@@ -5,10 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from braeburn.parallel import processes
+
 
 def say(line: str) -> None:
-    """A line for the user on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the user on standard error, once where several processes would say it."""
+    if processes.is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

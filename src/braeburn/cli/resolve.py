@@ -102,6 +102,29 @@ def parse_mesh(text: str | None) -> Any:
     return MeshConfig().replace(**sizes)
 
 
+def written_type(out: str, format_: str, dtype: str | None, type_: str | None) -> str:
+    """The type of weights in the files of an export.
+
+    Args:
+        out: what `--out` says.
+        format_: what `--format` says.
+        dtype: what `--dtype` says; None without it.
+        type_: what `--type` says; None without it.
+
+    Raises:
+        UserError: the format or the type is not known, the option is of the other format, or the
+            path names a file of the other format.
+    """
+    from braeburn.config import file_type
+
+    found = file_type(format_, dtype, type_)
+    if format_ == "hf" and out.endswith(".gguf"):
+        raise UserError(
+            f"--out {out!r} names a GGUF file, but a folder will be made; add --format gguf"
+        )
+    return found
+
+
 def join(command: str, mesh: str | None) -> None:
     """Joins the other processes of a command that several run together, if there are any.
 
@@ -116,24 +139,59 @@ def join(command: str, mesh: str | None) -> None:
         UserError: there are several, and no mesh.
     """
     found = processes.find()
-    if found and mesh is None:
-        raise UserError(
-            f"{command} runs in {found.num_processes} processes, which share a model over --mesh "
-            f"alone; add --mesh fsdp=-1, or run one process"
-        )
+    if found:
+        check_mesh(command, mesh, found.num_processes)
     processes.connect()
 
 
-def require_shared(target: "Path | RemoteFolder") -> None:
+def require_shared(label: str, is_remote: bool, num_processes: int) -> None:
     """Refuses a URL as the place for what several processes write together.
+
+    Args:
+        label: of the place, with the option that names it.
+        is_remote: whether it is a URL.
+        num_processes: that write there.
 
     Raises:
         UserError: it is one, and there are several.
     """
-    if processes.joined() and not isinstance(target, Path):
+    if is_remote and num_processes > 1:
         raise UserError(
-            f"{target.label} is a URL, and several processes write into one folder; name a folder "
+            f"{label} is a URL, and {num_processes} processes write into one folder; name a folder "
             f"that all of them see, or run one process"
+        )
+
+
+def join_to_write(target: "Path | RemoteFolder") -> None:
+    """Joins the other processes of a command that write into one folder together, if there are any.
+
+    Args:
+        target: the folder.
+
+    Raises:
+        UserError: there are several, and it is a URL.
+    """
+    found = processes.find()
+    if found and not isinstance(target, Path):
+        require_shared(target.label, True, found.num_processes)
+    processes.connect()
+
+
+def check_mesh(command: str, mesh: str | None, num_processes: int) -> None:
+    """Refuses several processes of a command that have no mesh to share a model over.
+
+    Args:
+        command: its name.
+        mesh: what `--mesh` says.
+        num_processes: that run it together.
+
+    Raises:
+        UserError: there are several, and no mesh.
+    """
+    if mesh is None and num_processes > 1:
+        raise UserError(
+            f"{command} runs in {num_processes} processes, which share a model over --mesh alone; "
+            f"add --mesh fsdp=-1, or run one process"
         )
 
 

@@ -9,8 +9,8 @@ from braeburn.cli.output import print_json, print_rows
 from braeburn.cli.resolve import (
     begin_computing,
     join,
+    join_to_write,
     parse_mesh,
-    require_shared,
     run_folder,
     warn_of_unused_accelerator,
 )
@@ -147,8 +147,7 @@ def prune(
         raise UserError(f"--{explain_validation_error(error)}") from None
     changes = dict(parse_assignment(text) for text in assignments or [])
     source, target = run_folder(directory, optimizer=True), place(out, "--out")
-    processes.connect()
-    require_shared(target)
+    join_to_write(target)
     begin_computing()
     from braeburn.prune.run_directory import prune
     from braeburn.train.copies import made_for

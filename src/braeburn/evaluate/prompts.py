@@ -7,6 +7,7 @@ from pathlib import Path
 
 from braeburn.errors import UserError
 from braeburn.reading import read_text
+from braeburn.remote import is_remote
 
 STANDARD_INPUT = "-"
 JSON_LINES = (".jsonl", ".ndjson")
@@ -23,18 +24,33 @@ def gather_prompts(texts: Sequence[str], files: Sequence[str], field: str) -> li
     Raises:
         UserError: there is none, a file cannot be read, or a line holds no prompt.
     """
+    check_prompts(texts, files)
+    found = [_standard_input() if text == STANDARD_INPUT else text for text in texts]
+    for file in files:
+        found += _of_file(file, field)
+    return found
+
+
+def check_prompts(texts: Sequence[str], files: Sequence[str]) -> None:
+    """Refuses what cannot be prompts, before a file is read; arguments as of `gather_prompts`.
+
+    Raises:
+        UserError: there is none, a file is a URL, or standard input is named twice.
+    """
+    if not texts and not files:
+        raise UserError(
+            "there is no prompt; give one with --prompt TEXT, or a file of them with --prompts FILE"
+        )
     if [*texts, *files].count(STANDARD_INPUT) > 1:
         raise UserError(
             "standard input is named more than once, and can be read once; leave one - out"
         )
-    found = [_standard_input() if text == STANDARD_INPUT else text for text in texts]
     for file in files:
-        found += _of_file(file, field)
-    if not found:
-        raise UserError(
-            "there is no prompt; give one with --prompt TEXT, or a file of them with --prompts FILE"
-        )
-    return found
+        if is_remote(file):
+            raise UserError(
+                f"--prompts {file!r} is a URL, and prompts are read from disks; copy the file to "
+                f"where the command runs"
+            )
 
 
 def _standard_input() -> str:

@@ -16,8 +16,6 @@ from braeburn.train.directory import RunDirectory
 from braeburn.train.remote_run import working_folder
 
 PROGRAM = (sys.executable, "-P", "-c", "from braeburn.cli import console; console()")
-# The commands on a trained model that several processes can run together.
-JOBS = ("evaluate", "generate", "import", "prune", "export")
 
 
 def launch(
@@ -63,7 +61,7 @@ def launch_job(arguments: Sequence[str], processes: int, max_restarts: int) -> E
     """Runs a job on a trained model with several processes until it is done.
 
     Args:
-        arguments: the command, one of `JOBS`, and its own arguments.
+        arguments: the command, one of `launch.job.JOBS`, and its own arguments.
         processes: how many.
         max_restarts: how often all are started anew, from the beginning, after one died.
 

@@ -3,14 +3,29 @@ them where the job is submitted.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from braeburn.config import Run
 from braeburn.data.listing import cache_folder, used_sources
 from braeburn.remote import is_remote
 
+# Where prepared text is kept; it can be made anew.
+CACHE = "data.cache"
+# The run directory that a command reads.
+_RUN_FOLDER = "directory"
+# What commands on a trained model name by the parameters that are paths: how the parameter is
+# called, what is done there, and whether it is read.
+PARAMETERS: dict[str, tuple[str, str, bool]] = {
+    _RUN_FOLDER: ("DIR", "the run directory", True),
+    "hf_dir": ("HF_DIR", "the Hugging Face directory", True),
+    "data": ("--data", "text", True),
+    "more": ("--data", "text", True),
+    "prompts": ("--prompts", "prompts", True),
+    "out": ("--out", "what is made", False),
+}
 # Folders that every machine has for itself.
 _OWN_FOLDERS = ("/tmp", "/var/tmp", "/dev", "/run", "/proc")
 _OWN_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
@@ -70,7 +85,7 @@ def places_of_text(run: Run, recipe: str) -> list[Place]:
     if colon and file.endswith(".py"):
         found.append(Place("RECIPE", file, "the recipe", True))
     cache = run.data.cache or _for_any_user(cache_folder(run.data))
-    found.append(Place("data.cache", cache, "prepared text, made once for all", False))
+    found.append(Place(CACHE, cache, "prepared text, made once for all", False))
     for name, source in used_sources(run).items():
         found += (
             Place(f"data.sources.{name}.paths", path, "text, unless it is prepared", True)
@@ -79,6 +94,26 @@ def places_of_text(run: Run, recipe: str) -> list[Place]:
     if run.data.tokenizer is not None:
         found.append(Place("data.tokenizer", run.data.tokenizer, "the tokenizer", True))
     return found
+
+
+def places_of_command(values: Mapping[str, Any]) -> list[Place]:
+    """What the processes of a command on a trained model must all reach.
+
+    Args:
+        values: of its parameters, by their names.
+    """
+    found = []
+    for name, (field, use, read) in PARAMETERS.items():
+        given = values.get(name) or []
+        paths = given if isinstance(given, list | tuple) else [given]
+        found += [Place(field, str(path), use, read) for path in paths]
+    return found
+
+
+def home_of_command(places: Sequence[Place]) -> Place:
+    """The run directory among the places of a command: the one that it reads, or else makes."""
+    field = PARAMETERS[_RUN_FOLDER][0]
+    return next(place for place in places if place.field == field or not place.read)
 
 
 def _for_any_user(path: Path) -> str:
@@ -170,15 +205,15 @@ def doubts_in_containers(places: Sequence[Place], mount: str | None) -> list[str
             if mount
             else "is a path, and this job has no volume"
         )
-        if place.field == "data.cache":
+        if place.field == CACHE:
             example = f"{mount}/tokens" if mount else "s3://bucket/tokens"
             found.append(
                 f"warning: {place.label} {where}: every pod would prepare the text for itself, and "
                 f"lose it; add --set data.cache={example}"
             )
         elif place.read:
+            fix = f"move it below {mount!r}" if mount else "add a volume with --claim and --mount"
             found.append(
-                f"warning: {place.label} {where}; make sure that the image has it, or name it by "
-                f"a URL"
+                f"warning: {place.label} {where}; make sure that the image has it, or {fix}"
             )
     return found

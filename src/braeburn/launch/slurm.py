@@ -1,10 +1,11 @@
-"""The scripts that prepare text and train on a SLURM cluster."""
+"""The scripts for a SLURM cluster: to prepare text, to train, and for the jobs after training."""
 
 import re
 import shlex
 from dataclasses import dataclass
 
 from braeburn.errors import UserError
+from braeburn.hardware.targets import Target
 from braeburn.launch.job import Job, check_line
 from braeburn.launch.places import comment
 from braeburn.remote import RemoteFolder, is_remote
@@ -19,7 +20,7 @@ TIME_LIMIT = re.compile(
 _TEMPLATE = """\
 #!/bin/bash
 # {name} on {target}: {shape}.
-# Submit with `sbatch FILE`; run again, or requeued, it goes on from the last checkpoint in {out}.
+# Submit with `sbatch FILE`; run again, or requeued, it {begins}.
 {places}
 #SBATCH --job-name={job_name}
 {resources}
@@ -29,19 +30,16 @@ _TEMPLATE = """\
 # The log of process 0, and of the others what goes wrong; a requeued job goes on writing to it.
 #SBATCH --output={job_name}-%j.log
 #SBATCH --open-mode=append
-# Two minutes before the time limit the script is told: the run is saved, the job queued again.
-#SBATCH --signal=B:TERM@120
-#SBATCH --requeue
+{warning}#SBATCH --requeue
 
 # Make `braeburn` available to every node here, unless it is on the PATH already:
 # source /shared/venv/bin/activate
 
-{compiled}{environment}
+{compiled}{environment}{result}
 MAX_RESTARTS={max_restarts}
 
 stopping=
-# SIGTERM announces the time limit or a preemption. Every process is told, saves and stops.
-# (srun would kill them.)
+# SIGTERM announces the time limit or a preemption. Every process is told{when_told}
 trap 'stopping=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
 restarts=0
@@ -49,7 +47,7 @@ while true; do
     # JAX learns from SLURM's variables which processes there are. When one has ended, the others
     # get half a minute to end by themselves: ended at once, their code would hide the first one's.
     srun --kill-on-bad-exit=0 --wait=30{srun} \\
-        braeburn train {arguments} &
+        braeburn {arguments}{redirection} &
     tasks=$!
     # A signal interrupts `wait`, so it is asked again until srun itself has ended.
     while true; do
@@ -58,14 +56,8 @@ while true; do
         kill -0 "$tasks" 2>/dev/null || break
     done
     if [ -n "$stopping" ]; then
-        # A job that was cancelled is told in the same way, but is not running any more.
-        if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
-            echo "stopped before its time; queued again, to go on from the last checkpoint"
-            scontrol requeue "$SLURM_JOB_ID"
-        fi
-        exit 0
-    fi
-    # 0: the run is finished. 2: a mistake that its message explains, and no restart would mend.
+{stopped}    fi
+    # 0: all is done. 2: a mistake that its message explains, and no restart would mend.
     if [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; then
         exit "$code"
     fi
@@ -74,11 +66,45 @@ while true; do
         echo "ended with code $code, and all $MAX_RESTARTS restarts are used up"
         exit "$code"
     fi
-    again="restart $restarts of at most $MAX_RESTARTS, from the last checkpoint"
+    again="restart $restarts of at most $MAX_RESTARTS, {origin}"
     echo "ended with code $code; $again"
 done
 """
 
+# What differs in the script of a run, which is saved when it is stopped and goes on from there.
+_OF_TRAINING = {
+    "warning": """\
+# Two minutes before the time limit the script is told: the run is saved, the job queued again.
+#SBATCH --signal=B:TERM@120
+""",
+    "result": "",
+    "when_told": ", saves and stops.\n# (srun would kill them.)",
+    "redirection": "",
+    "stopped": """\
+        # A job that was cancelled is told in the same way, but is not running any more.
+        if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
+            echo "stopped before its time; queued again, to go on from the last checkpoint"
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+        exit 0
+""",
+}
+
+# The same of a command that has nothing to save before it is done.
+_AFTER_TRAINING = {
+    "warning": "",
+    "result": """\
+# What process 0 prints is the result. It has a file of its own, which each start writes anew.
+RESULT="{job_name}-$SLURM_JOB_ID.out"
+echo "the result will be in $RESULT"
+""",
+    "when_told": ", and ends.",
+    "redirection": ' >"$RESULT"',
+    "stopped": """\
+        echo "ended by SIGTERM before it was done"
+        exit 143
+""",
+}
 
 _PREPARE_TEMPLATE = """\
 #!/bin/bash
@@ -103,7 +129,7 @@ _PREPARE_TEMPLATE = """\
 # Make `braeburn` available to every node here, unless it is on the PATH already:
 # source /shared/venv/bin/activate
 
-braeburn prepare {arguments}
+braeburn {arguments}
 """
 
 
@@ -151,7 +177,7 @@ def prepare_script(job: Job, tasks: int, cache: str, account: Account) -> str:
     """A commented sbatch script: an array of tasks that prepare the text of a run together.
 
     Args:
-        job: whose arguments name the recipe and its overrides.
+        job: of the command `prepare`.
         tasks: of the array.
         cache: the folder that the text is prepared in, on storage that all nodes share.
         account: what SLURM asks of every job.
@@ -176,16 +202,16 @@ def prepare_script(job: Job, tasks: int, cache: str, account: Account) -> str:
         cache=cache,
         places=comment(job.places),
         job_name=_job_name(f"prepare-{job.name}"),
-        arguments=shlex.join(job.arguments),
+        arguments=shlex.join([job.command, *job.arguments]),
         **account.lines(),
     )
 
 
-def _compiled(out: str) -> str:
+def _compiled(job: Job) -> str:
     """Where compiled programs are kept: with a run on the disk of all nodes."""
-    if is_remote(out):
+    if not job.keeps_programs:
         return ""  # in the home folder
-    folder = f"$(realpath -m {shlex.quote(out)})/.cache/jax"
+    folder = f"$(realpath -m {shlex.quote(job.home.path)})/.cache/jax"
     return (
         "# Compiled programs are kept on storage that all nodes share: a restart does not compile "
         "again.\n"
@@ -198,40 +224,50 @@ def _job_name(name: str) -> str:
     return "braeburn-" + re.sub(r"[^\w.+=@-]+", "-", name)
 
 
+def processes_of(target: Target) -> int:
+    """How many tasks a job has: one for each GPU, or for each CPU process.
+
+    Raises:
+        UserError: the target is one of TPUs.
+    """
+    if target.facts.maker == "google":
+        raise UserError(
+            f"--on {str(target)!r}: SLURM does not schedule TPUs; use `braeburn launch kubernetes`"
+        )
+    return target.devices
+
+
 def script(job: Job, account: Account) -> str:
     """A commented sbatch script: one task for each GPU, or for each CPU process.
 
     Args:
-        job: whose run directory is on storage that all nodes share, or a URL if there is one
-            node, and whose restarts are within one job of SLURM.
+        job: whose restarts are within one job of SLURM. The directory of a run that is trained is
+            on storage that all nodes share, or a URL if there is one node.
         account: what SLURM asks of every job.
 
     Returns:
         The text of the script.
 
     Raises:
-        UserError: the target is one of TPUs, or has no JAX that could be installed, the run
-            directory is a URL and there are several nodes, or a value would not stay within its
-            line of the script.
+        UserError: the target is one of TPUs, or has no JAX that could be installed, the directory
+            of a run that is trained is a URL and there are several nodes, or a value would not stay
+            within its line of the script.
     """
     job.check()
-    target = job.target
+    processes_of(job.target)  # refuses TPUs
+    target, trains_at_url = job.target, job.trains and job.home.is_remote
     header = account.lines()
     nodes, each = (
         target.slices * target.nodes_per_slice,
         target.chips_per_node * target.facts.devices_per_chip,
     )
     environment, srun = "", ""
-    if is_remote(job.out) and target.facts.maker != "cpu":
-        check_machines(RemoteFolder(job.out, "--out"), nodes > 1)
-    if target.facts.maker == "google":
-        raise UserError(
-            f"--on {str(target)!r}: SLURM does not schedule TPUs; use `braeburn launch kubernetes`"
-        )
+    if trains_at_url and target.facts.maker != "cpu":
+        check_machines(RemoteFolder(job.home.path, job.home.field), nodes > 1)
     if target.facts.maker == "cpu":
         shape = f"{target.chips} processes on CPUs"
         resources = [f"#SBATCH --ntasks={target.chips}"]
-        if is_remote(job.out):
+        if trains_at_url:
             resources.append("#SBATCH --nodes=1")  # they work on the run in one folder
         environment = "export JAX_PLATFORMS=cpu\n"
     else:
@@ -246,18 +282,23 @@ def script(job: Job, account: Account) -> str:
         ]
         # JAX takes the GPU of the task's number on its node, so a task must see them all.
         srun = " --gpu-bind=none"
+    job_name = _job_name(job.name)
+    differing = dict(_OF_TRAINING if job.trains else _AFTER_TRAINING)
+    differing["result"] = differing["result"].format(job_name=job_name)
     return _TEMPLATE.format(
         name=job.name,
-        job_name=_job_name(job.name),
+        job_name=job_name,
         target=target,
         shape=shape,
-        out=shlex.quote(job.out),
+        begins=job.begins,
+        origin=job.origin,
         places=comment(job.places),
-        compiled=_compiled(job.out),
+        compiled=_compiled(job),
         resources="\n".join(resources),
         **header,
         environment=environment,
         max_restarts=job.max_restarts,
         srun=srun,
-        arguments=shlex.join(job.train_arguments),
+        arguments=shlex.join([job.command, *job.arguments]),
+        **differing,
     )

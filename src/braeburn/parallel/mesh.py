@@ -86,12 +86,28 @@ def build(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> jax.shardin
     size = math.prod(mesh.sizes.values())
     everything = jax.devices() if devices is None else devices
     num_processes = len({device.process_index for device in everything})
-    if size < len(everything) and num_processes > 1:
+    check_processes(mesh, len(everything), num_processes)
+    return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
+
+
+def check_processes(mesh: MeshConfig, num_devices: int, num_processes: int) -> None:
+    """Refuses a mesh that would leave some of several processes without a device of it.
+
+    Args:
+        mesh: resolved sizes.
+        num_devices: of all processes together.
+        num_processes: that the devices belong to.
+
+    Raises:
+        UserError: it has fewer devices than are there.
+    """
+    size = math.prod(mesh.sizes.values())
+    if size < num_devices and num_processes > 1:
         raise UserError(
             f"mesh has {size} device{'s' * (size > 1)} but the {num_processes} processes have "
-            f"{len(everything)}; set one of its sizes to -1 to use them all, as --set mesh.fsdp=-1"
+            f"{num_devices}; set one of its sizes to -1 to use them all, as --set mesh.fsdp=-1 or, "
+            f"after training, --mesh fsdp=-1"
         )
-    return jax.sharding.Mesh(arrange(mesh, everything[:size]), tuple(mesh.sizes))
 
 
 def abstract_mesh(mesh: MeshConfig, device: AbstractDevice | None = None) -> AbstractMesh:
