@@ -139,9 +139,12 @@ test-hf: extra-hf
 	$(VENV)-hf/bin/python -m pytest --durations=10 tests/interop/on_transformers.py
 
 # What broke before when Python or JAX changed, and a run from its data to its export; minutes.
-SMOKE := tests/test_config.py tests/test_cli.py tests/test_install.py tests/data tests/evaluate tests/interop \
-	tests/models/test_decoder.py tests/optim tests/parallel/test_context.py tests/plan/test_hlo.py \
-	tests/plan/test_trace.py tests/train/test_step.py
+SMOKE := tests/test_config.py tests/test_cli.py tests/test_install.py tests/data/test_files.py tests/data/test_formats.py \
+	tests/data/test_loader.py tests/data/test_packing.py tests/data/test_prepare.py tests/data/test_tokenizer.py \
+	tests/evaluate/test_generate.py tests/evaluate/test_text.py tests/evaluate/test_on_meshes.py \
+	tests/interop/test_golden_logits.py tests/interop/test_gguf.py tests/interop/test_huggingface.py \
+	tests/interop/test_memory.py tests/models/test_decoder.py tests/optim tests/parallel/test_context.py \
+	tests/plan/test_hlo.py tests/plan/test_trace.py tests/train/test_stored.py tests/train/test_step.py
 
 $(VENV)-other/.all: $(PINS)
 	@test -n "$(PYTHON_OTHER)" || { echo "error: no second Python from 3.11 to 3.13 found; name it: make test-other PYTHON_OTHER=/path" >&2; exit 2; }

@@ -4,9 +4,10 @@
 
 A Hugging Face directory of random weights is made in bfloat16, one layer after the other. It is
 imported, evaluated, sampled, pruned and exported, each in a process that the system gives no more
-memory than `--limit` GB to (RLIMIT_DATA: of its own, without mapped files), with simulated devices.
-What is exported in bfloat16 must be the directory that was imported, byte for byte. Evaluation and
-generation are compared with those of one device, which has no limit.
+memory than `--limit` GB to (RLIMIT_DATA: of its own, without mapped files), with simulated devices,
+and by two processes that have half of them each, under the same limit. What is exported in bfloat16
+must be the directory that was imported, byte for byte, and what two processes have pruned must be
+what one has. Evaluation and generation are compared with those of one device, which has no limit.
 """
 
 import argparse
@@ -131,6 +132,19 @@ def compared_with(found: str, expected: str) -> str:
     return f"losses apart by {abs(mine['loss'] / one['loss'] - 1):.1e}"
 
 
+def by_two(folder: Path) -> Path:
+    """Where two processes write what one writes into a folder."""
+    return folder.with_name(f"{folder.name}-by-two")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two Hugging Face directories have the same files of weights, byte for byte."""
+    names = [{file.name for file in folder.glob("*.safetensors")} for folder in (one, other)]
+    return names[0] == names[1] and all(
+        filecmp.cmp(one / name, other / name, shallow=False) for name in names[0]
+    )
+
+
 def main() -> None:
     """Prints a line for each job."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -149,25 +163,33 @@ def main() -> None:
     text = folder / "text.txt"
     text.write_text(TEXT[: len(TEXT) // 10])
     for old in (pruned, exported):
-        shutil.rmtree(old, ignore_errors=True)
+        for name in (old, by_two(old)):
+            shutil.rmtree(name, ignore_errors=True)
     mesh = f"tensor={options.devices}"
     ffn = json.loads((source / "config.json").read_text())["intermediate_size"] * 3 // 4
     evaluate = f"evaluate {imported} --data {text} --json --sequence-length 64"
     generate = f"generate {imported} --prompt the --max-new-tokens 8 --greedy --dtype bf16 --json"
+    prune = f"prune {imported} --ffn {ffn} --method magnitude --out"
+    two = "launch local --processes 2 --"
     jobs = {
         "import": f"import {source} --out {imported}",
+        "import, two processes": f"{two} import {source} --out {by_two(imported)}",
         "evaluate": f"{evaluate} --mesh {mesh}",
-        "evaluate, two processes": f"launch local --processes 2 -- {evaluate} --mesh {mesh}",
-        "prune": f"prune {imported} --ffn {ffn} --out {pruned} --method magnitude",
+        "evaluate, two processes": f"{two} {evaluate} --mesh {mesh}",
+        "prune": f"{prune} {pruned}",
+        "prune, two processes": f"{two} {prune} {by_two(pruned)}",
         "export": f"export {imported} --out {exported} --dtype bf16",
+        "export, two processes": (
+            f"{two} export {by_two(imported)} --out {by_two(exported)} --dtype bf16"
+        ),
         "generate": f"{generate} --mesh {mesh}",
-        "generate, two processes": f"launch local --processes 2 -- {generate} --mesh {mesh}",
+        "generate, two processes": f"{two} {generate} --mesh {mesh}",
     }
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"a model of {size / GB:.2f} GB, at most {options.limit} GB a process")
     outputs = {}
     for name, arguments in jobs.items():
-        if name == "import" and imported.exists():
+        if name.startswith("import") and Path(arguments.split()[-1]).exists():
             continue
         devices = options.devices // 2 if "two" in name else options.devices
         seconds, peak, outputs[name] = run(shlex.split(arguments), options.limit, devices)
@@ -179,11 +201,12 @@ def main() -> None:
         for other in (name, f"{name}, two processes"):
             if other in outputs:
                 print(f"{other} beside one device: {compared_with(outputs[other], output)}")
-    compared = [
-        filecmp.cmp(file, exported / file.name, shallow=False)
-        for file in source.glob("*.safetensors")
-    ]
-    print(f"exported as imported, byte for byte: {all(compared)}")
+    for weights in (exported, by_two(exported)):
+        print(f"{weights.name} as imported, byte for byte: {same_weights(source, weights)}")
+        shutil.rmtree(weights)
+    for each, out in ((pruned, exported), (by_two(pruned), by_two(exported))):
+        run(["export", str(each), "--out", str(out), "--dtype", "bf16"], options.limit, 1)
+    print(f"pruned by two as by one: {same_weights(exported, by_two(exported))}")
     if not options.keep:
         shutil.rmtree(folder)
 

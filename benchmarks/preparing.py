@@ -210,6 +210,8 @@ def main() -> None:
     from braeburn.data.tokenizer import train
     from braeburn.data.workers import cores
 
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         (folder / "text").mkdir()

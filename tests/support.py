@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,19 @@ def process(*arguments: object, timeout: float = 300, **options: Any) -> Answer:
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
-def together(*programs: list[str], devices: int, timeout: float = 300) -> list[Answer]:
+def together(
+    *programs: list[str],
+    devices: int,
+    timeout: float = 300,
+    environment: Mapping[str, str] | None = None,
+) -> list[Answer]:
     """Runs one program in each of several processes, which the environment tells of each other.
 
     Args:
         programs: of each process, with its arguments.
         devices: that each process has.
         timeout: in seconds.
+        environment: what the environment has besides.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -86,6 +92,7 @@ def together(*programs: list[str], devices: int, timeout: float = 300) -> list[A
             program,
             env=os.environ
             | found
+            | dict(environment or {})
             | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -20,6 +20,8 @@ from braeburn.errors import UserError
 _LOCK = ".lock"
 # A process that writes a model of any size has written to it within this time.
 STALE_SECONDS = 3600.0
+# For what another machine has made, in a folder that both mount.
+SECONDS_TO_APPEAR = 90.0
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
@@ -104,6 +106,21 @@ def _remove_abandoned(folder: Path) -> None:
     with suppress(OSError), (folder / _LOCK).open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def appears(path: Path, seconds: float) -> bool:
+    """Whether there is a file or folder, which another process may have made just now.
+
+    Args:
+        path: of it.
+        seconds: to wait for it, since network file systems may show what is new late.
+    """
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def remove_stale(parent: Path, name: str) -> None:

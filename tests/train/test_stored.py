@@ -14,6 +14,7 @@ from braeburn.errors import UserError
 from braeburn.recipes import load
 from braeburn.train import checkpoint, stored
 from braeburn.train.checkpoint import Checkpoints
+from braeburn.train.piecewise import own_pieces
 from braeburn.train.state import TrainState
 from braeburn.train.stored import Pieces, StoredArray, placed, placed_pieces
 
@@ -154,6 +155,29 @@ def test_arrays_are_placed_on_meshes(saved, spec):
     ):
         assert found.sharding == wanted.sharding
         np.testing.assert_array_equal(found, rounded)
+
+
+@given(
+    number=st.integers(0, 20),
+    layers=st.integers(1, 30),
+    chunk=st.integers(1, 3),
+    processes=st.integers(1, 9),
+)
+def test_each_piece_is_written_once(number, layers, chunk, processes):
+    """And no chunk by two processes."""
+    pieces = Pieces.of_layers((layers, 2, 2), np.float32, lambda layer: np.zeros((2, 2)))
+    spec = {"metadata": {"chunks": [chunk, 2, 2]}}
+    writers = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: processes)
+        for index in range(processes):
+            patch.setattr(jax, "process_index", lambda index=index: index)
+            for piece in own_pieces(number, pieces, spec):
+                assert piece not in writers
+                writers[piece] = index
+    assert sorted(writers) == list(range(layers))
+    chunks = {(piece // chunk, index) for piece, index in writers.items()}
+    assert len(chunks) == -(-layers // chunk)
 
 
 @pytest.mark.parametrize("error", [UserError("the source is gone"), KeyboardInterrupt()])

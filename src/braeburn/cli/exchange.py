@@ -1,13 +1,12 @@
 """Commands to and from other software: `import` and `export`."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from braeburn.cli.options import AsJson, Location, NewRun, RunFolder
 from braeburn.cli.output import print_json
-from braeburn.cli.resolve import run_folder
+from braeburn.cli.resolve import require_shared, run_folder
 from braeburn.errors import UserError
 from braeburn.parallel import processes
 
@@ -37,14 +36,19 @@ def import_(
     from braeburn.config import weight_type
 
     stored_as = weight_type(dtype)
-    from braeburn.interop.exchange import import_huggingface
     from braeburn.remote import place
-    from braeburn.train.copies import fetched, made_for
 
     source, target = place(hf_dir, "HF_DIR"), place(out, "--out")
+    processes.connect()
+    require_shared(target)
+    from braeburn.interop.exchange import import_huggingface
+    from braeburn.train.copies import fetched, made_for
+
     with made_for(target) as made:
         run = import_huggingface(fetched(source), made, stored_as)
     result = {"out": out, "model": run.model.model_dump(mode="json")}
+    if not processes.is_main():
+        return
     if as_json:
         print_json(result)
         return
@@ -95,11 +99,7 @@ def export(
     from braeburn.train.copies import made_for
 
     source, target = run_folder(directory), place(out, "--out")
-    if processes.joined() and not isinstance(target, Path):
-        raise UserError(
-            f"--out {out!r} is a URL, and several processes write into one folder; name a folder "
-            f"that all of them see, or export with one process"
-        )
+    require_shared(target)
     result: dict[str, Any] = {"out": out, "format": format}
     with made_for(target, among_others=format == "gguf") as made:
         if format == "hf":

@@ -47,7 +47,7 @@ def local(
 ) -> None:
     """Train with several processes here; when one dies or hangs, all go on from the last save.
 
-    Or run evaluate, generate or export in several processes.
+    Or run evaluate, generate, import, prune or export in several processes.
     """
     from braeburn.launch.local import JOBS, launch, launch_job
 

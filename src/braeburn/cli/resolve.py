@@ -3,11 +3,14 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from braeburn.cli.output import say
 from braeburn.errors import UserError
 from braeburn.parallel import processes
+
+if TYPE_CHECKING:
+    from braeburn.remote import RemoteFolder
 
 
 def checked_stage(recipe: str, run: Any, stage: str) -> str:
@@ -119,6 +122,19 @@ def join(command: str, mesh: str | None) -> None:
             f"alone; add --mesh fsdp=-1, or run one process"
         )
     processes.connect()
+
+
+def require_shared(target: "Path | RemoteFolder") -> None:
+    """Refuses a URL as the place for what several processes write together.
+
+    Raises:
+        UserError: it is one, and there are several.
+    """
+    if processes.joined() and not isinstance(target, Path):
+        raise UserError(
+            f"{target.label} is a URL, and several processes write into one folder; name a folder "
+            f"that all of them see, or run one process"
+        )
 
 
 def begin_computing() -> None:

@@ -10,6 +10,7 @@ from braeburn.cli.resolve import (
     begin_computing,
     join,
     parse_mesh,
+    require_shared,
     run_folder,
     warn_of_unused_accelerator,
 )
@@ -146,6 +147,8 @@ def prune(
         raise UserError(f"--{explain_validation_error(error)}") from None
     changes = dict(parse_assignment(text) for text in assignments or [])
     source, target = run_folder(directory, optimizer=True), place(out, "--out")
+    processes.connect()
+    require_shared(target)
     begin_computing()
     from braeburn.prune.run_directory import prune
     from braeburn.train.copies import made_for
@@ -154,4 +157,6 @@ def prune(
     with made_for(target) as made:
         model = prune(source, made, pruning, tokens, changes, text)
     result = {"out": out, "model": model.model_dump(mode="json")}
+    if not processes.is_main():
+        return
     print_json(result) if as_json else print(f"pruned {directory!r} to ffn_dim={ffn} into {out!r}")

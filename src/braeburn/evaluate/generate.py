@@ -109,61 +109,51 @@ def ready(params: Tree, model: ModelConfig, layout: Layout, *, consume: bool = F
         UserError: the mesh splits sequences.
     """
     own = inference_layout(model, layout)
-    places = own.parameters()
-    dtypes = types(own)
+    places, dtypes = own.parameters(), types(own)
     segments = {segment.name: segment.repeats for segment in model.segments}
 
-    def cast(leaf: Any, targets: list[tuple[Any, Any]], index: Sequence[int | None]) -> list[Any]:
+    def cast(leaf: Any, places: tuple[NamedSharding, ...], dtype: Any, apart: bool) -> Any:
         leaf = jnp.asarray(leaf)
-        found = [
-            _cast(leaf, i, dtype, place) for i, (dtype, place) in zip(index, targets, strict=True)
-        ]
+        if not apart and leaf.dtype == dtype and leaf.sharding.is_equivalent_to(*places, leaf.ndim):
+            return (leaf,)
+        # Waited for, since programs that gather hold each other up on CPUs of several processes
+        # where many are on their way.
+        found = jax.block_until_ready(_compiled_cast(places, dtype, apart)(leaf))
         if consume:
-            jax.block_until_ready(found)
-            if all(each is not leaf for each in found):
-                leaf.delete()
+            leaf.delete()
         return found
 
     result: Tree = {}
     for name, tree in params.items():
         if name not in segments:
-            (result[name],) = cast(tree, [(dtypes[name], places[name])], [None])
+            (result[name],) = cast(tree, (places[name],), dtypes[name], apart=False)
             continue
-        repeats = range(segments[name])
         leaves, structure = jax.tree.flatten(tree)
-        by_layer = [
-            list(
-                zip(jax.tree.leaves(dtypes[name][i]), jax.tree.leaves(places[name][i]), strict=True)
-            )
-            for i in repeats
-        ]
+        by_layer = [jax.tree.leaves(places[name][i]) for i in range(segments[name])]
         split = [
-            cast(leaf, [by_layer[i][number] for i in repeats], repeats)
-            for number, leaf in enumerate(leaves)
+            cast(leaf, tuple(layer[number] for layer in by_layer), dtype, apart=True)
+            for number, (leaf, dtype) in enumerate(
+                zip(leaves, jax.tree.leaves(dtypes[name][0]), strict=True)
+            )
         ]
         result[name] = tuple(
-            jax.tree.unflatten(structure, [each[i] for each in split]) for i in repeats
+            jax.tree.unflatten(structure, [each[i] for each in split])
+            for i in range(segments[name])
         )
     return Ready(result, model, own)
 
 
-def _cast(leaf: Array, index: int | None, dtype: Any, place: NamedSharding) -> Array:
-    """One layer of a leaf, or all of it, in a type and place; the leaf itself where nothing
-    changes.
-    """
-    if index is None and leaf.dtype == dtype and leaf.sharding.is_equivalent_to(place, leaf.ndim):
-        return leaf
-    return _compiled_cast(place, dtype, index is not None)(leaf, 0 if index is None else index)
-
-
 @functools.cache
-def _compiled_cast(place: NamedSharding, dtype: Any, one_layer: bool) -> Callable[..., Array]:
-    def cast(leaf: Array, index: Array) -> Array:
-        if one_layer:
-            leaf = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-        return to_bits(leaf) if dtype == BITS else leaf.astype(dtype)
+def _compiled_cast(
+    places: tuple[NamedSharding, ...], dtype: Any, apart: bool
+) -> Callable[[Array], tuple[Array, ...]]:
+    """The program that gives a leaf in a type and place, or each of its layers by itself."""
 
-    return jax.jit(cast, out_shardings=place)
+    def cast(leaf: Array) -> tuple[Array, ...]:
+        parts = [leaf[i] for i in range(leaf.shape[0])] if apart else [leaf]
+        return tuple(to_bits(each) if dtype == BITS else each.astype(dtype) for each in parts)
+
+    return jax.jit(cast, out_shardings=places)
 
 
 def load_ready(

@@ -78,11 +78,12 @@ def import_huggingface(source: Path, out: Path, dtype: WeightType | None = None)
     """Makes a run directory whose checkpoint 0 holds the weights of a Hugging Face directory.
 
     It has no stages: it can be evaluated, sampled and exported, and a recipe of the same model
-    trains on from it. Weights are copied one layer after the other, and never lie in memory whole.
+    trains on from it. Weights are copied one layer after the other, and never lie in memory whole;
+    of several processes, each copies its share.
 
     Args:
         source: the Hugging Face directory.
-        out: the folder to make.
+        out: the folder to make; several processes must all see it.
         dtype: that weights other than norms are stored in; by default bfloat16 where the source has
             them so, and float32 otherwise.
 

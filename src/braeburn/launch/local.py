@@ -17,7 +17,7 @@ from braeburn.train.remote_run import working_folder
 
 PROGRAM = (sys.executable, "-P", "-c", "from braeburn.cli import console; console()")
 # The commands on a trained model that several processes can run together.
-JOBS = ("evaluate", "generate", "export")
+JOBS = ("evaluate", "generate", "import", "prune", "export")
 
 
 def launch(

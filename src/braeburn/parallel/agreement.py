@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +189,63 @@ def noticing_loss() -> Iterator[None]:
 
 def _coordinator() -> Any:
     return distributed.global_state.client
+
+
+class Told:
+    """Values that processes tell each other, by name, while they do something together."""
+
+    def __init__(self, name: str):
+        """Takes what they do, in words that no other exchange of the run has."""
+        self._name = name
+
+    def tell(self, key: str, value: str) -> None:
+        """Gives the other processes a value, unless one of this name was given before, or the
+        process that keeps them is gone.
+        """
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _coordinator().key_value_set(f"braeburn/{self._name}/{key}", value)
+
+    def value(self, key: str) -> str:
+        """A value that another process tells, however long it takes to.
+
+        Raises:
+            ProcessLost: the process that keeps the values ended.
+        """
+        return _wait_for(f"braeburn/{self._name}/{key}", self._name)
+
+    def heard(self, key: str, seconds: float = 0.0) -> str | None:
+        """A value that another process has told; None where it has not.
+
+        Args:
+            key: the value's name.
+            seconds: to wait for it.
+
+        Raises:
+            ProcessLost: the process that keeps the values ended.
+        """
+        try:
+            return _coordinator().blocking_key_value_get(
+                f"braeburn/{self._name}/{key}", max(1, int(1000 * seconds))
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
+            raise ProcessLost(
+                f"another process ended before {self._name}; its own message tells why"
+            ) from error
+
+    def failed(self, error: Exception | None = None) -> NoReturn:
+        """Ends what was begun where another process told that it failed.
+
+        Args:
+            error: what this process met because of that.
+
+        Raises:
+            ProcessLost: always.
+        """
+        raise ProcessLost(
+            f"another process failed before {self._name}; its own message tells why"
+        ) from error
 
 
 class AnyProcess:

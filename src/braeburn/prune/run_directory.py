@@ -31,8 +31,10 @@ from braeburn.errors import UserError
 from braeburn.layers.spec import ParamSpec, Tree, abstract, map_params_like, map_specs, walk
 from braeburn.models.decoder import param_specs
 from braeburn.optim.build import build_optimizer
+from braeburn.parallel.agreement import main_first, said_by_main
 from braeburn.parallel.layout import Layout
 from braeburn.parallel.mesh import build, resolve
+from braeburn.parallel.processes import is_main
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.loop import train
@@ -74,6 +76,7 @@ def prune(
     """Makes a run directory whose checkpoint 0 is a run's newest, pruned: weights, optimizer and
     configuration.
 
+    Several processes share the model over the mesh of the run, and all must see both folders.
     Soft-Top-K trains in a hidden folder beside `out`, where a call that was cut short is gone on
     with; the other methods only measure and cut. A recipe of the smaller model trains on from the
     result.
@@ -150,7 +153,8 @@ def prune(
         ).model_dump()
     )
     found_run(out, left, state, tokenizer, "prune", directory)
-    shutil.rmtree(work, ignore_errors=True)
+    if is_main():
+        shutil.rmtree(work, ignore_errors=True)
     return smaller
 
 
@@ -222,8 +226,7 @@ def _pruning_run(
 def _learned(directory: Path, step: int, run: Run, tokenizer: Tokenizer, work: Path) -> TrainState:
     """The state that the pruning run leaves, trained in the folder `work` or gone on with there."""
     stage = resolve_stage(run, STAGE)
-    if not RunDirectory(work).begun():
-        work.rmdir()
+    if not _has_begun(work):
         found_run(
             work,
             run,
@@ -235,6 +238,14 @@ def _learned(directory: Path, step: int, run: Run, tokenizer: Tokenizer, work: P
     if not train(run, work).finished:
         raise KeyboardInterrupt  # it has saved, and the same command goes on
     return _state(work, stage.last_step, run, stage.layout_of(stage.models.left))
+
+
+def _has_begun(work: Path) -> bool:
+    """Whether a call before this one has begun to learn masks in a folder; the same answer in all
+    processes.
+    """
+    begun = is_main() and work.exists() and RunDirectory(work).begun()
+    return said_by_main(f"whether a run has begun in {work}", str(begun)) == str(True)
 
 
 def _cut(
@@ -313,6 +324,9 @@ def _state(directory: Path, step: int, run: Run, layout: Layout) -> TrainState:
 
 def _batches(run: Run, tokenizer: Tokenizer) -> Iterator[Batch]:
     """The batches that activations are measured on, placed."""
-    stage, prepared = resolve_stage(run, STAGE), prepare(run, lambda line: None, tokenizer)
+    stage = resolve_stage(run, STAGE)
+    prepared = main_first(
+        "text to prune by was prepared", lambda: prepare(run, lambda line: None, tokenizer)
+    )
     batches = batches_of(stage, prepared.train)
     return tracked(calibration(stage.stage, batches, stage.layout), "measuring activations")

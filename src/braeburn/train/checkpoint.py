@@ -10,9 +10,7 @@ import itertools
 import json
 import logging
 import os
-import queue
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from orbax.checkpoint import multihost
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
@@ -30,9 +27,10 @@ from braeburn.config import Checkpoint, Run, read_identity
 from braeburn.disk import explaining
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree
-from braeburn.parallel.agreement import first_objection, tells_of_a_loss
+from braeburn.parallel.agreement import first_objection, tells_of_a_loss, wait_for_all
 from braeburn.parallel.processes import ProcessLost
 from braeburn.train import record as records
+from braeburn.train.piecewise import Writer, write_share
 from braeburn.train.progress import tracked
 from braeburn.train.record import PARTS, Damaged, Record
 from braeburn.train.state import TrainState
@@ -289,34 +287,60 @@ class Checkpoints:
                 self._manager.save(step, args=composite, force=True)
         return True
 
-    def _save_streamed(self, step: int, composite: ocp.args.Composite, leaves: list[Any]) -> None:
-        """Writes a checkpoint of `Pieces` by this process alone, shows how far it is, and returns
-        once it is on disk.
+    def _save_streamed(
+        self, step: int, composite: ocp.args.Composite, leaves: Sequence[Pieces]
+    ) -> None:
+        """Writes a checkpoint of `Pieces`, each process its share of them, shows how far it is, and
+        returns once it is on disk.
         """
-        writer = _PiecesHandler()
+        name = f"{self._folder(step)} was written"
+        if jax.process_index() == 0:
+            self._write_streamed(self._folder(step), composite, Writer(name, leaves))
+        else:
+            write_share(name, leaves)
+        wait_for_all(name)
+        if jax.process_index() > 0:
+            self._hash_own(self._folder(step))
+        wait_for_all(f"{self._folder(step)} was hashed")
+        if jax.process_index() == 0:
+            self._write_record_of(self._folder(step))
+
+    def _write_streamed(self, folder: Path, composite: ocp.args.Composite, writer: Writer) -> None:
+        """What the main process does to write a checkpoint of `Pieces`."""
+        # Orbax is to wait for no other process.
+        alone = ocp.options.MultiprocessingOptions(
+            active_processes={0} if jax.process_count() > 1 else None,
+            barrier_sync_key_prefix="streamed" if jax.process_count() > 1 else None,
+        )
         registry = ocp.type_handlers.create_type_handler_registry((Pieces, writer))
         parts = {
-            name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+            name: ocp.PyTreeCheckpointHandler(
+                type_handler_registry=registry, multiprocessing_options=alone
+            )
             for name in composite
             if name != "run"
         }
-        handler = ocp.CompositeCheckpointHandler(run=ocp.JsonCheckpointHandler(), **parts)
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            run=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+            **parts,
+        )
         # Orbax's thread for writing is waited for: its other class, that writes in this thread,
         # waits for a sign of life of savings in the background that came before. Folders are there
         # before it begins, or the description of the run would at times be written before its own.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
-        with ocp.AsyncCheckpointer(handler, async_options=options) as checkpointer:
+        with ocp.AsyncCheckpointer(
+            handler, async_options=options, multiprocessing_options=alone
+        ) as checkpointer:
             try:
-                checkpointer.save(self._folder(step), args=composite)
-                total = sum(leaf.count for leaf in leaves)
-                written = writer.written(total, checkpointer.check_for_errors)
-                for _ in tracked(written, "writing weights", total):
+                checkpointer.save(folder, args=composite)
+                written = writer.written(checkpointer.check_for_errors)
+                for _ in tracked(written, "writing weights", writer.total):
                     pass
                 checkpointer.wait_until_finished()
             except BaseException:
                 writer.stop()
                 raise
-        self._write_record_of(self._folder(step))
 
     def wait(self) -> None:
         """Returns once every checkpoint begun is on disk."""
@@ -522,16 +546,16 @@ class Checkpoints:
 
         def wait_for_all(*, key: str, timeout_ms: int) -> None:
             if "async_write_complete" in key and jax.process_index() > 0:
-                self._hash_own()
+                self._hash_own(self._unfinished())
             wait(key=key, timeout_ms=timeout_ms)
 
         return wait_for_all
 
-    def _hash_own(self) -> None:
-        """Hashes what this process has written, so that the main one need not read it from another
-        host's disk.
+    def _hash_own(self, folder: Path) -> None:
+        """Hashes what this process has written of a checkpoint, so that the main one need not read
+        it from another host's disk.
         """
-        folder, index = self._unfinished(), jax.process_index()
+        index = jax.process_index()
         names = [name for name in records.walk(folder) if _writer(name) == index]
         hashed = records.hash_files(folder, names, to_disk=True)
         # Parts are still under the names that they are written under.
@@ -597,55 +621,6 @@ def _chunks(leaf: Any) -> ocp.SaveArgs:
     if leaf.nbytes <= CHUNK_BYTES:
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
-
-
-class _PiecesHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Pieces` into the files that orbax would write the whole array into."""
-
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-        self._written: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._stopped = threading.Event()
-
-    def stop(self) -> None:
-        """Has the thread that writes end at the next piece."""
-        self._stopped.set()
-
-    def written(self, total: int, check: Callable[[], None]) -> Iterator[int]:
-        """The number of each piece, once it is written, to the last or where one fails.
-
-        Args:
-            total: pieces of all arrays.
-            check: raises where the thread that writes has failed.
-        """
-        for number in range(total):
-            while True:
-                try:
-                    if not self._written.get(timeout=1.0):
-                        return
-                    break
-                except queue.Empty:
-                    check()
-            yield number
-
-    async def _open_and_write(self, value: Pieces, spec: dict[str, Any], context: Any) -> None:
-        # Nothing is awaited between pieces, so that arrays are written one after the other; a piece
-        # is made while the one before is written.
-        try:
-            store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
-            writing = None
-            for index, values in value.pieces():
-                if writing is not None:
-                    writing.result()
-                if self._stopped.is_set():
-                    raise InterruptedError
-                writing = store[index].write(values)
-                self._written.put(True)
-            if writing is not None:
-                writing.result()
-        except BaseException:
-            self._written.put(False)
-            raise
 
 
 def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -13,7 +13,7 @@ from braeburn.data.mixture import rounded_shares
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.workers import Work
-from braeburn.disk import check_space
+from braeburn.disk import SECONDS_TO_APPEAR, check_space
 from braeburn.errors import UserError
 from braeburn.parallel.agreement import first_objection, main_first, said_by_main, wait_for_all
 from braeburn.train.ahead import Ahead
@@ -28,9 +28,6 @@ from braeburn.train.stage_run import batches_of
 from braeburn.train.stages import abstract_state
 from braeburn.train.teaching import FindTeacher, Teacher, check_tokenizers
 from braeburn.train.trained import require_same_model, require_same_tokenizer
-
-# For a file that another machine has made, in a folder that both mount.
-SECONDS_TO_APPEAR = 90.0
 
 
 @dataclass(frozen=True)

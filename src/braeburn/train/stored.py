@@ -32,13 +32,14 @@ class Pieces:
     Attributes:
         shape: of the whole.
         dtype: of the whole.
-        pieces: makes (index, values) pairs, which together cover the array once.
+        piece: makes the piece of a number, and tells where it belongs; all of them together cover
+            the array once.
         count: how many they are.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: Callable[[], Iterable[tuple[Index, np.ndarray]]]
+    piece: Callable[[int], tuple[Index, np.ndarray]]
     count: int = 1
 
     @property
@@ -56,6 +57,14 @@ class Pieces:
         """Bytes of all values."""
         return self.size * self.dtype.itemsize
 
+    def pieces(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[Index, np.ndarray]]:
+        """Where each piece belongs and its values, made one after the other.
+
+        Args:
+            numbers: of the pieces to make; all by default.
+        """
+        return map(self.piece, range(self.count) if numbers is None else numbers)
+
     def assembled(self, dtype: Any = None) -> np.ndarray:
         """The whole array, in memory; `dtype` is the array's own by default."""
         values = np.empty(self.shape, dtype or self.dtype)
@@ -68,9 +77,7 @@ class Pieces:
         cls, shape: tuple[int, ...], dtype: Any, layer: Callable[[int], np.ndarray]
     ) -> "Pieces":
         """An array [L, ...] from a function that gives each of the L layers."""
-        return cls(
-            shape, np.dtype(dtype), lambda: ((i, layer(i)) for i in range(shape[0])), shape[0]
-        )
+        return cls(shape, np.dtype(dtype), lambda number: (number, layer(number)), shape[0])
 
     @classmethod
     def of(cls, stored: "StoredArray") -> "Pieces":
@@ -82,7 +89,7 @@ class Pieces:
         cls, shape: tuple[int, ...], dtype: Any, values: Callable[[], np.ndarray]
     ) -> "Pieces":
         """An array from a function that gives all of it."""
-        return cls(shape, np.dtype(dtype), lambda: [(..., values())])
+        return cls(shape, np.dtype(dtype), lambda _: (..., values()))
 
 
 class StoredArray:

@@ -1,6 +1,7 @@
 """What a run directory holds for use after training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from braeburn.config import (
 )
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.data.tokenizer_settings import TOKENIZER_CONFIG
-from braeburn.disk import explaining, scratch
+from braeburn.disk import SECONDS_TO_APPEAR, appears, explaining, scratch
 from braeburn.errors import UserError
 from braeburn.layers.spec import ParamSpec, Tree, abstract
 from braeburn.layers.weights import type_on_cpus
+from braeburn.parallel.agreement import first_objection, main_first, said_by_main, wait_for_all
 from braeburn.parallel.layout import Layout
+from braeburn.parallel.processes import is_main
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.directory import RunDirectory
 from braeburn.train.resolved import model_layout, trained_specs
@@ -283,10 +286,11 @@ def found_run(
     """Makes a run directory whose checkpoint 0 holds a state.
 
     It is built beside its place and renamed, so that an interrupted call leaves nothing that looks
-    whole. What a killed call has left is removed by the next.
+    whole. What a killed call has left is removed by the next. Of several processes each writes its
+    share of the weights.
 
     Args:
-        out: the folder, new or empty.
+        out: the folder, new or empty; several processes must all see it.
         run: to be told by its `config.json`.
         state: parameters, and the optimizer's state or None.
         tokenizer: of the run.
@@ -294,15 +298,50 @@ def found_run(
         source: the folder that it was made from.
     """
     out = out.absolute()
-    RunDirectory(out.parent)  # with one sentence where it cannot be made
-    with explaining(), scratch(out.parent, out.name) as folder:
-        directory = RunDirectory(folder / out.name)
-        directory.write_config(run, {path: origin for path, _ in flatten(run.model_dump())})
-        tokenizer.save_all(directory.path)
+    with explaining(), _folder_of_all(out) as folder:
+        directory = RunDirectory(folder / out.name, writes=is_main())
+
+        def begin() -> None:
+            if is_main():
+                directory.write_config(run, {path: origin for path, _ in flatten(run.model_dump())})
+                tokenizer.save_all(directory.path)
+
+        main_first(f"the run for {out} was described", begin)
         checkpoints = Checkpoints(directory.path, Checkpoint())
         checkpoints.save(0, state, run, tokenizer.to_json())
         checkpoints.close()
-        directory.event(origin, source=str(source))
-        if out.exists():
-            out.rmdir()
-        directory.path.replace(out)
+        wait_for_all(f"the weights for {out} were saved")
+        if is_main():
+            directory.event(origin, source=str(source))
+            if out.exists():
+                out.rmdir()
+            directory.path.replace(out)
+        wait_for_all(f"{out} was made")
+
+
+@contextmanager
+def _folder_of_all(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` in which all processes make it; gone afterwards.
+
+    Raises:
+        UserError: it cannot be made, or a process does not see it.
+    """
+    with ExitStack() as held:
+
+        def make() -> str:
+            if not is_main():
+                return ""
+            RunDirectory(out.parent)  # with one sentence where it cannot be made
+            return str(held.enter_context(scratch(out.parent, out.name)))
+
+        made = main_first(f"a folder for {out} was made", make)
+        folder = Path(said_by_main(f"which folder {out} is made in", made))
+        unseen = None
+        if not appears(folder, SECONDS_TO_APPEAR):
+            unseen = (
+                f"--out {str(out)!r} is in another folder for process {jax.process_index()} than "
+                f"for process 0; name a folder on storage that the machines of all processes mount"
+            )
+        if unseen := first_objection(f"all processes saw the folder for {out}", unseen):
+            raise UserError(unseen)
+        yield folder
