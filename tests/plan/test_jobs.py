@@ -16,7 +16,6 @@ from braeburn.config import MeshConfig, ModelConfig, Run, override
 from braeburn.config.sublayers.reused import ReusedAttention
 from braeburn.config.sublayers.sliding import SlidingAttention
 from braeburn.errors import UserError
-from braeburn.evaluate import generate
 from braeburn.evaluate.generate import Ready, programs, ready
 from braeburn.evaluate.sampling import DEFAULT_TEMPERATURE, Sampling
 from braeburn.hardware.links import Links
@@ -172,14 +171,15 @@ def test_layers_are_unstacked_in_the_memory_that_is_planned(
             out_shardings=layout.parameters(),
         )()
     held: list[int] = []
-    cast = generate._cast
+    wait = jax.block_until_ready
 
-    def watched(*arguments: Any) -> Any:
-        made = cast(*arguments)
+    def watched(made: Any) -> Any:
+        found = wait(made)
         held.append(live_bytes() - before)
-        return made
+        return found
 
-    monkeypatch.setattr(generate, "_cast", watched)
+    # Called when the layers of a parameter are there, and the parameter still is.
+    monkeypatch.setattr(jax, "block_until_ready", watched)
     ready(params, run.model, layout, consume=True)
     on = JobOn(replace(GENERATE, dtype=dtype), run, "", parse_target("h100:8"))
     estimate = estimate_job(

@@ -111,7 +111,7 @@ def compile_job(
     estimate: JobEstimate = candidate.estimate
     for planned in estimate.programs:
         if planned.name == UNSTACKING:
-            continue  # one small program after the other, each of one layer of a parameter
+            continue  # a small program for each parameter
         of_job = {
             "job": on.job.name,
             "settings": dataclasses.asdict(on.job),
