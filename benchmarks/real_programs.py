@@ -163,9 +163,9 @@ class LlamaCpp:
 
 def scored(tokens: list[int], begin: int, end: int) -> list[int]:
     """A text's tokens as `braeburn evaluate` scores them: a document between its begin and end
-    token, and the begin token of a document behind it.
+    token.
     """
-    return [begin, *tokens, *([] if begin == end else [end]), begin]
+    return [begin, *tokens, end]
 
 
 def measured(

@@ -17,16 +17,18 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braeburn.config import Execution, ModelConfig, Precision
+from braeburn.config import Execution, ModelConfig, Precision, Run
 from braeburn.data.corpus import Document
 from braeburn.data.loader import held_out_batches
 from braeburn.data.token_shards import TokenShards, build_token_shards
 from braeburn.data.tokenizer import Tokenizer, train
+from braeburn.evaluate.text import Windows, evaluate_files
 from braeburn.evaluate.windows import evaluation_batches, padded_length, spans
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
 from braeburn.parallel.layout import one_device
 from braeburn.train.held_out import evaluator, measure
+from braeburn.train.trained import Trained
 from support import braeburn
 
 TEXTS = [
@@ -171,6 +173,33 @@ def test_bytes_are_those_of_the_text(make: Any, tmp_path: Path) -> None:
         return {"nll": 1.0, "correct": 0.0, "tokens": weights.sum(), "token_bytes": counted}
 
     assert measure(evaluate, {}, batches, shards.byte_ratio)["bytes"] == size
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, spaced()], ids=["one token", "begin and end"])
+def test_documents_of_files_are_scored_each_by_itself(
+    tokenizer: Tokenizer, tiny: Run, tmp_path: Path
+) -> None:
+    """With its tokens and the one that ends it, whatever stands behind it in the file."""
+    params = jax.tree.map(lambda x: 3 * x, initialize(decoder.param_specs(MODEL), 3))
+    layout = one_device(decoder.param_specs(MODEL), FLOAT32)
+    trained = Trained(tiny, 0, MODEL, params, tokenizer, 1024, layout)
+    nll, tokens = 0.0, 0
+    for text in TEXTS:
+        document = [tokenizer.begin, *tokenizer.encode(text), tokenizer.end]
+        inputs = np.array([document[:-1]])
+        at = (inputs, np.arange(inputs.size)[None], np.ones_like(inputs))
+        hidden = decoder.forward(params, at, MODEL, Execution(precision=FLOAT32))
+        logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
+        log_z = np.log(np.exp(logits).sum(-1))
+        nll += (log_z - logits[np.arange(inputs.size), document[1:]]).sum()
+        tokens += inputs.size
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (found,) = evaluate_files(trained, [str(file)], windows=Windows(by_position=True)).values()
+    assert found["tokens"] == tokens == sum(part["tokens"] for part in found["by_position"])
+    assert found["loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
 
 
 def test_the_command(finished: Path, tmp_path: Path) -> None:

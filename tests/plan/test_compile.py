@@ -308,6 +308,20 @@ def test_the_programs_of_a_job_are_compiled_one_by_one(child, tmp_path):
     assert token["plan"]["memory_gib"] > 0 and token["plan"]["bytes"]["tensor"] > 0
     text = braeburn(*on).out
     assert "token, which runs 255 times, fits: 20.00 GiB of 74.00 on each chip" in text
+    assert "unstack, which is not compiled, fits: by the plan 2.31 GiB of 74.00" in text
+    assert [part["name"] for part in facts["planned_alone"]] == ["unstack"]
+
+
+def test_a_job_does_not_fit_where_what_is_not_compiled_does_not(child, tmp_path):
+    for name in ("prefill", "token"):
+        (tmp_path / name).mkdir()
+        child[0].append(answered(tmp_path / name, straight(), {"tensor": 1}))
+    on = ["compile", "llama3-8b", "--on", "h100:1", "--job", "generate", "--mesh", "fsdp=1"]
+    # Its weights of 69 GiB would fit, if none of them were there twice for a while.
+    answer = braeburn(*on, "--set", "model.num_layers=165", "--json")
+    facts = json.loads(answer.out)
+    assert answer.code == 1 and not facts["fits"]
+    assert [program["fits"] for program in facts["programs"]] == [True, True]
 
 
 def test_a_job_that_does_not_fit_is_told_with_what_would(child, tmp_path):

@@ -2,6 +2,7 @@
 simulated devices, against cases worked out by hand, and from the command line.
 """
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -59,6 +60,16 @@ def own_bytes(tree: Any) -> int:
         for leaf in jax.tree.leaves(tree)
         for shard in leaf.addressable_shards
         if shard.device == first
+    )
+
+
+def live_bytes() -> int:
+    """Bytes of all arrays that are there, on the first device."""
+    first = jax.devices()[0]
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.live_arrays()
+        if first in leaf.sharding.device_set
     )
 
 
@@ -138,6 +149,70 @@ def test_generation_holds_what_is_planned(mesh: dict[str, int], tiny: Run) -> No
     assert own_bytes(at_hand.params) + own_bytes(rows) == pytest.approx(
         compiled.memory_analysis().argument_size_in_bytes, rel=1e-2
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_layers_are_unstacked_in_the_memory_that_is_planned(
+    mesh: dict[str, int], dtype: Any, tiny: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = override(tiny, SIZES | {"precision.compute": dtype})
+    layout = laid(run, mesh, real=True)
+    gc.collect()
+    before = live_bytes()
+    # As `load_ready` reads them: in the type that is computed in, but for norms.
+    with layout.compiling():
+        params = jax.jit(
+            lambda: jax.tree.map(
+                lambda spec, leaf: leaf.astype(spec.held_in(dtype)),
+                layout.specs,
+                initialize(layout.specs, 0),
+            ),
+            out_shardings=layout.parameters(),
+        )()
+    held: list[int] = []
+    wait = jax.block_until_ready
+
+    def watched(made: Any) -> Any:
+        found = wait(made)
+        held.append(live_bytes() - before)
+        return found
+
+    # Called when the layers of a parameter are there, and the parameter still is.
+    monkeypatch.setattr(jax, "block_until_ready", watched)
+    ready(params, run.model, layout, consume=True)
+    on = JobOn(replace(GENERATE, dtype=dtype), run, "", parse_target("h100:8"))
+    estimate = estimate_job(
+        on, job_work(on, layout.sizes), layout.sizes, Links(on.target, layout.sizes)
+    )
+    unstack = estimate.programs[0]
+    assert (unstack.name, unstack.rounds) == ("unstack", 1)
+    # The plan counts norms as they come to lie, whole on each device.
+    assert unstack.total_gib * GIB == pytest.approx(max(held), rel=0.02)
+
+
+def test_what_unstacking_takes_by_hand() -> None:
+    run, target = load("llama3-8b"), parse_target("h100:8")
+    sizes, model = MeshConfig(fsdp=1, tensor=8), run.model
+    on = JobOn(replace(GENERATE, dtype="bfloat16"), run, "pretrain", target)
+    unstack, prefill, _ = estimate_job(
+        on, job_work(on, sizes), sizes, Links(target, sizes)
+    ).programs
+    # No float32 copy of the weights is ever there: the largest matrices of all layers are twice.
+    ffn = 2 * model.num_layers * model.d_model * model.ffn_dim / 8
+    assert unstack.memory == {"weights": prefill.memory["weights"], "results": ffn / GIB}
+    moved = target.facts.memory_gb_per_s.value * 1e9 * EFFICIENCY["nvidia"].memory  # type: ignore[union-attr]
+    tables = 2 * 2 * model.vocab_size * model.d_model / 8 / GIB
+    layers = (prefill.memory["weights"] - tables) * GIB
+    assert unstack.seconds == pytest.approx(2 * layers / moved, rel=1e-3)
+
+
+def test_a_model_is_written_from_where_its_weights_fit_in_half_precision() -> None:
+    # Over two chips: in float32 they would take 131.4 GiB of each, of which 95.7 are there.
+    asked = ["plan", "llama3-70b", "--on", "v5p:4", "--job", "generate", "--json"]
+    (target,) = json.loads(braeburn(*asked).out)["targets"]
+    layouts = {layout["mesh_option"]: layout for layout in target["layouts"]}
+    assert layouts["data=2,tensor=2"]["fits"]
 
 
 FULL, LAST = {}, {"attention": SlidingAttention(window=16)}
@@ -358,9 +433,9 @@ def test_a_plan_of_each_job_in_rows_and_as_data() -> None:
         if job == "evaluate":
             speed = plan["settings"]["tokens"] / spent
         else:
-            cast, prefill, token = best["programs"]
+            unstack, prefill, token = best["programs"]
             assert best["first_token_seconds"]["value"] == prefill["seconds"]["value"]
-            assert (cast["rounds"], token["rounds"]) == (1, 255)
+            assert (unstack["rounds"], token["rounds"]) == (1, 255)
             speed = 8 / token["seconds"]["value"]
         assert best["tokens_per_second"]["value"] == pytest.approx(speed)
 

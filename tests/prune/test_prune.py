@@ -124,10 +124,20 @@ def test_an_interrupted_pruning_goes_on(
 
     arguments = ("prune", finished, "--ffn", KEEP, "--tokens", 4096, "--out", tmp_path / "out")
     monkeypatch.setattr(module, "train", stopped)
-    assert braeburn(*arguments).code == 130
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("braeburn.train.progress.SECONDS_BETWEEN_LINES", 0.0)
+    answer = braeburn(*arguments)
+    assert answer.code == 130 and not (tmp_path / "out").exists()
+    lines = answer.err.splitlines()
+    assert "beginning from the weights of checkpoint 0, with 4 steps to make" in lines
+    # What may take longer than a step is told before the first.
+    measured, first = (
+        next(n for n, line in enumerate(lines) if line.startswith(beginning))
+        for beginning in ("measuring activations: 3 of 4", "step 1/4")
+    )
+    assert measured < first
     monkeypatch.undo()
-    assert braeburn(*arguments).code == 0
+    answer = braeburn(*arguments)
+    assert answer.code == 0 and "resuming from step 2 of 4" in answer.err
     whole, resumed = load(pruned["soft_top_k"]).params, load(tmp_path / "out").params
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

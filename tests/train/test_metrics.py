@@ -198,6 +198,20 @@ def test_progress_of_other_work_is_lines_in_a_log(monkeypatch: pytest.MonkeyPatc
     assert out.getvalue() == ""  # it was over soon
 
 
+def test_what_comes_before_the_steps_of_a_stage_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("braeburn.train.progress.time.monotonic", lambda: now[0])
+    for terminal in (False, True):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal, highlight=False, width=120)
+        with Display(10, console) as display:
+            display.begin_stage("pruned", 10, 0)
+            for _ in display.tracked(range(4), "measuring activations", 4):
+                now[0] += 8
+        text = out.getvalue()
+        assert "measuring activations: 2 of 4  16 s left" in text
+
+
 def test_progress_of_other_work_on_a_terminal_is_a_bar() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100)

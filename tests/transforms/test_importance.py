@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
-from braeburn.config import Execution, MeshConfig, ModelConfig, Precision
+from braeburn.config import Execution, MeshConfig, ModelConfig, Precision, Pruning
 from braeburn.layers.spec import initialize, map_specs
 from braeburn.models import decoder
 from braeburn.parallel.layout import Layout, one_device
 from braeburn.parallel.mesh import build
 from braeburn.transforms import importance
+from braeburn.transforms.definition import Found
+from braeburn.transforms.pruning import importance_of_units
 from braeburn.transforms.units import score_specs
 
 MODEL = ModelConfig(
@@ -224,3 +227,24 @@ def test_standardised_scores_have_no_scale_and_keep_the_order():
         np.testing.assert_array_equal(
             importance.standardised({"embed": jnp.asarray(equal)})["embed"], 0
         )
+
+
+def test_batches_are_read_as_they_are_measured(monkeypatch):
+    """Not all at once, which devices would have to hold."""
+    slow = jax.jit(lambda x: lax.fori_loop(0, 100, lambda _, y: jnp.tanh(x @ y), x))
+    results = []
+
+    def measure(params, batch):
+        results.append({"ffn": slow(batch)})
+        return results[-1]
+
+    def batches():
+        for number in range(5):
+            assert all(sums["ffn"].is_ready() for sums in results[: number - 1])
+            yield jnp.full((512, 512), 0.01)
+
+    monkeypatch.setattr(importance, "activation_importance", lambda *_: measure)
+    layout = one_device(decoder.param_specs(MODEL), FLOAT32)
+    pruning = Pruning(keep={"ffn": 8}, method="activation")
+    found = importance_of_units(pruning, Found(MODEL, {}, layout, batches(), 0))
+    assert len(results) == 5 and found["ffn"].shape == (512, 512)

@@ -346,7 +346,7 @@ def _compile_job(
         # Weights go from the disk to the files by way of the host alone.
         return facts | {"fits": True, "programs": [], "mesh": {}}
     from braeburn.plan.child import check_compiler
-    from braeburn.plan.job_compilation import compile_job, job_mesh, meshes_that_fit
+    from braeburn.plan.job_compilation import compile_job, job_mesh, meshes_that_fit, planned_alone
 
     check_compiler(target)
     placed = JobOn(job, run, after, target)
@@ -354,10 +354,12 @@ def _compile_job(
     shown = candidate.mesh_option
     print(f"compiling {name} of {run.name} for {target}, {shown} ...", file=sys.stderr, flush=True)
     compiled = list(compile_job(placed, candidate, chips, memory_gb))
+    before = planned_alone(candidate)
     facts |= {
         "mesh": candidate.sizes.sizes,
         "mesh_option": shown,
-        "fits": all(program.fits for program in compiled),
+        "fits": all(part["fits"] for part in before) and all(each.fits for each in compiled),
+        "planned_alone": before,
         "programs": [program.summary() for program in compiled],
     }
     if not facts["fits"]:

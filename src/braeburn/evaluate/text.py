@@ -2,17 +2,19 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from braeburn.config import Source
 from braeburn.data.corpus import Document, Report, documents
+from braeburn.data.packing import Batch
 from braeburn.data.prepare import prepare
 from braeburn.data.token_shards import TokenShards, build_token_shards
+from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
-from braeburn.evaluate.windows import SHORTEST, evaluation_batches
+from braeburn.evaluate.windows import SHORTEST, evaluation_batches, text_alone
 from braeburn.parallel.rules import batch_shards, sequence_pieces
 from braeburn.train.held_out import evaluator, measure
 from braeburn.train.progress import tracked
@@ -58,7 +60,7 @@ class Windows:
 def evaluate_files(
     trained: Trained, paths: list[str], field: str = "text", windows: Windows | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Results for all documents of files.
+    """Results for all documents of files: of the tokens of each, and of the one that ends it.
 
     Args:
         trained: the model.
@@ -83,7 +85,7 @@ def evaluate_files(
             except UserError as error:
                 raise UserError(_as_options(str(error), path)) from None
             shards = TokenShards.open(directory, trained.tokenizer.hash)
-            results[path] = _evaluate(trained, shards, windows, shards.tokens, path)
+            results[path] = _evaluate(trained, shards, windows, shards.tokens, path, text_alone)
     return results
 
 
@@ -109,7 +111,8 @@ def _as_options(message: str, source: str) -> str:
 def evaluate_held_out(
     trained: Trained, windows: Windows | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Results for the held-out text of each source that the run trained on.
+    """Results for the held-out text of each source that the run trained on, with the weights that
+    training's own evaluation gives to targets.
 
     Args:
         trained: the model.
@@ -135,8 +138,23 @@ def evaluate_held_out(
 
 
 def _evaluate(
-    trained: Trained, shards: TokenShards, windows: Windows, tokens: int, name: str
+    trained: Trained,
+    shards: TokenShards,
+    windows: Windows,
+    tokens: int,
+    name: str,
+    weighted: Callable[[Batch, Tokenizer], Batch] = lambda batch, _: batch,
 ) -> dict[str, Any]:
+    """Results for the first tokens of a text.
+
+    Args:
+        trained: the model.
+        shards: the text.
+        windows: how it is cut.
+        tokens: how many of them are seen.
+        name: of the text, as progress is shown.
+        weighted: gives targets of a batch another weight; as in training without it.
+    """
     length, stride = windows.sizes(trained)
     layout = trained.layout
     sequences = batch_shards(layout.execution)
@@ -151,7 +169,9 @@ def _evaluate(
     most = BATCH_TOKENS * sequences
     found = evaluation_batches(shards, length, stride, tokens, most, (sequences, pieces))
     placed = (
-        layout.place(batch, range(len(batch["inputs"])), len(batch["inputs"]))
+        layout.place(
+            weighted(batch, trained.tokenizer), range(len(batch["inputs"])), len(batch["inputs"])
+        )
         for batch in tracked(found.batches, f"evaluating {name}", found.count)
     )
     return measure(evaluate, trained.params, placed, shards.byte_ratio, positions=positions)

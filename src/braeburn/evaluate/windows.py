@@ -6,8 +6,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from braeburn.data.packing import Batch, Row, batched, window
 from braeburn.data.token_shards import TokenShards
+from braeburn.data.tokenizer import Tokenizer
 
 SHORTEST = 64  # a program for shorter windows would not pay for its compilation
 
@@ -93,6 +96,23 @@ def evaluation_batches(
         itertools.chain(batched(rows(True), size), batched(rows(False), sequences)),
         -(-whole // size) + -(-(len(found) - whole) // sequences),
     )
+
+
+def text_alone(batch: Batch, tokenizer: Tokenizer) -> Batch:
+    """A batch in which the begin token of a further document has no weight.
+
+    It always follows the end token of the document before, so that it tells of how documents are
+    joined and not of the text: a model that was trained elsewhere may never have seen the two
+    together. Without a separate end token it is what ends a document, and keeps its weight.
+
+    Args:
+        batch: of NumPy arrays.
+        tokenizer: that of the text.
+    """
+    if tokenizer.document_end is None:
+        return batch
+    joins = (batch["inputs"] == tokenizer.document_end) & (batch["targets"] == tokenizer.begin)
+    return batch | {"weights": np.where(joins, np.float32(0), batch["weights"])}
 
 
 def batch_rows(length: int, whole: int, batch_tokens: int, sequences: int) -> int:

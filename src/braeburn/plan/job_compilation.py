@@ -18,7 +18,7 @@ from braeburn.parallel.mesh import resolve
 from braeburn.parallel.rules import check_model
 from braeburn.plan.child import compile_in_child
 from braeburn.plan.hlo import Module
-from braeburn.plan.job_cost import CASTING, JobEstimate, Timed, estimate_job, job_work
+from braeburn.plan.job_cost import UNSTACKING, JobEstimate, Timed, estimate_job, job_work
 from braeburn.plan.job_search import JobCandidate, job_candidates, targets_with_room
 from braeburn.plan.jobs import JobOn
 from braeburn.plan.program import MOST_CHANGES, Compiled
@@ -110,8 +110,8 @@ def compile_job(
     """
     estimate: JobEstimate = candidate.estimate
     for planned in estimate.programs:
-        if planned.name == CASTING:
-            continue  # of one parameter after the other
+        if planned.name == UNSTACKING:
+            continue  # a small program for each parameter
         of_job = {
             "job": on.job.name,
             "settings": dataclasses.asdict(on.job),
@@ -120,6 +120,26 @@ def compile_job(
         }
         answer = compile_in_child(on.run, on.stage, on.target, chips, memory_gb, of_job)
         yield JobCompilation(on.run, on.stage, on.target, answer, planned)
+
+
+def planned_alone(candidate: JobCandidate) -> list[dict[str, Any]]:
+    """What a job does beside the programs that `compile_job` compiles, with its memory by the plan,
+    as JSON.
+
+    Args:
+        candidate: the mesh.
+    """
+    usable = candidate.estimate.usable_gib
+    return [
+        {
+            "name": planned.name,
+            "fits": planned.total_gib <= usable,
+            "memory_gib": planned.total_gib,
+            "usable_gib": usable,
+        }
+        for planned in candidate.estimate.programs
+        if planned.name == UNSTACKING
+    ]
 
 
 def meshes_that_fit(

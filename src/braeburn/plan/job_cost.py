@@ -15,13 +15,13 @@ from braeburn.plan.device_work import DeviceMemory, DeviceWork, work_of_program
 from braeburn.plan.few_layers import Term, sum_of_memory, sum_of_work, terms_of
 from braeburn.plan.forward import CollectiveTotal, accelerator_of
 from braeburn.plan.job_programs import JobProgram, job_layout, programs_of
-from braeburn.plan.jobs import WIDTHS, Generate, JobOn
-from braeburn.plan.storage import FLOAT, specs_of
+from braeburn.plan.jobs import Generate, JobOn
+from braeburn.plan.storage import FLOAT, held_bytes, specs_of
 
 # How far what is assumed of disks and networks is to be trusted.
 ASSUMED = "M"
 # What comes before the programs of generation.
-CASTING = "cast"
+UNSTACKING = "unstack"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def estimate_job(
     assert room  # the catalogue refuses chips without it
     programs = [_timed(each, sizes, target, links) for each in works]
     if isinstance(job, Generate):
-        programs.insert(0, _casting(job, programs[0], target))
+        programs.insert(0, _unstacking(on, sizes, programs[0].memory["weights"]))
     figures = [figure for figure in (chip.bf16_tflops, chip.memory_gb_per_s) if figure]
     along = [links.confidence((total.axis,)) for each in programs for total, *_ in each.collectives]
     return JobEstimate(
@@ -171,16 +171,25 @@ def estimate_job(
     )
 
 
-def _casting(job: Generate, prefill: Timed, target: Target) -> Timed:
-    """The weights as they were read, made those that are generated from: see `generate.ready`.
+def _unstacking(on: JobOn, sizes: MeshConfig, weights: float) -> Timed:
+    """The layers of each parameter, which are read stacked, made arrays of their own: see
+    `generate.ready`.
 
-    It goes parameter by parameter; what is made of one beside it is not counted.
+    It goes parameter by parameter, and a parameter is given up when its layers are there. They are
+    read in the type that they are generated from.
+
+    Args:
+        on: the job.
+        sizes: of the mesh, resolved.
+        weights: GiB of all parameters on each device.
     """
-    made = prefill.memory["weights"] * GIB
-    read = made * FLOAT / WIDTHS[job.dtype]
-    efficiency = EFFICIENCY[target.facts.family]
-    spent = (read + made) / (memory_bandwidth(target.facts) * efficiency.memory)
-    return Timed(CASTING, 1, {"memory_bound": spent}, [], spent, {"weights": read / GIB})
+    chip = on.target.facts
+    held = held_bytes(on.model, on.run.rules, sizes, on.job.dtype)
+    stacked = [size for spec, size in held if spec.stacked]
+    bandwidth = memory_bandwidth(chip) * EFFICIENCY[chip.family].memory
+    spent = 2 * sum(stacked) / bandwidth
+    memory = {"weights": weights, "results": max(stacked) / GIB}
+    return Timed(UNSTACKING, 1, {"memory_bound": spent}, [], spent, memory)
 
 
 def reading_seconds(on: JobOn) -> float:

@@ -1,6 +1,5 @@
 """The meshes that a job after training fits on, the fastest first."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -8,12 +7,12 @@ from braeburn.config import MeshConfig
 from braeburn.errors import UserError
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
-from braeburn.layers.spec import count, walk
+from braeburn.layers.spec import count
 from braeburn.plan.cost import EFFICIENCY, GIB, memory_bandwidth
 from braeburn.plan.job_cost import JobEstimate, estimate_job, job_work
 from braeburn.plan.jobs import WIDTHS, Evaluate, JobOn
 from braeburn.plan.search import NOMINAL_BYTES_PER_S, Sequences, divides, meshes
-from braeburn.plan.storage import FLOAT, axes_of_parameters, specs_of
+from braeburn.plan.storage import held_bytes, specs_of
 
 # Of which the best are sure to be among those that are looked at.
 MOST_MESHES = 8
@@ -101,15 +100,9 @@ def least_seconds(on: JobOn, sizes: MeshConfig) -> float:
 
 
 def weights_gib(on: JobOn, sizes: MeshConfig) -> float:
-    """GiB of a model's weights on each device of a mesh, as they are read."""
-    split = axes_of_parameters(on.model, on.run.rules, "parameters", sizes)
-    # To generate from, they are cast when they have been read.
-    width = WIDTHS[on.job.dtype] if isinstance(on.job, Evaluate) else FLOAT
-    total = 0.0
-    for path, spec in walk(specs_of(on.model)):
-        parts = math.prod(sizes.sizes[axis] for axis in split[tuple(path.split("/"))])
-        total += width * math.prod(spec.shape) / parts
-    return total / GIB
+    """GiB of a model's weights on each device of a mesh."""
+    held = held_bytes(on.model, on.run.rules, sizes, on.job.dtype)
+    return sum(size for _, size in held) / GIB
 
 
 def _rank(estimate: JobEstimate) -> tuple[float, float]:

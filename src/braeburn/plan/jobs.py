@@ -45,7 +45,7 @@ class Generate:
         batch: prompts that are continued at once.
         prompt_tokens: of each.
         max_new_tokens: written for each.
-        dtype: the type of weights and cache; weights are read in float32 and cast to it.
+        dtype: the type of weights and cache; weights are read in it.
         read_gb_per_s: what each host reads of the checkpoint in a second, in GB.
     """
 
@@ -171,7 +171,7 @@ def job_of(name: str, run: Run, stage: str, given: dict[str, Any]) -> Job:
         "batch": 8,
         "prompt_tokens": 1024,
         "max_new_tokens": 256,
-        # Generation casts the weights to the type that it computes in; evaluation does as it goes.
+        # Generation reads weights in the type that it computes in; evaluation casts as it goes.
         "dtype": run.precision.compute if name == Generate.name else "float32",
         "host_memory_gb": None,
         "read_gb_per_s": DEFAULT_GB_PER_S,

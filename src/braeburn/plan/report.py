@@ -18,12 +18,11 @@ def report(facts: dict[str, Any]) -> Iterator[Rows]:
         or "one device"
     )
     memory, plan, compiler = facts["memory_gib"], facts["plan"], facts["compiler"]
-    verdict = "fits" if facts["fits"] else "does not fit"
     yield [
         (f"{facts['recipe']}, stage {facts['stage']}, on {facts['target']}: {mesh}",),
         (
-            f"{verdict}: {memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each chip "
-            f"(the plan says {plan['memory_gib']:,.2f})",
+            f"{_verdict(facts)}: {memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each "
+            f"chip (the plan says {plan['memory_gib']:,.2f})",
         ),
     ]
     if "compute_seconds" in facts:
@@ -49,13 +48,20 @@ def job_report(facts: dict[str, Any]) -> Iterator[Rows]:
         or "one device"
     )
     yield [(f"{facts['job']} with {facts['recipe']} on {facts['target']}: {mesh}",)]
-    for program in facts["programs"]:
-        memory, plan = program["memory_gib"], program["plan"]
-        verdict = "fits" if program["fits"] else "does not fit"
+    for part in facts["planned_alone"]:
         yield [
             ("",),
             (
-                f"{program['name']}, which runs {program['rounds']:,} times, {verdict}: "
+                f"{part['name']}, which is not compiled, {_verdict(part)}: by the plan "
+                f"{part['memory_gib']:,.2f} GiB of {part['usable_gib']:,.2f} on each chip",
+            ),
+        ]
+    for program in facts["programs"]:
+        memory, plan = program["memory_gib"], program["plan"]
+        yield [
+            ("",),
+            (
+                f"{program['name']}, which runs {program['rounds']:,} times, {_verdict(program)}: "
                 f"{memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each chip (the plan "
                 f"says {plan['memory_gib']:,.2f})",
             ),
@@ -68,6 +74,10 @@ def job_report(facts: dict[str, Any]) -> Iterator[Rows]:
         yield _change(change, f"--mesh {change['mesh_option']}")
     if not facts["fits"] and not facts["changes"]:
         yield [("",), ("the plan knows no mesh and no number of these chips that would do",)]
+
+
+def _verdict(of: dict[str, Any]) -> str:
+    return "fits" if of["fits"] else "does not fit"
 
 
 def _memory(memory: dict[str, Any]) -> Rows:

@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import jax
 
-from braeburn.config import Execution, MeshConfig, ModelConfig, OptimizerConfig, ShardingRules
+from braeburn.config import (
+    Execution,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ShardingRules,
+    WeightType,
+)
 from braeburn.layers.spec import ParamSpec, Tree, walk
 from braeburn.models.decoder import param_specs
 from braeburn.optim.definition import Parameters, initial_state
@@ -74,6 +81,32 @@ def _state(
         for path, leaf in jax.tree.leaves_with_path(state)
         if leaf.ndim
     )
+
+
+def held_bytes(
+    model: ModelConfig, rules: ShardingRules, mesh: MeshConfig, weights: WeightType
+) -> list[tuple[ParamSpec, float]]:
+    """Each parameter of a model, and the bytes of it that a device holds for a job after training.
+
+    Args:
+        model: whose parameters.
+        rules: what lies where.
+        mesh: resolved sizes.
+        weights: the type that all but norms are held in.
+
+    Raises:
+        UserError: the mesh does not divide the parameters as the rules split them.
+    """
+    size_of, split = mesh.sizes, axes_of_parameters(model, rules, "parameters", mesh)
+    return [
+        (
+            spec,
+            math.prod(spec.shape)
+            * spec.held_in(weights).itemsize
+            / math.prod(size_of[axis] for axis in split[path]),
+        )
+        for path, spec in _specs_by_path(model).items()
+    ]
 
 
 @by_identity

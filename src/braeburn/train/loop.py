@@ -304,7 +304,7 @@ class _Loop:
         first = resolved.first_step
         with recorder.apart():
             if self._step == first:
-                state = session.unsaving(lambda: stage.enter(found), "entering")
+                state = session.unsaving(lambda: stage.enter(found, session.display), "entering")
         with BatchFeed(session, stage.batches, self._step - first, until - first) as feed:
             while self._step < until and not self._stopping:
                 state = self._make_step(stage, state, feed, recorder)

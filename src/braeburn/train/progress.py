@@ -4,7 +4,7 @@ Both go to stderr.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -99,6 +99,24 @@ class Display:
             self._task = self._bar.add_task(name, total=steps, completed=done, facts="")
         self.say(f"stage {name}: {steps - done} steps" + (f" left of {steps}" if done else ""))
 
+    def tracked(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+        """The items as they are, while it shows how many are done of what comes before the steps of
+        a stage.
+
+        Args:
+            items: what is worked through.
+            what: is done with them, as in "measuring activations".
+            total: how many there are.
+        """
+
+        def show(line: str) -> None:
+            if self._bar and self._task is not None:
+                self._bar.update(self._task, facts=line)
+            else:
+                self.say(line)
+
+        yield from _told(items, what, total, show)
+
     def step(self, row: dict[str, Any], stage_step: int) -> None:
         """A step was made; `row` is that of `metrics.jsonl`."""
         seconds = row["step_seconds"]
@@ -150,6 +168,18 @@ def tracked(
         with Progress(*columns, console=console, transient=True) as bar:
             yield from bar.track(items, total=total, description=what)
         return
+
+    def show(line: str) -> None:
+        with suppress(OSError):
+            console.print(line, markup=False, soft_wrap=True)
+
+    yield from _told(items, what, total, show)
+
+
+def _told(
+    items: Iterable[Item], what: str, total: int | None, show: Callable[[str], None]
+) -> Iterator[Item]:
+    """The items as they are, with a line of how many are done every ten seconds."""
     began = told = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
@@ -160,12 +190,7 @@ def tracked(
                 if total and done
                 else ""
             )
-            with suppress(OSError):
-                console.print(
-                    f"{what}: {done}{f' of {total}' if total else ''}{left}",
-                    markup=False,
-                    soft_wrap=True,
-                )
+            show(f"{what}: {done}{f' of {total}' if total else ''}{left}")
         yield item
 
 

@@ -70,7 +70,13 @@ class Saver:
         session, stage = self._session, self._session.stage_at(step)
         state = self.read(stage, step)
         session.directory.event("resume", step=step, **facts_of(stage))
-        session.display.say(f"resuming from step {step} of {session.run.total_steps}")
+        total = session.run.total_steps
+        # Checkpoint 0 is of no earlier call: an import or a pruned model begins with one.
+        session.display.say(
+            f"resuming from step {step} of {total}"
+            if step
+            else f"beginning from the weights of checkpoint 0, with {total} steps to make"
+        )
         return state
 
     def read(self, resolved: ResolvedStage, step: int) -> TrainState:

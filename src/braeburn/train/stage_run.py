@@ -14,6 +14,7 @@ from braeburn.data.token_shards import TokenShards
 from braeburn.layers.spec import Tree
 from braeburn.optim.guard import begin_stage
 from braeburn.parallel.layout import Layout
+from braeburn.train.progress import Display
 from braeburn.train.resolved import ResolvedStage
 from braeburn.train.stages import Program, abstract_params
 from braeburn.train.state import TrainState
@@ -42,10 +43,17 @@ class StageRun:
         """The stage."""
         return self.program.stage
 
-    def enter(self, state: TrainState) -> TrainState:
-        """The state that the stage's first step is made from, from the one that the stage finds."""
-        layout = self.resolved.layout
-        first = calibration(self.resolved.stage, self.batches, layout)
+    def enter(self, state: TrainState, display: Display | None = None) -> TrainState:
+        """The state that the stage's first step is made from, from the one that the stage finds.
+
+        Args:
+            state: that the stage finds.
+            display: shows how far the transform has come with its measuring, where it measures.
+        """
+        stage, layout = self.resolved.stage, self.resolved.layout
+        first = calibration(stage, self.batches, layout)
+        if display:
+            first = display.tracked(first, "measuring activations", calibration_steps(stage))
         with layout.compiling():
             state = enter(self.resolved, state, first)
         return state._replace(optimizer=begin_stage(state.optimizer))
@@ -104,8 +112,13 @@ def batches_of(
     return Batches(resolved.stage, resolved.name, resolved.run.seed, shards, rows, labels)
 
 
+def calibration_steps(stage: Stage) -> int:
+    """How many batches `calibration` gives."""
+    tokens = max((config.measured_tokens for config in stage.transforms.values()), default=0)
+    return min(stage.steps, -(-tokens // stage.batch_tokens))
+
+
 def calibration(stage: Stage, batches: Batches, layout: Layout) -> Iterator[Batch]:
     """The first batches of a stage, placed: those that its transform measures activations on."""
-    tokens = max((config.measured_tokens for config in stage.transforms.values()), default=0)
-    for index in range(min(stage.steps, -(-tokens // stage.batch_tokens))):
+    for index in range(calibration_steps(stage)):
         yield layout.place(batches[index], batches.rows, stage.batch_size)

@@ -44,10 +44,13 @@ def importance_of_units(pruning: Pruning, found: Found) -> Tree:
         # As NumPy has it, an array that is the same in all processes belongs to no device.
         return jax.tree.map(np.asarray, importance.random(model, keep, found.seed))
     measure = importance.activation_importance(found.layout, model, keep)
-    sums = functools.reduce(
-        lambda a, b: jax.tree.map(jnp.add, a, b),
-        (measure(found.params, batch) for batch in found.batches),
-    )
+
+    def add(sums: Tree, more: Tree) -> Tree:
+        # A batch is read while the one before is at work, and no sooner: devices would hold them
+        # all, and what shows how many are done would be far ahead.
+        return jax.tree.map(jnp.add, jax.block_until_ready(sums), more)
+
+    sums = functools.reduce(add, (measure(found.params, batch) for batch in found.batches))
     return importance.activation(sums)
 
 
