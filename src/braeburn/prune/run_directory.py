@@ -1,6 +1,7 @@
 """A narrower model from a trained one: the command around a stage of pruning."""
 
 import functools
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,6 +49,8 @@ from braeburn.train.trained import found_run, held, ordinary_step, read_tokenize
 from braeburn.transforms.definition import Found
 from braeburn.transforms.pruning import importance_of_units
 from braeburn.transforms.units import kept, sliced_block
+
+log = logging.getLogger(__name__)
 
 STAGE = "prune"
 TEXT = "text"  # the name of the source that --data names
@@ -127,7 +130,16 @@ def prune(
                 run if has_optimizer else run.model_copy(update={"optimizer": AdamW()}), model, text
             )
         run = _pruning_run(run, model, step, pruning, tokens, assignments or {})
-        pruning = run.stages[STAGE].pruning or pruning
+        stage = run.stages[STAGE]
+        pruning = stage.pruning or pruning
+        if pruning.learned:
+            log.info(
+                "masks are learned on %s tokens, in %s steps of %s; --tokens sets how many, and "
+                "--method activation measures and cuts at once",
+                f"{stage.tokens:,}",
+                f"{stage.steps:,}",
+                f"{stage.batch_tokens:,}",
+            )
     elif pruning.method in LEARN_FROM_TEXT or assignments:
         raise UserError(
             f"{str(directory)!r} was not trained here and names no text to measure activations on; "
@@ -217,7 +229,7 @@ def _pruning_run(
     update = {
         "model": model,
         "stages": stages,
-        "checkpoint": Checkpoint(every_steps=200),
+        "checkpoint": Checkpoint(every_steps=min(200, max(1, steps // 10))),
         "initial_weights": None,
     }
     return override(validate(run.model_copy(update=update).model_dump()), assignments)
