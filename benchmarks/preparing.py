@@ -231,28 +231,35 @@ def main() -> None:
             f"{whole['peak_bytes'] / 1e9:.2f} GB of memory",
             flush=True,
         )
+        same = not options.kills or killed_and_finished(folder, arguments, whole, options.kills)
+        # It takes the text away.
         if options.first_step:
             compare_first_steps(folder, corpora, folder / "whole")
-            if options.kills:
-                write(folder / "text", corpora, int(options.gigabytes * 1e9))
-        if not options.kills:
-            return
-        generator = random.Random(2)
-        killed = [*arguments, "--set", f"data.cache={folder / 'killed'}"]
-        for _ in range(options.kills):
-            process = subprocess.Popen([*COMMAND, *killed], stderr=subprocess.DEVNULL)
-            seconds = generator.uniform(0.02, 0.9 / options.kills) * whole["seconds"]
-            try:
-                process.wait(seconds + 2)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            parts = list((folder / "killed").rglob("manifest.json"))
-            print(f"killed after {seconds + 2:.1f} s, {len(parts)} folders complete", flush=True)
-        rest = run(killed)
-        same = hashes(folder / "whole") == hashes(folder / "killed")
-        print(f"the rest took {rest['seconds']:.0f} s; the same bytes: {same}")
         sys.exit(not same)
+
+
+def killed_and_finished(
+    folder: Path, arguments: list[str], whole: dict[str, Any], kills: int
+) -> bool:
+    """Whether a run that is killed so many times, and then run to its end, gives the bytes of an
+    undisturbed one.
+    """
+    generator = random.Random(2)
+    killed = [*arguments, "--set", f"data.cache={folder / 'killed'}"]
+    for _ in range(kills):
+        process = subprocess.Popen([*COMMAND, *killed], stderr=subprocess.DEVNULL)
+        seconds = generator.uniform(0.02, 0.9 / kills) * whole["seconds"]
+        try:
+            process.wait(seconds + 2)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        parts = list((folder / "killed").rglob("manifest.json"))
+        print(f"killed after {seconds + 2:.1f} s, {len(parts)} folders complete", flush=True)
+    rest = run(killed)
+    same = hashes(folder / "whole") == hashes(folder / "killed")
+    print(f"the rest took {rest['seconds']:.0f} s; the same bytes: {same}")
+    return same
 
 
 if __name__ == "__main__":
