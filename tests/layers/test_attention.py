@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from braeburn.config import MeshConfig
 from braeburn.layers import attention as A
 from braeburn.layers.attention import blocked, splash
+from braeburn.layers.platform import traced_for
 
 
 def inputs(seed, batch, length, num_heads, num_kv_heads, head_dim, documents=3):
@@ -188,7 +189,7 @@ def test_gpus_of_other_makers_are_told_from_nvidias(monkeypatch, platform_versio
     # JAX's platform is "gpu" for both.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [_Gpu(platform_version)])
-    assert A.traced_for() == expected
+    assert traced_for() == expected
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_absent_gpus_have_the_capability_of_the_catalogue(monkeypatch, chip, cap
     device = jax.sharding.AbstractDevice(device_kind=chip, num_cores=None, platform="cuda")
     mesh = jax.sharding.AbstractMesh((1,), ("fsdp",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert A.traced_for() == ("cuda", capability)
+        assert traced_for() == ("cuda", capability)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,18 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers, muon
 
-from braeburn.config import ONE_DEVICE, Execution, MeshConfig, ModelConfig, Pruning, Schedule, Stage
+from braeburn.config import (
+    ONE_DEVICE,
+    Execution,
+    LayerConfig,
+    MeshConfig,
+    ModelConfig,
+    Pruning,
+    Schedule,
+    Stage,
+)
 from braeburn.config.optimizers.muon import Muon
+from braeburn.config.sublayers.experts import Experts
 from braeburn.layers.spec import LAYERS, ParamSpec, abstract, count, initialize, map_specs, walk
 from braeburn.models.decoder import param_specs
 from braeburn.optim.build import build_optimizer
@@ -124,10 +134,22 @@ def test_it_equals_the_float64_reference():
             )
 
 
-def test_matrices_move_as_in_optax():
-    """Its AdamW, for the rest, looks ahead, and ours does not."""
+SPARSE = MODEL.model_copy(
+    update={
+        "pattern": (LayerConfig(feed_forward=Experts(num_experts=3, expert_dim=24)),),
+        "num_layers": 2,
+    }
+)
+
+
+@pytest.mark.parametrize("model", [MODEL, SPARSE], ids=["dense", "experts"])
+def test_matrices_move_as_in_optax(model):
+    """Each of a layer and of an expert by itself. Its AdamW, for the rest, looks ahead, and ours
+    does not.
+    """
+    specs = param_specs(model)
     rng = np.random.default_rng(1)
-    params = initialize(SPECS, 1)
+    params = initialize(specs, 1)
     # (rows, columns) of each, by hand.
     dims = {
         "query": ((1,), (2, 3)),
@@ -137,18 +159,19 @@ def test_matrices_move_as_in_optax():
         "gate": ((1,), (2,)),
         "up": ((1,), (2,)),
         "down": ((1,), (2,)),
+        **dict.fromkeys(("expert_gate", "expert_up", "expert_down"), ((2,), (3,))),
     }
     numbers = map_specs(
         lambda path, _: (
             MuonDimensionNumbers(*dims[name]) if (name := path.split("/")[-1]) in dims else None
         ),
-        SPECS,
+        specs,
     )
     theirs = muon(1.0, adam_b2=0.95, muon_weight_dimension_numbers=numbers, consistent_rms=0.2)
-    ours = scale_by_muon(Muon(), Parameters(SPECS, MODEL))
+    ours = scale_by_muon(Muon(), Parameters(specs, model))
     our_state, their_state = ours.init(params), theirs.init(params)
     for _ in range(5):
-        gradients = random_like(SPECS, rng, 0.1)
+        gradients = random_like(specs, rng, 0.1)
         our_updates, our_state = ours.update(gradients, our_state, params)
         their_updates, their_state = theirs.update(gradients, their_state, params)
         theirs_of = dict(walk(their_updates))

@@ -347,3 +347,32 @@ def test_estimates_follow_the_catalogue(tmp_path: Path) -> None:
     )
     assert twice.seconds["matrix"] == pytest.approx(once.seconds["matrix"] / 2)
     assert (once.confidence, twice.confidence) == ("V", "U")
+
+
+def test_experts_cost_what_their_tokens_use(tiny: Run) -> None:
+    """The matrix products of a dense layer of the width of a token's two experts, beside those of
+    the router and of the sum over experts; and the parameters of all.
+    """
+    sizes = {"mesh.fsdp": 2, "model.ffn_dim": 96}
+    kind = {"kind": "experts", "num_experts": 8, "experts_per_token": 2, "expert_dim": 48}
+    fields = {f"model.pattern.0.feed_forward.{name}": value for name, value in kind.items()}
+    dense, sparse = override(tiny, sizes), override(tiny, sizes | fields)
+    found = [work_of(run, "core", MeshConfig(fsdp=2)) for run in (dense, sparse)]
+    model, tokens = sparse.model, found[0].tokens
+    routing = 6 * model.num_layers * model.d_model * (8 + 2) * tokens
+    assert found[1].matrix_flops == pytest.approx(found[0].matrix_flops + routing, rel=1e-6)
+    more = model.num_layers * model.d_model * (8 + 3 * 48 * 6)
+    assert count(param_specs(model)) == count(param_specs(dense.model)) + more
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"fsdp": 2, "tensor": 2}])
+def test_collectives_of_experts_are_those_that_are_compiled(
+    mesh: dict[str, int], tiny: Run
+) -> None:
+    kind = {"kind": "experts", "num_experts": 8, "experts_per_token": 2, "expert_dim": 48}
+    fields = {f"model.pattern.0.feed_forward.{name}": value for name, value in kind.items()}
+    sizes = {f"mesh.{axis}": size for axis, size in {"fsdp": 1, **mesh}.items()}
+    run = override(tiny, {"model.num_heads": 4, "model.num_kv_heads": 2, **sizes, **fields})
+    stage = resolve_stage(run, "core")
+    compiled: Any = compile_stage(stage).step
+    check_collectives(compiled, work_of(run, "core", stage.layout.sizes), 0.05)

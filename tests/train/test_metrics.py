@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from braeburn.config import Run
+from braeburn.config import LayerConfig, Run
+from braeburn.config.sublayers.experts import Experts
 from braeburn.disk import check_space
 from braeburn.errors import UserError
 from braeburn.models.decoder import param_specs
@@ -26,6 +27,16 @@ def test_flops_per_token_by_hand() -> None:
     assert flops_per_token(llama, param_specs(llama), 4096) == 6 * weights + 12 * 32 * 4096 * 4096
     tied = load("qwen3-0.6b").model
     assert flops_per_token(tied, param_specs(tied), 1) == 6 * 596_049_920 + 12 * 28 * 2048
+
+
+def test_a_token_costs_what_its_experts_do() -> None:
+    dense = load("afm-tiny").model
+    two = Experts(num_experts=8, experts_per_token=2, expert_dim=dense.ffn_dim // 2)
+    sparse = dense.model_copy(update={"pattern": (LayerConfig(feed_forward=two),)})
+    of_dense, of_sparse = (
+        flops_per_token(model, param_specs(model), 128) for model in (dense, sparse)
+    )
+    assert of_sparse == of_dense + 6 * dense.num_layers * dense.d_model * 8  # those of the router
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
     parameters = {
         "total": spec.count(specs),
         "embedding": spec.count(specs, ("embedding",)),
-        "non_embedding": spec.count(specs, ("matrix", "norm")),
+        "non_embedding": spec.count(specs) - spec.count(specs, ("embedding",)),
+        "active": spec.count_active(specs),
     }
     stages = {
         name: {
@@ -65,9 +66,11 @@ def explain(recipe: Recipe, assignments: Set = None, as_json: AsJson = False) ->
         "lll",
     )
     total, embedding = parameters["total"], parameters["embedding"]
+    active = parameters["active"]
+    of_experts = f"; a token uses {active:,}" if active < total else ""
     print(
         f"\nparameters: {total:,} ({parameters['non_embedding']:,} without the {embedding:,} of "
-        f"embeddings)\n"
+        f"embeddings{of_experts})\n"
     )
     header = ("stage", *(field.replace("_", " ") for field in next(iter(stages.values()), {})))
     rows = [

@@ -59,6 +59,9 @@ class ShardingRules(Frozen):
     ffn: Placement = Placement(
         parameters=("tensor",), optimizer=("tensor",), activations=("tensor",)
     )
+    expert_ffn: Placement = Placement(
+        parameters=("tensor",), optimizer=("tensor",), activations=("tensor",)
+    )
     layers: Placement = Placement()
     embedding_embed: Placement = Placement(parameters=("fsdp",), optimizer=("fsdp",))
     norm_embed: Placement = Placement(

@@ -4,9 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt16
+from jaxtyping import Array, Float, Int, UInt16
 
 from braeburn.config import Execution
+from braeburn.layers.grouped import grouped_product
 from braeburn.layers.spec import ParamSpec
 from braeburn.layers.weights import from_bits, gathered, not_before
 
@@ -38,6 +39,48 @@ def product(
     return result.reshape(*x.shape[:-1], matrix.shape[1])
 
 
+def used(
+    weight: Float[Array, "*stored"] | UInt16[Array, "*stored"],
+    x: Array,
+    spec: ParamSpec,
+    execution: Execution,
+) -> Float[Array, "*used"]:
+    """A stored weight as what activations are multiplied by.
+
+    This is the only place where one is gathered and cast, and where one that is quantised, or that
+    an adapter adds to, would become what is multiplied.
+
+    Args:
+        weight: as of `linear`.
+        x: the activations, in the type that the weight gets.
+        spec: of the whole parameter, stacked over layers or not.
+        execution: resolved sizes of the mesh, rules and types.
+    """
+    return from_bits(gathered(not_before(weight, x), spec, execution)).astype(x.dtype)
+
+
+def grouped_linear(
+    x: Float[Array, "M D"],
+    sizes: Int[Array, " E"],
+    weight: Float[Array, "*stored"] | UInt16[Array, "*stored"],
+    spec: ParamSpec,
+    execution: Execution,
+) -> Float[Array, "M F"]:
+    """Multiplies each row by the matrix of its group.
+
+    Args:
+        x: rows in the type to compute in, those of group 0 first; see `grouped_product`.
+        sizes: rows of each group, int32.
+        weight: this device's part of one layer's matrices [E, D, F], as of `linear`.
+        spec: of the whole parameter, stacked over layers or not.
+        execution: resolved sizes of the mesh, rules and types.
+
+    Returns:
+        The products, in the type of `x`; zeros for rows that belong to no group.
+    """
+    return grouped_product(x, used(weight, x, spec, execution), sizes)
+
+
 def linear(
     x: Float[Array, "*inputs"],
     weight: Float[Array, "*stored"] | UInt16[Array, "*stored"],
@@ -45,9 +88,6 @@ def linear(
     execution: Execution,
 ) -> Float[Array, "*outputs"]:
     """Multiplies activations by a weight, over the logical axes of the weight's `fan_in`.
-
-    This is the only place where a stored weight is gathered and cast to be multiplied, and where
-    one that is quantised, or that an adapter adds to, would become what is multiplied.
 
     Args:
         x: activations in the type to compute in; its last dimensions are those of `spec.fan_in`.
@@ -59,8 +99,7 @@ def linear(
     Returns:
         The product, in the type of `x`, whose last dimensions are the other ones of the weight.
     """
-    weight = gathered(not_before(weight, x), spec, execution)
-    weight = from_bits(weight).astype(x.dtype)
+    weight = used(weight, x, spec, execution)
     summed = len(spec.fan_in)
     if weight.ndim == 2:
         return product(x, weight)

@@ -17,14 +17,15 @@ import numpy as np
 from jaxtyping import Array
 
 # muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs.
+# A "router" decides which experts a token goes to, and is computed with in float32, as norms are.
 # A "mask" is a score that pruning learns for each unit, a "scale" a factor that quantisation
 # learns; neither is part of the finished model.
-Role = Literal["matrix", "embedding", "norm", "mask", "scale"]
+Role = Literal["matrix", "embedding", "norm", "router", "mask", "scale"]
 WORD = 2**32
 
 Tree = dict[str, Any]
 
-LAYERS = "layers"
+LAYERS, EXPERTS = "layers", "experts"
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class ParamSpec:
         role: what the optimizer and pruning take it for.
         fan_in: logical axes that the weight is summed over; values are drawn with variance 1 /
             (their product). Empty for a parameter that starts at one.
+        share: of its values, that one token is multiplied by: not all where experts share tokens
+            out.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     role: Role
     fan_in: tuple[str, ...] = ()
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -58,11 +62,14 @@ class ParamSpec:
         """Whether the first dimension runs over layers."""
         return self.axes[:1] == (LAYERS,)
 
+    @property
+    def is_precise(self) -> bool:
+        """Whether it is computed with in float32, whatever the type of weights."""
+        return self.role in ("norm", "router")
+
     def held_in(self, dtype: Any) -> np.dtype:
-        """The type that this parameter has where weights have `dtype`: that of a norm stays
-        float32.
-        """
-        return np.dtype(np.float32 if self.role == "norm" else dtype)
+        """The type that this parameter has where weights have `dtype`."""
+        return np.dtype(np.float32 if self.is_precise else dtype)
 
     def stack(self, layers: int) -> "ParamSpec":
         """The spec of this parameter of several layers, along a leading axis."""
@@ -72,6 +79,11 @@ class ParamSpec:
     def block_dims(self) -> tuple[int, ...]:
         """The dimensions of one layer's tensor: all but the stacking one."""
         return tuple(range(1 if self.stacked else 0, len(self.shape)))
+
+    @property
+    def matrix_dims(self) -> tuple[int, ...]:
+        """The dimensions of one matrix, of which each layer has one, or one for each expert."""
+        return tuple(dim for dim in self.block_dims if self.axes[dim] != EXPERTS)
 
     def initial(self, key: Array) -> Array:
         """Float32 initial values. Layer i of a stacked parameter depends on `key` and i alone."""
@@ -142,9 +154,14 @@ def abstract(specs: Tree, dtype: Any = jnp.float32) -> Tree:
     return map_specs(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs)
 
 
-def count(specs: Tree, roles: tuple[Role, ...] = ("matrix", "embedding", "norm")) -> int:
+def count(specs: Tree, roles: tuple[Role, ...] = ("matrix", "embedding", "norm", "router")) -> int:
     """Number of parameters with one of `roles`."""
     return sum(spec.size for _, spec in walk(specs) if spec.role in roles)
+
+
+def count_active(specs: Tree) -> int:
+    """Number of parameters that one token is multiplied by."""
+    return sum(round(spec.size * spec.share) for _, spec in walk(specs))
 
 
 def map_params_like(

@@ -75,7 +75,7 @@ def gathered(weight: Array, spec: ParamSpec, execution: Execution) -> Array:
         or as it was stored where nothing was gathered.
     """
     mesh, precision = execution.mesh, execution.precision
-    dtype = jnp.dtype(jnp.float32 if spec.role == "norm" else precision.compute)
+    dtype = jnp.dtype(jnp.float32 if spec.is_precise else precision.compute)
     stored = mesh_axes(spec.axes, spec.shape, "parameters", execution, spec.role)
     used = mesh_axes(spec.axes, spec.shape, "activations", execution, spec.role)
     # One layer's weight has lost the leading axis of its spec.

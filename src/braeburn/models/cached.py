@@ -220,7 +220,8 @@ def forward_cached(
         [B, T, D] in the type to compute in, and the cache.
     """
     surroundings = Surroundings(Cached(tokens[1]), cache)
-    return decoder.decoder(params, tokens, surroundings, model, execution)
+    decoded = decoder.decoder(params, tokens, surroundings, model, execution)
+    return decoded.hidden, decoded.states
 
 
 def read(
@@ -251,7 +252,7 @@ def read(
     nothing = jax.tree.map(lambda _: (), kept_by_layer(model), is_leaf=_is_layer)
     memory = Prompts(jnp.zeros_like(tokens), execution)
     surroundings = Surroundings(memory, nothing)
-    hidden, kept = decoder.decoder(params, (tokens, positions), surroundings, model, execution)
+    hidden, kept, _ = decoder.decoder(params, (tokens, positions), surroundings, model, execution)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     wanted = jax.eval_shape(lambda: empty_cache(model, tokens.shape[0], slots, execution))
     cache = jax.tree.map(lambda found, wants: _in_slots(found, lengths, wants.shape), kept, wanted)

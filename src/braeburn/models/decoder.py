@@ -16,6 +16,7 @@ keys and values along `context`. The backward pass runs the transposed collectiv
 `layers/sublayers/definition.py`, `LayerConfig` and `Segment` in `config/model.py`.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from braeburn.layers.sublayers.definition import (
     ActivationHook,
     Context,
     Memory,
+    Report,
     Signals,
     norm,
     sublayer_of,
@@ -196,11 +198,30 @@ class Surroundings(NamedTuple):
         memory: how attention reaches keys and values.
         states: of each layer, such as its cache, as `layer_states` makes them; or None.
         activation_hook: is shown the activations of each layer.
+        token_weights: of this device's tokens in the loss, float32 [B, T], the same on all shards
+            of `tensor`; None where there is no loss.
     """
 
     memory: Memory
     states: Any = None
     activation_hook: ActivationHook = no_activation_hook
+    token_weights: Array | np.ndarray | None = None
+
+
+class Decoded(NamedTuple):
+    """What comes out of all layers.
+
+    Attributes:
+        hidden: after the final norm, [B, t, D] of this tensor shard's tokens, t = T / tensor, in
+            the type to compute in.
+        states: the new states, in the form of `layer_states`.
+        report: what layers add to the loss and the metrics; None where none does, or nothing was
+            asked for.
+    """
+
+    hidden: Float[Array, "B t D"]
+    states: Any
+    report: Report | None
 
 
 def decoder(
@@ -209,8 +230,8 @@ def decoder(
     surroundings: Surroundings,
     model: ModelConfig,
     execution: Execution,
-) -> tuple[Float[Array, "B t D"], Any]:
-    """Hidden states after the final norm, and each layer's new state.
+) -> Decoded:
+    """Runs all layers.
 
     Args:
         params: this device's part of each parameter, float32; to generate from, of any float type,
@@ -219,13 +240,10 @@ def decoder(
         surroundings: what all layers share beside these.
         model: what is computed.
         execution: how it is carried out.
-
-    Returns:
-        [B, t, D] of this tensor shard's tokens, t = T / tensor, in the type to compute in, and the
-        new states, in the form of `layer_states`.
     """
     ids, positions = map(jnp.asarray, tokens)
-    memory, states, activation_hook = surroundings
+    memory, states, activation_hook, token_weights = surroundings
+    token_weights = None if token_weights is None else jnp.asarray(token_weights)
     specs = param_specs(model)
     # A layer's matrices are gathered as each is multiplied, and again in its backward pass.
     params = gathered_norms(params, specs, execution)
@@ -249,6 +267,7 @@ def decoder(
                     prepared[sublayer],
                     memory,
                     activation_hook,
+                    token_weights,
                 )
                 for sublayer in (config.attention, config.feed_forward)
             ]
@@ -266,6 +285,9 @@ def decoder(
             x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
     new_states = {}
     shared: Any = None
+    report = None
+    if token_weights is not None:
+        report = _empty_report(model)
     for segment in model.segments:
         segment_specs = _in_pattern(segment, specs[segment.name])
         # Equal layers are one function, so that they are traced once.
@@ -276,21 +298,21 @@ def decoder(
         bodies = [body_of[config] for config in segment.pattern]
 
         def repeat(
-            carry: tuple[Array, Any], repeated: tuple[Any, Any], bodies: list[Callable] = bodies
-        ) -> tuple[tuple[Array, Any], list[Any]]:
-            x_BTD, shared = carry
+            carry: Carry, repeated: tuple[Any, Any], bodies: list[Callable] = bodies
+        ) -> tuple[Carry, list[Any]]:
+            x_BTD, shared, report = carry
             states = []
             for body, weights, state in zip(bodies, *repeated, strict=True):
-                x_BTD, signals = body(x_BTD, Signals(state, shared), weights)
-                shared = signals.keys_and_values
+                x_BTD, signals = body(x_BTD, Signals(state, shared, report), weights)
+                _, shared, report = signals
                 states.append(signals.state)
-            return (x_BTD, shared), states
+            return Carry(x_BTD, shared, report), states
 
         if isinstance(params[segment.name], tuple):
             each = zip(params[segment.name], states[segment.name], strict=True)
-            (x_BTD, shared), found = _one_by_one(
+            (x_BTD, shared, report), found = _one_by_one(
                 repeat,
-                (x_BTD, shared),
+                Carry(x_BTD, shared, report),
                 [tuple(_in_pattern(segment, tree) for tree in one) for one in each],
             )
             new_states[segment.name] = tuple(_by_layer(segment, state) for state in found)
@@ -304,20 +326,59 @@ def decoder(
             # A scan needs a carry of one shape throughout, so the first layer is given zeros of the
             # shape of its own keys and values.
             first = jax.tree.map(lambda leaf: leaf[0], stacked)
-            _, found = jax.eval_shape(repeat, (x_BTD, None), first)[0]
+            found = jax.eval_shape(repeat, Carry(x_BTD, None, report), first)[0].shared
             shared = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
-        (x_BTD, shared), state = _repeated(
-            repeat, (x_BTD, shared), stacked, segment.repeats, model.scan_layers
+        (x_BTD, shared, report), state = _repeated(
+            repeat, Carry(x_BTD, shared, report), stacked, segment.repeats, model.scan_layers
         )
         new_states[segment.name] = _by_layer(segment, state)
     with jax.named_scope("final_norm"):
         hidden_BTD = rms_norm(x_BTD, params["final_norm"], model.norm_epsilon)
-    return hidden_BTD, new_states
+    return Decoded(hidden_BTD, new_states, _averaged(report, model))
+
+
+class Carry(NamedTuple):
+    """What one repeat of a pattern hands on to the next.
+
+    Attributes:
+        x_BTD: the residual stream.
+        shared: keys and values that later layers may reuse.
+        report: of the layers so far.
+    """
+
+    x_BTD: Array
+    shared: Any
+    report: Report | None
+
+
+def _metrics_of(layer: LayerConfig) -> list[str]:
+    """The names of what a layer adds to the metrics."""
+    return [
+        name
+        for config in (layer.attention, layer.feed_forward)
+        for name in sublayer_of(config).metrics(config)
+    ]
+
+
+def _empty_report(model: ModelConfig) -> Report | None:
+    """The report of no layer; None for a model whose layers add nothing."""
+    names = [name for layer in dict.fromkeys(model.layer_configs) for name in _metrics_of(layer)]
+    zero = jnp.zeros((), jnp.float32)
+    return Report(zero, dict.fromkeys(names, zero)) if names else None
+
+
+def _averaged(report: Report | None, model: ModelConfig) -> Report | None:
+    """The report with means of metrics over the layers that have them, in place of sums."""
+    if report is None:
+        return None
+    counts = Counter(name for layer in model.layer_configs for name in _metrics_of(layer))
+    metrics = {name: value / counts[name] for name, value in report.metrics.items()}
+    return Report(report.loss, metrics)
 
 
 def _repeated(
-    repeat: Callable, carry: tuple[Array, Any], stacked: Any, repeats: int, scan: bool
-) -> tuple[tuple[Array, Any], Any]:
+    repeat: Callable, carry: Carry, stacked: Any, repeats: int, scan: bool
+) -> tuple[Carry, Any]:
     """`repeat` over the leading axis of `stacked`, as one loop or written out."""
     if scan:
         return jax.lax.scan(repeat, carry, stacked)
@@ -325,9 +386,7 @@ def _repeated(
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _one_by_one(
-    repeat: Callable, carry: tuple[Array, Any], each: list[Any]
-) -> tuple[tuple[Array, Any], list[Any]]:
+def _one_by_one(repeat: Callable, carry: Carry, each: list[Any]) -> tuple[Carry, list[Any]]:
     """`repeat` over trees of single layers."""
     states = []
     for one in each:
@@ -416,7 +475,26 @@ def forward(
     Returns:
         Those of all tensor shards' tokens, in the type to compute in.
     """
+    return reported_forward(params, inputs, None, model, execution)[0]
+
+
+def reported_forward(
+    params: Tree,
+    inputs: tuple[Tokens, Tokens, Tokens],
+    token_weights: Float[Array | np.ndarray, "B T"] | None,
+    model: ModelConfig,
+    execution: Execution,
+) -> tuple[Float[Array, "B T D"], Report | None]:
+    """The result of `forward`, and what layers add to the loss and the metrics of training.
+
+    Args:
+        params: as of `forward`.
+        inputs: as of `forward`.
+        token_weights: of the tokens in the loss, whose sum over all microbatches and devices is 1.
+        model: as of `forward`.
+        execution: as of `forward`.
+    """
     ids, positions, segment_ids = inputs
-    memory = Packed(segment_ids, execution)
-    hidden, _ = decoder(params, (ids, positions), Surroundings(memory), model, execution)
-    return gather_tokens(hidden, execution.mesh)
+    surroundings = Surroundings(Packed(segment_ids, execution), token_weights=token_weights)
+    decoded = decoder(params, (ids, positions), surroundings, model, execution)
+    return gather_tokens(decoded.hidden, execution.mesh), decoded.report

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from braeburn.config import Execution, ModelConfig, ObjectiveConfig
 from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree
-from braeburn.models.decoder import forward, head_matrix
+from braeburn.layers.sublayers.definition import Report
+from braeburn.models.decoder import head_matrix, reported_forward
 from braeburn.objectives.vocabulary import Objective, Projection, Targets, vocabulary_loss
 
 # (configuration, model) -> the objective, whose tokens are `Targets`.
@@ -52,8 +53,18 @@ def text_loss(
         sum to those of the whole batch.
     """
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-    hidden = forward(params, inputs, model, execution)
+    hidden, report = reported_forward(params, inputs, batch["weights"], model, execution)
     with jax.named_scope("loss"):
         projection = Projection(hidden, head_matrix(params))
         targets = Targets(batch["targets"], batch["weights"])
-        return vocabulary_loss(objective, projection, None, targets, execution)
+        return with_report(vocabulary_loss(objective, projection, None, targets, execution), report)
+
+
+def with_report(
+    found: tuple[Float[Array, ""], dict[str, Array]], report: Report | None
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss and the metrics of an objective with what layers add to them."""
+    if report is None:
+        return found
+    loss, metrics = found
+    return loss + report.loss, metrics | report.metrics

@@ -17,6 +17,7 @@ from braeburn.data.packing import Batch
 from braeburn.errors import UserError
 from braeburn.layers.spec import Tree
 from braeburn.models import decoder
+from braeburn.objectives.definition import with_report
 from braeburn.objectives.statistics import Expectation, LogSumExp, TopK
 from braeburn.objectives.vocabulary import (
     LogitBlock,
@@ -428,11 +429,12 @@ def loss(
             # The student begins when the teacher is done: a scheduler that hides collectives could
             # else run both at once, with the activations of both.
             inputs, targets = jax.lax.optimization_barrier((inputs, targets))
-    hidden = decoder.forward(params, inputs, model, execution)
+    hidden, report = decoder.reported_forward(params, inputs, batch["weights"], model, execution)
     with jax.named_scope("loss"):
         student = Projection(hidden, decoder.head_matrix(params))
         text = Targets(batch["targets"], batch["weights"])
-        return distillation_loss(student, text, targets, distillation, model.z_loss, execution)
+        found = distillation_loss(student, text, targets, distillation, model.z_loss, execution)
+        return with_report(found, report)
 
 
 def _online_targets(

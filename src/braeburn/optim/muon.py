@@ -44,7 +44,7 @@ class MuonState(NamedTuple):
 
 def is_matrix(spec: ParamSpec) -> bool:
     """Whether a parameter's updates are made orthogonal: it has rows and columns."""
-    sides = {spec.axes[dim] in spec.fan_in for dim in spec.block_dims}
+    sides = {spec.axes[dim] in spec.fan_in for dim in spec.matrix_dims}
     return spec.role == "matrix" and len(sides) == 2
 
 
@@ -70,7 +70,8 @@ def orthogonalized(matrix: Float[Array, "R C"], steps: int) -> Float[Array, "R C
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """A parameter taken as matrices, one of each layer: what it is summed over against the rest.
+    """A parameter taken as matrices, one of each layer or expert: what it is summed over against
+    the rest.
 
     Attributes:
         dims: of the parameter: those that count matrices, those of their rows, and those of their
@@ -105,9 +106,9 @@ def matrix_form(spec: ParamSpec, parameters: Parameters) -> MatrixForm:
         (along,) if isinstance(along, str) else tuple(along or ())
         for along in parameters.partition(spec)
     ]
-    counted = tuple(dim for dim in range(len(spec.shape)) if dim not in spec.block_dims)
-    summed = tuple(dim for dim in spec.block_dims if spec.axes[dim] in spec.fan_in)
-    rest = tuple(dim for dim in spec.block_dims if dim not in summed)
+    counted = tuple(dim for dim in range(len(spec.shape)) if dim not in spec.matrix_dims)
+    summed = tuple(dim for dim in spec.matrix_dims if spec.axes[dim] in spec.fan_in)
+    rest = tuple(dim for dim in spec.matrix_dims if dim not in summed)
 
     def side(dims: tuple[int, ...]) -> tuple[int, tuple[str, ...], tuple[int, ...]]:
         size = math.prod(spec.shape[dim] for dim in dims)

@@ -158,6 +158,13 @@ def batch_shards(execution: Execution) -> int:
     return math.prod(sizes[axis] for axis in execution.rules.batch.activations)
 
 
+def token_axes(execution: Execution) -> tuple[str, ...]:
+    """The mesh axes of more than one device whose devices have different tokens of a batch."""
+    sizes = execution.mesh.sizes
+    along = (*execution.rules.batch.activations, *execution.rules.length.activations)
+    return tuple(axis for axis in along if sizes[axis] > 1)
+
+
 def sequence_pieces(mesh: MeshConfig) -> int:
     """How many pieces of equal length a sequence is cut into: a context shard holds two, an early
     one and a late one, each split over tensor.

@@ -34,6 +34,7 @@ from braeburn.config.execution import USUAL_RULES
 from braeburn.errors import UserError
 from braeburn.layers.attention.backend import ATTENTION, Request
 from braeburn.layers.attention.select import outlined
+from braeburn.layers.grouped.select import for_accelerators
 from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives import distillation
@@ -392,7 +393,10 @@ def programs(shapes: Shapes) -> Programs:
     loss, structure = _loss(shapes), jax.tree.structure(given)
     leaves = jax.tree.leaves(given)
     moving = [index < len(jax.tree.leaves(params)) for index in range(len(leaves))]
-    with outlined(lambda request, q, k, v, *_: attention_call(request, q, k, v)):
+    with (
+        outlined(lambda request, q, k, v, *_: attention_call(request, q, k, v)),
+        for_accelerators(),
+    ):
         whole = jax.make_jaxpr(wrap(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves))))(
             *leaves
         )
@@ -478,7 +482,9 @@ def _loops(
             continue
         if equation.primitive.name == "scan":
             found[equation] = [
-                v in trained and bool(jnp.issubdtype(v.aval.dtype, jnp.floating))
+                not isinstance(v, Literal)
+                and v in trained
+                and bool(jnp.issubdtype(v.aval.dtype, jnp.floating))
                 for v in equation.invars
             ]
         else:

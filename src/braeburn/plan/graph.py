@@ -27,7 +27,6 @@ _COLLECTIVES = {
 # Operations whose operands and results are in memory, whatever stands before and after them.
 _APART = {
     "dot_general",
-    "ragged_dot",
     "ragged_dot_general",
     "conv_general_dilated",
     "gather",
@@ -314,8 +313,13 @@ def product_flops(equation: Any) -> float:
     if name == "dot_general":
         (summed, _), _ = params["dimension_numbers"]
         each = 2.0 * math.prod(shapes[0][dim] for dim in summed)
-    elif name in ("ragged_dot", "ragged_dot_general"):
-        each = 2.0 * shapes[0][-1]
+    elif name == "ragged_dot_general":
+        # One product of each row, whichever group it belongs to.
+        (summed, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        (ragged,) = params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+        each = 2.0 * math.prod(shapes[0][dim] for dim in summed)
+        if ragged in summed:
+            each /= equation.outvars[0].aval.shape[0]
     elif name == "conv_general_dilated":
         features = shapes[1][params["dimension_numbers"].rhs_spec[0]]
         each = 2.0 * math.prod(shapes[1]) / features

@@ -11,9 +11,11 @@ from braeburn.errors import UserError
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import extent, placements
+from braeburn.layers.spec import walk
+from braeburn.parallel.collectives import TENSOR
 from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
 from braeburn.plan.forward import accelerator_of
-from braeburn.plan.storage import axes_of_parameters
+from braeburn.plan.storage import axes_of_parameters, specs_of
 
 # What the backward pass may find kept, from all that has a name to nothing. Not "none", which keeps
 # norms and more in float32: compiled steps take twice the memory then, and longer.
@@ -172,6 +174,18 @@ def meshes(
     return []
 
 
+def _split_over_tensor(model: ModelConfig) -> set[int]:
+    """The sizes of a model that the axis `tensor` must divide."""
+    rules = ShardingRules()
+    found = set()
+    for _, spec in walk(specs_of(model)):
+        for axis, size in zip(spec.axes, spec.shape, strict=True):
+            placement = rules.of(axis, spec.role)
+            if TENSOR in placement.activations and not placement.whole_if_uneven:
+                found.add(size)
+    return found
+
+
 def _meshes(
     models: Sequence[ModelConfig],
     stage: Stage | Sequences,
@@ -186,6 +200,7 @@ def _meshes(
         if chip.domain and chip.family != "tpu"
         else 64
     )
+    over_tensor = {size for model in models for size in _split_over_tensor(model)}
     for replica in (slices, 1) if slices > 1 else (1,):
         total = within * slices // replica
         for tensor, context in itertools.product(_powers(min(domain, 64)), _powers(64)):
@@ -193,9 +208,7 @@ def _meshes(
                 (2 if context > 1 else 1) * context * tensor
             ):
                 continue
-            if any(
-                size % tensor for m in models for size in (m.num_heads, m.ffn_dim, m.vocab_size)
-            ):
+            if any(size % tensor for size in over_tensor):
                 continue
             if any(m.num_kv_heads % tensor and tensor % m.num_kv_heads for m in models):
                 continue

@@ -12,7 +12,7 @@ import jax
 
 from braeburn.config import ModelConfig
 from braeburn.hardware.catalogue import chip_of
-from braeburn.layers.spec import Tree, count
+from braeburn.layers.spec import Tree, count_active
 from braeburn.models.decoder import param_specs
 from braeburn.train.guard import check_skips_in_a_row
 from braeburn.train.progress import Display
@@ -37,10 +37,13 @@ def peak_flops(device_kind: str) -> float | None:
 def flops_per_token(model: ModelConfig, specs: Tree, sequence_length: int) -> int:
     """Model FLOPs of one training token, 6 N + 12 L d S (PaLM, arXiv 2204.02311, appendix B).
 
-    N counts the weights that multiply: all but an embedding that is only looked up. d is the width
+    N counts the weights that a token is multiplied by: not an embedding that is only looked up, and
+    of experts those that the token is sent to. d is the width
     of attention, and S what a token of each layer can attend to, without regard to causality.
     """
-    weights = count(specs) - (0 if model.tied_embeddings else model.vocab_size * model.d_model)
+    weights = count_active(specs) - (
+        0 if model.tied_embeddings else model.vocab_size * model.d_model
+    )
     reached = sum(layer.attention.reach(sequence_length) for layer in model.layer_configs)
     return 6 * weights + 12 * model.num_heads * model.head_dim * reached
 

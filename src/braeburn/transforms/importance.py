@@ -149,9 +149,8 @@ def activation_importance(
         tokens = (batch["inputs"], batch["positions"])
         memory = decoder.Packed(batch["segment_ids"], execution)
         states = decoder.layer_states(model, nothing)
-        _, states = decoder.decoder(
-            params, tokens, decoder.Surroundings(memory, states, activation_hook), model, execution
-        )
+        surroundings = decoder.Surroundings(memory, states, activation_hook)
+        states = decoder.decoder(params, tokens, surroundings, model, execution).states
         by_path = {
             "/".join(stack.path): functools.reduce(operator.getitem, stack.path, states)
             for stack in decoder.stacks(model)

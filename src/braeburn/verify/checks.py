@@ -202,6 +202,9 @@ def tolerance(run: Run) -> float:
 def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) -> list[Check]:
     """Compares the first stage on several layouts with that of one run.
 
+    Where a loss is of each microbatch, one that accumulates is compared with one device that
+    accumulates as well.
+
     Args:
         reference: the run to compare with.
         runs: the same run on other layouts, by a name for each.
@@ -213,27 +216,48 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
     """
     first = next(iter(reference.stages))
     refused = {name: refusal(run) for name, run in runs.items()}
+    by_microbatch = any(
+        layer.feed_forward.is_by_microbatch for layer in reference.model.layer_configs
+    )
+
+    def likewise(run: Run) -> Run:
+        """What a run is compared with."""
+        return reference.model_copy(update={"stages": run.stages}) if by_microbatch else reference
+
+    references = {
+        likewise(run).stages[first].accumulation_steps: likewise(run) for run in runs.values()
+    }
     with ThreadPoolExecutor(
         2
     ) as pool:  # compiling takes nine tenths of the time, most of it of one core
+        expecting = {
+            steps: pool.submit(compile_stage, resolve_stage(run, first))
+            for steps, run in references.items()
+        }
         programs = {
             name: pool.submit(compile_stage, resolve_stage(run, first))
-            for name, run in {"": reference, **runs}.items()
-            if not refused.get(name)
+            for name, run in runs.items()
+            if not refused[name]
         }
         try:
-            expected = _first_stage(programs[""].result(), prepared)
+            expected = {
+                steps: _first_stage(program.result(), prepared)
+                for steps, program in expecting.items()
+            }
             checks = []
             for name, run in runs.items():
                 if refused[name]:
-                    verdict: Verdict = "skipped" if len(programs) > 1 else "failed"
+                    verdict: Verdict = "skipped" if programs else "failed"
                     checks.append(
                         Check("layout", name, 0, None, tolerance(run), verdict, refused[name])
                     )
                 else:
                     with _failing("layout", name, tolerance(run), checks):
                         curve = _first_stage(programs[name].result(), prepared)
-                        checks.append(_judge("layout", name, curve, expected, tolerance(run)))
+                        steps = likewise(run).stages[first].accumulation_steps
+                        checks.append(
+                            _judge("layout", name, curve, expected[steps], tolerance(run))
+                        )
                 _tell(checks[-1], say)
         finally:
             pool.shutdown(cancel_futures=True)

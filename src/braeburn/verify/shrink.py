@@ -131,7 +131,7 @@ def _model(model: ModelConfig) -> ModelConfig:
     sizes = {
         "vocab_size": _small(model.vocab_size, 512),
         "d_model": width,
-        **_layers(model),
+        **_layers(model, width),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": min(model.head_dim, max(8, 64 // heads // 2 * 2)),  # even, for rotary positions
@@ -140,17 +140,30 @@ def _model(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update=sizes)
 
 
-def _layers(model: ModelConfig) -> dict[str, Any]:
+def _layers(model: ModelConfig, width: int) -> dict[str, Any]:
     """As few layers as have every kind of them: two, or a repeat of each pattern and what is left
     of the last.
+
+    Args:
+        model: the model.
+        width: `d_model` of the narrower one.
     """
+
+    def smaller(size: int) -> int:
+        return _small(size, max(8, width * size // model.d_model))
+
     repeats, rest = divmod(model.num_layers - model.tail_layers, len(model.pattern))
     fewest = 2 if len(model.pattern) == 1 and not model.tail_layers else 1
     tail = len(model.tail_pattern)
 
     def shrunk(layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
         return tuple(
-            layer.model_copy(update={"attention": layer.attention.shrunk(SHORTEST)})
+            layer.model_copy(
+                update={
+                    "attention": layer.attention.shrunk(SHORTEST),
+                    "feed_forward": layer.feed_forward.shrunk(smaller),
+                }
+            )
             for layer in layers
         )
 

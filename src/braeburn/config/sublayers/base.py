@@ -1,6 +1,7 @@
 """What the configurations of all sublayers of a kind have in common."""
 
-from typing import Any, Literal, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
 
 from braeburn.config.base import Frozen, Positive
 
@@ -37,9 +38,27 @@ class AttentionConfig(Frozen):
 
 
 class FeedForwardConfig(Frozen):
-    """A feed-forward sublayer, whose hidden units are the model's `ffn_dim`.
+    """A feed-forward sublayer.
 
     A subclass has a field `kind` of its own, and `braeburn.layers.sublayers` a module of that name.
+
+    Attributes:
+        has_ffn_units: whether its hidden units are the model's `ffn_dim`.
     """
 
+    has_ffn_units: ClassVar[bool] = True
     kind: Any
+
+    @property
+    def is_by_microbatch(self) -> bool:
+        """Whether it adds to the loss what depends on how a batch is divided into microbatches."""
+        return False
+
+    def shrunk(self, smaller: Callable[[int], int]) -> Self:
+        """The same kind for a narrower model, as `verify` has them.
+
+        Args:
+            smaller: a width of the model -> one of the narrower model, which as many devices
+                divide.
+        """
+        return self

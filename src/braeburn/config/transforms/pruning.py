@@ -87,6 +87,13 @@ def check_pruning(prefix: str, pruning: Pruning, model: ModelConfig) -> None:
                 f"{prefix}{axis}={size} is not less than the model's {PRUNABLE[axis]}={present}; "
                 f"set {prefix}{axis} below {present}"
             )
+    others = [layer.feed_forward for layer in model.layer_configs]
+    if "ffn" in pruning.keep and not all(config.has_ffn_units for config in others):
+        kind = next(config.kind for config in others if not config.has_ffn_units)
+        raise ValueError(
+            f"{prefix}ffn={pruning.keep['ffn']} counts hidden units of ffn_dim, which layers of "
+            f"the kind {kind!r} do not have; prune heads instead, or another model"
+        )
     if "embed" in pruning.keep and model.scaled_embedding:
         raise ValueError(
             f"{prefix}embed={pruning.keep['embed']} would change the sqrt(d_model) that "

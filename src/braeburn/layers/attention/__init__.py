@@ -13,7 +13,7 @@ from braeburn.layers.attention.backend import Backend, Request
 from braeburn.layers.attention.blocked import blocked_attention, cached_attention
 from braeburn.layers.attention.masked import cudnn_masked_attention
 from braeburn.layers.attention.packed import cudnn_attention
-from braeburn.layers.attention.select import BACKENDS, attention, select, traced_for
+from braeburn.layers.attention.select import BACKENDS, attention, select
 from braeburn.layers.attention.splash import splash_attention, splash_mask
 
 __all__ = [
@@ -28,5 +28,4 @@ __all__ = [
     "select",
     "splash_attention",
     "splash_mask",
-    "traced_for",
 ]

@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
-from braeburn.hardware.catalogue import chip_of
 from braeburn.layers.attention.backend import Backend, Request
 from braeburn.layers.attention.blocked import BLOCKED
 from braeburn.layers.attention.masked import MASKED_CUDNN
 from braeburn.layers.attention.packed import PACKED
 from braeburn.layers.attention.ring import RING
 from braeburn.layers.attention.splash import SPLASH
+from braeburn.layers.platform import traced_for
 
 logger = logging.getLogger(__name__)
 
@@ -83,28 +82,6 @@ def attention(
     if outline := _OUTLINE.get():
         return outline(request, query, key, value, segment_ids, mesh)
     return select(request).run(query, key, value, segment_ids, mesh, window)
-
-
-def traced_for() -> tuple[str, tuple[int, int] | None]:
-    """The platform of the devices that the traced program is for, and of NVIDIA GPUs their compute
-    capability.
-
-    The devices need not be there. JAX calls the GPUs of all makers "gpu": what is installed here
-    tells which they are, and GPUs that are not here are NVIDIA's, since no others can be compiled
-    for without them.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = (device and device.platform) or jax.default_backend()
-    if platform not in ("gpu", "cuda", "rocm"):
-        return platform, None
-    here = jax.local_devices()[0] if jax.default_backend() == "gpu" else None
-    if here and "rocm" in here.client.platform_version.lower():
-        return "rocm", None
-    if here and (device is None or device.device_kind == here.device_kind):
-        major, minor = here.compute_capability.split(".")
-        return "cuda", (int(major), int(minor))
-    chip = chip_of(device.device_kind) if device else None
-    return platform.replace("gpu", "cuda"), chip.compute_capability if chip else None
 
 
 @functools.cache

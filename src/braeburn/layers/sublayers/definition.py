@@ -10,11 +10,30 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import AttentionConfig, Execution, FeedForwardConfig, ModelConfig
-from braeburn.layers.linear import linear
+from braeburn.layers.linear import grouped_linear, linear
 from braeburn.layers.spec import ParamSpec, Tree
 
 # (logical axis, activations whose units it counts, a layer's state) -> the layer's new state.
 ActivationHook = Callable[[str, Array, Any], Any]
+
+
+class Report(NamedTuple):
+    """What layers add to the loss and to the metrics of a step.
+
+    On several devices these are shares, which sum to those of the whole batch.
+
+    Attributes:
+        loss: float32.
+        metrics: float32, by name: those that the layers' definitions name.
+    """
+
+    loss: Float[Array, ""]
+    metrics: dict[str, Float[Array, ""]]
+
+    def add(self, loss: Array, metrics: Mapping[str, Array]) -> "Report":
+        """This report with what a further layer adds."""
+        added = {name: value + metrics.get(name, 0.0) for name, value in self.metrics.items()}
+        return Report(self.loss + loss, added)
 
 
 class Signals(NamedTuple):
@@ -23,10 +42,12 @@ class Signals(NamedTuple):
     Attributes:
         state: of this layer, as its cache or what is measured of it.
         keys_and_values: of the last layer that made its own, where a later one reuses them.
+        report: of the layers so far; None where nothing is asked for.
     """
 
     state: Any
     keys_and_values: Any
+    report: Report | None = None
 
 
 @runtime_checkable
@@ -59,6 +80,7 @@ class Context:
         prepared: what the kind's `prepare` returned.
         memory: how queries reach keys and values.
         activation_hook: called with activations as they are computed.
+        token_weights: of the tokens in the loss, float32 [B, T]; None where there is no loss.
     """
 
     config: Any
@@ -69,6 +91,7 @@ class Context:
     prepared: Any
     memory: Memory
     activation_hook: ActivationHook
+    token_weights: Array | None = None
 
     def linear(self, x: Array, name: str) -> Array:
         """The product of activations and one of the layer's weights: see `linear`. A profile shows
@@ -76,6 +99,13 @@ class Context:
         """
         with jax.named_scope(name):
             return linear(x, self.weights[name], self.specs[name], self.execution)
+
+    def grouped_linear(self, x: Array, sizes: Array, name: str) -> Array:
+        """The products of rows and one of the layer's weights, which has a matrix for each group:
+        see `grouped_linear`.
+        """
+        with jax.named_scope(name):
+            return grouped_linear(x, sizes, self.weights[name], self.specs[name], self.execution)
 
 
 @dataclass(frozen=True)
@@ -103,6 +133,8 @@ class Sublayer:
         prepare: (its configuration, the model, positions int32 [B, T]) -> what follows from these
             alone, worked out once for all layers of the same configuration.
         cache: its configuration -> the arrays that it keeps of tokens to generate from.
+        metrics: its configuration -> the names of what it adds to a step's metrics, of which the
+            mean over all layers that have them is told.
         reuses: whether it reads the keys and values of an earlier layer.
     """
 
@@ -110,6 +142,7 @@ class Sublayer:
     apply: Callable[[Array, Signals, Context], tuple[Array, Signals]]
     prepare: Callable[[Any, ModelConfig, Int[Array, "B T"]], Any] = lambda *_: None
     cache: Callable[[Any], tuple[Kept, ...]] = lambda _: ()
+    metrics: Callable[[Any], tuple[str, ...]] = lambda _: ()
     reuses: bool = False
 
 

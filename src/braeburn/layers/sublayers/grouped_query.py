@@ -146,4 +146,5 @@ def self_attention(
     value_BTKH = checkpoint_name(context.linear(x_BTD, "value"), "value")
     found = positioned({"query": query_BTNH, "key": key_BTKH}, context)
     keys_and_values, state = context.memory.store(found["key"], value_BTKH, signals.state)
-    return attend_and_project(found["query"], Signals(state, keys_and_values), context, window)
+    signals = signals._replace(state=state, keys_and_values=keys_and_values)
+    return attend_and_project(found["query"], signals, context, window)

@@ -1,0 +1,27 @@
+"""What a traced program is for."""
+
+import jax
+
+from braeburn.hardware.catalogue import chip_of
+
+
+def traced_for() -> tuple[str, tuple[int, int] | None]:
+    """The platform of the devices that the traced program is for, and of NVIDIA GPUs their compute
+    capability.
+
+    The devices need not be there. JAX calls the GPUs of all makers "gpu": what is installed here
+    tells which they are, and GPUs that are not here are NVIDIA's, since no others can be compiled
+    for without them.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = (device and device.platform) or jax.default_backend()
+    if platform not in ("gpu", "cuda", "rocm"):
+        return platform, None
+    here = jax.local_devices()[0] if jax.default_backend() == "gpu" else None
+    if here and "rocm" in here.client.platform_version.lower():
+        return "rocm", None
+    if here and (device is None or device.device_kind == here.device_kind):
+        major, minor = here.compute_capability.split(".")
+        return "cuda", (int(major), int(minor))
+    chip = chip_of(device.device_kind) if device else None
+    return platform.replace("gpu", "cuda"), chip.compute_capability if chip else None

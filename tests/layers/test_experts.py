@@ -1,0 +1,214 @@
+"""The sublayer of experts beside a loop over tokens and experts in NumPy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from braeburn.config import Execution, LayerConfig, ModelConfig, Precision
+from braeburn.config.mesh import ONE_DEVICE
+from braeburn.config.sublayers.experts import Experts
+from braeburn.layers.spec import map_specs
+from braeburn.layers.sublayers import experts as module
+from braeburn.layers.sublayers.definition import Context, Report, Signals
+from braeburn.models.decoder import Packed, param_specs
+from braeburn.objectives.cross_entropy import loss
+
+EXECUTION = Execution(ONE_DEVICE, precision=Precision(compute="float32"))
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "ffn_dim": 32,
+}
+
+
+def config_of(**changes: Any) -> Experts:
+    return Experts(**{"num_experts": 6, "experts_per_token": 2, "expert_dim": 16, **changes})
+
+
+def weights_of(config: Experts, model: ModelConfig) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return map_specs(
+        lambda _, spec: generator.standard_normal(spec.shape, np.float32) * 0.3,
+        module.specs(config, model),
+    )
+
+
+def context_of(config: Experts, weights: Any, token_weights: Any = None) -> Context:
+    model = ModelConfig(**SIZES)
+    specs = module.specs(config, model)
+    return Context(
+        config,
+        model,
+        EXECUTION,
+        specs,
+        jax.tree.map(jnp.asarray, weights),
+        prepared=None,
+        memory=Packed(jnp.zeros((1, 1), jnp.int32), EXECUTION),
+        activation_hook=lambda axis, values, state: state,
+        token_weights=token_weights,
+    )
+
+
+def expected(x: np.ndarray, weights: Any, config: Experts) -> tuple[np.ndarray, np.ndarray]:
+    """Each token by each of its experts, in float64, and the experts of each token."""
+    w = {name: value.astype(np.float64) for name, value in weights.items()}
+    flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    logits = flat @ w["router"]
+    if config.scores == "softmax":
+        scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    else:
+        scores = 1 / (1 + np.exp(-logits))
+    result, chosen = np.zeros_like(flat), []
+    for token, row in enumerate(flat):
+        best = np.argsort(-scores[token])[: config.experts_per_token]
+        chosen.append(best)
+        share = scores[token][best]
+        if config.normalize:
+            share = share / share.sum()
+        for expert, weight in zip(best, share * config.scale, strict=True):
+            gate = row @ w["expert_gate"][expert]
+            hidden = gate / (1 + np.exp(-gate)) * (row @ w["expert_up"][expert])
+            result[token] += weight * (hidden @ w["expert_down"][expert])
+    return result.reshape(x.shape), np.asarray(chosen)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"normalize": False, "experts_per_token": 3},
+        {"scores": "sigmoid", "scale": 2.5},
+        {"num_experts": 3, "experts_per_token": 3},
+        {"experts_per_token": 1, "normalize": False},
+    ],
+)
+def test_each_token_meets_its_experts(changes: dict[str, Any]) -> None:
+    config = config_of(**changes)
+    weights = weights_of(config, ModelConfig(**SIZES))
+    x = np.random.default_rng(1).standard_normal((3, 17, 24), np.float32)
+    found, _ = module.apply(jnp.asarray(x), Signals(None, None), context_of(config, weights))
+    np.testing.assert_allclose(found, expected(x, weights, config)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_no_token_is_lost_where_all_go_to_one_expert() -> None:
+    config = config_of(experts_per_token=1)
+    weights = weights_of(config, ModelConfig(**SIZES))
+    x = np.abs(np.random.default_rng(1).standard_normal((2, 300, 24), np.float32))
+    weights["router"] = np.zeros_like(weights["router"])
+    weights["router"][:, 4] = 1.0
+    found, _ = module.apply(jnp.asarray(x), Signals(None, None), context_of(config, weights))
+    wanted, chosen = expected(x, weights, config)
+    assert set(chosen.ravel()) == {4}
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_finite_differences() -> None:
+    """In float64, of the router's weights among all others, losses of the router included."""
+    config = config_of(balance_loss=0.3, router_z_loss=0.2)
+    model = ModelConfig(**SIZES)
+    generator = np.random.default_rng(1)
+    x, probe = (generator.standard_normal((2, 9, 24)) for _ in range(2))
+    share = generator.uniform(0.1, 1, (2, 9))
+    weights = jax.tree.map(lambda leaf: leaf.astype(np.float64), weights_of(config, model))
+    with jax.enable_x64(True):
+        token_weights = jnp.asarray(share / share.sum())
+        zero = jnp.zeros(())
+        names = dict.fromkeys(module.METRICS, zero)
+
+        def loss(weights: Any, x: Any) -> Any:
+            signals = Signals(None, None, Report(zero, names))
+            found, signals = module.apply(
+                jnp.asarray(x), signals, context_of(config, weights, token_weights)
+            )
+            assert signals.report is not None
+            return jnp.sum(found * probe) + signals.report.loss
+
+        gradient = jax.grad(loss, argnums=(0, 1))(weights, jnp.asarray(x))
+        for _ in range(8):
+            direction = jax.tree.map(
+                lambda leaf: generator.standard_normal(leaf.shape), (weights, x)
+            )
+            shifted = [
+                loss(*jax.tree.map(lambda a, d, s=s: a + s * 1e-5 * d, (weights, x), direction))
+                for s in (1, -1)
+            ]
+            slope = sum(
+                np.sum(a * b)
+                for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+            )
+            np.testing.assert_allclose(slope, (shifted[0] - shifted[1]) / 2e-5, rtol=2e-4)
+
+
+def test_the_balance_loss_is_one_where_all_is_even() -> None:
+    """And as many as there are experts where all tokens go to one with certainty."""
+    config = config_of(experts_per_token=2, balance_loss=1.0)
+    model = ModelConfig(**SIZES)
+    weights = weights_of(config, model)
+    x = np.ones((1, 6, 24), np.float32)
+    shares = jnp.full((1, 6), 1 / 6)
+    zero = Report(jnp.zeros(()), dict.fromkeys(module.METRICS, jnp.zeros(())))
+
+    def reported(router: np.ndarray) -> Report:
+        context = context_of(config, {**weights, "router": router}, shares)
+        report = module.apply(jnp.asarray(x), Signals(None, None, zero), context)[1].report
+        assert report is not None
+        return report
+
+    even = reported(np.zeros_like(weights["router"]))
+    assert float(even.metrics["router_balance_loss"]) == pytest.approx(1.0)
+    assert float(even.metrics["router_z_loss"]) == pytest.approx(np.log(6) ** 2)
+    certain = np.zeros_like(weights["router"])
+    certain[:, 0], certain[:, 1] = 2.0, 1.9
+    found = reported(certain)
+    assert float(found.metrics["router_largest_load"]) == pytest.approx(3.0)
+    assert float(found.loss) == pytest.approx(3.0, rel=1e-3)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("tokens", [16, 100, 512])
+def test_one_expert_is_a_dense_layer(tokens: int) -> None:
+    """Its loss is that of one bit for bit."""
+    sizes = {**SIZES, "d_model": 64, "ffn_dim": 160, "head_dim": 16}
+    dense = ModelConfig(**sizes)
+    only = Experts(num_experts=1, experts_per_token=1, expert_dim=160, balance_loss=0.0)
+    sparse = dense.model_copy(update={"pattern": (LayerConfig(feed_forward=only),)})
+    generator = np.random.default_rng(0)
+    params = map_specs(
+        lambda _, spec: jnp.asarray(generator.standard_normal(spec.shape, np.float32) * 0.2),
+        param_specs(dense),
+    )
+    layers = dict(params["layers"])
+    moved = {f"expert_{name}": layers.pop(name)[:, None] for name in ("gate", "up", "down")}
+    routed = {**layers, **moved, "router": jnp.ones((2, 64, 1))}
+    ids = jnp.asarray(generator.integers(0, 64, (1, tokens)))
+    positions, ones = jnp.arange(tokens)[None], jnp.ones((1, tokens), jnp.int32)
+    batch = {
+        "inputs": ids,
+        "targets": ids,
+        "positions": positions,
+        "segment_ids": ones,
+        "weights": jnp.full((1, tokens), 1 / tokens),
+    }
+
+    def loss_of(model: ModelConfig) -> Any:
+        return jax.jit(
+            jax.value_and_grad(lambda params: loss(params, batch, model, EXECUTION), has_aux=True)
+        )
+
+    (expected, _), wanted = loss_of(dense)(params)
+    (found, _), gradients = loss_of(sparse)({**params, "layers": routed})
+    assert float(found) == float(expected)
+    for name in ("gate", "up", "down"):
+        np.testing.assert_allclose(
+            gradients["layers"][f"expert_{name}"][:, 0],
+            wanted["layers"][name],
+            rtol=1e-4,
+            atol=1e-6,
+        )

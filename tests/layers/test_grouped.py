@@ -1,0 +1,87 @@
+"""The product of rows and the matrix of their group, beside float64 in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from braeburn.layers.grouped import BACKENDS, grouped_product
+
+
+def expected(rows: np.ndarray, matrices: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    result = np.zeros((rows.shape[0], matrices.shape[2]))
+    ends = np.cumsum(sizes)
+    for matrix, first, last in zip(matrices, ends - sizes, ends, strict=True):
+        result[first:last] = rows[first:last].astype(np.float64) @ matrix.astype(np.float64)
+    return result
+
+
+def inputs(count: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    rows = generator.standard_normal((count, 12), np.float32)
+    return rows, generator.standard_normal((groups, 12, 20), np.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(
+        st.sampled_from([0, 1, 5, 16, 17, 63, 64, 100, 256, 300]), min_size=1, max_size=5
+    ),
+    behind=st.sampled_from([0, 1, 40]),
+)
+def test_products_and_gradients(backend, sizes, behind) -> None:
+    """Whatever the groups: empty ones, one with all rows, and rows that belong to none."""
+    sizes = np.asarray(sizes, np.int32)
+    rows, matrices = inputs(int(sizes.sum()) + behind, len(sizes))
+    counts = jnp.asarray(sizes)
+    inside = (np.arange(len(rows)) < sizes.sum())[:, None]
+
+    def product(rows, matrices):
+        return jnp.where(inside, backend.product(rows, matrices, counts), 0)
+
+    wanted = expected(rows, matrices, sizes)
+    found, back = jax.vjp(product, jnp.asarray(rows), jnp.asarray(matrices))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    cotangent = np.random.default_rng(1).standard_normal(found.shape, np.float32)
+    of_rows, of_matrices = back(jnp.asarray(cotangent))
+    turned = expected(cotangent * inside, matrices.swapaxes(1, 2), sizes)
+    np.testing.assert_allclose(of_rows, turned, rtol=1e-4, atol=1e-4)
+    ends = np.cumsum(sizes)
+    for found_, first, last in zip(of_matrices, ends - sizes, ends, strict=True):
+        sums = rows[first:last].astype(np.float64).T @ cotangent[first:last].astype(np.float64)
+        np.testing.assert_allclose(found_, sums, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_no_group_are_zero() -> None:
+    rows, matrices = map(jnp.asarray, inputs(50, 3))
+    found = np.asarray(grouped_product(rows, matrices, jnp.array([10, 0, 5], jnp.int32)))
+    assert np.any(found[14])
+    assert not np.any(found[15:])
+
+
+def test_products_are_about_as_many_as_rows() -> None:
+    """Not as many as rows times groups, as XLA for CPUs makes of `ragged_dot`. Blocks are counted
+    by what the loops run over.
+    """
+    from braeburn.layers.grouped import blocks
+
+    for sizes in ([100] * 8, [0] * 7 + [800], [1] * 8):
+        worked = 0
+        for size in sizes:
+            left = size
+            for block in blocks.BLOCKS[:-1]:
+                worked += left // block * block
+                left %= block
+            worked += -(-left // blocks.BLOCKS[-1]) * blocks.BLOCKS[-1]
+        assert worked <= sum(sizes) + len(sizes) * (blocks.BLOCKS[-1] - 1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_type_is_kept(dtype: str) -> None:
+    rows, matrices = (jnp.asarray(each, dtype) for each in inputs(40, 2))
+    sizes = jnp.array([30, 10], jnp.int32)
+    found, back = jax.vjp(lambda r, m: grouped_product(r, m, sizes), rows, matrices)
+    assert {leaf.dtype for leaf in (found, *back(found))} == {jnp.dtype(dtype)}

@@ -1,0 +1,67 @@
+"""A model with experts computes on every layout what one device computes."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+from test_layouts import WIDE, losses
+
+from braeburn.config import Run, override
+from braeburn.data.prepare import Prepared, prepare
+from support import deep_but
+
+EXPERTS = {
+    "kind": "experts",
+    "num_experts": 8,
+    "experts_per_token": 2,
+    "expert_dim": 48,
+    "balance_loss": 0.02,
+    "router_z_loss": 1e-3,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {"mesh.data": 8},
+    "fsdp": {"mesh.fsdp": 8},
+    "tensor": {"mesh.tensor": 4},
+    "gathered context": {"mesh.context": 8},
+    "replica x fsdp": {"mesh.replica": 2, "mesh.fsdp": 4},
+    "data x tensor": {"mesh.data": 4, "mesh.tensor": 2},
+    "fsdp x tensor": {"mesh.fsdp": 4, "mesh.tensor": 2},
+    "fsdp x ring": {"mesh.fsdp": 2, "mesh.context": 4, "mesh.context_attention": "ring"},
+    "replica x fsdp x tensor": {"mesh.replica": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+    "fsdp x context x tensor": {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2},
+    "fsdp, unrolled, named remat": {
+        "mesh.fsdp": 4,
+        "model.scan_layers": False,
+        "remat.policy": "save_named",
+    },
+}
+OFTEN = ("fsdp x context x tensor",)
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny: Run) -> Prepared:
+    return prepare(tiny, lambda line: None)
+
+
+def with_experts(run: Run, **changes: Any) -> Run:
+    experts = {f"model.pattern.0.feed_forward.{name}": value for name, value in EXPERTS.items()}
+    optimizer = {"optimizer.kind": "adamw", "stages.core.learning_rate": 3e-3}
+    length = {"stages.core.tokens": 20 * 1024, "stages.core.weight_decay": 0.1}
+    return override(run, {"mesh.fsdp": 1, **WIDE, **experts, **optimizer, **length, **changes})
+
+
+@pytest.fixture(scope="module")
+def one_device(tiny: Run, prepared: Prepared) -> Any:
+    return cache(lambda: losses(with_experts(tiny), prepared)[0])
+
+
+@pytest.mark.parametrize("name", deep_but(OFTEN, LAYOUTS))
+def test_experts_follow_one_device(
+    name: str, tiny: Run, prepared: Prepared, one_device: Any
+) -> None:
+    found, _ = losses(with_experts(tiny, **LAYOUTS[name]), prepared)
+    reference = one_device()
+    assert reference[-1] < reference[0] - 0.5
+    difference = max(abs(a - b) / abs(b) for a, b in zip(found, reference, strict=True))
+    print(f"{name}: largest relative difference {difference:.2e}")
+    assert difference <= 1e-5
