@@ -332,6 +332,8 @@ def test_stages_and_their_steps() -> None:
         ("llama3-8b", 8_030_261_248),
         ("qwen3-0.6b", 596_049_920),
         ("qwen3-8b", 8_190_735_360),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-235b-a22b", 235_093_634_560),
         ("afm-on-device-scratch", 2_737_739_264),
     ],
 )

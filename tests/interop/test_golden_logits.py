@@ -23,12 +23,15 @@ from hf_models import (
 )
 from safetensors.numpy import load_file, save_file
 
-from braeburn.config import ModelConfig
+from braeburn.config import Execution, MeshConfig, ModelConfig
 from braeburn.data.tokenizer import PATTERN, Tokenizer
 from braeburn.evaluate.generate import Generation, Sampling, generate
 from braeburn.interop import huggingface
 from braeburn.layers.spec import Tree
+from braeburn.models import decoder
 from braeburn.models.families import family_of
+from braeburn.parallel.layout import Layout
+from braeburn.parallel.mesh import build
 
 ANSWERS = {
     name: answer
@@ -77,6 +80,37 @@ def test_their_weights_give_their_logits(name, tokenizer_file, tmp_path):
     assert model == stated.model_copy(update={"scan_layers": True, "max_position_embeddings": 2048})
     found = our_logits(params, golden_tokens(model, length), model)[0, ANSWERS[name]["positions"]]
     np.testing.assert_allclose(found, LOGITS[name], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}])
+def test_experts_give_their_logits_on_meshes(sizes, tokenizer_file, tmp_path):
+    """Of the same sequence in each row of a batch, which devices deal out."""
+    name = "qwen3-moe-linear"
+    model, params = read_theirs(name, tokenizer_file, tmp_path)
+    # The vocabulary of the compared model is odd, and tensor splits it.
+    rows = model.vocab_size + 1
+    wider = model.model_copy(update={"vocab_size": rows})
+    params |= {"embedding": np.pad(params["embedding"], ((0, 1), (0, 0)))}
+    tokens = np.repeat(golden_tokens(model, MODELS[name][1]), 4, axis=0)
+    mesh = MeshConfig.model_validate({"fsdp": 1, **sizes})
+    execution = Execution(mesh, precision=FLOAT32)
+    layout = Layout(execution, build(mesh, jax.devices()[:4]), decoder.param_specs(wider))
+
+    def hidden(params: Tree, batch: Tree) -> jax.Array:
+        inputs = (batch["inputs"], batch["positions"], jnp.zeros_like(batch["inputs"]))
+        return decoder.forward(params, inputs, wider, execution)
+
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    batch = layout.place({"inputs": tokens, "positions": positions}, range(4), 4)
+    with layout.compiling():
+        found = jax.jit(layout.tokenwise(hidden))(
+            jax.device_put(params, layout.parameters()), batch
+        )
+    logits = np.asarray(found) @ params["embedding"][:-1].T
+    for row in logits:
+        np.testing.assert_allclose(
+            row[ANSWERS[name]["positions"]], LOGITS[name], rtol=0, atol=TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)

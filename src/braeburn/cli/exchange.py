@@ -17,7 +17,8 @@ def import_(
     hf_dir: Annotated[
         Location,
         typer.Argument(
-            metavar="HF_DIR", help="A Hugging Face directory, or its URL: Llama or Qwen3, dense."
+            metavar="HF_DIR",
+            help="A Hugging Face directory, or its URL: Llama, Qwen3, Gemma 3 or OLMo 2.",
         ),
     ],
     out: NewRun,

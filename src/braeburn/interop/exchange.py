@@ -88,7 +88,8 @@ def import_huggingface(source: Path, out: Path, dtype: WeightType | None = None)
             them so, and float32 otherwise.
 
     Raises:
-        UserError: the directory holds no dense Llama or Qwen3 model, or `out` is in use.
+        UserError: the directory holds no model of a family that Braeburn has, or `out` is in
+            use.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
@@ -110,7 +111,8 @@ def find_teacher(path: Path) -> Teacher:
     checkpoints.
 
     Raises:
-        UserError: it is none of these, or no dense Llama or Qwen3 model, or it cannot be read.
+        UserError: it is none of these, or of no family that Braeburn has, or it cannot be
+            read.
     """
     if not is_huggingface(path):
         return find_in_run(path)

@@ -339,8 +339,16 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
         kept_as = spec.held_in(dtype or lossless)
         if parts[0].layer is None:
             return Pieces.whole(spec.shape, kept_as, lambda: values(parts[0], kept_as))
-        in_order = {part.layer: part for part in parts}
-        return Pieces.of_layers(spec.shape, kept_as, lambda layer: values(in_order[layer], kept_as))
+        of_layer: dict[int | None, list[Tensor]] = {}
+        for part in parts:
+            of_layer.setdefault(part.layer, []).append(part)
+
+        def layer(number: int) -> np.ndarray:
+            if spec.num_experts is None:
+                return values(of_layer[number][0], kept_as)
+            return np.stack([values(part, kept_as) for part in of_layer[number]])
+
+        return Pieces.of_layers(spec.shape, kept_as, layer)
 
     return map_specs(pieces, param_specs(model))
 

@@ -6,7 +6,7 @@ Names come from a table of the format; shapes and transpositions follow from the
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from braeburn.models.families.definition import Names
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the other software: one of our parameters, or one layer of a stacked one.
+    """A tensor of the other software: one of our parameters, one layer of a stacked one, or one
+    expert of a layer.
 
     The weight of a `torch.nn.Linear` is [outputs, inputs]; our matrices hold the inputs (`fan_in`)
     first.
@@ -34,10 +35,13 @@ class Tensor:
     shape: tuple[int, ...]  # the shape on the other side
     transposed: bool
     offset: float = 0.0  # what a value is larger by on our side
+    expert: int | None = None
 
     def of(self, parameter: Any) -> Any:
         """The part of our parameter that this tensor holds."""
-        return parameter if self.layer is None else parameter[self.layer]
+        if self.layer is None:
+            return parameter
+        return parameter[self.layer if self.expert is None else (self.layer, self.expert)]
 
     def exported(self, parameters: Mapping[str, Any]) -> np.ndarray:
         """Our values in the other layout, contiguous float32."""
@@ -69,18 +73,23 @@ def tensors_of(model: ModelConfig, names: Names, norm_offset: float = 0.0) -> li
         stack, _, own = path.rpartition("/")
         layers = numbers.get(stack)
         name = names[f"layers/{own}" if layers else path]
-        block = shape = tuple(spec.shape[dim] for dim in spec.block_dims)
-        if spec.role == "matrix":
+        block = shape = tuple(spec.shape[dim] for dim in spec.matrix_dims)
+        is_matrix = spec.role in ("matrix", "router")
+        if is_matrix:
             inputs = math.prod(spec.shape[spec.axes.index(axis)] for axis in spec.fan_in)
             shape = math.prod(block) // inputs, inputs
         if spec.role == "norm":
             shape = (math.prod(block),)
-        is_matrix, offset = spec.role == "matrix", norm_offset if spec.role == "norm" else 0.0
+        offset = norm_offset if spec.role == "norm" else 0.0
+        one = Tensor(name, path, None, block, shape, is_matrix, offset)
         if layers is None:
-            found.append((-1, Tensor(name, path, None, block, shape, is_matrix, offset)))
+            found.append((-1, one))
+        experts = (None,) if spec.num_experts is None else range(spec.num_experts)
         for index, number in enumerate(layers or ()):
-            tensor = Tensor(name.format(number), path, index, block, shape, is_matrix, offset)
-            found.append((number, tensor))
+            found += (
+                (number, replace(one, name=name.format(number, expert), layer=index, expert=expert))
+                for expert in experts
+            )
     return [tensor for _, tensor in sorted(found, key=lambda each: each[0])]
 
 

@@ -85,6 +85,11 @@ class ParamSpec:
         """The dimensions of one matrix, of which each layer has one, or one for each expert."""
         return tuple(dim for dim in self.block_dims if self.axes[dim] != EXPERTS)
 
+    @property
+    def num_experts(self) -> int | None:
+        """How many experts have a matrix of each layer; None where layers have one."""
+        return self.shape[self.axes.index(EXPERTS)] if EXPERTS in self.axes else None
+
     def initial(self, key: Array) -> Array:
         """Float32 initial values. Layer i of a stacked parameter depends on `key` and i alone."""
         if not self.fan_in:

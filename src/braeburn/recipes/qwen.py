@@ -1,5 +1,5 @@
-"""Qwen3 dense models (arXiv 2505.09388): sizes as published; batches and rates, unpublished, of
-their class.
+"""Qwen3 models, dense and with experts (arXiv 2505.09388): sizes as published; batches and rates,
+unpublished, of their class.
 """
 
 from typing import Any
@@ -8,6 +8,7 @@ from braeburn.config import (
     AdamW,
     Checkpoint,
     Data,
+    LayerConfig,
     ModelConfig,
     Remat,
     Run,
@@ -15,6 +16,7 @@ from braeburn.config import (
     Source,
     Stage,
 )
+from braeburn.config.sublayers.experts import Experts
 
 COMMON: dict[str, Any] = {
     "vocab_size": 151_936,
@@ -44,6 +46,44 @@ def qwen3_8b() -> Run:
     }
     return _run(
         "qwen3-8b", ModelConfig(**sizes, tied_embeddings=False, **COMMON), learning_rate=3e-4
+    )
+
+
+def qwen3_30b_a3b() -> Run:
+    """Qwen3 30B-A3B: 128 experts, of which a token uses 8 and 3.3B parameters."""
+    sizes: dict[str, Any] = {
+        "d_model": 2048,
+        "num_layers": 48,
+        "num_heads": 32,
+        "num_kv_heads": 4,
+        "ffn_dim": 6144,
+        "pattern": _experts(768),
+    }
+    return _run(
+        "qwen3-30b-a3b", ModelConfig(**sizes, tied_embeddings=False, **COMMON), learning_rate=4e-4
+    )
+
+
+def qwen3_235b_a22b() -> Run:
+    """Qwen3 235B-A22B: 128 experts, of which a token uses 8 and 22B parameters."""
+    sizes: dict[str, Any] = {
+        "d_model": 4096,
+        "num_layers": 94,
+        "num_heads": 64,
+        "num_kv_heads": 4,
+        "ffn_dim": 12_288,
+        "pattern": _experts(1536),
+    }
+    return _run(
+        "qwen3-235b-a22b", ModelConfig(**sizes, tied_embeddings=False, **COMMON), learning_rate=2e-4
+    )
+
+
+def _experts(expert_dim: int) -> tuple[LayerConfig, ...]:
+    return (
+        LayerConfig(
+            feed_forward=Experts(num_experts=128, experts_per_token=8, expert_dim=expert_dim)
+        ),
     )
 
 

@@ -36,7 +36,7 @@ def specs(config: Experts, model: ModelConfig) -> dict[str, ParamSpec]:
     falls = ParamSpec(
         (count, hidden, inputs), (EXPERTS, "expert_ffn", "embed"), "matrix", ("expert_ffn",), share
     )
-    router = ParamSpec((inputs, count), ("embed", EXPERTS), "router", ("embed",))
+    router = ParamSpec((inputs, count), ("embed", "expert_scores"), "router", ("embed",))
     return {"router": router, "expert_gate": rises, "expert_up": rises, "expert_down": falls}
 
 

@@ -34,7 +34,8 @@ KNOWN_FIELDS = frozenset(
 )
 
 # Our parameter -> name of the tensor. Of a layer's parameters the key is "layers/" and the
-# parameter's own name, and the tensor's name has `{}` for the number of the layer.
+# parameter's own name, and the tensor's name has `{}` for the number of the layer, and of experts a
+# second one for that of the expert.
 Names = Mapping[str, str]
 
 
