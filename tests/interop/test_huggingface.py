@@ -252,8 +252,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ("damage", "sentence"),
     [
         (
-            config_with(model_type="mixtral"),
-            "model_type='mixtral' cannot be imported; choose a model of type gemma3_text, llama, ",
+            config_with(model_type="phi3"),
+            "model_type='phi3' cannot be imported; choose a model of type gemma3_text, llama, ",
         ),
         (config_without("model_type"), "model_type=None cannot be imported"),
         (config_with(attention_bias=True), "attention_bias=True cannot be imported; choose"),
@@ -365,6 +365,31 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_imports_refused(damage, sentence, tokenizer_file, tmp_path):
     directory = write(tmp_path / "out", random_params(make()), make(), tokenizer_file)
+    damage(directory)
+    with pytest.raises(UserError, match=sentence) as caught:
+        huggingface.read(directory)
+    assert "\n" not in str(caught.value)
+
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (config_with(decoder_sparse_step=2), "decoder_sparse_step=2 cannot be imported; choose"),
+        (config_with(mlp_only_layers=[0]), r"mlp_only_layers=.0. cannot be imported; choose"),
+        (config_with(num_experts="six"), "num_experts='six' is not a size; give it the positive"),
+        (config_with(num_experts_per_tok=7), "experts_per_token=7 is more than num_experts=6"),
+        (config_with(moe_intermediate_size=40), "has the shape .*, not .*; download the two again"),
+        (config_with(num_experts=7), "experts.6.*is missing; download the weights again"),
+        (config_with(num_experts=5), "experts.5.* has no place"),
+        (tensors_without(EXPERT), f"{EXPERT} is missing; download the weights again"),
+    ],
+)
+def test_mixtures_refused(damage, sentence, tokenizer_file, tmp_path):
+    model, _ = MODELS["qwen3-moe"]
+    directory = write(tmp_path / "out", random_params(model), model, tokenizer_file)
     damage(directory)
     with pytest.raises(UserError, match=sentence) as caught:
         huggingface.read(directory)

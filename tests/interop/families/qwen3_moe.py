@@ -5,22 +5,22 @@ from typing import Any
 from hf_models import LINEAR, make, rope_of
 
 from braeburn.config import ModelConfig
-from braeburn.models.families.qwen3_moe import experts
+from braeburn.models.families.mixtures import pattern
 
-FEW = experts(num_experts=6, experts_per_token=2, expert_dim=48)
+FEW = pattern(num_experts=6, experts_per_token=2, expert_dim=48)
 # name -> (model, length of the compared sequence)
 MODELS = {
     "qwen3-moe": (make(pattern=FEW), 40),
     "qwen3-moe-untied-not-normalized": (
         make(
-            pattern=experts(num_experts=4, experts_per_token=3, expert_dim=36, normalize=False),
+            pattern=pattern(num_experts=4, experts_per_token=3, expert_dim=36, normalize=False),
             tied_embeddings=False,
             num_layers=3,
         ),
         60,
     ),
     "qwen3-moe-one-expert": (
-        make(pattern=experts(num_experts=3, experts_per_token=1, expert_dim=40)),
+        make(pattern=pattern(num_experts=3, experts_per_token=1, expert_dim=40)),
         33,
     ),
     "qwen3-moe-linear": (make(pattern=FEW, rope_scaling=LINEAR, num_kv_heads=1), 200),

@@ -1,0 +1,83 @@
+"""What families of mixtures of experts have in common, of which every layer is one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from braeburn.config import LayerConfig, ModelConfig
+from braeburn.config.sublayers.experts import Experts
+from braeburn.errors import UserError
+from braeburn.models.families.definition import Names
+from braeburn.models.families.llama import NAMES
+from braeburn.reading import shown
+
+# The fields of `Experts` that say what is computed, and those that training alone knows.
+_COMPUTED = {"num_experts", "experts_per_token", "expert_dim", "normalize"}
+_TRAINED = {"balance_loss", "router_z_loss"}
+_DENSE = ("layers/gate", "layers/up", "layers/down")
+# Our sizes of experts -> (the name of the field, what transformers takes where it is left out).
+Sizes = Mapping[str, tuple[str, int]]
+
+
+def pattern(**fields: Any) -> tuple[LayerConfig, ...]:
+    """The layers of a mixture, with some fields of `Experts`."""
+    return (LayerConfig(feed_forward=Experts(**fields)),)
+
+
+def experts_of(model: ModelConfig) -> Experts | None:
+    """The experts of a model whose layers are all alike and usual but for these; None of others."""
+    (layer, *others) = dict.fromkeys(model.layer_configs)
+    found = layer.feed_forward
+    if others or not isinstance(found, Experts):
+        return None
+    usual = Experts(**found.model_dump(include=_COMPUTED | _TRAINED))
+    return found if layer == LayerConfig(feed_forward=usual) else None
+
+
+def parse_experts(stated: Mapping[str, Any], sizes: Sizes) -> dict[str, int]:
+    """The sizes of experts in a `config.json`.
+
+    Args:
+        stated: all fields of the file.
+        sizes: the fields that are read.
+
+    Raises:
+        UserError: a field is no size.
+    """
+    found = {}
+    for ours, (field, usual) in sizes.items():
+        value = stated.get(field)
+        if value is None and ours == "num_experts":
+            # transformers reads either name.
+            value = stated.get("num_experts", stated.get("num_local_experts"))
+        value = usual if value is None else value
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{field}={shown(value)} is not a size; give it the positive integer that the "
+                f"weights have"
+            )
+        found[ours] = value
+    return found
+
+
+def fields_of_experts(model: ModelConfig, sizes: Sizes) -> dict[str, int]:
+    """The fields of a `config.json` that `parse_experts` reads."""
+    found = experts_of(model)
+    return {field: getattr(found, ours) for ours, (field, _) in sizes.items()}
+
+
+def names(router: str, gate: str, up: str, down: str) -> Names:
+    """The names of the tensors of a Llama with experts in place of its feed-forward sublayers.
+
+    Args:
+        router: with `{}` for the number of the layer.
+        gate: with a second `{}` for the number of the expert, as the others.
+        up: of the matrix that is multiplied by the activated gate.
+        down: of the one back to the width of the model.
+    """
+    others = {path: name for path, name in NAMES.items() if path not in _DENSE}
+    matrices = zip(("expert_gate", "expert_up", "expert_down"), (gate, up, down), strict=True)
+    return {
+        **others,
+        "layers/router": router,
+        **{f"layers/{path}": name for path, name in matrices},
+    }
