@@ -8,6 +8,7 @@ from test_layouts import WIDE, losses
 
 from braeburn.config import Run, override
 from braeburn.data.prepare import Prepared, prepare
+from braeburn.layers.sublayers import experts
 from support import deep_but
 
 EXPERTS = {
@@ -44,10 +45,10 @@ def prepared(tiny: Run) -> Prepared:
 
 
 def with_experts(run: Run, **changes: Any) -> Run:
-    experts = {f"model.pattern.0.feed_forward.{name}": value for name, value in EXPERTS.items()}
+    fields = {f"model.pattern.0.feed_forward.{name}": value for name, value in EXPERTS.items()}
     optimizer = {"optimizer.kind": "adamw", "stages.core.learning_rate": 3e-3}
     length = {"stages.core.tokens": 20 * 1024, "stages.core.weight_decay": 0.1}
-    return override(run, {"mesh.fsdp": 1, **WIDE, **experts, **optimizer, **length, **changes})
+    return override(run, {"mesh.fsdp": 1, **WIDE, **fields, **optimizer, **length, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,13 @@ def test_experts_follow_one_device(
     difference = max(abs(a - b) / abs(b) for a, b in zip(found, reference, strict=True))
     print(f"{name}: largest relative difference {difference:.2e}")
     assert difference <= 1e-5
+
+
+@pytest.mark.deep
+def test_a_fault_in_the_routing_is_found(
+    tiny: Run, prepared: Prepared, one_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assignments that each device counts for itself give other losses."""
+    monkeypatch.setattr(experts, "token_axes", lambda execution: ())
+    found, _ = losses(with_experts(tiny, **{"mesh.fsdp": 8}), prepared)
+    assert max(abs(a - b) / abs(b) for a, b in zip(found, one_device(), strict=True)) > 1e-4
