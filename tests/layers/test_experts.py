@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braeburn.config import Execution, LayerConfig, ModelConfig, Precision
+from braeburn.config import AdamW, Execution, LayerConfig, ModelConfig, Precision
 from braeburn.config.mesh import ONE_DEVICE
 from braeburn.config.sublayers.experts import Experts
-from braeburn.layers.spec import map_specs
+from braeburn.layers.spec import initialize, map_specs
 from braeburn.layers.sublayers import experts as module
 from braeburn.layers.sublayers.definition import Context, Report, Signals
 from braeburn.models.decoder import Packed, param_specs
 from braeburn.objectives.cross_entropy import loss
+from braeburn.optim.build import build_optimizer
+from braeburn.recipes import load
 
 EXECUTION = Execution(ONE_DEVICE, precision=Precision(compute="float32"))
 SIZES: dict[str, Any] = {
@@ -66,8 +68,13 @@ def expected(x: np.ndarray, weights: Any, config: Experts) -> tuple[np.ndarray, 
     else:
         scores = 1 / (1 + np.exp(-logits))
     result, chosen = np.zeros_like(flat), []
+    rated = scores + w.get("router_bias", 0.0)
     for token, row in enumerate(flat):
-        best = np.argsort(-scores[token])[: config.experts_per_token]
+        groups = rated[token].reshape(config.groups, -1)
+        order = np.argsort(-np.sort(groups, -1)[:, -2:].sum(-1))[: config.groups_per_token]
+        allowed = np.isin(np.arange(config.groups), order)
+        possible = np.where(allowed[:, None], groups, -np.inf).ravel()
+        best = np.argsort(-possible)[: config.experts_per_token]
         chosen.append(best)
         share = scores[token][best]
         if config.normalize:
@@ -76,6 +83,10 @@ def expected(x: np.ndarray, weights: Any, config: Experts) -> tuple[np.ndarray, 
             gate = row @ w["expert_gate"][expert]
             hidden = gate / (1 + np.exp(-gate)) * (row @ w["expert_up"][expert])
             result[token] += weight * (hidden @ w["expert_down"][expert])
+        if config.shared_dim:
+            gate = row @ w["shared_gate"]
+            hidden = gate / (1 + np.exp(-gate)) * (row @ w["shared_up"])
+            result[token] += hidden @ w["shared_down"]
     return result.reshape(x.shape), np.asarray(chosen)
 
 
@@ -87,6 +98,16 @@ def expected(x: np.ndarray, weights: Any, config: Experts) -> tuple[np.ndarray, 
         {"scores": "sigmoid", "scale": 2.5},
         {"num_experts": 3, "experts_per_token": 3},
         {"experts_per_token": 1, "normalize": False},
+        {"scores": "sigmoid", "bias": True, "shared_dim": 20},
+        {"num_experts": 8, "groups": 4, "groups_per_token": 2, "experts_per_token": 3},
+        {
+            "num_experts": 12,
+            "groups": 3,
+            "groups_per_token": 1,
+            "scores": "sigmoid",
+            "scale": 2.5,
+            "bias": True,
+        },
     ],
 )
 def test_each_token_meets_its_experts(changes: dict[str, Any]) -> None:
@@ -212,3 +233,59 @@ def test_one_expert_is_a_dense_layer(tokens: int) -> None:
             rtol=1e-4,
             atol=1e-6,
         )
+
+
+def test_the_gradient_of_a_bias_is_how_busy_its_expert_is() -> None:
+    """And the bias moves towards an even share by the rate, whatever the optimizer, but for steps
+    that are skipped.
+    """
+    config = config_of(num_experts=4, experts_per_token=1, bias=True, balance_loss=0.0)
+    model = ModelConfig(**SIZES)
+    weights = weights_of(config, model)
+    weights["router"] = np.zeros_like(weights["router"])
+    weights["router"][:, 2] = 1.0
+    weights["router_bias"] = np.zeros(4, np.float32)
+    x = jnp.ones((1, 8, 24))
+    shares = jnp.full((1, 8), 1 / 8)
+    zero = Report(jnp.zeros(()), dict.fromkeys(module.METRICS, jnp.zeros(())))
+
+    def loss_of(bias: Any) -> Any:
+        context = context_of(config, {**weights, "router_bias": bias}, shares)
+        report = module.apply(x, Signals(None, None, zero), context)[1].report
+        assert report is not None
+        return report.loss
+
+    value, gradient = jax.value_and_grad(loss_of)(jnp.asarray(weights["router_bias"]))
+    assert float(value) == 0.0
+    np.testing.assert_allclose(gradient, [0, 0, 1, 0])
+
+    sparse = model.model_copy(update={"pattern": (LayerConfig(feed_forward=config),)})
+    specs = param_specs(sparse)
+    stage = next(iter(load("afm-tiny").stages.values()))
+    optimizer = build_optimizer(AdamW(balance_rate=0.01), stage, specs, sparse)
+    params = initialize(specs, 0)
+    assert not np.any(params["layers"]["router_bias"])
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    gradients["layers"]["router_bias"] = jnp.asarray([[0, 0, 1.0, 0], [0.25, 0.25, 0.25, 0.25]])
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(
+        updates["layers"]["router_bias"], [[0.01, 0.01, -0.01, 0.01], [0, 0, 0, 0]]
+    )
+    assert float(state.grad_norm) == 0.0
+    gradients["embedding"] = jnp.full_like(params["embedding"], jnp.nan)
+    updates, _ = optimizer.update(gradients, state, params)
+    assert not np.any(updates["layers"]["router_bias"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"experts_per_token": 7}, "experts_per_token=7 is more than num_experts=6; set it to at"),
+        ({"groups": 4}, "groups=4 does not divide num_experts=6; set groups to one of"),
+        ({"groups": 2, "groups_per_token": 3}, "groups_per_token=3 is more than groups=2; set it"),
+        ({"groups": 6}, "experts_per_token=2 is more than the 1 experts of groups_per_token=1"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        config_of(**changes)

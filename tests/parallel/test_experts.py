@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from test_layouts import WIDE, losses
 
@@ -37,6 +38,32 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 OFTEN = ("fsdp x context x tensor",)
+# As DeepSeek-V3 has it: without a loss that is counted by microbatch.
+BY_BIAS: dict[str, Any] = {
+    f"model.pattern.0.feed_forward.{name}": value
+    for name, value in {
+        "scores": "sigmoid",
+        "bias": True,
+        "balance_loss": 0.0,
+        "groups": 4,
+        "groups_per_token": 2,
+        "shared_dim": 32,
+        "scale": 1.5,
+    }.items()
+}
+BY_BIAS_LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp x tensor": {"mesh.fsdp": 4, "mesh.tensor": 2},
+    "data x fsdp, accumulated": {
+        "mesh.data": 2,
+        "mesh.fsdp": 4,
+        "stages.core.accumulation_steps": 2,
+    },
+    "context x tensor, accumulated": {
+        "mesh.context": 2,
+        "mesh.tensor": 2,
+        "stages.core.accumulation_steps": 4,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +83,11 @@ def one_device(tiny: Run, prepared: Prepared) -> Any:
     return cache(lambda: losses(with_experts(tiny), prepared)[0])
 
 
+@pytest.fixture(scope="module")
+def by_bias(tiny: Run, prepared: Prepared) -> Any:
+    return cache(lambda: losses(with_experts(tiny, **BY_BIAS), prepared))
+
+
 @pytest.mark.parametrize("name", deep_but(OFTEN, LAYOUTS))
 def test_experts_follow_one_device(
     name: str, tiny: Run, prepared: Prepared, one_device: Any
@@ -66,6 +98,19 @@ def test_experts_follow_one_device(
     difference = max(abs(a - b) / abs(b) for a, b in zip(found, reference, strict=True))
     print(f"{name}: largest relative difference {difference:.2e}")
     assert difference <= 1e-5
+
+
+@pytest.mark.parametrize("name", deep_but(("data x fsdp, accumulated",), BY_BIAS_LAYOUTS))
+def test_biases_follow_one_device(name: str, tiny: Run, prepared: Prepared, by_bias: Any) -> None:
+    """Those of all microbatches together, and the losses."""
+    found, state = losses(with_experts(tiny, **BY_BIAS, **BY_BIAS_LAYOUTS[name]), prepared)
+    reference, expected = by_bias()
+    difference = max(abs(a - b) / abs(b) for a, b in zip(found, reference, strict=True))
+    print(f"{name}: largest relative difference {difference:.2e}")
+    assert difference <= 1e-5
+    biases, wanted = (s.params["layers"]["router_bias"] for s in (state, expected))
+    np.testing.assert_allclose(biases, wanted, rtol=0, atol=1e-6)
+    assert np.abs(wanted).max() > 0.005
 
 
 @pytest.mark.deep

@@ -18,9 +18,11 @@ from jaxtyping import Array
 
 # muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs.
 # A "router" decides which experts a token goes to, and is computed with in float32, as norms are.
+# A "balance" is what is added to an expert's score for it to be chosen more often or less; no loss
+# trains it, its gradient is how busy the expert was, and it starts at zero.
 # A "mask" is a score that pruning learns for each unit, a "scale" a factor that quantisation
 # learns; neither is part of the finished model.
-Role = Literal["matrix", "embedding", "norm", "router", "mask", "scale"]
+Role = Literal["matrix", "embedding", "norm", "router", "balance", "mask", "scale"]
 WORD = 2**32
 
 Tree = dict[str, Any]
@@ -65,7 +67,7 @@ class ParamSpec:
     @property
     def is_precise(self) -> bool:
         """Whether it is computed with in float32, whatever the type of weights."""
-        return self.role in ("norm", "router")
+        return self.role in ("norm", "router", "balance")
 
     def held_in(self, dtype: Any) -> np.dtype:
         """The type that this parameter has where weights have `dtype`."""
@@ -92,6 +94,8 @@ class ParamSpec:
 
     def initial(self, key: Array) -> Array:
         """Float32 initial values. Layer i of a stacked parameter depends on `key` and i alone."""
+        if self.role == "balance":
+            return jnp.zeros(self.shape, jnp.float32)
         if not self.fan_in:
             return jnp.ones(self.shape, jnp.float32)
         scale = math.prod(self.shape[self.axes.index(axis)] for axis in self.fan_in) ** -0.5
@@ -159,7 +163,11 @@ def abstract(specs: Tree, dtype: Any = jnp.float32) -> Tree:
     return map_specs(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs)
 
 
-def count(specs: Tree, roles: tuple[Role, ...] = ("matrix", "embedding", "norm", "router")) -> int:
+# The roles of a finished model's parameters.
+WEIGHTS: tuple[Role, ...] = ("matrix", "embedding", "norm", "router", "balance")
+
+
+def count(specs: Tree, roles: tuple[Role, ...] = WEIGHTS) -> int:
     """Number of parameters with one of `roles`."""
     return sum(spec.size for _, spec in walk(specs) if spec.role in roles)
 

@@ -10,13 +10,16 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import Execution, ModelConfig, OptimizerConfig, Stage
-from braeburn.layers.spec import ParamSpec, Tree, map_specs
+from braeburn.layers.spec import ParamSpec, Tree, map_specs, walk
 from braeburn.optim.definition import ALONE, Parameters, by_path, definition_of
-from braeburn.optim.guard import guarded
+from braeburn.optim.guard import OptimizerState, guarded
 from braeburn.optim.schedules import multiplier
 
-# Scores of masks and factors of scales are not weights.
-NO_WEIGHTS = frozenset({"mask", "scale"})
+# Scores of masks, factors of scales and biases of routers are not weights.
+NO_WEIGHTS = frozenset({"mask", "scale", "balance"})
+# An expert whose share of assignments is this close to an even one keeps its bias: the sums that
+# the share comes from are rounded in another way on another mesh.
+EVEN = 1e-6
 
 
 def build_optimizer(
@@ -71,9 +74,45 @@ def build_optimizer(
 
         return jax.tree.map(delta, updates, rates, decay, params), factor * stage.learning_rate
 
-    return guarded(
+    optimizer = guarded(
         definition.transformation(config, Parameters(specs, model, execution)),
         clip_norm=config.clip_norm,
         skip_norm=config.skip_norm,
         finish=finish,
     )
+    has_balances = any(spec.role == "balance" for _, spec in walk(specs))
+    return balancing(optimizer, specs, config.balance_rate) if has_balances else optimizer
+
+
+def balancing(
+    optimizer: optax.GradientTransformation, specs: Tree, rate: float
+) -> optax.GradientTransformation:
+    """An optimizer that moves the biases of routers by a rule of their own (arXiv 2408.15664).
+
+    Their gradients are experts' shares of all assignments. They have no part in the norm that
+    gradients are clipped to, and stay where a step is skipped.
+
+    Args:
+        optimizer: of all other parameters, with the state `guard.OptimizerState`.
+        specs: of all parameters.
+        rate: what a bias moves by in a step.
+    """
+
+    def others(spec: ParamSpec, gradient: Array) -> Array:
+        return jnp.zeros_like(gradient) if spec.role == "balance" else gradient
+
+    def update(
+        gradients: Tree, state: OptimizerState, params: Tree | None = None
+    ) -> tuple[Tree, OptimizerState]:
+        updates, moved = optimizer.update(jax.tree.map(others, specs, gradients), state, params)
+        step = jnp.where(moved.skipped == state.skipped, rate, 0.0)
+
+        def balanced(spec: ParamSpec, update: Array, load: Array) -> Array:
+            if spec.role != "balance":
+                return update
+            missing = jnp.mean(load, axis=-1, keepdims=True) - load
+            return step * jnp.sign(jnp.where(jnp.abs(missing) < EVEN, 0.0, missing))
+
+        return jax.tree.map(balanced, specs, updates, gradients), moved
+
+    return optax.GradientTransformation(optimizer.init, update)

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from braeburn.config.base import Frozen, Positive, Share
+from braeburn.config.base import Frozen, NonNegative, Positive, Share
 
 
 class OptimizerConfig(Frozen):
@@ -11,6 +11,9 @@ class OptimizerConfig(Frozen):
     A gradient is clipped to a norm of `clip_norm`. A step whose gradient is not finite, or of a
     norm not below `skip_norm`, is skipped; a stage of which more than `max_skipped` of the steps
     were does not count as finished.
+
+    Biases by which routers choose experts move by `balance_rate` in each step, whatever the
+    optimizer.
 
     A subclass has a field `kind` of its own, and `braeburn.optim` a module of that name.
 
@@ -28,3 +31,4 @@ class OptimizerConfig(Frozen):
     clip_norm: Positive = 1.0
     skip_norm: Positive = 100.0
     max_skipped: Share = 0.1
+    balance_rate: NonNegative = 1e-3

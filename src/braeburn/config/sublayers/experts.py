@@ -1,11 +1,12 @@
 """A feed-forward sublayer of experts, of which each token uses a few."""
 
+import math
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from braeburn.config.base import NonNegative, Positive, Size
+from braeburn.config.base import Count, NonNegative, Positive, Size, divisors, some
 from braeburn.config.sublayers.base import FeedForwardConfig
 
 # Far beyond any model that is published.
@@ -32,6 +33,16 @@ class Experts(FeedForwardConfig):
             Libraries that count a share of tokens instead have a value larger by
             `experts_per_token` for the same routing. Assignments are counted over all devices, in
             each microbatch by itself.
+        bias: whether a bias is added to the scores by which experts are chosen, and not to their
+            weights. No loss trains it: after each step that of an expert with more than an even
+            share of all assignments falls by `optimizer.balance_rate`, and that of others rises
+            (arXiv 2408.15664).
+        groups: how many groups of equal size experts are in; a token's experts are those of
+            `groups_per_token` groups, of which the two best scores have the highest sum
+            (DeepSeek-V3).
+        groups_per_token: how many of the groups a token's experts may be of.
+        shared_dim: hidden units of a network of the same form that every token uses besides; 0
+            where there is none.
         router_z_loss: the coefficient of the mean square of the log-sum-exp of the router's logits
             (ST-MoE, arXiv 2202.08906, equation 5).
     """
@@ -45,6 +56,10 @@ class Experts(FeedForwardConfig):
     scores: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
     scale: Positive = 1.0
+    bias: bool = False
+    groups: Size = 1
+    groups_per_token: Size = 1
+    shared_dim: Count = 0
     balance_loss: NonNegative = 1e-3
     router_z_loss: NonNegative = 0.0
 
@@ -61,8 +76,21 @@ class Experts(FeedForwardConfig):
                 "num_experts": count,
                 "experts_per_token": min(self.experts_per_token, count),
                 "expert_dim": smaller(self.expert_dim),
+                "shared_dim": smaller(self.shared_dim) if self.shared_dim else 0,
+                **self._groups_of(count),
             }
         )
+
+    def _groups_of(self, count: int) -> dict[str, int]:
+        """As many groups of fewer experts as there are, or two, where there are several."""
+        groups = self.groups if count % self.groups == 0 else math.gcd(count, 2)
+        if groups == 1:
+            return {"groups": 1, "groups_per_token": 1}
+        needed = -(-min(self.experts_per_token, count) * groups // count)
+        return {
+            "groups": groups,
+            "groups_per_token": max(needed, min(self.groups_per_token, groups)),
+        }
 
     @model_validator(mode="after")
     def _check(self) -> "Experts":
@@ -70,5 +98,21 @@ class Experts(FeedForwardConfig):
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} is more than "
                 f"num_experts={self.num_experts}; set it to at most {self.num_experts}"
+            )
+        if self.num_experts % self.groups:
+            raise ValueError(
+                f"groups={self.groups} does not divide num_experts={self.num_experts}; set groups "
+                f"to one of {some(divisors(self.num_experts))}"
+            )
+        if self.groups_per_token > self.groups:
+            raise ValueError(
+                f"groups_per_token={self.groups_per_token} is more than groups={self.groups}; set "
+                f"it to at most {self.groups}"
+            )
+        within = self.num_experts // self.groups * self.groups_per_token
+        if self.experts_per_token > within:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than the {within} experts of "
+                f"groups_per_token={self.groups_per_token} groups; set it to at most {within}"
             )
         return self

@@ -7,7 +7,7 @@ Shapes are named by letters: S tokens of this device, E experts, k experts of a 
 assignments of a token to an expert, D d_model, F hidden units of an expert (its tensor shard's).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from braeburn.config import ModelConfig
 from braeburn.config.sublayers.experts import Experts
 from braeburn.layers.linear import flat
 from braeburn.layers.spec import EXPERTS, ParamSpec
-from braeburn.layers.sublayers.definition import Context, Signals, Sublayer
+from braeburn.layers.sublayers.definition import Context, Report, Signals, Sublayer
 from braeburn.parallel.rules import token_axes
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
@@ -27,7 +27,9 @@ METRICS = ("router_balance_loss", "router_z_loss", "router_largest_load")
 
 
 def specs(config: Experts, model: ModelConfig) -> dict[str, ParamSpec]:
-    """The specs of the router and of the three matrices of all experts."""
+    """The specs of the router, of the three matrices of all experts, and of what else the
+    configuration asks for.
+    """
     count, inputs, hidden = config.num_experts, model.d_model, config.expert_dim
     share = config.experts_per_token / count
     rises = ParamSpec(
@@ -37,7 +39,14 @@ def specs(config: Experts, model: ModelConfig) -> dict[str, ParamSpec]:
         (count, hidden, inputs), (EXPERTS, "expert_ffn", "embed"), "matrix", ("expert_ffn",), share
     )
     router = ParamSpec((inputs, count), ("embed", "expert_scores"), "router", ("embed",))
-    return {"router": router, "expert_gate": rises, "expert_up": rises, "expert_down": falls}
+    found = {"router": router, "expert_gate": rises, "expert_up": rises, "expert_down": falls}
+    if config.bias:
+        found["router_bias"] = ParamSpec((count,), ("expert_scores",), "balance")
+    if units := config.shared_dim:
+        up = ParamSpec((inputs, units), ("embed", "expert_ffn"), "matrix", ("embed",))
+        down = ParamSpec((units, inputs), ("expert_ffn", "embed"), "matrix", ("expert_ffn",))
+        found |= {"shared_gate": up, "shared_up": up, "shared_down": down}
+    return found
 
 
 class Routing(NamedTuple):
@@ -56,14 +65,35 @@ class Routing(NamedTuple):
     weights: Float[Array, "S k"]
 
 
-def route(logits: Float[Array, "S E"], config: Experts) -> Routing:
-    """The experts of each token and their weights, from the router's float32 logits."""
+def route(
+    logits: Float[Array, "S E"], config: Experts, bias: Float[Array, " E"] | None = None
+) -> Routing:
+    """The experts of each token and their weights.
+
+    Args:
+        logits: of the router, float32.
+        config: of the sublayer.
+        bias: that is added to the scores for the choice alone; None for none.
+    """
     softmax = config.scores == "softmax"
     scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
-    weights, experts = lax.top_k(scores, config.experts_per_token)
+    rated = lax.stop_gradient(scores if bias is None else scores + bias)
+    if config.groups > 1:
+        rated = _of_best_groups(rated, config)
+    _, experts = lax.top_k(rated, config.experts_per_token)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.normalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return Routing(logits, scores, experts, weights * config.scale)
+
+
+def _of_best_groups(rated: Float[Array, "S E"], config: Experts) -> Float[Array, "S E"]:
+    """The ratings of the experts of each token's groups, and minus infinity for others."""
+    by_group = rated.reshape(rated.shape[0], config.groups, -1)
+    best = lax.top_k(by_group, min(2, by_group.shape[-1]))[0].sum(-1)
+    _, chosen = lax.top_k(best, config.groups_per_token)
+    among = jnp.any(jax.nn.one_hot(chosen, config.groups, dtype=bool), axis=1)
+    return jnp.where(among[:, :, None], by_group, -jnp.inf).reshape(rated.shape)
 
 
 class Order(NamedTuple):
@@ -119,7 +149,8 @@ def apply(
     x_SD = flat(x_BTD)
     # In float32 at least: which experts a token goes to must not hang on how it was rounded.
     precise = x_SD.astype(jnp.promote_types(x_SD.dtype, jnp.float32))
-    routing = route(context.linear(precise, "router"), config)
+    bias = context.weights["router_bias"] if config.bias else None
+    routing = route(context.linear(precise, "router"), config, bias)
     order = ordered(routing.experts, config.num_experts)
     repeated = jnp.repeat(x_SD, config.experts_per_token, axis=0)
     x_AD = permuted(repeated, order.of_sorted, order.place)
@@ -130,12 +161,15 @@ def apply(
     y_AD = permuted(y_AD, order.place, order.of_sorted)
     y_SKD = y_AD.reshape(x_SD.shape[0], config.experts_per_token, -1)
     y_SD = jnp.einsum("SKD,SK->SD", y_SKD, routing.weights.astype(y_SKD.dtype))
+    if config.shared_dim:
+        gate_SF, up_SF = (context.linear(x_SD, name) for name in ("shared_gate", "shared_up"))
+        y_SD = y_SD + context.linear(ACTIVATIONS[config.activation](gate_SF) * up_SF, "shared_down")
     if signals.report is not None:
-        signals = signals._replace(report=_reported(signals, routing, order, context))
+        signals = signals._replace(report=_reported(signals, routing, context))
     return y_SD.reshape(x_BTD.shape), signals
 
 
-def _reported(signals: Signals, routing: Routing, order: Order, context: Context) -> Any:
+def _reported(signals: Signals, routing: Routing, context: Context) -> Report:
     """The report with this device's shares of the router's losses and metrics.
 
     Every token counts by its weight in the loss, and tensor shards, which have routed the same
@@ -146,7 +180,8 @@ def _reported(signals: Signals, routing: Routing, order: Order, context: Context
     weights_S = context.token_weights.reshape(-1)
     repeated = jnp.repeat(weights_S, config.experts_per_token)
     counts = jax.ops.segment_sum(repeated, routing.experts.reshape(-1), config.num_experts)
-    counts, total = jnp.stack([counts, jnp.full_like(counts, jnp.sum(weights_S))])
+    own, total = counts / config.experts_per_token / execution.mesh.tensor, jnp.sum(weights_S)
+    counts, total = jnp.stack([counts, jnp.full_like(counts, total)])
     if axes := token_axes(execution):
         counts, total = lax.psum(jnp.stack([counts, total]), axes)
     load = lax.stop_gradient(counts / jnp.maximum(config.experts_per_token * total, 1e-30))
@@ -159,6 +194,9 @@ def _reported(signals: Signals, routing: Routing, order: Order, context: Context
     largest = config.num_experts * jnp.max(load) * jnp.sum(shares)
     metrics = dict(zip(METRICS, (balance, z, largest), strict=True))
     loss = config.balance_loss * balance + config.router_z_loss * z
+    if config.bias:
+        bias = context.weights["router_bias"]
+        loss += jnp.sum((bias - lax.stop_gradient(bias)) * lax.stop_gradient(own))
     return signals.report.add(loss, jax.tree.map(lax.stop_gradient, metrics))
 
 
