@@ -1,6 +1,7 @@
 """What is asked of every function, read from the source."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +57,9 @@ def test_public_functions_with_more_than_three_arguments_describe_them() -> None
         for function in public(tree)
         if count(function) > MOST_UNDESCRIBED and "Args:" not in (ast.get_docstring(function) or "")
     ]
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by their bare names, and refuses the second."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []
