@@ -119,7 +119,7 @@ class Writer(ocp.type_handlers.NumpyHandler):
         self._told = Told(name) if jax.process_count() > 1 else None
         self._left = len(arrays)
         self._lock = threading.Lock()
-        # How many pieces are more than were known of, and None where writing has failed.
+        # From the thread that writes: how many more pieces are done with, and None where it failed.
         self._written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._total = sum(leaf.count for leaf in arrays)
         self._stopped = threading.Event()
@@ -142,8 +142,8 @@ class Writer(ocp.type_handlers.NumpyHandler):
         return self._total
 
     def written(self, check: Callable[[], None]) -> Iterator[int]:
-        """The number of each piece once it is written, or is known to be another process's to
-        write, to the last or where one fails.
+        """The number of each piece once it is written, or is known to be another process's, up to
+        the last one; it ends early where one fails.
 
         Args:
             check: raises where the thread that writes has failed.
