@@ -35,12 +35,12 @@ from hf_models import (
     write,
 )
 from real_demo import Demo, real
-from theirs import load, their_logits, their_model
+from theirs import load, their_config, their_logits, their_model
 
 from braeburn.data.tokenizer import PATTERN
 from braeburn.evaluate.chat import encode_chat
 from braeburn.evaluate.generate import Generation, Sampling, generate
-from braeburn.interop import huggingface
+from braeburn.interop import gguf, huggingface
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
 from braeburn.models.families import family_of
@@ -338,13 +338,30 @@ def test_a_gguf_file_becomes_a_directory_with_its_weights_and_its_splits(tmp_pat
     )
     own.save(str(file))
     assert braeburn("import", source, "--out", tmp_path / "run").code == 0
-    gguf = tmp_path / "model.gguf"
-    assert braeburn("export", tmp_path / "run", "--format", "gguf", "--out", gguf).code == 0
+    file = tmp_path / "model.gguf"
+    assert braeburn("export", tmp_path / "run", "--format", "gguf", "--out", file).code == 0
 
-    real.converted(gguf, tmp_path / "back")
+    real.converted(file, tmp_path / "back")
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     text = "in 1234 ways\n  12   345"
     assert found(text)["input_ids"] == own.encode(text).ids
     assert braeburn("import", tmp_path / "back", "--out", tmp_path / "again").code == 0
     params, again = (trained.load(tmp_path / name).params for name in ("run", "again"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), params, again)
+
+
+def test_a_gguf_file_of_a_mixture_has_its_logits(tmp_path: Path) -> None:
+    """As transformers reads it, of weights that float16 holds as they are."""
+    model, _ = MODELS["qwen3-moe"]
+    params = random_params(model)
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), params)
+    source = chat_model(tmp_path / "hf", None, model)
+    own = trained.Tokenizer.load(source / "tokenizer.json")
+    gguf.write(tmp_path / "model.gguf", params, model, own, gguf.File(2048))
+    # transformers 5.23 takes the width of experts for 768, whatever the file says.
+    config = their_config(model)
+    theirs = load(tmp_path, gguf_file="model.gguf", dtype=torch.float32, config=config)
+    tokens = random_tokens(model, 40)
+    expected = our_logits(params, tokens, model)
+    assert 0.5 < expected.std() < 2
+    np.testing.assert_allclose(their_logits(theirs, tokens), expected, rtol=0, atol=TOLERANCE)

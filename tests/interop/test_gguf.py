@@ -21,6 +21,7 @@ from braeburn.interop import gguf as ours
 from braeburn.layers import rope
 from braeburn.layers.spec import Tree, map_specs
 from braeburn.models import decoder
+from braeburn.models.families.mixtures import pattern
 from braeburn.transforms.quantization import quantized
 from support import braeburn
 
@@ -45,6 +46,7 @@ def make(**fields: Any) -> ModelConfig:
 
 
 QWEN3, LLAMA = make(), make(qk_norm=False, tied_embeddings=False, rope_base=10_000.0)
+MIXTURE = make(pattern=pattern(num_experts=3, experts_per_token=2, expert_dim=32))
 
 
 def draw(model: ModelConfig) -> Tree:
@@ -97,10 +99,13 @@ def expected(params: Tree, model: ModelConfig) -> dict[str, np.ndarray]:
             "attn_k": key.reshape(-1, d),
             "attn_v": layer["value"].transpose(1, 2, 0).reshape(-1, d),
             "attn_output": layer["attention_output"].reshape(-1, d).T,
-            "ffn_gate": layer["gate"].T,
-            "ffn_up": layer["up"].T,
-            "ffn_down": layer["down"].T,
         }
+        if "router" in layer:
+            block["ffn_gate_inp"] = layer["router"].T
+            for name in ("gate", "up", "down"):
+                block[f"ffn_{name}_exps"] = layer[f"expert_{name}"].transpose(0, 2, 1)
+        else:
+            block |= {f"ffn_{name}": layer[name].T for name in ("gate", "up", "down")}
         if model.qk_norm:
             block |= {"attn_q_norm": layer["query_norm"], "attn_k_norm": layer["key_norm"]}
         tensors |= {f"blk.{i}.{name}": value for name, value in block.items()}
@@ -112,7 +117,7 @@ def rounded(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 @pytest.mark.parametrize("type_", CODES)
-@pytest.mark.parametrize("model", [QWEN3, LLAMA], ids=["qwen3", "llama"])
+@pytest.mark.parametrize("model", [QWEN3, LLAMA, MIXTURE], ids=["qwen3", "llama", "qwen3-moe"])
 def test_tensors_are_the_parameters(
     model: ModelConfig, type_: Any, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -121,7 +126,8 @@ def test_tensors_are_the_parameters(
     found, wanted = values(reader), expected(params, model)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        kind = GGMLQuantizationType.F32 if value.ndim == 1 else code
+        is_precise = value.ndim == 1 or name.endswith("ffn_gate_inp.weight")
+        kind = GGMLQuantizationType.F32 if is_precise else code
         np.testing.assert_array_equal(found[name], rounded(value, kind), err_msg=name)
         assert {t.name: t.tensor_type for t in reader.tensors}[name] == kind
     assert reader.get_field("general.file_type").contents() == file_type
@@ -390,3 +396,16 @@ def test_the_command(finished: Path, tmp_path: Path) -> None:
     )
     assert "use --format hf or --format gguf" in braeburn(*wrong, "--format", "onnx").error
     assert not (tmp_path / "x").exists()
+
+
+def test_experts_are_told_of(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    _, reader = write(tmp_path / "a.gguf", MIXTURE, tokenizer)
+    assert reader.get_field("general.architecture").contents() == "qwen3moe"
+    found = {
+        key: reader.get_field(f"qwen3moe.{key}").contents()
+        for key in ("expert_count", "expert_used_count", "expert_feed_forward_length")
+    }
+    assert list(found.values()) == [3, 2, 32]
+    others = pattern(num_experts=3, experts_per_token=2, expert_dim=32, normalize=False)
+    with pytest.raises(UserError, match=r"normalize=false is nothing that llama.cpp runs .* train"):
+        write(tmp_path / "b.gguf", make(pattern=others), tokenizer)

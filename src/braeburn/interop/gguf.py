@@ -65,10 +65,10 @@ def write(
 ) -> list[str]:
     """Writes a file that llama.cpp loads.
 
-    Norms are float32. Matrices and embeddings have the type asked for, but those whose rows are no
-    multiple of 32 are float16, as llama.cpp's types of fewer bits have groups of 32. The file is
-    written beside its destination and renamed when complete. One tensor at a time is copied from
-    the parameters.
+    Norms and routers are float32. Matrices and embeddings have the type asked for, but those whose
+    rows are no multiple of 32 are float16, as llama.cpp's types of fewer bits have groups of 32.
+    The file is written beside its destination and renamed when complete. One tensor at a time is
+    copied from the parameters.
 
     Args:
         path: the file to write; it must not exist.
@@ -207,7 +207,7 @@ def _write_tensors(
 
 
 def _type_of(tensor: Tensor, type_: Type) -> Literal["f32"] | Type:
-    if len(tensor.shape) == 1:
+    if len(tensor.shape) == 1 or tensor.precise:
         return "f32"
     return "f16" if tensor.shape[-1] % _BLOCK else type_
 

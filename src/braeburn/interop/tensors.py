@@ -22,7 +22,7 @@ from braeburn.models.families.definition import Names
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of the other software: one of our parameters, one layer of a stacked one, or one
-    expert of a layer.
+    expert of a layer. Where a tensor holds the matrices of all experts, these come first.
 
     The weight of a `torch.nn.Linear` is [outputs, inputs]; our matrices hold the inputs (`fan_in`)
     first.
@@ -36,6 +36,7 @@ class Tensor:
     transposed: bool
     offset: float = 0.0  # what a value is larger by on our side
     expert: int | None = None
+    precise: bool = False  # whether it is computed with in float32
 
     def of(self, parameter: Any) -> Any:
         """The part of our parameter that this tensor holds."""
@@ -47,7 +48,8 @@ class Tensor:
         """Our values in the other layout, contiguous float32."""
         block = np.asarray(self.of(parameters[self.path]))
         if self.transposed:
-            block = block.reshape(self.shape[::-1]).T
+            *experts, outputs, inputs = self.shape
+            block = block.reshape(*experts, inputs, outputs).swapaxes(-1, -2)
         if self.offset:
             block = np.asarray(block, np.float32) - np.float32(self.offset)
         return np.ascontiguousarray(block.reshape(self.shape), np.float32)
@@ -56,7 +58,7 @@ class Tensor:
         """Values of the other layout in ours."""
         if self.offset:
             tensor = tensor.astype(np.float32) + np.float32(self.offset)
-        return (tensor.T if self.transposed else tensor).reshape(self.block)
+        return (tensor.swapaxes(-1, -2) if self.transposed else tensor).reshape(self.block)
 
 
 def tensors_of(model: ModelConfig, names: Names, norm_offset: float = 0.0) -> list[Tensor]:
@@ -81,10 +83,15 @@ def tensors_of(model: ModelConfig, names: Names, norm_offset: float = 0.0) -> li
         if spec.role == "norm":
             shape = (math.prod(block),)
         offset = norm_offset if spec.role == "norm" else 0.0
-        one = Tensor(name, path, None, block, shape, is_matrix, offset)
+        # Experts are together in a tensor whose name has no place for their numbers.
+        together = spec.num_experts is not None and name.count("{}") == 1
+        if together:
+            block, shape = (spec.num_experts, *block), (spec.num_experts, *shape)
+        one = Tensor(name, path, None, block, shape, is_matrix, offset, precise=spec.is_precise)
         if layers is None:
             found.append((-1, one))
-        experts = (None,) if spec.num_experts is None else range(spec.num_experts)
+        each = spec.num_experts is not None and not together
+        experts = range(spec.num_experts or 0) if each else (None,)
         for index, number in enumerate(layers or ()):
             found += (
                 (number, replace(one, name=name.format(number, expert), layer=index, expert=expert))

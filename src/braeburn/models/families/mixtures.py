@@ -65,19 +65,20 @@ def fields_of_experts(model: ModelConfig, sizes: Sizes) -> dict[str, int]:
     return {field: getattr(found, ours) for ours, (field, _) in sizes.items()}
 
 
-def names(router: str, gate: str, up: str, down: str) -> Names:
+def names(router: str, gate: str, up: str, down: str, others: Names = NAMES) -> Names:
     """The names of the tensors of a Llama with experts in place of its feed-forward sublayers.
 
     Args:
         router: with `{}` for the number of the layer.
-        gate: with a second `{}` for the number of the expert, as the others.
+        gate: with a second `{}` for the number of the expert, as the next two; without where a
+            tensor holds those of all experts.
         up: of the matrix that is multiplied by the activated gate.
         down: of the one back to the width of the model.
+        others: the names of a Llama's tensors.
     """
-    others = {path: name for path, name in NAMES.items() if path not in _DENSE}
     matrices = zip(("expert_gate", "expert_up", "expert_down"), (gate, up, down), strict=True)
     return {
-        **others,
+        **{path: name for path, name in others.items() if path not in _DENSE},
         "layers/router": router,
         **{f"layers/{path}": name for path, name in matrices},
     }

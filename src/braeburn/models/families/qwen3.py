@@ -41,7 +41,10 @@ def _sliding(contents: Contents, defaults: Defaults) -> str | None:
     return "use_sliding_window=True" if is_used else None
 
 
-def _gguf_refusal(model: ModelConfig) -> str | None:
+def gguf_refusal(model: ModelConfig) -> str | None:
+    """Why llama.cpp would not run a model that normalises its queries and keys; None where it
+    would.
+    """
     if model.rope_scaling is None or model.rope_scaling.kind != "llama3":
         return None
     return (
@@ -65,5 +68,5 @@ FAMILY = Family(
     names=NAMES,
     parse=_parse,
     fields=fields,
-    gguf=Gguf("qwen3", GGUF_NAMES, refusal=_gguf_refusal),
+    gguf=Gguf("qwen3", GGUF_NAMES, refusal=gguf_refusal),
 )

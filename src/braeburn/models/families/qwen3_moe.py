@@ -3,7 +3,7 @@
 from typing import Any
 
 from braeburn.config import ModelConfig
-from braeburn.models.families.definition import Family
+from braeburn.models.families.definition import Family, Gguf
 from braeburn.models.families.fields import (
     Contents,
     Defaults,
@@ -15,7 +15,7 @@ from braeburn.models.families.fields import (
     sliding_layer_types,
     window_of,
 )
-from braeburn.models.families.llama import ONLY
+from braeburn.models.families.llama import GGUF_NAMES, ONLY
 from braeburn.models.families.mixtures import (
     Sizes,
     experts_of,
@@ -24,6 +24,7 @@ from braeburn.models.families.mixtures import (
     parse_experts,
     pattern,
 )
+from braeburn.models.families.qwen3 import gguf_refusal as refusal
 
 # Fields that change the computation, with the only values under which it is ours.
 _ONLY: dict[str, tuple[Any, ...]] = {**ONLY, "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
@@ -63,6 +64,26 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _gguf_keys(model: ModelConfig) -> dict[str, Any]:
+    found = experts_of(model)
+    assert found is not None
+    return {
+        "expert_count": found.num_experts,
+        "expert_used_count": found.experts_per_token,
+        "expert_feed_forward_length": found.expert_dim,
+    }
+
+
+def _gguf_refusal(model: ModelConfig) -> str | None:
+    found = experts_of(model)
+    if found is not None and not found.normalize:
+        return (
+            "normalize=false is nothing that llama.cpp runs in a model of type qwen3_moe; train "
+            "with normalize=true, or export with --format hf"
+        )
+    return refusal(model)
+
+
 FAMILY = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
@@ -80,4 +101,16 @@ FAMILY = Family(
     ),
     parse=_parse,
     fields=_fields,
+    gguf=Gguf(
+        "qwen3moe",
+        names(
+            router="blk.{}.ffn_gate_inp.weight",
+            gate="blk.{}.ffn_gate_exps.weight",
+            up="blk.{}.ffn_up_exps.weight",
+            down="blk.{}.ffn_down_exps.weight",
+            others=GGUF_NAMES,
+        ),
+        keys=_gguf_keys,
+        refusal=_gguf_refusal,
+    ),
 )
