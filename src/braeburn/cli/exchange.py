@@ -18,7 +18,7 @@ def import_(
         Location,
         typer.Argument(
             metavar="HF_DIR",
-            help="A Hugging Face directory, or its URL: Llama, Qwen3, Gemma 3 or OLMo 2.",
+            help="A Hugging Face directory, or its URL: Llama, Qwen3, Mixtral, Gemma 3 or OLMo 2.",
         ),
     ],
     out: NewRun,

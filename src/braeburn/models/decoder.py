@@ -285,9 +285,7 @@ def decoder(
             x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
     new_states = {}
     shared: Any = None
-    report = None
-    if token_weights is not None:
-        report = _empty_report(model)
+    report = None if token_weights is None else _empty_report(model)
     for segment in model.segments:
         segment_specs = _in_pattern(segment, specs[segment.name])
         # Equal layers are one function, so that they are traced once.

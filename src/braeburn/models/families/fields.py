@@ -109,6 +109,20 @@ def refuse_others(stated: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]
             )
 
 
+def checked_size(field: str, value: Any) -> int:
+    """A value of a field, once it is known to be a size.
+
+    Raises:
+        UserError: it is none.
+    """
+    if type(value) is not int or value < 1:
+        raise UserError(
+            f"{field}={shown(value)} is not a size; give it the positive integer that the weights "
+            f"have"
+        )
+    return value
+
+
 def parse_sizes(contents: Contents, defaults: Defaults) -> dict[str, int]:
     """The sizes of a `ModelConfig`, each checked to be one.
 
@@ -125,11 +139,7 @@ def parse_sizes(contents: Contents, defaults: Defaults) -> dict[str, int]:
         if value is None and ours == "head_dim":
             left_out = defaults.head_dim if field not in stated else None
             value = left_out or sizes["d_model"] // sizes["num_heads"]
-        if type(value) is not int or value < 1:
-            raise UserError(
-                f"{field}={shown(value)} is not a size; give it the positive integer that the "
-                f"weights have"
-            )
+        value = checked_size(field, value)
         if value > LARGEST_SIZES[ours]:
             raise UserError(
                 f"{field}={shown(value)} is more than {LARGEST_SIZES[ours]}, the largest that is "

@@ -5,10 +5,9 @@ from typing import Any
 
 from braeburn.config import LayerConfig, ModelConfig
 from braeburn.config.sublayers.experts import Experts
-from braeburn.errors import UserError
 from braeburn.models.families.definition import Names
+from braeburn.models.families.fields import checked_size
 from braeburn.models.families.llama import NAMES
-from braeburn.reading import shown
 
 # The fields of `Experts` that say what is computed, and those that training alone knows.
 _COMPUTED = {"num_experts", "experts_per_token", "expert_dim", "normalize"}
@@ -24,7 +23,9 @@ def pattern(**fields: Any) -> tuple[LayerConfig, ...]:
 
 
 def experts_of(model: ModelConfig) -> Experts | None:
-    """The experts of a model whose layers are all alike and usual but for these; None of others."""
+    """The experts of a model whose layers are all the same, and usual but for these; None of
+    others.
+    """
     (layer, *others) = dict.fromkeys(model.layer_configs)
     found = layer.feed_forward
     if others or not isinstance(found, Experts):
@@ -49,13 +50,7 @@ def parse_experts(stated: Mapping[str, Any], sizes: Sizes) -> dict[str, int]:
         if value is None and ours == "num_experts":
             # transformers reads either name.
             value = stated.get("num_experts", stated.get("num_local_experts"))
-        value = usual if value is None else value
-        if type(value) is not int or value < 1:
-            raise UserError(
-                f"{field}={shown(value)} is not a size; give it the positive integer that the "
-                f"weights have"
-            )
-        found[ours] = value
+        found[ours] = checked_size(field, usual if value is None else value)
     return found
 
 
