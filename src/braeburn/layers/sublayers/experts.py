@@ -180,10 +180,11 @@ def _reported(signals: Signals, routing: Routing, context: Context) -> Report:
     weights_S = context.token_weights.reshape(-1)
     repeated = jnp.repeat(weights_S, config.experts_per_token)
     counts = jax.ops.segment_sum(repeated, routing.experts.reshape(-1), config.num_experts)
-    own = counts / config.experts_per_token / execution.mesh.tensor
+    own, total = counts / config.experts_per_token / execution.mesh.tensor, jnp.sum(weights_S)
+    counts, total = jnp.stack([counts, jnp.full_like(counts, total)])
     if axes := token_axes(execution):
-        counts = lax.psum(counts, axes)
-    load = lax.stop_gradient(counts / jnp.maximum(jnp.sum(counts), 1e-30))
+        counts, total = lax.psum(jnp.stack([counts, total]), axes)
+    load = lax.stop_gradient(counts / jnp.maximum(config.experts_per_token * total, 1e-30))
     probabilities = routing.scores
     if config.scores == "sigmoid":
         probabilities = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
