@@ -29,7 +29,15 @@ from braeburn.config.directory import read_identity, read_run
 from braeburn.config.distillation import Distillation
 from braeburn.config.execution import KEEP_ALL, Execution
 from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
-from braeburn.config.mesh import ONE_DEVICE, AxisSize, MeshAxis, MeshConfig
+from braeburn.config.mesh import (
+    AXES,
+    BY_TRAFFIC,
+    ONE_DEVICE,
+    SHARDED,
+    AxisSize,
+    MeshAxis,
+    MeshConfig,
+)
 from braeburn.config.model import LARGEST_SIZES, LayerConfig, ModelConfig, RopeScaling, Segment
 from braeburn.config.objectives import NextToken, Objective, ObjectiveConfig
 from braeburn.config.optimizers import AdamW, AfmOptimizer, Optimizer, OptimizerConfig
@@ -56,6 +64,8 @@ from braeburn.config.transforms import (
 from braeburn.config.weights import WeightType, file_type, weight_type
 
 __all__ = [
+    "AXES",
+    "BY_TRAFFIC",
     "KEEP_ALL",
     "LARGEST_SIZES",
     "MOST",
@@ -63,6 +73,7 @@ __all__ = [
     "NO_OFFLOAD",
     "ONE_DEVICE",
     "PRUNABLE",
+    "SHARDED",
     "AdamW",
     "AfmOptimizer",
     "Attention",

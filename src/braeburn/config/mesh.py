@@ -1,13 +1,27 @@
 """The mesh: how many devices lie along each axis."""
 
+from collections.abc import Collection
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from braeburn.config.base import Frozen, OneOrMore, Size
 
-MeshAxis = Literal["replica", "data", "fsdp", "context", "tensor"]
+MeshAxis = Literal["replica", "data", "fsdp", "expert", "pipeline", "context", "tensor"]
 AXES: tuple[str, ...] = get_args(MeshAxis)
+# The axes that rules call `fsdp`: together they split the storage of weights and, outside the
+# layers and steps that `expert` and `pipeline` are for, the batch.
+SHARDED: tuple[MeshAxis, ...] = ("fsdp", "expert", "pipeline")
+# The axes by what they send between devices; those come first that can live with slow links.
+BY_TRAFFIC: tuple[MeshAxis, ...] = (
+    "replica",
+    "pipeline",
+    "data",
+    "fsdp",
+    "expert",
+    "context",
+    "tensor",
+)
 # -1 stands for as many as the devices allow.
 AxisSize = Annotated[int, Field(ge=-1, le=2**24)]
 
@@ -30,6 +44,8 @@ class MeshConfig(Frozen):
     replica: AxisSize = 1
     data: AxisSize = 1
     fsdp: AxisSize = -1
+    expert: AxisSize = 1
+    pipeline: AxisSize = 1
     context: AxisSize = 1
     tensor: AxisSize = 1
     context_attention: Literal["all_gather", "ring"] = "all_gather"
@@ -39,6 +55,29 @@ class MeshConfig(Frozen):
     def sizes(self) -> dict[str, int]:
         """The size of each axis by its name, in the order of the mesh."""
         return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def by_traffic(self) -> dict[str, int]:
+        """The size of each axis by its name, the axis first that can live with the slowest link."""
+        return {axis: getattr(self, axis) for axis in BY_TRAFFIC}
+
+    @property
+    def sharded(self) -> tuple[str, ...]:
+        """The axes of more than one device that weights are fully sharded along."""
+        return tuple(axis for axis in SHARDED if self.sizes[axis] > 1)
+
+    def split_along(self, axes: tuple[str, ...], taken: Collection[str] = ()) -> tuple[str, ...]:
+        """The axes of more than one device that some axes of a rule stand for.
+
+        Args:
+            axes: as a rule names them: `fsdp` stands for all of `SHARDED`.
+            taken: those among `expert` and `pipeline` that split another dimension.
+        """
+        found: list[str] = []
+        for axis in axes:
+            meant = [name for name in SHARDED if name not in taken] if axis == "fsdp" else [axis]
+            found += [name for name in meant if self.sizes[name] > 1]
+        return tuple(found)
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":

@@ -209,8 +209,7 @@ def _append(logits: Float[Array, "B v"], rows: Rows, draws: Draws, writing: Writ
 
 def _row_axes(execution: Execution) -> tuple[str, ...]:
     """The axes of more than one device that deal out the rows of a batch."""
-    sizes = execution.mesh.sizes
-    return tuple(axis for axis in execution.rules.batch.activations if sizes[axis] > 1)
+    return execution.mesh.split_along(execution.rules.batch.activations)
 
 
 def _told(rows: Rows, execution: Execution) -> Told:

@@ -52,23 +52,23 @@ class Links:
         Raises:
             UserError: the mesh does not fit the target's slices.
         """
-        self._target, self._names, chip = target, list(mesh.sizes), target.facts
+        self._target, self._names, chip = target, list(mesh.by_traffic), target.facts
         self._known: dict[tuple[str, ...], tuple[str, str]] = {}
         if chip.family == "tpu":
             outer = across_slices(mesh, target.slices)
-            within = {axis: n // k for (axis, n), k in zip(mesh.sizes.items(), outer, strict=True)}
+            within = {axis: size // outer[axis] for axis, size in mesh.by_traffic.items()}
             sides = extent(target)
             self.torus: Factors | None = (
                 torus or mesh.torus or placements(tuple(within.items()), sides)[0]
             )
             self._segments = {
                 axis: (*self._network(k), *self._along_torus(axis, within[axis], sides))
-                for axis, k in zip(mesh.sizes, outer, strict=True)
+                for axis, k in outer.items()
             }
         else:
             self.torus, self._segments, stride = None, {}, 1
             domain = int(chip.domain.value) * chip.devices_per_chip if chip.domain else 1
-            for axis, size in reversed(mesh.sizes.items()):
+            for axis, size in reversed(mesh.by_traffic.items()):
                 near = math.gcd(size, max(1, domain // stride))
                 self._segments[axis] = (*self._network(size // near), *self._within_node(near))
                 stride *= size

@@ -13,18 +13,18 @@ from braeburn.hardware.targets import Target
 Factors = dict[Any, tuple[int, ...]]
 
 
-def across_slices(mesh: MeshConfig, num_slices: int) -> tuple[int, ...]:
-    """How many slices each axis crosses, the outermost axis first."""
-    across, left = [], num_slices
-    for size in mesh.sizes.values():
-        across.append(math.gcd(size, left))
-        left //= across[-1]
+def across_slices(mesh: MeshConfig, num_slices: int) -> dict[str, int]:
+    """How many slices each axis crosses."""
+    across, left = {}, num_slices
+    for axis, size in mesh.by_traffic.items():
+        across[axis] = math.gcd(size, left)
+        left //= across[axis]
     if left > 1:
         raise UserError(
             f"mesh.replica={mesh.replica} does not fit the {num_slices} slices of the devices; "
             f"set mesh.replica to {num_slices} or a multiple of it"
         )
-    return tuple(across)
+    return across
 
 
 @cache

@@ -316,7 +316,7 @@ def _reduce(
 ) -> Statistics:
     """The statistics of all tokens over the whole vocabulary, a tree of arrays [B, T, ...]."""
     shape = inputs.projection.hidden.shape[:2]
-    if mesh.fsdp > 1:
+    if mesh.sharded:
 
         def one_block(
             statistics: Statistics, block: LogitBlock, head_RD: Array
@@ -428,7 +428,7 @@ def _forward(
     """The results of `vocabulary_loss`, whose arguments these are, and the gradient for
     `projection`, which the backward pass only scales.
     """
-    differentiate = _by_blocks if execution.mesh.fsdp > 1 else _by_chunks
+    differentiate = _by_blocks if execution.mesh.sharded else _by_chunks
     sums, gradient = differentiate(objective, _Inputs(projection, teacher, tokens), execution)
     return _local(objective, sums, execution.mesh), gradient
 

@@ -3,7 +3,8 @@
 Such a program is differentiated as the sum of all devices' results: each of these functions has its
 exact transpose there (a gather's is a sum that scatters, and the other way round). Sums that leave
 a copy everywhere have none that is unambiguous, so they appear only where no gradient flows. Along
-an axis of one device they do nothing.
+an axis of one device they do nothing. `FSDP` stands for all axes that weights are fully sharded
+along (`MeshConfig.sharded`), taken together.
 """
 
 from jax import lax
@@ -14,9 +15,17 @@ from braeburn.config import MeshConfig
 FSDP, CONTEXT, TENSOR = "fsdp", "context", "tensor"
 
 
+def names(axis: str, mesh: MeshConfig) -> str | tuple[str, ...]:
+    """What JAX's collectives are to run along, empty where that is one device."""
+    if axis == FSDP:
+        return mesh.sharded[0] if len(mesh.sharded) == 1 else mesh.sharded
+    return axis if mesh.sizes[axis] > 1 else ()
+
+
 def axis_index(axis: str, mesh: MeshConfig) -> Array | int:
     """This device's place along `axis`, a Python 0 where the axis has one device."""
-    return lax.axis_index(axis) if mesh.sizes[axis] > 1 else 0
+    along = names(axis, mesh)
+    return lax.axis_index(along) if along else 0
 
 
 def all_gather(x: Array, axis: str, dim: int, mesh: MeshConfig) -> Array:
@@ -31,7 +40,8 @@ def all_gather(x: Array, axis: str, dim: int, mesh: MeshConfig) -> Array:
     Returns:
         The whole array, `mesh.sizes[axis]` times as long in `dim`.
     """
-    return lax.all_gather(x, axis, axis=dim, tiled=True) if mesh.sizes[axis] > 1 else x
+    along = names(axis, mesh)
+    return lax.all_gather(x, along, axis=dim, tiled=True) if along else x
 
 
 def reduce_scatter(x: Array, axis: str, dim: int, mesh: MeshConfig) -> Array:
@@ -46,9 +56,8 @@ def reduce_scatter(x: Array, axis: str, dim: int, mesh: MeshConfig) -> Array:
     Returns:
         This device's shard of the sum, in the type of `x`.
     """
-    return (
-        lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if mesh.sizes[axis] > 1 else x
-    )
+    along = names(axis, mesh)
+    return lax.psum_scatter(x, along, scatter_dimension=dim, tiled=True) if along else x
 
 
 def all_to_all(x: Array, axis: str, split: int, join: int, mesh: MeshConfig) -> Array:
@@ -64,17 +73,20 @@ def all_to_all(x: Array, axis: str, split: int, join: int, mesh: MeshConfig) -> 
     Returns:
         This device's shard of the same array, split along `split` in place of `join`.
     """
-    return lax.all_to_all(x, axis, split, join, tiled=True) if mesh.sizes[axis] > 1 else x
+    along = names(axis, mesh)
+    return lax.all_to_all(x, along, split, join, tiled=True) if along else x
 
 
 def all_sum(x: Array, axis: str, mesh: MeshConfig) -> Array:
     """The sum over the devices of `axis`, on each of them. Not to be differentiated."""
-    return lax.psum(x, axis) if mesh.sizes[axis] > 1 else x
+    along = names(axis, mesh)
+    return lax.psum(x, along) if along else x
 
 
 def all_max(x: Array, axis: str, mesh: MeshConfig) -> Array:
     """The maximum over the devices of `axis`, on each of them. Not to be differentiated."""
-    return lax.pmax(x, axis) if mesh.sizes[axis] > 1 else x
+    along = names(axis, mesh)
+    return lax.pmax(x, along) if along else x
 
 
 def gather_tokens(x_BTD: Array, mesh: MeshConfig, split: bool = True) -> Array:

@@ -40,10 +40,10 @@ def resolve(mesh: MeshConfig, num_devices: int) -> MeshConfig:
 
 
 def arrange(mesh: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """Devices in an array of the mesh's shape, neighbours along the last axes joined by the best
-    links.
+    """Devices in an array of the mesh's shape. The axes that send most get the best links, in the
+    order of `MeshConfig.by_traffic`.
 
-    Where devices belong to several slices, the outermost axes take the slices: with as many
+    Where devices belong to several slices, the axes that send least take the slices: with as many
     replicas as slices, each replica is exactly one slice. Within a slice of TPUs axes are laid over
     the torus as `mesh.torus` says, or the first of `placements`.
 
@@ -55,7 +55,7 @@ def arrange(mesh: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     Raises:
         UserError: slices of unequal size, or a torus that is not the devices'.
     """
-    shape = tuple(mesh.sizes.values())
+    order = mesh.by_traffic
     slices: dict[int, list[Any]] = {}
     for device in sorted(devices, key=lambda device: device.id):
         slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
@@ -66,13 +66,14 @@ def arrange(mesh: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
             f"slice"
         )
     across = across_slices(mesh, len(slices))
-    within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+    within = {axis: size // across[axis] for axis, size in order.items()}
     parts = [_arrange_slice(mesh, within, members) for _, members in sorted(slices.items())]
     # [slices along each axis..., places along each axis...] interleaved: the slice is the slower
     # part of each axis.
-    whole = np.array(parts, dtype=object).reshape(*across, *within)
-    order = [axis + part for axis in range(len(shape)) for part in (0, len(shape))]
-    return whole.transpose(order).reshape(shape)
+    whole = np.array(parts, dtype=object).reshape(*across.values(), *within.values())
+    interleaved = [axis + part for axis in range(len(order)) for part in (0, len(order))]
+    whole = whole.transpose(interleaved).reshape(tuple(order.values()))
+    return whole.transpose([list(order).index(axis) for axis in mesh.sizes])
 
 
 def build(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -128,7 +129,9 @@ def abstract_mesh(mesh: MeshConfig, device: AbstractDevice | None = None) -> Abs
     )
 
 
-def _arrange_slice(mesh: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+def _arrange_slice(mesh: MeshConfig, within: dict[str, int], devices: list[Any]) -> np.ndarray:
+    """The devices of a slice, in an array of its sizes of the axes."""
+    shape = tuple(within.values())
     places = np.array([getattr(device, "coords", ()) for device in devices])
     sides = tuple(int(n) for n in np.ptp(places, axis=0) + 1) if places.size else ()
     if mesh.torus:
@@ -144,7 +147,7 @@ def _arrange_slice(mesh: MeshConfig, shape: tuple[int, ...], devices: list[Any])
     if getattr(devices[0], "platform", "") != "tpu" or len(devices) == 1:
         return np.array(devices, dtype=object).reshape(shape)
     if len(np.unique(places, axis=0)) == len(devices) == math.prod(sides):
-        torus = placements(tuple(zip(mesh.sizes, shape, strict=True)), sides)[0]
+        torus = placements(tuple(within.items()), sides)[0]
         return _lay_over_torus(_factors(torus, mesh, sides), devices, places, sides)
     # Several devices to a chip, or chips that fill no box.
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -152,7 +155,7 @@ def _arrange_slice(mesh: MeshConfig, shape: tuple[int, ...], devices: list[Any])
 
 def _factors(torus: Factors, mesh: MeshConfig, extent: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The size of each axis of the mesh along each dimension of a torus."""
-    return [torus.get(axis, (1,) * len(extent)) for axis in mesh.sizes]
+    return [torus.get(axis, (1,) * len(extent)) for axis in mesh.by_traffic]
 
 
 def _check_torus(
@@ -165,7 +168,7 @@ def _check_torus(
         raise UserError(
             "mesh.torus is set, but these devices have no place on a torus; remove mesh.torus"
         )
-    for axis, own, size in zip(mesh.sizes, factors, shape, strict=True):
+    for axis, own, size in zip(mesh.by_traffic, factors, shape, strict=True):
         if math.prod(own) != size:
             raise UserError(
                 f"mesh.torus.{axis}={list(own)} has {math.prod(own)} chips, but mesh.{axis} has "

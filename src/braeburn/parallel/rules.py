@@ -11,18 +11,28 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-from braeburn.config import Execution, MeshConfig, ModelConfig, Run, ShardingRules, divisors, some
+from braeburn.config import (
+    SHARDED,
+    Execution,
+    MeshConfig,
+    ModelConfig,
+    Run,
+    ShardingRules,
+    divisors,
+    some,
+)
 from braeburn.errors import UserError
-from braeburn.parallel.collectives import CONTEXT, TENSOR
+from braeburn.parallel.collectives import CONTEXT, FSDP, TENSOR
 
 Kind = Literal["parameters", "optimizer", "activations"]
 BATCH, LENGTH = "batch", "length"
 
 
 def axes_of(rules: ShardingRules, kind: Kind) -> frozenset[str]:
-    """All axes of the mesh that a column of the rules names."""
+    """All axes of the mesh that a column of the rules splits along."""
     placements = [getattr(rules, name) for name in type(rules).model_fields]
-    return frozenset(axis for placement in placements for axis in getattr(placement, kind))
+    named = frozenset(axis for placement in placements for axis in getattr(placement, kind))
+    return named | set(SHARDED) if FSDP in named else named
 
 
 def stored_along(rules: ShardingRules, mesh: MeshConfig) -> tuple[str, ...]:
@@ -55,15 +65,17 @@ def mesh_axes(
     sizes = execution.mesh.sizes
     placements = [execution.rules.of(name, role) for name in axes]
     split: list[tuple[str, ...]] = []
+    # An axis that one dimension names is not meant by the `fsdp` of another.
+    named = {axis for placement in placements for axis in getattr(placement, kind)} - {FSDP}
+    meant = [execution.mesh.split_along(getattr(rule, kind), named) for rule in placements]
     # Dimensions that may stay whole give way to those that may not.
     taken = {
         axis
-        for placement in placements
+        for placement, along in zip(placements, meant, strict=True)
         if not placement.whole_if_uneven
-        for axis in getattr(placement, kind)
+        for axis in along
     }
-    for name, size, placement in zip(axes, shape, placements, strict=True):
-        along = tuple(axis for axis in getattr(placement, kind) if sizes[axis] > 1)
+    for name, size, placement, along in zip(axes, shape, placements, meant, strict=True):
         if placement.whole_if_uneven:
             along = tuple(axis for axis in along if axis not in taken)
         shards = math.prod(sizes[axis] for axis in along)
@@ -132,7 +144,7 @@ def check(
     sizes = execution.mesh.sizes
     stage = run.stages[name]
     sequences = stage.batch_size // stage.accumulation_steps
-    splits = execution.rules.batch.activations
+    splits = execution.mesh.split_along(execution.rules.batch.activations)
     if sequences % batch_shards(execution):
         what = f"stages.{name}: the {sequences} sequences of a batch"
         if stage.accumulation_steps > 1:
@@ -155,14 +167,15 @@ def check(
 def batch_shards(execution: Execution) -> int:
     """How many parts of equal size the sequences of a batch are split into."""
     sizes = execution.mesh.sizes
-    return math.prod(sizes[axis] for axis in execution.rules.batch.activations)
+    return math.prod(
+        sizes[axis] for axis in execution.mesh.split_along(execution.rules.batch.activations)
+    )
 
 
 def token_axes(execution: Execution) -> tuple[str, ...]:
     """The mesh axes of more than one device whose devices have different tokens of a batch."""
-    sizes = execution.mesh.sizes
-    along = (*execution.rules.batch.activations, *execution.rules.length.activations)
-    return tuple(axis for axis in along if sizes[axis] > 1)
+    rules = execution.rules
+    return execution.mesh.split_along((*rules.batch.activations, *rules.length.activations))
 
 
 def sequence_pieces(mesh: MeshConfig) -> int:

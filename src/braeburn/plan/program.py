@@ -103,7 +103,7 @@ class Compiled:
         return MeshConfig.model_validate(self.answer["mesh"])
 
     @cached_property
-    def _across(self) -> tuple[MeshConfig, tuple[int, ...]]:
+    def _across(self) -> tuple[MeshConfig, dict[str, int]]:
         """The mesh, resolved, and how many slices each of its axes crosses."""
         mesh = self.mesh
         return mesh, across_slices(
@@ -114,19 +114,14 @@ class Compiled:
     def transfers(self) -> list[Collective]:
         """What leaves a slice of TPUs."""
         mesh, across = self._across
-        return transfers(
-            self.module, tuple(axis for axis, n in zip(mesh.sizes, across, strict=True) if n > 1)
-        )
+        return transfers(self.module, tuple(axis for axis in mesh.sizes if across[axis] > 1))
 
     @cached_property
     def traffic(self) -> list[Traffic]:
         """Every collective by kind and axes, within slices and across, what moves most first."""
         mesh, across = self._across
-        within = {
-            axis: size // part
-            for (axis, size), part in zip(mesh.sizes.items(), across, strict=True)
-        }
-        slices, each = math.prod(across), self.target.chips_per_slice
+        within = {axis: size // across[axis] for axis, size in mesh.sizes.items()}
+        slices, each = math.prod(across.values()), self.target.chips_per_slice
         inside = Links(
             replace(self.target, slices=self.target.slices // slices),
             mesh.model_copy(update=within),

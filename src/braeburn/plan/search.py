@@ -301,7 +301,7 @@ def _placements(sizes: MeshConfig, target: Target) -> list[Any]:
     across = target.slices // math.gcd(sizes.replica, target.slices)
     if across > 1:
         return [None]  # an axis in part across slices: left to the links
-    within = {**sizes.sizes, "replica": sizes.replica // target.slices or 1}
+    within = {**sizes.by_traffic, "replica": sizes.replica // target.slices or 1}
     return placements(tuple(within.items()), extent(target))[:MOST_PLACEMENTS]
 
 
