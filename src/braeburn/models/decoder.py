@@ -91,7 +91,7 @@ def _by_layer(segment: Segment, trees: list[Any]) -> Any:
     return trees[0] if len(trees) == 1 else {str(i): tree for i, tree in enumerate(trees)}
 
 
-def _in_pattern(segment: Segment, tree: Any) -> list[Any]:
+def in_pattern(segment: Segment, tree: Any) -> list[Any]:
     """The inverse of `_by_layer`."""
     count = len(segment.pattern)
     return [tree] if count == 1 else [tree[str(i)] for i in range(count)]
@@ -242,18 +242,115 @@ def decoder(
         execution: how it is carried out.
     """
     ids, positions = map(jnp.asarray, tokens)
-    memory, states, activation_hook, token_weights = surroundings
-    token_weights = None if token_weights is None else jnp.asarray(token_weights)
-    specs = param_specs(model)
+    states, token_weights = surroundings.states, surroundings.token_weights
     # A layer's matrices are gathered as each is multiplied, and again in its backward pass.
-    params = gathered_norms(params, specs, execution)
+    params = gathered_norms(params, param_specs(model), execution)
+    repeats = repeat_functions(positions, surroundings, model, execution)
+    x_BTD = embedded(params["embedding"], ids, model, execution)
+    new_states = {}
+    carry = Carry(x_BTD, None, None if token_weights is None else empty_report(model))
+    for segment in model.segments:
+        repeat = repeats[segment.name]
+        if isinstance(params[segment.name], tuple):
+            each = zip(params[segment.name], states[segment.name], strict=True)
+            carry, found = _one_by_one(
+                repeat, carry, [tuple(in_pattern(segment, tree) for tree in one) for one in each]
+            )
+            new_states[segment.name] = tuple(_by_layer(segment, state) for state in found)
+            continue
+        weights = in_pattern(segment, params[segment.name])
+        state = (
+            [None] * len(weights) if states is None else in_pattern(segment, states[segment.name])
+        )
+        stacked = (weights, state)
+        if reuses(model) and carry.shared is None and model.scan_layers:
+            first = jax.tree.map(lambda leaf: leaf[0], stacked)
+            carry = carry._replace(shared=nothing_shared(repeat, carry, first))
+        carry, state = _repeated(repeat, carry, stacked, segment.repeats, model.scan_layers)
+        new_states[segment.name] = _by_layer(segment, state)
+    hidden_BTD = final_normed(carry.x_BTD, params["final_norm"], model)
+    return Decoded(hidden_BTD, new_states, averaged(carry.report, model))
+
+
+def embedded(
+    embedding: Float[Array, "v d"], ids: Int[Array, "B T"], model: ModelConfig, execution: Execution
+) -> Float[Array, "B t D"]:
+    """What the first layer reads: see `embed`."""
+    with jax.named_scope("embedding"):
+        x_BTD = embed(embedding, ids, execution)
+        if model.scaled_embedding:
+            # Rounded to the type first, as the models that do this were trained.
+            x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
+    return x_BTD
+
+
+def final_normed(
+    x_BTD: Float[Array, "B t D"], scales: Float[Array, " D"], model: ModelConfig
+) -> Float[Array, "B t D"]:
+    """What the head reads, from what the last layer leaves and the whole scales of the norm."""
+    with jax.named_scope("final_norm"):
+        return rms_norm(x_BTD, scales, model.norm_epsilon)
+
+
+def reuses(model: ModelConfig) -> bool:
+    """Whether layers reuse the keys and values of earlier ones."""
+    return any(sublayer_of(layer.attention).reuses for layer in model.layer_configs)
+
+
+class Carry(NamedTuple):
+    """What one repeat of a pattern hands on to the next.
+
+    Attributes:
+        x_BTD: the residual stream.
+        shared: keys and values that later layers may reuse.
+        report: of the layers so far.
+    """
+
+    x_BTD: Array
+    shared: Any
+    report: Report | None
+
+
+# (carry, (weights, states) of the layers of one repeat) -> (carry, new states).
+Repeat = Callable[[Carry, tuple[Any, Any]], tuple[Carry, list[Any]]]
+
+
+def nothing_shared(repeat: Repeat, carry: Carry, first: Any) -> Any:
+    """Zeros of the shape of the keys and values that layers hand on.
+
+    A loop needs a carry of one shape throughout, so that its first layer is given such, too.
+
+    Args:
+        repeat: of a segment whose layers make keys and values.
+        carry: to its first layer, without any.
+        first: weights and states of one repeat.
+    """
+    found = jax.eval_shape(repeat, carry, first)[0].shared
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+
+
+def repeat_functions(
+    positions: Int[Array, "B T"],
+    surroundings: Surroundings,
+    model: ModelConfig,
+    execution: Execution,
+) -> dict[str, Repeat]:
+    """What runs one repeat of the pattern of each segment, by its name.
+
+    Args:
+        positions: of this device's tokens.
+        surroundings: what all layers share beside these.
+        model: what is computed.
+        execution: how it is carried out.
+    """
+    memory, _, activation_hook, token_weights = surroundings
+    token_weights = None if token_weights is None else jnp.asarray(token_weights)
     prepared = {
         config: sublayer_of(config).prepare(config, model, positions)
         for layer in dict.fromkeys(model.layer_configs)
         for config in (layer.attention, layer.feed_forward)
     }
-
-    reuses = any(sublayer_of(layer.attention).reuses for layer in model.layer_configs)
+    keeps_shared, specs = reuses(model), param_specs(model)
 
     def run_layer(config: LayerConfig, specs: Tree) -> Callable:
         def body(x_BTD: Array, signals: Signals, weights: Tree) -> tuple[Array, Signals]:
@@ -274,20 +371,13 @@ def decoder(
             x_BTD, signals = layer(x_BTD, signals, config, contexts)
             # Keys and values that no later layer reuses are not returned: what is returned would be
             # stored for the backward pass.
-            return x_BTD, signals if reuses else signals._replace(keys_and_values=None)
+            return x_BTD, signals if keeps_shared else signals._replace(keys_and_values=None)
 
         return rematerialized(body, execution)
 
-    with jax.named_scope("embedding"):
-        x_BTD = embed(params["embedding"], ids, execution)
-        if model.scaled_embedding:
-            # Rounded to the type first, as the models that do this were trained.
-            x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
-    new_states = {}
-    shared: Any = None
-    report = None if token_weights is None else _empty_report(model)
+    found: dict[str, Repeat] = {}
     for segment in model.segments:
-        segment_specs = _in_pattern(segment, specs[segment.name])
+        segment_specs = in_pattern(segment, specs[segment.name])
         # Equal layers are one function, so that they are traced once.
         body_of = {
             config: run_layer(config, own)
@@ -306,47 +396,8 @@ def decoder(
                 states.append(signals.state)
             return Carry(x_BTD, shared, report), states
 
-        if isinstance(params[segment.name], tuple):
-            each = zip(params[segment.name], states[segment.name], strict=True)
-            (x_BTD, shared, report), found = _one_by_one(
-                repeat,
-                Carry(x_BTD, shared, report),
-                [tuple(_in_pattern(segment, tree) for tree in one) for one in each],
-            )
-            new_states[segment.name] = tuple(_by_layer(segment, state) for state in found)
-            continue
-        weights = _in_pattern(segment, params[segment.name])
-        state = (
-            [None] * len(bodies) if states is None else _in_pattern(segment, states[segment.name])
-        )
-        stacked = (weights, state)
-        if reuses and shared is None and model.scan_layers:
-            # A scan needs a carry of one shape throughout, so the first layer is given zeros of the
-            # shape of its own keys and values.
-            first = jax.tree.map(lambda leaf: leaf[0], stacked)
-            found = jax.eval_shape(repeat, Carry(x_BTD, None, report), first)[0].shared
-            shared = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
-        (x_BTD, shared, report), state = _repeated(
-            repeat, Carry(x_BTD, shared, report), stacked, segment.repeats, model.scan_layers
-        )
-        new_states[segment.name] = _by_layer(segment, state)
-    with jax.named_scope("final_norm"):
-        hidden_BTD = rms_norm(x_BTD, params["final_norm"], model.norm_epsilon)
-    return Decoded(hidden_BTD, new_states, _averaged(report, model))
-
-
-class Carry(NamedTuple):
-    """What one repeat of a pattern hands on to the next.
-
-    Attributes:
-        x_BTD: the residual stream.
-        shared: keys and values that later layers may reuse.
-        report: of the layers so far.
-    """
-
-    x_BTD: Array
-    shared: Any
-    report: Report | None
+        found[segment.name] = repeat
+    return found
 
 
 def _metrics_of(layer: LayerConfig) -> list[str]:
@@ -358,14 +409,14 @@ def _metrics_of(layer: LayerConfig) -> list[str]:
     ]
 
 
-def _empty_report(model: ModelConfig) -> Report | None:
+def empty_report(model: ModelConfig) -> Report | None:
     """The report of no layer; None for a model whose layers add nothing."""
     names = [name for layer in dict.fromkeys(model.layer_configs) for name in _metrics_of(layer)]
     zero = jnp.zeros((), jnp.float32)
     return Report(zero, dict.fromkeys(names, zero)) if names else None
 
 
-def _averaged(report: Report | None, model: ModelConfig) -> Report | None:
+def averaged(report: Report | None, model: ModelConfig) -> Report | None:
     """The report with means of metrics over the layers that have them, in place of sums."""
     if report is None:
         return None
@@ -375,7 +426,7 @@ def _averaged(report: Report | None, model: ModelConfig) -> Report | None:
 
 
 def _repeated(
-    repeat: Callable, carry: Carry, stacked: Any, repeats: int, scan: bool
+    repeat: Repeat, carry: Carry, stacked: Any, repeats: int, scan: bool
 ) -> tuple[Carry, Any]:
     """`repeat` over the leading axis of `stacked`, as one loop or written out."""
     if scan:
@@ -384,7 +435,7 @@ def _repeated(
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _one_by_one(repeat: Callable, carry: Carry, each: list[Any]) -> tuple[Carry, list[Any]]:
+def _one_by_one(repeat: Repeat, carry: Carry, each: list[Any]) -> tuple[Carry, list[Any]]:
     """`repeat` over trees of single layers."""
     states = []
     for one in each:
