@@ -81,7 +81,7 @@ def with_optimizer(run: Run, kind: str, **changes: Any) -> Run:
 def losses(run: Run, prepared: Prepared) -> tuple[list[float], Any]:
     """The loss of each step of the first stage, and the state after the last."""
     resolved = resolve_stage(run, "core")
-    layout, stage = resolved.layout, resolved.stage
+    layout, stage = resolved.layout.of_step, resolved.stage
     rows = layout.rows(stage.batch_size)
     batches = Batches(stage, "core", run.seed, prepared.train, rows)
     program, state = compile_stage(resolved), initial_state(resolved)

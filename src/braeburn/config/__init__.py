@@ -37,6 +37,7 @@ from braeburn.config.mesh import (
     AxisSize,
     MeshAxis,
     MeshConfig,
+    PipelineSchedule,
 )
 from braeburn.config.model import LARGEST_SIZES, LayerConfig, ModelConfig, RopeScaling, Segment
 from braeburn.config.objectives import NextToken, Objective, ObjectiveConfig
@@ -103,6 +104,7 @@ __all__ = [
     "OneOrMore",
     "Optimizer",
     "OptimizerConfig",
+    "PipelineSchedule",
     "Placement",
     "Positive",
     "Precision",

@@ -36,3 +36,8 @@ class Execution:
     def forward_only(self) -> "Execution":
         """The same without a backward pass, for which nothing is kept."""
         return replace(self, remat=KEEP_ALL, offload=NO_OFFLOAD)
+
+    @property
+    def of_stage(self) -> "Execution":
+        """The same for the devices that share one place along `pipeline`."""
+        return replace(self, mesh=self.mesh.model_copy(update={"pipeline": 1}))

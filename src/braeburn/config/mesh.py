@@ -22,6 +22,7 @@ BY_TRAFFIC: tuple[MeshAxis, ...] = (
     "context",
     "tensor",
 )
+PipelineSchedule = Literal["1f1b", "gpipe"]
 # -1 stands for as many as the devices allow.
 AxisSize = Annotated[int, Field(ge=-1, le=2**24)]
 
@@ -49,6 +50,8 @@ class MeshConfig(Frozen):
     context: AxisSize = 1
     tensor: AxisSize = 1
     context_attention: Literal["all_gather", "ring"] = "all_gather"
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    stages_per_device: Size = 1
     torus: dict[MeshAxis, Annotated[tuple[Size, ...], OneOrMore]] | None = None
 
     @property

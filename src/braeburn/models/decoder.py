@@ -269,7 +269,8 @@ def decoder(
         carry, state = _repeated(repeat, carry, stacked, segment.repeats, model.scan_layers)
         new_states[segment.name] = _by_layer(segment, state)
     hidden_BTD = final_normed(carry.x_BTD, params["final_norm"], model)
-    return Decoded(hidden_BTD, new_states, averaged(carry.report, model))
+    report = None if carry.report is None else averaged(carry.report, model)
+    return Decoded(hidden_BTD, new_states, report)
 
 
 def embedded(
@@ -416,10 +417,8 @@ def empty_report(model: ModelConfig) -> Report | None:
     return Report(zero, dict.fromkeys(names, zero)) if names else None
 
 
-def averaged(report: Report | None, model: ModelConfig) -> Report | None:
+def averaged(report: Report, model: ModelConfig) -> Report:
     """The report with means of metrics over the layers that have them, in place of sums."""
-    if report is None:
-        return None
     counts = Counter(name for layer in model.layer_configs for name in _metrics_of(layer))
     metrics = {name: value / counts[name] for name, value in report.metrics.items()}
     return Report(report.loss, metrics)

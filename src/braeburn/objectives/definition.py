@@ -56,8 +56,15 @@ def text_loss(
     hidden, report = reported_forward(params, inputs, batch["weights"], model, execution)
     with jax.named_scope("loss"):
         projection = Projection(hidden, head_matrix(params))
-        targets = Targets(batch["targets"], batch["weights"])
-        return with_report(vocabulary_loss(objective, projection, None, targets, execution), report)
+        return with_report(projected_text_loss(projection, batch, objective, execution), report)
+
+
+def projected_text_loss(
+    projection: Projection, batch: Batch, objective: Objective[Targets, Any], execution: Execution
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The part of `text_loss` that follows from final hidden states and the head."""
+    targets = Targets(batch["targets"], batch["weights"])
+    return vocabulary_loss(objective, projection, None, targets, execution)
 
 
 def with_report(

@@ -419,37 +419,67 @@ def loss(
         UserError: the vocabulary or the batch has fewer tokens than `distillation.top_k`.
     """
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-    targets: Labels | Projection
-    if "teacher_ids" in batch:
-        targets = Labels(batch["teacher_ids"], batch["teacher_log_probs"])
-    else:
-        assert teacher is not None
+    targets = None
+    if teacher is not None and "teacher_ids" not in batch:
+        of, taught = teacher
         with jax.named_scope("teacher"):
-            targets = _online_targets(inputs, *teacher, distillation, execution)
+            head = decoder.head_matrix(taught)
+            hidden = decoder.forward(taught, inputs, of, execution.forward_only)
+            targets = _online_targets(Projection(hidden, head), distillation, execution)
             # The student begins when the teacher is done: a scheduler that hides collectives could
             # else run both at once, with the activations of both.
             inputs, targets = jax.lax.optimization_barrier((inputs, targets))
     hidden, report = decoder.reported_forward(params, inputs, batch["weights"], model, execution)
     with jax.named_scope("loss"):
         student = Projection(hidden, decoder.head_matrix(params))
-        text = Targets(batch["targets"], batch["weights"])
-        found = distillation_loss(student, text, targets, distillation, model.z_loss, execution)
+        found = _of_targets(student, batch, targets, distillation, (model.z_loss, execution))
         return with_report(found, report)
 
 
-def _online_targets(
-    inputs: tuple[Array, Array, Array],
-    model: ModelConfig,
-    params: Tree,
+def projected_loss(
+    student: Projection,
+    batch: Batch,
+    teacher: Projection | None,
     distillation: Distillation,
-    execution: Execution,
-) -> Labels | Projection:
-    """What an online teacher's forward pass gives: labels, or hidden states and head.
+    settings: tuple[float, Execution],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The part of `loss` that follows from final hidden states and heads.
 
     Args:
-        inputs: token ids, positions and segment ids, int32 [B, T].
-        model: the teacher's sizes.
-        params: its float32 parameters, which get no gradient.
+        student: hidden states and head of the student.
+        batch: as of `loss`.
+        teacher: those of an online teacher; None where the batch holds its labels.
+        distillation: as of `loss`.
+        settings: the coefficient of the z-loss, and how all is carried out.
+    """
+    targets = None
+    if teacher is not None:
+        with jax.named_scope("teacher"):
+            targets = _online_targets(teacher, distillation, settings[1])
+    return _of_targets(student, batch, targets, distillation, settings)
+
+
+def _of_targets(
+    student: Projection,
+    batch: Batch,
+    targets: Labels | Projection | None,
+    distillation: Distillation,
+    settings: tuple[float, Execution],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """`projected_loss` with an online teacher's targets; None where the batch holds its labels."""
+    if targets is None:
+        targets = Labels(batch["teacher_ids"], batch["teacher_log_probs"])
+    text = Targets(batch["targets"], batch["weights"])
+    return distillation_loss(student, text, targets, distillation, *settings)
+
+
+def _online_targets(
+    teacher: Projection, distillation: Distillation, execution: Execution
+) -> Labels | Projection:
+    """What a student learns from an online teacher: labels, or hidden states and head.
+
+    Args:
+        teacher: its final hidden states and head, which get no gradient.
         distillation: the kind of target.
         execution: how it is carried out.
 
@@ -459,9 +489,8 @@ def _online_targets(
     Raises:
         UserError: the vocabulary has fewer tokens than `distillation.top_k`.
     """
-    head = jax.lax.stop_gradient(decoder.head_matrix(params))
-    hidden = decoder.forward(params, inputs, model, execution.forward_only)
+    teacher = jax.lax.stop_gradient(teacher)
     if distillation.target == "distribution":
-        return jax.lax.stop_gradient(Projection(hidden, head))
+        return teacher
     k = 1 if distillation.target == "label" else distillation.top_k
-    return jax.lax.stop_gradient(top_k_labels(hidden, head, k, execution.mesh))
+    return jax.lax.stop_gradient(top_k_labels(*teacher, k, execution.mesh))

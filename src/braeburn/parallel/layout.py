@@ -5,11 +5,12 @@ them.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.config import (
@@ -21,7 +22,7 @@ from jaxtyping import Array
 from braeburn.config import Execution, MeshConfig, Precision
 from braeburn.data.packing import Batch
 from braeburn.parallel.mesh import build
-from braeburn.parallel.rules import BATCH, LENGTH, Kind, partition
+from braeburn.parallel.rules import BATCH, LENGTH, Kind, batch_shards, partition
 from braeburn.parallel.sequence import zigzag
 
 Tree = Any
@@ -47,6 +48,13 @@ class Layout:
     def sizes(self) -> MeshConfig:
         """Sizes of the mesh, resolved."""
         return self.execution.mesh
+
+    @property
+    def of_step(self) -> "Layout":
+        """Where the batch of a train step lies: the devices of a pipeline all have the same
+        sequences, which other programs share out among them.
+        """
+        return replace(self, execution=self.execution.of_stage)
 
     def _partitions(self, kind: Kind) -> Tree:
         return jax.tree.map(
@@ -179,28 +187,51 @@ class Layout:
             gradients, sums = function(params, batch, *further)
             return jax.tree.map(self._sum_over_copies, gradients, self.partitions), self._sum(sums)
 
-        return self._shard_mapped(local, (self.partitions, PartitionSpec()), *others)
+        in_specs = (
+            self.partitions,
+            self.of_step.batch_partition(),
+            *(other.partitions for other in others),
+        )
+        return self._shard_mapped(local, in_specs, (self.partitions, PartitionSpec()))
 
     def total(self, function: Callable[[Tree, Batch], Tree]) -> Callable[[Tree, Batch], Tree]:
         """A program (parameters, batch) -> sums over whole arrays from one that gives each device's
         shares of them.
         """
-        return self._shard_mapped(
-            lambda params, batch: self._sum(function(params, batch)), PartitionSpec()
+        program = self._shard_mapped(
+            lambda params, batch: self._sum(function(params, batch)),
+            (self.partitions, self.batch_partition()),
+            PartitionSpec(),
         )
+        return lambda params, batch: program(params, self._filled(batch))
 
     def tokenwise(self, function: Callable[[Tree, Batch], Tree]) -> Callable[[Tree, Batch], Tree]:
         """A program (parameters, batch) -> arrays [B, T, ...] from one that gives them for each
         device's part.
         """
-        return self._shard_mapped(function, self.batch_partition())
+        in_specs = (self.partitions, self.batch_partition())
+        program = self._shard_mapped(function, in_specs, self.batch_partition())
 
-    def _shard_mapped(self, function: Callable, out_specs: Any, *others: "Layout") -> Callable:
+        def of_all_rows(params: Tree, batch: Batch) -> Tree:
+            rows = len(jax.tree.leaves(batch)[0])
+            return jax.tree.map(lambda x: x[:rows], program(params, self._filled(batch)))
+
+        return of_all_rows
+
+    def _filled(self, batch: Batch) -> Batch:
+        """A batch with empty sequences added, for the mesh to divide it: that of a train step may
+        have fewer than there are devices in a pipeline.
+        """
+        missing = -len(jax.tree.leaves(batch)[0]) % batch_shards(self.execution)
+        if not missing:
+            return batch
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))), batch)
+
+    def _shard_mapped(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         # What lies where is told by the specs: the kernels for attention do not carry the types
         # that check it.
-        inputs = (self.partitions, self.batch_partition(), *(other.partitions for other in others))
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=inputs, out_specs=out_specs, check_vma=False
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
     def _sum_over_copies(self, gradient: Array, spec: PartitionSpec) -> Array:

@@ -144,6 +144,7 @@ def check(
     sizes = execution.mesh.sizes
     stage = run.stages[name]
     sequences = stage.batch_size // stage.accumulation_steps
+    execution = execution.of_stage
     splits = execution.mesh.split_along(execution.rules.batch.activations)
     if sequences % batch_shards(execution):
         what = f"stages.{name}: the {sequences} sequences of a batch"

@@ -61,7 +61,7 @@ class StageRun:
     def place(self, batch: Batch) -> Batch:
         """A batch as it was read, on the devices."""
         size = self.resolved.stage.batch_size
-        return self.resolved.layout.place(batch, self.batches.rows, size)
+        return self.resolved.layout.of_step.place(batch, self.batches.rows, size)
 
     def step(self, state: TrainState, placed: Batch) -> tuple[TrainState, dict[str, Any]]:
         """Dispatches a step. The state passed to it is given up.
@@ -108,7 +108,7 @@ def batches_of(
     Raises:
         UserError: a source has fewer tokens than one sequence.
     """
-    rows = resolved.layout.rows(resolved.stage.batch_size)
+    rows = resolved.layout.of_step.rows(resolved.stage.batch_size)
     return Batches(resolved.stage, resolved.name, resolved.run.seed, shards, rows, labels)
 
 
@@ -121,4 +121,4 @@ def calibration_steps(stage: Stage) -> int:
 def calibration(stage: Stage, batches: Batches, layout: Layout) -> Iterator[Batch]:
     """The first batches of a stage, placed: those that its transform measures activations on."""
     for index in range(calibration_steps(stage)):
-        yield layout.place(batches[index], batches.rows, stage.batch_size)
+        yield layout.of_step.place(batches[index], batches.rows, stage.batch_size)

@@ -13,10 +13,12 @@ import numpy as np
 from braeburn.data.packing import Batch
 from braeburn.layers.spec import Tree, abstract, initialize
 from braeburn.objectives import distillation
-from braeburn.objectives.definition import objective_of, text_loss
+from braeburn.objectives.definition import objective_of, projected_text_loss, text_loss
+from braeburn.objectives.vocabulary import Projection
 from braeburn.parallel.layout import Layout
 from braeburn.train.compiler_flags import compiler_flags
 from braeburn.train.frozen import effective_weights
+from braeburn.train.pipelined import pipelined
 from braeburn.train.resolved import ResolvedStage
 from braeburn.train.state import TrainState, new_state
 from braeburn.train.step import accumulated, train_step
@@ -47,9 +49,22 @@ def stage_step(resolved: ResolvedStage) -> Callable[..., tuple[TrainState, dict[
         online = (teacher, teaching[0]) if teacher else None
         return distillation.loss(params, batch, online, model, stage.distillation, execution)
 
+    def loss_of_hidden(
+        projection: Projection, batch: Batch, taught: Projection | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        within = execution.of_stage
+        if stage.teacher is None:
+            return projected_text_loss(projection, batch, objective, within)
+        settings = (model.z_loss, within)
+        return distillation.projected_loss(projection, batch, taught, stage.distillation, settings)
+
     others = [resolved.layout_of(teacher)] if teacher else []
     # Devices sum their gradients once, after all microbatches.
-    local = accumulated(loss, stage.accumulation_steps)
+    if execution.mesh.pipeline > 1:
+        models = (model, teacher)
+        local = pipelined(models, execution, loss_of_hidden, stage.accumulation_steps)
+    else:
+        local = accumulated(loss, stage.accumulation_steps)
     step = functools.partial(
         train_step,
         gradients=resolved.layout_of(model).gradient(local, *others),
@@ -73,7 +88,7 @@ def stage_step(resolved: ResolvedStage) -> Callable[..., tuple[TrainState, dict[
 def abstract_batch(resolved: ResolvedStage) -> Batch:
     """Shapes, types and shardings of a stage's batches."""
     stage = resolved.stage
-    shape, sharding = (stage.batch_size, stage.sequence_length), resolved.layout.batch()
+    shape, sharding = (stage.batch_size, stage.sequence_length), resolved.layout.of_step.batch()
     types = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32) | {
         "weights": jnp.float32
     }

@@ -79,6 +79,17 @@ def accumulated(loss: LossFunction, accumulation_steps: int) -> Gradients:
     return gradients
 
 
+def dealt(batch: Batch, accumulation_steps: int) -> Batch:
+    """A batch as microbatches along a new first dimension.
+
+    Microbatch i takes the sequences i, i + A, ...: which they are does not depend on the number of
+    devices.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
 def _summed(
     loss: LossFunction, weights: Any, batch: Batch, accumulation_steps: int
 ) -> tuple[Any, dict[str, Array]]:
@@ -87,11 +98,7 @@ def _summed(
         (_, metrics), gradients = differentiate(weights, batch)
         return gradients, metrics
 
-    # Microbatch i takes the sequences i, i + A, ...: which they are does not depend on the number
-    # of devices.
-    microbatches = jax.tree.map(
-        lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    microbatches = dealt(batch, accumulation_steps)
 
     def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
         (_, metrics), gradients = differentiate(weights, microbatch)

@@ -269,7 +269,8 @@ def _labeller(
         proceed()
         sequences = len(batch["inputs"])
         with layout.compiling():
-            ids, log_probs = program(params, layout.place(batch, range(sequences), sequences))
+            placed = layout.of_step.place(batch, range(sequences), sequences)
+            ids, log_probs = program(params, placed)
         return np.asarray(ids)[:, back], np.asarray(log_probs)[:, back]
 
     return label
