@@ -36,6 +36,11 @@ class MeshConfig(Frozen):
     `context` splits sequences; `tensor` splits heads, FFN and vocabulary, and the tokens between
     them.
 
+    `pipeline` splits the layers of a train step, through which microbatches flow: as many as the
+    stage's `accumulation_steps`, by `pipeline_schedule`. With `stages_per_device` above 1 each
+    device has several groups of layers in turn (interleaved), for less idle time. Outside train
+    steps `pipeline` is one more `fsdp`.
+
     `context_attention` tells how queries reach the keys of other context shards: passed around a
     ring, or gathered. `torus` lays axes over the physical dimensions of a slice: for each axis its
     size along each of them, as in {"fsdp": [8, 8, 4], "tensor": [1, 1, 4]} on 8 x 8 x 16 chips;
@@ -94,6 +99,18 @@ class MeshConfig(Frozen):
             raise ValueError(
                 f"{' and '.join(inferred)} are both -1, but only one can be inferred; set "
                 f"{inferred[0]} to a size, as 1"
+            )
+        if self.stages_per_device > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"stages_per_device={self.stages_per_device} deals the layers of a pipeline out in "
+                f"turns, and pipeline=1 is none; set pipeline to a size, as 4, or "
+                f"stages_per_device to 1"
+            )
+        if self.pipeline != 1 and self.context_attention == "ring":
+            raise ValueError(
+                f"context_attention='ring' cannot go round within the stages of pipeline="
+                f"{self.pipeline}, whose devices are at different tasks; set context_attention to "
+                f"'all_gather', or pipeline to 1"
             )
         if self.torus and len({len(factors) for factors in self.torus.values()}) > 1:
             raise ValueError(

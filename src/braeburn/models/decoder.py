@@ -335,6 +335,7 @@ def repeat_functions(
     surroundings: Surroundings,
     model: ModelConfig,
     execution: Execution,
+    rematerialize: bool = True,
 ) -> dict[str, Repeat]:
     """What runs one repeat of the pattern of each segment, by its name.
 
@@ -343,6 +344,8 @@ def repeat_functions(
         surroundings: what all layers share beside these.
         model: what is computed.
         execution: how it is carried out.
+        rematerialize: whether each layer keeps only what the policy says; otherwise the caller
+            sees to that.
     """
     memory, _, activation_hook, token_weights = surroundings
     token_weights = None if token_weights is None else jnp.asarray(token_weights)
@@ -374,7 +377,7 @@ def repeat_functions(
             # stored for the backward pass.
             return x_BTD, signals if keeps_shared else signals._replace(keys_and_values=None)
 
-        return rematerialized(body, execution)
+        return rematerialized(body, execution) if rematerialize else body
 
     found: dict[str, Repeat] = {}
     for segment in model.segments:
@@ -456,9 +459,14 @@ def unstack(stacked: Any, num_layers: int) -> list[Any]:
     ]
 
 
-def rematerialized(body: Callable, execution: Execution) -> Callable:
+def rematerialized(body: Callable, execution: Execution, always: bool = False) -> Callable:
     """A layer that keeps for the backward pass only what the policy says, and never its gathered
     weights.
+
+    Args:
+        body: the layer.
+        execution: how it is carried out.
+        always: whether inputs are kept as what they are also where the policy keeps everything.
     """
     remat, offload, policies = execution.remat, execution.offload, jax.checkpoint_policies
     if offload.activations:
@@ -479,6 +487,8 @@ def rematerialized(body: Callable, execution: Execution) -> Callable:
             along = settings.get("axis_name", ())
             return not (primitive.name == "all_gather" and any(axis in along for axis in gathered))
 
+    elif always:
+        policy = policies.everything_saveable
     else:
         return body
 

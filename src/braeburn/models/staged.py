@@ -282,15 +282,17 @@ class StagedModel:
         segment = self.model.segments[0]
         rows = in_pattern(segment, layers[segment.name])
         first = jax.tree.map(lambda leaf: leaf[0], (rows, [None] * len(rows)))
-        repeat = self._repeats(microbatch)[segment.name]
+        repeat = self._repeats(microbatch, True)[segment.name]
         return carry._replace(shared=decoder.nothing_shared(repeat, carry, first))
 
-    def _repeats(self, microbatch: Batch) -> dict[str, decoder.Repeat]:
+    def _repeats(self, microbatch: Batch, rematerialize: bool) -> dict[str, decoder.Repeat]:
         surroundings = Surroundings(
             Packed(microbatch["segment_ids"], self.within), token_weights=microbatch.get("weights")
         )
         positions = jnp.asarray(microbatch["positions"])
-        return decoder.repeat_functions(positions, surroundings, self.model, self.within)
+        return decoder.repeat_functions(
+            positions, surroundings, self.model, self.within, rematerialize
+        )
 
     def run(
         self, layers: Tree, carry: Carry, microbatch: Batch, counts: dict[str, Array]
@@ -308,13 +310,14 @@ class StagedModel:
             What the next stage reads, and the sums that these layers add to the loss and the
             metrics.
         """
-        repeats = self._repeats(microbatch)
         if "weights" in microbatch:
             carry = carry._replace(report=decoder.empty_report(self.model))
         for segment in self.model.segments:
             if segment.name in layers:
                 rows = in_pattern(segment, layers[segment.name])
-                carry = self._through(repeats[segment.name], carry, rows, counts.get(segment.name))
+                count = counts.get(segment.name)
+                repeat = self._repeats(microbatch, count is None)[segment.name]
+                carry = self._through(repeat, carry, rows, count)
         return carry._replace(report=None), carry.report
 
     def _through(
@@ -325,19 +328,20 @@ class StagedModel:
         states = [None] * len(rows)
 
         def one(carry: Carry, item: tuple[Any, Any]) -> tuple[Carry, None]:
-            number, weights = item
-            if count is None:
-                return repeat(carry, (weights, states))[0], None
-            return lax.cond(
-                number < count,
-                lambda carry: repeat(carry, (weights, states))[0],
-                lambda carry: carry,
-                carry,
-            ), None
+            return repeat(carry, (item[1], states))[0], None
 
+        def one_or_none(carry: Carry, item: tuple[Any, Any]) -> tuple[Carry, None]:
+            return lax.cond(item[0] < count, one, lambda carry, _: (carry, None), carry, item)
+
+        # Outside of the branch: what a branch keeps for the way back is kept apart from its inputs,
+        # so that the weights would be kept once more.
+        if count is None:
+            body = one
+        else:
+            body = decoder.rematerialized(one_or_none, self.within, always=True)
         stacked = (jnp.arange(num_rows), rows)
         if self.model.scan_layers:
-            return lax.scan(one, carry, stacked)[0]
+            return lax.scan(body, carry, stacked)[0]
         for item in decoder.unstack(stacked, num_rows):
-            carry, _ = one(carry, item)
+            carry, _ = body(carry, item)
         return carry

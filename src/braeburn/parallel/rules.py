@@ -22,7 +22,7 @@ from braeburn.config import (
     some,
 )
 from braeburn.errors import UserError
-from braeburn.parallel.collectives import CONTEXT, FSDP, TENSOR
+from braeburn.parallel.collectives import CONTEXT, FSDP, PIPELINE, TENSOR
 
 Kind = Literal["parameters", "optimizer", "activations"]
 BATCH, LENGTH = "batch", "length"
@@ -143,6 +143,8 @@ def check(
     check_model(model, execution, parameters)
     sizes = execution.mesh.sizes
     stage = run.stages[name]
+    if execution.mesh.pipeline > 1:
+        _check_pipeline(run, name, model, execution)
     sequences = stage.batch_size // stage.accumulation_steps
     execution = execution.of_stage
     splits = execution.mesh.split_along(execution.rules.batch.activations)
@@ -163,6 +165,48 @@ def check(
             f"tokens into {pieces} pieces, which do not come out even; set mesh.{axis} to one of "
             f"{some(fits or [1])}"
         )
+
+
+def _check_pipeline(run: Run, name: str, model: ModelConfig, execution: Execution) -> None:
+    """Refuses a pipeline that a stage of a run cannot be carried out by."""
+    mesh, stage = execution.mesh, run.stages[name]
+    repeats = sum(segment.repeats for segment in model.segments)
+    if mesh.pipeline * mesh.stages_per_device > repeats:
+        each = f" x mesh.stages_per_device={mesh.stages_per_device}"
+        raise UserError(
+            f"stages.{name}: mesh.pipeline={mesh.pipeline}"
+            f"{each if mesh.stages_per_device > 1 else ''} is more stages than the {repeats} "
+            f"repeats of the model's pattern of layers; set mesh.pipeline to at most "
+            f"{max(1, repeats // mesh.stages_per_device)}"
+        )
+    steps = stage.accumulation_steps
+    if mesh.stages_per_device > 1 and steps % mesh.pipeline:
+        fits = [n for n in divisors(stage.batch_size) if n % mesh.pipeline == 0]
+        advice = (
+            f"stages.{name}.accumulation_steps to one of {some(fits)}, or mesh.stages_per_device "
+            f"to 1"
+            if fits
+            else "mesh.stages_per_device to 1"
+        )
+        raise UserError(
+            f"stages.{name}: accumulation_steps={steps} is not a multiple of mesh.pipeline="
+            f"{mesh.pipeline}, which mesh.stages_per_device={mesh.stages_per_device} needs for "
+            f"microbatches to take turns; set {advice}"
+        )
+    if run.offload.activations:
+        raise UserError(
+            f"offload.activations={list(run.offload.activations)} cannot wait on the host in a "
+            f"pipeline (mesh.pipeline={mesh.pipeline}), whose microbatches take turns; set "
+            f"offload.activations to []"
+        )
+    for axis in type(execution.rules).model_fields:
+        along = mesh.split_along(getattr(execution.rules, axis).parameters)
+        if PIPELINE in along[:-1] and not axis.startswith("norm_"):
+            raise UserError(
+                f"rules.{axis}.parameters={list(getattr(execution.rules, axis).parameters)} must "
+                f"name 'fsdp' last for mesh.pipeline={mesh.pipeline} to deal layers out; move it "
+                f"to the end"
+            )
 
 
 def batch_shards(execution: Execution) -> int:

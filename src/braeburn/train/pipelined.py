@@ -36,25 +36,15 @@ from braeburn.train.step import Gradients, dealt
 # (projection, microbatch, the teacher's projection) -> (loss, metrics).
 LossOfHidden = Callable[[Projection, Batch, Projection | None], tuple[Array, dict[str, Array]]]
 
-FIELDS = (
-    "kind",
-    "microbatch",
-    "turn",
-    "is_first",
-    "is_last",
-    "input",
-    "kept",
-    "next_input",
-    "next_gradient",
-    "result",
-)
+
+FORWARD, BACKWARD = 1, 2
 
 
 class Work(NamedTuple):
     """A row of the schedule's table, of one device and slot.
 
     Attributes:
-        kind: 0 idle, 1 forward, 2 backward.
+        kind: `FORWARD`, `BACKWARD`, or 0 where the device is idle.
         microbatch: its number.
         turn: which of the device's stages.
         is_first: whether that is the first stage of all.
@@ -114,7 +104,7 @@ def tabled(plan: Schedule) -> tuple[Work, Places]:
         for slot, row in enumerate(plan.slots):
             if task := row[device]:
                 forward = task.kind == "forward"
-                table["kind"][slot, device] = 1 if forward else 2
+                table["kind"][slot, device] = FORWARD if forward else BACKWARD
                 table["microbatch"][slot, device] = task.microbatch
                 table["turn"][slot, device] = task.stage // plan.num_devices
                 table["is_first"][slot, device] = task.stage == 0
@@ -288,13 +278,8 @@ class _Device:
         """Works through all slots."""
         state = self._begin()
         for span in self.plan.spans:
-            rounds = jax.tree.map(
-                lambda column: column[span.first : span.first + span.count].reshape(  # noqa: B023
-                    -1,
-                    span.period,  # noqa: B023
-                ),
-                self.work,
-            )
+            slots = slice(span.first, span.first + span.count)
+            rounds = Work(*(column[slots].reshape(-1, span.period) for column in self.work))
             exchanges = [self.plan.exchanges(span, i) for i in range(span.period)]
             kinds = [self.plan.kinds(span, i) for i in range(span.period)]
 
@@ -305,7 +290,7 @@ class _Device:
                 kinds: list[Any] = kinds,
             ) -> tuple[State, None]:
                 for i, pairs in enumerate(exchanges):
-                    work = jax.tree.map(lambda column: column[i], round_)  # noqa: B023
+                    work = Work(*(column[i] for column in round_))
                     state = self._slot(state, work, kinds[i], pairs)
                 return state, None
 
@@ -367,17 +352,23 @@ class _Device:
         return [leaf for leaf, weight in leaves if weight is None]
 
     def _slot(self, state: State, work: Work, kinds: Any, exchanges: Any) -> State:
-        tasks: list[Callable[[State, Work], tuple[State, Message]]] = [
-            lambda state, work: (state, self.no_message)
-        ]
-        tasks += [getattr(self, f"_{kind}") for kind in kinds]
-        numbers = {"forward": 1, "backward": 2}
-        which = sum(jnp.where(work.kind == numbers[kind], i + 1, 0) for i, kind in enumerate(kinds))
-        state, message = lax.switch(which, tasks, state, work)
-        received = [
-            jax.tree.map(lambda leaf: lax.ppermute(leaf, PIPELINE, pairs), message)  # noqa: B023
-            for pairs in exchanges
-        ]
+        message = self.no_message
+        # Two branches, neither of which returns what only the other changes: that would be copied.
+        if "forward" in kinds:
+            message, kept, gradients, metrics = lax.cond(
+                work.kind == FORWARD,
+                lambda: self._forward(state, work),
+                lambda: (message, state.kept, state.gradients, state.metrics),
+            )
+            state = state._replace(kept=kept, gradients=gradients, metrics=metrics)
+        if "backward" in kinds:
+            message, totals, metrics = lax.cond(
+                work.kind == BACKWARD,
+                lambda: self._backward(state, work),
+                lambda: (message, state.totals, state.metrics),
+            )
+            state = state._replace(totals=totals, metrics=metrics)
+        received = [lax.ppermute(message, PIPELINE, pairs) for pairs in exchanges]
         if not received:
             return state
         # Where devices are sent two messages in a slot, inputs come first.
@@ -386,7 +377,8 @@ class _Device:
             gradients=_put(state.gradients, received[-1], work.next_gradient),
         )
 
-    def _forward(self, state: State, work: Work) -> tuple[State, Message]:
+    def _forward(self, state: State, work: Work) -> tuple[Message, Any, Any, dict[str, Array]]:
+        """What a forward task hands on, and `kept`, `gradients` and `metrics` after it."""
         with jax.named_scope("forward"):
             message = lax.cond(
                 work.is_first == 1,
@@ -399,11 +391,8 @@ class _Device:
         metrics = dict(state.metrics)
         for name, value in (report.metrics if report else {}).items():
             metrics[name] += value
-        return state._replace(
-            gradients=_put(state.gradients, message, work.result),
-            kept=_put(state.kept, kept, work.kept),
-            metrics=metrics,
-        ), message
+        kept = _put(state.kept, kept, work.kept)
+        return message, kept, _put(state.gradients, message, work.result), metrics
 
     def _taught(self, carry: Carry | None, work: Work) -> Carry | None:
         """What the teacher's stage hands on."""
@@ -448,7 +437,8 @@ class _Device:
             message.student.x_BTD, self.weights.final_norm, self.weights.table
         )
 
-    def _backward(self, state: State, work: Work) -> tuple[State, Message]:
+    def _backward(self, state: State, work: Work) -> tuple[Message, StageWeights, dict[str, Array]]:
+        """What a backward task hands on, and `totals` and `metrics` after it."""
         with jax.named_scope("backward"):
             microbatch = self._microbatch(work.microbatch)
             message = jax.tree.map(lambda each: _at(each, work.input), state.gradients)
@@ -511,8 +501,7 @@ class _Device:
                 carry.x_BTD,
             )
         teacher = None if self.teacher is None else self.no_message.teacher
-        state = state._replace(totals=totals._replace(table=table), metrics=metrics)
-        return state, Message(carry, teacher)
+        return Message(carry, teacher), totals._replace(table=table), metrics
 
 
 def _at(array: Array, index: Array) -> Array:
