@@ -24,8 +24,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "interleaved x tensor": {"mesh.pipeline": 2, "mesh.tensor": 4, "mesh.stages_per_device": 2},
     "replica x fsdp": {"mesh.pipeline": 2, "mesh.replica": 2, "mesh.fsdp": 2},
     "context": {"mesh.pipeline": 4, "mesh.context": 2},
-    "fsdp x context x tensor": {},
-    "stages of unequal depth": {"mesh.pipeline": 3, "mesh.tensor": 2},
+    "context x tensor": {"mesh.pipeline": 2, "mesh.context": 2, "mesh.tensor": 2},
+    "stages of unequal depth": {"mesh.pipeline": 4, "mesh.fsdp": 2, "model.num_layers": 7},
+    "interleaved stages of unequal depth, named remat": {
+        "mesh.pipeline": 2,
+        "mesh.stages_per_device": 2,
+        "model.num_layers": 7,
+        "remat.policy": "save_named",
+    },
     "untied": {"mesh.pipeline": 4, "mesh.fsdp": 2, "model.tied_embeddings": False},
     "fsdp, full remat": {"mesh.pipeline": 4, "mesh.fsdp": 2, "remat.policy": "full"},
     "unrolled, named remat": {
@@ -34,12 +40,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "remat.policy": "save_named",
     },
 }
-LAYOUTS["fsdp x context x tensor"] = {
-    "mesh.pipeline": 2,
-    "mesh.fsdp": 1,
-    "mesh.context": 2,
-    "mesh.tensor": 2,
-}
+# What a run on one device has to have as well.
+OF_MODEL = ("model.num_layers", "model.tied_embeddings")
 OFTEN = ("fsdp", "interleaved x tensor")
 
 
@@ -51,9 +53,8 @@ def prepared(tiny: Run) -> Prepared:
 @pytest.fixture(scope="module")
 def one_device(tiny: Run, prepared: Prepared) -> Any:
     @cache
-    def losses_of(tied: bool) -> list[float]:
-        deep = {**DEEP, "model.tied_embeddings": tied}
-        return losses(with_optimizer(tiny, "adamw", **deep), prepared)[0]
+    def losses_of(**model: Any) -> list[float]:
+        return losses(with_optimizer(tiny, "adamw", **{**DEEP, **model}), prepared)[0]
 
     return losses_of
 
@@ -63,8 +64,10 @@ def test_pipelines_follow_one_device(
     name: str, tiny: Run, prepared: Prepared, one_device: Any
 ) -> None:
     changes = LAYOUTS[name]
-    found, _ = losses(with_optimizer(tiny, "adamw", **DEEP, **changes), prepared)
-    reference = one_device(changes.get("model.tied_embeddings", True))
+    found, _ = losses(with_optimizer(tiny, "adamw", **{**DEEP, **changes}), prepared)
+    reference = one_device(
+        **{field: value for field, value in changes.items() if field in OF_MODEL}
+    )
     assert reference[-1] < reference[0] - 0.5
     difference = max(abs(a - b) / abs(b) for a, b in zip(found, reference, strict=True))
     print(f"{name}: largest relative difference {difference:.2e}")

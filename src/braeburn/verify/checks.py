@@ -6,6 +6,7 @@ Everything runs on simulated devices, eight at most; JAX must be started with th
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from braeburn.config import ONE_DEVICE, Checkpoint, MeshConfig, Run
 from braeburn.data.prepare import Prepared, prepare
@@ -138,7 +139,8 @@ def layouts(run: Run, target: Target) -> dict[str, Run]:
 
     They are those of one, two and three axes that take all devices of the target, eight at most;
     with replicas where it has several slices. Sequences are split in both ways, and gradients
-    accumulated in one of them.
+    accumulated in one of them. A pipeline of two is combined with each other axis, in all its
+    schedules.
     """
     splits = ("replica", "data", "fsdp", "context", "tensor")[target.slices == 1 :]
     meshes = [stage.mesh or run.mesh for stage in run.stages.values()]
@@ -147,14 +149,32 @@ def layouts(run: Run, target: Target) -> dict[str, Run]:
     runs = {
         describe(mesh): on_mesh(run, mesh) for mesh in meshes if math.prod(mesh.sizes.values()) > 1
     }
+    for mesh in _pipelines(splits, _devices(target)):
+        runs[describe(mesh)] = _accumulating(on_mesh(run, mesh), 2)
     if runs and all(stage.accumulation_steps == 1 for stage in run.stages.values()):
         name = next(iter(runs))
-        stages = {
-            n: stage.model_copy(update={"accumulation_steps": 2})
-            for n, stage in runs[name].stages.items()
-        }
-        runs[f"{name}, 2 accumulated"] = runs[name].model_copy(update={"stages": stages})
+        runs[f"{name}, 2 accumulated"] = _accumulating(runs[name], 2)
     return runs
+
+
+def _accumulating(run: Run, steps: int) -> Run:
+    """The run with all its stages accumulating gradients over at least so many microbatches."""
+    stages = {
+        name: stage.model_copy(update={"accumulation_steps": max(steps, stage.accumulation_steps)})
+        for name, stage in run.stages.items()
+    }
+    return run.model_copy(update={"stages": stages})
+
+
+def _pipelines(splits: Sequence[str], num_devices: int) -> Iterator[MeshConfig]:
+    """Meshes of a pipeline of two, by itself in each schedule and with every other axis."""
+    ways: list[dict[str, Any]] = [{}, {"pipeline_schedule": "gpipe"}, {"stages_per_device": 2}]
+    for way in ways if num_devices >= 2 else []:
+        yield MeshConfig.model_validate({"fsdp": 1, "pipeline": 2, **way})
+    if num_devices >= 4:
+        for axis, way in zip(splits, itertools.cycle(ways)):
+            sizes = {"fsdp": 1, "pipeline": 2, axis: num_devices // 2}
+            yield MeshConfig.model_validate(sizes | way)
 
 
 def _devices(target: Target) -> int:
@@ -181,8 +201,10 @@ def on_mesh(run: Run, mesh: MeshConfig) -> Run:
 def describe(mesh: MeshConfig) -> str:
     """A mesh in words: "fsdp 4 x context 2 (ring)"."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
-    how = f" ({mesh.context_attention.replace('_', '-')})" if mesh.context > 1 else ""
-    return axes + how or "one device"
+    how = [mesh.context_attention.replace("_", "-")] if mesh.context > 1 else []
+    if mesh.pipeline > 1:
+        how.append("interleaved" if mesh.stages_per_device > 1 else mesh.pipeline_schedule)
+    return f"{axes} ({', '.join(how)})" if how else axes or "one device"
 
 
 def refusal(run: Run) -> str:
@@ -336,14 +358,14 @@ def compare_stages(run: Run, num_devices: int, folder: Path, say: Say) -> list[C
 
 def all_stages_split(run: Run, num_devices: int) -> list[Run]:
     """The run on meshes of four devices, or of two where it cannot have four: fully sharded,
-    tensor, and both.
+    tensor, and both; and on a pipeline of two.
     """
     runs = []
     for axes in (("fsdp",), ("tensor",), ("fsdp", "tensor")):
         sizes = [size for size in (4, 2) if size <= num_devices]
         tried = [on_mesh(run, mesh) for size in sizes for mesh in _meshes(axes, size)]
         runs += [other for other in tried if not refusal(other)][:1] or tried[:1]
-    return runs
+    return runs + [on_mesh(run, mesh) for mesh in _pipelines((), num_devices)][:1]
 
 
 def train_and_kill(run: Run, recipe: str, folder: Path) -> None:

@@ -141,8 +141,8 @@ def _model(model: ModelConfig) -> ModelConfig:
 
 
 def _layers(model: ModelConfig, width: int) -> dict[str, Any]:
-    """As few layers as have every kind of them: two, or a repeat of each pattern and what is left
-    of the last.
+    """As few layers as have every kind of them, and enough for the stages of a pipeline: four, or
+    two repeats of each pattern, or one and what is left of the last.
 
     Args:
         model: the model.
@@ -153,7 +153,7 @@ def _layers(model: ModelConfig, width: int) -> dict[str, Any]:
         return _small(size, max(8, width * size // model.d_model))
 
     repeats, rest = divmod(model.num_layers - model.tail_layers, len(model.pattern))
-    fewest = 2 if len(model.pattern) == 1 and not model.tail_layers else 1
+    fewest = 1 if model.tail_layers else 4 if len(model.pattern) == 1 else 2
     tail = len(model.tail_pattern)
 
     def shrunk(layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
