@@ -90,6 +90,17 @@ def divided(model: ModelConfig, num_stages: int) -> Division:
     return Division({name: tuple(each) for name, each in rows.items()})
 
 
+def layer_costs(model: ModelConfig, num_stages: int) -> tuple[list[int], int]:
+    """The weights that a token is multiplied by: those of each stage, and of the head."""
+    division = divided(model, num_stages)
+    lengths = [0] * num_stages
+    for segment in model.segments:
+        cost = _cost(segment, model)
+        for stage, (_, count) in enumerate(division.rows[segment.name]):
+            lengths[stage] += count * cost
+    return lengths, model.vocab_size * model.d_model
+
+
 def _cost(segment: Segment, model: ModelConfig) -> int:
     """The weights of one repeat that a token is multiplied by."""
     return sum(count_active(layer_specs(layer, model)) for layer in segment.pattern)

@@ -11,12 +11,15 @@ program of a step carries it out, and the plan's memory, its time and its pictur
 * **1F1B** (PipeDream-Flush, arXiv 2006.09503): a microbatch goes backward as soon as it can. Device
   s holds those of at most P - s microbatches, however many there are.
 * **Interleaved 1F1B** (arXiv 2104.04473, section 2.2) is 1F1B with v > 1 stages on each device:
-  less idle time, for more messages.
+  less idle time, for v times the messages, and for activations of (v + 1) P - 2 s - 1 passes
+  through stages that are v times shorter.
 
-In all of them device s makes its n-th forward task at slot s + 2 n in 1F1B (s + n in GPipe), and
-the backward tasks follow likewise from the other end. The tasks of one device therefore lie every
-second slot, those of its neighbours in between, and neighbours meet in pairs: the time of a slot is
-not the same for all devices, and no device waits for any but the one that it exchanges with.
+In 1F1B device s makes its n-th forward task at slot s + 2 n, and the backward tasks follow likewise
+from the other end. While a device is at a forward task, its neighbours are at backward ones, and
+they exchange results in pairs. A slot does not take the same time everywhere, and no device waits
+for any but the one that it exchanges with. Interleaved, messages go round a ring, on which such
+differences would add up: there all devices make a forward task and then a backward one, in step. In
+neither is any time lost that the formula of `Schedule.bubble` does not have.
 """
 
 from collections import Counter
@@ -181,21 +184,27 @@ def schedule(
         stages_per_device: v.
     """
     count = num_microbatches * stages_per_device
-    pace = 1 if kind == "gpipe" else 2
     num_stages = num_devices * stages_per_device
-    # The first backward task is that of the last stage, once the first microbatch is through.
-    first_backward = num_devices - 1 + count if kind == "gpipe" else 2 * num_stages - num_devices
+    # Slots from one task of a kind to the next, and from one device to its neighbour; and the slot
+    # of the first backward task, that of the last stage, once the first microbatch is through.
+    if kind == "gpipe":
+        pace, hop, first_backward = 1, 1, num_devices - 1 + count
+    elif stages_per_device == 1:
+        pace, hop, first_backward = 2, 1, num_devices
+    else:
+        pace, hop, first_backward = 2, 2, 2 * num_stages - 1
     placed: dict[int, list[tuple[int, Task]]] = {}
     for device in range(num_devices):
+        from_last = num_devices - 1 - device
         for number in range(count):
             forward = _nth(number, device, num_devices, stages_per_device)
-            backward = _nth(number, num_devices - 1 - device, num_devices, stages_per_device)
-            from_end = Task("backward", backward.microbatch, num_stages - 1 - backward.stage)
-            placed.setdefault(device + pace * number, []).append((device, forward))
-            slot = first_backward + num_devices - 1 - device + pace * number
-            placed.setdefault(slot, []).append((device, from_end))
+            mirrored = _nth(number, from_last, num_devices, stages_per_device)
+            backward = Task("backward", mirrored.microbatch, num_stages - 1 - mirrored.stage)
+            placed.setdefault(hop * device + pace * number, []).append((device, forward))
+            slot = first_backward + hop * from_last + pace * number
+            placed.setdefault(slot, []).append((device, backward))
     rounds = -(-(max(placed) + 1) // pace)
-    slots = [[None] * num_devices for _ in range(rounds * pace)]  # type: list[list[Task | None]]
+    slots: list[list[Task | None]] = [[None] * num_devices for _ in range(rounds * pace)]
     for slot, tasks in placed.items():
         for device, task in tasks:
             slots[slot][device] = task

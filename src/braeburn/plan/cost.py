@@ -29,12 +29,14 @@ from braeburn.layers.spec import abstract, walk
 from braeburn.models.huggingface_config import is_huggingface, read_config
 from braeburn.objectives.vocabulary import MAX_LOGITS
 from braeburn.optim.definition import Parameters, UpdateCost, update_cost
+from braeburn.parallel.collectives import PIPELINE
 from braeburn.parallel.rules import check
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
 from braeburn.plan.forward import CollectiveTotal, Pass, Teaching, accelerator_of, joined
 from braeburn.plan.graph import Amount, distinct
 from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, layers_of
+from braeburn.plan.pipeline import Dealt, Part, dealt, part_of
 from braeburn.plan.storage import FLOAT, specs_of
 from braeburn.plan.totals import Totals, totals_of
 from braeburn.plan.trace import differentiate, rematerialize
@@ -182,7 +184,27 @@ class Work(Pass):
 
     teacher: ModelConfig | None = None
     transformed: int = 0
-    of_mesh: ClassVar[tuple[str, ...]] = (*Pass.of_mesh, "update", "around")
+    of_mesh: ClassVar[tuple[str, ...]] = (*Pass.of_mesh, "update", "around", "working")
+
+    @cached_property
+    def working(self) -> MeshConfig:
+        """The mesh of the devices that work on the same layers."""
+        return self.mesh.model_copy(update={"pipeline": 1}) if self.is_pipelined else self.mesh
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether microbatches flow through a pipeline."""
+        return self.mesh.pipeline > 1
+
+    @cached_property
+    def part(self) -> Part:
+        """The part of the model that the busiest device works on."""
+        return part_of(self.model, self.mesh, self.stage.accumulation_steps)
+
+    @cached_property
+    def dealt(self) -> Dealt:
+        """The weights that a device of a pipeline holds during a step."""
+        return dealt(self.run, self.model, self.mesh)
 
     @property
     def remat(self) -> Remat:
@@ -228,19 +250,21 @@ class Work(Pass):
         """Of all matrix products but attention's: forward, twice that backward, what is recomputed,
         and the optimizer's.
         """
-        each = self.at(self.totals.flops) + self.at(self.around.flops)
+        each = self.at(self.totals.flops) * self.part.layers
+        each += self.at(self.around.flops) * self.part.around
         return each * self.stage.accumulation_steps + self.update.matrix_flops
 
     def attention_flops(self, tile: int, backward: int) -> float:
         """Of attention's products in a fused kernel, two forward and so many backward, over the
         tiles that causality leaves.
         """
-        return self.kernel_flops(self.totals, tile, backward)
+        return self.kernel_flops(self.totals, tile, backward) * self.part.layers
 
     @cached_property
     def attention_products(self) -> float:
         """Of attention's products in no fused kernel."""
-        return self.at(self.totals.plain) * self.stage.accumulation_steps
+        steps = self.stage.accumulation_steps
+        return self.at(self.totals.plain) * steps * self.part.layers
 
     @cached_property
     def memory_bytes(self) -> float:
@@ -249,18 +273,34 @@ class Work(Pass):
 
         The backward pass is taken to move twice the bytes of the forward pass.
         """
-        totals, steps = self.totals, self.stage.accumulation_steps
+        return self._microbatch_bytes * self.stage.accumulation_steps + self.update_bytes
+
+    @property
+    def update_bytes(self) -> float:
+        """Of `memory_bytes`, those that are moved once a step."""
+        updated = UPDATED * self.shard + 2 * self.optimizer_bytes
+        if self.is_pipelined:
+            # Stored weights are made those of the stage, and their gradients those of the stored.
+            updated += 2 * self.dealt.layer_bytes + 2 * FLOAT * self.dealt.layers
+        return updated + self.transformed_shard * TRANSFORMED
+
+    @cached_property
+    def _microbatch_bytes(self) -> float:
+        """Of `memory_bytes`, those that are moved for each microbatch."""
+        totals = self.totals
         fixed, scaled = totals.element_wise
         once = self.at(Amount(0.0, scaled)) * (3 + totals.repeats)
         # Stored weights are made those that are multiplied, and once more for the backward pass.
         once += self.read_and_written(Amount(fixed)) * (1 + totals.repeats)
-        once += self.read_and_written(self.around.element_wise) + self.at(totals.attention_bytes)
-        # What is kept is copied into the arrays of all layers, and out of them.
-        once += 4 * self.at(totals.kept) + self._repacked
-        once += 3 * FLOAT * self.shard  # gradients are added up
-        updated = UPDATED * self.shard + 2 * self.optimizer_bytes
-        updated += self.transformed_shard * TRANSFORMED
-        return once * steps + updated
+        once += self.at(totals.attention_bytes)
+        # What is kept is copied into the arrays of all layers, and out of them; in a pipeline, also
+        # into those of all microbatches under way.
+        copies = 8 if self.is_pipelined else 4
+        once += copies * self.at(totals.kept) + self._repacked
+        once *= self.part.layers
+        once += self.read_and_written(self.around.element_wise) * self.part.around
+        gradients = self.dealt.layers if self.is_pipelined else self.shard
+        return once + 3 * FLOAT * gradients  # gradients are added up
 
     @cached_property
     def _repacked(self) -> float:
@@ -270,8 +310,9 @@ class Work(Pass):
         TPUs pad them to 128: for shards of 3 columns the compiler gives 22 times the cycles of a
         copy of the weights, in the forward pass.
         """
-        width = self.model.d_model // self.mesh.fsdp
-        if self.mesh.fsdp == 1 or width % 8 == 0:
+        shards = math.prod(self.working.sizes[axis] for axis in self.working.sharded)
+        width = self.model.d_model // shards
+        if shards == 1 or width % 8 == 0:
             return 0.0
         gathered = sum(
             moved.bytes.fixed
@@ -306,11 +347,12 @@ class Work(Pass):
     def memory(self) -> dict[str, float]:
         """GiB on a device at the step's fullest moment, by part."""
         model, stored = self.model, FLOAT * self.shard
-        kept = self.at(self.totals.kept) - self._offloaded_bytes
+        kept = self.at(self.totals.kept) * self.part.held - self._offloaded_bytes
         # In a layer's backward pass: its weights gathered twice, their gradient, and its
         # activations with theirs.
         gathered, scattered = self.totals.weights
         layer = 2 * gathered + scattered + max(map(self.at, self.totals.live))
+        layer += self.at(self.totals.kept) * self.part.fresh
         # In the loss: the hidden states of all tensor shards' tokens with their gradient, and
         # logits of a block.
         logits = FLOAT * MAX_LOGITS
@@ -326,21 +368,55 @@ class Work(Pass):
             "activations": kept,
             "workspace": max(layer, loss, teacher, update),
         }
+        if self.is_pipelined:
+            own = self.dealt
+            tables = FLOAT * own.table + FLOAT * own.norms
+            parts["gradients"] = stored + FLOAT * own.layers + tables
+            parts["stage_weights"] = own.layer_bytes + tables
+            parts["messages"] = self.part.messages * self._message_bytes
         if self.transformed:
             parts["weights_in_use"] = FLOAT * self.transformed_shard
         if self.teaching:
             parts["teacher"] = self.teaching.stored_bytes
         return {name: value / GIB for name, value in parts.items()}
 
+    @cached_property
+    def _message_bytes(self) -> float:
+        """Of the hidden states of a microbatch, as a stage hands them on."""
+        return self.width * self.tokens * self.model.d_model / self.mesh.tensor
+
     def collective_totals(self) -> list[CollectiveTotal]:
         """Every collective of a step, but those of scalars and indices."""
-        return self._collective_totals
+        return [*self.microbatch_collectives, *self.step_collectives]
 
     @cached_property
-    def _collective_totals(self) -> list[CollectiveTotal]:
+    def microbatch_collectives(self) -> list[CollectiveTotal]:
+        """Those for each microbatch, in the whole step."""
         found = list(self.collectives(self.totals, self.around))
         if self.teaching:
             found = joined([*found, *self.teaching.collective_totals()])
+        if self.is_pipelined:
+            sent = self.part.sent
+            found.append(
+                CollectiveTotal(
+                    PIPELINE, "collective-permute", self._message_bytes * sent, sent, "tokens"
+                )
+            )
+        return found
+
+    @cached_property
+    def step_collectives(self) -> list[CollectiveTotal]:
+        """Those that there are once a step."""
+        found = []
+        if self.is_pipelined:
+            own = self.dealt
+            exchanged = own.layer_bytes + FLOAT * own.layers
+            table = FLOAT * own.table * own.tables
+            found += [
+                CollectiveTotal(PIPELINE, "all-to-all", exchanged, 2, "update"),
+                CollectiveTotal(PIPELINE, "all-gather", table, own.tables, "update"),
+                CollectiveTotal(PIPELINE, "reduce-scatter", table, own.tables, "update"),
+            ]
         copies = (
             ("all-reduce", "weights", self.storage.summed),
             ("all-gather", "update", self.storage.updated),
@@ -526,6 +602,14 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         ) / efficiency.matrix + teaching.attention_flops(efficiency.tile) / efficiency.attention
         moving = teaching.memory_bytes / (bandwidth * efficiency.memory)
         seconds["teacher"] = products / peak + moving
+    over_links, beside = timed(work.microbatch_collectives, work.mesh, target, links)
+    if work.is_pipelined:
+        # A device waits for the first microbatch to reach it and for the last to leave the others.
+        once = work.update_bytes / (bandwidth * efficiency.memory)
+        once += work.update.matrix_flops / (peak * efficiency.matrix)
+        flowing = sum(seconds.values()) - once
+        waiting = sum(spent or 0.0 for _, _, spent in over_links) - beside
+        seconds["bubble"] = work.part.idle * (flowing + waiting)
     collectives: list[tuple[CollectiveTotal, str, float | None]] = []
     hidden = 0.0
     if offloaded := work.host_bytes:
@@ -533,9 +617,9 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         copies = CollectiveTotal("host", "copy", offloaded, 1, "weights")
         collectives.append((copies, "PCIe", spent))
         hidden += (spent or 0.0) * efficiency.weights_hidden
-    over_links, beside = timed(work.collective_totals(), work.mesh, target, links)
-    collectives += over_links
-    hidden += beside
+    a_step, beside_it = timed(work.step_collectives, work.mesh, target, links)
+    collectives += [*over_links, *a_step]
+    hidden += beside + beside_it
     compute, communication = sum(seconds.values()), sum(spent or 0.0 for _, _, spent in collectives)
     step = max(compute, communication, compute + communication - hidden)
     flops = _flops_per_token(model, stage.sequence_length) * stage.batch_tokens

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 from braeburn.config import (
     Distillation,
+    Execution,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -19,12 +20,13 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.hardware.catalogue import Chip
-from braeburn.parallel.rules import stored_along
+from braeburn.parallel.rules import stored_along, token_axes
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
 from braeburn.plan.blocks import SPLIT_TRACED, Shapes, Split, crosses_context, shapes_of, sized
 from braeburn.plan.graph import Amount, Collective, Moved
 from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, teacher_layers_of
+from braeburn.plan.pipeline import WHOLE, Part, part_of
 from braeburn.plan.storage import FLOAT, Storage, storage_of
 from braeburn.plan.totals import Sequence, Totals, totals_of
 
@@ -107,6 +109,13 @@ class Pass:
         return found
 
     @property
+    def working(self) -> MeshConfig:
+        """The mesh of the devices that work on the same layers; a pipeline is one more `fsdp`
+        except to a train step.
+        """
+        return self.mesh
+
+    @property
     def width(self) -> int:
         """Bytes of an activation."""
         return 2 if self.run.precision.compute == "bfloat16" else FLOAT
@@ -114,8 +123,9 @@ class Pass:
     @cached_property
     def tokens(self) -> int:
         """Tokens that a device, with the tensor shards that share them, works on at once."""
-        mesh = self.mesh
-        shards = mesh.replica * mesh.data * mesh.fsdp * mesh.context
+        shards = math.prod(
+            self.working.sizes[axis] for axis in token_axes(Execution(self.working, self.run.rules))
+        )
         return self.stage.batch_tokens // (shards * self.stage.accumulation_steps)
 
     @cached_property
@@ -136,7 +146,7 @@ class Pass:
     def shapes_for(self, model: ModelConfig, teacher: ModelConfig | None = None) -> Shapes:
         """What the programs of a model are traced with, or of a model beside its teacher."""
         learns = self.stage.distillation if teacher else self.stage.objective
-        return _shapes(model, self.run.precision, self.run.rules, self.mesh, learns, teacher)
+        return _shapes(model, self.run.precision, self.run.rules, self.working, learns, teacher)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -167,7 +177,7 @@ class Pass:
         """Bytes of element-wise work; what does not grow with the tokens is done on the weights as
         they are stored.
         """
-        sizes = self.mesh.sizes
+        sizes = self.working.sizes
         stored = math.prod(SPLIT_TRACED / sizes[axis] for axis in self.shapes.split.stored)
         return amount.fixed * stored + amount.scaled * self.scale
 
@@ -186,22 +196,33 @@ class Pass:
             for each in totals.kernels
         )
 
+    @property
+    def part(self) -> Part:
+        """The part of the model that the device works on."""
+        return WHOLE
+
     def collectives(self, totals: Totals, around: Around) -> Iterator[CollectiveTotal]:
         """Those of layers and of what is around them, over all microbatches."""
         steps = self.stage.accumulation_steps
-        for key, (size, times) in _together(totals, around):
+        for key, (size, times) in _together(totals, around, self.part):
             yield CollectiveTotal(
                 key.axis, key.kind, self.at(size) * steps, times * steps, key.what
             )
 
 
 @cache
-def _together(totals: Totals, around: Around) -> tuple[tuple[Collective, Moved], ...]:
-    """The collectives of layers and of what is around them, those of one kind added up."""
-    found = dict(totals.collectives)
+def _together(totals: Totals, around: Around, part: Part) -> tuple[tuple[Collective, Moved], ...]:
+    """The collectives of a device's part of the layers and of what is around them, those of one
+    kind added up.
+    """
+    found = {
+        key: Moved(moved.bytes * part.layers, moved.times * part.layers)
+        for key, moved in totals.collectives
+    }
     for key, moved in around.collectives.items():
-        found[key] = found[key] + moved if key in found else moved
-    return tuple(found.items())
+        own = Moved(moved.bytes * part.around, moved.times * part.around)
+        found[key] = found[key] + own if key in found else own
+    return tuple((key, moved) for key, moved in found.items() if moved.times)
 
 
 @dataclass(frozen=True)
@@ -213,6 +234,16 @@ class Teaching(Pass):
     """
 
     student: ModelConfig = field(kw_only=True)
+
+    @cached_property
+    def working(self) -> MeshConfig:
+        """The mesh of the devices that work on the same layers."""
+        return self.mesh.model_copy(update={"pipeline": 1})
+
+    @cached_property
+    def part(self) -> Part:
+        """The part of the teacher that the busiest device works on."""
+        return part_of(self.model, self.mesh, self.stage.accumulation_steps)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -254,28 +285,29 @@ class Teaching(Pass):
     @cached_property
     def matrix_flops(self) -> float:
         """Of all matrix products but attention's."""
-        each = self.at(self.totals.flops) + self.at(self._added.flops)
+        each = self.at(self.totals.flops) * self.part.layers
+        each += self.at(self._added.flops) * self.part.around
         return each * self.stage.accumulation_steps
 
     def attention_flops(self, tile: int) -> float:
         """Of attention's two products in a fused kernel, over the tiles that causality and windows
         leave.
         """
-        return self.kernel_flops(self.totals, tile, 0)
+        return self.kernel_flops(self.totals, tile, 0) * self.part.layers
 
     @cached_property
     def attention_products(self) -> float:
         """Of attention's products in no fused kernel."""
-        return self.at(self.totals.plain) * self.stage.accumulation_steps
+        steps = self.stage.accumulation_steps
+        return self.at(self.totals.plain) * steps * self.part.layers
 
     @cached_property
     def memory_bytes(self) -> float:
         """Read and written by element-wise work."""
-        each = sum(
-            self.read_and_written(part)
-            for part in (self.totals.element_wise, self._added.element_wise)
-        )
+        each = self.read_and_written(self.totals.element_wise)
         each += self.at(self.totals.attention_bytes)
+        each *= self.part.layers
+        each += self.read_and_written(self._added.element_wise) * self.part.around
         return each * self.stage.accumulation_steps
 
     @cached_property
