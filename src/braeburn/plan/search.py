@@ -6,13 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from braeburn.config import MeshConfig, ModelConfig, Offload, Remat, Run, ShardingRules, Stage
+from braeburn.config import (
+    Execution,
+    MeshConfig,
+    ModelConfig,
+    Offload,
+    Remat,
+    Run,
+    ShardingRules,
+    Stage,
+)
 from braeburn.errors import UserError
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import extent, placements
 from braeburn.layers.spec import walk
 from braeburn.parallel.collectives import TENSOR
+from braeburn.parallel.rules import batch_shards
 from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
 from braeburn.plan.forward import accelerator_of
 from braeburn.plan.storage import axes_of_parameters, specs_of
@@ -212,20 +222,40 @@ def _meshes(
                 continue
             if any(m.num_kv_heads % tensor and tensor % m.num_kv_heads for m in models):
                 continue
-            rest = total // (tensor * context)
-            for fsdp in _powers(rest):
-                shards = replica * rest
-                if (
-                    rest % fsdp
-                    or any(m.d_model % fsdp for m in models)
-                    or stage.batch_size % shards
-                ):
+            for pipeline in _pipelines(models, stage):
+                if total % (tensor * context * pipeline) or (pipeline > 1 and context > 1):
                     continue
-                if replica < slices and (rest // fsdp) % slices == 0:
-                    continue  # data that takes the slices is a replica by another name
-                yield MeshConfig(
-                    replica=replica, data=rest // fsdp, fsdp=fsdp, context=context, tensor=tensor
-                )
+                rest = total // (tensor * context * pipeline)
+                for fsdp in _powers(rest):
+                    if (
+                        rest % fsdp
+                        or any(m.d_model % (fsdp * pipeline) for m in models)
+                        or stage.batch_size % (replica * rest)
+                        # Too few microbatches: devices would be idle for a third of the time.
+                        or (pipeline > 1 and stage.batch_size < 2 * pipeline * replica * rest)
+                    ):
+                        continue
+                    if replica < slices and (rest // fsdp) % slices == 0:
+                        continue  # data that takes the slices is a replica by another name
+                    yield MeshConfig(
+                        replica=replica,
+                        data=rest // fsdp,
+                        fsdp=fsdp,
+                        pipeline=pipeline,
+                        context=context,
+                        tensor=tensor,
+                    )
+
+
+def _pipelines(models: Sequence[ModelConfig], stage: Stage | Sequences) -> list[int]:
+    """The devices that a pipeline of all models may have: 1 alone for jobs after training.
+
+    Where sequences are split as well a pipeline is not looked for.
+    """
+    if isinstance(stage, Sequences):
+        return [1]
+    repeats = min(sum(segment.repeats for segment in model.segments) for model in models)
+    return [devices for devices in _powers(repeats) if repeats % devices == 0]
 
 
 def _changed(work: Work, changes: dict[str, Any]) -> Work:
@@ -260,6 +290,8 @@ def _fastest(
         assert offloading.shapes and offloading.storage and offloading.update
         for steps in _accumulations(work.stage, sizes):
             for remat in REMATS:
+                if sizes.pipeline > 1 and offload.activations:
+                    continue
                 if not set(offload.activations) <= set(
                     remat.names if remat.policy == "save_named" else ()
                 ):
@@ -281,9 +313,15 @@ def _fastest(
 
 
 def _accumulations(stage: Stage, sizes: MeshConfig) -> list[int]:
-    """Numbers of microbatches that the sequences of a batch can be divided into."""
-    sequences = stage.batch_size // (sizes.replica * sizes.data * sizes.fsdp)
-    return [steps for steps in _powers(min(sequences, MOST_ACCUMULATION)) if sequences % steps == 0]
+    """Numbers of microbatches that the sequences of a batch can be divided into.
+
+    Those that keep a pipeline busy: of the others none is faster.
+    """
+    execution = Execution(sizes.model_copy(update={"pipeline": 1}))
+    sequences = stage.batch_size // batch_shards(execution)
+    most = min(sequences, MOST_ACCUMULATION * sizes.pipeline)
+    found = [steps for steps in _powers(most) if sequences % steps == 0]
+    return [steps for steps in found if steps >= min(sizes.pipeline, found[-1])]
 
 
 def _rank(estimate: Estimate) -> tuple[float, float]:
