@@ -37,7 +37,7 @@ from braeburn.plan.graph import Amount, distinct
 from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, layers_of
 from braeburn.plan.pipeline import Dealt, Part, dealt, part_of
-from braeburn.plan.storage import FLOAT, specs_of
+from braeburn.plan.storage import FLOAT, specs_of, storage_of
 from braeburn.plan.totals import Totals, totals_of
 from braeburn.plan.trace import differentiate, rematerialize
 from braeburn.train.metrics import flops_per_token
@@ -297,10 +297,15 @@ class Work(Pass):
         # into those of all microbatches under way.
         copies = 8 if self.is_pipelined else 4
         once += copies * self.at(totals.kept) + self._repacked
-        once *= self.part.layers
-        once += self.read_and_written(self.around.element_wise) * self.part.around
-        gradients = self.dealt.layers if self.is_pipelined else self.shard
-        return once + 3 * FLOAT * gradients  # gradients are added up
+        around = self.read_and_written(self.around.element_wise)
+        if not self.is_pipelined:
+            return once + around + 3 * FLOAT * self.shard  # gradients are added up
+        # The gradients of all layers begin as zeros, which the traced program has around them.
+        own = self.dealt
+        everywhere = storage_of(self.model, self.run.optimizer, self.run.rules, self.working)
+        zeros = FLOAT * (everywhere.parameters - own.table * own.tables)
+        once = (once + zeros) * self.part.layers + (around - zeros) * self.part.around
+        return once + 3 * FLOAT * own.layers
 
     @cached_property
     def _repacked(self) -> float:
