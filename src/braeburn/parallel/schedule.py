@@ -137,6 +137,16 @@ class Schedule:
         busy = self.num_microbatches * self.num_stages * (forward + backward)
         return 1 - busy / (total * self.num_devices)
 
+    @property
+    def taken(self) -> float:
+        """The part of the branches that a program has for tasks which a device takes."""
+        branches = sum(
+            span.count // span.period * len(self.kinds(span, position))
+            for span in self.spans
+            for position in range(span.period)
+        )
+        return len(self.tasks(0)) / branches
+
     def destination(self, device: int, task: Task) -> int | None:
         """The device that the result of a task is sent to; None where it stays or is needed by
         none.

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -41,7 +40,7 @@ class Collective:
     dtype: str
     shape: tuple[int, ...]
     axes: tuple[str, ...] | None
-    times: int
+    times: float
     conditional: bool
     source: str
 
@@ -52,12 +51,13 @@ class Collective:
         return -(-math.prod(self.shape) * (int(width[0]) if width else 8) // 8)
 
 
-def traffic(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...] | None], int]:
+def traffic(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...] | None], float]:
     """Bytes on one device over one run of the program, by kind and axes."""
-    sums: Counter[tuple[str, tuple[str, ...] | None]] = Counter()
+    sums: dict[tuple[str, tuple[str, ...] | None], float] = {}
     for collective in found:
-        sums[collective.kind, collective.axes] += collective.bytes * collective.times
-    return dict(sums)
+        key = collective.kind, collective.axes
+        sums[key] = sums.get(key, 0) + collective.bytes * collective.times
+    return sums
 
 
 def collectives(program: str | Module, mesh_shape: Mapping[str, int]) -> list[Collective]:

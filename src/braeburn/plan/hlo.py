@@ -97,7 +97,7 @@ class Execution:
 
     instruction: Instruction
     computation: str
-    times: int = 1
+    times: float = 1
     conditional: bool = False
     endless: str = ""
     caller: "Execution | None" = None
@@ -125,17 +125,19 @@ class Module:
         entry: the computation that it begins with.
         one_round: whether a loop of unknown length in the entry computation counts as one round of
             it, as where a program writes tokens until it is told to stop.
+        taken: how often a branch is taken that is in no other.
     """
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
     one_round: bool = False
+    taken: float = 1.0
 
     def walk(self) -> Iterator[Execution]:
         """Every instruction that runs, in the order of the text within each computation.
 
-        Branches appear as if each of them was taken; what a fusion is made of appears as well as
-        the fusion.
+        Branches appear as if each of them was taken, or as often as `taken` says; what a fusion is
+        made of appears as well as the fusion.
         """
         yield from self._walk(Execution(Instruction("", "", "", "", ""), self.entry))
 
@@ -155,9 +157,10 @@ class Module:
             elif instruction.opcode.endswith(("-done", "-update")) or "%" not in instruction.rest:
                 continue  # what was started ran then
             else:
-                conditional = place.conditional or instruction.opcode == "conditional"
+                branches = instruction.opcode == "conditional"
                 caller = here if instruction.opcode == "call" else None
-                here, times = replace(here, conditional=conditional, caller=caller), place.times
+                times = place.times * (self.taken if branches and not place.conditional else 1)
+                here = replace(here, conditional=place.conditional or branches, caller=caller)
                 names = instruction.called(
                     *(["to_apply"] if instruction.opcode == "call" else _CALLS)
                 )

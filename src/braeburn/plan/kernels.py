@@ -57,7 +57,7 @@ def computing(module: Module, chip: Chip) -> Computing:
     assert peak  # the catalogue refuses chips without it
     clock = chip.clock_ghz.value * 1e9 if chip.clock_ghz else math.inf
     total, untimed = 0.0, []
-    kernels: dict[str, tuple[int, float | None]] = {}
+    kernels: dict[str, tuple[float, float | None]] = {}
     for run in module.walk():
         instruction = run.known_length().instruction
         if not run.times:
@@ -83,7 +83,7 @@ def computing(module: Module, chip: Chip) -> Computing:
             total += run.times * _gpu_seconds(
                 module, run, peak * efficiency.matrix, memory_bandwidth(chip) * efficiency.memory
             )
-    found = [Kernel(name, calls, seconds) for name, (calls, seconds) in kernels.items()]
+    found = [Kernel(name, round(calls), seconds) for name, (calls, seconds) in kernels.items()]
     untimed += [kernel.name for kernel in found if kernel.seconds is None]
     return Computing(total + sum(kernel.seconds or 0.0 for kernel in found), found, untimed)
 

@@ -4,6 +4,7 @@ how long devices are idle, what they hold, and what they send each other.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from braeburn.config import (
     Execution,
@@ -48,6 +49,8 @@ class Part:
 
 
 WHOLE = Part()
+# Forward tasks in the picture of a schedule, of all devices.
+MOST_DRAWN = 600
 
 
 def part_of(model: ModelConfig, mesh: MeshConfig, num_microbatches: int) -> Part:
@@ -94,6 +97,38 @@ def places_of(kind: PipelineSchedule, devices: int, steps: int, each: int) -> Pl
     if kind == "1f1b":
         steps = min(steps, 2 * devices + steps % devices)
     return tabled(schedule(kind, devices, steps, each))[1]
+
+
+def drawn(mesh: MeshConfig, num_microbatches: int, recomputes: bool) -> dict[str, Any]:
+    """The schedule of a pipeline as plain data, for a picture of it.
+
+    Args:
+        mesh: of resolved sizes, with a pipeline.
+        num_microbatches: of a batch, of which as many are drawn as are told apart.
+        recomputes: whether the backward pass does the forward pass's work again.
+
+    Returns:
+        Its kind and numbers; for each device that is drawn, rows [begin, end, kind, microbatch,
+        stage] of its tasks, in units of a microbatch's forward pass through one stage; and the part
+        of the time that a device is idle, of all microbatches.
+    """
+    devices, each = mesh.pipeline, mesh.stages_per_device
+    shown = min(num_microbatches, max(devices, MOST_DRAWN // (devices * each) // devices * devices))
+    plan = schedule(mesh.pipeline_schedule, devices, shown, each)
+    times = plan.times(1.0, 3.0 if recomputes else 2.0)
+    return {
+        "kind": "interleaved 1F1B" if each > 1 else mesh.pipeline_schedule.replace("f1b", "F1B"),
+        "devices": devices,
+        "stages_per_device": each,
+        "microbatches": num_microbatches,
+        "drawn_microbatches": shown,
+        "idle": (devices - 1) / (each * num_microbatches + devices - 1),
+        "end": max(end for _, end in times.values()),
+        "tasks": [
+            [[*times[task], task.kind, task.microbatch, task.stage] for task in plan.tasks(device)]
+            for device in range(devices)
+        ],
+    }
 
 
 @dataclass(frozen=True)

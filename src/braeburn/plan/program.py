@@ -15,6 +15,7 @@ from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import across_slices
 from braeburn.models.decoder import param_specs
+from braeburn.parallel.schedule import schedule
 from braeburn.plan.child import compile_in_child
 from braeburn.plan.collectives import Collective, collectives, transfers
 from braeburn.plan.cost import estimate, online_teacher
@@ -90,7 +91,12 @@ class Compiled:
             raise unread(
                 f"the program has {self.answer['instructions']} instructions, and its text {found}"
             )
-        return module
+        return replace(module, taken=self.taken)
+
+    @property
+    def taken(self) -> float:
+        """How often a branch of the program is taken."""
+        return 1.0
 
     @cached_property
     def computing(self) -> Computing:
@@ -188,6 +194,16 @@ class Compilation(Compiled):
         """The mesh of the stage, resolved."""
         mesh = self.run.stages[self.stage].mesh or self.run.mesh
         return mesh.model_copy(update=self.answer["mesh"])
+
+    @property
+    def taken(self) -> float:
+        """How often a branch of the program is taken: by a pipeline, where it has a task for it."""
+        mesh = self.mesh
+        if mesh.pipeline == 1:
+            return 1.0
+        steps = self.run.stages[self.stage].accumulation_steps
+        kind, each = mesh.pipeline_schedule, mesh.stages_per_device
+        return schedule(kind, mesh.pipeline, steps, each).taken
 
     @cached_property
     def flop_bound(self) -> float:
@@ -293,7 +309,8 @@ def _rows(found: list[Collective], links: Links, axes: tuple[str, ...] | None) -
             if any(once is None for _, once in each)
             else sum(n * (once or 0.0) for n, once in each)
         )
-        calls, moved = sum(c.times for c in members), sum(c.bytes * c.times for c in members)
+        calls = round(sum(c.times for c in members))
+        moved = round(sum(c.bytes * c.times for c in members))
         rows.append(Traffic(kind, named, links.name(on) if on else "?", calls, moved, seconds))
     return rows
 

@@ -16,6 +16,7 @@ from braeburn.hardware.targets import Target
 from braeburn.plan.cost import Estimate, divided_work, estimate_work, labelling_seconds
 from braeburn.plan.forward import Pass
 from braeburn.plan.goodput import Interruptions, goodput
+from braeburn.plan.pipeline import drawn
 from braeburn.plan.search import Candidate, candidates, larger_targets
 from braeburn.plan.storage import FLOAT
 
@@ -97,12 +98,15 @@ def _plan(
         confidences.append(best.confidence)
         stored = Pass(run, stage, first.sizes, run.models()[name].trained)
         state = max(state, FLOAT * stored.shard + stored.optimizer_bytes)
+        described = [
+            describe(candidate, name) | {"compiled": said}
+            for candidate, said in layouts[:MOST_LAYOUTS]
+        ]
+        own = _own(run, name, target)
         stages[name] = {
-            "layouts": [
-                describe(candidate, name) | {"compiled": said}
-                for candidate, said in layouts[:MOST_LAYOUTS]
-            ],
-            "own": _own(run, name, target),
+            "layouts": described,
+            "own": describe(own, name) if own else None,
+            "schedules": _schedules([candidate for candidate, _ in layouts], own, name),
             "days": _days(best.step * stage.steps, best.confidence),
             "labelling_days": _days(labelling, best.confidence) if labelling else None,
             "tokens": stage.steps * stage.batch_tokens,
@@ -129,12 +133,31 @@ def _plan(
     return plan | {"stages": stages, "total": total}
 
 
-def _own(run: Run, name: str, target: Target) -> dict[str, Any] | None:
+def _schedules(
+    layouts: Sequence[Candidate], own: Candidate | None, name: str
+) -> list[dict[str, Any]]:
+    """The schedules to be drawn: of the best layout that is a pipeline and of the run's own, if
+    they are, by their ranks.
+    """
+    ranked: list[tuple[int | str, Candidate]] = [*enumerate(layouts[:MOST_LAYOUTS], 1)]
+    pipelines = [(rank, each) for rank, each in ranked if each.sizes.pipeline > 1][:1]
+    if own and own.sizes.pipeline > 1:
+        pipelines.append(("own", own))
+    found = []
+    for rank, each in pipelines:
+        stage = each.run.stages[name]
+        remat = stage.remat or each.run.remat
+        recomputes = remat.policy == "full"
+        found.append({"rank": rank} | drawn(each.sizes, stage.accumulation_steps, recomputes))
+    return found
+
+
+def _own(run: Run, name: str, target: Target) -> Candidate | None:
     """The layout that the run itself has, or None where it does not divide the target."""
     try:
         work = divided_work(run, name, target)
         found = estimate_work(work, target, Links(target, work.mesh))
-        return describe(Candidate({}, run, work.mesh, found), name)
+        return Candidate({}, run, work.mesh, found)
     except UserError:
         return None
 

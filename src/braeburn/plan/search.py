@@ -288,7 +288,11 @@ def _fastest(
         offloading = work.varied(run=work.run.model_copy(update={"offload": offload}))
         # Worked out here, for all that is varied below.
         assert offloading.shapes and offloading.storage and offloading.update
-        for steps in _accumulations(work.stage, sizes):
+        for steps, mesh in itertools.product(
+            _accumulations(work.stage, sizes), _interleavings(sizes, work.model)
+        ):
+            if mesh.stages_per_device > 1 and steps % mesh.pipeline:
+                continue
             for remat in REMATS:
                 if sizes.pipeline > 1 and offload.activations:
                     continue
@@ -297,12 +301,12 @@ def _fastest(
                 ):
                     continue
                 one = _changed(
-                    offloading, {"accumulation_steps": steps, "mesh": sizes, "remat": remat}
+                    offloading, {"accumulation_steps": steps, "mesh": mesh, "remat": remat}
                 )
                 needed = one.memory_gib
                 if needed <= room.value:
                     fits.append((one, estimate_work(one, target, links)))
-                    everything |= remat == REMATS[0]
+                    everything |= remat == REMATS[0] and sizes.pipeline == 1
                 elif least is None or needed < least[0]:
                     least = needed, one
             if everything:
@@ -310,6 +314,18 @@ def _fastest(
         if fits:
             return min(fits, key=lambda found: _rank(found[1]))
     return (least[1], estimate_work(least[1], target, links)) if least else None
+
+
+def _interleavings(sizes: MeshConfig, model: ModelConfig) -> list[MeshConfig]:
+    """A mesh with as many stages on each device as a pipeline may have, up to four."""
+    if sizes.pipeline == 1:
+        return [sizes]
+    repeats = sum(segment.repeats for segment in model.segments)
+    return [
+        sizes.model_copy(update={"stages_per_device": each})
+        for each in (1, 2, 4)
+        if repeats % (sizes.pipeline * each) == 0
+    ]
 
 
 def _accumulations(stage: Stage, sizes: MeshConfig) -> list[int]:
@@ -351,6 +367,8 @@ def _candidate(run: Run, name: str, changed: Run, estimate: Estimate) -> Candida
     mesh_path = f"stages.{name}.mesh" if before.mesh or len(run.stages) > 1 else "mesh"
     remat_path = f"stages.{name}.remat" if before.remat or len(run.stages) > 1 else "remat"
     assignments: dict[str, Any] = {f"{mesh_path}.{axis}": size for axis, size in mesh.sizes.items()}
+    if mesh.stages_per_device > 1:
+        assignments[f"{mesh_path}.stages_per_device"] = mesh.stages_per_device
     if mesh.torus:
         assignments[f"{mesh_path}.torus"] = {
             axis: list(factors) for axis, factors in mesh.torus.items()
