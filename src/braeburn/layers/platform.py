@@ -10,8 +10,8 @@ def traced_for() -> tuple[str, tuple[int, int] | None]:
     capability.
 
     The devices need not be there. JAX calls the GPUs of all makers "gpu": what is installed here
-    tells which they are, and GPUs that are not here are NVIDIA's, since no others can be compiled
-    for without them.
+    tells which they are, and the catalogue knows those that are not here by their names. GPUs that
+    it lacks are taken for NVIDIA's.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = (device and device.platform) or jax.default_backend()
@@ -24,4 +24,6 @@ def traced_for() -> tuple[str, tuple[int, int] | None]:
         major, minor = here.compute_capability.split(".")
         return "cuda", (int(major), int(minor))
     chip = chip_of(device.device_kind) if device else None
+    if chip and chip.family == "amd":
+        return "rocm", None
     return platform.replace("gpu", "cuda"), chip.compute_capability if chip else None

@@ -79,7 +79,7 @@ def computing(module: Module, chip: Chip) -> Computing:
                 untimed.append(instruction.name)
             else:
                 total += run.times * instruction.cycles / clock
-        elif chip.family == "nvidia":
+        elif chip.family in ("nvidia", "amd"):
             total += run.times * _gpu_seconds(
                 module, run, peak * efficiency.matrix, memory_bandwidth(chip) * efficiency.memory
             )

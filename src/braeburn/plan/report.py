@@ -102,7 +102,15 @@ def _effort(compiler: dict[str, Any]) -> Rows:
     how = "found compiled before, then in" if compiler["cached"] else "compiled in"
     versions = ", ".join(f"{name} {version}" for name, version in compiler["versions"].items())
     took = f"{compiler['seconds']:.0f} s, {compiler['cpu_seconds']:.0f} of the processor"
-    return [("",), (f"{how} {took}, {compiler['resident_gib']:.1f} GiB; {versions}",)]
+    rows: Rows = [("",), (f"{how} {took}, {compiler['resident_gib']:.1f} GiB; {versions}",)]
+    if compiler["stubs"]:
+        rows.append(
+            (
+                f"stubs stood in for {len(compiler['stubs'])} libraries of the chip's maker that are "
+                f"not installed, and which compiling does not need: {', '.join(compiler['stubs'])}",
+            )
+        )
+    return rows
 
 
 def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
