@@ -1,8 +1,26 @@
 """What a traced program is for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import jax
 
 from braeburn.hardware.catalogue import chip_of
+
+# The platform of a program that is to run on all of them.
+PORTABLE = "portable"
+_PORTABLE: ContextVar[bool] = ContextVar("portable", default=False)
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Within it, programs are traced for every platform alike, and so without kernels of any."""
+    before = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(before)
 
 
 def traced_for() -> tuple[str, tuple[int, int] | None]:
@@ -11,8 +29,10 @@ def traced_for() -> tuple[str, tuple[int, int] | None]:
 
     The devices need not be there. JAX calls the GPUs of all makers "gpu": what is installed here
     tells which they are, and the catalogue knows those that are not here by their names. GPUs that
-    it lacks are taken for NVIDIA's.
+    it lacks are taken for NVIDIA's. Within `portable` it is no platform of JAX, but `PORTABLE`.
     """
+    if _PORTABLE.get():
+        return PORTABLE, None
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = (device and device.platform) or jax.default_backend()
     if platform not in ("gpu", "cuda", "rocm"):

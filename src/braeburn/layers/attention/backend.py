@@ -21,7 +21,7 @@ class Request:
     """What is known about a call when it is traced.
 
     Attributes:
-        platform: "cpu", "tpu", "cuda" or "rocm".
+        platform: "cpu", "tpu", "cuda" or "rocm"; or `platform.PORTABLE`.
         dtype: of queries, keys and values.
         sequence_length: tokens of the whole sequence.
         num_heads: of the queries on this device.

@@ -66,7 +66,9 @@ def _over_blocks(
     """
     start, last = ends
     for block in BLOCKS:
-        if block > most and block > BLOCKS[-1]:
+        # Where their number is not known while the program is traced, the smallest blocks will do.
+        too_large = not isinstance(most, int) or block > most
+        if too_large and block > BLOCKS[-1]:
             continue
         # But for the smallest blocks, they are only of the group's own rows.
         room = block - 1 if block > BLOCKS[-1] else 0
