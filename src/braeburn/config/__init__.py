@@ -61,7 +61,7 @@ from braeburn.config.transforms import (
     TransformConfig,
     check_pruning,
 )
-from braeburn.config.weights import WeightType, file_type, weight_type
+from braeburn.config.weights import WeightType, file_type, platforms_of, weight_type
 
 __all__ = [
     "AXES",
@@ -133,6 +133,7 @@ __all__ = [
     "flatten",
     "override",
     "parse_assignment",
+    "platforms_of",
     "provenance",
     "read_identity",
     "read_run",

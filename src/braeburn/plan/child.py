@@ -30,11 +30,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-COMPILERS = {
-    "tpu": "libtpu",
-    "nvidia": "jax_plugins.xla_cuda13",
-    "amd": "jax_plugins.xla_rocm7",
-}
+COMPILERS = {"tpu": "libtpu", "nvidia": "jax_plugins.xla_cuda13", "amd": "jax_plugins.xla_rocm7"}
 
 
 def check_compiler(target: Target) -> None:

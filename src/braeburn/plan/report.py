@@ -104,11 +104,9 @@ def _effort(compiler: dict[str, Any]) -> Rows:
     took = f"{compiler['seconds']:.0f} s, {compiler['cpu_seconds']:.0f} of the processor"
     rows: Rows = [("",), (f"{how} {took}, {compiler['resident_gib']:.1f} GiB; {versions}",)]
     if compiler["stubs"]:
+        names = ", ".join(compiler["stubs"])
         rows.append(
-            (
-                f"stubs stood in for {len(compiler['stubs'])} libraries of the chip's maker that are "
-                f"not installed, and which compiling does not need: {', '.join(compiler['stubs'])}",
-            )
+            (f"libraries that are not installed here, which compiling goes without: {names}",)
         )
     return rows
 

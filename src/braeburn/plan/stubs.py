@@ -1,9 +1,9 @@
 """A plug-in of JAX loaded without the libraries of its maker, to compile with it and no more.
 
 The ROCm plug-in is linked to a dozen libraries that come with ROCm, not with the package. Compiling
-for a GPU that is described to it calls next to none of their functions. Where they are missing, stub
-libraries stand in for them, as those that CUDA ships for its driver: each function answers with an
-error, "no device" of HIP, and the compiler takes it as a machine without a GPU.
+for a GPU that is described to it calls next to none of their functions. Where they are missing,
+stub libraries stand in for them, as those that CUDA ships for its driver: each function answers
+with an error, "no device" of HIP, and the compiler takes it as a machine without a GPU.
 
 The dynamic loader takes a library that is loaded already for one that is needed by the same name,
 and looks a function up when it is first called. So one small ELF file a library is enough, which is

@@ -45,9 +45,7 @@ def _torus(target: Target) -> TopologyDescription:
     if target.facts.dimensions == 3 or target.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1) if target.chips == 1 else (2, 2, 1)
     if target.chip == "v4":
-        options["chip_config_name"] = (
-            "megacore"  # two cores as one device, as v5p has it by itself
-        )
+        options["chip_config_name"] = "megacore"  # two cores as one device, as v5p has it by itself
     return get_topology_desc(f"{target.chip}:{target.topology}", "tpu", **options)
 
 

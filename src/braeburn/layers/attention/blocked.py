@@ -53,7 +53,10 @@ def blocked_attention(
     elif length <= LONG_SEQUENCE:
         spans, attend = _spans(length, BLOCK), _attend_span
     else:
-        spans, attend = _spans(length, math.ceil(length / 8 / BLOCK) * BLOCK), _attend_span_in_blocks
+        spans, attend = (
+            _spans(length, math.ceil(length / 8 / BLOCK) * BLOCK),
+            _attend_span_in_blocks,
+        )
     outputs = []
     for start, stop in spans:
         positions = jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start))
