@@ -85,11 +85,8 @@ def platforms_of(format_: str, platforms: str | None) -> tuple[str, ...]:
                 f"--format stablehlo"
             )
         return ()
-    names = tuple(
-        dict.fromkeys(
-            name.strip().lower() for name in (platforms or ",".join(PLATFORMS)).split(",")
-        )
-    )
+    given = ",".join(PLATFORMS) if platforms is None else platforms
+    names = tuple(dict.fromkeys(name.strip().lower() for name in given.split(",")))
     if unknown := [name for name in names if name not in PLATFORMS]:
         raise UserError(
             f"--platforms {platforms!r} names {unknown[0]!r}, which is no platform of JAX; name "

@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 
 from braeburn.hardware.catalogue import chip_of
+
+# An int, or the symbol of jax.export for a size that is not known while a program is traced.
+Size = int | Any
 
 # The platform of a program that is to run on all of them.
 PORTABLE = "portable"

@@ -62,18 +62,17 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     run, cache = validate(request["run"]), Path(request["cache"])
     chips = catalogue(Path(request["chips"])) if request["chips"] else None
     target = parse_target(request["target"], chips)
-    described, stubs = topology(target)
-    devices = described.devices
+    described = topology(target)
     lower = _lowered_program if request.get("job") else _lowered_step
-    lowered, of_layout = lower(run, request, devices)
+    lowered, of_layout = lower(run, request, described.devices)
     flags: dict[str, Any] = options(target.facts.flags)
     packages = ["jax", "jaxlib", PACKAGES[target.facts.family]]
-    if target.facts.family != "tpu":
+    if described.has_cost_model:
         flags["xla_gpu_collect_cost_model_stats"] = True
     facts = {
         "versions": {name: version(name) for name in packages},
         "flags": flags,
-        "stubs": stubs,
+        "stubs": list(described.stubs),
         **of_layout,
     }
     identity = json.dumps([FORMAT, lowered.as_text(), str(target), facts["versions"], flags])

@@ -47,7 +47,8 @@ def computing(module: Module, chip: Chip) -> Computing:
 
     TPU: the compiler's `estimated_cycles`. GPU: of matrix products their FLOPs at the plan's
     fraction of the peak, of what else there is the `sol` entry of XLA's cost model (which takes
-    bf16 products with a float32 result for products of float32). Attention kernels: their FLOPs, of
+    bf16 products with a float32 result for products of float32) or, where XLA has no such model of
+    the GPU, the bytes of its operands and results. Attention kernels: their FLOPs, of
     which causality leaves half, at the plan's fraction of the peak.
 
     Raises:
@@ -143,8 +144,14 @@ def _gpu_seconds(module: Module, run: Execution, speed: float, bandwidth: float)
         products = [found for found in inner.values() if found.opcode == "dot"]
         if products:
             return sum(_product_seconds(found, inner, speed, bandwidth) for found in products)
-    microseconds = _SPEED_OF_LIGHT.search(instruction.rest)
-    return float(microseconds[1]) / 1e6 if microseconds else 0.0
+    if microseconds := _SPEED_OF_LIGHT.search(instruction.rest):
+        return float(microseconds[1]) / 1e6
+    if instruction.opcode != "fusion":
+        return 0.0
+    # XLA has no cost model of the GPU: what is read and written, once each.
+    types = [instruction.type, *(body[name].type for name in instruction.arguments)]
+    moved = sum(_size(dtype, shape) for type_ in types for dtype, shape in arrays(type_))
+    return moved / bandwidth
 
 
 def _product_seconds(

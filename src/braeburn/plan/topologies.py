@@ -1,6 +1,8 @@
 """The devices of targets that are not there, as their compilers describe them."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,28 +18,44 @@ from braeburn.plan.child import COMPILERS
 
 # The package of the compiler of each family of chips.
 PACKAGES = {"tpu": "libtpu", "nvidia": "jax-cuda13-pjrt", "amd": "jax-rocm7-pjrt"}
+# GPUs whose collectives XLA's cost model has no table of: with it compiling ends with "Cannot find
+# key" in JAX 0.12.
+_WITHOUT_COST_MODEL = "gfx90a"
 
 
-def topology(target: Target) -> tuple[TopologyDescription, list[str]]:
+@dataclass(frozen=True)
+class Topology:
+    """What programs are compiled for.
+
+    Attributes:
+        devices: those of a target.
+        stubs: the names of the libraries that the compiler lacks here, and that stubs stand in for:
+            see `stubs.load`.
+        has_cost_model: whether XLA has a model of the time that they take.
+    """
+
+    devices: Sequence[Any]
+    stubs: tuple[str, ...] = ()
+    has_cost_model: bool = False
+
+
+def topology(target: Target) -> Topology:
     """The devices of a target of TPUs or GPUs, none of which needs to be there.
-
-    Returns:
-        The devices; and the names of the libraries that the compiler lacks here, and that stubs
-        stand in for: see `stubs.load`.
 
     Raises:
         UserError: the installed compiler does not know the chip, or cannot be loaded.
     """
     if target.facts.family == "tpu":
-        return _torus(target), []
+        return Topology(_torus(target).devices)
     platform = {"nvidia": "cuda", "amd": "rocm"}[target.facts.family]
     library = _plugin(target)
-    missing = _register_rocm(library, target) if platform == "rocm" else []
+    missing = _register_rocm(library, target) if platform == "rocm" else ()
     nodes = target.slices * target.nodes_per_slice
     devices = target.chips_per_node * target.facts.devices_per_chip
     shape = f"1x{nodes}x{devices}"
     config = _description(target, library)
-    return get_topology_desc("", platform, topology=shape, target_config=config), missing
+    found = get_topology_desc("", platform, topology=shape, target_config=config)
+    return Topology(found.devices, missing, _WITHOUT_COST_MODEL not in config)
 
 
 def _torus(target: Target) -> TopologyDescription:
@@ -57,7 +75,7 @@ def _plugin(target: Target) -> Path:
     return library
 
 
-def _register_rocm(library: Path, target: Target) -> list[str]:
+def _register_rocm(library: Path, target: Target) -> tuple[str, ...]:
     """Makes the ROCm plug-in known to JAX, which it leaves out where there is no AMD GPU.
 
     Returns:
@@ -74,7 +92,7 @@ def _register_rocm(library: Path, target: Target) -> list[str]:
             f"which it is linked to, or update jax-rocm7-pjrt"
         ) from None
     register_plugin("rocm", library_path=str(library), options={"platform_name": "ROCM"})
-    return missing
+    return tuple(missing)
 
 
 def _description(target: Target, library: Path) -> str:

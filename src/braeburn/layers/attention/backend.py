@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from braeburn.config import MeshConfig
+from braeburn.layers.platform import Size
 
 # Finite, so that a query whose keys are all masked gives a mean instead of NaN; merged with others
 # it weighs nothing.
@@ -35,7 +36,7 @@ class Request:
 
     platform: str
     dtype: jnp.dtype
-    sequence_length: int
+    sequence_length: Size
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from braeburn.layers.platform import Size
+
 # Rows of blocks: products of few rows are slower a row, and a group wastes half of the smallest
 # block on average.
 BLOCKS = (256, 64, 16)
@@ -54,7 +56,7 @@ def _with_room(rows: Array) -> Array:
 
 
 def _over_blocks(
-    ends: tuple[Array, Array], body: Callable[[Array, int, Any], Any], carry: Any, most: int
+    ends: tuple[Array, Array], body: Callable[[Array, int, Any], Any], carry: Any, most: Size
 ) -> Any:
     """Carries a value over the blocks of a group.
 
