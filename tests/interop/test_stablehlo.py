@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_models import MODELS, our_logits, random_params
+from hf_models import MODELS, make, our_logits, random_params
 from jax import export
 
 from braeburn.errors import UserError
@@ -94,8 +94,11 @@ def test_programs_are_for_all_platforms_and_hold_no_weights(exported: Path) -> N
 CASES = {
     **{name: model for name, (model, _) in MODELS.items()},
     # Keys and values that later layers share, and windows.
-    "afm-on-device-2025": load("afm-on-device-2025").model.replace(
-        d_model=32, num_heads=4, num_kv_heads=1, head_dim=8, ffn_dim=48, vocab_size=307
+    "afm-on-device-2025": make(
+        num_layers=5,
+        pattern=load("afm-on-device-2025").model.pattern,
+        tail_pattern=load("afm-on-device-2025").model.tail_pattern,
+        tail_layers=2,
     ),
 }
 # One of each family, and what differs most.

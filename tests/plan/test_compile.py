@@ -81,9 +81,15 @@ def test_what_cannot_be_compiled_for_is_refused(monkeypatch):
     assert "the compiler for NVIDIA H100 SXM is not installed" in braeburn(*gpu).error
     monkeypatch.setattr(child_process.sys, "version_info", (3, 11, 9))
     assert "compiling for NVIDIA H100 SXM needs Python 3.12 or later" in braeburn(*gpu).error
-    answer = braeburn("compile", "llama2-7b", "--on", "mi300x:64")
+    amd = ("compile", "llama2-7b", "--on", "mi300x:64")
+    assert "compiling for AMD Instinct MI300X needs Python 3.12 or later" in braeburn(*amd).error
+    monkeypatch.setattr(child_process.sys, "version_info", (3, 12, 1))
+    for on in ("mi300x:64", "mi250x:64"):  # the latter's chips are two devices each
+        error = braeburn("compile", "llama2-7b", "--on", on).error
+        assert "is not installed; run `make extra-compile` in a clone" in error
+    answer = braeburn("compile", "llama2-7b", "--on", "gaudi2:64")
     assert (
-        "no compiler for AMD Instinct MI300X works without one; see what `braeburn plan` says"
+        "no compiler for Intel Gaudi 2 works without one; see what `braeburn plan` says"
         in answer.error
     )
     assert (
@@ -121,6 +127,7 @@ def answered(tmp_path, text, mesh, **more):
         "mesh": sizes,
         "flags": {},
         "versions": {},
+        "stubs": [],
         "gradient_bytes": 40 * MIB,
         "padded_gradient_bytes": 41 * MIB,
         **more,
@@ -226,6 +233,18 @@ def test_the_command_prints_what_the_compiler_says(child, tmp_path):
     assert asked[1]["run"]["mesh"]["replica"] == 1 and asked[1]["run"]["mesh"]["fsdp"] == 128
     assert "fits: 20.00 GiB of 30.75" in text.out
     assert "1 transfers that are not the sum of gradients leave a slice" in text.out
+
+
+def test_libraries_that_stubs_stand_in_for_are_told(child, tmp_path):
+    found = answered(tmp_path, straight(), {"fsdp": 64})
+    child[0].append(found | {"stubs": ["librccl.so.1", "libMIOpen.so.1"]})
+    answer = braeburn("compile", "llama2-7b", "--on", "mi300x:64")
+    assert answer.code == 0, answer.err
+    assert "fits: 20.00 GiB of 186.00" in answer.out
+    assert (
+        "libraries that are not installed here, which compiling goes without: librccl.so.1, "
+        "libMIOpen.so.1" in answer.out
+    )
 
 
 def test_what_would_fit_is_named_and_compiled(child, tmp_path):

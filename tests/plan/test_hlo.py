@@ -420,6 +420,30 @@ def cost(sol):
     )
 
 
+def test_time_on_gpus_that_the_compiler_has_no_model_of():
+    # 1 MiB is read of a stack of 64 and scaled, and 1 MiB written into another stack.
+    fused = (
+        "%fused (a: f32[64,512,512], b: f32[64,512,512], i: s32[]) -> f32[64,512,512]",
+        "%a = f32[64,512,512]{2,1,0} parameter(0)",
+        "%b = f32[64,512,512]{2,1,0} parameter(1)",
+        "%i = s32[] parameter(2)",
+        "%z = s32[] constant(0)",
+        "%s = f32[1,512,512]{2,1,0} dynamic-slice(%a, %i, %z, %z), dynamic_slice_sizes={1,512,512}",
+        "%m = f32[1,512,512]{2,1,0} multiply(%s, %s)",
+        "ROOT %u = f32[64,512,512]{2,1,0} dynamic-update-slice(%b, %m, %i, %z, %z)",
+    )
+    main = (
+        "ENTRY %main (p: f32[64,512,512], q: f32[64,512,512], n: s32[]) -> f32[64,512,512]",
+        "%p = f32[64,512,512]{2,1,0} parameter(0)",
+        "%q = f32[64,512,512]{2,1,0} parameter(1)",
+        "%n = s32[] parameter(2)",
+        "ROOT %f = f32[64,512,512]{2,1,0} fusion(%p, %q, %n), kind=kLoop, calls=%fused",
+    )
+    # Of one of the two dies of a module.
+    seconds = computing(parse(module(main, fused)), catalogue()["mi250x"]).seconds
+    assert seconds == pytest.approx((2 * 2**20 + 4 * 3) / (3277e9 / 2), rel=1e-3)
+
+
 def test_time_on_gpus():
     fused = (
         "%fused_dot (a: bf16[64,32], b: bf16[32,16]) -> f32[64,16]",

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 ABOUT = json.loads((FOLDER / "program.json").read_text("utf-8"))
 
 
-def program(name: str, **options: int) -> Callable:
+def program(name: str, **options: Any) -> Callable:
     """A program, which JAX compiles when it is first called with arrays of some shape."""
     data = (FOLDER / ABOUT["programs"][name]["file"]).read_bytes()
     return jax.jit(export.deserialize(bytearray(data)).call, **options)

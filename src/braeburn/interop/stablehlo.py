@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +221,10 @@ def write(
         UserError: the folder is in use or cannot be written, a package is missing, or a program
             would not run on all platforms.
     """
-    try:
-        import flatbuffers  # noqa: F401 - what jax.export writes its files with
-    except ImportError:
+    if find_spec("flatbuffers") is None:  # which jax.export writes its files with
         raise UserError(
             f"--format stablehlo needs the flatbuffers package; {how_to_install('stablehlo')}"
-        ) from None
+        )
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
