@@ -14,6 +14,7 @@ from braeburn.errors import UserError
 from braeburn.hardware.catalogue import catalogue
 from braeburn.plan import hlo
 from braeburn.plan.collectives import collectives, transfers
+from braeburn.plan.cost import EFFICIENCY
 from braeburn.plan.hlo import parse
 from braeburn.plan.kernels import computing
 
@@ -418,6 +419,27 @@ def cost(sol):
     return (
         f'backend_config={{"reification_cost":[{other},{one}],"device_type":"DEVICE_TYPE_INVALID"}}'
     )
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_groups_share_out_the_rows_of_a_grouped_product(gradient):
+    # 4096 rows of 512 columns, by 8 matrices to 256 columns; and the gradient of the matrices.
+    right, result = ("4096,256", "8,512,256") if gradient else ("8,512,256", "4096,256")
+    summed, groups = ("0", "[]") if gradient else ("1", '["0"]')
+    main = (
+        f"ENTRY %main (a: bf16[4096,512], b: bf16[{right}], n: s32[8]) -> bf16[{result}]",
+        "%a = bf16[4096,512]{1,0} parameter(0)",
+        f"%b = bf16[{right}]{{1,0}} parameter(1)",
+        "%n = s32[8]{0} parameter(2)",
+        f"%c = (bf16[{result}]{{1,0}}, s8[64]{{0}}) custom-call(%a, %b, %n), "
+        'custom_call_target="__cublas$lt$groupedMatmul", backend_config='
+        f'{{"lhs_contracting_dimensions":["{summed}"],"rhs_group_dimensions":{groups}}}',
+        f"ROOT %r = bf16[{result}]{{1,0}} get-tuple-element(%c), index=0",
+    )
+    chip = catalogue()["mi300x"]
+    rate = chip.peak_flops * EFFICIENCY["amd"].matrix
+    seconds = computing(parse(module(main)), chip).seconds
+    assert seconds == pytest.approx(2 * 4096 * 512 * 256 / rate)
 
 
 def test_time_on_gpus_that_the_compiler_has_no_model_of():

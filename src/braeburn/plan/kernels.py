@@ -209,10 +209,16 @@ def _size(dtype: str, shape: tuple[int, ...]) -> float:
 
 
 def _product_flops(product: Instruction, body: Mapping[str, Instruction]) -> float:
-    """2 x elements of the result x length of what is summed over."""
+    """2 x elements of the result x length of what is summed over.
+
+    Where matrices of groups are the result, as of the gradients of experts, the groups share out
+    what is summed over.
+    """
     (_, result), *_ = arrays(product.type)
     (_, left), *_ = arrays(body[product.arguments[0]].type)
     summed = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:] ?[{\[]([\d,"]*)', product.rest)
+    if "groupedMatmul" in product.rest and '"rhs_group_dimensions":[]' in product.rest:
+        result = result[1:]
     return (
         2
         * math.prod(result)
