@@ -256,7 +256,7 @@ def test_what_would_fit_is_named_and_compiled(child, tmp_path):
     answers += [lacking]
     sets = ["--set", "stages.pretrain.batch_tokens=67108864"]
     answer = braeburn("compile", "llama2-70b", "--on", "v5p:256", *sets)
-    assert answer.code == 1 and "does not fit: 108.40 GiB of 95.73 on each chip" in answer.out
+    assert answer.code == 1 and "does not fit: 108.40 GiB of 95.73 on each device" in answer.out
     assert (
         "would fit on v5p:256" in answer.out and "(not compiled)" in answer.out and len(asked) == 1
     )
@@ -326,7 +326,7 @@ def test_the_programs_of_a_job_are_compiled_one_by_one(child, tmp_path):
     assert token["rounds"] == 255 and token["bytes"] == {"tensor": 2 * 8 * 1024}
     assert token["plan"]["memory_gib"] > 0 and token["plan"]["bytes"]["tensor"] > 0
     text = braeburn(*on).out
-    assert "token, which runs 255 times, fits: 20.00 GiB of 74.00 on each chip" in text
+    assert "token, which runs 255 times, fits: 20.00 GiB of 74.00 on each device" in text
     assert "unstack, which is not compiled, fits: by the plan 2.31 GiB of 74.00" in text
     assert [part["name"] for part in facts["planned_alone"]] == ["unstack"]
 

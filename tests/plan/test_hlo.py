@@ -423,12 +423,12 @@ def cost(sol):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_groups_share_out_the_rows_of_a_grouped_product(gradient):
-    # 4096 rows of 512 columns, by 8 matrices to 256 columns; and the gradient of the matrices.
-    right, result = ("4096,256", "8,512,256") if gradient else ("8,512,256", "4096,256")
+    # 16384 rows of 4096 columns, by 8 matrices to 2048 columns; and the gradient of the matrices.
+    right, result = ("16384,2048", "8,4096,2048") if gradient else ("8,4096,2048", "16384,2048")
     summed, groups = ("0", "[]") if gradient else ("1", '["0"]')
     main = (
-        f"ENTRY %main (a: bf16[4096,512], b: bf16[{right}], n: s32[8]) -> bf16[{result}]",
-        "%a = bf16[4096,512]{1,0} parameter(0)",
+        f"ENTRY %main (a: bf16[16384,4096], b: bf16[{right}], n: s32[8]) -> bf16[{result}]",
+        "%a = bf16[16384,4096]{1,0} parameter(0)",
         f"%b = bf16[{right}]{{1,0}} parameter(1)",
         "%n = s32[8]{0} parameter(2)",
         f"%c = (bf16[{result}]{{1,0}}, s8[64]{{0}}) custom-call(%a, %b, %n), "
@@ -439,7 +439,7 @@ def test_groups_share_out_the_rows_of_a_grouped_product(gradient):
     chip = catalogue()["mi300x"]
     rate = chip.peak_flops * EFFICIENCY["amd"].matrix
     seconds = computing(parse(module(main)), chip).seconds
-    assert seconds == pytest.approx(2 * 4096 * 512 * 256 / rate)
+    assert seconds == pytest.approx(2 * 16384 * 4096 * 2048 / rate)
 
 
 def test_time_on_gpus_that_the_compiler_has_no_model_of():

@@ -22,7 +22,7 @@ def report(facts: dict[str, Any]) -> Iterator[Rows]:
         (f"{facts['recipe']}, stage {facts['stage']}, on {facts['target']}: {mesh}",),
         (
             f"{_verdict(facts)}: {memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each "
-            f"chip (the plan says {plan['memory_gib']:,.2f})",
+            f"device (the plan says {plan['memory_gib']:,.2f})",
         ),
     ]
     if "compute_seconds" in facts:
@@ -53,7 +53,7 @@ def job_report(facts: dict[str, Any]) -> Iterator[Rows]:
             ("",),
             (
                 f"{part['name']}, which is not compiled, {_verdict(part)}: by the plan "
-                f"{part['memory_gib']:,.2f} GiB of {part['usable_gib']:,.2f} on each chip",
+                f"{part['memory_gib']:,.2f} GiB of {part['usable_gib']:,.2f} on each device",
             ),
         ]
     for program in facts["programs"]:
@@ -62,7 +62,7 @@ def job_report(facts: dict[str, Any]) -> Iterator[Rows]:
             ("",),
             (
                 f"{program['name']}, which runs {program['rounds']:,} times, {_verdict(program)}: "
-                f"{memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each chip (the plan "
+                f"{memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each device (the plan "
                 f"says {plan['memory_gib']:,.2f})",
             ),
         ]
