@@ -260,6 +260,12 @@ def read_all(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Reads prompts as `read`, and gives all that comes of it.
 
+    Args:
+        params: this device's part of the parameters, of any float type, `apart`.
+        tokens: vocabulary ids of the prompts, int32 [B, T].
+        model: what is computed.
+        execution: how it is carried out; splits no tokens.
+
     Returns:
         The hidden states of all tokens in the type to compute in; and a cache of all positions, in
         which also layers with a window have T slots.

@@ -62,8 +62,8 @@ def job_report(facts: dict[str, Any]) -> Iterator[Rows]:
             ("",),
             (
                 f"{program['name']}, which runs {program['rounds']:,} times, {_verdict(program)}: "
-                f"{memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each device (the plan "
-                f"says {plan['memory_gib']:,.2f})",
+                f"{memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each device (the "
+                f"plan says {plan['memory_gib']:,.2f})",
             ),
         ]
         if "compute_seconds" in program:
