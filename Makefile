@@ -15,7 +15,7 @@
 #   make test-s3   text, runs and models on a real S3 server of the package index, with outages and kills (ten minutes)
 #   make docs   the site of docs/, in site/; a link to nowhere is an error
 #   make setup   .venv with everything that tests and checks need
-#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-chat, -data, -docs, -gguf, -rocm, -s3 and -tpu
+#   make extra-cuda    what one extra of pyproject.toml adds to .venv; also extra-chat, -data, -docs, -gguf, -rocm, -s3, -stablehlo and -tpu
 #   make extra-compile, make extra-hf    the same in .venv-compile and .venv-hf
 # VENV=DIR installs into another environment than .venv.
 SHELL := /bin/bash
@@ -53,7 +53,7 @@ CONSTRAINTS_s3 := constraints-s3.txt
 CONSTRAINTS_s3-test := constraints-s3.txt
 CONSTRAINTS_hf := constraints-hf.txt
 PINS := pyproject.toml $(wildcard constraints*.txt)
-EXTRAS := chat cuda data docs gguf rocm s3 s3-test tpu
+EXTRAS := chat cuda data docs gguf rocm s3 s3-test stablehlo tpu
 
 .PHONY: docs test-s3 fuzz demo demo-on-device demo-real test test-all test-hf test-other python-other test-install test-kill test-slurm test-compile test-gguf setup check
 .PHONY: format benchmark-memory benchmark-startup clean extra-compile extra-hf $(addprefix extra-,$(EXTRAS))

@@ -27,7 +27,7 @@ EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"][
 ]
 # Constraints file -> sets of extras that are installed together with it.
 INSTALLED = {
-    "constraints.txt": [("data", "dev"), ("chat", "gguf")],
+    "constraints.txt": [("data", "dev"), ("chat", "gguf", "stablehlo")],
     "constraints-accelerators.txt": [("cuda",), ("rocm",), ("tpu",), ("dev", "compile")],
     "constraints-docs.txt": [("docs",)],
     "constraints-hf.txt": [("dev", "hf")],

@@ -394,7 +394,10 @@ def test_the_command(finished: Path, tmp_path: Path) -> None:
         "names a GGUF file, but a folder will be made; add"
         in braeburn("export", finished, "--out", named).error
     )
-    assert "use --format hf or --format gguf" in braeburn(*wrong, "--format", "onnx").error
+    assert (
+        "use --format hf, --format gguf or --format stablehlo"
+        in braeburn(*wrong, "--format", "onnx").error
+    )
     assert not (tmp_path / "x").exists()
 
 

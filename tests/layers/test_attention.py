@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from braeburn.config import MeshConfig
 from braeburn.layers import attention as A
 from braeburn.layers.attention import blocked, splash
-from braeburn.layers.platform import traced_for
+from braeburn.layers.attention.select import choose
+from braeburn.layers.platform import PORTABLE, portable, traced_for
 
 
 def inputs(seed, batch, length, num_heads, num_kv_heads, head_dim, documents=3):
@@ -200,6 +201,28 @@ def test_absent_gpus_have_the_capability_of_the_catalogue(monkeypatch, chip, cap
     mesh = jax.sharding.AbstractMesh((1,), ("fsdp",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert traced_for() == ("cuda", capability)
+
+
+@pytest.mark.parametrize("chip", ["MI250", "MI300X", "MI350X", "AMD Instinct MI325X"])
+def test_absent_gpus_of_amd_get_no_kernels_of_nvidia(chip, caplog):
+    # As XLA describes them, to which JAX says "gpu".
+    device = jax.sharding.AbstractDevice(device_kind=chip, num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("fsdp",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        platform, capability = traced_for()
+    assert (platform, capability) == ("rocm", None)
+    request = A.Request(platform, jnp.dtype(jnp.bfloat16), 4096, 8, 8, 128)
+    backend, passed_over = choose(request)
+    assert backend.name == "blocked"
+    assert "not cudnn: it needs an NVIDIA GPU" in passed_over
+
+
+def test_what_is_portable_is_for_no_platform(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [_Gpu("PJRT C API\ncuda 13000")])
+    with portable():
+        assert traced_for() == (PORTABLE, None)
+    assert traced_for() == ("cuda", (9, 0))
 
 
 @pytest.mark.parametrize(

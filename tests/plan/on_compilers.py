@@ -16,8 +16,8 @@ SERVER, DEVICE = ("afm-server", "v4:8x1024"), ("afm-on-device-scratch", "v5p:204
 
 @pytest.fixture(scope="session", autouse=True)
 def compilers():
-    """Both must be there: nothing is skipped."""
-    for on in ("v5p:8", "h100:8"):
+    """All must be there: nothing is skipped."""
+    for on in ("v5p:8", "h100:8", "mi300x:8"):
         check_compiler(parse_target(on))
 
 
@@ -100,6 +100,20 @@ def test_steps_that_fit(recipe, on, arguments):
     assert facts["kernels"] and all(
         k["name"].startswith(kernel) and k["seconds"] for k in facts["kernels"]
     )
+
+
+# An MI250X is two devices, of which neither has room for the recipe's step.
+@pytest.mark.parametrize(("on", "fits"), [("mi300x:64", True), ("mi250x:64", False)])
+def test_steps_on_gpus_of_amd(on, fits):
+    facts = compiled("llama2-7b", on, code=0 if fits else 1)
+    assert facts["fits"] == fits
+    planned = facts["plan"]["memory_gib"]
+    assert facts["memory_gib"]["required"] == pytest.approx(planned, rel=0.05)
+    assert facts["compute_seconds"] >= facts["flop_bound_seconds"]
+    # Attention is plain XLA; weights are gathered more often than is planned.
+    assert not facts["kernels"] and not facts["untimed"]
+    assert facts["bytes"]["fsdp"] == pytest.approx(facts["plan"]["bytes"]["fsdp"], rel=0.3)
+    assert facts["compiler"]["resident_gib"] < 5
 
 
 def test_what_cannot_fit_is_told_with_what_would():

@@ -81,9 +81,15 @@ def test_what_cannot_be_compiled_for_is_refused(monkeypatch):
     assert "the compiler for NVIDIA H100 SXM is not installed" in braeburn(*gpu).error
     monkeypatch.setattr(child_process.sys, "version_info", (3, 11, 9))
     assert "compiling for NVIDIA H100 SXM needs Python 3.12 or later" in braeburn(*gpu).error
-    answer = braeburn("compile", "llama2-7b", "--on", "mi300x:64")
+    amd = ("compile", "llama2-7b", "--on", "mi300x:64")
+    assert "compiling for AMD Instinct MI300X needs Python 3.12 or later" in braeburn(*amd).error
+    monkeypatch.setattr(child_process.sys, "version_info", (3, 12, 1))
+    for on in ("mi300x:64", "mi250x:64"):  # the latter's chips are two devices each
+        error = braeburn("compile", "llama2-7b", "--on", on).error
+        assert "is not installed; run `make extra-compile` in a clone" in error
+    answer = braeburn("compile", "llama2-7b", "--on", "gaudi2:64")
     assert (
-        "no compiler for AMD Instinct MI300X works without one; see what `braeburn plan` says"
+        "no compiler for Intel Gaudi 2 works without one; see what `braeburn plan` says"
         in answer.error
     )
     assert (
@@ -121,6 +127,7 @@ def answered(tmp_path, text, mesh, **more):
         "mesh": sizes,
         "flags": {},
         "versions": {},
+        "stubs": [],
         "gradient_bytes": 40 * MIB,
         "padded_gradient_bytes": 41 * MIB,
         **more,
@@ -228,6 +235,18 @@ def test_the_command_prints_what_the_compiler_says(child, tmp_path):
     assert "1 transfers that are not the sum of gradients leave a slice" in text.out
 
 
+def test_libraries_that_stubs_stand_in_for_are_told(child, tmp_path):
+    found = answered(tmp_path, straight(), {"fsdp": 64})
+    child[0].append(found | {"stubs": ["librccl.so.1", "libMIOpen.so.1"]})
+    answer = braeburn("compile", "llama2-7b", "--on", "mi300x:64")
+    assert answer.code == 0, answer.err
+    assert "fits: 20.00 GiB of 186.00" in answer.out
+    assert (
+        "libraries that are not installed here, which compiling goes without: librccl.so.1, "
+        "libMIOpen.so.1" in answer.out
+    )
+
+
 def test_what_would_fit_is_named_and_compiled(child, tmp_path):
     answers, asked = child
     known = answered(tmp_path, straight(), {"fsdp": 256})
@@ -237,7 +256,7 @@ def test_what_would_fit_is_named_and_compiled(child, tmp_path):
     answers += [lacking]
     sets = ["--set", "stages.pretrain.batch_tokens=67108864"]
     answer = braeburn("compile", "llama2-70b", "--on", "v5p:256", *sets)
-    assert answer.code == 1 and "does not fit: 108.40 GiB of 95.73 on each chip" in answer.out
+    assert answer.code == 1 and "does not fit: 108.40 GiB of 95.73 on each device" in answer.out
     assert (
         "would fit on v5p:256" in answer.out and "(not compiled)" in answer.out and len(asked) == 1
     )
@@ -307,7 +326,7 @@ def test_the_programs_of_a_job_are_compiled_one_by_one(child, tmp_path):
     assert token["rounds"] == 255 and token["bytes"] == {"tensor": 2 * 8 * 1024}
     assert token["plan"]["memory_gib"] > 0 and token["plan"]["bytes"]["tensor"] > 0
     text = braeburn(*on).out
-    assert "token, which runs 255 times, fits: 20.00 GiB of 74.00 on each chip" in text
+    assert "token, which runs 255 times, fits: 20.00 GiB of 74.00 on each device" in text
     assert "unstack, which is not compiled, fits: by the plan 2.31 GiB of 74.00" in text
     assert [part["name"] for part in facts["planned_alone"]] == ["unstack"]
 

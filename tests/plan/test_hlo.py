@@ -14,6 +14,7 @@ from braeburn.errors import UserError
 from braeburn.hardware.catalogue import catalogue
 from braeburn.plan import hlo
 from braeburn.plan.collectives import collectives, transfers
+from braeburn.plan.cost import EFFICIENCY
 from braeburn.plan.hlo import parse
 from braeburn.plan.kernels import computing
 
@@ -418,6 +419,51 @@ def cost(sol):
     return (
         f'backend_config={{"reification_cost":[{other},{one}],"device_type":"DEVICE_TYPE_INVALID"}}'
     )
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_groups_share_out_the_rows_of_a_grouped_product(gradient):
+    # 16384 rows of 4096 columns, by 8 matrices to 2048 columns; and the gradient of the matrices.
+    right, result = ("16384,2048", "8,4096,2048") if gradient else ("8,4096,2048", "16384,2048")
+    summed, groups = ("0", "[]") if gradient else ("1", '["0"]')
+    main = (
+        f"ENTRY %main (a: bf16[16384,4096], b: bf16[{right}], n: s32[8]) -> bf16[{result}]",
+        "%a = bf16[16384,4096]{1,0} parameter(0)",
+        f"%b = bf16[{right}]{{1,0}} parameter(1)",
+        "%n = s32[8]{0} parameter(2)",
+        f"%c = (bf16[{result}]{{1,0}}, s8[64]{{0}}) custom-call(%a, %b, %n), "
+        'custom_call_target="__cublas$lt$groupedMatmul", backend_config='
+        f'{{"lhs_contracting_dimensions":["{summed}"],"rhs_group_dimensions":{groups}}}',
+        f"ROOT %r = bf16[{result}]{{1,0}} get-tuple-element(%c), index=0",
+    )
+    chip = catalogue()["mi300x"]
+    rate = chip.peak_flops * EFFICIENCY["amd"].matrix
+    seconds = computing(parse(module(main)), chip).seconds
+    assert seconds == pytest.approx(2 * 16384 * 4096 * 2048 / rate)
+
+
+def test_time_on_gpus_that_the_compiler_has_no_model_of():
+    # 1 MiB is read of a stack of 64 and scaled, and 1 MiB written into another stack.
+    fused = (
+        "%fused (a: f32[64,512,512], b: f32[64,512,512], i: s32[]) -> f32[64,512,512]",
+        "%a = f32[64,512,512]{2,1,0} parameter(0)",
+        "%b = f32[64,512,512]{2,1,0} parameter(1)",
+        "%i = s32[] parameter(2)",
+        "%z = s32[] constant(0)",
+        "%s = f32[1,512,512]{2,1,0} dynamic-slice(%a, %i, %z, %z), dynamic_slice_sizes={1,512,512}",
+        "%m = f32[1,512,512]{2,1,0} multiply(%s, %s)",
+        "ROOT %u = f32[64,512,512]{2,1,0} dynamic-update-slice(%b, %m, %i, %z, %z)",
+    )
+    main = (
+        "ENTRY %main (p: f32[64,512,512], q: f32[64,512,512], n: s32[]) -> f32[64,512,512]",
+        "%p = f32[64,512,512]{2,1,0} parameter(0)",
+        "%q = f32[64,512,512]{2,1,0} parameter(1)",
+        "%n = s32[] parameter(2)",
+        "ROOT %f = f32[64,512,512]{2,1,0} fusion(%p, %q, %n), kind=kLoop, calls=%fused",
+    )
+    # Of one of the two dies of a module.
+    seconds = computing(parse(module(main, fused)), catalogue()["mi250x"]).seconds
+    assert seconds == pytest.approx((2 * 2**20 + 4 * 3) / (3277e9 / 2), rel=1e-3)
 
 
 def test_time_on_gpus():

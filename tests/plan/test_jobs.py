@@ -373,7 +373,10 @@ def test_settings_that_are_not_given(tiny: Run) -> None:
         ),
         (["--job", "generate", "--dtype", "fp16"], "use --dtype fp32 or --dtype bf16"),
         (["--job", "export", "--type", "f16"], "--type f16 is one of --format gguf"),
-        (["--job", "export", "--format", "onnx"], "use --format hf or --format gguf"),
+        (
+            ["--job", "export", "--format", "onnx"],
+            "use --format hf, --format gguf or --format stablehlo",
+        ),
         (["--job", "evaluate", "--stage", "cor"], "--stage 'cor' is no stage of afm-85m"),
         (["--job", "export", "--host-memory-gb", "0.3"], "run it on a host of 1 GB or more"),
     ],

@@ -71,7 +71,7 @@ def export(
         str,
         typer.Option(
             help="hf: safetensors, config and tokenizer for transformers; gguf: one file for "
-            "llama.cpp."
+            "llama.cpp; stablehlo: programs that plain JAX runs on any platform."
         ),
     ] = "hf",
     type_: Annotated[
@@ -80,17 +80,30 @@ def export(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Of an hf's weights: fp32 or bf16; fp32 without it."),
+        typer.Option(
+            "--dtype",
+            help="Of an hf's or stablehlo's weights: fp32 or bf16; without it fp32 of an hf, and "
+            "what the run computes in of a stablehlo.",
+        ),
+    ] = None,
+    platforms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Of a stablehlo's programs: some of cpu,cuda,rocm,tpu; all of them without it.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the newest checkpoint for other software."""
+    from braeburn.config import platforms_of
     from braeburn.remote import place
 
     written_as: Any = written_type(out, format, dtype, type_)
+    lowered_for = platforms_of(format, platforms)
     target = place(out, "--out")
     join_to_write(target)
-    from braeburn.interop.exchange import export_gguf, export_huggingface
+    from braeburn.interop.exchange import export_gguf, export_huggingface, export_stablehlo
     from braeburn.train.copies import made_for
 
     source = run_folder(directory)
@@ -98,6 +111,10 @@ def export(
     with made_for(target, among_others=format == "gguf") as made:
         if format == "hf":
             result |= {"dtype": written_as, "step": export_huggingface(source, made, written_as)}
+        elif format == "stablehlo":
+            about = export_stablehlo(source, made, lowered_for, written_as or None)
+            told = ("dtype", "step", "platforms")
+            result |= {name: value for name, value in about.items() if name in told}
         else:
             written = export_gguf(source, made, written_as)
             result["step"], path, uneven = written

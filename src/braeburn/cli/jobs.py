@@ -92,10 +92,11 @@ def _check_places(values: Mapping[str, Any], num_processes: int) -> None:
 
 def _check_types(values: Mapping[str, Any]) -> None:
     """Refuses a format or a type of weights that there is not, or that its file does not have."""
-    from braeburn.config import weight_type
+    from braeburn.config import platforms_of, weight_type
 
     if "format" in values:
         written_type(values["out"], values["format"], values["dtype"], values["type_"])
+        platforms_of(values["format"], values["platforms"])
     elif "dtype" in values:
         weight_type(values["dtype"])
 

@@ -128,7 +128,9 @@ NewTokens = Annotated[
 ]
 ExportFormat = Annotated[
     str | None,
-    typer.Option("--format", metavar="FORMAT", help="export: hf or gguf; hf without it."),
+    typer.Option(
+        "--format", metavar="FORMAT", help="export: hf, gguf or stablehlo; hf without it."
+    ),
 ]
 Dtype = Annotated[
     str | None,

@@ -103,7 +103,7 @@ def parse_mesh(text: str | None) -> Any:
 
 
 def written_type(out: str, format_: str, dtype: str | None, type_: str | None) -> str:
-    """The type of weights in the files of an export.
+    """The type of weights in the files of an export, as `config.file_type`.
 
     Args:
         out: what `--out` says.
@@ -118,7 +118,7 @@ def written_type(out: str, format_: str, dtype: str | None, type_: str | None) -
     from braeburn.config import file_type
 
     found = file_type(format_, dtype, type_)
-    if format_ == "hf" and out.endswith(".gguf"):
+    if format_ != "gguf" and out.endswith(".gguf"):
         raise UserError(
             f"--out {out!r} names a GGUF file, but a folder will be made; add --format gguf"
         )

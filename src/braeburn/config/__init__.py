@@ -62,7 +62,7 @@ from braeburn.config.transforms import (
     TransformConfig,
     check_pruning,
 )
-from braeburn.config.weights import WeightType, file_type, weight_type
+from braeburn.config.weights import WeightType, file_type, platforms_of, weight_type
 
 __all__ = [
     "AXES",
@@ -135,6 +135,7 @@ __all__ = [
     "flatten",
     "override",
     "parse_assignment",
+    "platforms_of",
     "provenance",
     "read_identity",
     "read_run",

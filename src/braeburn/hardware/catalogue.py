@@ -96,6 +96,9 @@ class Chip:
     dimensions: Literal[0, 2, 3] = 0  # of a TPU slice's torus
     max_slice: Count = 0  # chips in the largest slice of TPUs
     device_kinds: tuple[str, ...] = ()  # what JAX calls its devices
+    # The word for such a GPU, or for one of its architecture, in XLA's descriptions; its name if
+    # it is "".
+    described_as: str = ""
     compute_capability: tuple[int, int] | None = None  # of NVIDIA's GPUs
     flags: tuple[Flag, ...] = ()  # with which programs are compiled for it
 

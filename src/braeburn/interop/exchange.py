@@ -1,7 +1,9 @@
 """Run directories to and from the files of other software."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from braeburn.config import ModelConfig, Precision, Run, WeightType
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.errors import UserError
-from braeburn.interop import gguf, huggingface
+from braeburn.interop import gguf, huggingface, stablehlo
 from braeburn.models.huggingface_config import is_huggingface
 from braeburn.parallel.agreement import main_first
 from braeburn.parallel.processes import is_main
@@ -72,6 +74,32 @@ def export_gguf(directory: Path, out: Path, type_: gguf.Type) -> tuple[int, Path
 
     main_first(f"{path} was written", write)
     return trained.step, path, uneven
+
+
+def export_stablehlo(
+    directory: Path, out: Path, platforms: Sequence[str], dtype: WeightType | None = None
+) -> dict[str, Any]:
+    """Writes the newest checkpoint of a run directory as programs that plain JAX runs.
+
+    Args:
+        directory: the run.
+        out: the folder to make.
+        platforms: that the programs are for, by JAX's names.
+        dtype: of matrices and of what is computed; None for what the run computes in.
+
+    Returns:
+        What `program.json` in the folder tells.
+
+    Raises:
+        UserError: there is no whole checkpoint, `out` is in use, or a program would not run on all
+            of the platforms.
+    """
+    trained = open_stored(directory)
+    compute = dtype or trained.run.precision.compute
+    return main_first(
+        f"{out} was written",
+        lambda: stablehlo.write(out, trained, platforms, compute) if is_main() else {},
+    )
 
 
 def import_huggingface(source: Path, out: Path, dtype: WeightType | None = None) -> Run:

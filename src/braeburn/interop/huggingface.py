@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from braeburn.config import ModelConfig, WeightType
 from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
+from braeburn.interop.tensor_file import CODES, Entry, write_file
 from braeburn.interop.tensors import Tensor, checked, tensors_of
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models.decoder import param_specs
@@ -37,7 +38,6 @@ from braeburn.train.progress import tracked
 from braeburn.train.stored import Pieces
 
 _READABLE = ("F32", "BF16", "F16")
-_CODES: dict[WeightType, str] = {"float32": "F32", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -186,32 +186,15 @@ def _write_weights(
 
 def _write_file(
     path: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], dtype: WeightType
-) -> Iterator[Tensor]:
-    """Writes a safetensors file, and gives each tensor once it is written: byte for byte what
-    `save_file` of safetensors writes, which wants all of them in memory.
+) -> Iterator[Entry]:
+    """Writes a safetensors file, and gives each tensor once it is written."""
 
-    The format is that of https://huggingface.co/docs/safetensors: the header's length in 8 bytes,
-    the header in JSON, padded with spaces to a multiple of 8, and the tensors in its order.
-    """
-    ordered = sorted(tensors, key=lambda tensor: tensor.name)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in ordered:
-        size = np.dtype(dtype).itemsize * math.prod(tensor.shape)
-        header[tensor.name] = {
-            "dtype": _CODES[dtype],
-            "shape": tensor.shape,
-            "data_offsets": (position, position + size),
-        }
-        position += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in ordered:
-            values = tensor.exported(parameters).astype(dtype, copy=False)
-            file.write(values.reshape(-1).view(np.uint8).data)
-            yield tensor
+    def values(tensor: Tensor) -> Callable[[], np.ndarray]:
+        return lambda: tensor.exported(parameters)
+
+    return write_file(
+        path, [Entry(tensor.name, tensor.shape, dtype, values(tensor)) for tensor in tensors]
+    )
 
 
 def read(directory: str | Path) -> tuple[ModelConfig, Tree, Path]:
@@ -334,7 +317,7 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
 
     def pieces(path: str, spec: ParamSpec) -> Pieces:
         parts = by_path[path]
-        is_half = {types[stored[part.name]] for part in parts} == {_CODES["bfloat16"]}
+        is_half = {types[stored[part.name]] for part in parts} == {CODES["bfloat16"]}
         lossless = "bfloat16" if is_half else "float32"
         kept_as = spec.held_in(dtype or lossless)
         if parts[0].layer is None:

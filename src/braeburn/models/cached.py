@@ -248,15 +248,34 @@ def read(
     Returns:
         The hidden states of each prompt's last token in the type to compute in, and the cache.
     """
+    hidden, kept = read_all(params, tokens, model, execution)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    wanted = jax.eval_shape(lambda: empty_cache(model, tokens.shape[0], slots, execution))
+    cache = jax.tree.map(lambda found, wants: _in_slots(found, lengths, wants.shape), kept, wanted)
+    return last, cache
+
+
+def read_all(
+    params: Tree, tokens: Int[Array, "B T"], model: ModelConfig, execution: Execution
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Reads prompts as `read`, and gives all that comes of it.
+
+    Args:
+        params: this device's part of the parameters, of any float type, `apart`.
+        tokens: vocabulary ids of the prompts, int32 [B, T].
+        model: what is computed.
+        execution: how it is carried out; splits no tokens.
+
+    Returns:
+        The hidden states of all tokens in the type to compute in; and a cache of all positions, in
+        which also layers with a window have T slots.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     nothing = jax.tree.map(lambda _: (), kept_by_layer(model), is_leaf=_is_layer)
     memory = Prompts(jnp.zeros_like(tokens), execution)
     surroundings = Surroundings(memory, nothing)
     hidden, kept, _ = decoder.decoder(params, (tokens, positions), surroundings, model, execution)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    wanted = jax.eval_shape(lambda: empty_cache(model, tokens.shape[0], slots, execution))
-    cache = jax.tree.map(lambda found, wants: _in_slots(found, lengths, wants.shape), kept, wanted)
-    return last, cache
+    return hidden, kept
 
 
 def _is_layer(node: Any) -> bool:

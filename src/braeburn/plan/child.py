@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-COMPILERS = {"tpu": "libtpu", "nvidia": "jax_plugins.xla_cuda13"}
+COMPILERS = {"tpu": "libtpu", "nvidia": "jax_plugins.xla_cuda13", "amd": "jax_plugins.xla_rocm7"}
 
 
 def check_compiler(target: Target) -> None:
@@ -41,9 +41,10 @@ def check_compiler(target: Target) -> None:
     if chip.family not in COMPILERS:
         raise UserError(
             f"--on {str(target)!r}: no compiler for {chip.title} works without one; "
-            f"see what `braeburn plan` says of it, or compile for TPUs or NVIDIA GPUs"
+            f"see what `braeburn plan` says of it, or compile for TPUs, or for GPUs of NVIDIA "
+            f"or AMD"
         )
-    if chip.devices_per_chip > 1:
+    if chip.family == "tpu" and chip.devices_per_chip > 1:
         raise UserError(
             f"--on {str(target)!r}: each {chip.title} is {chip.devices_per_chip} devices to its "
             f"compiler, which links "
@@ -54,7 +55,7 @@ def check_compiler(target: Target) -> None:
             f"--on {str(target)!r}: its compiler is for Linux on x86-64 alone; run `braeburn "
             f"compile` there"
         )
-    if chip.family == "nvidia" and sys.version_info < (3, 12):
+    if chip.family != "tpu" and sys.version_info < (3, 12):
         raise UserError(
             f"--on {str(target)!r}: compiling for {chip.title} needs Python 3.12 or later, with "
             f"JAX 0.12; this is Python {platform.python_version()}"
@@ -83,7 +84,7 @@ def compile_in_child(
     Args:
         run: the run.
         stage: which of its stages.
-        target: of TPUs or NVIDIA GPUs; none of them needs to be there.
+        target: of TPUs or GPUs; none of them needs to be there.
         chips: a catalogue of the user's.
         memory_gb: what the compiler may take of this machine's memory.
         of_job: "job", "settings", "mesh" and "program" of a job after training; None for the train

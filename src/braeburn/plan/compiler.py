@@ -16,22 +16,21 @@ import threading
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.topologies import TopologyDescription, get_topology_desc
 
 from braeburn.atomic import write_atomically
 from braeburn.config import MeshConfig, Run, validate
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import catalogue
-from braeburn.hardware.targets import Target, parse_target
+from braeburn.hardware.targets import parse_target
 from braeburn.parallel.layout import Layout
 from braeburn.plan.cost import online_teacher
 from braeburn.plan.job_programs import job_layout, programs_of
 from braeburn.plan.jobs import JOBS, model_after
+from braeburn.plan.topologies import PACKAGES, topology
 from braeburn.train.compiler_flags import options
 from braeburn.train.resolved import resolve_stage
 from braeburn.train.stages import lower_stage
@@ -41,55 +40,6 @@ GIB = 2**30
 # the compiled one. To be raised when these change, for cached programs to be compiled again.
 FORMAT = 2
 LANES = 128  # of a TPU's registers
-
-
-def topology(target: Target) -> TopologyDescription:
-    """The devices of a target of TPUs or NVIDIA GPUs, none of which needs to be there.
-
-    Raises:
-        UserError: the installed compiler does not know the chip.
-    """
-    if target.facts.family == "tpu":
-        options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
-        if target.facts.dimensions == 3 or target.chips == 1:
-            options["chips_per_host_bounds"] = (1, 1, 1) if target.chips == 1 else (2, 2, 1)
-        if target.chip == "v4":
-            options["chip_config_name"] = (
-                "megacore"  # two cores as one device, as v5p has it by itself
-            )
-        return get_topology_desc(f"{target.chip}:{target.topology}", "tpu", **options)
-    nodes = target.slices * target.nodes_per_slice
-    shape = f"1x{nodes}x{target.chips_per_node}"
-    return get_topology_desc("", "cuda", topology=shape, target_config=_description(target))
-
-
-def _description(target: Target) -> str:
-    """XLA's description of a GPU, a text proto which the CUDA plug-in carries within it."""
-    plugin = find_spec("jax_plugins.xla_cuda13")
-    assert plugin and plugin.origin  # looked for before this process was started
-    (library,) = Path(plugin.origin).parent.glob("*.so")
-    known = {}
-    for found in re.finditer(rb"(?<=\0)[^\0]*gpu_device_info \{[^\0]*", library.read_bytes()):
-        if name := re.search(r'device_description_str: "([^"]*)"', text := found[0].decode()):
-            known[name[1]] = text
-    # Of several forms the one on a board of its own and with the most memory, as the catalogue has
-    # it.
-    words = {name: {*name.upper().replace("-", " ").split()} for name in known}
-    fits = [
-        name
-        for name in known
-        if target.chip.upper() in words[name] and not {"MIG", "PCIE"} & words[name]
-    ]
-    if not fits:
-        described = ", ".join(known) or "no GPU, as that of JAX 0.12 does"
-        raise UserError(
-            f"--on {str(target)!r}: the CUDA plug-in describes {described}; choose one, or update "
-            f"JAX"
-        )
-    return max(
-        (known[name] for name in fits),
-        key=lambda text: int(re.findall(r"device_memory_size: (\d+)", text)[0]),
-    )
 
 
 def compile_request(request: dict[str, Any]) -> dict[str, Any]:
@@ -112,14 +62,19 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     run, cache = validate(request["run"]), Path(request["cache"])
     chips = catalogue(Path(request["chips"])) if request["chips"] else None
     target = parse_target(request["target"], chips)
-    devices = topology(target).devices
+    described = topology(target)
     lower = _lowered_program if request.get("job") else _lowered_step
-    lowered, of_layout = lower(run, request, devices)
+    lowered, of_layout = lower(run, request, described.devices)
     flags: dict[str, Any] = options(target.facts.flags)
-    packages = ["jax", "jaxlib", "libtpu" if target.facts.family == "tpu" else "jax-cuda13-pjrt"]
-    if target.facts.family == "nvidia":
+    packages = ["jax", "jaxlib", PACKAGES[target.facts.family]]
+    if described.has_cost_model:
         flags["xla_gpu_collect_cost_model_stats"] = True
-    facts = {"versions": {name: version(name) for name in packages}, "flags": flags, **of_layout}
+    facts = {
+        "versions": {name: version(name) for name in packages},
+        "flags": flags,
+        "stubs": list(described.stubs),
+        **of_layout,
+    }
     identity = json.dumps([FORMAT, lowered.as_text(), str(target), facts["versions"], flags])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
     answer, cached = cache / f"{fingerprint}.json", True

@@ -80,7 +80,7 @@ def held_of(tensor: Tensor, job: Export, stored: WeightType) -> Held:
     # A checkpoint in float32 whose order is that of the files is not copied.
     copied = FLOAT * count if tensor.transposed or stored != "float32" else 0
     values = copied or read
-    if job.format == "hf":
+    if job.format != "gguf":
         made = float(WIDTHS[job.type] * count) if job.type != "float32" else 0.0
         left = made or values
     else:
@@ -93,7 +93,7 @@ def held_of(tensor: Tensor, job: Export, stored: WeightType) -> Held:
 def in_order(model: ModelConfig, job: Export) -> Iterator[Tensor]:
     """The tensors of a model in the order in which they are written."""
     family = family_of(model)
-    if job.format == "hf":
+    if job.format != "gguf":
         yield from sorted(tensors_of(model, family.names), key=lambda tensor: tensor.name)
         return
     names = family.gguf.names if family.gguf else family.names

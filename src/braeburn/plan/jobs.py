@@ -62,8 +62,8 @@ class Export:
     """`braeburn export`: the weights in the files of other software.
 
     Attributes:
-        format: "hf" or "gguf".
-        type: of the weights in the files: float32 or bfloat16 of hf, f16, q8_0 or q4_0 of gguf.
+        format: "hf", "stablehlo" or "gguf".
+        type: of the weights in the files: f16, q8_0 or q4_0 of gguf, float32 or bfloat16 of others.
         host_memory_gb: of the host that runs it; None where it is not known.
         read_gb_per_s: what the host reads of the checkpoint in a second, in GB.
         write_gb_per_s: what it writes of the files.
@@ -180,7 +180,7 @@ def job_of(name: str, run: Run, stage: str, given: dict[str, Any]) -> Job:
     if name == Export.name:
         format_ = set_.pop("format", "hf")
         found_type = file_type(format_, set_.pop("dtype", None), set_.pop("type", None))
-        defaults |= {"format": format_, "type": found_type}
+        defaults |= {"format": format_, "type": found_type or run.precision.compute}
     elif "dtype" in set_:
         set_["dtype"] = weight_type(set_["dtype"])
     names = [field.name for field in fields(JOBS[name])]

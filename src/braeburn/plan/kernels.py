@@ -47,7 +47,8 @@ def computing(module: Module, chip: Chip) -> Computing:
 
     TPU: the compiler's `estimated_cycles`. GPU: of matrix products their FLOPs at the plan's
     fraction of the peak, of what else there is the `sol` entry of XLA's cost model (which takes
-    bf16 products with a float32 result for products of float32). Attention kernels: their FLOPs, of
+    bf16 products with a float32 result for products of float32) or, where XLA has no such model of
+    the GPU, the bytes that it reads and writes. Attention kernels: their FLOPs, of
     which causality leaves half, at the plan's fraction of the peak.
 
     Raises:
@@ -79,10 +80,8 @@ def computing(module: Module, chip: Chip) -> Computing:
                 untimed.append(instruction.name)
             else:
                 total += run.times * instruction.cycles / clock
-        elif chip.family == "nvidia":
-            total += run.times * _gpu_seconds(
-                module, run, peak * efficiency.matrix, memory_bandwidth(chip) * efficiency.memory
-            )
+        elif chip.family in ("nvidia", "amd"):
+            total += run.times * _gpu_seconds(module, run, chip)
     found = [Kernel(name, round(calls), seconds) for name, (calls, seconds) in kernels.items()]
     untimed += [kernel.name for kernel in found if kernel.seconds is None]
     return Computing(total + sum(kernel.seconds or 0.0 for kernel in found), found, untimed)
@@ -126,16 +125,14 @@ def _reached(name: str, blocks: tuple[int, ...], queries: int, keys: int) -> flo
     return min(1.0, 1 / visited if name.endswith("dkv") else visited)
 
 
-def _gpu_seconds(module: Module, run: Execution, speed: float, bandwidth: float) -> float:
-    """Seconds of one instruction of a GPU program that runs by itself.
-
-    Args:
-        module: the program.
-        run: the instruction.
-        speed: FLOP/s of matrix products.
-        bandwidth: bytes/s at which they read their operands, which few rows wait for.
-    """
+def _gpu_seconds(module: Module, run: Execution, chip: Chip) -> float:
+    """Seconds of one instruction of a GPU program that runs by itself."""
     instruction, body = run.instruction, module.computations[run.computation]
+    efficiency, peak = EFFICIENCY[chip.family], chip.peak_flops
+    assert peak
+    speed = peak * efficiency.matrix
+    # At which products read their operands, which few rows wait for.
+    bandwidth = memory_bandwidth(chip) * efficiency.memory
     if "__cublas" in instruction.rest:
         return _product_seconds(instruction, body, speed, bandwidth)
     if instruction.opcode == "fusion":
@@ -143,8 +140,56 @@ def _gpu_seconds(module: Module, run: Execution, speed: float, bandwidth: float)
         products = [found for found in inner.values() if found.opcode == "dot"]
         if products:
             return sum(_product_seconds(found, inner, speed, bandwidth) for found in products)
-    microseconds = _SPEED_OF_LIGHT.search(instruction.rest)
-    return float(microseconds[1]) / 1e6 if microseconds else 0.0
+    if microseconds := _SPEED_OF_LIGHT.search(instruction.rest):
+        return float(microseconds[1]) / 1e6
+    if instruction.opcode != "fusion":
+        return 0.0
+    # XLA has no cost model of the GPU, which would count bytes at the peak as well.
+    moved = _moved_bytes(module.computations[instruction.called("calls")[0]])
+    return moved / memory_bandwidth(chip)
+
+
+def _moved_bytes(fusion: Mapping[str, Instruction]) -> float:
+    """What a fusion reads of its parameters and writes, once each: of those that it takes slices
+    of, or writes slices into, the slices alone.
+    """
+    users: dict[str, list[Instruction]] = {}
+    for found in fusion.values():
+        for name in found.arguments:
+            users.setdefault(name, []).append(found)
+    moved = 0.0
+    for found in fusion.values():
+        if found.opcode == "parameter":
+            parts = [_slice_of(user, found.name) for user in users.get(found.name, [])]
+            whole = _bytes_of(found)
+            moved += min(whole, sum(whole if part is None else part for part in parts))
+        if found.is_root:
+            results = [found]
+            if found.opcode == "tuple":
+                results = [fusion[name] for name in found.arguments]
+            moved += sum(_written(result, fusion) for result in results)
+    return moved
+
+
+def _slice_of(user: Instruction, name: str) -> float | None:
+    """Bytes that an instruction reads of an operand that it takes a slice of, or writes one into;
+    None where it may read all of it.
+    """
+    if user.opcode == "dynamic-slice":
+        return _bytes_of(user)
+    if user.opcode == "dynamic-update-slice" and user.arguments[0] == name:
+        return 0.0
+    return None
+
+
+def _written(result: Instruction, fusion: Mapping[str, Instruction]) -> float:
+    if result.opcode == "dynamic-update-slice":
+        return _bytes_of(fusion[result.arguments[1]])
+    return _bytes_of(result)
+
+
+def _bytes_of(instruction: Instruction) -> float:
+    return sum(_size(dtype, shape) for dtype, shape in arrays(instruction.type))
 
 
 def _product_seconds(
@@ -164,10 +209,16 @@ def _size(dtype: str, shape: tuple[int, ...]) -> float:
 
 
 def _product_flops(product: Instruction, body: Mapping[str, Instruction]) -> float:
-    """2 x elements of the result x length of what is summed over."""
+    """2 x elements of the result x length of what is summed over.
+
+    Where matrices of groups are the result, as of the gradients of experts, the groups share out
+    what is summed over.
+    """
     (_, result), *_ = arrays(product.type)
     (_, left), *_ = arrays(body[product.arguments[0]].type)
     summed = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:] ?[{\[]([\d,"]*)', product.rest)
+    if "groupedMatmul" in product.rest and '"rhs_group_dimensions":[]' in product.rest:
+        result = result[1:]
     return (
         2
         * math.prod(result)

@@ -25,7 +25,16 @@ from braeburn.plan.ranking import Ranking
 from braeburn.plan.search import Candidate, candidates, larger_targets
 from braeburn.train.metrics import flops_per_token
 
-EFFORT = ("cached", "seconds", "cpu_seconds", "resident_gib", "versions", "flags", "fingerprint")
+EFFORT = (
+    "cached",
+    "seconds",
+    "cpu_seconds",
+    "resident_gib",
+    "versions",
+    "flags",
+    "stubs",
+    "fingerprint",
+)
 # Beside gradients, slices sum what the metrics and the gradient's norm need.
 SLACK = 2**20
 MOST_CHANGES = 3
@@ -357,7 +366,7 @@ def compile_step(
     Args:
         run: the run.
         stage: which of its stages.
-        target: of TPUs or NVIDIA GPUs; none of them needs to be there.
+        target: of TPUs or GPUs; none of them needs to be there.
         chips: a catalogue of the user's.
         memory_gb: what the compiler may take of this machine's memory.
 

@@ -22,7 +22,7 @@ def report(facts: dict[str, Any]) -> Iterator[Rows]:
         (f"{facts['recipe']}, stage {facts['stage']}, on {facts['target']}: {mesh}",),
         (
             f"{_verdict(facts)}: {memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each "
-            f"chip (the plan says {plan['memory_gib']:,.2f})",
+            f"device (the plan says {plan['memory_gib']:,.2f})",
         ),
     ]
     if "compute_seconds" in facts:
@@ -53,7 +53,7 @@ def job_report(facts: dict[str, Any]) -> Iterator[Rows]:
             ("",),
             (
                 f"{part['name']}, which is not compiled, {_verdict(part)}: by the plan "
-                f"{part['memory_gib']:,.2f} GiB of {part['usable_gib']:,.2f} on each chip",
+                f"{part['memory_gib']:,.2f} GiB of {part['usable_gib']:,.2f} on each device",
             ),
         ]
     for program in facts["programs"]:
@@ -62,8 +62,8 @@ def job_report(facts: dict[str, Any]) -> Iterator[Rows]:
             ("",),
             (
                 f"{program['name']}, which runs {program['rounds']:,} times, {_verdict(program)}: "
-                f"{memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each chip (the plan "
-                f"says {plan['memory_gib']:,.2f})",
+                f"{memory['required']:,.2f} GiB of {memory['usable']:,.2f} on each device (the "
+                f"plan says {plan['memory_gib']:,.2f})",
             ),
         ]
         if "compute_seconds" in program:
@@ -102,7 +102,13 @@ def _effort(compiler: dict[str, Any]) -> Rows:
     how = "found compiled before, then in" if compiler["cached"] else "compiled in"
     versions = ", ".join(f"{name} {version}" for name, version in compiler["versions"].items())
     took = f"{compiler['seconds']:.0f} s, {compiler['cpu_seconds']:.0f} of the processor"
-    return [("",), (f"{how} {took}, {compiler['resident_gib']:.1f} GiB; {versions}",)]
+    rows: Rows = [("",), (f"{how} {took}, {compiler['resident_gib']:.1f} GiB; {versions}",)]
+    if compiler["stubs"]:
+        names = ", ".join(compiler["stubs"])
+        rows.append(
+            (f"libraries that are not installed here, which compiling goes without: {names}",)
+        )
+    return rows
 
 
 def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from braeburn.config import MeshConfig
+from braeburn.layers.platform import Size
 
 # Finite, so that a query whose keys are all masked gives a mean instead of NaN; merged with others
 # it weighs nothing.
@@ -21,7 +22,7 @@ class Request:
     """What is known about a call when it is traced.
 
     Attributes:
-        platform: "cpu", "tpu", "cuda" or "rocm".
+        platform: "cpu", "tpu", "cuda" or "rocm"; or `platform.PORTABLE`.
         dtype: of queries, keys and values.
         sequence_length: tokens of the whole sequence.
         num_heads: of the queries on this device.
@@ -35,7 +36,7 @@ class Request:
 
     platform: str
     dtype: jnp.dtype
-    sequence_length: int
+    sequence_length: Size
     num_heads: int
     num_kv_heads: int
     head_dim: int

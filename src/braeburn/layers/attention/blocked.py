@@ -47,15 +47,20 @@ def blocked_attention(
     # Positions last: on CPUs the products and their gradients are up to twice as fast as with
     # positions first.
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
-    if length <= LONG_SEQUENCE:
-        span, attend = BLOCK, _attend_span
+    if not isinstance(length, int):
+        # Not known while the program is traced: one span, and its upper half is not skipped.
+        spans, attend = [(0, length)], _attend_span_in_blocks
+    elif length <= LONG_SEQUENCE:
+        spans, attend = _spans(length, BLOCK), _attend_span
     else:
-        span, attend = math.ceil(length / 8 / BLOCK) * BLOCK, _attend_span_in_blocks
+        spans, attend = (
+            _spans(length, math.ceil(length / 8 / BLOCK) * BLOCK),
+            _attend_span_in_blocks,
+        )
     outputs = []
-    for start in range(0, length, span):
-        stop = min(start + span, length)
+    for start, stop in spans:
         positions = jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start))
-        first = 0 if window is None else max(0, start - window + 1)
+        first = 0 if window is None or start == 0 else max(0, start - window + 1)
         output = attend(
             (grouped[:, :, :, start:stop], positions, segment_ids[:, start:stop]),
             (key[..., first:stop], value[..., first:stop], segment_ids[:, first:stop]),
@@ -64,6 +69,11 @@ def blocked_attention(
         )
         outputs.append(output)
     return checkpoint_name(_by_head(jnp.concatenate(outputs, axis=3)), ATTENTION)
+
+
+def _spans(length: int, size: int) -> list[tuple[int, int]]:
+    """Where the spans of a size begin and end, of which the last may be shorter."""
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _by_key_head(query: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K G T H"]:

@@ -93,7 +93,7 @@ def select(request: Request) -> Backend:
     over = f" over {request.context_shards} shards" if request.context_shards > 1 else ""
     because = f" ({'; '.join(passed_over)})" if passed_over else ""
     logger.info(
-        "attention over %d tokens: %s%s%s", request.sequence_length, backend.name, over, because
+        "attention over %s tokens: %s%s%s", request.sequence_length, backend.name, over, because
     )
     return backend
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from braeburn.layers.platform import Size
+
 # Rows of blocks: products of few rows are slower a row, and a group wastes half of the smallest
 # block on average.
 BLOCKS = (256, 64, 16)
@@ -54,7 +56,7 @@ def _with_room(rows: Array) -> Array:
 
 
 def _over_blocks(
-    ends: tuple[Array, Array], body: Callable[[Array, int, Any], Any], carry: Any, most: int
+    ends: tuple[Array, Array], body: Callable[[Array, int, Any], Any], carry: Any, most: Size
 ) -> Any:
     """Carries a value over the blocks of a group.
 
@@ -66,7 +68,9 @@ def _over_blocks(
     """
     start, last = ends
     for block in BLOCKS:
-        if block > most and block > BLOCKS[-1]:
+        # Where their number is not known while the program is traced, the smallest blocks will do.
+        too_large = not isinstance(most, int) or block > most
+        if too_large and block > BLOCKS[-1]:
             continue
         # But for the smallest blocks, they are only of the group's own rows.
         room = block - 1 if block > BLOCKS[-1] else 0
