@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from braeburn.config import MeshConfig
 from braeburn.plan.page import write
+from braeburn.plan.pipeline import drawn
 
 CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(
@@ -289,6 +291,22 @@ def test_charts_draw_what_the_plan_says(opened):
         "cannot be checked",
     ):
         assert text in body, text
+
+
+@needs_browser
+def test_a_schedule_is_drawn_task_by_task(opened):
+    plan = example()
+    mesh = MeshConfig(fsdp=1, pipeline=4, stages_per_device=2)
+    stage = next(iter(plan["targets"][0]["stages"].values()))
+    stage["schedules"] = [{"rank": "own"} | drawn(mesh, 8, False)]
+    page = opened(plan)
+    assert not page.texts(".error")
+    # One more of each in the legend.
+    assert len(page.texts(".forward")) == len(page.texts(".backward")) == 4 * 2 * 8 + 1
+    assert len(page.texts(".device")) == 4
+    body = " ".join(page.texts("body"))
+    assert "Schedule of the recipe's own layout: interleaved 1F1B, 4 devices with 2 stages" in body
+    assert f"idle {100 * 3 / (2 * 8 + 3):.1f}% of the time" in body
 
 
 @needs_browser

@@ -16,7 +16,7 @@ from braeburn.config import Checkpoint, Run, override
 from braeburn.train import feed, loop
 from braeburn.train.record import check_content, check_names
 from braeburn.train.record import read as read_record
-from support import events, rows
+from support import braeburn, events, rows
 
 RECORDING = Path(__file__).with_name("recording.py")
 
@@ -142,6 +142,51 @@ def test_four_processes_then_two_then_one(
     assert [row["step"] for row in curves[0]] == list(range(1, 13))
     difference = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(*curves, strict=True))
     assert difference < 1e-5
+
+
+def test_a_pipeline_goes_on_from_any_mesh_and_hands_on_to_any(tiny: Run, tmp_path: Path) -> None:
+    """From a pipeline to one that is interleaved and from there to no pipeline, with the curve and
+    the held-out losses of one device.
+    """
+    deep = {"model.num_layers": 4, "stages.core.accumulation_steps": 4}
+    one = override(tiny, deep)
+    loop.train(one, tmp_path / "one")
+    out = tmp_path / "pipelines"
+    context = {"stages.context.mesh.context": 2, "stages.context.mesh.pipeline": 2}
+    context |= {"stages.context.mesh.fsdp": 1}
+    first = {"mesh.pipeline": 4, "mesh.fsdp": 2}
+    loop.train(override(one, first | context), out, stop_after_steps=3)
+    second = {
+        "mesh.pipeline": 2,
+        "mesh.tensor": 2,
+        "mesh.stages_per_device": 2,
+        "stages.continued.mesh.tensor": 4,
+        "stages.continued.mesh.fsdp": 2,
+    }
+    assert loop.train(override(one, second | context), out).finished
+    pairs = list(zip(rows(out), rows(tmp_path / "one"), strict=True))
+    assert len(pairs) == 14
+    assert max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs) < 1e-5
+    ends = [events(folder, "stage_end") for folder in (out, tmp_path / "one")]
+    for end, expected in zip(*ends, strict=True):
+        for source, values in end["held_out"].items():
+            assert values["loss"] == pytest.approx(expected["held_out"][source]["loss"], rel=1e-5)
+    on_mesh = braeburn(
+        "evaluate", out, "--data", __file__, "--mesh", "pipeline=4,tensor=2", "--json"
+    )
+    alone = braeburn("evaluate", out, "--data", __file__, "--json")
+    assert on_mesh.code == alone.code == 0, on_mesh.err
+    loss, expected_loss = (
+        next(iter(json.loads(answer.out)["data"].values()))["loss"] for answer in (on_mesh, alone)
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    written = [
+        braeburn(
+            "generate", out, "--prompt", "def ", "--temperature", 0, "--max-new-tokens", 8, *on
+        )
+        for on in ((), ("--mesh", "pipeline=2,fsdp=2"))
+    ]
+    assert written[0].code == 0 and written[0].out == written[1].out
 
 
 @pytest.mark.deep

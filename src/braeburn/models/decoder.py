@@ -276,7 +276,17 @@ def decoder(
 def embedded(
     embedding: Float[Array, "v d"], ids: Int[Array, "B T"], model: ModelConfig, execution: Execution
 ) -> Float[Array, "B t D"]:
-    """What the first layer reads: see `embed`."""
+    """What the first layer reads.
+
+    Args:
+        embedding: this device's part of the table, float32.
+        ids: vocabulary ids of this device's tokens.
+        model: what is computed.
+        execution: how it is carried out.
+
+    Returns:
+        The rows, of this tensor shard's tokens, in the type to compute in: see `embed`.
+    """
     with jax.named_scope("embedding"):
         x_BTD = embed(embedding, ids, execution)
         if model.scaled_embedding:

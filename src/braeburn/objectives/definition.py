@@ -62,7 +62,14 @@ def text_loss(
 def projected_text_loss(
     projection: Projection, batch: Batch, objective: Objective[Targets, Any], execution: Execution
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The part of `text_loss` that follows from final hidden states and the head."""
+    """The part of `text_loss` that follows from final hidden states and the head.
+
+    Args:
+        projection: of these.
+        batch: its `targets`, int32 [B, T], and `weights`, float32 [B, T].
+        objective: of the tokens of the batch.
+        execution: how it is carried out.
+    """
     targets = Targets(batch["targets"], batch["weights"])
     return vocabulary_loss(objective, projection, None, targets, execution)
 

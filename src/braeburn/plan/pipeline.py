@@ -93,6 +93,12 @@ def places_of(kind: PipelineSchedule, devices: int, steps: int, each: int) -> Pl
     """How many places the buffers of a schedule have.
 
     In 1F1B they are as many for any number of microbatches that fill the pipeline twice.
+
+    Args:
+        kind: of the schedule.
+        devices: of the pipeline.
+        steps: microbatches.
+        each: stages of each device.
     """
     if kind == "1f1b":
         steps = min(steps, 2 * devices + steps % devices)
