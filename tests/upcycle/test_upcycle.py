@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braeburn.config import Execution, LayerConfig, ModelConfig, Precision, read_run
+from braeburn.config import Execution, LayerConfig, ModelConfig, Precision
 from braeburn.config.mesh import ONE_DEVICE
 from braeburn.config.sublayers.experts import Experts
 from braeburn.config.sublayers.geglu import GeGLU
@@ -22,7 +22,7 @@ from braeburn.layers.spec import initialize, walk
 from braeburn.models.decoder import forward, param_specs
 from braeburn.train.state import TrainState
 from braeburn.train.trained import Trained, found_run, load
-from braeburn.upcycle.run_directory import sparse_model, upcycle
+from braeburn.upcycle.run_directory import upcycle
 from support import braeburn, contents, events, process, rows
 
 EXECUTION = Execution(ONE_DEVICE, precision=Precision(compute="float32"))
@@ -223,13 +223,19 @@ def test_what_cannot_be_upcycled(upcycled: Path, finished: Path, tmp_path: Path)
     assert "is not a run directory" in answer.error
 
 
-def test_a_sparse_layer_can_be_left_alone(finished: Path) -> None:
-    """The layers between those that get experts may be of any kind."""
-    experts = LayerConfig(feed_forward=Experts(num_experts=4))
-    model = read_run(finished).model.model_copy(update={"pattern": (experts, GEGLU)})
-    found = sparse_model(model, Upcycling(experts=2, every=2))
-    assert found.layer_configs[0] == experts
-    assert found.layer_configs[1].feed_forward.kind == "experts"
+def test_layers_with_experts_can_be_left_alone(finished: Path, tmp_path: Path) -> None:
+    """The layers between those that get experts may be of any kind, and keep their routers."""
+    experts = Experts(num_experts=4, expert_dim=24, bias=True, shared_dim=16)
+    layers = {"num_layers": 4, "pattern": (LayerConfig(feed_forward=experts), GEGLU)}
+    model = ModelConfig.model_validate({**load(finished).model.model_dump(), **layers})
+    mixed = made(model, finished, tmp_path / "mixed")
+    upcycle(tmp_path / "mixed", tmp_path / "out", Upcycling(experts=2, every=2, noise=0))
+    found = load(tmp_path / "out")
+    assert [layer.feed_forward.num_experts for layer in found.model.layer_configs] == [4, 2, 4, 2]
+    np.testing.assert_array_equal(
+        layer_of(found, "layers/0/router"), layer_of(mixed, "layers/0/router")
+    )
+    np.testing.assert_allclose(hidden(found), hidden(mixed), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.deep

@@ -17,9 +17,9 @@ from braeburn.optim.schedules import multiplier
 
 # Scores of masks, factors of scales and biases of routers are not weights.
 NO_WEIGHTS = frozenset({"mask", "scale", "balance"})
-# An expert keeps its bias where what it lacks of an even load is at most this share of all
-# assignments, which is none at all below a million of them: float32 rounds larger whole numbers in
-# another way on another mesh.
+# An expert keeps its bias where its load differs from an even one by less than this share of it,
+# which is less than one assignment below a million of them. Larger whole numbers are rounded in
+# float32, and in another way on another mesh.
 EVEN = 1e-6
 
 

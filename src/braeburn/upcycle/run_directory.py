@@ -1,7 +1,7 @@
 """A mixture of experts from a trained dense model (sparse upcycling, arXiv 2212.05055)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from braeburn.config import LayerConfig, ModelConfig, validate
 from braeburn.config.upcycling import Upcycling
 from braeburn.errors import UserError
-from braeburn.layers.spec import EXPERTS, ParamSpec, Tree, abstract, initialize, map_specs, walk
+from braeburn.layers.spec import ParamSpec, Tree, abstract, initialize, map_specs, walk
 from braeburn.models.decoder import param_specs, stacks
 from braeburn.train.checkpoint import Checkpoints
 from braeburn.train.state import TrainState
@@ -127,10 +127,13 @@ class _Dense:
             for index, number in enumerate(stack.numbers)
         }
 
-    def of_layer(self, number: int, name: str) -> tuple[StoredArray, int]:
-        """The array that holds a layer's weight of a name, and its index in it."""
-        path, index = self._places[number]
-        return self.arrays[f"{path}/{name}"], index
+    def of_layers(self, numbers: Sequence[int], name: str) -> list[tuple[StoredArray, int]]:
+        """For each of some layers, the array that holds its weight of a name, and its index there;
+        nothing where these layers have no such weight.
+        """
+        places = [self._places[number] for number in numbers]
+        paths = [(f"{path}/{name}", index) for path, index in places]
+        return [(self.arrays[path], index) for path, index in paths if path in self.arrays]
 
 
 def _params(dense: _Dense, sparse: ModelConfig, noise: float, seed: int) -> Tree:
@@ -140,20 +143,20 @@ def _params(dense: _Dense, sparse: ModelConfig, noise: float, seed: int) -> Tree
     def pieces(path: str, spec: ParamSpec) -> Pieces:
         if not spec.stacked:
             return Pieces.of(dense.arrays[path])
-        if spec.role == "router":
-            return Pieces.whole(spec.shape, np.float32, lambda: _drawn(path, spec, seed))
         home, _, name = path.rpartition("/")
-        name = name.removeprefix(_PREFIX) if EXPERTS in spec.axes else name
-        places = [dense.of_layer(number, name) for number in numbers[home]]
+        same = dense.of_layers(numbers[home], name)
+        if not same and spec.role == "router":
+            return Pieces.whole(spec.shape, np.float32, lambda: _drawn(path, spec, seed))
+        found = same or dense.of_layers(numbers[home], name.removeprefix(_PREFIX))
 
         def of_layer(index: int) -> np.ndarray:
-            array, place = places[index]
-            if EXPERTS not in spec.axes:
+            array, place = found[index]
+            if same:
                 return array[place]
             generator = np.random.default_rng([seed, numbers[home][index], *name.encode()])
             return _copies(array[place], spec.shape[1], noise, generator)
 
-        return Pieces.of_layers(spec.shape, places[0][0].dtype, of_layer)
+        return Pieces.of_layers(spec.shape, found[0][0].dtype, of_layer)
 
     return map_specs(pieces, param_specs(sparse))
 
