@@ -13,7 +13,7 @@ LAYERS = (
     ("cli",),
     ("recipes",),
     ("plan",),
-    ("launch", "verify", "interop", "evaluate", "prune"),
+    ("launch", "verify", "interop", "evaluate", "prune", "upcycle"),
     ("train",),
     ("objectives",),
     ("transforms",),

@@ -235,38 +235,48 @@ def test_one_expert_is_a_dense_layer(tokens: int) -> None:
         )
 
 
-def test_the_gradient_of_a_bias_is_how_busy_its_expert_is() -> None:
-    """And the bias moves towards an even share by the rate, whatever the optimizer, but for steps
-    that are skipped.
-    """
-    config = config_of(num_experts=4, experts_per_token=1, bias=True, balance_loss=0.0)
-    model = ModelConfig(**SIZES)
-    weights = weights_of(config, model)
-    weights["router"] = np.zeros_like(weights["router"])
-    weights["router"][:, 2] = 1.0
-    weights["router_bias"] = np.zeros(4, np.float32)
-    x = jnp.ones((1, 8, 24))
-    shares = jnp.full((1, 8), 1 / 8)
+def bias_gradient(config: Experts, weights: Any, x: Any, token_weights: Any) -> jax.Array:
+    """The gradient of the biases, of a loss that is zero."""
     zero = Report(jnp.zeros(()), dict.fromkeys(module.METRICS, jnp.zeros(())))
 
     def loss_of(bias: Any) -> Any:
-        context = context_of(config, {**weights, "router_bias": bias}, shares)
+        context = context_of(config, {**weights, "router_bias": bias}, token_weights)
         report = module.apply(x, Signals(None, None, zero), context)[1].report
         assert report is not None
         return report.loss
 
     value, gradient = jax.value_and_grad(loss_of)(jnp.asarray(weights["router_bias"]))
     assert float(value) == 0.0
-    np.testing.assert_allclose(gradient, [0, 0, 1, 0])
+    return gradient
 
-    sparse = model.model_copy(update={"pattern": (LayerConfig(feed_forward=config),)})
+
+def sparse_optimizer(config: Experts, rate: float) -> tuple[Any, Any]:
+    """An optimizer of a model with these experts, and its initial parameters."""
+    layer = LayerConfig(feed_forward=config)
+    sparse = ModelConfig(**SIZES).model_copy(update={"pattern": (layer,)})
     specs = param_specs(sparse)
     stage = next(iter(load("afm-tiny").stages.values()))
-    optimizer = build_optimizer(AdamW(balance_rate=0.01), stage, specs, sparse)
-    params = initialize(specs, 0)
+    optimizer = build_optimizer(AdamW(balance_rate=rate), stage, specs, sparse)
+    return optimizer, initialize(specs, 0)
+
+
+def test_the_gradient_of_a_bias_is_how_busy_its_expert_is() -> None:
+    """And the bias moves towards an even share by the rate, whatever the optimizer, but for steps
+    that are skipped. A token without weight does not count.
+    """
+    config = config_of(num_experts=4, experts_per_token=1, bias=True, balance_loss=0.0)
+    weights = weights_of(config, ModelConfig(**SIZES))
+    weights["router"] = np.zeros_like(weights["router"])
+    weights["router"][:, 2] = 1.0
+    weights["router_bias"] = np.zeros(4, np.float32)
+    shares = jnp.full((1, 8), 1 / 7).at[0, 7].set(0.0)
+    gradient = bias_gradient(config, weights, jnp.ones((1, 8, 24)), shares)
+    np.testing.assert_array_equal(gradient, [0, 0, 7, 0])
+
+    optimizer, params = sparse_optimizer(config, 0.01)
     assert not np.any(params["layers"]["router_bias"])
     gradients = jax.tree.map(jnp.zeros_like, params)
-    gradients["layers"]["router_bias"] = jnp.asarray([[0, 0, 1.0, 0], [0.25, 0.25, 0.25, 0.25]])
+    gradients["layers"]["router_bias"] = jnp.asarray([[0, 0, 7.0, 0], [2.0, 2.0, 2.0, 2.0]])
     updates, state = optimizer.update(gradients, optimizer.init(params), params)
     np.testing.assert_allclose(
         updates["layers"]["router_bias"], [[0.01, 0.01, -0.01, 0.01], [0, 0, 0, 0]]
@@ -275,6 +285,38 @@ def test_the_gradient_of_a_bias_is_how_busy_its_expert_is() -> None:
     gradients["embedding"] = jnp.full_like(params["embedding"], jnp.nan)
     updates, _ = optimizer.update(gradients, state, params)
     assert not np.any(updates["layers"]["router_bias"])
+
+
+def test_loads_add_up_exactly_however_tokens_are_divided() -> None:
+    """Among devices or microbatches: no bias moves where experts are equally busy, and each moves
+    where one assignment of many is amiss.
+    """
+    config = config_of(num_experts=4, experts_per_token=1, bias=True, balance_loss=0.0)
+    weights = weights_of(config, ModelConfig(**SIZES))
+    weights["router"] = np.eye(24, 4, dtype=np.float32)
+    weights["router_bias"] = np.zeros(4, np.float32)
+    # The first half of the tokens leaves the last expert idle.
+    quarter = 12_000 // 4
+    half = quarter // 2
+    of_tokens = np.repeat([0, 1, 2, 1, 2, 3], [quarter, half, half, half, half, quarter])
+
+    def loads(of_tokens: np.ndarray) -> jax.Array:
+        x = jnp.asarray(np.eye(4, 24, dtype=np.float32)[of_tokens][None])
+        return bias_gradient(config, weights, x, jnp.full((1, len(of_tokens)), 1 / 12_000))
+
+    whole = loads(of_tokens)
+    divided = loads(of_tokens[:6000]) + loads(of_tokens[6000:])
+    np.testing.assert_array_equal(whole, [quarter] * 4)
+    np.testing.assert_array_equal(divided, whole)
+
+    optimizer, params = sparse_optimizer(config, 0.01)
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    amiss = divided + jnp.asarray([1, -1, 0, 0])
+    gradients["layers"]["router_bias"] = jnp.stack([divided, amiss])
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(
+        updates["layers"]["router_bias"], [[0, 0, 0, 0], [-0.01, 0.01, 0, 0]]
+    )
 
 
 @pytest.mark.parametrize(

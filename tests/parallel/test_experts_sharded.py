@@ -73,7 +73,13 @@ def prepared(tiny: Run) -> Prepared:
 
 def with_experts(run: Run, **changes: Any) -> Run:
     fields = {f"model.pattern.0.feed_forward.{name}": value for name, value in EXPERTS.items()}
-    optimizer = {"optimizer.kind": "adamw", "stages.core.learning_rate": 3e-3}
+    # Far above what gradients are rounded by: else rounding alone decides the first updates of
+    # parameters whose gradients are near zero, and these the experts of tokens near a tie.
+    optimizer = {
+        "optimizer.kind": "adamw",
+        "optimizer.epsilon": 1e-4,
+        "stages.core.learning_rate": 3e-3,
+    }
     length = {"stages.core.tokens": 20 * 1024, "stages.core.weight_decay": 0.1}
     return override(run, {"mesh.fsdp": 1, **WIDE, **fields, **optimizer, **length, **changes})
 

@@ -1,4 +1,4 @@
-"""Commands on a trained model: `evaluate` and `prune`."""
+"""Commands on a trained model: `evaluate`, `prune` and `upcycle`."""
 
 from typing import Annotated
 
@@ -159,3 +159,63 @@ def prune(
     if not processes.is_main():
         return
     print_json(result) if as_json else print(f"pruned {directory!r} to ffn_dim={ffn} into {out!r}")
+
+
+@commands.command()
+def upcycle(
+    directory: RunFolder,
+    experts: Annotated[int, typer.Option(metavar="E", help="Experts of a layer.")],
+    out: NewRun,
+    experts_per_token: Annotated[
+        int, typer.Option(metavar="K", help="Experts that a token is sent to.")
+    ] = 2,
+    every: Annotated[
+        int, typer.Option(metavar="N", help="The last of so many layers gets experts.")
+    ] = 1,
+    noise: Annotated[
+        float,
+        typer.Option(metavar="X", help="Added to each expert, as a share of its matrices' RMS."),
+    ] = 0.01,
+    balance_loss: Annotated[
+        float,
+        typer.Option(metavar="X", help="Coefficient of the loss that keeps experts equally busy."),
+    ] = 1e-3,
+    as_json: AsJson = False,
+) -> None:
+    """Make a mixture of experts of the newest checkpoint: each a copy of the FFN, with noise."""
+    from pydantic import ValidationError
+
+    from braeburn.config import explain_validation_error
+    from braeburn.config.upcycling import Upcycling
+    from braeburn.remote import place
+
+    try:
+        upcycling = Upcycling(
+            experts=experts,
+            experts_per_token=experts_per_token,
+            every=every,
+            noise=noise,
+            balance_loss=balance_loss,
+        )
+    except ValidationError as error:
+        field, equals, reason = explain_validation_error(error).partition("=")
+        raise UserError(f"--{field.replace('_', '-')}{equals}{reason}") from None
+    source, target = run_folder(directory), place(out, "--out")
+    join_to_write(target)
+    begin_computing()
+    from braeburn.train.copies import made_for
+    from braeburn.upcycle.run_directory import upcycle
+
+    with made_for(target) as made:
+        model = upcycle(source, made, upcycling)
+    result = {"out": out, "model": model.model_dump(mode="json")}
+    if not processes.is_main():
+        return
+    if as_json:
+        print_json(result)
+        return
+    print(f"upcycled {directory!r} to {experts} experts in {out!r}")
+    print(
+        f"a recipe trains on with model=ModelConfig.from_directory({out!r}) and "
+        f"initial_weights={out!r}"
+    )

@@ -9,7 +9,7 @@ from braeburn.launch.places import Place
 
 TRAIN, PREPARE = "train", "prepare"
 # The commands on a trained model that several processes can run together.
-JOBS = ("evaluate", "generate", "import", "prune", "export")
+JOBS = ("evaluate", "generate", "import", "prune", "upcycle", "export")
 
 
 @dataclass(frozen=True)

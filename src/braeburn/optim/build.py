@@ -17,8 +17,9 @@ from braeburn.optim.schedules import multiplier
 
 # Scores of masks, factors of scales and biases of routers are not weights.
 NO_WEIGHTS = frozenset({"mask", "scale", "balance"})
-# An expert whose share of assignments is this close to an even one keeps its bias: the sums that
-# the share comes from are rounded in another way on another mesh.
+# An expert keeps its bias where its load differs from an even one by less than this share of it,
+# which is less than one assignment below a million of them. Larger whole numbers are rounded in
+# float32, and in another way on another mesh.
 EVEN = 1e-6
 
 
@@ -89,7 +90,7 @@ def balancing(
 ) -> optax.GradientTransformation:
     """An optimizer that moves the biases of routers by a rule of their own (arXiv 2408.15664).
 
-    Their gradients are experts' shares of all assignments. They have no part in the norm that
+    Their gradients are how many assignments each expert had. They have no part in the norm that
     gradients are clipped to, and stay where a step is skipped.
 
     Args:
@@ -110,8 +111,9 @@ def balancing(
         def balanced(spec: ParamSpec, update: Array, load: Array) -> Array:
             if spec.role != "balance":
                 return update
-            missing = jnp.mean(load, axis=-1, keepdims=True) - load
-            return step * jnp.sign(jnp.where(jnp.abs(missing) < EVEN, 0.0, missing))
+            total = jnp.sum(load, axis=-1, keepdims=True)
+            missing = total - load.shape[-1] * load
+            return step * jnp.sign(jnp.where(jnp.abs(missing) < EVEN * total, 0.0, missing))
 
         return jax.tree.map(balanced, specs, updates, gradients), moved
 

@@ -173,18 +173,18 @@ def _reported(signals: Signals, routing: Routing, context: Context) -> Report:
     """The report with this device's shares of the router's losses and metrics.
 
     Every token counts by its weight in the loss, and tensor shards, which have routed the same
-    tokens, have equal shares. How busy experts are is counted over all devices.
+    tokens, have equal shares. How busy experts are is counted over all devices, in whole numbers,
+    whose sums are exact: those of shares hang on their order, and so on the mesh.
     """
     config, execution = context.config, context.execution
     assert signals.report is not None and context.token_weights is not None
     weights_S = context.token_weights.reshape(-1)
-    repeated = jnp.repeat(weights_S, config.experts_per_token)
-    counts = jax.ops.segment_sum(repeated, routing.experts.reshape(-1), config.num_experts)
-    own, total = counts / config.experts_per_token / execution.mesh.tensor, jnp.sum(weights_S)
-    counts, total = jnp.stack([counts, jnp.full_like(counts, total)])
+    is_counted = jnp.repeat((weights_S > 0).astype(jnp.int32), config.experts_per_token)
+    counts = jax.ops.segment_sum(is_counted, routing.experts.reshape(-1), config.num_experts)
+    own = counts / execution.mesh.tensor
     if axes := token_axes(execution):
-        counts, total = lax.psum(jnp.stack([counts, total]), axes)
-    load = lax.stop_gradient(counts / jnp.maximum(config.experts_per_token * total, 1e-30))
+        counts = lax.psum(counts, axes)
+    load = counts / jnp.maximum(jnp.sum(counts), 1)
     probabilities = routing.scores
     if config.scores == "sigmoid":
         probabilities = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
@@ -196,7 +196,7 @@ def _reported(signals: Signals, routing: Routing, context: Context) -> Report:
     loss = config.balance_loss * balance + config.router_z_loss * z
     if config.bias:
         bias = context.weights["router_bias"]
-        loss += jnp.sum((bias - lax.stop_gradient(bias)) * lax.stop_gradient(own))
+        loss += jnp.sum((bias - lax.stop_gradient(bias)) * own)
     return signals.report.add(loss, jax.tree.map(lax.stop_gradient, metrics))
 
 
