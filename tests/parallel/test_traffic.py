@@ -108,6 +108,36 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], int]]] = {
 }
 
 
+def test_a_pipeline_exchanges_weights_once_and_a_message_a_slot(tiny: Run) -> None:
+    """Along `pipeline`: the matrices dealt out and their gradients back, the table and the norms
+    joined and their gradients scattered; and hidden states at each slot, forward and backward.
+    """
+    devices, steps, layers = 4, 8, 8
+    changes = {
+        **SIZES,
+        "model.num_layers": layers,
+        "mesh.fsdp": 1,
+        "mesh.pipeline": devices,
+        "stages.core.accumulation_steps": steps,
+        "optimizer.kind": "adamw",
+    }
+    stage = resolve_stage(override(tiny, changes), "core")
+    text = compile_stage(stage).step.as_text()
+    found = [
+        one
+        for one in collectives(text, stage.layout.sizes.sizes)
+        if one.axes == ("pipeline",) and math.prod(one.shape) > 1
+    ]
+    matrices, norms = MATRICES * layers // L, FLOAT * (layers * (2 * D + 2 * H) + D)
+    slots = 2 * (steps + devices - 1)
+    assert traffic(found) == {
+        ("all-to-all", ("pipeline",)): 2 * matrices // devices,
+        ("all-gather", ("pipeline",)): HEAD + norms,
+        ("reduce-scatter", ("pipeline",)): HEAD + norms,
+        ("collective-permute", ("pipeline",)): slots * HIDDEN // steps,
+    }
+
+
 def compiled(
     tiny: Run, mesh: dict[str, Any], accumulation_steps: int = 1, kind: str = "adamw"
 ) -> tuple[str, list[Collective]]:

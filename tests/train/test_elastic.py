@@ -177,7 +177,8 @@ def test_a_pipeline_goes_on_from_any_mesh_and_hands_on_to_any(tiny: Run, tmp_pat
     alone = braeburn("evaluate", out, "--data", __file__, "--json")
     assert on_mesh.code == alone.code == 0, on_mesh.err
     loss, expected_loss = (
-        next(iter(json.loads(answer.out)["results"].values()))["loss"] for answer in (on_mesh, alone)
+        next(iter(json.loads(answer.out)["results"].values()))["loss"]
+        for answer in (on_mesh, alone)
     )
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     written = [
