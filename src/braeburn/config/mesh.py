@@ -35,6 +35,13 @@ class MeshConfig(Frozen):
     `context` splits sequences; `tensor` splits heads, FFN and vocabulary, and the tokens between
     them.
 
+    `expert` splits the experts of models that have them; for all else it is more of `fsdp`, and for
+    models without experts it is nothing else. `expert_dispatch` tells how tokens reach the experts
+    of other devices: "gather" gathers the tokens of all expert shards and scatters the sums of the
+    results, "all_to_all" sends each token's assignments to the shards of its experts and the
+    results back. Buffers for assignments have room for `expert_room` times an even share. No
+    assignment is lost where a shard has more: it works through them in further rounds.
+
     `context_attention` tells how queries reach the keys of other context shards: passed around a
     ring, or gathered. `torus` lays axes over the physical dimensions of a slice: for each axis its
     size along each of them, as in {"fsdp": [8, 8, 4], "tensor": [1, 1, 4]} on 8 x 8 x 16 chips;
@@ -49,6 +56,8 @@ class MeshConfig(Frozen):
     context: AxisSize = 1
     tensor: AxisSize = 1
     context_attention: Literal["all_gather", "ring"] = "all_gather"
+    expert_dispatch: Literal["gather", "all_to_all"] = "gather"
+    expert_room: Annotated[float, Field(ge=1, le=2**14)] = 1.25
     torus: dict[MeshAxis, Annotated[tuple[Size, ...], OneOrMore]] | None = None
 
     @property

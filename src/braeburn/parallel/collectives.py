@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from braeburn.config import MeshConfig
 
-FSDP, CONTEXT, TENSOR = "fsdp", "context", "tensor"
+FSDP, EXPERT, CONTEXT, TENSOR = "fsdp", "expert", "context", "tensor"
 
 
 def names(axis: str, mesh: MeshConfig) -> str | tuple[str, ...]:
