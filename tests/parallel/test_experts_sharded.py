@@ -124,9 +124,7 @@ def by_bias(tiny: Run, prepared: Prepared) -> Any:
     return cache(lambda: losses(with_experts(tiny, **BY_BIAS), prepared))
 
 
-@pytest.mark.parametrize(
-    "name", deep_but((*OFTEN, *EXPERTS_OFTEN), {**LAYOUTS, **EXPERT_LAYOUTS})
-)
+@pytest.mark.parametrize("name", deep_but((*OFTEN, *EXPERTS_OFTEN), {**LAYOUTS, **EXPERT_LAYOUTS}))
 def test_experts_follow_one_device(
     name: str, tiny: Run, prepared: Prepared, one_device: Any
 ) -> None:

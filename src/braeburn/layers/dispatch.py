@@ -36,9 +36,9 @@ from braeburn.parallel.collectives import EXPERT, all_gather, all_to_all, axis_i
 # those of the last expert give zeros.
 Compute = Callable[[Any, Float[Array, "M D"], Int[Array, " e"]], Float[Array, "M D"]]
 # The name of the loop of further rounds in a profile and in a compiled program.
-FURTHER = "further_rounds"
-# Parts per expert shard that a round's room is rounded up to, of the tokens of a device.
-_PARTS = 16
+FURTHER_ROUNDS = "further_rounds"
+# A round's room is rounded up to so many parts per expert shard of the tokens of a device.
+ROOM_PARTS = 16
 
 
 class Assigned(NamedTuple):
@@ -248,7 +248,7 @@ def _room(tokens: int, even: float, most: int, mesh: MeshConfig) -> int:
         Where S has factors of two, a multiple of a small part of S, so that it grows with S, as
         the plan takes it to.
     """
-    part = tokens // math.gcd(tokens, _PARTS * mesh.expert)
+    part = tokens // math.gcd(tokens, ROOM_PARTS * mesh.expert)
     # Less what a sum of rounding errors may have added.
     parts = math.ceil(mesh.expert_room * even * tokens / part - 1e-6)
     return min(part * max(1, parts), most)
@@ -295,7 +295,7 @@ def _further(term: Callable, count: Array, indices: Any, values: Any) -> Array:
     def add(number: Array, total: Array) -> Array:
         return total + term(number, indices, values)
 
-    with jax.named_scope(FURTHER):
+    with jax.named_scope(FURTHER_ROUNDS):
         return lax.fori_loop(1, count, add, jnp.zeros(result.shape, result.dtype))
 
 
@@ -310,7 +310,7 @@ def _further_backward(term: Callable, kept: Any, cotangent: Array) -> tuple[None
         _, transposed = jax.vjp(lambda given: term(number, indices, given), values)
         return jax.tree.map(jnp.add, total, transposed(cotangent)[0])
 
-    with jax.named_scope(FURTHER):
+    with jax.named_scope(FURTHER_ROUNDS):
         return None, None, lax.fori_loop(1, count, add, jax.tree.map(jnp.zeros_like, values))
 
 

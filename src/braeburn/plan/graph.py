@@ -91,14 +91,32 @@ class Value:
     floating: bool
 
 
+# Between the names of the axes of one collective.
+_AND = " x "
+
+
+def axes_of_name(axis: str) -> tuple[str, ...]:
+    """The mesh axes that the name of a collective's axis stands for."""
+    return tuple(axis.split(_AND))
+
+
 class Collective(NamedTuple):
-    """What tells collectives apart: the mesh axis, the kind as HLO names it, and what is moved,
-    "weights" or "tokens".
+    """What tells collectives apart.
+
+    Attributes:
+        axis: of the mesh; of one along several axes their names, as "fsdp x expert".
+        kind: as HLO names it.
+        what: is moved, "weights" or "tokens".
     """
 
     axis: str
     kind: str
     what: str
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Each axis of the mesh that it runs along."""
+        return axes_of_name(self.axis)
 
 
 class Moved(NamedTuple):
@@ -281,15 +299,15 @@ class _Flattening:
             The sum over all times, and what one time holds at most.
         """
         graph = self.body(equation, inputs, body)
-        collectives = total_collectives(graph.nodes)
         nodes = needed(graph.nodes, graph.outputs)
+        collectives = total_collectives(nodes)
         held = live_bytes(nodes, graph.inputs, graph.outputs, forward_alone=self.forward_alone)
         peak = max((size for _, size in held), default=Amount(), key=sum)
         return Node(
             equation,
             inputs,
             outputs,
-            flops=total_flops(graph.nodes) * length,
+            flops=total_flops(nodes) * length,
             element_wise=element_wise_bytes(nodes, graph.outputs) * length,
             collectives={key: moved * length for key, moved in collectives.items()},
             live=peak,
@@ -418,7 +436,7 @@ def _collectives_of(
     kind, of_result = _COLLECTIVES[equation.primitive.name]
     params = equation.params
     axes = params["axis_name"] if "axis_name" in params else params["axes"]
-    axis = axes if isinstance(axes, str) else axes[0]
+    axis = axes if isinstance(axes, str) else _AND.join(axes)
     found: dict[Collective, Moved] = {}
     for value, var in zip(outputs if of_result else inputs, equation.invars, strict=False):
         if not value.floating or math.prod(var.aval.shape) <= 1:

@@ -14,6 +14,7 @@ from typing import Any
 
 from braeburn.errors import UserError
 from braeburn.layers.attention.cudnn import FURTHER_DOCUMENTS
+from braeburn.layers.dispatch import FURTHER_ROUNDS
 
 # Quotes and brackets, and the one character at which a text is split.
 _TOKENS = {mark: re.compile(rf'"(?:[^"\\]|\\.)*"|[\[\](){{}}{mark}]', re.DOTALL) for mark in "\n ,"}
@@ -169,7 +170,8 @@ class Module:
         is compared with.
         """
         loop = place.instruction
-        if FURTHER_DOCUMENTS in loop.source:
+        # Loops that most steps do not enter.
+        if FURTHER_DOCUMENTS in loop.source or FURTHER_ROUNDS in loop.source:
             return 0
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(known[1])

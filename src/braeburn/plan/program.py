@@ -249,7 +249,7 @@ class Compilation(Compiled):
                 "overlapped": plan.overlapped,
                 "serial": plan.serial,
                 "bytes": {
-                    axis: sum(total.bytes for total, *_ in plan.collectives if total.axis == axis)
+                    axis: sum(total.bytes for total, *_ in plan.collectives if axis in total.axes)
                     for axis in axes
                 },
             },

@@ -25,7 +25,7 @@ from braeburn.plan.identity import by_identity
 
 FLOAT = 4
 # Axes of the mesh in the order in which the gradients of copies are summed.
-COPIES = ("tensor", "context", "fsdp", "data", "replica")
+COPIES = ("tensor", "context", "pipeline", "expert", "fsdp", "data", "replica")
 
 
 class Shared(NamedTuple):
