@@ -18,9 +18,7 @@ assignments, P expert shards, e = E / P experts of one, C assignments of a round
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +33,8 @@ from braeburn.parallel.collectives import EXPERT, all_gather, all_to_all, axis_i
 # (matrices of experts, rows [M, D] sorted by expert, rows of each expert) -> [M, D]; rows behind
 # those of the last expert give zeros.
 Compute = Callable[[Any, Float[Array, "M D"], Int[Array, " e"]], Float[Array, "M D"]]
-# The name of the loop of further rounds in a profile and in a compiled program.
+# The name of the loop of further rounds in a profile and in a program. The plan does not count what
+# it does: it takes the fullest shard to fill the room of the first round, and no more.
 FURTHER_ROUNDS = "further_rounds"
 # A round's room is rounded up to so many parts per expert shard of the tokens of a device.
 ROOM_PARTS = 16
@@ -254,22 +253,6 @@ def _room(tokens: int, even: float, most: int, mesh: MeshConfig) -> int:
     return min(part * max(1, parts), most)
 
 
-_FIRST_ALONE: ContextVar[bool] = ContextVar("first_alone", default=False)
-
-
-@contextmanager
-def first_round_alone() -> Iterator[None]:
-    """Within it, no further rounds are traced.
-
-    The plan traces programs so: it takes the fullest shard to fill its room, and no more.
-    """
-    before = _FIRST_ALONE.set(True)
-    try:
-        yield
-    finally:
-        _FIRST_ALONE.reset(before)
-
-
 def _over_rounds(term: Callable, count: Array | None, indices: Any, values: Any) -> Array:
     """The sum of `term(number, indices, values)` over the numbers of rounds.
 
@@ -280,9 +263,7 @@ def _over_rounds(term: Callable, count: Array | None, indices: Any, values: Any)
         values: see `term`.
     """
     first = term(0, indices, values)
-    if count is None or _FIRST_ALONE.get():
-        return first
-    return first + _further(term, count, indices, values)
+    return first if count is None else first + _further(term, count, indices, values)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -34,7 +34,7 @@ from braeburn.config.execution import USUAL_RULES
 from braeburn.errors import UserError
 from braeburn.layers.attention.backend import ATTENTION, Request
 from braeburn.layers.attention.select import outlined
-from braeburn.layers.dispatch import ROOM_PARTS, first_round_alone
+from braeburn.layers.dispatch import ROOM_PARTS
 from braeburn.layers.grouped.select import for_accelerators
 from braeburn.layers.spec import EXPERTS, Tree, walk
 from braeburn.models import decoder
@@ -443,7 +443,6 @@ def programs(shapes: Shapes) -> Programs:
     with (
         outlined(lambda request, q, k, v, *_: attention_call(request, q, k, v)),
         for_accelerators(),
-        first_round_alone(),
     ):
         whole = jax.make_jaxpr(wrap(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves))))(
             *leaves

@@ -14,7 +14,6 @@ from jax.extend.core import Literal
 
 from braeburn.layers.attention.backend import Backend, Request
 from braeburn.layers.attention.select import outlined
-from braeburn.layers.dispatch import first_round_alone
 from braeburn.layers.grouped.select import for_accelerators
 from braeburn.parallel.sequence import gather_sequence
 from braeburn.plan.attention import Accelerator, backend_of
@@ -134,7 +133,7 @@ def work_of_program(
             return backend.run(query, key, value, ids, mesh, request.window)
         return attention_call(asked, query, *(gather_sequence(x, mesh) for x in (key, value)))
 
-    with outlined(outline), for_accelerators(), first_round_alone():
+    with outlined(outline), for_accelerators():
         closed = jax.make_jaxpr(program.function)(*program.arguments)
     of_tokens = [
         index > 0

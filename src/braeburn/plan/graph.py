@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from braeburn.layers.attention.cudnn import FURTHER_DOCUMENTS
+from braeburn.layers.dispatch import FURTHER_ROUNDS
+
 # JAX's names of collectives: how HLO names them, and whether the bytes are those of the result.
 _COLLECTIVES = {
     "all_gather": ("all-gather", True),
@@ -272,7 +275,8 @@ class _Flattening:
         if name == "scan":
             return self.loop(equation, inputs, outputs, params["jaxpr"], params["length"])
         if name == "while":  # how often it runs is not known
-            return self.loop(equation, inputs, outputs, params["body_jaxpr"], 1)
+            times = 0 if is_rarely_entered(str(equation.source_info.name_stack)) else 1
+            return self.loop(equation, inputs, outputs, params["body_jaxpr"], times)
         if name == "cond":
             found = [self.loop(equation, inputs, outputs, b, 1) for b in params["branches"]]
             return max(found, key=lambda node: sum(node.flops))
@@ -397,10 +401,18 @@ def common_and_carried(equation: Any) -> tuple[int, int]:
     return len(common), len(carried)
 
 
+def is_rarely_entered(source: str) -> bool:
+    """Whether an operation, by the names around it in the traced program, is a loop that most steps
+    do not enter.
+    """
+    return FURTHER_DOCUMENTS in source or FURTHER_ROUNDS in source
+
+
 def rounds(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     """Every operation of a program that is more than a call, with how often it runs.
 
-    Loops of unknown length count once; of branches all are counted.
+    Loops of unknown length count once, but for those that most steps do not enter; of branches all
+    are counted.
     """
     for equation in jaxpr.eqns:
         inner = inlined(equation)
@@ -410,7 +422,8 @@ def rounds(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
         elif equation.primitive.name == "scan":
             yield from rounds(params["jaxpr"].jaxpr, times * params["length"])
         elif equation.primitive.name == "while":
-            yield from rounds(params["body_jaxpr"].jaxpr, times)
+            if not is_rarely_entered(str(equation.source_info.name_stack)):
+                yield from rounds(params["body_jaxpr"].jaxpr, times)
         elif equation.primitive.name == "cond":
             for branch in params["branches"]:
                 yield from rounds(branch.jaxpr, times)
