@@ -66,9 +66,7 @@ MODELS = {
     "experts": ModelConfig.model_validate(
         {
             **SIZES,
-            "pattern": (
-                {"feed_forward": {"kind": "experts", "expert_dim": 24, "shared_dim": 16}},
-            ),
+            "pattern": ({"feed_forward": {"kind": "experts", "expert_dim": 24, "shared_dim": 16}},),
         }
     ),
 }
