@@ -201,7 +201,7 @@ def check_model(
         UserError: naming the axis at fault, and sizes of it that would work.
     """
     tensor = execution.mesh.tensor
-    # Experts first: the sizes of `expert` that divide them are fewer than those that divide `embed`.
+    # Experts first: fewer sizes of `expert` divide them than divide `embed`.
     for path, (axes, shape, role) in sorted(
         parameters.items(), key=lambda item: "experts" not in item[1][0]
     ):

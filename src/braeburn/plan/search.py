@@ -356,6 +356,7 @@ def _candidate(run: Run, name: str, changed: Run, estimate: Estimate) -> Candida
     assignments: dict[str, Any] = {f"{mesh_path}.{axis}": size for axis, size in mesh.sizes.items()}
     if mesh.expert > 1:
         assignments[f"{mesh_path}.expert_dispatch"] = mesh.expert_dispatch
+        assignments[f"{mesh_path}.expert_room"] = mesh.expert_room
     if mesh.torus:
         assignments[f"{mesh_path}.torus"] = {
             axis: list(factors) for axis, factors in mesh.torus.items()
