@@ -66,6 +66,12 @@ def joined(
 ) -> Float[Array, "*used"] | UInt16[Array, "*used"]:
     """The first half of `used`, for a weight that several products share: the weight gathered, but
     cast only where it travelled. `ready` is the other half, for each product.
+
+    Args:
+        weight: as of `linear`.
+        x: activations that all of the products come of.
+        spec: of the whole parameter, stacked over layers or not.
+        execution: resolved sizes of the mesh, rules and types.
     """
     return gathered(not_before(weight, x), spec, execution)
 

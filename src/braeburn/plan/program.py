@@ -157,7 +157,8 @@ class Compiled:
             "untimed": self.computing.untimed,
             "collectives": [asdict(row) for row in self.traffic],
             "bytes": {
-                axis: sum(row.bytes for row in self.traffic if row.axes == (axis,)) for axis in axes
+                axis: sum(row.bytes for row in self.traffic if axis in (row.axes or ()))
+                for axis in axes
             },
             "overlapped": self.interval[0],
             "serial": self.interval[1],

@@ -190,7 +190,7 @@ def on_mesh(run: Run, mesh: MeshConfig) -> Run:
 def describe(mesh: MeshConfig) -> str:
     """A mesh in words: "fsdp 4 x context 2 (ring)"."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
-    ways = [mesh.context_attention] if mesh.context > 1 else []
+    ways: list[str] = [mesh.context_attention] if mesh.context > 1 else []
     ways += [mesh.expert_dispatch] if mesh.expert > 1 else []
     how = f" ({', '.join(way.replace('_', '-') for way in ways)})" if ways else ""
     return axes + how or "one device"
