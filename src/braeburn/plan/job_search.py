@@ -95,6 +95,7 @@ def least_seconds(on: JobOn, sizes: MeshConfig) -> float:
     moved = WIDTHS[job.dtype] * weights
     once = moved / (memory_bandwidth(chip) * efficiency.memory)
     sharded = math.prod(sizes.sizes[axis] for axis in sizes.sharded)
+    # Experts that are split are not gathered, so that less may come over links.
     if sharded > 1 and sizes.expert == 1 and chip.link_gb_per_s:
         gathered = moved * (sharded - 1) / sharded
         links = chip.link_gb_per_s.value * 1e9 / chip.devices_per_chip
