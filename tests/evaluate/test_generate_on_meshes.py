@@ -63,6 +63,12 @@ MODELS = {
         tail_pattern=load("afm-on-device-2025").model.tail_pattern,
         tail_layers=1,
     ),
+    "experts": ModelConfig.model_validate(
+        {
+            **SIZES,
+            "pattern": ({"feed_forward": {"kind": "experts", "expert_dim": 24, "shared_dim": 16}},),
+        }
+    ),
 }
 TEXTS = [[5, 17, 3], [42], list(range(1, 71)), [9] * 12, [7, 8] * 15]
 # Tokens that some of the rows below meet, and others do not.
@@ -84,27 +90,29 @@ def params_of(name: str) -> Tree:
     return map_specs(draw, decoder.param_specs(MODELS[name]))
 
 
-def layout_of(name: str, precision: Precision = FLOAT32, **sizes: int) -> Layout:
+def layout_of(name: str, precision: Precision = FLOAT32, **sizes: Any) -> Layout:
     mesh = MeshConfig.model_validate({"fsdp": 1, **sizes})
     devices = build(mesh, jax.devices()[: math.prod(mesh.sizes.values())])
     return Layout(Execution(mesh, precision=precision), devices, decoder.param_specs(MODELS[name]))
 
 
-def on_mesh(name: str, precision: Precision = FLOAT32, **sizes: int) -> Ready:
+def on_mesh(name: str, precision: Precision = FLOAT32, **sizes: Any) -> Ready:
     layout = layout_of(name, precision, **sizes)
     placed = jax.device_put(params_of(name), layout.parameters())
     return ready(placed, MODELS[name], layout, consume=True)
 
 
-def assert_writes_the_same(name: str, sampling: Sampling, sizes: dict[str, int]) -> None:
+def assert_writes_the_same(name: str, sampling: Sampling, sizes: dict[str, Any]) -> None:
     generation = Generation(40, sampling, seed=3, stop_ids=STOPS)
     expected = generate(params_of(name), TEXTS, MODELS[name], FLOAT32, generation)
     found = continuations(on_mesh(name, **sizes), TEXTS, generation, steps=7)
     assert collected(found, len(TEXTS)) == expected
 
 
-MESHES: list[tuple[str, Sampling, dict[str, int]]] = [
+MESHES: list[tuple[str, Sampling, dict[str, Any]]] = [
     ("llama", DRAWN, {"fsdp": 2, "tensor": 2}),
+    ("experts", DRAWN, {"fsdp": 2, "expert": 2, "tensor": 2}),
+    ("experts", Sampling(0.0), {"expert": 4, "expert_dispatch": "all_to_all"}),
     ("gemma", Sampling(0.0), {"tensor": 4}),
 ]
 NUCLEUS = Sampling(1.1, None, 0.7)
@@ -125,7 +133,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("name", "sampling", "sizes"), [*MESHES, *OTHERS])
 def test_a_mesh_writes_what_one_device_writes(
-    name: str, sampling: Sampling, sizes: dict[str, int]
+    name: str, sampling: Sampling, sizes: dict[str, Any]
 ) -> None:
     assert_writes_the_same(name, sampling, sizes)
 

@@ -38,6 +38,35 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 OFTEN = ("fsdp x context x tensor",)
+ALL_TO_ALL = {"mesh.expert_dispatch": "all_to_all"}
+# Buffers of an even share, so that every step has further rounds.
+NARROW = {"mesh.expert_room": 1.0}
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "expert": {"mesh.expert": 8},
+    "expert, all to all": {"mesh.expert": 8, **ALL_TO_ALL},
+    "fsdp x expert": {"mesh.fsdp": 2, "mesh.expert": 4},
+    "data x expert, all to all": {"mesh.data": 2, "mesh.expert": 4, **ALL_TO_ALL},
+    "replica x expert, narrow": {"mesh.replica": 2, "mesh.expert": 2, **NARROW},
+    "expert x context": {"mesh.expert": 2, "mesh.context": 4},
+    "expert x tensor, all to all": {"mesh.expert": 4, "mesh.tensor": 2, **ALL_TO_ALL},
+    "fsdp x expert x tensor, narrow": {
+        "mesh.fsdp": 2,
+        "mesh.expert": 2,
+        "mesh.tensor": 2,
+        "remat.policy": "full",
+        **NARROW,
+    },
+    "fsdp x expert x context, all to all, narrow": {
+        "mesh.fsdp": 2,
+        "mesh.expert": 2,
+        "mesh.context": 2,
+        "remat.policy": "save_named",
+        **ALL_TO_ALL,
+        **NARROW,
+    },
+    "expert, unrolled": {"mesh.expert": 4, "model.scan_layers": False},
+}
+EXPERTS_OFTEN = ("fsdp x expert x tensor, narrow", "fsdp x expert x context, all to all, narrow")
 # As DeepSeek-V3 has it: without a loss that is counted by microbatch.
 BY_BIAS: dict[str, Any] = {
     f"model.pattern.0.feed_forward.{name}": value
@@ -57,6 +86,13 @@ BY_BIAS_LAYOUTS: dict[str, dict[str, Any]] = {
         "mesh.data": 2,
         "mesh.fsdp": 4,
         "stages.core.accumulation_steps": 2,
+    },
+    "expert, accumulated": {"mesh.expert": 8, "stages.core.accumulation_steps": 2},
+    "fsdp x expert, all to all, accumulated": {
+        "mesh.fsdp": 2,
+        "mesh.expert": 2,
+        "stages.core.accumulation_steps": 2,
+        **ALL_TO_ALL,
     },
     "context x tensor, accumulated": {
         "mesh.context": 2,
@@ -94,11 +130,12 @@ def by_bias(tiny: Run, prepared: Prepared) -> Any:
     return cache(lambda: losses(with_experts(tiny, **BY_BIAS), prepared))
 
 
-@pytest.mark.parametrize("name", deep_but(OFTEN, LAYOUTS))
+@pytest.mark.parametrize("name", deep_but((*OFTEN, *EXPERTS_OFTEN), {**LAYOUTS, **EXPERT_LAYOUTS}))
 def test_experts_follow_one_device(
     name: str, tiny: Run, prepared: Prepared, one_device: Any
 ) -> None:
-    found, _ = losses(with_experts(tiny, **LAYOUTS[name]), prepared)
+    layout = {**LAYOUTS, **EXPERT_LAYOUTS}[name]
+    found, _ = losses(with_experts(tiny, **layout), prepared)
     reference = one_device()
     assert reference[-1] < reference[0] - 0.5
     difference = max(abs(a - b) / abs(b) for a, b in zip(found, reference, strict=True))

@@ -3,10 +3,12 @@
 import json
 from typing import Any
 
+import jax
 import pytest
 from jax.sharding import PartitionSpec
 
 from braeburn.config import Execution, MeshConfig, Placement, Run, ShardingRules, override
+from braeburn.config.mesh import AXES
 from braeburn.errors import UserError
 from braeburn.parallel.rules import partition
 from braeburn.recipes import load
@@ -108,6 +110,27 @@ def test_the_sizes_that_it_names_work(tiny: Run) -> None:
         resolve_stage(override(tiny, {"mesh.fsdp": 1, "mesh.tensor": size}), "core")
 
 
+def test_experts_are_refused_with_sizes_that_work(tiny: Run) -> None:
+    sparse = override(
+        tiny, {"model.pattern.0.feed_forward.kind": "experts", "mesh.fsdp": 1, "mesh.data": 1}
+    )
+    with pytest.raises(UserError, match=r"the 8 of 'experts' cannot be split into 3") as refusal:
+        resolve_stage(override(sparse, {"mesh.expert": 3}), "core")
+    sizes = json.loads(str(refusal.value).partition("set mesh.expert to one of ")[2])
+    assert sizes == [1, 2, 4, 8]
+    for size in sizes:
+        resolve_stage(override(sparse, {"mesh.expert": size}), "core")
+
+
+def test_a_model_without_experts_takes_the_axis_as_more_of_fsdp(tiny: Run) -> None:
+    found = resolve_stage(override(tiny, {"mesh.fsdp": 2, "mesh.expert": 4}), "core").layout
+    both = resolve_stage(override(tiny, {"mesh.fsdp": 8}), "core").layout
+    assert found.batch_partition()[0] == ("fsdp", "expert")
+    placed = (jax.tree.leaves(layout.parameters()) for layout in (found, both))
+    for spec, one, other in zip(jax.tree.leaves(found.specs), *placed, strict=True):
+        assert one.shard_shape(spec.shape) == other.shard_shape(spec.shape)
+
+
 def test_a_stage_may_have_a_mesh_of_its_own(tiny: Run) -> None:
     run = override(
         tiny, {"mesh.fsdp": 8, "stages.context.mesh.context": 2, "stages.context.mesh.fsdp": 4}
@@ -127,6 +150,4 @@ def test_the_command_line_tells_it_before_anything_is_written(tmp_path: Any) -> 
 
 
 def test_the_recipes_have_meshes_that_their_targets_take() -> None:
-    assert load("quickstart").mesh.sizes == dict.fromkeys(
-        ("replica", "data", "fsdp", "context", "tensor"), 1
-    )
+    assert load("quickstart").mesh.sizes == dict.fromkeys(AXES, 1)

@@ -121,7 +121,8 @@ def check_collectives(compiled: Any, work: Work, tolerance: float) -> None:
             real[axis] = real.get(axis, 0) + size
     planned: dict[str, float] = {}
     for total in work.collective_totals():
-        planned[total.axis] = planned.get(total.axis, 0) + total.bytes
+        for axis in total.axes:
+            planned[axis] = planned.get(axis, 0) + total.bytes
     assert planned.keys() == real.keys()
     for axis, moved in planned.items():
         assert moved == pytest.approx(real[axis], rel=tolerance), axis
@@ -365,9 +366,18 @@ def test_experts_cost_what_their_tokens_use(tiny: Run) -> None:
     assert count(param_specs(model)) == count(param_specs(dense.model)) + more
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"fsdp": 2},
+        {"fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "expert": 4},
+        {"fsdp": 2, "expert": 2, "tensor": 2, "expert_dispatch": "all_to_all"},
+    ],
+    ids=str,
+)
 def test_collectives_of_experts_are_those_that_are_compiled(
-    mesh: dict[str, int], tiny: Run
+    mesh: dict[str, Any], tiny: Run
 ) -> None:
     kind = {"kind": "experts", "num_experts": 8, "experts_per_token": 2, "expert_dim": 48}
     fields = {f"model.pattern.0.feed_forward.{name}": value for name, value in kind.items()}
@@ -376,3 +386,67 @@ def test_collectives_of_experts_are_those_that_are_compiled(
     stage = resolve_stage(run, "core")
     compiled: Any = compile_stage(stage).step
     check_collectives(compiled, work_of(run, "core", stage.layout.sizes), 0.05)
+
+
+def split_experts(tiny: Run, **mesh: Any) -> tuple[Run, MeshConfig]:
+    """A run of 8 experts of 48 hidden units, 2 for each token, and a mesh."""
+    kind = {"kind": "experts", "num_experts": 8, "experts_per_token": 2, "expert_dim": 48}
+    fields = {f"model.pattern.0.feed_forward.{name}": value for name, value in kind.items()}
+    return override(tiny, {"remat.policy": "full", **fields}), MeshConfig(**{"fsdp": 1, **mesh})
+
+
+def over_experts(work: Work) -> dict[str, float]:
+    """Bytes by kind of what is sent along `expert` alone."""
+    found = [total for total in work.collective_totals() if total.axis == "expert"]
+    assert {total.what for total in found} == {"tokens"}
+    return {total.kind: total.bytes for total in found}
+
+
+@pytest.mark.parametrize("shards", [2, 8])
+def test_traffic_of_tokens_to_their_experts_follows_formulas(shards: int, tiny: Run) -> None:
+    """Hidden states in float32, of all layers, with the weights of each token's experts."""
+    run, mesh = split_experts(tiny, fsdp=2, expert=shards)
+    work = work_of(run, "core", mesh)
+    layers, width, chosen, tokens = run.model.num_layers, run.model.d_model, 2, work.tokens
+    gathered = 4 * layers * shards * tokens
+    assert over_experts(work) == {
+        # Tokens and weights, forward and once more for the backward pass; gradients of the sums.
+        "all-gather": gathered * (3 * width + 2 * chosen),
+        # The sums; gradients of tokens and weights.
+        "reduce-scatter": gathered * (2 * width + chosen),
+    }
+    run, mesh = split_experts(tiny, fsdp=2, expert=shards, expert_dispatch="all_to_all")
+    # A quarter more than an even share of all assignments, or all there can be.
+    rows = min(1.25 * chosen, shards * min(chosen, 8 / shards)) * tokens
+    assert over_experts(work_of(run, "core", mesh)) == {
+        # Tokens and weights, forward, once more and as gradients; results and their gradients.
+        "all-to-all": pytest.approx(4 * layers * rows * (5 * width + 3))
+    }
+
+
+def test_split_experts_are_stored_once_and_gathered_over_the_rest_alone(tiny: Run) -> None:
+    run, mesh = split_experts(tiny, fsdp=2, expert=4)
+    found = work_of(run, "core", mesh)
+    assert found.shard == work_of(run, "core", MeshConfig(fsdp=8)).shard
+    experts = 3 * run.model.num_layers * run.model.d_model * 8 * 48
+    gathered = {
+        total.axis: total.bytes
+        for total in found.collective_totals()
+        if (total.kind, total.what) == ("all-gather", "weights")
+    }
+    assert gathered["fsdp"] == 2 * 4 * experts / 4
+    # The largest layer is the experts of a shard, where fsdp alone has those of all.
+    assert found.totals.weights[0] < work_of(run, "core", MeshConfig(fsdp=8)).totals.weights[0]
+
+
+def test_the_fullest_expert_shard_is_taken_to_fill_its_room(tiny: Run) -> None:
+    """So much more than an even share do products of experts take."""
+    flops = {}
+    for room in (1.0, 1.25):
+        run, mesh = split_experts(tiny, expert=8, expert_room=room)
+        flops[room] = work_of(run, "core", mesh).matrix_flops
+    model, tokens = run.model, work_of(run, "core", mesh).tokens
+    # Three products forward, twice as many backward and the forward ones once more, for two experts
+    # of each token.
+    products = 4 * 3 * 2 * model.num_layers * model.d_model * 48 * 2 * tokens
+    assert flops[1.25] - flops[1.0] == pytest.approx(0.25 * products, rel=1e-6)

@@ -115,3 +115,25 @@ def test_a_torus_that_is_set_is_used() -> None:
     target = parse_target("v4:64")
     torus = {"fsdp": (4, 4, 1), "tensor": (1, 1, 4)}
     assert Links(target, MeshConfig(fsdp=16, tensor=4, torus=torus)).torus == torus
+
+
+def test_experts_are_split_where_a_model_has_some() -> None:
+    fields = {"kind": "experts", "num_experts": 4, "experts_per_token": 1}
+    sparse = override(
+        load("afm-tiny"),
+        {f"model.pattern.0.feed_forward.{name}": value for name, value in fields.items()}
+        | {"mesh.expert_room": 2.0},
+    )
+    target = parse_target("h100:4")
+    split = [c for c in candidates(sparse, "core", target) if c.sizes.expert > 1]
+    assert {c.sizes.expert for c in split} == {2, 4}
+    # Over two shards a gather moves no more bytes than tokens that are sent with this room.
+    assert {c.sizes.expert_dispatch for c in split if c.sizes.expert == 2} == {"gather"}
+    for candidate in split:
+        assert candidate.sizes.expert_room == 2.0
+        changed = override(sparse, candidate.assignments)
+        assert sizes_of(changed, "core", 4).sizes == candidate.sizes.sizes
+        again = estimate(changed, "core", target)
+        assert again.step == pytest.approx(candidate.estimate.step)
+    dense = load("afm-tiny")
+    assert all(m.expert == 1 for m in meshes([dense.model], dense.stages["core"], target))

@@ -442,6 +442,15 @@ def test_the_target_decides_the_layouts(target: str, some: set[str], size: int) 
     assert ("replica" in str(list(runs))) == ("x" in target)
 
 
+def test_experts_are_split_in_layouts_of_models_that_have_some() -> None:
+    run = override(load("afm-tiny"), {"model.pattern.0.feed_forward.kind": "experts"})
+    names = set(verify.layouts(shrink(run, 8), parse_target("cpu:8")))
+    assert names >= {"expert 8 (gather)", "fsdp 2 x expert 4 (all-to-all)"}
+    assert names >= {"expert 4 x context 2 (ring, gather)", "expert 4 x tensor 2 (all-to-all)"}
+    dense = verify.layouts(shrink(load("afm-tiny"), 8), parse_target("cpu:8"))
+    assert not [name for name in dense if "expert" in name]
+
+
 def test_curves_are_compared_point_by_point() -> None:
     def judge(*found: float) -> verify.Check:
         curve = [(f"step {step} loss", value) for step, value in enumerate(found, 1)]

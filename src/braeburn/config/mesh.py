@@ -36,6 +36,13 @@ class MeshConfig(Frozen):
     `context` splits sequences; `tensor` splits heads, FFN and vocabulary, and the tokens between
     them.
 
+    `expert` splits the experts of models that have them; for all else it is more of `fsdp`, and for
+    models without experts it is nothing else. `expert_dispatch` tells how tokens reach the experts
+    of other devices: "gather" gathers the tokens of all expert shards and scatters the sums of the
+    results, "all_to_all" sends each token's assignments to the shards of its experts and the
+    results back. Buffers for assignments have room for `expert_room` times an even share. No
+    assignment is lost where a shard has more: it works through them in further rounds.
+
     `pipeline` splits the layers of a train step, through which microbatches flow: as many as the
     stage's `accumulation_steps`, by `pipeline_schedule`. With `stages_per_device` above 1 each
     device has several groups of layers in turn (interleaved), for less idle time. Outside train
@@ -57,6 +64,8 @@ class MeshConfig(Frozen):
     context_attention: Literal["all_gather", "ring"] = "all_gather"
     pipeline_schedule: PipelineSchedule = "1f1b"
     stages_per_device: Size = 1
+    expert_dispatch: Literal["gather", "all_to_all"] = "gather"
+    expert_room: Annotated[float, Field(ge=1, le=2**14)] = 1.25
     torus: dict[MeshAxis, Annotated[tuple[Size, ...], OneOrMore]] | None = None
 
     @property

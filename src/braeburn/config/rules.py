@@ -59,6 +59,9 @@ class ShardingRules(Frozen):
     ffn: Placement = Placement(
         parameters=("tensor",), optimizer=("tensor",), activations=("tensor",)
     )
+    experts: Placement = Placement(
+        parameters=("expert",), optimizer=("expert",), activations=("expert",)
+    )
     expert_ffn: Placement = Placement(
         parameters=("tensor",), optimizer=("tensor",), activations=("tensor",)
     )

@@ -4,10 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Float, UInt16
 
 from braeburn.config import Execution
-from braeburn.layers.grouped import grouped_product
 from braeburn.layers.spec import ParamSpec
 from braeburn.layers.weights import from_bits, gathered, not_before
 
@@ -59,26 +58,29 @@ def used(
     return from_bits(gathered(not_before(weight, x), spec, execution)).astype(x.dtype)
 
 
-def grouped_linear(
-    x: Float[Array, "M D"],
-    sizes: Int[Array, " E"],
+def joined(
     weight: Float[Array, "*stored"] | UInt16[Array, "*stored"],
+    x: Array,
     spec: ParamSpec,
     execution: Execution,
-) -> Float[Array, "M F"]:
-    """Multiplies each row by the matrix of its group.
+) -> Float[Array, "*used"] | UInt16[Array, "*used"]:
+    """The first half of `used`, for a weight that several products share: the weight gathered, but
+    cast only where it travelled. `ready` is the other half, for each product.
 
     Args:
-        x: rows in the type to compute in, those of group 0 first; see `grouped_product`.
-        sizes: rows of each group, int32.
-        weight: this device's part of one layer's matrices [E, D, F], as of `linear`.
+        weight: as of `linear`.
+        x: activations that all of the products come of.
         spec: of the whole parameter, stacked over layers or not.
         execution: resolved sizes of the mesh, rules and types.
-
-    Returns:
-        The products, in the type of `x`; zeros for rows that belong to no group.
     """
-    return grouped_product(x, used(weight, x, spec, execution), sizes)
+    return gathered(not_before(weight, x), spec, execution)
+
+
+def ready(
+    weight: Float[Array, "*used"] | UInt16[Array, "*used"], x: Array
+) -> Float[Array, "*used"]:
+    """A weight of `joined` as what activations `x` are multiplied by."""
+    return from_bits(not_before(weight, x)).astype(x.dtype)
 
 
 def linear(

@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 from braeburn.config import MeshConfig
 
-FSDP, PIPELINE, CONTEXT, TENSOR = "fsdp", "pipeline", "context", "tensor"
+FSDP, EXPERT, PIPELINE = "fsdp", "expert", "pipeline"
+CONTEXT, TENSOR = "context", "tensor"
 
 
 def names(axis: str, mesh: MeshConfig) -> str | tuple[str, ...]:

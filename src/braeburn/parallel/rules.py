@@ -246,7 +246,10 @@ def check_model(
         UserError: naming the axis at fault, and sizes of it that would work.
     """
     tensor = execution.mesh.tensor
-    for path, (axes, shape, role) in parameters.items():
+    # Experts first: fewer sizes of `expert` divide them than divide `embed`.
+    for path, (axes, shape, role) in sorted(
+        parameters.items(), key=lambda item: "experts" not in item[1][0]
+    ):
         try:
             for kind in ("parameters", "optimizer", "activations"):
                 partition(axes, shape, kind, execution, role)

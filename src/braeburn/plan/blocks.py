@@ -34,8 +34,9 @@ from braeburn.config.execution import USUAL_RULES
 from braeburn.errors import UserError
 from braeburn.layers.attention.backend import ATTENTION, Request
 from braeburn.layers.attention.select import outlined
+from braeburn.layers.dispatch import ROOM_PARTS
 from braeburn.layers.grouped.select import for_accelerators
-from braeburn.layers.spec import Tree, walk
+from braeburn.layers.spec import EXPERTS, Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives import distillation
 from braeburn.objectives.definition import objective_of, text_loss
@@ -67,6 +68,20 @@ SIZES = (2, 4, 8, 16, 32, 64)
 FORWARD, BACKWARD = "attention_forward", "attention_backward"
 
 
+class ExpertSplit(NamedTuple):
+    """How the experts of a stage are sharded.
+
+    Attributes:
+        shards: devices along `expert`.
+        dispatch: `mesh.expert_dispatch`.
+        room: `mesh.expert_room`.
+    """
+
+    shards: int = 1
+    dispatch: str = "gather"
+    room: float = 1.0
+
+
 class Split(NamedTuple):
     """Over which devices a stage is sharded, as far as sizes on one of them depend on it.
 
@@ -74,11 +89,14 @@ class Split(NamedTuple):
         tensor: devices along `tensor`.
         stored: other axes but `context` that weights are stored split along; see `stored_along`.
         context: devices along `context`, where more than attention depends on them.
+        experts: of a model that has experts, how these are sharded: `expert` is then not among
+            `stored`.
     """
 
     tensor: int = 1
     stored: tuple[str, ...] = ()
     context: int = 1
+    experts: ExpertSplit = ExpertSplit()
 
 
 ONE_PART = Split()
@@ -88,7 +106,30 @@ NEXT_TOKEN = NextToken()
 def traced_mesh(split: Split) -> MeshConfig:
     """A mesh whose programs have the shapes of those of a stage that is split so."""
     sizes = {"fsdp": 1, **dict.fromkeys(split.stored, SPLIT_TRACED)}
-    return MeshConfig.model_validate({**sizes, "context": split.context, "tensor": split.tensor})
+    sizes |= {"context": split.context, "tensor": split.tensor}
+    if split.experts.shards > 1:
+        sizes["expert"] = split.experts.shards
+    dispatch = {"expert_dispatch": split.experts.dispatch, "expert_room": split.experts.room}
+    return MeshConfig.model_validate(sizes | dispatch)
+
+
+@cache
+def has_experts(model: ModelConfig) -> bool:
+    """Whether a mesh can split experts of a model."""
+    return any(EXPERTS in spec.axes for _, spec in walk(decoder.param_specs(model)))
+
+
+def _sizes_in(values: Any) -> Iterator[int]:
+    """All integers of a configuration as plain data."""
+    if isinstance(values, dict):
+        values = values.values()
+    elif isinstance(values, int):
+        yield values
+        return
+    elif not isinstance(values, list | tuple):
+        return
+    for value in values:
+        yield from _sizes_in(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +168,8 @@ class Shapes:
     def marker(self) -> int:
         """A prime that divides none of the models' sizes."""
         models = [self.model, *([self.teacher] if self.teacher else [])]
-        sizes = {v for m in models for v in m.model_dump().values() if isinstance(v, int) and v > 1}
+        sizes = {size for model in models for size in _sizes_in(model.model_dump()) if size > 1}
+        sizes.add(self.split.experts.shards)
         largest = max(5, min(_LARGEST_PRIME, _MOST_TOKENS // self.split.tensor))
         return next(
             n
@@ -137,8 +179,13 @@ class Shapes:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens that are traced, on all tensor shards together."""
-        return self.split.tensor * self.marker
+        """Tokens that are traced, on all tensor shards together.
+
+        With experts that are sharded they have the factors that buffers for assignments need to
+        grow with the tokens: see `layers/dispatch.py`.
+        """
+        shards = self.split.experts.shards
+        return self.split.tensor * self.marker * (1 if shards == 1 else ROOM_PARTS * shards)
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 
 from braeburn.config import (
+    SHARDED,
     Execution,
     MeshConfig,
     ModelConfig,
@@ -315,16 +316,13 @@ class Work(Pass):
         TPUs pad them to 128: for shards of 3 columns the compiler gives 22 times the cycles of a
         copy of the weights, in the forward pass.
         """
-        shards = math.prod(self.working.sizes[axis] for axis in self.working.sharded)
-        width = self.model.d_model // shards
-        if shards == 1 or width % 8 == 0:
-            return 0.0
-        gathered = sum(
-            moved.bytes.fixed
-            for key, moved in self.totals.collectives
-            if (key.axis, key.kind, key.what) == ("fsdp", "all-gather", "weights")
-        )
-        return gathered / 2 * 64 / width
+        total = 0.0
+        for key, moved in self.totals.collectives:
+            shards = math.prod(self.working.sizes[axis] for axis in key.axes if axis in SHARDED)
+            width = self.model.d_model // shards
+            if (key.kind, key.what) == ("all-gather", "weights") and shards > 1 and width % 8:
+                total += moved.bytes.fixed / 2 * 64 / width
+        return total
 
     @cached_property
     def _offloaded_bytes(self) -> float:
@@ -572,7 +570,7 @@ def timed(
     hidden = 0.0
     for each in asked:
         total = _as_compiled(each, sizes, target)
-        axes = (total.axis,)
+        axes = total.axes
         once = links.seconds(total.kind, total.bytes / total.times, axes)
         spent = None if once is None else once * total.times
         found.append((total, links.name(axes), spent))
@@ -640,7 +638,7 @@ def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
         confidence=weakest(
             efficiency.confidence,
             *figures,
-            *(links.confidence((each.axis,)) for each, link, _ in collectives if link != "PCIe"),
+            *(links.confidence(each.axes) for each, link, _ in collectives if link != "PCIe"),
         ),
         memory_confidence=room.confidence,
         torus=links.torus,

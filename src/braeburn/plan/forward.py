@@ -20,10 +20,20 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.hardware.catalogue import Chip
+from braeburn.parallel.collectives import EXPERT
 from braeburn.parallel.rules import stored_along, token_axes
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
-from braeburn.plan.blocks import SPLIT_TRACED, Shapes, Split, crosses_context, shapes_of, sized
-from braeburn.plan.graph import Amount, Collective, Moved
+from braeburn.plan.blocks import (
+    SPLIT_TRACED,
+    ExpertSplit,
+    Shapes,
+    Split,
+    crosses_context,
+    has_experts,
+    shapes_of,
+    sized,
+)
+from braeburn.plan.graph import Amount, Collective, Moved, axes_of_name
 from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, teacher_layers_of
 from braeburn.plan.pipeline import WHOLE, Part, part_of
@@ -36,7 +46,7 @@ class CollectiveTotal:
     """All collectives of one kind along one axis in a step, or all copies between device and host.
 
     Attributes:
-        axis: of the mesh; "host" of copies.
+        axis: of the mesh, or several joined, as "fsdp x expert"; "host" of copies.
         kind: as HLO names it; "copy" of copies.
         bytes: on one device, as `plan.collectives.Collective.bytes` counts them.
         times: how many there are.
@@ -49,6 +59,11 @@ class CollectiveTotal:
     bytes: float
     times: float
     what: str
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Each axis of the mesh that they run along."""
+        return axes_of_name(self.axis)
 
 
 @cache
@@ -69,14 +84,12 @@ def _shapes(
 ) -> Shapes:
     model = sized(model)
     crosses = mesh.context > 1 and crosses_context(model, precision, rules)
-    return shapes_of(
-        model,
-        precision,
-        rules,
-        Split(mesh.tensor, stored_along(rules, mesh), mesh.context if crosses else 1),
-        learns,
-        sized(teacher) if teacher else None,
-    )
+    split = Split(mesh.tensor, stored_along(rules, mesh), mesh.context if crosses else 1)
+    if mesh.expert > 1 and any(has_experts(each) for each in (model, teacher) if each):
+        experts = ExpertSplit(mesh.expert, mesh.expert_dispatch, mesh.expert_room)
+        stored = tuple(axis for axis in split.stored if axis != EXPERT)
+        split = split._replace(stored=stored, experts=experts)
+    return shapes_of(model, precision, rules, split, learns, sized(teacher) if teacher else None)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from braeburn.layers.attention.cudnn import FURTHER_DOCUMENTS
+from braeburn.layers.dispatch import FURTHER_ROUNDS
+
 # JAX's names of collectives: how HLO names them, and whether the bytes are those of the result.
 _COLLECTIVES = {
     "all_gather": ("all-gather", True),
@@ -91,14 +94,32 @@ class Value:
     floating: bool
 
 
+# Between the names of the axes of one collective.
+_AND = " x "
+
+
+def axes_of_name(axis: str) -> tuple[str, ...]:
+    """The mesh axes that the name of a collective's axis stands for."""
+    return tuple(axis.split(_AND))
+
+
 class Collective(NamedTuple):
-    """What tells collectives apart: the mesh axis, the kind as HLO names it, and what is moved,
-    "weights" or "tokens".
+    """What tells collectives apart.
+
+    Attributes:
+        axis: of the mesh; of one along several axes their names, as "fsdp x expert".
+        kind: as HLO names it.
+        what: is moved, "weights" or "tokens".
     """
 
     axis: str
     kind: str
     what: str
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Each axis of the mesh that it runs along."""
+        return axes_of_name(self.axis)
 
 
 class Moved(NamedTuple):
@@ -254,7 +275,8 @@ class _Flattening:
         if name == "scan":
             return self.loop(equation, inputs, outputs, params["jaxpr"], params["length"])
         if name == "while":  # how often it runs is not known
-            return self.loop(equation, inputs, outputs, params["body_jaxpr"], 1)
+            times = 0 if is_rarely_entered(str(equation.source_info.name_stack)) else 1
+            return self.loop(equation, inputs, outputs, params["body_jaxpr"], times)
         if name == "cond":
             found = [self.loop(equation, inputs, outputs, b, 1) for b in params["branches"]]
             return max(found, key=lambda node: sum(node.flops))
@@ -281,15 +303,15 @@ class _Flattening:
             The sum over all times, and what one time holds at most.
         """
         graph = self.body(equation, inputs, body)
-        collectives = total_collectives(graph.nodes)
         nodes = needed(graph.nodes, graph.outputs)
+        collectives = total_collectives(nodes)
         held = live_bytes(nodes, graph.inputs, graph.outputs, forward_alone=self.forward_alone)
         peak = max((size for _, size in held), default=Amount(), key=sum)
         return Node(
             equation,
             inputs,
             outputs,
-            flops=total_flops(graph.nodes) * length,
+            flops=total_flops(nodes) * length,
             element_wise=element_wise_bytes(nodes, graph.outputs) * length,
             collectives={key: moved * length for key, moved in collectives.items()},
             live=peak,
@@ -379,10 +401,18 @@ def common_and_carried(equation: Any) -> tuple[int, int]:
     return len(common), len(carried)
 
 
+def is_rarely_entered(source: str) -> bool:
+    """Whether an operation, by the names around it in the traced program, is a loop that most steps
+    do not enter.
+    """
+    return FURTHER_DOCUMENTS in source or FURTHER_ROUNDS in source
+
+
 def rounds(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     """Every operation of a program that is more than a call, with how often it runs.
 
-    Loops of unknown length count once; of branches all are counted.
+    Loops of unknown length count once, but for those that most steps do not enter; of branches all
+    are counted.
     """
     for equation in jaxpr.eqns:
         inner = inlined(equation)
@@ -392,7 +422,8 @@ def rounds(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
         elif equation.primitive.name == "scan":
             yield from rounds(params["jaxpr"].jaxpr, times * params["length"])
         elif equation.primitive.name == "while":
-            yield from rounds(params["body_jaxpr"].jaxpr, times)
+            if not is_rarely_entered(str(equation.source_info.name_stack)):
+                yield from rounds(params["body_jaxpr"].jaxpr, times)
         elif equation.primitive.name == "cond":
             for branch in params["branches"]:
                 yield from rounds(branch.jaxpr, times)
@@ -418,7 +449,7 @@ def _collectives_of(
     kind, of_result = _COLLECTIVES[equation.primitive.name]
     params = equation.params
     axes = params["axis_name"] if "axis_name" in params else params["axes"]
-    axis = axes if isinstance(axes, str) else axes[0]
+    axis = axes if isinstance(axes, str) else _AND.join(axes)
     found: dict[Collective, Moved] = {}
     for value, var in zip(outputs if of_result else inputs, equation.invars, strict=False):
         if not value.floating or math.prod(var.aval.shape) <= 1:

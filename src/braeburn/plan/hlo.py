@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from braeburn.errors import UserError
-from braeburn.layers.attention.cudnn import FURTHER_DOCUMENTS
+from braeburn.plan.graph import is_rarely_entered
 
 # Quotes and brackets, and the one character at which a text is split.
 _TOKENS = {mark: re.compile(rf'"(?:[^"\\]|\\.)*"|[\[\](){{}}{mark}]', re.DOTALL) for mark in "\n ,"}
@@ -172,7 +172,7 @@ class Module:
         is compared with.
         """
         loop = place.instruction
-        if FURTHER_DOCUMENTS in loop.source:
+        if is_rarely_entered(loop.source):
             return 0
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(known[1])

@@ -13,13 +13,14 @@ def by_identity(function: Callable[..., Found]) -> Callable[..., Found]:
     """A function of configurations and other values that remembers its results.
 
     Configurations, which take longer to hash than most results to work out, are told apart by which
-    object they are; meshes by their sizes, on which alone the result may depend.
+    object they are; meshes by their sizes and by how tokens reach experts, on which alone the
+    result may depend.
     """
     found: dict[Any, tuple[Found, Any]] = {}
 
     def identity(argument: Any) -> Any:
         if isinstance(argument, MeshConfig):
-            return tuple(argument.sizes.values())
+            return (*argument.sizes.values(), argument.expert_dispatch, argument.expert_room)
         return id(argument) if isinstance(argument, Frozen) else argument
 
     def remembering(*arguments: Any) -> Found:

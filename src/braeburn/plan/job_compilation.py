@@ -58,7 +58,7 @@ class JobCompilation(Compiled):
                 "serial": None if planned.unknown else computing + communication,
                 "bytes": {
                     axis: sum(
-                        total.bytes for total, *_ in planned.collectives if total.axis == axis
+                        total.bytes for total, *_ in planned.collectives if axis in total.axes
                     )
                     for axis in axes
                 },

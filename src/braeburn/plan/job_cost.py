@@ -160,7 +160,7 @@ def estimate_job(
     if isinstance(job, Generate):
         programs.insert(0, _unstacking(on, sizes, programs[0].memory["weights"]))
     figures = [figure for figure in (chip.bf16_tflops, chip.memory_gb_per_s) if figure]
-    along = [links.confidence((total.axis,)) for each in programs for total, *_ in each.collectives]
+    along = [links.confidence(total.axes) for each in programs for total, *_ in each.collectives]
     return JobEstimate(
         programs,
         room.value,

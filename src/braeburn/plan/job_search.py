@@ -1,13 +1,15 @@
 """The meshes that a job after training fits on, the fastest first."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from braeburn.config import MeshConfig
+from braeburn.config import Execution, MeshConfig
 from braeburn.errors import UserError
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.layers.spec import count
+from braeburn.parallel.rules import batch_shards
 from braeburn.plan.cost import EFFICIENCY, GIB, memory_bandwidth
 from braeburn.plan.job_cost import JobEstimate, estimate_job, job_work
 from braeburn.plan.jobs import WIDTHS, Evaluate, JobOn
@@ -85,15 +87,17 @@ def least_seconds(on: JobOn, sizes: MeshConfig) -> float:
     efficiency, peak = EFFICIENCY[chip.family], chip.peak_flops
     assert peak  # the catalogue refuses chips without it
     weights = count(specs_of(model), ("matrix",)) / sizes.tensor
-    shards = sizes.replica * sizes.data * sizes.fsdp
+    shards = batch_shards(Execution(sizes, on.run.rules))
     if isinstance(job, Evaluate):
         windows = max(1, -(-job.tokens // job.sequence_length))
         tokens = -(-windows // shards) * job.sequence_length / sizes.context
         return 2 * weights * tokens / (peak * efficiency.matrix)
     moved = WIDTHS[job.dtype] * weights
     once = moved / (memory_bandwidth(chip) * efficiency.memory)
-    if sizes.fsdp > 1 and chip.link_gb_per_s:
-        gathered = moved * (sizes.fsdp - 1) / sizes.fsdp
+    sharded = math.prod(sizes.sizes[axis] for axis in sizes.sharded)
+    # Experts that are split are not gathered, so that less may come over links.
+    if sharded > 1 and sizes.expert == 1 and chip.link_gb_per_s:
+        gathered = moved * (sharded - 1) / sharded
         links = chip.link_gb_per_s.value * 1e9 / chip.devices_per_chip
         once = max(once, gathered / links * (1 - efficiency.weights_hidden))
     return once * (job.max_new_tokens - 1)

@@ -172,7 +172,8 @@ class Compiled:
             "untimed": self.computing.untimed,
             "collectives": [asdict(row) for row in self.traffic],
             "bytes": {
-                axis: sum(row.bytes for row in self.traffic if row.axes == (axis,)) for axis in axes
+                axis: sum(row.bytes for row in self.traffic if axis in (row.axes or ()))
+                for axis in axes
             },
             "overlapped": self.interval[0],
             "serial": self.interval[1],
@@ -274,7 +275,7 @@ class Compilation(Compiled):
                 "overlapped": plan.overlapped,
                 "serial": plan.serial,
                 "bytes": {
-                    axis: sum(total.bytes for total, *_ in plan.collectives if total.axis == axis)
+                    axis: sum(total.bytes for total, *_ in plan.collectives if axis in total.axes)
                     for axis in axes
                 },
             },

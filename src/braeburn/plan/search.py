@@ -20,7 +20,7 @@ from braeburn.errors import UserError
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import extent, placements
-from braeburn.layers.spec import walk
+from braeburn.layers.spec import ParamSpec, walk
 from braeburn.parallel.collectives import TENSOR
 from braeburn.parallel.rules import batch_shards
 from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
@@ -52,6 +52,7 @@ OFFLOADS = (
     Offload(activations=("query", "key", "value", "attention"), optimizer=True),
 )
 MOST_ACCUMULATION = 64
+MOST_EXPERT_SHARDS = 64
 # Of a network of unknown speed, to tell a layout that needs it much from one that does not; no
 # result shows it.
 NOMINAL_BYTES_PER_S = 25e9
@@ -87,16 +88,38 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     Raises:
         UserError: the stage's teacher is not there.
     """
-    work = work_of(run, name, run.mesh, accelerator_of(target.facts))
+    own = run.stages[name].mesh or run.mesh
+    work = work_of(run, name, own, accelerator_of(target.facts))
     models = [*run.models()[name], *([work.teacher] if work.teacher else [])]
     distinct = list(dict.fromkeys(models))
     every = [
-        sizes for sizes in meshes(models, work.stage, target) if divides(distinct, run.rules, sizes)
+        sizes.model_copy(update={"expert_room": own.expert_room})
+        for sizes in meshes(models, work.stage, target)
+        if divides(distinct, run.rules, sizes)
     ]
     room = target.facts.device_memory_gib
     assert room  # the catalogue refuses chips without it
     possible = [sizes for sizes in every if replace(work, mesh=sizes).least_gib <= room.value]
     return _best_of(possible, work, name, target) or _best_of(every, work, name, target)
+
+
+def _dispatches(models: Sequence[ModelConfig], sizes: MeshConfig) -> list[MeshConfig]:
+    """A mesh with each way in which tokens may reach experts, where it splits some.
+
+    A gather brings each device the tokens of all expert shards; an all-to-all sends each token as
+    often as it has experts, and the buffer's room besides. It is tried where that is less.
+    """
+    shares = [spec.share * spec.num_experts for spec in _of_experts(models) if spec.num_experts]
+    if sizes.expert == 1 or not shares:
+        return [sizes]
+    less = sizes.expert > sizes.expert_room * min(shares)
+    ways = ("gather", "all_to_all") if less else ("gather",)
+    return [sizes.model_copy(update={"expert_dispatch": how}) for how in ways]
+
+
+def _of_experts(models: Sequence[ModelConfig]) -> list[ParamSpec]:
+    """The specs of all parameters that experts have one each of."""
+    return [spec for model in models for _, spec in walk(specs_of(model)) if spec.num_experts]
 
 
 def divides(models: Sequence[ModelConfig], rules: ShardingRules, sizes: MeshConfig) -> bool:
@@ -122,7 +145,9 @@ def _best_of(every: Sequence[MeshConfig], work: Work, name: str, target: Target)
                 update={"torus": torus if target.facts.devices_per_chip == 1 else None}
             )
             if best is None:
-                best = _fastest(work, placed, target, links)
+                models = [work.model, *([work.teacher] if work.teacher else [])]
+                ways = (_fastest(work, way, target, links) for way in _dispatches(models, placed))
+                best = min(filter(None, ways), key=lambda found: _rank(found[1]), default=None)
                 continue
             # The same work on other links.
             other = estimate_work(best[0], target, links)
@@ -196,6 +221,14 @@ def _split_over_tensor(model: ModelConfig) -> set[int]:
     return found
 
 
+def _expert_sizes(models: Sequence[ModelConfig]) -> list[int]:
+    """The sizes of the axis `expert` that are tried: those that divide the experts of all models
+    that have some.
+    """
+    common = math.gcd(*(spec.num_experts or 0 for spec in _of_experts(models)))
+    return [size for size in _powers(MOST_EXPERT_SHARDS) if common and common % size == 0] or [1]
+
+
 def _meshes(
     models: Sequence[ModelConfig],
     stage: Stage | Sequences,
@@ -226,21 +259,27 @@ def _meshes(
                 if total % (tensor * context * pipeline) or (pipeline > 1 and context > 1):
                     continue
                 rest = total // (tensor * context * pipeline)
-                for fsdp in _powers(rest):
-                    if (
-                        rest % fsdp
-                        or any(m.d_model % (fsdp * pipeline) for m in models)
-                        or stage.batch_size % (replica * rest)
-                        # Too few microbatches: devices would be idle for a third of the time.
-                        or (pipeline > 1 and stage.batch_size < 2 * pipeline * replica * rest)
-                    ):
+                if stage.batch_size % (replica * rest):
+                    continue
+                # Too few microbatches: devices would be idle for a third of the time.
+                if pipeline > 1 and stage.batch_size < 2 * pipeline * replica * rest:
+                    continue
+                for expert, fsdp in itertools.product(_expert_sizes(models), _powers(rest)):
+                    sharded = expert * fsdp
+                    if rest % sharded or any(m.d_model % (sharded * pipeline) for m in models):
                         continue
-                    if replica < slices and (rest // fsdp) % slices == 0:
+                    data = rest // sharded
+                    # Experts are split before they are copied, and before their narrow matrices
+                    # are.
+                    if expert > 1 and (data > 1 or tensor > 1):
+                        continue
+                    if replica < slices and data % slices == 0:
                         continue  # data that takes the slices is a replica by another name
                     yield MeshConfig(
                         replica=replica,
-                        data=rest // fsdp,
+                        data=data,
                         fsdp=fsdp,
+                        expert=expert,
                         pipeline=pipeline,
                         context=context,
                         tensor=tensor,
@@ -369,6 +408,9 @@ def _candidate(run: Run, name: str, changed: Run, estimate: Estimate) -> Candida
     assignments: dict[str, Any] = {f"{mesh_path}.{axis}": size for axis, size in mesh.sizes.items()}
     if mesh.stages_per_device > 1:
         assignments[f"{mesh_path}.stages_per_device"] = mesh.stages_per_device
+    if mesh.expert > 1:
+        assignments[f"{mesh_path}.expert_dispatch"] = mesh.expert_dispatch
+        assignments[f"{mesh_path}.expert_room"] = mesh.expert_room
     if mesh.torus:
         assignments[f"{mesh_path}.torus"] = {
             axis: list(factors) for axis, factors in mesh.torus.items()

@@ -27,6 +27,9 @@ from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
+from braeburn.layers.spec import EXPERTS, walk
+from braeburn.models.decoder import param_specs
+from braeburn.parallel.collectives import EXPERT
 from braeburn.train.loop import train
 from braeburn.train.resolved import resolve_stage, resolve_stages
 from braeburn.train.stage_run import batches_of, equip
@@ -139,13 +142,17 @@ def layouts(run: Run, target: Target) -> dict[str, Run]:
 
     They are those of one, two and three axes that take all devices of the target, eight at most;
     with replicas where it has several slices. Sequences are split in both ways, and gradients
-    accumulated in one of them. A pipeline of two is combined with each other axis, in all its
-    schedules.
+    accumulated in one of them. Experts are split in layouts of that axis alone and with each other
+    one, tokens reaching them in both ways. A pipeline of two is combined with each other axis, in
+    all its schedules.
     """
     splits = ("replica", "data", "fsdp", "context", "tensor")[target.slices == 1 :]
     meshes = [stage.mesh or run.mesh for stage in run.stages.values()]
     for axes in (axes for count in (1, 2, 3) for axes in combinations(splits, count)):
         meshes += _meshes(axes, _devices(target))
+    if any(EXPERTS in spec.axes for _, spec in walk(param_specs(run.model))):
+        for axes in ((EXPERT,), *((axis, EXPERT) for axis in splits)):
+            meshes += _meshes(axes, _devices(target))
     runs = {
         describe(mesh): on_mesh(run, mesh) for mesh in meshes if math.prod(mesh.sizes.values()) > 1
     }
@@ -183,13 +190,15 @@ def _devices(target: Target) -> int:
 
 
 def _meshes(axes: Sequence[str], num_devices: int) -> Iterator[MeshConfig]:
-    """Meshes of all of `axes`, the last the largest, in both ways to split sequences; none where
-    devices are few.
+    """Meshes of all of `axes`, the last the largest, in both ways to split sequences and to reach
+    experts; none where devices are few.
     """
     sizes = dict.fromkeys(axes, 2) | {axes[-1]: num_devices >> (len(axes) - 1)}
     if sizes[axes[-1]] > 1:
         for method in ("ring", "all_gather") if "context" in axes else ("all_gather",):
-            yield MeshConfig.model_validate({"fsdp": 1, **sizes, "context_attention": method})
+            for dispatch in ("gather", "all_to_all") if EXPERT in axes else ("gather",):
+                how = {"context_attention": method, "expert_dispatch": dispatch}
+                yield MeshConfig.model_validate({"fsdp": 1, **sizes, **how})
 
 
 def on_mesh(run: Run, mesh: MeshConfig) -> Run:
@@ -201,10 +210,12 @@ def on_mesh(run: Run, mesh: MeshConfig) -> Run:
 def describe(mesh: MeshConfig) -> str:
     """A mesh in words: "fsdp 4 x context 2 (ring)"."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
-    how = [mesh.context_attention.replace("_", "-")] if mesh.context > 1 else []
+    ways: list[str] = [mesh.context_attention] if mesh.context > 1 else []
+    ways += [mesh.expert_dispatch] if mesh.expert > 1 else []
     if mesh.pipeline > 1:
-        how.append("interleaved" if mesh.stages_per_device > 1 else mesh.pipeline_schedule)
-    return f"{axes} ({', '.join(how)})" if how else axes or "one device"
+        ways.append("interleaved" if mesh.stages_per_device > 1 else mesh.pipeline_schedule)
+    how = f" ({', '.join(way.replace('_', '-') for way in ways)})" if ways else ""
+    return axes + how or "one device"
 
 
 def refusal(run: Run) -> str:

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import AttentionConfig, Execution, FeedForwardConfig, ModelConfig
-from braeburn.layers.linear import grouped_linear, linear
+from braeburn.layers.linear import joined, linear
 from braeburn.layers.spec import ParamSpec, Tree
 
 # (logical axis, activations whose units it counts, a layer's state) -> the layer's new state.
@@ -100,12 +100,10 @@ class Context:
         with jax.named_scope(name):
             return linear(x, self.weights[name], self.specs[name], self.execution)
 
-    def grouped_linear(self, x: Array, sizes: Array, name: str) -> Array:
-        """The products of rows and one of the layer's weights, which has a matrix for each group:
-        see `grouped_linear`.
-        """
+    def joined(self, x: Array, name: str) -> Array:
+        """One of the layer's weights, for several products that come of `x`: see `joined`."""
         with jax.named_scope(name):
-            return grouped_linear(x, sizes, self.weights[name], self.specs[name], self.execution)
+            return joined(self.weights[name], x, self.specs[name], self.execution)
 
 
 @dataclass(frozen=True)

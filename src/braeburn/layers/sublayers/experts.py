@@ -1,10 +1,11 @@
 """A feed-forward sublayer of experts, of which each token uses a few.
 
 Tokens are sorted by expert, each expert's stand together and are multiplied by its matrices, and
-the results go back to their tokens. No expert has a limit, so that no token is lost.
+the results go back to their tokens (`layers/dispatch.py`, also where a mesh splits the experts). No
+expert has a limit, so that no token is lost.
 
-Shapes are named by letters: S tokens of this device, E experts, k experts of a token, A = S k
-assignments of a token to an expert, D d_model, F hidden units of an expert (its tensor shard's).
+Shapes are named by letters: S tokens of this device, E experts, k experts of a token, M rows of
+tokens sorted by expert, D d_model, F hidden units of an expert (its tensor shard's).
 """
 
 from typing import NamedTuple
@@ -17,12 +18,15 @@ from jaxtyping import Array, Float, Int
 
 from braeburn.config import ModelConfig
 from braeburn.config.sublayers.experts import Experts
-from braeburn.layers.linear import flat
-from braeburn.layers.spec import EXPERTS, ParamSpec
+from braeburn.layers.dispatch import Assigned, Compute, sum_over_experts
+from braeburn.layers.grouped import grouped_product
+from braeburn.layers.linear import flat, ready
+from braeburn.layers.spec import EXPERTS, ParamSpec, Tree
 from braeburn.layers.sublayers.definition import Context, Report, Signals, Sublayer
 from braeburn.parallel.rules import token_axes
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+MATRICES = ("expert_gate", "expert_up", "expert_down")
 METRICS = ("router_balance_loss", "router_z_loss", "router_largest_load")
 
 
@@ -96,49 +100,20 @@ def _of_best_groups(rated: Float[Array, "S E"], config: Experts) -> Float[Array,
     return jnp.where(among[:, :, None], by_group, -jnp.inf).reshape(rated.shape)
 
 
-class Order(NamedTuple):
-    """Assignments sorted by expert, those of one expert in the order of the tokens.
+def _expert(context: Context) -> Compute:
+    """What the experts of a device do with rows that are sorted by expert."""
+    activate = ACTIVATIONS[context.config.activation]
 
-    Attributes:
-        of_sorted: the number of the assignment at each place, int32 [A]; assignment s k + i is the
-            i-th of token s.
-        place: the place of each assignment, int32 [A].
-        sizes: assignments of each expert, int32 [E].
-    """
+    def compute(matrices: Tree, x_MD: Array, sizes: Array) -> Array:
+        def product(x: Array, name: str) -> Array:
+            with jax.named_scope(name):
+                return grouped_product(x, ready(matrices[name], x), sizes)
 
-    of_sorted: Int[Array, " A"]
-    place: Int[Array, " A"]
-    sizes: Int[Array, " E"]
+        gate_MF = checkpoint_name(product(x_MD, "expert_gate"), "ffn_gate")
+        up_MF = checkpoint_name(product(x_MD, "expert_up"), "ffn_up")
+        return product(activate(gate_MF) * up_MF, "expert_down")
 
-
-def ordered(experts: Int[Array, "S k"], num_experts: int) -> Order:
-    """The order of all assignments."""
-    numbers = experts.reshape(-1)
-    of_sorted = jnp.argsort(numbers, stable=True)
-    places = jnp.arange(numbers.size, dtype=of_sorted.dtype)
-    place = jnp.zeros_like(of_sorted).at[of_sorted].set(places, unique_indices=True)
-    return Order(of_sorted, place, jnp.bincount(numbers, length=num_experts).astype(jnp.int32))
-
-
-@jax.custom_vjp
-def permuted(rows: Float[Array, "A D"], source: Array, place: Array) -> Float[Array, "A D"]:
-    """Rows in another order: those of `source`, whose inverse is `place`.
-
-    The transpose of a gather adds into its source row by row. That of a permutation is the inverse
-    one, which is a gather as well.
-    """
-    return rows[source]
-
-
-def _permuted_forward(rows: Array, source: Array, place: Array) -> tuple[Array, Array]:
-    return rows[source], place
-
-
-def _permuted_backward(place: Array, cotangent: Array) -> tuple[Array, None, None]:
-    return cotangent[place], None, None
-
-
-permuted.defvjp(_permuted_forward, _permuted_backward)
+    return compute
 
 
 def apply(
@@ -151,16 +126,10 @@ def apply(
     precise = x_SD.astype(jnp.promote_types(x_SD.dtype, jnp.float32))
     bias = context.weights["router_bias"] if config.bias else None
     routing = route(context.linear(precise, "router"), config, bias)
-    order = ordered(routing.experts, config.num_experts)
-    repeated = jnp.repeat(x_SD, config.experts_per_token, axis=0)
-    x_AD = permuted(repeated, order.of_sorted, order.place)
-    gate_AF = checkpoint_name(context.grouped_linear(x_AD, order.sizes, "expert_gate"), "ffn_gate")
-    up_AF = checkpoint_name(context.grouped_linear(x_AD, order.sizes, "expert_up"), "ffn_up")
-    hidden_AF = ACTIVATIONS[config.activation](gate_AF) * up_AF
-    y_AD = context.grouped_linear(hidden_AF, order.sizes, "expert_down")
-    y_AD = permuted(y_AD, order.place, order.of_sorted)
-    y_SKD = y_AD.reshape(x_SD.shape[0], config.experts_per_token, -1)
-    y_SD = jnp.einsum("SKD,SK->SD", y_SKD, routing.weights.astype(y_SKD.dtype))
+    matrices = {name: context.joined(x_SD, name) for name in MATRICES}
+    assigned = Assigned(x_SD, routing.weights, routing.experts)
+    mesh = context.execution.mesh
+    y_SD = sum_over_experts(assigned, matrices, _expert(context), config.num_experts, mesh)
     if config.shared_dim:
         gate_SF, up_SF = (context.linear(x_SD, name) for name in ("shared_gate", "shared_up"))
         y_SD = y_SD + context.linear(ACTIVATIONS[config.activation](gate_SF) * up_SF, "shared_down")
