@@ -291,8 +291,12 @@ class Work(Pass):
         totals = self.totals
         fixed, scaled = totals.element_wise
         once = self.at(Amount(0.0, scaled)) * (3 + totals.repeats)
-        # Stored weights are made those that are multiplied, and once more for the backward pass.
-        once += self.read_and_written(Amount(fixed)) * (1 + totals.repeats)
+        # Stored weights are made those that are multiplied, and once more for the backward pass. A
+        # pipeline's stages have them already, and only take each layer's out of the stack of all.
+        made = self.read_and_written(Amount(fixed)) * (1 + totals.repeats)
+        if self.is_pipelined and self.dealt.is_ready:
+            made *= 2 * self.width / (FLOAT + self.width)
+        once += made
         once += self.at(totals.attention_bytes)
         # What is kept is copied into the arrays of all layers, and out of them; in a pipeline, also
         # into those of all microbatches under way.

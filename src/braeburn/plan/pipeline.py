@@ -155,6 +155,11 @@ class Dealt:
     tables: int
     norms: float
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether they have the type that they are multiplied in."""
+        return self.layer_bytes < FLOAT * self.layers
+
 
 def dealt(run: Run, model: ModelConfig, mesh: MeshConfig) -> Dealt:
     """The weights that a device of a pipeline holds during a step of a run.
