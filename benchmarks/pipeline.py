@@ -6,15 +6,17 @@
 microbatches of the same size, and not run. The temporaries of a device must stay flat within 5% in
 1F1B, and grow in GPipe.
 
-**Time.** The step is run on two simulated devices, each with a thread of its own; that needs two
-idle cores. A step of M microbatches takes t (M + (P - 1) / v) + c seconds: t for each microbatch, P
-devices with v stages each, and c once a step. The line through the times of several M has the slope
-t and begins at t (P - 1) / v + c. What v = 1 begins later than v = 2 and v = 4 is the idle time
-that interleaving saves, t (P - 1) (1 - 1 / v) by the formula.
+**Time.** The train step is carried out by as many processes as the pipeline has devices, which wait
+for nobody but whom they exchange with. In place of the layers stand calls that sleep: 50 ms forward
+and 100 ms backward for all stages of a device together. So the time of a step, less that of the
+same step without sleep, is that of the schedule as the program carries it out, whatever this
+machine computes with. The idle part of it is set beside the formula (P - 1) / (v M + P - 1).
 """
 
 import argparse
 import json
+import socket
+import subprocess
 import sys
 import time
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 
 from braeburn.config import Run, override
 from braeburn.data.packing import Batch
+from braeburn.models.staged import StagedModel
 from braeburn.optim.guard import begin_stage
 from braeburn.recipes import load
 from braeburn.train.resolved import resolve_stage
@@ -36,6 +39,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 FLAT = 0.05
 LENGTH = 256
+# Seconds of a microbatch on a device, where time is measured.
+FORWARD, BACKWARD = 0.05, 0.1
 SEQUENCES = 2  # of a microbatch
 
 
@@ -75,23 +80,55 @@ def memory(devices: int, microbatches: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def seconds(run: Run, steps: int) -> float:
-    """The median time of a step."""
+def sleeping(x: jax.Array, forward: float, backward: float) -> jax.Array:
+    """The same numbers after a while, and the same gradient after another."""
+
+    def after(duration: float, x: jax.Array) -> jax.Array:
+        def sleep(x: Any) -> Any:
+            time.sleep(duration)
+            return x
+
+        return jax.pure_callback(sleep, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    @jax.custom_vjp
+    def identity(x: jax.Array) -> jax.Array:
+        return after(forward, x)
+
+    identity.defvjp(lambda x: (after(forward, x), None), lambda _, g: (after(backward, g),))
+    return identity(x)
+
+
+def measured(index: int, devices: int, microbatches: int, way: dict[str, Any], port: int) -> float:
+    """Seconds that a step of one process of the pipeline takes longer for its sleep, at best."""
+    jax.distributed.initialize(f"127.0.0.1:{port}", devices, index)
+    each = way.get("mesh.stages_per_device", 1)
+    changes = {"model.d_model": 64, "model.head_dim": 16, "model.ffn_dim": 64, **way}
+    asleep, awake = (
+        _seconds(small(devices, microbatches, **changes), FORWARD * part, BACKWARD * part)
+        for part in (1 / each, 0.0)
+    )
+    return asleep - awake
+
+
+def _seconds(run: Run, forward: float, backward: float) -> float:
+    """Seconds of a step whose stages sleep."""
+
+    def sleep(staged: Any, layers: Any, carry: Any, microbatch: Any, counts: Any) -> Any:
+        return carry._replace(x_BTD=sleeping(carry.x_BTD, forward, backward)), None
+
+    StagedModel.run = sleep  # type: ignore[method-assign]
     resolved = resolve_stage(run, "core")
     program, state = compile_stage(resolved), initial_state(resolved)
     state = state._replace(optimizer=begin_stage(state.optimizer))
-    placed = resolved.layout.of_step.place(
-        made_up(resolved.stage.batch_size),
-        range(resolved.stage.batch_size),
-        resolved.stage.batch_size,
-    )
+    size = resolved.stage.batch_size
+    placed = resolved.layout.of_step.place(made_up(size), range(size), size)
     found = []
-    for _ in range(steps + 2):
+    for _ in range(4):
         began = time.perf_counter()
         state, metrics = program.step(state, placed)
         jax.block_until_ready((state, metrics))
         found.append(time.perf_counter() - began)
-    return float(np.median(found[2:]))
+    return min(found[1:])
 
 
 def made_up(sequences: int) -> Batch:
@@ -107,22 +144,36 @@ def made_up(sequences: int) -> Batch:
     }
 
 
-def idle(steps: int) -> list[dict[str, Any]]:
-    """The lines through the times of two devices, of one, two and four stages each."""
-    counts = [2, 4, 8, 12]
-    rows: list[dict[str, Any]] = []
-    for each in (1, 2, 4):
-        found = [
-            seconds(small(2, count, **{"mesh.stages_per_device": each}), steps) for count in counts
-        ]
-        slope, begins = np.polyfit(counts, found, 1)
-        row = {"stages_each": each, "seconds": found, "slope": slope, "begins": begins}
-        if rows:
-            first = rows[0]
-            t = (slope + first["slope"]) / 2
-            row["saved"] = (first["begins"] - begins) / t
-            row["formula"] = 1 - 1 / each
-        rows.append(row)
+def idle(devices: int, microbatches: list[int]) -> list[dict[str, Any]]:
+    """The idle part of a step, of each schedule and number of microbatches."""
+    rows = []
+    for name, way in SCHEDULES.items():
+        each = way.get("mesh.stages_per_device", 1)
+        for count in microbatches:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            asked = json.dumps([devices, count, way, port])
+            children = [
+                subprocess.Popen(
+                    [sys.executable, __file__, "--process", str(index), "--asked", asked],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for index in range(devices)
+            ]
+            seconds = max(float(child.communicate()[0].split()[-1]) for child in children)
+            busy = count * (FORWARD + BACKWARD)
+            formula = (devices - 1) / (each * count + devices - 1)
+            rows.append(
+                {
+                    "schedule": name,
+                    "microbatches": count,
+                    "seconds": seconds,
+                    "idle": 1 - busy / seconds,
+                    "formula": formula,
+                }
+            )
     return rows
 
 
@@ -132,17 +183,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--devices", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory", action="store_true", help="memory alone")
     parser.add_argument("--time", action="store_true", help="idle time alone")
+    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--asked", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    if arguments.process is not None:
+        print(measured(arguments.process, *json.loads(arguments.asked)))
+        return 0
     jax.config.update("jax_num_cpu_devices", max(2, arguments.devices))
     counts = [arguments.devices * factor for factor in (2, 4, 8, 16)]
     found = {
         "memory": [] if arguments.time else memory(arguments.devices, counts),
-        "idle": [] if arguments.memory else idle(arguments.steps),
+        "idle": [] if arguments.memory else idle(arguments.devices, [4, 8, 16]),
     }
     if arguments.json:
         print(json.dumps({**found, "microbatches": counts, "jax": jax.__version__}, indent=2))
@@ -153,15 +208,14 @@ def main() -> int:
             sizes = "".join(f"{size:9.2f}" for size in row["mib"])
             print(f"  {row['schedule']:28}{sizes} {row['grown']:+8.1%}")
     if found["idle"] and not arguments.json:
-        print("seconds of a step on two devices, of 2, 4, 8 and 12 microbatches:")
+        print(
+            f"idle part of a step of {arguments.devices} processes, as measured and by the formula:"
+        )
         for row in found["idle"]:
-            times = " ".join(f"{one:.3f}" for one in row["seconds"])
-            saved = (
-                f"   saved: {row['saved']:.2f} microbatches (formula {row['formula']:.2f})"
-                if "saved" in row
-                else ""
+            print(
+                f"  {row['schedule']:28}{row['microbatches']:3} microbatches "
+                f"{row['seconds']:7.3f} s {row['idle']:6.1%} {row['formula']:6.1%}"
             )
-            print(f"  {row['stages_each']} stages each: {times}{saved}")
     return 0 if all(row["kept"] for row in found["memory"]) else 1
 
 

@@ -259,4 +259,6 @@ def test_the_largest_plan_traces_few_programs(monkeypatch: pytest.MonkeyPatch) -
     run = run.model_copy(update={"model": run.model.replace(norm_epsilon=2e-6)})
     for name in run.stages:
         candidates(run, name, parse_target("v4:8x1024"))
-    assert len(traced) <= 8
+    # Each number of devices along tensor, with and without weights that are split further: with a
+    # pipeline they need not be.
+    assert len(traced) <= 10

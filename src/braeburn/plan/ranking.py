@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from braeburn.config import Run
+from braeburn.config import MeshConfig, Run
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import Chip, Figure, weakest
 from braeburn.hardware.links import Links
@@ -210,12 +210,25 @@ def _remat(run: Run, name: str) -> str:
     return "+".join(remat.names) if remat.policy == "save_named" else remat.policy
 
 
+def _ways(mesh: MeshConfig) -> list[str]:
+    """How the axes of a mesh are used, where there are several ways."""
+    found = []
+    if mesh.expert > 1:
+        found.append(f"experts by {mesh.expert_dispatch.replace('_', '-')}")
+    if mesh.pipeline > 1 and mesh.pipeline_schedule != "1f1b":
+        found.append(mesh.pipeline_schedule)
+    if mesh.stages_per_device > 1:
+        found.append(f"{mesh.stages_per_device} stages each")
+    return found
+
+
 def describe(candidate: Candidate, name: str) -> dict[str, Any]:
     """A layout of a stage and its estimate as plain data."""
     run, found = candidate.run, candidate.estimate
     offload = [*(["optimizer"] if run.offload.optimizer else []), *run.offload.activations]
     return {
         "mesh": candidate.sizes.sizes,
+        "ways": _ways(candidate.sizes),
         "torus": found.torus,
         "remat": _remat(run, name),
         "accumulation_steps": run.stages[name].accumulation_steps,

@@ -59,6 +59,8 @@ def _layouts(layouts: list[tuple[str, dict[str, Any]]]) -> Rows:
             " ".join(f"{axis}={size}" for axis, size in layout["mesh"].items() if size > 1)
             or "one device"
         )
+        if layout.get("ways"):
+            mesh += f" ({', '.join(layout['ways'])})"
         offload = f", offload {'+'.join(layout['offload'])}" if layout["offload"] else ""
         memory = (number(layout["total_gib"]["value"]), number(layout["usable_gib"]["value"]))
         times = (
