@@ -7,10 +7,11 @@ microbatches of the same size, and not run. The temporaries of a device must sta
 1F1B, and grow in GPipe.
 
 **Time.** The train step is carried out by as many processes as the pipeline has devices, which wait
-for nobody but whom they exchange with. In place of the layers stand calls that sleep: 50 ms forward
-and 100 ms backward for all stages of a device together. So the time of a step, less that of the
-same step without sleep, is that of the schedule as the program carries it out, whatever this
-machine computes with. The idle part of it is set beside the formula (P - 1) / (v M + P - 1).
+for nobody but whom they exchange with. In place of the layers stand calls that sleep: 0.5 s forward
+and 1 s backward for all stages of a device together. So the time of a step is that of the schedule
+as the program carries it out, with what else a step does, whatever this machine computes with. An
+exchange between processes takes up to 80 ms here. The idle part is set beside the formula
+(P - 1) / (v M + P - 1).
 """
 
 import argparse
@@ -40,7 +41,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 FLAT = 0.05
 LENGTH = 256
 # Seconds of a microbatch on a device, where time is measured.
-FORWARD, BACKWARD = 0.05, 0.1
+FORWARD, BACKWARD = 0.5, 1.0
 SEQUENCES = 2  # of a microbatch
 
 
@@ -99,31 +100,22 @@ def sleeping(x: jax.Array, forward: float, backward: float) -> jax.Array:
 
 
 def measured(index: int, devices: int, microbatches: int, way: dict[str, Any], port: int) -> float:
-    """Seconds that a step of one process of the pipeline takes longer for its sleep, at best."""
+    """Seconds of a step of one process of the pipeline, at best."""
     jax.distributed.initialize(f"127.0.0.1:{port}", devices, index)
     each = way.get("mesh.stages_per_device", 1)
     changes = {"model.d_model": 64, "model.head_dim": 16, "model.ffn_dim": 64, **way}
-    asleep, awake = (
-        _seconds(small(devices, microbatches, **changes), FORWARD * part, BACKWARD * part)
-        for part in (1 / each, 0.0)
-    )
-    return asleep - awake
-
-
-def _seconds(run: Run, forward: float, backward: float) -> float:
-    """Seconds of a step whose stages sleep."""
 
     def sleep(staged: Any, layers: Any, carry: Any, microbatch: Any, counts: Any) -> Any:
-        return carry._replace(x_BTD=sleeping(carry.x_BTD, forward, backward)), None
+        return carry._replace(x_BTD=sleeping(carry.x_BTD, FORWARD / each, BACKWARD / each)), None
 
     StagedModel.run = sleep  # type: ignore[method-assign]
-    resolved = resolve_stage(run, "core")
+    resolved = resolve_stage(small(devices, microbatches, **changes), "core")
     program, state = compile_stage(resolved), initial_state(resolved)
     state = state._replace(optimizer=begin_stage(state.optimizer))
     size = resolved.stage.batch_size
     placed = resolved.layout.of_step.place(made_up(size), range(size), size)
     found = []
-    for _ in range(4):
+    for _ in range(2):
         began = time.perf_counter()
         state, metrics = program.step(state, placed)
         jax.block_until_ready((state, metrics))
@@ -153,6 +145,7 @@ def idle(devices: int, microbatches: list[int]) -> list[dict[str, Any]]:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
+            print(f"{name}, {count} microbatches ...", file=sys.stderr)
             asked = json.dumps([devices, count, way, port])
             children = [
                 subprocess.Popen(
@@ -195,9 +188,12 @@ def main() -> int:
         return 0
     jax.config.update("jax_num_cpu_devices", max(2, arguments.devices))
     counts = [arguments.devices * factor for factor in (2, 4, 8, 16)]
+    few = [arguments.devices * factor for factor in (1, 3)]
     found = {
         "memory": [] if arguments.time else memory(arguments.devices, counts),
-        "idle": [] if arguments.memory else idle(arguments.devices, [4, 8, 16]),
+        "idle": []
+        if arguments.memory
+        else idle(arguments.devices, [arguments.devices, 4 * arguments.devices]),
     }
     if arguments.json:
         print(json.dumps({**found, "microbatches": counts, "jax": jax.__version__}, indent=2))

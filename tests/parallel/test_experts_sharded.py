@@ -94,6 +94,18 @@ BY_BIAS_LAYOUTS: dict[str, dict[str, Any]] = {
         "stages.core.accumulation_steps": 2,
         **ALL_TO_ALL,
     },
+    "expert x pipeline": {
+        "mesh.expert": 2,
+        "mesh.pipeline": 2,
+        "mesh.data": 2,
+        "mesh.expert_dispatch": "all_to_all",
+        "stages.core.accumulation_steps": 4,
+    },
+    "fsdp x pipeline": {
+        "mesh.fsdp": 2,
+        "mesh.pipeline": 2,
+        "stages.core.accumulation_steps": 2,
+    },
     "context x tensor, accumulated": {
         "mesh.context": 2,
         "mesh.tensor": 2,
