@@ -19,9 +19,9 @@ import pytest
 from braeburn.config import AdamW, Execution, LayerConfig, ModelConfig, Precision
 from braeburn.config.mesh import ONE_DEVICE
 from braeburn.config.sublayers.experts import Experts
+from braeburn.layers import dispatch as module
 from braeburn.layers.grouped import blocks, select
 from braeburn.layers.spec import count_active, initialize
-from braeburn.layers.sublayers import experts as module
 from braeburn.models.decoder import param_specs
 from braeburn.objectives.cross_entropy import loss
 from braeburn.optim.build import build_optimizer

@@ -101,11 +101,7 @@ BY_BIAS_LAYOUTS: dict[str, dict[str, Any]] = {
         "mesh.expert_dispatch": "all_to_all",
         "stages.core.accumulation_steps": 4,
     },
-    "fsdp x pipeline": {
-        "mesh.fsdp": 2,
-        "mesh.pipeline": 2,
-        "stages.core.accumulation_steps": 2,
-    },
+    "fsdp x pipeline": {"mesh.fsdp": 2, "mesh.pipeline": 2, "stages.core.accumulation_steps": 2},
     "context x tensor, accumulated": {
         "mesh.context": 2,
         "mesh.tensor": 2,

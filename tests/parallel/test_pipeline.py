@@ -48,7 +48,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 # What a run on one device has to have as well.
 OF_MODEL = ("model.num_layers", "model.tied_embeddings")
-OFTEN = ("fsdp", "interleaved x tensor")
+OFTEN = ("interleaved x tensor",)
 
 
 REFUSED = [

@@ -144,6 +144,7 @@ def test_four_processes_then_two_then_one(
     assert difference < 1e-5
 
 
+@pytest.mark.deep
 def test_a_pipeline_goes_on_from_any_mesh_and_hands_on_to_any(tiny: Run, tmp_path: Path) -> None:
     """From a pipeline to one that is interleaved and from there to no pipeline, with the curve and
     the held-out losses of one device.

@@ -1,6 +1,6 @@
 """What the traced programs of a stage come to, for any number of tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -121,13 +121,24 @@ def around_of(shapes: Shapes) -> Around:
             mixed(first.flops, second.flops),
             mixed(first.element_wise, second.element_wise),
             {
-                key: Moved(mixed(size, second.collectives[key].bytes), times)
-                for key, (size, times) in first.collectives.items()
+                key: Moved(mixed(here.bytes, there.bytes), max(here.times, there.times))
+                for key, here, there in _paired(first.collectives, second.collectives)
             },
         )
     graph = graph_of(programs(shapes).around)
     found = Pass.of(graph.nodes, graph.outputs)
     return Around(found.flops, found.element_wise, found.collectives)
+
+
+def _paired(
+    one: Mapping[Collective, Moved], other: Mapping[Collective, Moved]
+) -> Iterator[tuple[Collective, Moved, Moved]]:
+    """The collectives of two programs; of those that only one has, nothing of the other: a norm
+    that one joins along two axes at once may be split along one of them in the other.
+    """
+    nothing = Moved(Amount(), 0)
+    for key in dict.fromkeys([*one, *other]):
+        yield key, one.get(key, nothing), other.get(key, nothing)
 
 
 def _between(one: Amount, other: Amount, share: float) -> Amount:
@@ -156,8 +167,8 @@ def _mixed(one: Layers, other: Layers, share: float) -> Layers:
         _between(one.element_wise, other.element_wise, share),
         one.repeats,
         {
-            key: Moved(_between(size, other.collectives[key].bytes, share), times)
-            for key, (size, times) in one.collectives.items()
+            key: Moved(_between(here.bytes, there.bytes, share), max(here.times, there.times))
+            for key, here, there in _paired(one.collectives, other.collectives)
         },
         {calls[call]: times for call, times in one.calls.items()},
         {name: _between(size, other.kept[name], share) for name, size in one.kept.items()},

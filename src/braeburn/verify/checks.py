@@ -174,10 +174,13 @@ def _accumulating(run: Run, steps: int) -> Run:
 
 
 def _pipelines(splits: Sequence[str], num_devices: int) -> Iterator[MeshConfig]:
-    """Meshes of a pipeline of two, by itself in each schedule and with every other axis."""
+    """Meshes of a pipeline of two: with every other axis, or by itself in all schedules where there
+    are two devices.
+    """
     ways: list[dict[str, Any]] = [{}, {"pipeline_schedule": "gpipe"}, {"stages_per_device": 2}]
-    for way in ways if num_devices >= 2 else []:
-        yield MeshConfig.model_validate({"fsdp": 1, "pipeline": 2, **way})
+    if num_devices == 2:
+        for way in ways:
+            yield MeshConfig.model_validate({"fsdp": 1, "pipeline": 2, **way})
     if num_devices >= 4:
         for axis, way in zip(splits, itertools.cycle(ways)):
             sizes = {"fsdp": 1, "pipeline": 2, axis: num_devices // 2}
@@ -376,7 +379,7 @@ def all_stages_split(run: Run, num_devices: int) -> list[Run]:
         sizes = [size for size in (4, 2) if size <= num_devices]
         tried = [on_mesh(run, mesh) for size in sizes for mesh in _meshes(axes, size)]
         runs += [other for other in tried if not refusal(other)][:1] or tried[:1]
-    return runs + [on_mesh(run, mesh) for mesh in _pipelines((), num_devices)][:1]
+    return runs + [on_mesh(run, mesh) for mesh in _pipelines((), 2)][: num_devices >= 2]
 
 
 def train_and_kill(run: Run, recipe: str, folder: Path) -> None:
