@@ -193,7 +193,7 @@ def main() -> int:
         "memory": [] if arguments.time else memory(arguments.devices, counts),
         "idle": []
         if arguments.memory
-        else idle(arguments.devices, [arguments.devices, 4 * arguments.devices]),
+        else idle(arguments.devices, few),
     }
     if arguments.json:
         print(json.dumps({**found, "microbatches": counts, "jax": jax.__version__}, indent=2))

@@ -69,6 +69,10 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     packages = ["jax", "jaxlib", PACKAGES[target.facts.family]]
     if described.has_cost_model:
         flags["xla_gpu_collect_cost_model_stats"] = True
+    if target.facts.family == "nvidia":
+        # CUB, which sorts for experts, asks a GPU how much memory it needs; without one XLA's own
+        # sort is compiled.
+        flags["xla_gpu_enable_cub_radix_sort"] = False
     facts = {
         "versions": {name: version(name) for name in packages},
         "flags": flags,
