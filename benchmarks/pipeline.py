@@ -191,9 +191,7 @@ def main() -> int:
     few = [arguments.devices * factor for factor in (1, 3)]
     found = {
         "memory": [] if arguments.time else memory(arguments.devices, counts),
-        "idle": []
-        if arguments.memory
-        else idle(arguments.devices, few),
+        "idle": [] if arguments.memory else idle(arguments.devices, few),
     }
     if arguments.json:
         print(json.dumps({**found, "microbatches": counts, "jax": jax.__version__}, indent=2))
