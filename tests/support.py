@@ -23,6 +23,19 @@ from braeburn.config import Run, Source
 PROGRAM = [sys.executable, "-c", "from braeburn.cli import console; console()"]
 
 
+# A recipe that trains on from the weights at a path.
+TRAINS_ON = """
+from braeburn.config import ModelConfig
+from braeburn.recipes import load
+
+
+def more():
+    run = load("afm-tiny")
+    model = ModelConfig.from_directory({path!r})
+    return run.model_copy(update={{"model": model, "initial_weights": {path!r}}})
+"""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a call of the command line did."""

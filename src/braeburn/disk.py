@@ -51,6 +51,19 @@ def locked(path: Path, in_use: str) -> Iterator[None]:
         yield
 
 
+def check_new(out: Path) -> None:
+    """Refuses a folder that a command is to make where something is in it already.
+
+    Args:
+        out: the folder of `--out`.
+
+    Raises:
+        UserError: it is a file, or not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
+
+
 def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
     """Refuses to begin what has no room.
 

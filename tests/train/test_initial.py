@@ -14,18 +14,7 @@ from braeburn.errors import UserError
 from braeburn.interop.exchange import find_teacher
 from braeburn.train.loop import train
 from braeburn.train.trained import load
-from support import braeburn, rows
-
-RECIPE = """
-from braeburn.config import ModelConfig
-from braeburn.recipes import load
-
-
-def more():
-    run = load("afm-tiny")
-    model = ModelConfig.from_directory({path!r})
-    return run.model_copy(update={{"model": model, "initial_weights": {path!r}}})
-"""
+from support import TRAINS_ON, braeburn, rows
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +40,7 @@ def test_a_recipe_trains_on_from_an_import(
     imported: Path, finished: Path, tiny_arguments: list[str], tmp_path: Path
 ) -> None:
     copy = shutil.copytree(imported, tmp_path / "imported")
-    (tmp_path / "recipe.py").write_text(RECIPE.format(path=str(copy)))
+    (tmp_path / "recipe.py").write_text(TRAINS_ON.format(path=str(copy)))
     out = tmp_path / "out"
     arguments = ["train", f"{tmp_path / 'recipe.py'}:more", *tiny_arguments[1:], "--out", out]
     answer = braeburn(*arguments, "--stop-after-steps", 1)

@@ -23,22 +23,12 @@ from braeburn.models.decoder import forward, param_specs
 from braeburn.train.state import TrainState
 from braeburn.train.trained import Trained, found_run, load
 from braeburn.upcycle.run_directory import upcycle
-from support import braeburn, contents, deep_but, events, process, rows
+from support import TRAINS_ON, braeburn, contents, deep_but, events, process, rows
 
 EXECUTION = Execution(ONE_DEVICE, precision=Precision(compute="float32"))
 GEGLU = LayerConfig(feed_forward=GeGLU())
 SLIDING = LayerConfig(attention=SlidingAttention(window=8))
 REUSED = LayerConfig(attention=ReusedAttention())
-RECIPE = """
-from braeburn.config import ModelConfig
-from braeburn.recipes import load
-
-
-def more():
-    run = load("afm-tiny")
-    model = ModelConfig.from_directory({path!r})
-    return run.model_copy(update={{"model": model, "initial_weights": {path!r}}})
-"""
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +102,7 @@ def test_routers_are_drawn_as_those_of_a_new_model(upcycled: Path) -> None:
 
 def test_a_recipe_trains_on(upcycled: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
     copy, out = shutil.copytree(upcycled, tmp_path / "upcycled"), tmp_path / "out"
-    (tmp_path / "recipe.py").write_text(RECIPE.format(path=str(copy)))
+    (tmp_path / "recipe.py").write_text(TRAINS_ON.format(path=str(copy)))
     arguments = ("train", f"{tmp_path / 'recipe.py'}:more", *tiny_arguments[1:], "--out", out)
     answer = braeburn(*arguments, "--stop-after-steps", 3)
     assert answer.code == 0, answer.err

@@ -40,4 +40,4 @@ class Execution:
     @property
     def of_stage(self) -> "Execution":
         """The same for the devices that share one place along `pipeline`."""
-        return replace(self, mesh=self.mesh.model_copy(update={"pipeline": 1}))
+        return replace(self, mesh=self.mesh.of_stage)

@@ -83,6 +83,11 @@ class MeshConfig(Frozen):
         """The axes of more than one device that weights are fully sharded along."""
         return tuple(axis for axis in SHARDED if self.sizes[axis] > 1)
 
+    @property
+    def of_stage(self) -> "MeshConfig":
+        """The mesh of the devices that share one place along `pipeline`."""
+        return self if self.pipeline == 1 else self.model_copy(update={"pipeline": 1})
+
     def split_along(self, axes: tuple[str, ...], taken: Collection[str] = ()) -> tuple[str, ...]:
         """The axes of more than one device that some axes of a rule stand for.
 

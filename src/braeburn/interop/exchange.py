@@ -10,6 +10,7 @@ import numpy as np
 
 from braeburn.config import ModelConfig, Precision, Run, WeightType
 from braeburn.data.tokenizer import Tokenizer
+from braeburn.disk import check_new
 from braeburn.errors import UserError
 from braeburn.interop import gguf, huggingface, stablehlo
 from braeburn.models.huggingface_config import is_huggingface
@@ -119,8 +120,7 @@ def import_huggingface(source: Path, out: Path, dtype: WeightType | None = None)
         UserError: the directory holds no model of a family that Braeburn has, or `out` is in
             use.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
+    check_new(out)
     model, params, tokenizer_file = huggingface.open_weights(source, dtype)
     tokenizer = _tokenizer_of(model, tokenizer_file)
     run = Run(name=_name_of(source), model=model, stages={}, precision=Precision(compute="float32"))

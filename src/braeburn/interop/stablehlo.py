@@ -25,7 +25,7 @@ from jax import export
 
 from braeburn.config import Execution, ModelConfig, Precision, WeightType
 from braeburn.data.tokenizer import Tokenizer
-from braeburn.disk import explaining, scratch
+from braeburn.disk import check_new, explaining, scratch
 from braeburn.errors import UserError
 from braeburn.extras import how_to_install
 from braeburn.interop.tensor_file import Entry, write_file
@@ -169,7 +169,7 @@ def programs(model: ModelConfig, compute: WeightType) -> list[Program]:
 
 
 def lowered(program: Program, platforms: Sequence[str]) -> export.Exported:
-    """A program for some platforms alike.
+    """A program that is the same for some platforms.
 
     Raises:
         UserError: it would call something that not every platform has.
@@ -226,8 +226,7 @@ def write(
             f"--format stablehlo needs the flatbuffers package; {how_to_install('stablehlo')}"
         )
     out = out.expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
+    check_new(out)
     model = trained.model
     checked(trained.params, model, trained.tokenizer)
     found = programs(model, compute)

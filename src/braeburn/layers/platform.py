@@ -19,7 +19,7 @@ _PORTABLE: ContextVar[bool] = ContextVar("portable", default=False)
 
 @contextmanager
 def portable() -> Iterator[None]:
-    """Within it, programs are traced for every platform alike, and so without kernels of any."""
+    """Within it, programs are traced for all platforms at once, without the kernels of any."""
     before = _PORTABLE.set(True)
     try:
         yield

@@ -16,6 +16,7 @@ keys and values along `context`. The backward pass runs the transposed collectiv
 `layers/sublayers/definition.py`, `LayerConfig` and `Segment` in `config/model.py`.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from braeburn.config import Execution, LayerConfig, ModelConfig, Segment
 from braeburn.layers.attention import attention
 from braeburn.layers.embedding import embed
 from braeburn.layers.norm import rms_norm
-from braeburn.layers.spec import ParamSpec, Tree, map_specs
+from braeburn.layers.spec import EXPERTS, ParamSpec, Tree, map_specs, walk
 from braeburn.layers.sublayers.definition import (
     ActivationHook,
     Context,
@@ -84,6 +85,12 @@ def param_specs(model: ModelConfig) -> Tree:
     if not model.tied_embeddings:
         specs["head"] = embedding
     return specs
+
+
+@functools.cache
+def has_experts(model: ModelConfig) -> bool:
+    """Whether a mesh can split experts of a model."""
+    return any(EXPERTS in spec.axes for _, spec in walk(param_specs(model)))
 
 
 def _by_layer(segment: Segment, trees: list[Any]) -> Any:

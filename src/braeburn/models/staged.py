@@ -149,6 +149,24 @@ class StageWeights(NamedTuple):
     final_norm: Float[Array, " D"]
 
 
+def travels_in(spec: ParamSpec, within: Execution) -> np.dtype:
+    """The type in which a weight is dealt out: that in which it is multiplied, unless it is still
+    to be gathered, from float32, within its stage.
+
+    Args:
+        spec: of the whole parameter.
+        within: how the layers of a stage are carried out.
+    """
+    if spec.role != "matrix":
+        return jnp.dtype(jnp.float32)
+    stored, used = (
+        mesh_axes(spec.axes, spec.shape, kind, within, spec.role)
+        for kind in ("parameters", "activations")
+    )
+    whole = all(set(one) <= set(other) for one, other in zip(stored, used, strict=True))
+    return jnp.dtype(within.precision.compute if whole else jnp.float32)
+
+
 @dataclass(frozen=True)
 class StagedModel:
     """A model on a pipeline, as each device carries it out inside `shard_map`.
@@ -161,12 +179,12 @@ class StagedModel:
     model: ModelConfig
     execution: Execution
 
-    @property
+    @functools.cached_property
     def within(self) -> Execution:
         """How the layers of a stage are carried out, by the devices that have the same stage."""
         return self.execution.of_stage
 
-    @property
+    @functools.cached_property
     def division(self) -> Division:
         """Which layers each stage has."""
         mesh = self.execution.mesh
@@ -186,24 +204,11 @@ class StagedModel:
         specs = dict(walk(decoder.param_specs(self.model)))
 
         def cast(path: Any, leaf: Array) -> Array:
-            return leaf.astype(self._travels_in(specs["/".join(key.key for key in path)]))
+            return leaf.astype(travels_in(specs["/".join(key.key for key in path)], self.within))
 
         _, back = jax.vjp(self._deal, params)
         weights = self._deal(jax.tree.map_with_path(cast, params))
         return weights, lambda gradients: back(gradients)[0]
-
-    def _travels_in(self, spec: ParamSpec) -> Any:
-        """The type of a weight of a stage: that in which it is multiplied, unless it is still to be
-        gathered, from float32, within the stage.
-        """
-        if spec.role != "matrix":
-            return jnp.float32
-        stored, used = (
-            mesh_axes(spec.axes, spec.shape, kind, self.within, spec.role)
-            for kind in ("parameters", "activations")
-        )
-        whole = all(set(one) <= set(other) for one, other in zip(stored, used, strict=True))
-        return jnp.dtype(self.execution.precision.compute if whole else jnp.float32)
 
     def _deal(self, params: Tree) -> StageWeights:
         specs = decoder.param_specs(self.model)
@@ -323,11 +328,13 @@ class StagedModel:
         """
         if "weights" in microbatch:
             carry = carry._replace(report=decoder.empty_report(self.model))
+        # Where stages have different numbers, `_through` sees to what is kept.
+        repeats_of = functools.cache(functools.partial(self._repeats, microbatch))
         for segment in self.model.segments:
             if segment.name in layers:
                 rows = in_pattern(segment, layers[segment.name])
                 count = counts.get(segment.name)
-                repeat = self._repeats(microbatch, count is None)[segment.name]
+                repeat = repeats_of(count is None)[segment.name]
                 carry = self._through(repeat, carry, rows, count)
         return carry._replace(report=None), carry.report
 

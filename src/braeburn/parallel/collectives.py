@@ -18,9 +18,8 @@ CONTEXT, TENSOR = "context", "tensor"
 
 def names(axis: str, mesh: MeshConfig) -> str | tuple[str, ...]:
     """What JAX's collectives are to run along, empty where that is one device."""
-    if axis == FSDP:
-        return mesh.sharded[0] if len(mesh.sharded) == 1 else mesh.sharded
-    return axis if mesh.sizes[axis] > 1 else ()
+    along = mesh.split_along((axis,))
+    return along[0] if len(along) == 1 else along
 
 
 def axis_index(axis: str, mesh: MeshConfig) -> Array | int:

@@ -49,11 +49,13 @@ class Layout:
         """Sizes of the mesh, resolved."""
         return self.execution.mesh
 
-    @property
+    @cached_property
     def of_step(self) -> "Layout":
         """Where the batch of a train step lies: the devices of a pipeline all have the same
         sequences, which other programs share out among them.
         """
+        if self.sizes.pipeline == 1:
+            return self
         return replace(self, execution=self.execution.of_stage)
 
     def _partitions(self, kind: Kind) -> Tree:

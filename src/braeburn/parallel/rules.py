@@ -181,7 +181,8 @@ def _check_pipeline(run: Run, name: str, model: ModelConfig, execution: Executio
         )
     steps = stage.accumulation_steps
     if mesh.stages_per_device > 1 and steps % mesh.pipeline:
-        fits = [n for n in divisors(stage.batch_size) if n % mesh.pipeline == 0]
+        shards, batch = batch_shards(execution.of_stage), stage.batch_size
+        fits = [n for n in divisors(batch) if n % mesh.pipeline == 0 and batch // n % shards == 0]
         advice = (
             f"stages.{name}.accumulation_steps to one of {some(fits)}, or mesh.stages_per_device "
             f"to 1"

@@ -27,12 +27,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from braeburn.config import PipelineSchedule
+from braeburn.config import MeshConfig, PipelineSchedule
 
 Kind = Literal["forward", "backward"]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Task:
     """One pass of one microbatch through one stage.
 
@@ -153,8 +153,8 @@ class Schedule:
         """
         if task.kind == "forward":
             there = task.stage + 1 < self.num_stages
-            return (device + 1) % self.num_devices if there and self.num_devices > 1 else None
-        return (device - 1) % self.num_devices if task.stage and self.num_devices > 1 else None
+            return (device + 1) % self.num_devices if there else None
+        return (device - 1) % self.num_devices if task.stage else None
 
     def exchanges(self, span: Span, position: int) -> list[tuple[tuple[int, int], ...]]:
         """The pairs (from, to) of devices that send something at one position of a span's rounds:
@@ -180,6 +180,17 @@ class Schedule:
             if task
         }
         return tuple(kind for kind in ("forward", "backward") if kind in found)
+
+
+def schedule_of(mesh: MeshConfig, num_microbatches: int) -> Schedule:
+    """The schedule by which a mesh with a pipeline carries out a batch.
+
+    Args:
+        mesh: of resolved sizes.
+        num_microbatches: of the batch.
+    """
+    kind, each = mesh.pipeline_schedule, mesh.stages_per_device
+    return schedule(kind, mesh.pipeline, num_microbatches, each)
 
 
 def schedule(

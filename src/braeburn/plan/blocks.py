@@ -36,7 +36,7 @@ from braeburn.layers.attention.backend import ATTENTION, Request
 from braeburn.layers.attention.select import outlined
 from braeburn.layers.dispatch import ROOM_PARTS
 from braeburn.layers.grouped.select import for_accelerators
-from braeburn.layers.spec import EXPERTS, Tree, walk
+from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives import distillation
 from braeburn.objectives.definition import objective_of, text_loss
@@ -111,12 +111,6 @@ def traced_mesh(split: Split) -> MeshConfig:
         sizes["expert"] = split.experts.shards
     dispatch = {"expert_dispatch": split.experts.dispatch, "expert_room": split.experts.room}
     return MeshConfig.model_validate(sizes | dispatch)
-
-
-@cache
-def has_experts(model: ModelConfig) -> bool:
-    """Whether a mesh can split experts of a model."""
-    return any(EXPERTS in spec.axes for _, spec in walk(decoder.param_specs(model)))
 
 
 def _sizes_in(values: Any) -> Iterator[int]:

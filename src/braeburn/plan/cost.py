@@ -190,7 +190,7 @@ class Work(Pass):
     @cached_property
     def working(self) -> MeshConfig:
         """The mesh of the devices that work on the same layers."""
-        return self.mesh.model_copy(update={"pipeline": 1}) if self.is_pipelined else self.mesh
+        return self.mesh.of_stage
 
     @property
     def is_pipelined(self) -> bool:

@@ -20,6 +20,7 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.hardware.catalogue import Chip
+from braeburn.models.decoder import has_experts
 from braeburn.parallel.collectives import EXPERT
 from braeburn.parallel.rules import stored_along, token_axes
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
@@ -29,7 +30,6 @@ from braeburn.plan.blocks import (
     Shapes,
     Split,
     crosses_context,
-    has_experts,
     shapes_of,
     sized,
 )
@@ -251,7 +251,7 @@ class Teaching(Pass):
     @cached_property
     def working(self) -> MeshConfig:
         """The mesh of the devices that work on the same layers."""
-        return self.mesh.model_copy(update={"pipeline": 1})
+        return self.mesh.of_stage
 
     @cached_property
     def part(self) -> Part:

@@ -2,6 +2,7 @@
 how long devices are idle, what they hold, and what they send each other.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,9 +17,9 @@ from braeburn.config import (
     ShardingRules,
 )
 from braeburn.layers.spec import walk
-from braeburn.models.staged import divided, layer_costs
+from braeburn.models.staged import divided, layer_costs, travels_in
 from braeburn.parallel.rules import mesh_axes
-from braeburn.parallel.schedule import schedule
+from braeburn.parallel.schedule import schedule, schedule_of
 from braeburn.plan.identity import by_identity
 from braeburn.plan.storage import FLOAT, specs_of
 from braeburn.train.pipelined import Places, tabled
@@ -120,7 +121,7 @@ def drawn(mesh: MeshConfig, num_microbatches: int, recomputes: bool) -> dict[str
     """
     devices, each = mesh.pipeline, mesh.stages_per_device
     shown = min(num_microbatches, max(devices, MOST_DRAWN // (devices * each) // devices * devices))
-    plan = schedule(mesh.pipeline_schedule, devices, shown, each)
+    plan = schedule_of(mesh, shown)
     times = plan.times(1.0, 3.0 if recomputes else 2.0)
     return {
         "kind": "interleaved 1F1B" if each > 1 else mesh.pipeline_schedule.replace("f1b", "F1B"),
@@ -184,16 +185,10 @@ def _dealt(
     mesh = MeshConfig.model_validate({**dict(sizes), "stages_per_device": each})
     within = Execution(mesh, rules, precision).of_stage
     division = divided(model, mesh.pipeline * each)
-    width = 2 if precision.compute == "bfloat16" else FLOAT
     layers = layer_bytes = table = norms = 0.0
     for path, spec in walk(specs_of(model)):
-        stored, used = (
-            mesh_axes(spec.axes, spec.shape, kind, within, spec.role)
-            for kind in ("parameters", "activations")
-        )
-        split = 1
-        for axis in (axis for along in stored for axis in along):
-            split *= mesh.sizes[axis]
+        stored = mesh_axes(spec.axes, spec.shape, "parameters", within, spec.role)
+        split = math.prod(mesh.sizes[axis] for along in stored for axis in along)
         name = path.split("/")[0]
         if spec.role == "embedding":
             table = max(table, spec.size / split)
@@ -201,9 +196,6 @@ def _dealt(
             norms += spec.size
         else:
             own = each * division.longest(name) / spec.shape[0]
-            whole = all(set(one) <= set(other) for one, other in zip(stored, used, strict=True))
             layers += spec.size * own / split
-            layer_bytes += (
-                spec.size * own / split * (width if whole and spec.role == "matrix" else FLOAT)
-            )
+            layer_bytes += spec.size * own / split * travels_in(spec, within).itemsize
     return Dealt(layers, layer_bytes, table, 1 if model.tied_embeddings else 2, norms)

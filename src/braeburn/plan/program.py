@@ -15,7 +15,7 @@ from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import across_slices
 from braeburn.models.decoder import param_specs
-from braeburn.parallel.schedule import schedule
+from braeburn.parallel.schedule import schedule_of
 from braeburn.plan.child import compile_in_child
 from braeburn.plan.collectives import Collective, collectives, transfers
 from braeburn.plan.cost import estimate, online_teacher
@@ -212,8 +212,7 @@ class Compilation(Compiled):
         if mesh.pipeline == 1:
             return 1.0
         steps = self.run.stages[self.stage].accumulation_steps
-        kind, each = mesh.pipeline_schedule, mesh.stages_per_device
-        return schedule(kind, mesh.pipeline, steps, each).taken
+        return schedule_of(mesh, steps).taken
 
     @cached_property
     def flop_bound(self) -> float:

@@ -109,8 +109,10 @@ def _dispatches(models: Sequence[ModelConfig], sizes: MeshConfig) -> list[MeshCo
     A gather brings each device the tokens of all expert shards; an all-to-all sends each token as
     often as it has experts, and the buffer's room besides. It is tried where that is less.
     """
+    if sizes.expert == 1:
+        return [sizes]
     shares = [spec.share * spec.num_experts for spec in _of_experts(models) if spec.num_experts]
-    if sizes.expert == 1 or not shares:
+    if not shares:
         return [sizes]
     less = sizes.expert > sizes.expert_room * min(shares)
     ways = ("gather", "all_to_all") if less else ("gather",)
@@ -244,6 +246,7 @@ def _meshes(
         else 64
     )
     over_tensor = {size for model in models for size in _split_over_tensor(model)}
+    pipelines, expert_sizes = _pipelines(models, stage), _expert_sizes(models)
     for replica in (slices, 1) if slices > 1 else (1,):
         total = within * slices // replica
         for tensor, context in itertools.product(_powers(min(domain, 64)), _powers(64)):
@@ -255,7 +258,7 @@ def _meshes(
                 continue
             if any(m.num_kv_heads % tensor and tensor % m.num_kv_heads for m in models):
                 continue
-            for pipeline in _pipelines(models, stage):
+            for pipeline in pipelines:
                 if total % (tensor * context * pipeline) or (pipeline > 1 and context > 1):
                     continue
                 rest = total // (tensor * context * pipeline)
@@ -264,7 +267,7 @@ def _meshes(
                 # Too few microbatches: devices would be idle for a third of the time.
                 if pipeline > 1 and stage.batch_size < 2 * pipeline * replica * rest:
                     continue
-                for expert, fsdp in itertools.product(_expert_sizes(models), _powers(rest)):
+                for expert, fsdp in itertools.product(expert_sizes, _powers(rest)):
                     sharded = expert * fsdp
                     if rest % sharded or any(m.d_model % (sharded * pipeline) for m in models):
                         continue
@@ -324,6 +327,8 @@ def _fastest(
     everything = False
     work = replace(work, mesh=sizes)
     for offload in OFFLOADS:
+        if sizes.pipeline > 1 and offload.activations:
+            continue
         offloading = work.varied(run=work.run.model_copy(update={"offload": offload}))
         # Worked out here, for all that is varied below.
         assert offloading.shapes and offloading.storage and offloading.update
@@ -333,8 +338,6 @@ def _fastest(
             if mesh.stages_per_device > 1 and steps % mesh.pipeline:
                 continue
             for remat in REMATS:
-                if sizes.pipeline > 1 and offload.activations:
-                    continue
                 if not set(offload.activations) <= set(
                     remat.names if remat.policy == "save_named" else ()
                 ):
@@ -372,8 +375,7 @@ def _accumulations(stage: Stage, sizes: MeshConfig) -> list[int]:
 
     Those that keep a pipeline busy: of the others none is faster.
     """
-    execution = Execution(sizes.model_copy(update={"pipeline": 1}))
-    sequences = stage.batch_size // batch_shards(execution)
+    sequences = stage.batch_size // batch_shards(Execution(sizes.of_stage))
     most = min(sequences, MOST_ACCUMULATION * sizes.pipeline)
     found = [steps for steps in _powers(most) if sequences % steps == 0]
     return [steps for steps in found if steps >= min(sizes.pipeline, found[-1])]

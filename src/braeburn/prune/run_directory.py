@@ -28,6 +28,7 @@ from braeburn.config import (
 from braeburn.data.packing import Batch
 from braeburn.data.prepare import prepare
 from braeburn.data.tokenizer import Tokenizer
+from braeburn.disk import check_new
 from braeburn.errors import UserError
 from braeburn.layers.spec import ParamSpec, Tree, abstract, map_params_like, map_specs, walk
 from braeburn.models.decoder import param_specs
@@ -102,8 +103,7 @@ def prune(
         UserError: there is no checkpoint or no text to learn from, a size does not fit, or `out` is
             in use.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
+    check_new(out)
     if tokens and not pruning.learned:
         raise UserError(
             f"--tokens {tokens} is for learned masks, and --method {pruning.method} cuts at once; "

@@ -30,12 +30,11 @@ from braeburn.models.decoder import Carry
 from braeburn.models.staged import StagedModel, StageWeights
 from braeburn.objectives.vocabulary import Projection
 from braeburn.parallel.collectives import PIPELINE, axis_index, gather_tokens
-from braeburn.parallel.schedule import Schedule, Task, schedule
-from braeburn.train.step import Gradients, dealt
+from braeburn.parallel.schedule import Schedule, Task, schedule_of
+from braeburn.train.step import Gradients, in_microbatches
 
 # (projection, microbatch, the teacher's projection) -> (loss, metrics).
 LossOfHidden = Callable[[Projection, Batch, Projection | None], tuple[Array, dict[str, Array]]]
-
 
 FORWARD, BACKWARD = 1, 2
 
@@ -82,59 +81,48 @@ def tabled(plan: Schedule) -> tuple[Work, Places]:
     What waits for the same device at the same time has different places; a place is free again
     when it was read. All devices have as many places as the one that needs most.
     """
-    shape = (len(plan.slots), plan.num_devices)
+    shape, last = (len(plan.slots), plan.num_devices), plan.num_stages - 1
     table = {name: np.zeros(shape, np.int32) for name in Work._fields}
+    # What arrives in no slot has no place yet.
+    arrivals = ("next_input", "next_gradient", "result")
+    table |= {name: np.full(shape, -1, np.int32) for name in arrivals}
     places = {"input": 0, "gradient": 0, "kept": 0}
     for device in range(plan.num_devices):
+        tasks = plan.tasks(device)
         waiting: dict[str, list[tuple[int, int, Task]]] = {name: [] for name in places}
-        for slot, row in enumerate(plan.slots):
-            task = row[device]
-            if task is None:
-                continue
-            own = Task("forward", task.microbatch, task.stage)
-            if task.kind == "forward":
-                waiting["kept"].append((slot, plan.slot_of[_back(task)], task))
-            for needed in plan.needs(task):
-                if needed != own or task.stage == plan.num_stages - 1:
-                    name = "input" if task.kind == "forward" else "gradient"
-                    waiting[name].append((plan.slot_of[needed], slot, task))
+        for task in tasks:
+            slot, forward = plan.slot_of[task], task.kind == "forward"
+            if forward:
+                back = plan.slot_of[Task("backward", task.microbatch, task.stage)]
+                waiting["kept"].append((slot, back, task))
+            # Of what a task needs, the last is what it is sent, or what the last stage left itself.
+            for needed in plan.needs(task)[-1:]:
+                waiting["input" if forward else "gradient"].append(
+                    (plan.slot_of[needed], slot, task)
+                )
         found = {name: _placed(waits) for name, waits in waiting.items()}
         for name, of_task in found.items():
             places[name] = max(places[name], 1 + max(of_task.values(), default=-1))
-        for slot, row in enumerate(plan.slots):
-            if task := row[device]:
-                forward = task.kind == "forward"
-                table["kind"][slot, device] = FORWARD if forward else BACKWARD
-                table["microbatch"][slot, device] = task.microbatch
-                table["turn"][slot, device] = task.stage // plan.num_devices
-                table["is_first"][slot, device] = task.stage == 0
-                table["is_last"][slot, device] = task.stage == plan.num_stages - 1
-                waits = found["input" if forward else "gradient"]
-                table["input"][slot, device] = waits.get(task, 0)
-                first = task if forward else Task("forward", task.microbatch, task.stage)
-                table["kept"][slot, device] = found["kept"][first]
-        # What arrives at the end of a slot; the place after all others is for what nobody needs.
-        for name, field in (("input", "next_input"), ("gradient", "next_gradient")):
-            table[field][:, device] = -1
-            for begins, _, task in waiting[name]:
-                if name == "input" or task.stage < plan.num_stages - 1:
-                    table[field][begins, device] = found[name][task]
-        table["result"][:, device] = -1
+        for task in tasks:
+            slot, forward = plan.slot_of[task], task.kind == "forward"
+            table["kind"][slot, device] = FORWARD if forward else BACKWARD
+            table["microbatch"][slot, device] = task.microbatch
+            table["turn"][slot, device] = task.stage // plan.num_devices
+            table["is_first"][slot, device] = task.stage == 0
+            table["is_last"][slot, device] = task.stage == last
+            table["input"][slot, device] = found["input" if forward else "gradient"].get(task, 0)
+            own = Task("forward", task.microbatch, task.stage)
+            table["kept"][slot, device] = found["kept"][own]
+        for begins, _, task in waiting["input"]:
+            table["next_input"][begins, device] = found["input"][task]
         for begins, _, task in waiting["gradient"]:
-            if task.stage == plan.num_stages - 1:
-                table["result"][begins, device] = found["gradient"][task]
+            field = "result" if task.stage == last else "next_gradient"
+            table[field][begins, device] = found["gradient"][task]
     sizes = Places(max(1, places["input"]), max(1, places["gradient"]), places["kept"])
-    for field, size in (
-        ("next_input", sizes.inputs),
-        ("next_gradient", sizes.gradients),
-        ("result", sizes.gradients),
-    ):
-        table[field] = np.where(table[field] < 0, size, table[field]).astype(np.int32)
+    for name, size in zip(arrivals, (sizes.inputs, sizes.gradients, sizes.gradients), strict=True):
+        # The place after all others is for what nobody needs.
+        table[name][table[name] < 0] = size
     return Work(**table), sizes
-
-
-def _back(task: Task) -> Task:
-    return Task("backward", task.microbatch, task.stage)
 
 
 def _placed(waits: list[tuple[int, int, Task]]) -> dict[Task, int]:
@@ -200,10 +188,7 @@ class Pipeline:
     @property
     def plan(self) -> Schedule:
         """Its schedule."""
-        mesh = self.student.execution.mesh
-        return schedule(
-            mesh.pipeline_schedule, mesh.pipeline, self.num_microbatches, mesh.stages_per_device
-        )
+        return schedule_of(self.student.execution.mesh, self.num_microbatches)
 
     def gradients(self, params: Tree, batch: Batch, *teaching: Tree) -> tuple[Tree, Any]:
         """As `accumulated` gives them: summed over the microbatches of a batch.
@@ -215,7 +200,7 @@ class Pipeline:
         """
         weights, back = self.student.dealt(params)
         teacher = self.teacher.dealt(teaching[0])[0] if self.teacher else None
-        device = _Device(self, dealt(batch, self.num_microbatches), weights, teacher)
+        device = _Device(self, in_microbatches(batch, self.num_microbatches), weights, teacher)
         state = device.run()
         with jax.named_scope("exchange_gradients"):
             gradients = back(state.totals)
@@ -261,7 +246,7 @@ class _Device:
         self.weights, self.teacher = weights, teacher
         self.student = pipeline.student
         self.plan = pipeline.plan
-        self.table, self.places = tabled(self.plan)
+        table, self.places = tabled(self.plan)
         place = axis_index(PIPELINE, self.student.execution.mesh)
         self.counts, self.teacher_counts = (
             {name: jnp.asarray(each)[place] for name, each in model.counts().items()}
@@ -269,7 +254,7 @@ class _Device:
             else {}
             for model in (self.student, pipeline.teacher)
         )
-        self.work = Work(*(jnp.asarray(column)[:, place] for column in self.table))
+        self.work = Work(*(jnp.asarray(column)[:, place] for column in table))
         # Which weight each value of a backward pass is, None where it is none; known when a forward
         # pass has been traced.
         self.weight_of: list[int | None] = []

@@ -79,7 +79,7 @@ def accumulated(loss: LossFunction, accumulation_steps: int) -> Gradients:
     return gradients
 
 
-def dealt(batch: Batch, accumulation_steps: int) -> Batch:
+def in_microbatches(batch: Batch, accumulation_steps: int) -> Batch:
     """A batch as microbatches along a new first dimension.
 
     Microbatch i takes the sequences i, i + A, ...: which they are does not depend on the number of
@@ -98,7 +98,7 @@ def _summed(
         (_, metrics), gradients = differentiate(weights, batch)
         return gradients, metrics
 
-    microbatches = dealt(batch, accumulation_steps)
+    microbatches = in_microbatches(batch, accumulation_steps)
 
     def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
         (_, metrics), gradients = differentiate(weights, microbatch)

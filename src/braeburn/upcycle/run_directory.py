@@ -11,6 +11,7 @@ import numpy as np
 
 from braeburn.config import LayerConfig, ModelConfig, validate
 from braeburn.config.upcycling import Upcycling
+from braeburn.disk import check_new
 from braeburn.errors import UserError
 from braeburn.layers.spec import ParamSpec, Tree, abstract, initialize, map_specs, walk
 from braeburn.models.decoder import param_specs, stacks
@@ -45,8 +46,7 @@ def upcycle(directory: Path, out: Path, upcycling: Upcycling) -> ModelConfig:
     Raises:
         UserError: there is no checkpoint, a layer cannot get experts, or `out` is in use.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {str(out)!r} is in use; choose a new or empty folder")
+    check_new(out)
     run = received_run(directory)
     step, tokenizer = ordinary_step(run, directory), read_tokenizer(directory)
     model, length = run.model_at(step)

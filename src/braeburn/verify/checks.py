@@ -27,8 +27,7 @@ from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.hardware.targets import Target
 from braeburn.jsonfile import json_lines
-from braeburn.layers.spec import EXPERTS, walk
-from braeburn.models.decoder import param_specs
+from braeburn.models.decoder import has_experts
 from braeburn.parallel.collectives import EXPERT
 from braeburn.train.loop import train
 from braeburn.train.resolved import resolve_stage, resolve_stages
@@ -150,7 +149,7 @@ def layouts(run: Run, target: Target) -> dict[str, Run]:
     meshes = [stage.mesh or run.mesh for stage in run.stages.values()]
     for axes in (axes for count in (1, 2, 3) for axes in combinations(splits, count)):
         meshes += _meshes(axes, _devices(target))
-    if any(EXPERTS in spec.axes for _, spec in walk(param_specs(run.model))):
+    if has_experts(run.model):
         for axes in ((EXPERT,), *((axis, EXPERT) for axis in splits)):
             meshes += _meshes(axes, _devices(target))
     runs = {

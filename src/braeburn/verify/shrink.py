@@ -153,8 +153,8 @@ def _layers(model: ModelConfig, width: int) -> dict[str, Any]:
         return _small(size, max(8, width * size // model.d_model))
 
     repeats, rest = divmod(model.num_layers - model.tail_layers, len(model.pattern))
-    more = model.tail_layers or rest
-    fewest = 4 if len(model.pattern) == 1 and not more else 1 if more else 2
+    without_rest = 4 if len(model.pattern) == 1 else 2
+    fewest = 1 if model.tail_layers or rest else without_rest
     tail = len(model.tail_pattern)
 
     def shrunk(layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
