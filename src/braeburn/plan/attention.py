@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 
 from braeburn.config import MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, Backend, Request, nothing
+from braeburn.layers.attention.backend import ATTENTION, Backend, Request, Scope, nothing
 from braeburn.layers.attention.blocked import blocked_attention
 from braeburn.layers.attention.select import choose
 from braeburn.parallel.sequence import gather_sequence
@@ -120,7 +120,7 @@ def attention_of(accelerator: Accelerator, request: Request) -> tuple[Attention,
 def _around_kernel(dtype: Any, head_dim: int, shards: int, length: int) -> Attention:
     request = Request("", dtype, length, 1, 1, head_dim, shards)
 
-    def run(query: Any, key: Any, value: Any, ids: Any, mesh: MeshConfig, window: Any) -> Any:
+    def run(query: Any, key: Any, value: Any, ids: Any, mesh: MeshConfig, scope: Scope) -> Any:
         return attention_call(request, query, *(gather_sequence(x, mesh) for x in (key, value)))
 
     return _costs(_traced(request, run))
@@ -157,10 +157,15 @@ def _traced(request: Request, run: Callable[..., Any]) -> Program:
         for heads in (request.num_heads, request.num_kv_heads)
     )
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    sinks = [jax.ShapeDtypeStruct((request.num_heads,), jnp.float32)] * request.sinks
+
+    def attended(*arguments: Any) -> list[Any]:
+        return [run(*arguments[:4], mesh, Scope(request.window, *arguments[4:]))]
+
     return differentiate(
-        lambda *arguments: [run(*arguments, mesh, request.window)],
-        [query, key, key, ids],
-        [True, True, True, False],
+        attended,
+        [query, key, key, ids, *sinks],
+        [True, True, True, False, *[True] * len(sinks)],
         [query],
         lambda function: on_each_device(function, mesh, AbstractDevice("", None, "cpu")),
         0,

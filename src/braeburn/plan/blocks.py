@@ -435,7 +435,7 @@ def programs(shapes: Shapes) -> Programs:
     leaves = jax.tree.leaves(given)
     moving = [index < len(jax.tree.leaves(params)) for index in range(len(leaves))]
     with (
-        outlined(lambda request, q, k, v, *_: attention_call(request, q, k, v)),
+        outlined(lambda request, arrays, *_: attention_call(request, *arrays[:3])),
         for_accelerators(),
     ):
         whole = jax.make_jaxpr(wrap(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves))))(

@@ -20,6 +20,9 @@ class AttentionConfig(Frozen):
         rope_base: of these layers alone, whose frequencies are then not scaled; None for the
             model's base and scaling.
         scale: of the scores; None for 1 / sqrt(head_dim).
+        bias: whether queries, keys, values and the output have biases.
+        sinks: whether each query head has a logit of its own, which is trained, among the scores of
+            each of its softmaxes, but no value (gpt-oss): a query need not attend to anything.
     """
 
     kind: Any
@@ -27,6 +30,8 @@ class AttentionConfig(Frozen):
     qk_norm_first: bool = True
     rope_base: Positive | None = None
     scale: Positive | None = None
+    bias: bool = False
+    sinks: bool = False
 
     def reach(self, sequence_length: int) -> int:
         """The most tokens of a sequence that a token attends to, itself among them."""

@@ -8,9 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from braeburn.config import AttentionConfig, ModelConfig, QKNorm
 from braeburn.layers import rope
+from braeburn.layers.attention.backend import Scope
 from braeburn.layers.norm import rms_norm, rms_norm_of_heads
 from braeburn.layers.spec import ParamSpec
-from braeburn.layers.sublayers.definition import Context, Kept, Signals, matrix, norm
+from braeburn.layers.sublayers.definition import Context, Kept, Signals, bias, matrix, norm
 
 # Cosines and sines of every position.
 Rotation = tuple[Array, Array]
@@ -24,11 +25,16 @@ def qk_norm_of(config: AttentionConfig, model: ModelConfig) -> QKNorm:
 
 
 def query_specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamSpec]:
-    """The specs of what makes queries, and of the output."""
+    """The specs of what makes queries, of sinks, and of the output."""
     specs = {
         "query": matrix(model, ("embed",), ("heads", "head_dim")),
         "attention_output": matrix(model, ("heads", "head_dim"), ("embed",)),
     }
+    if config.bias:
+        specs["query_bias"] = bias(model, "heads", "head_dim")
+        specs["attention_output_bias"] = bias(model, "embed")
+    if config.sinks:
+        specs["sinks"] = bias(model, "heads")
     return specs | _norm_spec(config, model, "query_norm", "heads")
 
 
@@ -38,6 +44,11 @@ def key_value_specs(config: AttentionConfig, model: ModelConfig) -> dict[str, Pa
         "key": matrix(model, ("embed",), ("kv_heads", "head_dim")),
         "value": matrix(model, ("embed",), ("kv_heads", "head_dim")),
     }
+    if config.bias:
+        specs |= {
+            "key_bias": bias(model, "kv_heads", "head_dim"),
+            "value_bias": bias(model, "kv_heads", "head_dim"),
+        }
     return specs | _norm_spec(config, model, "key_norm", "kv_heads")
 
 
@@ -121,10 +132,12 @@ def attend_and_project(
     Returns:
         This tensor shard's part of a sum, and the signals with the layer's new state.
     """
-    attended_BTNH = context.memory.attend(query_BTNH, signals.keys_and_values, window)
+    sinks = context.vector("sinks") if context.config.sinks else None
+    scope = Scope(window, sinks)
+    attended_BTNH = context.memory.attend(query_BTNH, signals.keys_and_values, scope)
     state = context.activation_hook("heads", attended_BTNH, signals.state)
     signals = signals._replace(state=state)
-    return context.linear(attended_BTNH, "attention_output"), signals
+    return context.product(attended_BTNH, "attention_output"), signals
 
 
 def self_attention(
@@ -141,9 +154,9 @@ def self_attention(
     Returns:
         This tensor shard's part of a sum, and the new signals.
     """
-    query_BTNH = context.linear(x_BTD, "query")
-    key_BTKH = context.linear(x_BTD, "key")
-    value_BTKH = checkpoint_name(context.linear(x_BTD, "value"), "value")
+    query_BTNH = context.product(x_BTD, "query")
+    key_BTKH = context.product(x_BTD, "key")
+    value_BTKH = checkpoint_name(context.product(x_BTD, "value"), "value")
     found = positioned({"query": query_BTNH, "key": key_BTKH}, context)
     keys_and_values, state = context.memory.store(found["key"], value_BTKH, signals.state)
     signals = signals._replace(state=state, keys_and_values=keys_and_values)
