@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from braeburn.config import MeshConfig
 from braeburn.layers import dispatch
 from braeburn.layers.dispatch import Assigned, sum_over_experts
-from braeburn.layers.grouped import grouped_product
+from braeburn.layers.grouped import grouped_product, grouped_vectors
 from braeburn.parallel.mesh import build
 
 EXPERTS, CHOSEN, TOKENS, WIDTH = 8, 2, 48, 6
@@ -21,7 +21,9 @@ RANDOM = np.random.default_rng(0)
 
 
 def compute(matrices: Any, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jnp.tanh(grouped_product(rows, matrices, sizes))
+    matrix, bias = matrices
+    found = grouped_product(rows, matrix, sizes)
+    return jnp.tanh(found + grouped_vectors(bias, sizes, rows.shape[0]))
 
 
 def even() -> np.ndarray:
@@ -48,7 +50,10 @@ def loss_and_gradients(mesh: MeshConfig, experts: np.ndarray) -> Any:
     generator = np.random.default_rng(1)
     tokens = jnp.asarray(generator.standard_normal((TOKENS, WIDTH), np.float32))
     weights = jnp.asarray(generator.random((TOKENS, CHOSEN), np.float32))
-    matrices = jnp.asarray(generator.standard_normal((EXPERTS, WIDTH, WIDTH), np.float32))
+    matrices = tuple(
+        jnp.asarray(generator.standard_normal((EXPERTS, *sizes), np.float32))
+        for sizes in ((WIDTH, WIDTH), (WIDTH,))
+    )
     shares = jnp.asarray(generator.standard_normal((TOKENS, WIDTH), np.float32))
     rows = PartitionSpec(("fsdp", "expert"))
 
