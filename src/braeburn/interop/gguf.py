@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from braeburn.config import ModelConfig
+from braeburn.config import ModelConfig, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
@@ -98,7 +98,7 @@ def write(
         raise UserError(
             f"llama.cpp has no model of type {family_of(model).model_type}; export with --format hf"
         )
-    if refusal := family.refusal(model):
+    if refusal := family.refusal(model) or _yarn_refusal(model):
         raise UserError(refusal)
     remove_stale(path.parent, path.name)
     parameters = checked(params, model, tokenizer)
@@ -138,6 +138,22 @@ def write(
     )
 
 
+def _yarn_refusal(model: ModelConfig) -> str | None:
+    """Why llama.cpp would rotate otherwise than a model with YaRN does; None where it would not."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return None
+    usual = RopeScaling(kind="yarn")
+    for field in ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale"):
+        value = getattr(scaling, field)
+        if value != getattr(usual, field):
+            return (
+                f"rope_scaling.{field}={value!r} is nothing that a GGUF file can say of YaRN; "
+                f"export with --format hf, or train with {field}={getattr(usual, field)!r}"
+            )
+    return None
+
+
 def _add(writer: "gguf.GGUFWriter", key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
@@ -167,9 +183,13 @@ def _add_sizes(writer: "gguf.GGUFWriter", model: ModelConfig, max_position_embed
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_rope_freq_base(model.rope_base)
     # Llama 3's scaling is not a key but the tensor of `_rope_factors`.
-    if model.rope_scaling is not None and model.rope_scaling.kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(model.rope_scaling.factor)
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind == "llama3":
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType[scaling.kind.upper()])
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
 
 
 def _write_tensors(

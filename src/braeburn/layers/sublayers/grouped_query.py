@@ -69,12 +69,13 @@ def specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamSpec]:
 def rotation(config: AttentionConfig, model: ModelConfig, positions: Int[Array, "B T"]) -> Rotation:
     """The rotation of every position, at the layer's own base or the model's."""
     own = config.rope_base is not None
+    scaling = None if own else model.rope_scaling
     frequencies = rope.inverse_frequencies(
         model.head_dim,
         config.rope_base if config.rope_base is not None else model.rope_base,
-        None if own else model.rope_scaling,
+        scaling,
     )
-    return rope.rotation(positions, frequencies)
+    return rope.rotation(positions, frequencies, rope.magnitude(scaling))
 
 
 def cache(config: AttentionConfig, window: int | None = None) -> tuple[Kept, ...]:
