@@ -26,7 +26,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
 from braeburn.interop.tensor_file import CODES, Entry, write_file
-from braeburn.interop.tensors import Tensor, checked, tensors_of
+from braeburn.interop.tensors import Joint, Tensor, checked, family_tensors, joint
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models.decoder import param_specs
 from braeburn.models.families import Family, families_by_type, family_of
@@ -107,8 +107,7 @@ def write(
 
     try:
         main_first(f"{partial.name} was made", begin if is_main() else lambda: None)
-        family = family_of(model)
-        tensors = tensors_of(model, family.names, family.norm_offset)
+        tensors = joint(family_tensors(model))
         objection = None
         try:
             with _explaining(directory):
@@ -154,11 +153,11 @@ def _write_settings(
 
 
 def _write_weights(
-    directory: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], files: Files
+    directory: Path, tensors: Sequence[Joint], parameters: Mapping[str, Any], files: Files
 ) -> None:
     """Writes the files of weights; of several processes, each writes its share."""
     sizes = {tensor.name: files.width * math.prod(tensor.shape) for tensor in tensors}
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[Joint]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(sizes[t.name] for t in (*shards[-1], tensor)) > files.max_shard_bytes:
             shards.append([])
@@ -185,11 +184,11 @@ def _write_weights(
 
 
 def _write_file(
-    path: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], dtype: WeightType
+    path: Path, tensors: Sequence[Joint], parameters: Mapping[str, Any], dtype: WeightType
 ) -> Iterator[Entry]:
     """Writes a safetensors file, and gives each tensor once it is written."""
 
-    def values(tensor: Tensor) -> Callable[[], np.ndarray]:
+    def values(tensor: Joint) -> Callable[[], np.ndarray]:
         return lambda: tensor.exported(parameters)
 
     return write_file(
@@ -292,7 +291,7 @@ class _Index(BaseModel):
 
 def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None) -> Tree:
     family = family_of(model)
-    tensors = tensors_of(model, family.names, family.norm_offset)
+    tensors = family_tensors(model)
     with ExitStack() as stack:
         holders: dict[str, Any] = {}  # name of a tensor -> the open file that holds it
         places: dict[str, Path] = {}  # name of a tensor -> the path of that file
@@ -300,7 +299,7 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
             holder = stack.enter_context(_opened(file))
             holders |= dict.fromkeys(holder.keys(), holder)
             places |= dict.fromkeys(holder.keys(), file)
-        wanted = {tensor.name: tensor.shape for tensor in tensors}
+        wanted = {tensor.name: tensor.whole_shape for tensor in tensors}
         aliases = _aliases(family, model)
         stored = _stored_names(wanted, holders, aliases)
         _check(directory, wanted, stored, holders, aliases)
@@ -327,9 +326,10 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
             of_layer.setdefault(part.layer, []).append(part)
 
         def layer(number: int) -> np.ndarray:
-            if spec.num_experts is None:
-                return values(of_layer[number][0], kept_as)
-            return np.stack([values(part, kept_as) for part in of_layer[number]])
+            first, *others = of_layer[number]
+            if first.expert is None:
+                return values(first, kept_as)
+            return np.stack([values(part, kept_as) for part in (first, *others)])
 
         return Pieces.of_layers(spec.shape, kept_as, layer)
 

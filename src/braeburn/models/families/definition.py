@@ -40,6 +40,26 @@ Names = Mapping[str, str]
 
 
 @dataclass(frozen=True)
+class Placing:
+    """How one of our parameters lies in its tensor, where that is not as in a `torch.nn.Linear` of
+    its own.
+
+    Attributes:
+        inputs_first: whether a matrix is [inputs, outputs], as ours are.
+        parts: how many parameters of one layer share the tensor. Along its last dimension they
+            take turns.
+        part: whose turn it is of these, from 0 on.
+    """
+
+    inputs_first: bool = False
+    parts: int = 1
+    part: int = 0
+
+
+USUAL = Placing()
+
+
+@dataclass(frozen=True)
 class Gguf:
     """A family in GGUF, the files that llama.cpp reads.
 
@@ -75,6 +95,8 @@ class Family:
             not.
         more_fields: of a `ModelConfig` that this family describes beside `KNOWN_FIELDS`.
         norm_offset: what a norm multiplies by beyond the value that is stored.
+        placings: of the parameters that lie in their tensors in another way than usual, by the keys
+            of `names`.
         gguf: how it stands in GGUF files; None where llama.cpp has no such family.
     """
 
@@ -88,6 +110,7 @@ class Family:
     refusal: Callable[[ModelConfig], str | None] = lambda model: None
     more_fields: frozenset[str] = frozenset()
     norm_offset: float = 0.0
+    placings: Mapping[str, Placing] = field(default_factory=dict)
     gguf: Gguf | None = field(default=None)
 
 
