@@ -23,6 +23,7 @@ MODULES = {
     "qwen": ("qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b", "qwen3-235b-a22b"),
     "gemma": ("gemma3-1b",),
     "olmo": ("olmo2-7b",),
+    "gpt_oss": ("gpt-oss-20b", "gpt-oss-120b"),
     "frontier": ("frontier-22b", "frontier-175b", "frontier-1t"),
 }
 BUILT_IN = {name: module for module, names in MODULES.items() for name in names}

@@ -27,6 +27,7 @@ from braeburn.models.families.mixtures import Sizes, names, parse_experts
 # Fields that change the computation, with the only values under which it is ours.
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
+    "attention_bias": (True, False),
     "swiglu_alpha": (1.702,),
     "swiglu_limit": (7.0,),
     "quantization_config": (None,),
