@@ -17,7 +17,8 @@ public configurations (fuji.py, honeycrisp.py). [2] Step times in honeycrisp.py.
 fuji.py. [4] MaxText, Megatron-LM, NeMo and torchtitan as quoted in [1] or on their own pages. [5]
 Dash et al., arXiv 2312.12705: 22B, 175B and 1T on Frontier, with the layouts of the recipes. [6]
 MaxText, README of 2026-07: Mixtral 8x7B. [7] Marin, throughput tuning on H100. [8] Nous Research's
-torchtitan with DeepEP, on 8 GPUs of the size of a B200.
+torchtitan with DeepEP, on 8 GPUs of the size of a B200. [9] NVIDIA, Megatron-Bridge's table of
+performance: gpt-oss-120b in bfloat16, with tokens dealt out to experts evenly.
 """
 
 import argparse
@@ -219,6 +220,20 @@ ROWS = (
         fields={"mesh.expert_dispatch": "all_to_all"},
         accumulation_steps=16,
         assumed="mesh, remat, batch",
+    ),
+    # 1,280 sequences of 4,096 tokens, in microbatches of 4 on each of 16 replicas.
+    Row(
+        "[9] Megatron-Bridge",
+        "gpt-oss-120b",
+        "h100:64",
+        {"fsdp": 2, "expert": 8, "pipeline": 4},
+        tokens_per_second=5824,
+        fields={
+            "mesh.expert_dispatch": "all_to_all",
+            "stages.general.batch_tokens": 1280 * 4096,
+        },
+        accumulation_steps=20,
+        assumed="GPUs, fsdp, remat, batch",
     ),
 )
 
