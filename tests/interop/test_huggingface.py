@@ -425,6 +425,20 @@ def test_gpt_oss_refused(damage, sentence, tokenizer_file, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_experts_are_found_under_the_names_of_their_quantised_form(tokenizer_file, tmp_path):
+    """As transformers 5 writes what it has read of them, in full precision."""
+    model, _ = MODELS["gpt-oss"]
+    params = random_params(model)
+    directory = write(tmp_path / "out", params, model, tokenizer_file)
+
+    def rename(tensors):
+        for name in [name for name in tensors if name.endswith("_proj")]:
+            tensors[f"{name}_blocks"] = tensors.pop(name)
+
+    edit_tensors(directory, rename)
+    assert_same(huggingface.read(directory)[1], params)
+
+
 def test_a_config_that_leaves_all_out_is_that_of_the_large_gpt_oss():
     """As transformers takes the fields that a file leaves out."""
     stated = {

@@ -26,7 +26,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
 from braeburn.interop.tensor_file import CODES, Entry, write_file
-from braeburn.interop.tensors import Joint, Tensor, checked, family_tensors, joint
+from braeburn.interop.tensors import Joint, Tensor, checked, family_tensors, joint, tensors_of
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models.decoder import param_specs
 from braeburn.models.families import Family, families_by_type, family_of
@@ -355,10 +355,14 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _aliases(family: Family, model: ModelConfig) -> dict[str, str]:
-    """The tensor that may also stand under another name: of tied embeddings, the embedding under
-    that of the head.
+    """The tensors that may also stand under another name, as the family says, and of tied
+    embeddings, the embedding under that of the head.
     """
-    return {family.names["embedding"]: family.names["head"]} if model.tied_embeddings else {}
+    tied = {family.names["embedding"]: family.names["head"]} if model.tied_embeddings else {}
+    usual = tensors_of(model, family.names)
+    others = tensors_of(model, {**family.names, **family.aliases})
+    pairs = ((one.name, other.name) for one, other in zip(usual, others, strict=True))
+    return tied | {one: other for one, other in pairs if one != other}
 
 
 def _stored_names(
@@ -411,7 +415,8 @@ def _check(
             same = np.array_equal(holders[alias].get_tensor(alias), holders[own].get_tensor(own))
             refuse(
                 [] if same else [alias],
-                f"differs from {own}; set tie_word_embeddings to false in config.json",
+                f"differs from {own}; set tie_word_embeddings to false in config.json, or download "
+                f"the weights again",
             )
     # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
     others = holders.keys() - set(stored.values()) - set(aliases.values())

@@ -95,6 +95,7 @@ class Family:
             not.
         more_fields: of a `ModelConfig` that this family describes beside `KNOWN_FIELDS`.
         norm_offset: what a norm multiplies by beyond the value that is stored.
+        aliases: other names that transformers writes some tensors under, by the keys of `names`.
         placings: of the parameters that lie in their tensors in another way than usual, by the keys
             of `names`.
         gguf: how it stands in GGUF files; None where llama.cpp has no such family.
@@ -110,6 +111,7 @@ class Family:
     refusal: Callable[[ModelConfig], str | None] = lambda model: None
     more_fields: frozenset[str] = frozenset()
     norm_offset: float = 0.0
+    aliases: Names = field(default_factory=dict)
     placings: Mapping[str, Placing] = field(default_factory=dict)
     gguf: Gguf | None = field(default=None)
 

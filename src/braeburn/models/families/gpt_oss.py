@@ -73,6 +73,12 @@ NAMES = {
     "layers/expert_up_bias": f"{_MLP}.experts.gate_up_proj_bias",
     "layers/expert_down_bias": f"{_MLP}.experts.down_proj_bias",
 }
+# As transformers 5 names them where it has read MXFP4.
+ALIASES = {
+    "layers/expert_gate": f"{_MLP}.experts.gate_up_proj_blocks",
+    "layers/expert_up": f"{_MLP}.experts.gate_up_proj_blocks",
+    "layers/expert_down": f"{_MLP}.experts.down_proj_blocks",
+}
 # Gate and up are one product, whose even columns are the gate.
 PLACINGS = {
     "layers/expert_gate": Placing(inputs_first=True, parts=2, part=0),
@@ -198,6 +204,7 @@ FAMILY = Family(
     names=NAMES,
     parse=_parse,
     fields=_fields,
+    aliases=ALIASES,
     placings=PLACINGS,
 )
 
