@@ -215,6 +215,15 @@ class ModelConfig(Frozen):
                 f"tail_layers={self.tail_layers} leaves none of num_layers={self.num_layers} to "
                 f"the pattern; set tail_layers below {self.num_layers}"
             )
+        makes_keys = False
+        for number, layer in enumerate(self.layer_configs):
+            makes_keys = makes_keys or layer.attention.makes_keys
+            if layer.attention.reuses_keys and not makes_keys:
+                raise ValueError(
+                    f"attention.kind={layer.attention.kind!r} of layer {number} reuses the keys of "
+                    f"an earlier layer, but none of those makes any; give the first layer of the "
+                    f"pattern attention.kind='full'"
+                )
         return self
 
 

@@ -94,6 +94,8 @@ class Family:
         refusal: (model) -> why transformers would refuse it, with a way out; None where it would
             not.
         more_fields: of a `ModelConfig` that this family describes beside `KNOWN_FIELDS`.
+        unread: (model) -> what the names begin with of tensors that are passed over, as those of
+            parts that only training has; None where there are none.
         norm_offset: what a norm multiplies by beyond the value that is stored.
         aliases: other names that transformers writes some tensors under, by the keys of `names`.
         placings: of the parameters that lie in their tensors in another way than usual, by the keys
@@ -110,6 +112,7 @@ class Family:
     fields: Callable[[ModelConfig], Mapping[str, Any]] = lambda model: {}
     refusal: Callable[[ModelConfig], str | None] = lambda model: None
     more_fields: frozenset[str] = frozenset()
+    unread: Callable[[ModelConfig], str | None] = lambda model: None
     norm_offset: float = 0.0
     aliases: Names = field(default_factory=dict)
     placings: Mapping[str, Placing] = field(default_factory=dict)

@@ -5,7 +5,7 @@ turn, and experts with biases.
 from collections.abc import Mapping
 from typing import Any
 
-from braeburn.config import LayerConfig, ModelConfig, RopeScaling
+from braeburn.config import GroupedQueryConfig, LayerConfig, ModelConfig, RopeScaling
 from braeburn.config.sublayers.experts import Experts
 from braeburn.config.sublayers.full import FullAttention
 from braeburn.config.sublayers.sliding import SlidingAttention
@@ -109,17 +109,20 @@ def layers(window: int, *, bias: bool = True, **experts: Any) -> tuple[LayerConf
 
 
 def _matches(model: ModelConfig) -> bool:
-    found = dict.fromkeys(model.layer_configs)
-    first = next(iter(found))
-    if model.qk_norm or not isinstance(first.feed_forward, Experts):
+    experts = model.layer_configs[0].feed_forward
+    if model.qk_norm or not isinstance(experts, Experts):
         return False
     described = {*_SIZES, "balance_loss", "router_z_loss"}
     usual = layers(
-        _window(model) or 1,
-        bias=first.attention.bias,
-        **first.feed_forward.model_dump(include=described),
+        _window(model) or 1, bias=_has_bias(model), **experts.model_dump(include=described)
     )
-    return found.keys() <= set(usual)
+    return set(model.layer_configs) <= set(usual)
+
+
+def _has_bias(model: ModelConfig) -> bool:
+    """Whether the products of attention have biases."""
+    attention = model.layer_configs[0].attention
+    return isinstance(attention, GroupedQueryConfig) and attention.bias
 
 
 def _window(model: ModelConfig) -> int | None:
@@ -178,11 +181,11 @@ def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:
-    layer = model.layer_configs[0]
-    assert isinstance(layer.feed_forward, Experts)
+    experts = model.layer_configs[0].feed_forward
+    assert isinstance(experts, Experts)
     return {
         "hidden_act": "silu",
-        "attention_bias": layer.attention.bias,
+        "attention_bias": _has_bias(model),
         "swiglu_limit": 7.0,
         "sliding_window": _window(model) or DEFAULTS.sliding_window,
         "layer_types": [
@@ -192,7 +195,7 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
             for each in model.layer_configs
         ],
         **rope_fields(model),
-        **{field: getattr(layer.feed_forward, ours) for ours, (field, _) in _SIZES.items()},
+        **{field: getattr(experts, ours) for ours, (field, _) in _SIZES.items()},
     }
 
 
