@@ -100,7 +100,7 @@ class Family:
         aliases: other names that transformers writes some tensors under, by the keys of `names`.
         placings: of the parameters that lie in their tensors in another way than usual, by the keys
             of `names`.
-        gguf: how it stands in GGUF files; None where llama.cpp has no such family.
+        gguf: how it stands in GGUF files; None where none are written of it.
     """
 
     model_type: str
