@@ -52,7 +52,7 @@ class Request:
 
 
 class Scope(NamedTuple):
-    """What the softmax of a query runs over, beside that all of it is earlier.
+    """What the softmax of a query runs over, of the earlier tokens of its segment and beside them.
 
     Attributes:
         window: positions that a query sees, its own among them; None for all earlier ones.
@@ -73,9 +73,9 @@ def with_sinks(
     """Attention that has sinks, from that without: for kernels that know of none.
 
     The gradients of queries, keys and values are what such a kernel makes of these two in place of
-    its own: it forms the weights again by the log-sum-exp, and subtracts from their gradients the
-    sum of the output times its gradient, which is the mean of these also where some weight is the
-    sink's, whose own gradient would be zero.
+    its own. It forms the weights again by the log-sum-exp, and subtracts from their gradients the
+    mean of these, which is the sum of the output times its gradient. A sink adds nothing to that
+    sum, since it has no value.
 
     Args:
         output: of the attention without.

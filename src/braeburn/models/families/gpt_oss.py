@@ -14,7 +14,7 @@ from braeburn.models.families.definition import Family, Placing
 from braeburn.models.families.fields import (
     Contents,
     Defaults,
-    check_layer_types,
+    layer_types_of,
     parse_common,
     parse_scaling,
     refuse_others,
@@ -133,21 +133,6 @@ def _window(model: ModelConfig) -> int | None:
     return None
 
 
-def _layer_types(contents: Contents, num_layers: int) -> list[str]:
-    found = contents.config.layer_types
-    if found is None:
-        return [
-            "full_attention" if number % 2 else "sliding_attention" for number in range(num_layers)
-        ]
-    check_layer_types(found, "'full_attention' and 'sliding_attention'")
-    if len(found) != num_layers:
-        raise UserError(
-            f"layer_types names {len(found)} layers and num_hidden_layers={num_layers}; download "
-            f"config.json again"
-        )
-    return found
-
-
 def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
     stated = contents.stated
     quantized = stated.get("quantization_config")
@@ -161,9 +146,11 @@ def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
     fields = parse_common(contents, defaults)
     rope, theta = contents.rope or ROPE, contents.config.rope_theta
     window = window_of(contents, defaults)
-    types = _layer_types(contents, fields["num_layers"])
-    if window is None:
-        types = ["full_attention"] * len(types)
+
+    def alternating(number: int) -> str:
+        return "full_attention" if number % 2 else "sliding_attention"
+
+    types = layer_types_of(contents, defaults, fields["num_layers"], alternating)
     has_bias = stated.get("attention_bias")
     sees_last, sees_all = layers(
         window or 1,
