@@ -1,4 +1,4 @@
-"""What is particular to files of DeepSeek-V3: parts that are passed over, fields that are refused."""
+"""What is particular to files of DeepSeek-V3: parts passed over, fields refused."""
 
 from pathlib import Path
 
