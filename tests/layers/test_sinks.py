@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_cudnn as emulated
+from jax.export import export
 from jax.sharding import PartitionSpec as P
 
 from braeburn.config import ONE_DEVICE, MeshConfig
@@ -92,13 +93,30 @@ def test_blocked(monkeypatch: pytest.MonkeyPatch, long: int, window: int | None)
     assert_as_written_out(run, 200, window=window)
 
 
-def test_splash(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_splash(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
     monkeypatch.setattr(splash, "INTERPRET", True)
 
     def run(*arguments: Any) -> jax.Array:
         return attention.splash_attention(*arguments[:4], ONE_DEVICE, arguments[4])
 
-    assert_as_written_out(run, 128, 128, window=40)
+    assert_as_written_out(run, 128, head_dim, window=40)
+
+
+def test_splash_lowers_for_a_tpu_that_is_absent() -> None:
+    shapes = [jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    sinks = jax.ShapeDtypeStruct((4,), jnp.float32)
+
+    def total(query: Any, key: Any, value: Any, sinks: Any, ids: Any) -> jax.Array:
+        scope = Scope(128, sinks)
+        found = attention.splash_attention(query, key, value, ids, ONE_DEVICE, scope)
+        return jnp.sum(found.astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
+    exported = export(gradient, platforms=["tpu"])(*shapes, sinks, ids)
+    assert "tpu_custom_call" in exported.mlir_module()
+    assert exported.out_avals[3].dtype == jnp.float32
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,8 @@ def splash_attention(
     arrays: list[Any] = [*heads_first, ids]
     of_each: list[int | None] = [0] * len(arrays)
     if scope.sinks is not None:
-        arrays.append(scope.sinks)
+        # The kernel gives their gradient in the type of its result, whatever theirs is.
+        arrays.append(scope.sinks.astype(query.dtype))
         of_each.append(None)
     output = jax.vmap(kernel, in_axes=tuple(of_each))(*arrays)
     return jnp.swapaxes(output, 1, 2).astype(query.dtype)
