@@ -3,7 +3,7 @@
 from typing import Any
 
 from braeburn.config import ModelConfig
-from braeburn.models.families.definition import Family
+from braeburn.models.families.definition import Family, Gguf
 from braeburn.models.families.fields import (
     Contents,
     Defaults,
@@ -19,6 +19,8 @@ from braeburn.models.families.mixtures import (
     Sizes,
     experts_of,
     fields_of_experts,
+    gguf_keys,
+    gguf_names,
     names,
     parse_experts,
     pattern,
@@ -50,6 +52,13 @@ def _matches(model: ModelConfig) -> bool:
     return found is not None and found.normalize and not model.qk_norm
 
 
+def _gguf_keys(model: ModelConfig) -> dict[str, int]:
+    found = experts_of(model)
+    assert found is not None
+    # To llama.cpp a Mixtral is a Llama, whose experts are as wide as feed-forward sublayers are.
+    return {**gguf_keys(found), "feed_forward_length": found.expert_dim}
+
+
 FAMILY = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
@@ -71,4 +80,5 @@ FAMILY = Family(
         **rope_fields(model),
         **fields_of_experts(model, _SIZES),
     },
+    gguf=Gguf("llama", gguf_names(), interleaved=("query", "key"), keys=_gguf_keys),
 )

@@ -7,7 +7,7 @@ from braeburn.config import LayerConfig, ModelConfig
 from braeburn.config.sublayers.experts import Experts
 from braeburn.models.families.definition import Names
 from braeburn.models.families.fields import checked_size
-from braeburn.models.families.llama import NAMES
+from braeburn.models.families.llama import GGUF_NAMES, NAMES
 
 # The fields of `Experts` that say what is computed, and those that training alone knows.
 _COMPUTED = {"num_experts", "experts_per_token", "expert_dim", "normalize"}
@@ -77,3 +77,19 @@ def names(router: str, gate: str, up: str, down: str, others: Names = NAMES) -> 
         "layers/router": router,
         **{f"layers/{path}": name for path, name in matrices},
     }
+
+
+def gguf_names() -> Names:
+    """The names that llama.cpp has for the tensors of a Llama with experts."""
+    return names(
+        router="blk.{}.ffn_gate_inp.weight",
+        gate="blk.{}.ffn_gate_exps.weight",
+        up="blk.{}.ffn_up_exps.weight",
+        down="blk.{}.ffn_down_exps.weight",
+        others=GGUF_NAMES,
+    )
+
+
+def gguf_keys(found: Experts) -> dict[str, int]:
+    """The keys of a GGUF file that tell of experts in all architectures."""
+    return {"expert_count": found.num_experts, "expert_used_count": found.experts_per_token}

@@ -15,11 +15,13 @@ from braeburn.models.families.fields import (
     sliding_layer_types,
     window_of,
 )
-from braeburn.models.families.llama import GGUF_NAMES, ONLY
+from braeburn.models.families.llama import ONLY
 from braeburn.models.families.mixtures import (
     Sizes,
     experts_of,
     fields_of_experts,
+    gguf_keys,
+    gguf_names,
     names,
     parse_experts,
     pattern,
@@ -67,11 +69,7 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
 def _gguf_keys(model: ModelConfig) -> dict[str, Any]:
     found = experts_of(model)
     assert found is not None
-    return {
-        "expert_count": found.num_experts,
-        "expert_used_count": found.experts_per_token,
-        "expert_feed_forward_length": found.expert_dim,
-    }
+    return {**gguf_keys(found), "expert_feed_forward_length": found.expert_dim}
 
 
 def _gguf_refusal(model: ModelConfig) -> str | None:
@@ -101,16 +99,5 @@ FAMILY = Family(
     ),
     parse=_parse,
     fields=_fields,
-    gguf=Gguf(
-        "qwen3moe",
-        names(
-            router="blk.{}.ffn_gate_inp.weight",
-            gate="blk.{}.ffn_gate_exps.weight",
-            up="blk.{}.ffn_up_exps.weight",
-            down="blk.{}.ffn_down_exps.weight",
-            others=GGUF_NAMES,
-        ),
-        keys=_gguf_keys,
-        refusal=_gguf_refusal,
-    ),
+    gguf=Gguf("qwen3moe", gguf_names(), keys=_gguf_keys, refusal=_gguf_refusal),
 )
