@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from gguf import GGMLQuantizationType
 
-from braeburn.config import ModelConfig, Quantization, RopeScaling
+from braeburn.config import LayerConfig, ModelConfig, Quantization, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer, train
 from braeburn.errors import UserError
 from braeburn.interop import gguf as ours
@@ -431,9 +431,22 @@ def test_experts_are_told_of(
     assert found == {"feed_forward_length": dense, "expert_count": 3, "expert_used_count": 2, **own}
 
 
-def test_weights_of_experts_that_sum_to_anything_are_refused(
-    tokenizer: Tokenizer, tmp_path: Path
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        (
+            pattern(num_experts=3, experts_per_token=2, expert_dim=32, normalize=False),
+            r"normalize=false is nothing that llama.cpp runs .* train with normalize=true, or",
+        ),
+        (
+            (LayerConfig(), *EXPERTS),
+            r"layers without experts are nothing that llama.cpp runs .* train with experts in all",
+        ),
+    ],
+    ids=["not normalized", "every second layer"],
+)
+def test_mixtures_that_llama_cpp_has_not(
+    layers: tuple[LayerConfig, ...], sentence: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    others = pattern(num_experts=3, experts_per_token=2, expert_dim=32, normalize=False)
-    with pytest.raises(UserError, match=r"normalize=false is nothing that llama.cpp runs .* train"):
-        write(tmp_path / "b.gguf", make(pattern=others), tokenizer)
+    with pytest.raises(UserError, match=f"{sentence}.* export with --format hf"):
+        write(tmp_path / "b.gguf", make(pattern=layers), tokenizer)

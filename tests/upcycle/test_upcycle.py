@@ -130,6 +130,18 @@ def test_experts_differ_by_noise(finished: Path, tmp_path: Path) -> None:
         assert np.abs(np.corrcoef(noise.reshape(3, -1)) - np.eye(3)).max() < 0.05
 
 
+def test_experts_in_some_layers_are_exported(finished: Path, tmp_path: Path) -> None:
+    """As a model of transformers, which comes back as it was."""
+    sparse, hf, back = tmp_path / "sparse", tmp_path / "hf", tmp_path / "back"
+    arguments = ("upcycle", finished, "--experts", 3, "--every", 2, "--out", sparse)
+    assert braeburn(*arguments).code == 0
+    assert braeburn("export", sparse, "--out", hf).code == 0
+    config = json.loads((hf / "config.json").read_text())
+    assert (config["model_type"], config["decoder_sparse_step"]) == ("qwen3_moe", 2)
+    assert braeburn("import", hf, "--out", back).code == 0
+    np.testing.assert_array_equal(hidden(load(back)), hidden(load(sparse)))
+
+
 def made(model: ModelConfig, finished: Path, out: Path) -> Trained:
     """A run directory of a model with random weights."""
     whole = load(finished)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from braeburn.config import ModelConfig
+from braeburn.config.sublayers.experts import Experts
 from braeburn.models.families.definition import Family, Gguf
 from braeburn.models.families.fields import (
     Contents,
@@ -52,9 +53,15 @@ def _matches(model: ModelConfig) -> bool:
     return found is not None and found.normalize and not model.qk_norm
 
 
-def _gguf_keys(model: ModelConfig) -> dict[str, int]:
+def _experts(model: ModelConfig) -> Experts:
+    """Those of a model of this family."""
     found = experts_of(model)
     assert found is not None
+    return found
+
+
+def _gguf_keys(model: ModelConfig) -> dict[str, int]:
+    found = _experts(model)
     # To llama.cpp a Mixtral is a Llama, whose experts are as wide as feed-forward sublayers are.
     return {**gguf_keys(found), "feed_forward_length": found.expert_dim}
 
@@ -78,7 +85,7 @@ FAMILY = Family(
     fields=lambda model: {
         "hidden_act": "silu",
         **rope_fields(model),
-        **fields_of_experts(model, _SIZES),
+        **fields_of_experts(_experts(model), _SIZES),
     },
     gguf=Gguf("llama", gguf_names(), interleaved=("query", "key"), keys=_gguf_keys),
 )
