@@ -13,12 +13,14 @@ from braeburn import config
 from braeburn.config import (
     AdamW,
     AfmOptimizer,
+    FullAttention,
     flatten,
     override,
     parse_assignment,
     provenance,
     validate,
 )
+from braeburn.config.sublayers.latent import LatentAttention
 from braeburn.errors import UserError, did_you_mean
 from braeburn.layers import spec
 from braeburn.models import decoder
@@ -178,13 +180,19 @@ def test_override_replaces_sections_and_opens_optional_ones() -> None:
     assert wider.stages["core"].mixture == {"code": 0.8, "prose": 0.2, "mine": 0.5}
 
 
-def test_override_changes_the_optimizer_and_its_fields_in_any_order() -> None:
+def test_override_changes_kinds_and_their_fields_in_any_order() -> None:
     run = override(RUNS["afm-tiny"], {"optimizer.momentum": 0.5})
     wanted = AdamW(beta1=0.8, clip_norm=2)
     assignments = {"optimizer.kind": "adamw", "optimizer.beta1": 0.8, "optimizer.clip_norm": 2}
     assert override(run, assignments).optimizer == wanted
     assert override(run, dict(reversed(assignments.items()))).optimizer == wanted
     assert override(RUNS["llama2-7b"], {"optimizer.kind": "afm"}).optimizer == AfmOptimizer()
+    # Of two kinds, the one is derived from a class that the other is not.
+    latent = "model.pattern.0.attention"
+    changed = override(run, {f"{latent}.latent_dim": 32, f"{latent}.kind": "latent"})
+    assert changed.model.pattern[0].attention == LatentAttention(latent_dim=32)
+    back = override(changed, {f"{latent}.qk_norm": "width", f"{latent}.kind": "full"})
+    assert back.model.pattern[0].attention == FullAttention(qk_norm="width")
     with pytest.raises(UserError, match=r"'optimizer.momentum' is not a field"):
         override(run, {"optimizer.kind": "adamw", "optimizer.momentum": 0.5})
 

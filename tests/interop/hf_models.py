@@ -31,6 +31,7 @@ TOLERANCE = 1e-4
 FLOAT32 = Precision(compute="float32")
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
 LINEAR = RopeScaling(kind="linear", factor=4.0)
+YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=64)
 
 
 def make(**fields) -> ModelConfig:
@@ -53,12 +54,14 @@ def rope_of(model: ModelConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_base}
     if model.rope_scaling is not None:
         rope |= {"rope_type": model.rope_scaling.kind, "factor": model.rope_scaling.factor}
+        if model.rope_scaling.kind != "linear":
+            rope |= {"original_max_position_embeddings": 64}
         if model.rope_scaling.kind == "llama3":
-            rope |= {
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        if model.rope_scaling.kind == "yarn":
+            names = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim")
+            stated = {name: getattr(model.rope_scaling, name) for name in names}
+            rope |= {name: value for name, value in stated.items() if value is not None}
     return rope
 
 

@@ -31,6 +31,7 @@ CODES = {
     "q4_0": (GGMLQuantizationType.Q4_0, 2),
 }
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
+YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=64)
 
 
 def make(**fields: Any) -> ModelConfig:
@@ -193,6 +194,13 @@ def test_rope_scalings(tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, reader = write(tmp_path / "linear.gguf", linear, tokenizer)
     assert reader.get_field("qwen3.rope.scaling.type").contents() == "linear"
     assert reader.get_field("qwen3.rope.scaling.factor").contents() == 4.0
+
+    _, reader = write(tmp_path / "yarn.gguf", make(rope_scaling=YARN), tokenizer)
+    assert reader.get_field("qwen3.rope.scaling.type").contents() == "yarn"
+    assert reader.get_field("qwen3.rope.scaling.original_context_length").contents() == 64
+    whole = make(rope_scaling=YARN.model_copy(update={"truncate": False}))
+    with pytest.raises(UserError, match=r"rope_scaling.truncate=False .*--format hf"):
+        write(tmp_path / "whole.gguf", whole, tokenizer)
 
     llama3 = make(qk_norm=False, rope_scaling=LLAMA3)
     _, reader = write(tmp_path / "llama3.gguf", llama3, tokenizer)

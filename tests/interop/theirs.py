@@ -27,20 +27,19 @@ def their_config(model: ModelConfig):
         for family in FAMILIES.values()
         if any(family_of(other).model_type == model_type for other, _ in family.MODELS.values())
     )
-    return transformers.AutoConfig.for_model(
-        model_type,
-        vocab_size=model.vocab_size,
-        hidden_size=model.d_model,
-        intermediate_size=model.ffn_dim,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        rms_norm_eps=model.norm_epsilon,
-        tie_word_embeddings=model.tied_embeddings,
-        max_position_embeddings=2048,
-        **module.config(model),
-    )
+    fields = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.ffn_dim,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tied_embeddings,
+        "max_position_embeddings": 2048,
+    }
+    return transformers.AutoConfig.for_model(model_type, **(fields | module.config(model)))
 
 
 def their_model(model: ModelConfig):

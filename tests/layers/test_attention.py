@@ -16,11 +16,12 @@ from braeburn.layers.attention.select import choose
 from braeburn.layers.platform import PORTABLE, portable, traced_for
 
 
-def inputs(seed, batch, length, num_heads, num_kv_heads, head_dim, documents=3):
+def inputs(seed, batch, length, num_heads, num_kv_heads, head_dim, value_dim=None):
     rng = np.random.default_rng(seed)
     query = rng.normal(size=(batch, length, num_heads, head_dim)).astype(np.float32)
     key, value = rng.normal(size=(2, batch, length, num_kv_heads, head_dim)).astype(np.float32)
-    starts = rng.random((batch, length)) < documents / length
+    value = value[..., :value_dim]
+    starts = rng.random((batch, length)) < 3 / length
     segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
     return tuple(map(jnp.asarray, (query, key, value, segments)))
 
@@ -40,16 +41,16 @@ def reference(query, key, value, segments):
 
 
 @pytest.mark.parametrize(
-    ("length", "heads", "kv_heads", "head_dim"),
-    [(1, 2, 1, 8), (100, 6, 2, 16), (128, 7, 7, 10), (300, 9, 3, 8)],
+    ("length", "heads", "kv_heads", "head_dim", "value_dim"),
+    [(1, 2, 1, 8, 8), (100, 6, 2, 16, 12), (128, 7, 7, 10, 10), (300, 9, 3, 8, 6)],
 )
-def test_blocked_attention_equals_the_reference(length, heads, kv_heads, head_dim):
-    arrays = inputs(0, 2, length, heads, kv_heads, head_dim)
+def test_blocked_attention_equals_the_reference(length, heads, kv_heads, head_dim, value_dim):
+    arrays = inputs(0, 2, length, heads, kv_heads, head_dim, value_dim)
     np.testing.assert_allclose(jax.jit(A.blocked_attention)(*arrays), reference(*arrays), atol=2e-6)
 
 
 def test_recomputing_blocks_changes_no_gradient(monkeypatch):
-    arrays = inputs(1, 1, 1500, 4, 2, 8)
+    arrays = inputs(1, 1, 1500, 4, 2, 8, 6)
 
     def gradients():
         def loss(query, key, value):
@@ -88,17 +89,25 @@ def test_padding_gives_no_nan():
     assert np.isfinite(A.blocked_attention(query, key, value, segments)).all()
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1)])
-def test_splash_attention_equals_the_reference_in_interpret_mode(monkeypatch, heads, kv_heads):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim"),
+    [(2, 2, 128, 128), (4, 1, 128, 128), (2, 1, 64, 64), (2, 2, 192, 128), (2, 2, 48, 80)],
+)
+def test_splash_attention_equals_the_reference_in_interpret_mode(
+    monkeypatch, heads, kv_heads, head_dim, value_dim
+):
     monkeypatch.setattr(splash, "INTERPRET", True)
-    arrays = inputs(3, 2, 256, heads, kv_heads, 128)
+    arrays = inputs(3, 2, 256, heads, kv_heads, head_dim, value_dim)
     output = A.splash_attention(*arrays)
     np.testing.assert_allclose(output, reference(*arrays), atol=2e-5)
 
 
-def test_splash_attention_gradients_equal_those_of_blocked_attention_in_interpret_mode(monkeypatch):
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(128, 128), (64, 64), (192, 128)])
+def test_splash_attention_gradients_equal_those_of_blocked_attention_in_interpret_mode(
+    monkeypatch, head_dim, value_dim
+):
     monkeypatch.setattr(splash, "INTERPRET", True)
-    query, key, value, segments = inputs(4, 1, 128, 2, 1, 128)
+    query, key, value, segments = inputs(4, 1, 128, 2, 1, head_dim, value_dim)
 
     def gradients(run):
         def loss(query, key, value):
@@ -141,6 +150,7 @@ def request(**changes):
         "num_heads": 16,
         "num_kv_heads": 8,
         "head_dim": 128,
+        "value_dim": 128,
     }
     return A.Request(**(fields | changes))
 
@@ -150,7 +160,10 @@ def request(**changes):
     [
         ({"platform": "tpu"}, "splash"),
         ({"platform": "tpu", "sequence_length": 100}, "blocked"),
-        ({"platform": "tpu", "head_dim": 64}, "blocked"),
+        ({"platform": "tpu", "head_dim": 64, "value_dim": 64}, "splash"),
+        ({"platform": "tpu", "head_dim": 192}, "splash"),
+        ({"platform": "tpu", "head_dim": 24}, "blocked"),
+        ({"platform": "cuda", "value_dim": 64}, "blocked"),
         ({"platform": "cuda"}, "cudnn"),
         ({"platform": "cuda", "compute_capability": (9, 0)}, "cudnn"),
         ({"platform": "cuda", "compute_capability": (8, 9)}, "cudnn-masked"),
@@ -211,7 +224,7 @@ def test_absent_gpus_of_amd_get_no_kernels_of_nvidia(chip, caplog):
     with jax.sharding.use_abstract_mesh(mesh):
         platform, capability = traced_for()
     assert (platform, capability) == ("rocm", None)
-    request = A.Request(platform, jnp.dtype(jnp.bfloat16), 4096, 8, 8, 128)
+    request = A.Request(platform, jnp.dtype(jnp.bfloat16), 4096, 8, 8, 128, 128)
     backend, passed_over = choose(request)
     assert backend.name == "blocked"
     assert "not cudnn: it needs an NVIDIA GPU" in passed_over

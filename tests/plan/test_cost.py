@@ -335,7 +335,7 @@ def test_published_step_times_are_predicted() -> None:
     )
     rows = json.loads(done.stdout)
     held = [row for row in rows if row["limit"]]
-    assert len(held) == 11
+    assert len(held) == 16
     assert all(abs(row["error"]) <= row["limit"] for row in held)
     assert done.returncode == 0
 

@@ -101,13 +101,13 @@ def test_a_layer_of_a_pattern_holds_what_it_holds_alone() -> None:
 
 def test_attention_without_a_kernel_multiplies_what_its_spans_reach() -> None:
     length, window = 1024, 200
-    request = Request("cpu", jnp.dtype(jnp.float32), length, 1, 1, 32, window=window)
+    request = Request("cpu", jnp.dtype(jnp.float32), length, 1, 1, 32, 32, window=window)
     found, _ = attention_of(Accelerator("cpu"), request)
     keys = sum(
         BLOCK * (start + BLOCK - max(0, start - window + 1)) for start in range(0, length, BLOCK)
     )
     assert found.forward.flops == 2 * 2 * 32 * keys
-    whole, _ = attention_of(Accelerator("cpu"), Request("cpu", request.dtype, length, 1, 1, 32))
+    whole, _ = attention_of(Accelerator("cpu"), Request("cpu", request.dtype, length, 1, 1, 32, 32))
     assert found.live < whole.live
 
 

@@ -51,6 +51,7 @@ from braeburn.config.sublayers import (
     FeedForward,
     FeedForwardConfig,
     FullAttention,
+    GroupedQueryConfig,
     QKNorm,
     SwiGLU,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "FeedForwardConfig",
     "Fraction",
     "FullAttention",
+    "GroupedQueryConfig",
     "LayerConfig",
     "MeshAxis",
     "MeshConfig",

@@ -170,7 +170,8 @@ def _assign(run: Run, fields: Any, path: str, value: Any) -> None:
 
 def _other_kind(value: Any, kind: Any) -> Any:
     """A configuration of another kind that a field may hold; the same where there is no such."""
-    (base,) = type(value).__bases__
+    # Kinds may be derived from others: the first class that has a kind is what all derive from.
+    *_, base = (each for each in type(value).__mro__ if "kind" in getattr(each, "model_fields", ()))
     other = kinds_of(base).get(str(kind))
     return other.model_construct() if other else value
 

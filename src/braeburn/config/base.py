@@ -86,8 +86,16 @@ def configurations(base: type[Frozen] = Frozen) -> Iterator[type[Frozen]]:
 
 
 def kinds_of(base: type[Frozen]) -> dict[str, type[Any]]:
-    """The configurations derived from one, by the value that their field `kind` always has."""
-    return {config.model_fields["kind"].default: config for config in base.__subclasses__()}
+    """The configurations derived from one, by the value that their field `kind` always has; not
+    those without such a value, which others are derived from.
+    """
+    found: dict[str, type[Any]] = {}
+    for config in base.__subclasses__():
+        field = config.model_fields["kind"]
+        if not field.is_required():
+            found[field.default] = config
+        found |= kinds_of(config)
+    return found
 
 
 def tagged_union(base: type[Frozen]) -> Any:

@@ -29,13 +29,35 @@ LARGEST_SIZES = {
 class RopeScaling(Frozen):
     """How rotary frequencies are stretched to reach beyond the trained length; names as in
     transformers.
+
+    Attributes:
+        kind: "linear", "llama3" (that of Llama 3.1) or "yarn" (arXiv 2309.00071).
+        factor: by which the longest wavelengths grow.
+        low_freq_factor: of llama3: turns within the original length up to which a wavelength grows
+            by the whole factor.
+        high_freq_factor: of llama3: turns from which on it stays.
+        original_max_position_embeddings: the trained length in tokens; of llama3 and yarn.
+        beta_fast: of yarn: turns within that length from which on a wavelength stays.
+        beta_slow: of yarn: turns up to which it grows by the whole factor.
+        truncate: of yarn: whether the pairs between the two are counted from a whole one.
+        attention_factor: of yarn: what rotated queries and keys are multiplied by; None for what
+            follows from `factor` and the next two.
+        mscale: of yarn: None or the weight of log(factor) in that factor.
+        mscale_all_dim: of yarn: None or the weight by which attention by latents multiplies its
+            scores instead (DeepSeek-V3).
     """
 
-    kind: Literal["linear", "llama3"] = "llama3"
+    kind: Literal["linear", "llama3", "yarn"] = "llama3"
     factor: Positive = 8.0
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
     original_max_position_embeddings: Size = 8192
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    truncate: bool = True
+    attention_factor: Positive | None = None
+    mscale: NonNegative | None = None
+    mscale_all_dim: NonNegative | None = None
 
 
 class LayerConfig(Frozen):
@@ -193,6 +215,15 @@ class ModelConfig(Frozen):
                 f"tail_layers={self.tail_layers} leaves none of num_layers={self.num_layers} to "
                 f"the pattern; set tail_layers below {self.num_layers}"
             )
+        makes_keys = False
+        for number, layer in enumerate(self.layer_configs):
+            makes_keys = makes_keys or layer.attention.makes_keys
+            if layer.attention.reuses_keys and not makes_keys:
+                raise ValueError(
+                    f"attention.kind={layer.attention.kind!r} of layer {number} reuses the keys of "
+                    f"an earlier layer, but none of those makes any; give the first layer of the "
+                    f"pattern attention.kind='full'"
+                )
         return self
 
 

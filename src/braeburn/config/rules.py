@@ -56,6 +56,7 @@ class ShardingRules(Frozen):
         parameters=("tensor",), optimizer=("tensor",), activations=("tensor",), whole_if_uneven=True
     )
     head_dim: Placement = Placement()
+    latent: Placement = Placement(parameters=("fsdp",), optimizer=("fsdp",), whole_if_uneven=True)
     ffn: Placement = Placement(
         parameters=("tensor",), optimizer=("tensor",), activations=("tensor",)
     )

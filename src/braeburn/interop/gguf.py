@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from braeburn.config import ModelConfig
+from braeburn.config import ModelConfig, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
@@ -98,7 +98,7 @@ def write(
         raise UserError(
             f"llama.cpp has no model of type {family_of(model).model_type}; export with --format hf"
         )
-    if refusal := family.refusal(model):
+    if refusal := family.refusal(model) or _yarn_refusal(model):
         raise UserError(refusal)
     remove_stale(path.parent, path.name)
     parameters = checked(params, model, tokenizer)
@@ -138,6 +138,22 @@ def write(
     )
 
 
+def _yarn_refusal(model: ModelConfig) -> str | None:
+    """Why llama.cpp would rotate otherwise than a model with YaRN does; None where it would not."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return None
+    usual = RopeScaling(kind="yarn")
+    for field in ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale"):
+        value = getattr(scaling, field)
+        if value != getattr(usual, field):
+            return (
+                f"rope_scaling.{field}={value!r} is nothing that a GGUF file can say of YaRN; "
+                f"export with --format hf, or train with {field}={getattr(usual, field)!r}"
+            )
+    return None
+
+
 def _add(writer: "gguf.GGUFWriter", key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
@@ -168,8 +184,13 @@ def _sizes(model: ModelConfig, max_position_embeddings: int) -> dict[str, Any]:
         "rope.freq_base": model.rope_base,
     }
     # Llama 3's scaling is not a key but the tensor of `_rope_factors`.
-    if model.rope_scaling is not None and model.rope_scaling.kind == "linear":
-        sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": model.rope_scaling.factor}
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind == "llama3":
+        return sizes
+    sizes |= {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+    if scaling.kind == "yarn":
+        original = scaling.original_max_position_embeddings
+        sizes["rope.scaling.original_context_length"] = original
     return sizes
 
 

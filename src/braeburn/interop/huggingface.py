@@ -298,8 +298,10 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
         places: dict[str, Path] = {}  # name of a tensor -> the path of that file
         for file in _weight_files(directory):
             holder = stack.enter_context(_opened(file))
-            holders |= dict.fromkeys(holder.keys(), holder)
-            places |= dict.fromkeys(holder.keys(), file)
+            names = holder.keys()
+            read = [name for name in names if not _is_unread(name, family, model)]
+            holders |= dict.fromkeys(read, holder)
+            places |= dict.fromkeys(read, file)
         wanted = {tensor.name: tensor.shape for tensor in tensors}
         aliases = _aliases(family, model)
         stored = _stored_names(wanted, holders, aliases)
@@ -352,6 +354,12 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"{str(file)!r} cannot be read ({error}); download it again") from None
     with opened as holder:
         yield holder
+
+
+def _is_unread(name: str, family: Family, model: ModelConfig) -> bool:
+    """Whether a tensor is one that the family passes over."""
+    begins = family.unread(model)
+    return begins is not None and name.startswith((begins, begins.removeprefix("model.")))
 
 
 def _aliases(family: Family, model: ModelConfig) -> dict[str, str]:

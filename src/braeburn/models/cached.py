@@ -1,9 +1,10 @@
 """The decoder with what it keeps of earlier tokens, to generate from.
 
 Prompts are read in one pass of `read`. From then on each pass of `forward_cached` takes the newest
-token of each row, and looks up the earlier ones' keys and values. A layer's are [B, K, S, H]: K
-heads, and S slots, where position p has slot p mod S. A layer with a window has no more slots than
-its window, so that a token takes the place of one that no later token sees.
+token of each row, and looks up the earlier ones' keys and values, or the latents that these would
+be made of. A layer's are [B, K, S, H]: K heads, and S slots, where position p has slot p mod S. A
+layer with a window has no more slots than its window, so that a token takes the place of one that
+no later token sees.
 
 A pass over one token reads every weight once, so layers are `apart`: where they are stacked, a CPU
 copies each layer's weights out of the stack, which takes longer than to multiply by them.
@@ -33,16 +34,17 @@ class Cached:
     cache has slots for.
     """
 
+    holds_past = True
+
     def __init__(self, positions: Tokens):
         """Takes the positions of the new tokens."""
         self._positions = jnp.asarray(positions)
         self._rows = jnp.arange(positions.shape[0])[:, None]
 
-    def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
-        """The caches with the new keys and values in their slots."""
-        keys, values = state
-        at = (self._rows, slice(None), self._positions % keys.shape[2])
-        caches = keys.at[at].set(key), values.at[at].set(value)
+    def keep(self, arrays: tuple[Array, ...], state: Any) -> tuple[tuple[Array, ...], Any]:
+        """The caches with the new tokens' arrays in their slots."""
+        at = (self._rows, slice(None), self._positions % state[0].shape[2])
+        caches = tuple(cache.at[at].set(array) for cache, array in zip(state, arrays, strict=True))
         return caches, caches
 
     def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
@@ -56,9 +58,9 @@ class Cached:
 class Prompts(Packed):
     """Keys and values of prompts, which are also what is kept of them, [B, K, T, H]."""
 
-    def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
-        """The keys and values as they are, and as they are kept."""
-        return (key, value), (key.swapaxes(1, 2), value.swapaxes(1, 2))
+    def keep(self, arrays: tuple[Array, ...], state: Any) -> tuple[tuple[Array, ...], Any]:
+        """The arrays as they are, and as they are kept."""
+        return arrays, tuple(array.swapaxes(1, 2) for array in arrays)
 
 
 def apart(model: ModelConfig, tree: Tree, take: Callable[[Any, int], Any]) -> Tree:
@@ -105,7 +107,7 @@ def kept_by_layer(model: ModelConfig) -> Tree:
     def of_layer(layer: LayerConfig, number: int) -> tuple[Kept, ...]:
         kept = sublayer_of(layer.attention).cache(layer.attention)
         following = layers[number + 1 : number + 2]
-        if any(sublayer_of(each.attention).reuses for each in following):
+        if any(each.attention.reuses_keys for each in following):
             return tuple(replace(each, window=None) for each in kept)
         return kept
 
@@ -137,7 +139,8 @@ def _heads(kept: Kept, model: ModelConfig, execution: Execution) -> tuple[list[i
     Where key heads are fewer than the shards of `tensor`, each shard keeps the one that its query
     heads share.
     """
-    shape = tuple(sizes_of(model)[axis] for axis in kept.axes)
+    sizes_by_axis = sizes_of(model)
+    shape = kept.sizes or tuple(sizes_by_axis[axis] for axis in kept.axes)
     split = mesh_axes(kept.axes, shape, "activations", execution)
     sizes: list[int] = []
     along: list[Any] = []

@@ -312,7 +312,7 @@ def final_normed(
 
 def reuses(model: ModelConfig) -> bool:
     """Whether layers reuse the keys and values of earlier ones."""
-    return any(sublayer_of(layer.attention).reuses for layer in model.layer_configs)
+    return any(layer.attention.reuses_keys for layer in model.layer_configs)
 
 
 class Carry(NamedTuple):
@@ -518,14 +518,16 @@ class Packed:
     document are used for the rotation alone.
     """
 
+    holds_past = False
+
     def __init__(self, segment_ids: Tokens, execution: Execution):
         """Takes the segment of each of this device's tokens."""
         self._segment_ids = jnp.asarray(segment_ids)
         self._mesh = execution.mesh
 
-    def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
-        """The keys and values as they are."""
-        return (key, value), state
+    def keep(self, arrays: tuple[Array, ...], state: Any) -> tuple[tuple[Array, ...], Any]:
+        """The arrays as they are."""
+        return arrays, state
 
     def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
         """Attention within segments, to the last `window` tokens or, where that is None, to all

@@ -108,17 +108,25 @@ def attention_of(accelerator: Accelerator, request: Request) -> tuple[Attention,
     # and for any number of devices that share it out.
     shards = request.context_shards
     length = 4 * KERNEL_LENGTH
-    around = _around_kernel(request.dtype, request.head_dim, min(shards, 2), length)
+    heads = request.head_dim, request.value_dim
+    around = _around_kernel(request.dtype, heads, min(shards, 2), length)
     found = _scaled(around, request.sequence_length / length)
-    # A kernel keeps its log-sum-exp, one number for each query and head.
-    statistics = FLOAT * request.num_heads * request.sequence_length / shards
-    kept = replace(found, kept=statistics, kept_whole=found.kept_whole + statistics)
-    return kept, backend
+    # A kernel keeps its log-sum-exp, one number for each query and head, and its result with what
+    # that is filled up by.
+    queries = request.num_heads * request.sequence_length / shards
+    filling = backend.filled(request.value_dim) - request.value_dim
+    beside = queries * (FLOAT + filling * request.dtype.itemsize)
+    return replace(found, kept=beside, kept_whole=found.kept_whole + beside), backend
+
+
+def kernel_width(request: Request, backend: Backend) -> float:
+    """The numbers of a head that a kernel multiplies by, the mean of those of keys and values."""
+    return (backend.filled(request.head_dim) + backend.filled(request.value_dim)) / 2
 
 
 @cache
-def _around_kernel(dtype: Any, head_dim: int, shards: int, length: int) -> Attention:
-    request = Request("", dtype, length, 1, 1, head_dim, shards)
+def _around_kernel(dtype: Any, heads: tuple[int, int], shards: int, length: int) -> Attention:
+    request = Request("", dtype, length, 1, 1, *heads, shards)
 
     def run(query: Any, key: Any, value: Any, ids: Any, mesh: MeshConfig, window: Any) -> Any:
         return attention_call(request, query, *(gather_sequence(x, mesh) for x in (key, value)))
@@ -152,16 +160,17 @@ def _traced(request: Request, run: Callable[..., Any]) -> Program:
         context_attention="ring" if request.ring else "all_gather",
     )
     length = request.sequence_length // request.context_shards
-    query, key = (
-        jax.ShapeDtypeStruct((1, length, heads, request.head_dim), request.dtype)
+    query, key, result, value = (
+        jax.ShapeDtypeStruct((1, length, heads, size), request.dtype)
+        for size in (request.head_dim, request.value_dim)
         for heads in (request.num_heads, request.num_kv_heads)
     )
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     return differentiate(
         lambda *arguments: [run(*arguments, mesh, request.window)],
-        [query, key, key, ids],
+        [query, key, value, ids],
         [True, True, True, False],
-        [query],
+        [result],
         lambda function: on_each_device(function, mesh, AbstractDevice("", None, "cpu")),
         0,
     )

@@ -372,10 +372,10 @@ def attention_call(request: Request, query: Any, key: Any, value: Any) -> Any:
         request: what is asked for.
         query: [B, t, N, H].
         key: [B, t, K, H].
-        value: [B, t, K, H].
+        value: [B, t, K, W].
 
     Returns:
-        What is attended to, of the shape and type of `query`.
+        What is attended to, [B, t, N, W] of the type of `query`.
     """
     return _attention_forward(request, query, key, value)[0]
 
@@ -383,7 +383,7 @@ def attention_call(request: Request, query: Any, key: Any, value: Any) -> Any:
 def _attention_forward(
     request: Request, query: Any, key: Any, value: Any
 ) -> tuple[Any, tuple[Any, ...]]:
-    result = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    result = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
     made = jax.ffi.ffi_call(FORWARD, result)(query, key, value, request=request)
     output = checkpoint_name(made, ATTENTION)
     return output, (query, key, value, output)

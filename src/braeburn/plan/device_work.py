@@ -16,7 +16,7 @@ from braeburn.layers.attention.backend import Backend, Request
 from braeburn.layers.attention.select import outlined
 from braeburn.layers.grouped.select import for_accelerators
 from braeburn.parallel.sequence import gather_sequence
-from braeburn.plan.attention import Accelerator, backend_of
+from braeburn.plan.attention import Accelerator, backend_of, kernel_width
 from braeburn.plan.blocks import attention_call, request_of
 from braeburn.plan.forward import CollectiveTotal
 from braeburn.plan.graph import (
@@ -229,7 +229,8 @@ def _work(jaxpr: Any, graph: Graph, accelerator: Accelerator) -> DeviceWork:
 
 
 def _kernel(request: Request, tokens: int, times: int, backend: Backend) -> Kernel:
-    once = Amount(0.0, float(times * request.num_heads * request.head_dim * tokens))
+    width = kernel_width(request, backend)
+    once = Amount(0.0, times * request.num_heads * width * tokens)
     return Kernel(Kernels(once, 2, 0, request.window, backend.skips), request.sequence_length)
 
 

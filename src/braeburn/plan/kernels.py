@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from braeburn.hardware.catalogue import Chip
+from braeburn.layers.attention.splash import SPLASH
 from braeburn.plan.collectives import arrays
 from braeburn.plan.cost import EFFICIENCY, memory_bandwidth
 from braeburn.plan.hlo import Execution, Instruction, Module
@@ -15,8 +16,9 @@ from braeburn.plan.hlo import Execution, Instruction, Module
 # What the compiler writes for a time that it does not know.
 UNKNOWN_CYCLES = 2**63 - 1
 _SPEED_OF_LIGHT = re.compile(r'"exec_time_us":([\d.e+\-]+),[^{}]*"name":"sol"')
-# Products [queries, keys] or [positions, head_dim] that each of the attention kernels forms.
-_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+# Products over the numbers of keys, and over those of values, that each of the attention kernels
+# forms.
+_SPLASH = {"splash_mha_fwd": (1, 1), "splash_mha_dkv": (2, 2), "splash_mha_dq": (2, 1)}
 _CUDNN_FORWARD, _CUDNN_BACKWARD = 2, 5
 
 
@@ -94,8 +96,11 @@ def _attention_flops(name: str, instruction: Instruction) -> float | None:
     operands = list(arrays(instruction.attributes["operand_layout_constraints"]))
     # Queries [..., positions, head_dim] and keys come before all other floats.
     shapes = [shape for dtype, shape in operands if "f" in dtype]
-    if name in _SPLASH and len(shapes) > 1:
-        flops = _SPLASH[name] * math.prod(shapes[0]) * shapes[1][-2]
+    if name in _SPLASH and len(shapes) > 2:
+        by_keys, by_values = _SPLASH[name]
+        queries, keys, values = shapes[:3]
+        width = by_keys * SPLASH.filled(keys[-1]) + by_values * SPLASH.filled(values[-1])
+        flops = width * math.prod(queries[:-1]) * keys[-2]
         reached = _reached(name, operands[0][1], shapes[0][-2], shapes[1][-2])
         return flops * reached * (2 - reached)
     scores = re.search(

@@ -223,11 +223,12 @@ class Compilation(Compiled):
 
         def least(model: ModelConfig) -> int:
             # Of a window, which most tokens see whole, causality masks nothing.
-            lengths = [
-                layer.attention.reach(stage.sequence_length) for layer in model.layer_configs
-            ]
-            full = sum(length for length in lengths if length == stage.sequence_length)
-            masked = 6 * model.num_heads * model.head_dim * full
+            full = sum(
+                sum(layer.attention.head_dims(model.head_dim)) * stage.sequence_length
+                for layer in model.layer_configs
+                if layer.attention.reach(stage.sequence_length) == stage.sequence_length
+            )
+            masked = 3 * model.num_heads * full
             return flops_per_token(model, param_specs(model), stage.sequence_length) - masked
 
         teacher = online_teacher(self.run, self.stage)

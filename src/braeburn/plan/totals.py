@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from braeburn.layers.attention.backend import Backend, Request
-from braeburn.plan.attention import Accelerator, Attention, Cost, attention_of
+from braeburn.plan.attention import Accelerator, Attention, Cost, attention_of, kernel_width
 from braeburn.plan.graph import Amount, Collective, Moved
 from braeburn.plan.layers import Call, Layers
 
@@ -188,7 +188,8 @@ def _passes(call: Call, found: Attention) -> Iterator[Cost]:
 
 def _kernel(call: Call, times: int, answer: Answer, tokens: int) -> Kernels:
     request, found, backend = answer
-    once = Amount(0.0, float(times * request.num_heads * request.head_dim * tokens))
+    width = kernel_width(request, backend)
+    once = Amount(0.0, times * request.num_heads * width * tokens)
     forward, backward = found.forward.calls, 0
     if call.state != "forward":
         forward += found.again_whole.calls if call.state == "again" else 0

@@ -21,6 +21,7 @@ MODULES = {
     "afm": ("afm-85m", "afm-on-device", "afm-on-device-scratch", "afm-server"),
     "llama": ("llama2-7b", "llama2-70b", "llama3-8b", "llama3-70b"),
     "qwen": ("qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b", "qwen3-235b-a22b"),
+    "deepseek": ("deepseek-v3",),
     "gemma": ("gemma3-1b",),
     "olmo": ("olmo2-7b",),
     "frontier": ("frontier-22b", "frontier-175b", "frontier-1t"),

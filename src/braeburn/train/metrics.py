@@ -38,14 +38,17 @@ def flops_per_token(model: ModelConfig, specs: Tree, sequence_length: int) -> in
     """Model FLOPs of one training token, 6 N + 12 L d S (PaLM, arXiv 2204.02311, appendix B).
 
     N counts the weights that a token is multiplied by: not an embedding that is only looked up, and
-    of experts those that the token is sent to. d is the width
-    of attention, and S what a token of each layer can attend to, without regard to causality.
+    of experts those that the token is sent to. d is the width of attention, the mean of those of
+    keys and values, and S what a token of each layer can attend to, without regard to causality.
     """
     weights = count_active(specs) - (
         0 if model.tied_embeddings else model.vocab_size * model.d_model
     )
-    reached = sum(layer.attention.reach(sequence_length) for layer in model.layer_configs)
-    return 6 * weights + 12 * model.num_heads * model.head_dim * reached
+    reached = sum(
+        sum(layer.attention.head_dims(model.head_dim)) * layer.attention.reach(sequence_length)
+        for layer in model.layer_configs
+    )
+    return 6 * weights + 6 * model.num_heads * reached
 
 
 class MetricsWriter:

@@ -179,7 +179,7 @@ def _layers(model: ModelConfig, width: int) -> dict[str, Any]:
         return tuple(
             layer.model_copy(
                 update={
-                    "attention": layer.attention.shrunk(SHORTEST),
+                    "attention": layer.attention.shrunk(SHORTEST, smaller),
                     "feed_forward": layer.feed_forward.shrunk(smaller),
                 }
             )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_models import LINEAR, LLAMA3, make, rope_of
+from hf_models import LINEAR, LLAMA3, YARN, make, rope_of
 
 from braeburn.config import ModelConfig
 
@@ -24,6 +24,11 @@ MODELS = {
     "qwen3-long": (make(rope_base=1e6, num_layers=1, ffn_dim=32), 1500),
     "qwen3-linear": (make(rope_scaling=LINEAR, norm_epsilon=1e-5), 200),
     "qwen3-llama3": (make(rope_scaling=LLAMA3, num_kv_heads=1), 300),
+    "qwen3-yarn": (make(rope_scaling=YARN, num_kv_heads=1), 200),
+    "qwen3-yarn-not-truncated": (
+        make(rope_scaling=YARN.model_copy(update={"truncate": False, "beta_fast": 8.0})),
+        200,
+    ),
     # As the recipe afm-3b: tied, eight query heads for each key head, wide heads.
     "afm": (
         make(d_model=96, num_layers=3, num_heads=16, num_kv_heads=2, head_dim=32, ffn_dim=252),

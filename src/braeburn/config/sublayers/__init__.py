@@ -3,7 +3,12 @@
 from typing import TYPE_CHECKING
 
 from braeburn.config.base import tagged_union
-from braeburn.config.sublayers.base import AttentionConfig, FeedForwardConfig, QKNorm
+from braeburn.config.sublayers.base import (
+    AttentionConfig,
+    FeedForwardConfig,
+    GroupedQueryConfig,
+    QKNorm,
+)
 from braeburn.config.sublayers.full import FullAttention
 from braeburn.config.sublayers.swiglu import SwiGLU
 from braeburn.discovery import modules_of
@@ -23,6 +28,7 @@ __all__ = [
     "FeedForward",
     "FeedForwardConfig",
     "FullAttention",
+    "GroupedQueryConfig",
     "QKNorm",
     "SwiGLU",
 ]

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from braeburn.config.sublayers.base import AttentionConfig
+from braeburn.config.sublayers.base import GroupedQueryConfig
 
 
-class FullAttention(AttentionConfig):
+class FullAttention(GroupedQueryConfig):
     """Each token attends to all earlier tokens of its document."""
 
     kind: Literal["full"] = "full"

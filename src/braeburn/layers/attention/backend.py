@@ -27,7 +27,8 @@ class Request:
         sequence_length: tokens of the whole sequence.
         num_heads: of the queries on this device.
         num_kv_heads: of its keys and values.
-        head_dim: of each head.
+        head_dim: of each head of queries and keys.
+        value_dim: of each head of values.
         context_shards: devices that share out a sequence.
         ring: whether keys travel from shard to shard; otherwise they are gathered.
         window: positions that a query sees, its own among them; None for all earlier ones.
@@ -40,6 +41,7 @@ class Request:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
     context_shards: int = 1
     ring: bool = False
     window: int | None = None
@@ -65,6 +67,8 @@ class Backend:
             XLA.
         skips: whether a kernel passes over the tiles of queries and keys in which no query sees a
             key.
+        lanes: of a kernel: heads whose numbers are no multiple of it are filled up to one, in
+            memory and in products.
     """
 
     name: str
@@ -72,6 +76,11 @@ class Backend:
     run: Callable[[Array, Array, Array, Array, MeshConfig, int | None], Array]
     kernel: Callable[[Request, int], int] | None = None
     skips: bool = True
+    lanes: int = 1
+
+    def filled(self, size: int) -> int:
+        """The numbers of a head of some size, filled up to whole lanes."""
+        return -(-size // self.lanes) * self.lanes
 
     def is_supported(self, request: Request) -> bool:
         """Whether this back end can answer the request."""

@@ -17,11 +17,11 @@ LONG_SEQUENCE = 2048
 def blocked_attention(
     query: Float[Array, "B t N H"],
     key: Float[Array, "B t K H"],
-    value: Float[Array, "B t K H"],
+    value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
     window: int | None = None,
-) -> Float[Array, "B t N H"]:
+) -> Float[Array, "B t N W"]:
     """Attention in plain XLA that skips the causal upper half, span by span of queries.
 
     A span sees only the keys up to its own end, and of these only those in reach of its window:
@@ -83,21 +83,22 @@ def _by_key_head(query: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Arr
     return grouped.transpose(0, 2, 3, 1, 4)
 
 
-def _by_head(output: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+def _by_head(output: Float[Array, "B K G T W"]) -> Float[Array, "B T N W"]:
     """What `_by_key_head` separated, together again."""
-    batch, _, _, length, head_dim = output.shape
-    return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, head_dim)
+    batch, _, _, length, value_dim = output.shape
+    return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, value_dim)
 
 
 # Of queries: they [B, K, G, Q, H], their positions and their segments [B, Q].
 Queries = tuple[Array, Array, Array]
-# Of keys that follow one another: they and their values [B, K, H, S], and their segments [B, S].
+# Of keys that follow one another: they [B, K, H, S], their values [B, K, W, S], and their segments
+# [B, S].
 Keys = tuple[Array, Array, Array]
 
 
 def _attend_span(
     queries: Queries, keys: Keys, first: int, window: int | None
-) -> Float[Array, "B K G Q H"]:
+) -> Float[Array, "B K G Q W"]:
     """Queries over keys of which the first is at position `first`."""
     query, positions, query_ids = queries
     key, value, key_ids = keys
@@ -108,7 +109,7 @@ def _attend_span(
 
 def _attend_span_in_blocks(
     queries: Queries, keys: Keys, first: int, window: int | None
-) -> Float[Array, "B K G Q H"]:
+) -> Float[Array, "B K G Q W"]:
     """`_attend_span`, a block of queries at a time."""
     query, positions, query_ids = queries
     length = query.shape[3]
@@ -128,28 +129,28 @@ def _attend_span_in_blocks(
         one_block, None, (blocks(query, 3), blocks(positions, 1), blocks(query_ids, 1))
     )
     output = jnp.moveaxis(output, 0, 3)
-    return output.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :length]
+    return output.reshape(*query.shape[:3], -1, output.shape[-1])[:, :, :, :length]
 
 
 def _attend(
     query: Float[Array, "B K G Q H"],
     key: Float[Array, "B K H S"],
-    value: Float[Array, "B K H S"],
+    value: Float[Array, "B K W S"],
     visible: Bool[Array, "B Q S"],
-) -> Float[Array, "B K G Q H"]:
+) -> Float[Array, "B K G Q W"]:
     scale = query.shape[-1] ** -0.5
     scores = jnp.einsum("BKGQH,BKHS->BKGQS", query, key, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-    return jnp.einsum("BKGQS,BKHS->BKGQH", weights.astype(value.dtype), value)
+    return jnp.einsum("BKGQS,BKWS->BKGQW", weights.astype(value.dtype), value)
 
 
 def cached_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    value: Float[Array, "B K S W"],
     positions: Int[Array, "B T"],
     window: int | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
     """Attention of new tokens over a cache whose slot s holds the newest position p with p mod S =
     s.
 
@@ -173,7 +174,7 @@ def cached_attention(
     scores = jnp.einsum("BKGQH,BKSH->BKGQS", grouped, key, preferred_element_type=jnp.float32)
     scores *= query.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-    return _by_head(jnp.einsum("BKGQS,BKSH->BKGQH", weights.astype(value.dtype), value))
+    return _by_head(jnp.einsum("BKGQS,BKSW->BKGQW", weights.astype(value.dtype), value))
 
 
 BLOCKED = Backend("blocked", lambda request: None, blocked_attention)

@@ -60,6 +60,8 @@ def why_no_kernel_of_cudnn(request: Request) -> str | None:
         return "it computes in 16 bits only"
     if request.head_dim % 8 or request.head_dim > 128:
         return f"it needs a head_dim that is a multiple of 8 up to 128, not {request.head_dim}"
+    if request.value_dim != request.head_dim:
+        return f"it needs values of the keys' head_dim {request.head_dim}, not {request.value_dim}"
     return None
 
 

@@ -38,7 +38,7 @@ from braeburn.parallel.sequence import token_indices
 Parts = Any
 # Segments [B, tokens] and indices in the whole sequence [tokens].
 Indices = tuple[Array, Array]
-# Half of a device's keys and values [B, K, H, S], their segments and indices.
+# Half of a device's keys [B, K, H, S] and values [B, K, W, S], their segments and indices.
 HalfOfKeys = tuple[Array, Array, Indices]
 # Half of the queries, half of the keys: each 0 or 1, known when tracing or not.
 Pair = tuple[Array | int, Array | int]
@@ -59,11 +59,11 @@ class Way(NamedTuple):
 def ring_attention(
     query: Float[Array, "B t N H"],
     key: Float[Array, "B t K H"],
-    value: Float[Array, "B t K H"],
+    value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig,
     window: int | None = None,
-) -> Float[Array, "B t N H"]:
+) -> Float[Array, "B t N W"]:
     """Causal attention within segments, keys and values passed around a ring of two or more context
     shards.
 
@@ -89,11 +89,11 @@ def ring_attention(
 def gathered_attention(
     query: Float[Array, "B t N H"],
     key: Float[Array, "B t K H"],
-    value: Float[Array, "B t K H"],
+    value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig,
     window: int | None = None,
-) -> Float[Array, "B t N H"]:
+) -> Float[Array, "B t N W"]:
     """`ring_attention` with the keys of all shards gathered at once, in either pass.
 
     Args:
@@ -133,7 +133,7 @@ def _forward(
             peak = jnp.maximum(log_z, jnp.max(scores, axis=-1))
             weights, old = jnp.exp(scores - peak[..., None]), jnp.exp(log_z - peak)
             total = old + jnp.sum(weights, axis=-1)
-            new = _product("BKGQS,BKHS->BKGQH", weights.astype(value.dtype), value)
+            new = _product("BKGQS,BKWS->BKGQW", weights.astype(value.dtype), value)
             output = (output * old[..., None] + new) / total[..., None]
             return _put(state, (output, peak + jnp.log(total)), number), None
 
@@ -144,8 +144,8 @@ def _forward(
             state = attend(state, _half_of_keys(keys, source, half_of_keys, mesh), half)
         return state
 
-    blocks = queries[0]
-    state = (jnp.zeros(blocks.shape, jnp.float32), jnp.full(blocks.shape[:-1], MASKED))
+    blocks = queries[0].shape[:-1]
+    state = (jnp.zeros((*blocks, value.shape[-1]), jnp.float32), jnp.full(blocks, MASKED))
     state = attend(state, _half_of_keys(keys, index, 0, mesh), 0)
     if way.is_ring:
 
@@ -196,9 +196,9 @@ def _backward(
             scores = _scores(query, indices, key, key_indices, way.window)
             weights = jnp.exp(scores - log_z[..., None])
             value_sum = sums[1] + _product(
-                "BKGQS,BKGQH->BKHS", weights.astype(value.dtype), cotangent
+                "BKGQS,BKGQW->BKWS", weights.astype(value.dtype), cotangent
             )
-            weights = weights * (_product("BKGQH,BKHS->BKGQS", cotangent, value) - delta) * scale
+            weights = weights * (_product("BKGQW,BKWS->BKGQS", cotangent, value) - delta) * scale
             weights = weights.astype(key.dtype)
             key_sum = sums[0] + _product("BKGQS,BKGQH->BKHS", weights, query)
             gradient += _product("BKGQS,BKHS->BKGQH", weights, key)

@@ -43,11 +43,11 @@ def outlined(outline: Outline) -> Iterator[None]:
 def attention(
     query: Float[Array, "B t N H"],
     key: Float[Array, "B t K H"],
-    value: Float[Array, "B t K H"],
+    value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
     window: int | None = None,
-) -> Float[Array, "B t N H"]:
+) -> Float[Array, "B t N W"]:
     """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query
     heads.
 
@@ -74,6 +74,7 @@ def attention(
         num_heads=query.shape[2],
         num_kv_heads=key.shape[2],
         head_dim=query.shape[3],
+        value_dim=value.shape[3],
         context_shards=mesh.context,
         ring=mesh.context > 1 and mesh.context_attention == "ring",
         window=window,

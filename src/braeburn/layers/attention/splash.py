@@ -9,11 +9,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, Backend, Request, nothing
+from braeburn.layers.attention.backend import ATTENTION, Backend, Request
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence, zigzag
 
 SPLASH_TILE = 128
+# Sizes of heads that every TPU's compiler was seen to take (`docs/decisions.md`).
+HEAD_DIM_STEP = 16
+# Numbers of a row of a TPU's memory.
+LANES = 128
 # Whether the kernel is interpreted, as tests have it, instead of compiled for a TPU.
 INTERPRET = False
 
@@ -21,15 +25,15 @@ INTERPRET = False
 def splash_attention(
     query: Float[Array, "B t N H"],
     key: Float[Array, "B t K H"],
-    value: Float[Array, "B t K H"],
+    value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
     window: int | None = None,
-) -> Float[Array, "B t N H"]:
+) -> Float[Array, "B t N W"]:
     """The block-sparse Pallas kernel for TPU, one call for each sequence of the batch.
 
     Args:
-        query: this context shard's queries; N is a multiple of K, and H of 128.
+        query: this context shard's queries; N is a multiple of K, H and W of 16.
         key: its keys.
         value: its values.
         segment_ids: the segment of each of its tokens.
@@ -122,9 +126,21 @@ def _why_not(request: Request) -> str | None:
             f"it needs a sequence_length that is a multiple of {multiple}, not "
             f"{request.sequence_length}"
         )
-    if request.head_dim % 128:
-        return f"it needs a head_dim that is a multiple of 128, not {request.head_dim}"
+    for size in (request.head_dim, request.value_dim):
+        if size % HEAD_DIM_STEP:
+            return f"it needs a head_dim that is a multiple of {HEAD_DIM_STEP}, not {size}"
     return None
 
 
-SPLASH = Backend("splash", _why_not, splash_attention, nothing)
+def _filled_bytes(request: Request, batch: int) -> int:
+    """Of queries, keys, values, the result and their gradients, of heads that fill no whole lanes:
+    they are copied for the kernel, filled up.
+    """
+    queries = request.num_heads * request.sequence_length // request.context_shards
+    keys = request.num_kv_heads * request.sequence_length
+    uneven = [size for size in (request.head_dim, request.value_dim) if size % LANES]
+    numbers = sum(2 * (queries + keys) * SPLASH.filled(size) for size in uneven)
+    return batch * numbers * request.dtype.itemsize
+
+
+SPLASH = Backend("splash", _why_not, splash_attention, _filled_bytes, lanes=LANES)

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import AttentionConfig, Execution, FeedForwardConfig, ModelConfig
-from braeburn.layers.linear import joined, linear
+from braeburn.layers.linear import joined, linear, used
 from braeburn.layers.spec import ParamSpec, Tree
 
 # (logical axis, activations whose units it counts, a layer's state) -> the layer's new state.
@@ -52,18 +52,25 @@ class Signals(NamedTuple):
 
 @runtime_checkable
 class Memory(Protocol):
-    """How queries reach keys and values: those of the same sequence, or of a cache."""
+    """How queries reach keys and values: those of the same sequence, or of a cache.
 
-    def store(self, key: Array, value: Array, state: Any) -> tuple[Any, Any]:
-        """Takes the keys and values of new tokens, [B, T, K, H].
+    Attributes:
+        holds_past: whether `keep` returns a cache, which holds earlier tokens' arrays as well.
+    """
+
+    holds_past: bool
+
+    def keep(self, arrays: tuple[Array, ...], state: Any) -> tuple[tuple[Array, ...], Any]:
+        """Takes what is kept of new tokens to generate from, each [B, T, heads, numbers].
 
         Returns:
-            What `attend` is to be given, and the layer's new state.
+            The arrays as `attend` takes them: of the new tokens, or of all in a cache, which are
+            [B, heads, slots, numbers]. And the layer's new state.
         """
 
     def attend(
         self, query: Float[Array, "B T N H"], keys_and_values: Any, window: int | None
-    ) -> Float[Array, "B T N H"]:
+    ) -> Float[Array, "B T N W"]:
         """The attended values of queries, which see at most the last `window` positions."""
 
 
@@ -100,6 +107,11 @@ class Context:
         with jax.named_scope(name):
             return linear(x, self.weights[name], self.specs[name], self.execution)
 
+    def used(self, x: Array, name: str) -> Array:
+        """One of the layer's weights as what activations `x` are multiplied by: see `used`."""
+        with jax.named_scope(name):
+            return used(self.weights[name], x, self.specs[name], self.execution)
+
     def joined(self, x: Array, name: str) -> Array:
         """One of the layer's weights, for several products that come of `x`: see `joined`."""
         with jax.named_scope(name):
@@ -113,10 +125,12 @@ class Kept:
     Attributes:
         axes: the logical axes of one token's.
         window: of the last so many tokens; None for all.
+        sizes: of these axes, where they are none of the model's.
     """
 
     axes: tuple[str, ...]
     window: int | None = None
+    sizes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,6 @@ class Sublayer:
         cache: its configuration -> the arrays that it keeps of tokens to generate from.
         metrics: its configuration -> the names of what it adds to a step's metrics, of which the
             mean over all layers that have them is told.
-        reuses: whether it reads the keys and values of an earlier layer.
     """
 
     specs: Callable[[Any, ModelConfig], dict[str, ParamSpec]]
@@ -141,7 +154,6 @@ class Sublayer:
     prepare: Callable[[Any, ModelConfig, Int[Array, "B T"]], Any] = lambda *_: None
     cache: Callable[[Any], tuple[Kept, ...]] = lambda _: ()
     metrics: Callable[[Any], tuple[str, ...]] = lambda _: ()
-    reuses: bool = False
 
 
 @functools.cache

@@ -6,24 +6,23 @@ from collections.abc import Mapping
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from braeburn.config import AttentionConfig, ModelConfig, QKNorm
+from braeburn.config import AttentionConfig, GroupedQueryConfig, ModelConfig, QKNorm
 from braeburn.layers import rope
 from braeburn.layers.norm import rms_norm, rms_norm_of_heads
 from braeburn.layers.spec import ParamSpec
+from braeburn.layers.sublayers import rotary
 from braeburn.layers.sublayers.definition import Context, Kept, Signals, matrix, norm
-
-# Cosines and sines of every position.
-Rotation = tuple[Array, Array]
+from braeburn.layers.sublayers.rotary import Rotation
 
 
-def qk_norm_of(config: AttentionConfig, model: ModelConfig) -> QKNorm:
+def qk_norm_of(config: GroupedQueryConfig, model: ModelConfig) -> QKNorm:
     """What the norm of queries and keys runs over."""
     if config.qk_norm is not None:
         return config.qk_norm
     return "head" if model.qk_norm else "none"
 
 
-def query_specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamSpec]:
+def query_specs(config: GroupedQueryConfig, model: ModelConfig) -> dict[str, ParamSpec]:
     """The specs of what makes queries, and of the output."""
     specs = {
         "query": matrix(model, ("embed",), ("heads", "head_dim")),
@@ -32,7 +31,7 @@ def query_specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamS
     return specs | _norm_spec(config, model, "query_norm", "heads")
 
 
-def key_value_specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamSpec]:
+def key_value_specs(config: GroupedQueryConfig, model: ModelConfig) -> dict[str, ParamSpec]:
     """The specs of what makes keys and values."""
     specs = {
         "key": matrix(model, ("embed",), ("kv_heads", "head_dim")),
@@ -42,7 +41,7 @@ def key_value_specs(config: AttentionConfig, model: ModelConfig) -> dict[str, Pa
 
 
 def _norm_spec(
-    config: AttentionConfig, model: ModelConfig, name: str, heads: str
+    config: GroupedQueryConfig, model: ModelConfig, name: str, heads: str
 ) -> dict[str, ParamSpec]:
     kind = qk_norm_of(config, model)
     if kind == "none":
@@ -50,23 +49,17 @@ def _norm_spec(
     return {name: norm(model, "head_dim") if kind == "head" else norm(model, heads, "head_dim")}
 
 
-def specs(config: AttentionConfig, model: ModelConfig) -> dict[str, ParamSpec]:
+def specs(config: GroupedQueryConfig, model: ModelConfig) -> dict[str, ParamSpec]:
     """The specs of a layer that makes its own keys and values."""
     return query_specs(config, model) | key_value_specs(config, model)
 
 
 def rotation(config: AttentionConfig, model: ModelConfig, positions: Int[Array, "B T"]) -> Rotation:
-    """The rotation of every position, at the layer's own base or the model's."""
-    own = config.rope_base is not None
-    frequencies = rope.inverse_frequencies(
-        model.head_dim,
-        config.rope_base if config.rope_base is not None else model.rope_base,
-        None if own else model.rope_scaling,
-    )
-    return rope.rotation(positions, frequencies)
+    """The rotation of every position, of whole heads."""
+    return rotary.rotation(config, model, model.head_dim, positions)
 
 
-def cache(config: AttentionConfig, window: int | None = None) -> tuple[Kept, ...]:
+def cache(config: GroupedQueryConfig, window: int | None = None) -> tuple[Kept, ...]:
     """A token's key and value."""
     kept = Kept(("kv_heads", "head_dim"), window)
     return kept, kept
@@ -145,6 +138,7 @@ def self_attention(
     key_BTKH = context.linear(x_BTD, "key")
     value_BTKH = checkpoint_name(context.linear(x_BTD, "value"), "value")
     found = positioned({"query": query_BTNH, "key": key_BTKH}, context)
-    keys_and_values, state = context.memory.store(found["key"], value_BTKH, signals.state)
+    kept = (found["key"], value_BTKH)
+    keys_and_values, state = context.memory.keep(kept, signals.state)
     signals = signals._replace(state=state, keys_and_values=keys_and_values)
     return attend_and_project(found["query"], signals, context, window)

@@ -14,5 +14,5 @@ def _attend(
 
 
 DEFINITION = Sublayer(
-    specs=grouped_query.query_specs, apply=_attend, prepare=grouped_query.rotation, reuses=True
+    specs=grouped_query.query_specs, apply=_attend, prepare=grouped_query.rotation
 )

@@ -75,6 +75,8 @@ class Family:
         refusal: (model) -> why transformers would refuse it, with a way out; None where it would
             not.
         more_fields: of a `ModelConfig` that this family describes beside `KNOWN_FIELDS`.
+        unread: (model) -> what the names begin with of tensors that are passed over, as those of
+            parts that only training has; None where there are none.
         norm_offset: what a norm multiplies by beyond the value that is stored.
         gguf: how it stands in GGUF files; None where llama.cpp has no such family.
     """
@@ -88,6 +90,7 @@ class Family:
     fields: Callable[[ModelConfig], Mapping[str, Any]] = lambda model: {}
     refusal: Callable[[ModelConfig], str | None] = lambda model: None
     more_fields: frozenset[str] = frozenset()
+    unread: Callable[[ModelConfig], str | None] = lambda model: None
     norm_offset: float = 0.0
     gguf: Gguf | None = field(default=None)
 

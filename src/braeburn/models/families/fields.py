@@ -28,6 +28,11 @@ SIZES = {
 SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+# Those that may be left out, or null.
+OPTIONAL_FIELDS = {
+    "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 }
 
 
@@ -265,7 +270,8 @@ def parse_scaling(
         raise UserError(
             f"rope_type={kind!r} lacks {', '.join(missing)}; download config.json again"
         )
-    return {"kind": kind} | {field: found[field] for field in SCALINGS[kind]}
+    stated = (field for field in OPTIONAL_FIELDS.get(kind, ()) if found.get(field) is not None)
+    return {"kind": kind} | {field: found[field] for field in (*SCALINGS[kind], *stated)}
 
 
 def common_fields(model: ModelConfig, max_position_embeddings: int) -> dict[str, Any]:
@@ -301,8 +307,10 @@ def scaling_fields(model: ModelConfig) -> dict[str, Any]:
     scaling = model.rope_scaling
     if scaling is None:
         return {}
-    fields = {field: getattr(scaling, field) for field in SCALINGS[scaling.kind]}
-    return {"rope_type": scaling.kind} | fields
+    known = (*SCALINGS[scaling.kind], *OPTIONAL_FIELDS.get(scaling.kind, ()))
+    fields = {field: getattr(scaling, field) for field in known}
+    given = {field: value for field, value in fields.items() if value is not None}
+    return {"rope_type": scaling.kind} | given
 
 
 def uneven_heads(model: ModelConfig, family: str) -> str | None:
