@@ -33,6 +33,7 @@ from support import process
 
 FLOAT32 = Precision(compute="float32")
 OLMO2: dict[str, Any] = {"qk_norm": False, "tied_embeddings": False, "pattern": (olmo2.LAYER,)}
+YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=64)
 EXPERTS = mixtures.pattern(num_experts=6, experts_per_token=2, expert_dim=96)
 ONE_EXPERT = mixtures.pattern(num_experts=3, experts_per_token=1, expert_dim=64)
 LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -381,6 +382,8 @@ def draw(model: ModelConfig) -> Tree:
         small(qk_norm=False),
         small(qk_norm=False, tied_embeddings=False, head_dim=64, norm_epsilon=1e-2),
         small(qk_norm=False, rope_scaling=RopeScaling(original_max_position_embeddings=64)),
+        small(qk_norm=False, rope_scaling=YARN),
+        small(rope_scaling=YARN),
         # Windows shorter than the text, and a last repeat of the pattern that is cut short.
         small(num_layers=8, rope_base=1e6, scaled_embedding=True, pattern=gemma3.pattern(48)),
         small(
@@ -411,6 +414,8 @@ def draw(model: ModelConfig) -> Tree:
         "llama",
         "llama-untied-wide-heads",
         "llama-llama3",
+        "llama-yarn",
+        "qwen3-yarn",
         "gemma3",
         "gemma3-untied-linear-of-another-pattern",
         "olmo2",
