@@ -337,28 +337,28 @@ def shortest_pattern(layers: Sequence[LayerConfig]) -> tuple[LayerConfig, ...]:
 
 def repeating_fields(layers: Sequence[LayerConfig]) -> dict[str, Any]:
     """The fields of a `ModelConfig` that give these layers, and few to compile: a pattern that
-    repeats, or where none does, one that is followed by the repeats of another.
+    repeats, or where none does twice, perhaps one that is followed by the repeats of another.
 
     Args:
         layers: from first to last.
     """
     pattern = shortest_pattern(layers)
-    if len(pattern) < len(layers) or len(layers) == 1:
+    if 2 * len(pattern) <= len(layers):
         return {"pattern": pattern}
     # Of the layers before each one, and of those from it on.
     before = [0, *_periods(layers)]
-    after = _periods(layers[::-1])[::-1]
+    after = [*_periods(layers[::-1])[::-1], 0]
 
     def tail(begin: int) -> int:
         """The layers of one repeat, of which there is a whole number."""
         rest = len(layers) - begin
-        return rest if rest % after[begin] else after[begin]
+        return after[begin] if rest == 0 or rest % after[begin] == 0 else rest
 
     def compiled(begin: int) -> int:
         return before[begin] + begin % before[begin] + tail(begin)
 
-    begin = min(range(1, len(layers)), key=compiled)
-    if compiled(begin) >= len(layers):
+    begin = min(range(len(layers), 0, -1), key=compiled)
+    if begin == len(layers):
         return {"pattern": pattern}
     return {
         "pattern": tuple(layers[: before[begin]]),
