@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import pytest
 
-from braeburn.config import MeshConfig, override
+from braeburn.config import MeshConfig, Precision, override
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import parse_target
+from braeburn.plan.blocks import Split, shapes_of
 from braeburn.plan.cost import estimate
 from braeburn.plan.ranking import why_nothing_fits
 from braeburn.plan.search import candidates, larger_targets, meshes
@@ -137,3 +138,9 @@ def test_experts_are_split_where_a_model_has_some() -> None:
         assert again.step == pytest.approx(candidate.estimate.step)
     dense = load("afm-tiny")
     assert all(m.expert == 1 for m in meshes([dense.model], dense.stages["core"], target))
+
+
+def test_a_model_whose_sizes_have_all_small_primes_is_planned_on_wide_tensor_meshes() -> None:
+    # Of the primes up to 500 / 64, 7 divides d_model, 5 the vocabulary, 3 the layers and 2 all.
+    shapes = shapes_of(load("deepseek-v3").model, Precision(), split=Split(tensor=64))
+    assert shapes.marker == 11

@@ -6,6 +6,7 @@ traced program: the body of a loop over stacked parameters is one repeat of a pa
 of it that is rematerialised by itself is a layer of that pattern.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -165,9 +166,10 @@ class Shapes:
         sizes = {size for model in models for size in _sizes_in(model.model_dump()) if size > 1}
         sizes.add(self.split.experts.shards)
         largest = max(5, min(_LARGEST_PRIME, _MOST_TOKENS // self.split.tensor))
+        # Where all primes up to the largest divide some size, the loss is traced in several chunks.
         return next(
             n
-            for n in range(largest, 1, -1)
+            for n in itertools.chain(range(largest, 1, -1), itertools.count(largest + 1))
             if all(n % d for d in range(2, n)) and all(size % n for size in sizes)
         )
 

@@ -50,6 +50,7 @@ def deepseek_v3() -> Run:
         tokens=14_800_000_000_000,
         sequence_length=4096,
         batch_tokens=15_360 * 4096,
+        accumulation_steps=30,
         mixture={"web": 0.8, "code": 0.2},
         learning_rate=2.2e-4,
         weight_decay=0.1,
