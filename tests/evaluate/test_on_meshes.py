@@ -135,6 +135,14 @@ def test_each_device_gets_its_part(finished: Path) -> None:
         ("fsdp=16", "needs 16 devices but 8 are there"),
         ("fsdp=3", "model parameter"),
         ("tensor=8,fsdp=-1", "tensor"),
+        ("fsdp=two", "--mesh 'fsdp=two': fsdp='two' is not valid: it should be a valid integer"),
+        ("fsdp=2,fsdp=4", "--mesh 'fsdp=2,fsdp=4' names fsdp twice; name it once"),
+        (
+            "expert=2,expert_dispatch=sent",
+            "expert_dispatch='sent' is not valid: it should be 'gather' or 'all_to_all'",
+        ),
+        ("expert=2,expert_dispach=gather", "did you mean 'expert_dispatch'"),
+        pytest.param(f"fsdp={'9' * 5000}", "fsdp='999999", id="thousands of digits"),
     ],
 )
 def test_meshes_that_do_not_fit(mesh: str, sentence: str, finished: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from gguf import GGMLQuantizationType
 
-from braeburn.config import ModelConfig, Quantization, RopeScaling
+from braeburn.config import LayerConfig, ModelConfig, Quantization, RopeScaling
 from braeburn.data.tokenizer import PATTERN, Tokenizer, train
 from braeburn.errors import UserError
 from braeburn.interop import gguf as ours
@@ -47,7 +47,8 @@ def make(**fields: Any) -> ModelConfig:
 
 
 QWEN3, LLAMA = make(), make(qk_norm=False, tied_embeddings=False, rope_base=10_000.0)
-MIXTURE = make(pattern=pattern(num_experts=3, experts_per_token=2, expert_dim=32))
+EXPERTS = pattern(num_experts=3, experts_per_token=2, expert_dim=32)
+MIXTURE, MIXTRAL = make(pattern=EXPERTS), make(pattern=EXPERTS, qk_norm=False)
 
 
 def draw(model: ModelConfig) -> Tree:
@@ -118,7 +119,9 @@ def rounded(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 @pytest.mark.parametrize("type_", CODES)
-@pytest.mark.parametrize("model", [QWEN3, LLAMA, MIXTURE], ids=["qwen3", "llama", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "model", [QWEN3, LLAMA, MIXTURE, MIXTRAL], ids=["qwen3", "llama", "qwen3-moe", "mixtral"]
+)
 def test_tensors_are_the_parameters(
     model: ModelConfig, type_: Any, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -409,14 +412,49 @@ def test_the_command(finished: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_experts_are_told_of(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    _, reader = write(tmp_path / "a.gguf", MIXTURE, tokenizer)
-    assert reader.get_field("general.architecture").contents() == "qwen3moe"
+@pytest.mark.parametrize(
+    ("model", "architecture", "dense", "own"),
+    [
+        (MIXTURE, "qwen3moe", 96, {"expert_feed_forward_length": 32}),
+        # To llama.cpp a Mixtral is a Llama, whose experts have its feed-forward sublayers' width.
+        (MIXTRAL, "llama", 32, {}),
+    ],
+    ids=["qwen3-moe", "mixtral"],
+)
+def test_experts_are_told_of(
+    model: ModelConfig,
+    architecture: str,
+    dense: int,
+    own: dict[str, int],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:
+    _, reader = write(tmp_path / "a.gguf", model, tokenizer)
+    assert reader.get_field("general.architecture").contents() == architecture
     found = {
-        key: reader.get_field(f"qwen3moe.{key}").contents()
-        for key in ("expert_count", "expert_used_count", "expert_feed_forward_length")
+        name.removeprefix(f"{architecture}."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(f"{architecture}.expert") or name.endswith("feed_forward_length")
     }
-    assert list(found.values()) == [3, 2, 32]
-    others = pattern(num_experts=3, experts_per_token=2, expert_dim=32, normalize=False)
-    with pytest.raises(UserError, match=r"normalize=false is nothing that llama.cpp runs .* train"):
-        write(tmp_path / "b.gguf", make(pattern=others), tokenizer)
+    assert found == {"feed_forward_length": dense, "expert_count": 3, "expert_used_count": 2, **own}
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        (
+            pattern(num_experts=3, experts_per_token=2, expert_dim=32, normalize=False),
+            r"normalize=false is nothing that llama.cpp runs .* train with normalize=true, or",
+        ),
+        (
+            (LayerConfig(), *EXPERTS),
+            r"layers without experts are nothing that llama.cpp runs .* train with experts in all",
+        ),
+    ],
+    ids=["not normalized", "every second layer"],
+)
+def test_mixtures_that_llama_cpp_has_not(
+    layers: tuple[LayerConfig, ...], sentence: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"{sentence}.* export with --format hf"):
+        write(tmp_path / "b.gguf", make(pattern=layers), tokenizer)

@@ -379,8 +379,11 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (config_with(decoder_sparse_step=2), "decoder_sparse_step=2 cannot be imported; choose"),
-        (config_with(mlp_only_layers=[0]), r"mlp_only_layers=.0. cannot be imported; choose"),
+        (config_with(decoder_sparse_step=0), "decoder_sparse_step=0 is not a size; give it the"),
+        (config_with(decoder_sparse_step=2), r"0.mlp.down_proj.* is missing; download the weights"),
+        (config_with(mlp_only_layers=[0]), r"0.mlp.down_proj.* is missing; download the weights"),
+        (config_with(mlp_only_layers=0), "mlp_only_layers=0 is not a list of numbers of layers"),
+        (config_with(mlp_only_layers=["0"]), r"mlp_only_layers=.'0'. is not a list of numbers"),
         (config_with(num_experts="six"), "num_experts='six' is not a size; give it the positive"),
         (config_with(num_experts_per_tok=7), "experts_per_token=7 is more than num_experts=6"),
         (config_with(moe_intermediate_size=40), "has the shape .*, not .*; download the two again"),

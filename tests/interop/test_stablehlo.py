@@ -14,11 +14,16 @@ import pytest
 from hf_models import MODELS, make, our_logits, random_params
 from jax import export
 
+from braeburn.config import ModelConfig
 from braeburn.errors import UserError
 from braeburn.interop import stablehlo
 from braeburn.interop.stablehlo import Program, lowered, programs
 from braeburn.models import cached
+from braeburn.models.families import gemma3
 from braeburn.recipes import load
+from braeburn.train.state import TrainState
+from braeburn.train.trained import found_run
+from braeburn.train.trained import load as load_run
 from support import braeburn
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -54,25 +59,58 @@ def without_braeburn(folder: Path, *arguments: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.fixture(scope="module")
+def windowed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model has layers that see the last 16 tokens, as Gemma 3 has, and random weights;
+    the last repeat of its pattern is cut short.
+    """
+    whole = load_run(finished)
+    fields = {"num_layers": 8, "pattern": gemma3.pattern(16), "scaled_embedding": True}
+    model = ModelConfig.model_validate({**whole.model.model_dump(), **fields})
+    out = tmp_path_factory.mktemp("windowed") / "run"
+    run = whole.run.model_copy(update={"model": model, "stages": {}})
+    state = TrainState(np.int32(0), random_params(model), None)
+    found_run(out, run, state, whole.tokenizer, "import", finished)
+    return out
+
+
+def check_same_text(directory: Path, portable: Path, folder: Path) -> None:
+    """The example among the programs of a run writes what `braeburn generate` writes, after prompts
+    of two lengths, one of which is padded to more tokens than the other.
+    """
+    for prompt in ("def read(", "import os\n" * 40):
+        answer = braeburn(
+            *("generate", directory, "--prompt", prompt, "--temperature", 0),
+            *("--max-new-tokens", NEW, "--json"),
+        )
+        expected = json.loads(answer.out)["samples"][0]
+        asked = ["--prompt", prompt, "--max-new-tokens", str(NEW)]
+        found = without_braeburn(folder, str(portable / "generate.py"), *asked, "--ids")
+        assert found.returncode == 0, found.stderr
+        assert json.loads(found.stdout) == expected["tokens"]
+        assert len(expected["tokens"]) == NEW or expected["end"] == "stop"
+    text = without_braeburn(folder, str(portable / "generate.py"), *asked).stdout
+    assert text.rstrip("\n") == (prompt + expected["text"]).rstrip("\n")
+
+
 def test_the_example_writes_what_generate_writes(
     exported: Path, finished: Path, tmp_path: Path
 ) -> None:
     told = without_braeburn(tmp_path, "-c", "import braeburn")
     assert "braeburn is not installed" in told.stderr
-    # Of two lengths, one of which is padded to more tokens than the other.
-    for prompt in ("def read(", "import os\n" * 40):
-        answer = braeburn(
-            *("generate", finished, "--prompt", prompt, "--temperature", 0),
-            *("--max-new-tokens", NEW, "--json"),
-        )
-        expected = json.loads(answer.out)["samples"][0]
-        asked = ["--prompt", prompt, "--max-new-tokens", str(NEW)]
-        found = without_braeburn(tmp_path, str(exported / "generate.py"), *asked, "--ids")
-        assert found.returncode == 0, found.stderr
-        assert json.loads(found.stdout) == expected["tokens"]
-        assert len(expected["tokens"]) == NEW or expected["end"] == "stop"
-    text = without_braeburn(tmp_path, str(exported / "generate.py"), *asked).stdout
-    assert text.rstrip("\n") == (prompt + expected["text"]).rstrip("\n")
+    check_same_text(finished, exported, tmp_path)
+
+
+def test_layers_with_a_window_keep_no_more_than_that(windowed: Path, tmp_path: Path) -> None:
+    """Of prompts that are shorter than the window and longer, and of what is written."""
+    out = tmp_path / "portable"
+    answer = braeburn("export", windowed, "--format", "stablehlo", "--out", out)
+    assert answer.code == 0, answer.err
+    step = json.loads((out / "program.json").read_text())["programs"]["step"]
+    slots = [each["shape"][2] for each in step["arguments"]["cache"]]
+    # A key and a value of each layer; the sixth sees all tokens.
+    assert slots == [16] * 10 + ["s"] * 2 + [16] * 4
+    check_same_text(windowed, out, tmp_path)
 
 
 def test_programs_are_for_all_platforms_and_hold_no_weights(exported: Path) -> None:
@@ -93,6 +131,10 @@ def test_programs_are_for_all_platforms_and_hold_no_weights(exported: Path) -> N
 
 CASES = {
     **{name: model for name, (model, _) in MODELS.items()},
+    # Windows that are longer than the prompts, to the end of their padding.
+    "gemma3-long-windows": make(
+        num_layers=2, scaled_embedding=True, pattern=gemma3.layers(300), rope_base=1e6
+    ),
     # Keys and values that later layers share, and windows.
     "afm-on-device-2025": make(
         num_layers=5,
@@ -106,6 +148,7 @@ CHOSEN = (
     "llama",
     "qwen3",
     "gemma3",
+    "gemma3-long-windows",
     "olmo2",
     "mixtral",
     "qwen3-moe-one-expert",
@@ -133,7 +176,13 @@ def test_every_family_computes_what_it_computes_here(name: str) -> None:
     _, logits, cache = prefill(weights, tokens, lengths)
     rows = np.arange(2)
     np.testing.assert_allclose(logits, expected[rows, lengths - 1], atol=2e-4)
-    cache = [jnp.pad(each, ((0, 0), (0, 0), (0, 7), (0, 0))) for each in cache]
+    slots = [each.shape[2] for each in programs(model, "float32")[2].arguments["cache"]]
+    for each, wanted in zip(cache, slots, strict=True):
+        assert each.shape[2] == (wanted if isinstance(wanted, int) else 256)
+    cache = [
+        each if isinstance(wanted, int) else jnp.pad(each, ((0, 0), (0, 0), (0, 7), (0, 0)))
+        for each, wanted in zip(cache, slots, strict=True)
+    ]
     for number in range(new):
         positions = lengths + number
         token, logits, cache = step(weights, tokens[rows, positions], positions, cache)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from braeburn.cli.resolve import parse_mesh
 from braeburn.config import MeshConfig, ModelConfig, Run, override
 from braeburn.config.sublayers.reused import ReusedAttention
 from braeburn.config.sublayers.sliding import SlidingAttention
@@ -32,6 +33,7 @@ from braeburn.plan.few_layers import sum_of_memory, sum_of_work, terms_of
 from braeburn.plan.forward import CollectiveTotal
 from braeburn.plan.job_cost import ProgramWork, estimate_job, job_work
 from braeburn.plan.job_programs import JobProgram, job_layout, programs_of
+from braeburn.plan.job_search import JobCandidate
 from braeburn.plan.jobs import Evaluate, Export, Generate, JobOn, job_of
 from braeburn.recipes import load
 from support import braeburn
@@ -457,6 +459,14 @@ def test_weights_in_bfloat16_take_half() -> None:
         for dtype in ("float32", "bfloat16")
     )
     assert half == pytest.approx(whole / 2, rel=1e-3)  # norms stay float32
+
+
+@pytest.mark.parametrize(
+    "option", ["fsdp=1", "fsdp=2,tensor=4", "expert=4", "expert=4,expert_dispatch=all_to_all"]
+)
+def test_a_mesh_is_named_as_its_option_takes_it(option: str) -> None:
+    sizes = parse_mesh(option)
+    assert JobCandidate(sizes, estimate=Any).mesh_option == option  # type: ignore[arg-type]
 
 
 def test_a_mesh_that_splits_sequences_cannot_generate(tiny: Run) -> None:

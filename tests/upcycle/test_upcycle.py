@@ -18,6 +18,7 @@ from braeburn.config.sublayers.geglu import GeGLU
 from braeburn.config.sublayers.reused import ReusedAttention
 from braeburn.config.sublayers.sliding import SlidingAttention
 from braeburn.config.upcycling import Upcycling
+from braeburn.layers import dispatch
 from braeburn.layers.spec import initialize, walk
 from braeburn.models.decoder import forward, param_specs
 from braeburn.train.state import TrainState
@@ -94,6 +95,32 @@ def test_it_is_an_ordinary_run(
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "qwen3_moe"
 
 
+@pytest.mark.parametrize("how", ["gather", "all_to_all"])
+def test_devices_share_out_its_experts(
+    how: str, upcycled: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both ways to reach them, with the losses and the text of one device."""
+    travelled = []
+    for way in ("gather", "all_to_all"):
+        function = getattr(dispatch, f"_by_{way}")
+
+        def recorded(*arguments: Any, way: str = way, function: Any = function) -> Any:
+            travelled.append(way)
+            return function(*arguments)
+
+        monkeypatch.setattr(dispatch, f"_by_{way}", recorded)
+    evaluate = ("evaluate", upcycled, "--data", next(corpus.glob("*.py")), "--json")
+    generate = ("generate", upcycled, "--prompt", "def", "--greedy", "--max-new-tokens", 8)
+    losses, texts = [], []
+    for options in ((), ("--mesh", f"expert=4,expert_dispatch={how}")):
+        results = json.loads(braeburn(*evaluate, *options).out)["results"]
+        losses.append(next(iter(results.values()))["loss"])
+        texts.append(braeburn(*generate, *options).out)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert texts[0] == texts[1]
+    assert set(travelled) == {how}
+
+
 def test_routers_are_drawn_as_those_of_a_new_model(upcycled: Path) -> None:
     sparse = load(upcycled)
     new = initialize(param_specs(sparse.model), sparse.run.seed)
@@ -128,6 +155,18 @@ def test_experts_differ_by_noise(finished: Path, tmp_path: Path) -> None:
         scale = 0.05 * np.sqrt(np.mean(wanted**2))
         np.testing.assert_allclose(noise.std(axis=(1, 2)), [scale] * 3, rtol=0.05)
         assert np.abs(np.corrcoef(noise.reshape(3, -1)) - np.eye(3)).max() < 0.05
+
+
+def test_experts_in_some_layers_are_exported(finished: Path, tmp_path: Path) -> None:
+    """As a model of transformers, which comes back as it was."""
+    sparse, hf, back = tmp_path / "sparse", tmp_path / "hf", tmp_path / "back"
+    arguments = ("upcycle", finished, "--experts", 3, "--every", 2, "--out", sparse)
+    assert braeburn(*arguments).code == 0
+    assert braeburn("export", sparse, "--out", hf).code == 0
+    config = json.loads((hf / "config.json").read_text())
+    assert (config["model_type"], config["decoder_sparse_step"]) == ("qwen3_moe", 2)
+    assert braeburn("import", hf, "--out", back).code == 0
+    np.testing.assert_array_equal(hidden(load(back)), hidden(load(sparse)))
 
 
 def made(model: ModelConfig, finished: Path, out: Path) -> Trained:

@@ -450,6 +450,19 @@ def test_experts_are_split_in_layouts_of_models_that_have_some() -> None:
     assert not [name for name in dense if "expert" in name]
 
 
+@pytest.mark.parametrize(("kind", "epsilon"), [("afm", 1e-8), ("adamw", 1e-4), ("muon", 1e-4)])
+def test_updates_hang_on_no_rounding_where_routers_would_show_it(kind: str, epsilon: float) -> None:
+    """Unless the recipe has steadier ones already, or no router."""
+    dense = override(load("afm-tiny"), {"optimizer.kind": kind})
+    sparse = override(dense, {"model.pattern.0.feed_forward.kind": "experts"})
+    steadier = override(sparse, {"optimizer.epsilon": 0.5})
+    found = [shrink(run, 8).optimizer for run in (dense, sparse, steadier)]
+    assert [each.epsilon for each in found] == [dense.optimizer.epsilon, epsilon, 0.5]
+    assert [each.model_copy(update={"epsilon": 1.0}) for each in found] == [
+        dense.optimizer.model_copy(update={"epsilon": 1.0})
+    ] * 3
+
+
 def test_curves_are_compared_point_by_point() -> None:
     def judge(*found: float) -> verify.Check:
         curve = [(f"step {step} loss", value) for step, value in enumerate(found, 1)]

@@ -57,7 +57,8 @@ Mesh = Annotated[
     str | None,
     typer.Option(
         metavar="AXIS=N,...",
-        help="Devices to split the model over, as fsdp=4 or fsdp=2,tensor=2; one without it.",
+        help="Devices to split the model over, as fsdp=4 or fsdp=2,tensor=2; one without it. Other "
+        "fields of a mesh may follow, as expert_dispatch=all_to_all.",
     ),
 ]
 HeldAs = Annotated[

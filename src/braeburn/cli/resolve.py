@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from braeburn.cli.output import say
 from braeburn.errors import UserError
 from braeburn.parallel import processes
+from braeburn.reading import shown
 
 if TYPE_CHECKING:
     from braeburn.remote import RemoteFolder
@@ -81,25 +82,30 @@ def run_folder(location: str, *, optimizer: bool = False) -> Path:
 
 
 def parse_mesh(text: str | None) -> Any:
-    """The mesh that `--mesh` names; None without it.
+    """The mesh that `--mesh` names, by any fields of a `MeshConfig`; None without it.
 
     Raises:
-        UserError: it names none.
+        UserError: it names none, a field twice, or a value that the field does not take.
     """
     if text is None:
         return None
     from braeburn.config import MeshConfig
 
-    sizes: dict[str, Any] = {"fsdp": 1}
+    fields: dict[str, str] = {}
     for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if not size.removeprefix("-").isdecimal():
+        field, _, value = (each.strip() for each in part.partition("="))
+        if not value:
             raise UserError(
-                f"--mesh {text!r} is not a list of axes with their sizes; write it as "
+                f"--mesh {shown(text)} is not a list of axes with their sizes; write it as "
                 f"--mesh fsdp=2,tensor=2"
             )
-        sizes[axis.strip()] = int(size)
-    return MeshConfig().replace(**sizes)
+        if field in fields:
+            raise UserError(f"--mesh {shown(text)} names {field} twice; name it once")
+        fields[field] = value
+    try:
+        return MeshConfig().replace(**{"fsdp": 1, **fields})
+    except UserError as error:
+        raise UserError(f"--mesh {shown(text)}: {error}") from None
 
 
 def written_type(out: str, format_: str, dtype: str | None, type_: str | None) -> str:

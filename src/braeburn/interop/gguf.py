@@ -111,8 +111,8 @@ def write(
         writer.add_chat_template(tokenizer.tokenizer_config()["chat_template"])
     writer.add_file_type({"f16": 1, "q8_0": 7, "q4_0": 2}[type_])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_sizes(writer, model, file.max_position_embeddings)
-    for key, value in family.keys(model).items():
+    sizes = _sizes(model, file.max_position_embeddings)
+    for key, value in {**sizes, **family.keys(model)}.items():
         _add(writer, f"{family.architecture}.{key}", value)
     for key, value in vocabulary.items():
         _add(writer, f"tokenizer.ggml.{key}", value)
@@ -167,29 +167,31 @@ def _add(writer: "gguf.GGUFWriter", key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def _add_sizes(writer: "gguf.GGUFWriter", model: ModelConfig, max_position_embeddings: int) -> None:
-    import gguf
-
-    writer.add_context_length(max_position_embeddings)
-    writer.add_vocab_size(model.vocab_size)
-    writer.add_embedding_length(model.d_model)
-    writer.add_block_count(model.num_layers)
-    writer.add_feed_forward_length(model.ffn_dim)
-    writer.add_head_count(model.num_heads)
-    writer.add_head_count_kv(model.num_kv_heads)
-    writer.add_key_length(model.head_dim)
-    writer.add_value_length(model.head_dim)
-    writer.add_layer_norm_rms_eps(model.norm_epsilon)
-    writer.add_rope_dimension_count(model.head_dim)
-    writer.add_rope_freq_base(model.rope_base)
+def _sizes(model: ModelConfig, max_position_embeddings: int) -> dict[str, Any]:
+    """The keys below the architecture's name that all families have."""
+    sizes: dict[str, Any] = {
+        "context_length": max_position_embeddings,
+        "vocab_size": model.vocab_size,
+        "embedding_length": model.d_model,
+        "block_count": model.num_layers,
+        "feed_forward_length": model.ffn_dim,
+        "attention.head_count": model.num_heads,
+        "attention.head_count_kv": model.num_kv_heads,
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
+        "attention.layer_norm_rms_epsilon": model.norm_epsilon,
+        "rope.dimension_count": model.head_dim,
+        "rope.freq_base": model.rope_base,
+    }
     # Llama 3's scaling is not a key but the tensor of `_rope_factors`.
     scaling = model.rope_scaling
     if scaling is None or scaling.kind == "llama3":
-        return
-    writer.add_rope_scaling_type(gguf.RopeScalingType[scaling.kind.upper()])
-    writer.add_rope_scaling_factor(scaling.factor)
+        return sizes
+    sizes |= {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
     if scaling.kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+        original = scaling.original_max_position_embeddings
+        sizes["rope.scaling.original_context_length"] = original
+    return sizes
 
 
 def _write_tensors(

@@ -39,9 +39,14 @@ def continuation(ids: list[int], count: int) -> Iterator[int]:
     tokens[0, : len(ids)] = ids
     lengths = np.array([len(ids)], np.int32)
     token, _, cache = program("prefill")(weights, tokens, lengths)
-    # A slot for each position: arrays of the cache are [b, heads, slots, head_dim].
+    # Arrays of the cache are [b, heads, slots, head_dim], with a slot for each position. Those of
+    # layers that see a window alone have as many as that, and need no more.
     more = max(0, len(ids) + count - tokens.shape[1])
-    cache = [jnp.pad(each, ((0, 0), (0, 0), (0, more), (0, 0))) for each in cache]
+    shapes = [each["shape"] for each in ABOUT["programs"]["step"]["arguments"]["cache"]]
+    cache = [
+        jnp.pad(each, ((0, 0), (0, 0), (0, more), (0, 0))) if shape[2] == "s" else each
+        for each, shape in zip(cache, shapes, strict=True)
+    ]
     step = program("step", donate_argnums=3)  # the old cache is given up for the new one
     for number in range(count):
         # The first token follows from the prompt, and each further one from the one before.

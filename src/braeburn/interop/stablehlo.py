@@ -40,7 +40,7 @@ from braeburn.train.trained import Trained
 # Prompts are padded to a multiple of it, in which attention works through their tokens.
 MULTIPLE = BLOCK
 # To be raised when what `program.json` says changes its meaning.
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, DESCRIPTION, EXAMPLE = "model.safetensors", "program.json", "generate.py"
 # What programs call outside of StableHLO that every platform has: JAX carries assertions about
 # sizes out itself, as it is told the sizes, and leaves none of them to a compiler.
@@ -130,9 +130,9 @@ def programs(model: ModelConfig, compute: WeightType) -> list[Program]:
         params = params_of(weights)
         hidden, cache = cached.read_all(params, tokens, model, execution)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return drawn(last, params, cache)
+        return drawn(last, params, cached.in_windows(cache, lengths, model))
 
-    # As prompts leave it: with a slot for each position in all layers.
+    # As prompts leave it: with a slot for each position, or for those of the layer's window.
     shapes = jax.eval_shape(
         lambda: cached.read_all(
             jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.held_in(compute)), specs),
@@ -142,9 +142,10 @@ def programs(model: ModelConfig, compute: WeightType) -> list[Program]:
         )[1]
     )
     found, cache_structure = jax.tree.flatten(shapes)
+    windows = [kept.window for kept in jax.tree.leaves(cached.kept_by_layer(model))]
     cache = [
-        jax.ShapeDtypeStruct((b, *leaf.shape[1:-2], s, leaf.shape[-1]), leaf.dtype)
-        for leaf in found
+        jax.ShapeDtypeStruct((b, *leaf.shape[1:-2], window or s, leaf.shape[-1]), leaf.dtype)
+        for leaf, window in zip(found, windows, strict=True)
     ]
 
     def step(weights: dict[str, Any], tokens: Any, positions: Any, cache: list[Any]) -> Any:

@@ -279,6 +279,22 @@ def read_all(
     return hidden, kept
 
 
+def in_windows(cache: Any, lengths: Int[Array, " B"], model: ModelConfig) -> Any:
+    """A cache of `read_all` in which a layer with a window has as many slots as that, however long
+    the prompts are.
+
+    Args:
+        cache: of all positions.
+        lengths: tokens of each prompt without its padding, int32 [B].
+        model: what is computed.
+    """
+
+    def of_layer(kept: Kept, found: Array) -> Array:
+        return found if kept.window is None else _newest(found, lengths, kept.window)
+
+    return jax.tree.map(of_layer, kept_by_layer(model), cache, is_leaf=_is_kept)
+
+
 def _is_layer(node: Any) -> bool:
     """Whether a node of `kept_by_layer` is what one layer keeps, which may be nothing."""
     return isinstance(node, tuple) and all(map(_is_kept, node))
@@ -289,6 +305,13 @@ def _in_slots(found: Array, lengths: Array, shape: tuple[int, ...]) -> Array:
     slots, length = shape[-2], found.shape[-2]
     if slots >= length:
         return grown(found, slots)
+    return _newest(found, lengths, slots)
+
+
+def _newest(found: Array, lengths: Array, slots: int) -> Array:
+    """What is kept of the newest of T positions, [B, ..., T, H], each in its slot. A slot that no
+    position has yet holds what no query sees.
+    """
     newest = (lengths - 1)[:, None]
     held = newest - (newest - jnp.arange(slots)) % slots
     index = jnp.maximum(held, 0).reshape(held.shape[0], *(1,) * (found.ndim - 3), slots, 1)

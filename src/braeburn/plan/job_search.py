@@ -36,8 +36,13 @@ class JobCandidate:
 
     @property
     def mesh_option(self) -> str:
-        """The mesh as `--mesh` takes it, its axes of one device left out."""
+        """The mesh as `--mesh` takes it, its axes of one device left out, and how tokens reach
+        experts where that is not the usual way.
+        """
         named = [f"{axis}={size}" for axis, size in self.sizes.sizes.items() if size > 1]
+        usual = MeshConfig.model_fields["expert_dispatch"].default
+        if self.sizes.expert_dispatch != usual:
+            named.append(f"expert_dispatch={self.sizes.expert_dispatch}")
         return ",".join(named) or "fsdp=1"
 
 

@@ -18,6 +18,8 @@ from braeburn.config import (
     Stage,
     validate,
 )
+from braeburn.config.optimizers.base import OptimizerConfig
+from braeburn.config.sublayers.experts import Experts
 from braeburn.data.corpus import files
 from braeburn.errors import UserError
 
@@ -45,8 +47,9 @@ def shrink(run: Run, num_devices: int) -> Run:
 
     What a mesh of up to eight devices divides in the one it divides in the other; only batches are
     made to be divided by any. Optimizer, stages, mixtures, accumulation, rematerialisation and
-    offloading stay as they are, meshes are scaled down to `num_devices`; activations are float32,
-    in which equal computations can be told from others.
+    offloading stay as they are, but that updates are made steady where a model has experts; meshes
+    are scaled down to `num_devices`; activations are float32, in which equal computations can be
+    told from others.
 
     Stages prune, distil and round as they do in the large run. `with_stand_in` replaces a teacher
     that is no stage.
@@ -74,6 +77,7 @@ def shrink(run: Run, num_devices: int) -> Run:
             small = transform.left(small)
     changes: dict[str, Any] = {
         "model": model,
+        "optimizer": _steady(run.optimizer) if _has_experts(model) else run.optimizer,
         "initial_weights": None,
         "stages": stages,
         "mesh": scale_down(run.mesh, num_devices),
@@ -117,6 +121,20 @@ def scale_down(mesh: MeshConfig, num_devices: int) -> MeshConfig:
         if room:
             sizes[min(room, key=sizes.__getitem__)] *= 2
     return mesh.model_copy(update={**sizes, "torus": None})
+
+
+def _has_experts(model: ModelConfig) -> bool:
+    return any(isinstance(layer.feed_forward, Experts) for layer in model.layer_configs)
+
+
+def _steady(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """The optimizer with updates that do not hang on rounding.
+
+    A router's choice between two experts does where it rates them equally. Weights that differ by
+    more than their own rounding make such ties common.
+    """
+    least = {name: max(getattr(optimizer, name), value) for name, value in optimizer.steady.items()}
+    return optimizer.model_copy(update=least)
 
 
 def _model(model: ModelConfig) -> ModelConfig:

@@ -1,5 +1,6 @@
 """AdamW."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from braeburn.config.base import Fraction, Positive
@@ -12,6 +13,7 @@ class AdamW(OptimizerConfig):
     """
 
     fine_tuning_rate: ClassVar[float] = 1e-4
+    steady: ClassVar[Mapping[str, float]] = {"epsilon": 1e-4}
 
     kind: Literal["adamw"] = "adamw"
     beta1: Fraction = 0.9

@@ -1,5 +1,6 @@
 """The optimizer of the Apple Foundation Models."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from braeburn.config.base import Fraction, Positive, Size
@@ -13,6 +14,7 @@ class AfmOptimizer(OptimizerConfig):
     tolerance: ClassVar[float] = 1e-4
     fine_tuning_rate: ClassVar[float] = 1e-3
     is_width_free: ClassVar[bool] = True
+    steady: ClassVar[Mapping[str, float]] = {"epsilon": 1e-8}  # of squares
 
     kind: Literal["afm"] = "afm"
     momentum: Fraction = 0.95

@@ -1,5 +1,6 @@
 """What the configuration of every optimizer has."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from braeburn.config.base import Frozen, NonNegative, Positive, Share
@@ -21,11 +22,14 @@ class OptimizerConfig(Frozen):
         tolerance: what losses in float32 may differ by between layouts, relatively.
         fine_tuning_rate: the learning rate for a trained model where none is given.
         is_width_free: whether the best learning rate is the same for all widths of a model.
+        steady: fields, each with the least value under which an update does not hang on how a
+            gradient near zero was rounded.
     """
 
     tolerance: ClassVar[float] = 1e-5
     fine_tuning_rate: ClassVar[float]
     is_width_free: ClassVar[bool] = False
+    steady: ClassVar[Mapping[str, float]] = {}
 
     kind: Any
     clip_norm: Positive = 1.0

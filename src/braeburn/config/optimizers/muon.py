@@ -1,5 +1,6 @@
 """Muon."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from braeburn.config.base import Fraction, Positive, Size
@@ -18,6 +19,7 @@ class Muon(OptimizerConfig):
     """
 
     fine_tuning_rate: ClassVar[float] = 1e-4
+    steady: ClassVar[Mapping[str, float]] = {"epsilon": 1e-4}
 
     kind: Literal["muon"] = "muon"
     momentum: Fraction = 0.95

@@ -67,7 +67,8 @@ class Gguf:
         architecture: the name that llama.cpp has for it.
         names: of its tensors.
         interleaved: matrices whose outputs llama.cpp rotates by neighbours, where we rotate halves.
-        keys: (model) -> keys below the architecture's name beside those of all families.
+        keys: (model) -> keys below the architecture's name beside those of all families, or for one
+            of these.
         refusal: (model) -> why llama.cpp would not run it, with a way out; None where it would.
     """
 

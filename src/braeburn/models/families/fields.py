@@ -360,7 +360,49 @@ def uneven_heads(model: ModelConfig, family: str) -> str | None:
 
 def shortest_pattern(layers: Sequence[LayerConfig]) -> tuple[LayerConfig, ...]:
     """The fewest layers that, repeated from the first layer on, give all of them."""
-    for length in range(1, len(layers)):
-        if all(layer == layers[i % length] for i, layer in enumerate(layers)):
-            return tuple(layers[:length])
-    return tuple(layers)
+    return tuple(layers[: _periods(layers)[-1]])
+
+
+def repeating_fields(layers: Sequence[LayerConfig]) -> dict[str, Any]:
+    """The fields of a `ModelConfig` that give these layers, and few to compile: a pattern that
+    repeats, or where none does twice, perhaps one that is followed by the repeats of another.
+
+    Args:
+        layers: from first to last.
+    """
+    pattern = shortest_pattern(layers)
+    if 2 * len(pattern) <= len(layers):
+        return {"pattern": pattern}
+    # Of the layers before each one, and of those from it on.
+    before = [0, *_periods(layers)]
+    after = [*_periods(layers[::-1])[::-1], 0]
+
+    def tail(begin: int) -> int:
+        """The layers of one repeat, of which there is a whole number."""
+        rest = len(layers) - begin
+        return after[begin] if rest == 0 or rest % after[begin] == 0 else rest
+
+    def compiled(begin: int) -> int:
+        return before[begin] + begin % before[begin] + tail(begin)
+
+    begin = min(range(len(layers), 0, -1), key=compiled)
+    if begin == len(layers):
+        return {"pattern": pattern}
+    return {
+        "pattern": tuple(layers[: before[begin]]),
+        "tail_pattern": tuple(layers[begin : begin + tail(begin)]),
+        "tail_layers": len(layers) - begin,
+    }
+
+
+def _periods(layers: Sequence[LayerConfig]) -> list[int]:
+    """After how many layers the first one, the first two and so on repeat themselves, by the table
+    of borders of Knuth, Morris and Pratt.
+    """
+    borders = [0]
+    for layer in layers[1:]:
+        border = borders[-1]
+        while border and layers[border] != layer:
+            border = borders[border - 1]
+        borders.append(border + (layers[border] == layer))
+    return [length - border for length, border in enumerate(borders, start=1)]

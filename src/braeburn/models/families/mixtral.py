@@ -3,7 +3,8 @@
 from typing import Any
 
 from braeburn.config import ModelConfig
-from braeburn.models.families.definition import Family
+from braeburn.config.sublayers.experts import Experts
+from braeburn.models.families.definition import Family, Gguf
 from braeburn.models.families.fields import (
     Contents,
     Defaults,
@@ -19,6 +20,8 @@ from braeburn.models.families.mixtures import (
     Sizes,
     experts_of,
     fields_of_experts,
+    gguf_keys,
+    gguf_names,
     names,
     parse_experts,
     pattern,
@@ -50,6 +53,19 @@ def _matches(model: ModelConfig) -> bool:
     return found is not None and found.normalize and not model.qk_norm
 
 
+def _experts(model: ModelConfig) -> Experts:
+    """Those of a model of this family."""
+    found = experts_of(model)
+    assert found is not None
+    return found
+
+
+def _gguf_keys(model: ModelConfig) -> dict[str, int]:
+    found = _experts(model)
+    # To llama.cpp a Mixtral is a Llama, whose experts are as wide as feed-forward sublayers are.
+    return {**gguf_keys(found), "feed_forward_length": found.expert_dim}
+
+
 FAMILY = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
@@ -69,6 +85,7 @@ FAMILY = Family(
     fields=lambda model: {
         "hidden_act": "silu",
         **rope_fields(model),
-        **fields_of_experts(model, _SIZES),
+        **fields_of_experts(_experts(model), _SIZES),
     },
+    gguf=Gguf("llama", gguf_names(), interleaved=("query", "key"), keys=_gguf_keys),
 )

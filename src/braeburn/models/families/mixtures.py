@@ -1,4 +1,4 @@
-"""What families of mixtures of experts have in common, of which every layer is one."""
+"""What families of mixtures of experts have in common."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,11 @@ from braeburn.config import LayerConfig, ModelConfig
 from braeburn.config.sublayers.experts import Experts
 from braeburn.models.families.definition import Names
 from braeburn.models.families.fields import checked_size
-from braeburn.models.families.llama import NAMES
+from braeburn.models.families.llama import GGUF_NAMES, NAMES
 
 # The fields of `Experts` that say what is computed, and those that training alone knows.
 _COMPUTED = {"num_experts", "experts_per_token", "expert_dim", "normalize"}
 _TRAINED = {"balance_loss", "router_z_loss"}
-_DENSE = ("layers/gate", "layers/up", "layers/down")
 # Our sizes of experts -> (the name of the field, what transformers takes where it is left out).
 Sizes = Mapping[str, tuple[str, int]]
 
@@ -22,13 +21,22 @@ def pattern(**fields: Any) -> tuple[LayerConfig, ...]:
     return (LayerConfig(feed_forward=Experts(**fields)),)
 
 
-def experts_of(model: ModelConfig) -> Experts | None:
+def experts_of(model: ModelConfig, dense: bool = False) -> Experts | None:
     """The experts of a model whose layers are all the same, and usual but for these; None of
     others.
+
+    Args:
+        model: whose layers are looked at.
+        dense: whether some of the layers may be usual and without experts.
     """
-    (layer, *others) = dict.fromkeys(model.layer_configs)
+    layers = dict.fromkeys(model.layer_configs)
+    if dense:
+        layers.pop(LayerConfig(), None)
+    if len(layers) != 1:
+        return None
+    (layer,) = layers
     found = layer.feed_forward
-    if others or not isinstance(found, Experts):
+    if not isinstance(found, Experts):
         return None
     usual = Experts(**found.model_dump(include=_COMPUTED | _TRAINED))
     return found if layer == LayerConfig(feed_forward=usual) else None
@@ -54,14 +62,14 @@ def parse_experts(stated: Mapping[str, Any], sizes: Sizes) -> dict[str, int]:
     return found
 
 
-def fields_of_experts(model: ModelConfig, sizes: Sizes) -> dict[str, int]:
+def fields_of_experts(found: Experts, sizes: Sizes) -> dict[str, int]:
     """The fields of a `config.json` that `parse_experts` reads."""
-    found = experts_of(model)
     return {field: getattr(found, ours) for ours, (field, _) in sizes.items()}
 
 
 def names(router: str, gate: str, up: str, down: str, others: Names = NAMES) -> Names:
-    """The names of the tensors of a Llama with experts in place of its feed-forward sublayers.
+    """The names of the tensors of a Llama, some layers of which or all have experts in place of
+    their feed-forward sublayer.
 
     Args:
         router: with `{}` for the number of the layer.
@@ -73,7 +81,23 @@ def names(router: str, gate: str, up: str, down: str, others: Names = NAMES) -> 
     """
     matrices = zip(("expert_gate", "expert_up", "expert_down"), (gate, up, down), strict=True)
     return {
-        **{path: name for path, name in others.items() if path not in _DENSE},
+        **others,
         "layers/router": router,
         **{f"layers/{path}": name for path, name in matrices},
     }
+
+
+def gguf_names() -> Names:
+    """The names that llama.cpp has for the tensors of a Llama with experts."""
+    return names(
+        router="blk.{}.ffn_gate_inp.weight",
+        gate="blk.{}.ffn_gate_exps.weight",
+        up="blk.{}.ffn_up_exps.weight",
+        down="blk.{}.ffn_down_exps.weight",
+        others=GGUF_NAMES,
+    )
+
+
+def gguf_keys(found: Experts) -> dict[str, int]:
+    """The keys of a GGUF file that tell of experts in all architectures."""
+    return {"expert_count": found.num_experts, "expert_used_count": found.experts_per_token}
