@@ -262,14 +262,19 @@ def _over_rounds(term: Callable, count: Array | None, indices: Any, values: Any)
         indices: a tree of integer arrays.
         values: see `term`.
     """
-    first = term(0, indices, values)
-    return first if count is None else first + _further(term, count, indices, values)
+    if count is None:
+        return term(0, indices, values)
+    further, values = _further(term, count, indices, values)
+    return term(0, indices, values) + further
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further(term: Callable, count: Array, indices: Any, values: Any) -> Array:
-    """The sum over all rounds but the first. Nothing of them is kept for the backward pass, which
-    computes each of them once more.
+def _further(term: Callable, count: Array, indices: Any, values: Any) -> tuple[Array, Any]:
+    """The sum over all rounds but the first, and the values, which the first round takes from here.
+
+    Nothing of further rounds is kept for the backward pass, which computes each of them once more.
+    It adds what they give to the gradients of the first round, and so begins when nothing of that
+    round is needed any more: all rounds take the memory of one.
     """
     result = jax.eval_shape(term, count, indices, values)
 
@@ -277,22 +282,27 @@ def _further(term: Callable, count: Array, indices: Any, values: Any) -> Array:
         return total + term(number, indices, values)
 
     with jax.named_scope(FURTHER_ROUNDS):
-        return lax.fori_loop(1, count, add, jnp.zeros(result.shape, result.dtype))
+        return lax.fori_loop(1, count, add, jnp.zeros(result.shape, result.dtype)), values
 
 
-def _further_forward(term: Callable, count: Array, indices: Any, values: Any) -> tuple[Array, Any]:
+def _further_forward(
+    term: Callable, count: Array, indices: Any, values: Any
+) -> tuple[tuple[Array, Any], Any]:
     return _further(term, count, indices, values), (count, indices, values)
 
 
-def _further_backward(term: Callable, kept: Any, cotangent: Array) -> tuple[None, None, Any]:
+def _further_backward(
+    term: Callable, kept: Any, cotangents: tuple[Array, Any]
+) -> tuple[None, None, Any]:
     count, indices, values = kept
+    of_result, of_first = cotangents
 
     def add(number: Array, total: Any) -> Any:
         _, transposed = jax.vjp(lambda given: term(number, indices, given), values)
-        return jax.tree.map(jnp.add, total, transposed(cotangent)[0])
+        return jax.tree.map(jnp.add, total, transposed(of_result)[0])
 
     with jax.named_scope(FURTHER_ROUNDS):
-        return None, None, lax.fori_loop(1, count, add, jax.tree.map(jnp.zeros_like, values))
+        return None, None, lax.fori_loop(1, count, add, of_first)
 
 
 _further.defvjp(_further_forward, _further_backward)
