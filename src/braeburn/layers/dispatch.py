@@ -126,6 +126,30 @@ def _partly_permuted_backward(place: Array, cotangent: Array) -> tuple[Array, No
 partly_permuted.defvjp(_partly_permuted_forward, _partly_permuted_backward)
 
 
+@jax.custom_vjp
+def weighted(rows: Float[Array, "C D"], weights: Float[Array, "C 1"]) -> Float[Array, "C D"]:
+    """Rows times their weights.
+
+    The gradient of the rows is not there before that of the weights is. Nothing waits for the
+    latter, so that XLA would work it out when memory is at its fullest, and hold all rows and their
+    cotangents until then.
+    """
+    return rows * weights
+
+
+def _weighted_forward(rows: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rows * weights, (rows, weights)
+
+
+def _weighted_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    rows, weights = kept
+    of_weights = jnp.sum(cotangent * rows, axis=1, keepdims=True)
+    return lax.optimization_barrier((cotangent * weights, of_weights))
+
+
+weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
 def sum_over_experts(
     assigned: Assigned, matrices: Any, compute: Compute, num_experts: int, mesh: MeshConfig
 ) -> Float[Array, "S D"]:
@@ -178,7 +202,7 @@ def _by_gather(
         token, inside = source // chosen, (jnp.arange(room) < ends[-1])[:, None]
         x_CD = jnp.where(inside, x_SD[token], 0)
         y_CD = compute(matrices, x_CD, jnp.diff(ends, prepend=0))
-        y_CD = y_CD * weights_SK.reshape(-1)[source].astype(y_CD.dtype)[:, None]
+        y_CD = weighted(y_CD, weights_SK.reshape(-1)[source].astype(y_CD.dtype)[:, None])
         return jnp.zeros_like(x_SD).at[token].add(jnp.where(inside, y_CD, 0))
 
     count = -(-jnp.sum(order.sizes) // room) if room < most else None
@@ -220,7 +244,8 @@ def _by_all_to_all(
         here = ordered(expert, own)
         y_CD = compute(matrices, permuted(x_CD, here.of_sorted, here.place), here.sizes)
         # Weighted here, so that the backward pass needs no results sent once more.
-        y_CD = permuted(y_CD, here.place, here.of_sorted) * weights.astype(y_CD.dtype)
+        y_CD = permuted(y_CD, here.place, here.of_sorted)
+        y_CD = weighted(y_CD, weights.astype(y_CD.dtype))
         y_AD = partly_permuted(sent(y_CD), target, source)
         return y_AD.reshape(-1, chosen, y_AD.shape[-1]).sum(1)
 

@@ -34,7 +34,7 @@ from braeburn.parallel.collectives import PIPELINE
 from braeburn.parallel.rules import check
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
 from braeburn.plan.forward import CollectiveTotal, Pass, Teaching, accelerator_of, joined
-from braeburn.plan.graph import Amount, distinct
+from braeburn.plan.graph import Amount, Traced, distinct
 from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, layers_of
 from braeburn.plan.pipeline import Dealt, Part, dealt, part_of
@@ -505,7 +505,7 @@ def _transformed(run: Run, name: str) -> int:
         [True] * len(leaves),
         jax.eval_shape(flat, *leaves),
         lambda function: function,
-        0,
+        Traced(),
     )
     kept = rematerialize(program, None, program.inputs).kept
     # Masks on several axes, and factors, need for their gradients what comes between.

@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 
 from braeburn.layers.attention.backend import Backend, Request
 from braeburn.layers.attention.select import outlined
-from braeburn.layers.grouped.select import for_accelerators
+from braeburn.layers.grouped.select import planned_for
 from braeburn.parallel.sequence import gather_sequence
 from braeburn.plan.attention import Accelerator, backend_of
 from braeburn.plan.blocks import attention_call, request_of
@@ -133,7 +133,7 @@ def work_of_program(
             return backend.run(query, key, value, ids, mesh, request.window)
         return attention_call(asked, query, *(gather_sequence(x, mesh) for x in (key, value)))
 
-    with outlined(outline), for_accelerators():
+    with outlined(outline), planned_for(accelerator.grouped):
         closed = jax.make_jaxpr(program.function)(*program.arguments)
     of_tokens = [
         index > 0

@@ -20,6 +20,7 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.hardware.catalogue import Chip
+from braeburn.layers.grouped.select import Target as GroupedTarget
 from braeburn.models.decoder import has_experts
 from braeburn.parallel.collectives import EXPERT
 from braeburn.parallel.rules import stored_along, token_axes
@@ -92,6 +93,22 @@ def _shapes(
     return shapes_of(model, precision, rules, split, learns, sized(teacher) if teacher else None)
 
 
+@cache
+def _planned(shapes: Shapes, target: GroupedTarget) -> Shapes:
+    """The shapes with what products of experts are planned for, where there are any."""
+    if not any(has_experts(each) for each in (shapes.model, shapes.teacher) if each):
+        return shapes
+    experts = shapes.split.experts._replace(target=target)
+    return shapes_of(
+        shapes.model,
+        shapes.precision,
+        shapes.rules,
+        shapes.split._replace(experts=experts),
+        shapes.learns,
+        shapes.teacher,
+    )
+
+
 @dataclass(frozen=True)
 class Pass:
     """A model that works on a stage's batch, over a mesh of resolved sizes.
@@ -159,7 +176,9 @@ class Pass:
     def shapes_for(self, model: ModelConfig, teacher: ModelConfig | None = None) -> Shapes:
         """What the programs of a model are traced with, or of a model beside its teacher."""
         learns = self.stage.distillation if teacher else self.stage.objective
-        return _shapes(model, self.run.precision, self.run.rules, self.working, learns, teacher)
+        run = self.run
+        found = _shapes(model, run.precision, run.rules, self.working, learns, teacher)
+        return _planned(found, self.accelerator.grouped)
 
     @cached_property
     def shapes(self) -> Shapes:

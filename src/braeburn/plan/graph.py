@@ -15,7 +15,12 @@ from jax.extend.core import Literal
 
 from braeburn.layers.attention.cudnn import FURTHER_DOCUMENTS
 from braeburn.layers.dispatch import FURTHER_ROUNDS
+from braeburn.layers.grouped.request import Request as GroupedRequest
+from braeburn.layers.grouped.select import Target as GroupedTarget
+from braeburn.layers.grouped.select import Work as GroupedWork
+from braeburn.layers.grouped.select import choose
 
+FLOAT = 4
 # JAX's names of collectives: how HLO names them, and whether the bytes are those of the result.
 _COLLECTIVES = {
     "all_gather": ("all-gather", True),
@@ -182,19 +187,33 @@ class Graph:
     outputs: list[Value]
 
 
-def flatten(closed: Any, marker: int = 0) -> Graph:
+class Traced(NamedTuple):
+    """What a program was traced with.
+
+    Attributes:
+        marker: a prime that divides the number of tokens that it was traced with, and no other
+            size: arrays whose number of elements it divides grow with the tokens. 0 where all do.
+        target: what products of experts are planned for.
+    """
+
+    marker: int = 0
+    target: GroupedTarget = GroupedTarget("tpu")
+
+
+def flatten(closed: Any, traced: Traced = Traced()) -> Graph:
     """The graph of a closed jaxpr.
 
     Args:
         closed: the program of one device.
-        marker: a prime that divides the number of tokens that it was traced with, and no other
-            size: arrays whose number of elements it divides grow with the tokens. 0 where all do.
+        traced: what it was traced with.
     """
-    return _Flattening(marker).graph(closed.jaxpr)
+    return _Flattening(traced).graph(closed.jaxpr)
 
 
 def flatten_by_origin(
-    jaxpr: Any, of_tokens: Sequence[bool], held: Callable[[Any], float] = lambda equation: 0.0
+    jaxpr: Any,
+    of_tokens: Sequence[bool],
+    held: Callable[[Any], float] = lambda equation: 0.0,
 ) -> Graph:
     """The graph of a program that was traced with the sizes that it runs with: what is worked out
     of tokens counts as what grows with them, what is worked out of weights alone as fixed.
@@ -211,8 +230,14 @@ class _Flattening:
     # Whether there is no backward pass: see `live_bytes`.
     forward_alone = False
 
-    def __init__(self, marker: int):
-        self.marker = marker
+    def __init__(self, traced: Traced):
+        self.marker, self.target = traced
+
+    def fullness(self, size: Amount) -> float:
+        """By which the fullest of several moments is found: the few tokens that are traced weigh
+        too little beside weights, whose memory is counted by layers (`Layers.weights`).
+        """
+        return size.scaled
 
     def scales(self, count: int, sources: Sequence[Value]) -> bool:
         """Whether an array of so many elements, made of other arrays, grows with the tokens."""
@@ -280,7 +305,45 @@ class _Flattening:
         if name == "cond":
             found = [self.loop(equation, inputs, outputs, b, 1) for b in params["branches"]]
             return max(found, key=lambda node: sum(node.flops))
-        return Node(equation, inputs, outputs, flops=self.flops(equation, inputs, outputs))
+        flops = self.flops(equation, inputs, outputs)
+        if name == "ragged_dot_general":
+            return self.grouped(Node(equation, inputs, outputs, flops=flops))
+        return Node(equation, inputs, outputs, flops=flops)
+
+    def grouped(self, node: Node) -> Node:
+        """A product of rows and the matrices of their groups, with what the back end that the
+        target chooses for it does beside.
+        """
+        equation = node.equation
+        one, other = (var.aval for var in equation.invars[:2])
+        result = equation.outvars[0].aval
+        sums = result.ndim == 3  # over the rows of a group, as its gradient does
+        groups, *matrix = (result if sums else other).shape
+        (ragged,) = equation.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+        count = float(one.shape[ragged])
+        asked = GroupedRequest(
+            self.target.platform,
+            one.dtype,
+            one.shape[ragged],
+            groups,
+            *matrix,
+            self.target.compute_capability,
+        )
+        work = choose(asked)[0].work
+        node = replace(node, flops=node.flops + Amount(2.0 * groups * work.rows * math.prod(matrix)))
+        if not work.block:
+            return node
+        arrays = node.inputs[:2] if sums else (node.inputs[0], node.outputs[0])
+        blocks = Amount(groups, count / work.block)
+        if not arrays[0].count.scaled:
+            blocks = Amount(sum(blocks))
+        # A matrix is copied and read; a sum in float32 is written, and added to another.
+        moved = 4 * FLOAT if sums else 3 * jnp.dtype(one.dtype).itemsize
+        return replace(
+            node,
+            element_wise=blocks * (moved * math.prod(matrix)),
+            live=sum((value.bytes for value in arrays), Amount()),
+        )
 
     def loop(
         self,
@@ -306,7 +369,7 @@ class _Flattening:
         nodes = needed(graph.nodes, graph.outputs)
         collectives = total_collectives(nodes)
         held = live_bytes(nodes, graph.inputs, graph.outputs, forward_alone=self.forward_alone)
-        peak = max((size for _, size in held), default=Amount(), key=sum)
+        peak = max((size for _, size in held), default=Amount(), key=self.fullness)
         return Node(
             equation,
             inputs,
@@ -356,8 +419,11 @@ class _ByOrigin(_Flattening):
     forward_alone = True
 
     def __init__(self, held: Callable[[Any], float]):
-        super().__init__(0)
+        super().__init__(Traced())
         self.held = held
+
+    def fullness(self, size: Amount) -> float:
+        return sum(size)
 
     def scales(self, count: int, sources: Sequence[Value]) -> bool:
         return any(source.count.scaled for source in sources)
@@ -610,6 +676,19 @@ def element_wise_bytes(
     return total
 
 
+def _overwritten(node: Node, inputs: Sequence[Value]) -> Sequence[Value]:
+    """The operands whose memory an operation's results take, if nothing reads them later."""
+    name, params = node.name, node.equation.params
+    if name in _REPLACING:
+        return inputs[:1]
+    if name == "scan":
+        first, count = common_and_carried(node.equation)
+        return inputs[first : first + count]
+    if name == "while":
+        return inputs[params["cond_nconsts"] + params["body_nconsts"] :]
+    return ()
+
+
 def live_bytes(
     nodes: Sequence[Node],
     inputs: Iterable[Value],
@@ -642,7 +721,7 @@ def live_bytes(
             last[value] = index
         for value in step.outputs:
             sources[value] = read
-            if forward_alone and value in written:
+            if value in written:
                 for each in read:
                     last[each] = index
     ending: dict[int, list[Value]] = {}
@@ -651,7 +730,12 @@ def live_bytes(
     held: set[Value] = set()
     fixed = scaled = 0.0
     found = []
-    for index, (node, _, made) in enumerate(steps):
+    for index, (node, read_here, made) in enumerate(steps):
+        for value in _overwritten(node, read_here):
+            if value in held and last[value] == index:
+                held.discard(value)
+                fixed -= value.bytes.fixed
+                scaled -= value.bytes.scaled
         for value in made:
             if value in written and value not in elsewhere:
                 held.add(value)
