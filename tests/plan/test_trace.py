@@ -68,7 +68,7 @@ def whole_gradient(of: blocks.Shapes, remat: Remat) -> Any:
 
     program = on_each_device(jax.grad(loss), mesh, AbstractDevice("", None, "cpu"))
     with outlined(lambda request, q, k, v, *_: blocks.attention_call(request, q, k, v)):
-        return flatten(jax.make_jaxpr(program)(params, batch), of.marker)
+        return flatten(jax.make_jaxpr(program)(params, batch), of.traced)
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,8 @@ class Work(Pass):
         # activations with theirs.
         gathered, scattered = self.totals.weights
         layer = 2 * gathered + scattered + max(map(self.at, self.totals.live))
+        if self.is_pipelined and self.dealt.is_padded:
+            layer = max(layer, gathered + self._branch_bytes)
         layer += self.at(self.totals.kept) * self.part.fresh
         # In the loss: the hidden states of all tensor shards' tokens with their gradient, and
         # logits of a block.
@@ -386,6 +388,16 @@ class Work(Pass):
         if self.teaching:
             parts["teacher"] = self.teaching.stored_bytes
         return {name: value / GIB for name, value in parts.items()}
+
+    @cached_property
+    def _branch_bytes(self) -> float:
+        """Of the backward pass of a layer that is a branch, as where stages have unequal numbers of
+        layers: all that the branch of its forward pass hands to it, which is held until it ends.
+        """
+        whole = layers_of(self.shapes, Remat(policy="none"))
+        totals = totals_of(whole, self.shapes.tokens, self.sequence)
+        handed_on = self.at(totals.kept) / self.model.num_layers
+        return handed_on + max(map(self.at, totals.live))
 
     @cached_property
     def _message_bytes(self) -> float:

@@ -689,6 +689,54 @@ def _overwritten(node: Node, inputs: Sequence[Value]) -> Sequence[Value]:
     return ()
 
 
+class _Held(NamedTuple):
+    """An array in memory.
+
+    Attributes:
+        begin: the operation that makes it, by its number.
+        end: the last that reads it.
+        sources: what the fusion has read that makes it; nothing where none does.
+    """
+
+    begin: int
+    end: int
+    sources: frozenset[Value]
+
+
+def _held(steps: Sequence[_Step], written: set[Value]) -> dict[Value, _Held]:
+    """Every array that is written to memory, and from when to when it is held.
+
+    What a fusion has read is held until it ends. Fusions that read the same are one.
+    """
+    begins: dict[Value, int] = {}
+    ends: dict[Value, int] = {}
+    sources: dict[Value, frozenset[Value]] = {}
+    fusions: list[tuple[int, frozenset[Value]]] = []
+    for index, step in enumerate(steps):
+        reads = frozenset[Value]()
+        for value in step.inputs:
+            reads |= {value} if value in written else sources.get(value, {value})
+        for value in step.outputs:
+            sources[value] = frozenset() if step.node.apart else reads
+            if value not in written:
+                continue
+            begins[value] = index
+            if not step.node.apart:
+                there = max((begins.get(each, -1) for each in reads), default=-1)
+                begins[value] = next(
+                    (at for at, read in fusions if there < at and not reads.isdisjoint(read)), index
+                )
+                fusions.append((begins[value], reads))
+        if step.node.apart or not written.isdisjoint(step.outputs):
+            at = max((begins.get(value, index) for value in step.outputs), default=index)
+            for value in (*reads, *step.outputs):
+                ends[value] = max(ends.get(value, 0), at)
+    return {
+        value: _Held(begin, ends.get(value, begin), sources[value])
+        for value, begin in begins.items()
+    }
+
+
 def live_bytes(
     nodes: Sequence[Node],
     inputs: Iterable[Value],
@@ -698,53 +746,53 @@ def live_bytes(
 ) -> list[tuple[Node, Amount]]:
     """Each operation, and the bytes of the arrays that are held while it runs.
 
+    An operation that replaces elements, a loop and a fusion write over what nothing reads later.
+
     Args:
         nodes: the operations in order, all of them needed.
         inputs: values whose memory is counted elsewhere.
         outputs: others of this kind.
         forward_alone: whether there is no backward pass, in which memory is so short that XLA
             recomputes sums and products rather than hold them. Without one they are written where
-            several operations use them, and what a fusion reads is held until it ends.
+            several operations use them.
     """
     steps, array = _steps(nodes)
     results = {array(value) for value in outputs}
     written = _in_memory(steps, results, _CHEAP if forward_alone else _RECOMPUTED)
     elsewhere = results | {array(value) for value in inputs}
-    last: dict[Value, int] = {}
-    # What a fusion has read by the time that it has made a value: it is held until the fusion ends.
-    sources: dict[Value, set[Value]] = {}
-    for index, step in enumerate(steps):
-        read: set[Value] = set()
-        for value in step.inputs:
-            read |= {value} if value in written else sources.get(value, {value})
-        for value in (*step.inputs, *step.outputs):
-            last[value] = index
-        for value in step.outputs:
-            sources[value] = read
-            if value in written:
-                for each in read:
-                    last[each] = index
+    arrays = {
+        value: each for value, each in _held(steps, written).items() if value not in elsewhere
+    }
+    made: dict[int, list[Value]] = {}
     ending: dict[int, list[Value]] = {}
-    for value, index in last.items():
-        ending.setdefault(index, []).append(value)
+    for value, each in arrays.items():
+        made.setdefault(each.begin, []).append(value)
+        ending.setdefault(each.end, []).append(value)
     held: set[Value] = set()
-    fixed = scaled = 0.0
+    total = Amount()
     found = []
-    for index, (node, read_here, made) in enumerate(steps):
-        for value in _overwritten(node, read_here):
-            if value in held and last[value] == index:
+    for index, (node, reads, _) in enumerate(steps):
+        begun = made.get(index, ())
+        freed = [
+            value
+            for value in _overwritten(node, reads)
+            if value in held and arrays[value].end == index
+        ]
+        for value in begun:
+            for each in arrays[value].sources:
+                if each in held and arrays[each].end == index and each.bytes == value.bytes:
+                    freed.append(each)
+                    break
+        for value in freed:
+            if value in held:
                 held.discard(value)
-                fixed -= value.bytes.fixed
-                scaled -= value.bytes.scaled
-        for value in made:
-            if value in written and value not in elsewhere:
-                held.add(value)
-                fixed += value.bytes.fixed
-                scaled += value.bytes.scaled
-        found.append((node, Amount(fixed + node.live.fixed, scaled + node.live.scaled)))
+                total = total + value.bytes * -1
+        for value in begun:
+            held.add(value)
+            total = total + value.bytes
+        found.append((node, total + node.live))
         for value in ending.get(index, ()):
             if value in held:
                 held.discard(value)
-                fixed -= value.bytes.fixed
-                scaled -= value.bytes.scaled
+                total = total + value.bytes * -1
     return found
