@@ -101,9 +101,7 @@ def test_assignments_beyond_the_first_round_are_missed_without_further_ones(
 ) -> None:
     """So that the test above would find a fault in these; even routing has but one round."""
     mesh = MeshConfig.model_validate({"fsdp": 1, "expert": 4, "expert_dispatch": how})
-    monkeypatch.setattr(
-        dispatch, "_further", lambda term, count, indices, values: (0, values)
-    )
+    monkeypatch.setattr(dispatch, "_further", lambda term, count, indices, values: (0, values))
     for routing, same in (("even", True), ("crowded", False)):
         expected = loss_and_gradients(MeshConfig(fsdp=1), ROUTINGS[routing])
         found = loss_and_gradients(mesh, ROUTINGS[routing])

@@ -3,11 +3,11 @@ or measured.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 
@@ -187,6 +187,15 @@ class Work(Pass):
     transformed: int = 0
     of_mesh: ClassVar[tuple[str, ...]] = (*Pass.of_mesh, "update", "around", "working")
 
+    def kept_in(self, other: Self) -> tuple[str, ...]:
+        """The names of what is the same of another, which differs as `varied` allows."""
+        found = self.of_mesh
+        if self.remat is other.remat:
+            found = (*found, "totals")
+        if self.mesh.stages_per_device == other.mesh.stages_per_device:
+            found = (*found, "dealt")
+        return found
+
     @cached_property
     def working(self) -> MeshConfig:
         """The mesh of the devices that work on the same layers."""
@@ -349,10 +358,14 @@ class Work(Pass):
     @property
     def memory_gib(self) -> float:
         """GiB on a device at the step's fullest moment."""
-        return sum(self.memory().values())
+        return sum(self._memory.values())
 
     def memory(self) -> dict[str, float]:
         """GiB on a device at the step's fullest moment, by part."""
+        return dict(self._memory)
+
+    @cached_property
+    def _memory(self) -> dict[str, float]:
         model, stored = self.model, FLOAT * self.shard
         kept = self.at(self.totals.kept) * self.part.held - self._offloaded_bytes
         # In a layer's backward pass: its weights gathered twice, their gradient, and its
@@ -601,32 +614,96 @@ def timed(
     return found, hidden
 
 
-def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
-    """As `estimate`, of a mesh that is known to divide the stage, laid over links."""
-    chip, stage, model = target.facts, work.stage, work.model
-    peak, room = chip.peak_flops, chip.device_memory_gib
-    assert peak and room  # the catalogue refuses chips without them
+def computing_seconds(work: Work, target: Target) -> dict[str, float]:
+    """Seconds of computing in a step, by part, but for what a pipeline waits."""
+    chip = target.facts
+    peak = chip.peak_flops
+    assert peak  # the catalogue refuses chips without it
     efficiency = EFFICIENCY[chip.family]
-    bandwidth = memory_bandwidth(chip)
+    moved = memory_bandwidth(chip) * efficiency.memory
     seconds = {
         "matrix": work.matrix_flops / (peak * efficiency.matrix),
         "attention": work.attention_flops(efficiency.tile, efficiency.backward)
         / (peak * efficiency.attention)
         + work.attention_products / (peak * efficiency.matrix),
-        "memory_bound": work.memory_bytes / (bandwidth * efficiency.memory),
+        "memory_bound": work.memory_bytes / moved,
     }
     if teaching := work.teaching:
         products = (
             teaching.matrix_flops + teaching.attention_products
         ) / efficiency.matrix + teaching.attention_flops(efficiency.tile) / efficiency.attention
-        moving = teaching.memory_bytes / (bandwidth * efficiency.memory)
-        seconds["teacher"] = products / peak + moving
+        seconds["teacher"] = products / peak + teaching.memory_bytes / moved
+    return seconds
+
+
+class Waiting(NamedTuple):
+    """Seconds of a step in which computing waits for collectives.
+
+    Attributes:
+        flowing: for those of microbatches.
+        once: for those that there are once a step.
+    """
+
+    flowing: float
+    once: float
+
+
+def waiting(work: Work, target: Target, links: Links) -> Waiting:
+    """How long a step waits for collectives over links of known speed."""
+    found = []
+    for asked in (work.microbatch_collectives, work.step_collectives):
+        over_links, beside = timed(asked, work.mesh, target, links)
+        found.append(sum(spent or 0.0 for _, _, spent in over_links) - beside)
+    return Waiting(*found)
+
+
+def least_seconds(
+    work: Work, target: Target, computed: Mapping[str, float], waits: Waiting
+) -> float:
+    """What a step takes at least.
+
+    Args:
+        work: of the step.
+        target: the chips.
+        computed: its `computing_seconds`.
+        waits: how long it waits at least.
+    """
+    total = sum(computed.values())
+    least = total + waits.flowing + waits.once
+    if work.is_pipelined:
+        least += work.part.idle * (total - _once_a_step(work, target) + waits.flowing)
+    return least
+
+
+def _once_a_step(work: Work, target: Target) -> float:
+    """Of the seconds of computing, those of what is done once a step."""
+    chip = target.facts
+    efficiency = EFFICIENCY[chip.family]
+    assert chip.peak_flops
+    moving = work.update_bytes / (memory_bandwidth(chip) * efficiency.memory)
+    return moving + work.update.matrix_flops / (chip.peak_flops * efficiency.matrix)
+
+
+def estimate_work(
+    work: Work, target: Target, links: Links, computed: Mapping[str, float] | None = None
+) -> Estimate:
+    """As `estimate`, of a mesh that is known to divide the stage, laid over links.
+
+    Args:
+        work: of the step.
+        target: the chips.
+        links: of the mesh on them.
+        computed: its `computing_seconds`, where they are known.
+    """
+    chip, stage, model = target.facts, work.stage, work.model
+    peak, room = chip.peak_flops, chip.device_memory_gib
+    assert peak and room  # the catalogue refuses chips without them
+    efficiency = EFFICIENCY[chip.family]
+    seconds = dict(computed or computing_seconds(work, target))
     over_links, beside = timed(work.microbatch_collectives, work.mesh, target, links)
     if work.is_pipelined:
         # A device waits for the first microbatch to reach it and for the last to leave the others.
-        once = work.update_bytes / (bandwidth * efficiency.memory)
-        once += work.update.matrix_flops / (peak * efficiency.matrix)
-        flowing = sum(seconds.values()) - once
+        flowing = sum(seconds.values()) - _once_a_step(work, target)
         waiting = sum(spent or 0.0 for _, _, spent in over_links) - beside
         seconds["bubble"] = work.part.idle * (flowing + waiting)
     collectives: list[tuple[CollectiveTotal, str, float | None]] = []

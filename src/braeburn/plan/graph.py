@@ -211,9 +211,7 @@ def flatten(closed: Any, traced: Traced = Traced()) -> Graph:
 
 
 def flatten_by_origin(
-    jaxpr: Any,
-    of_tokens: Sequence[bool],
-    held: Callable[[Any], float] = lambda equation: 0.0,
+    jaxpr: Any, of_tokens: Sequence[bool], held: Callable[[Any], float] = lambda equation: 0.0
 ) -> Graph:
     """The graph of a program that was traced with the sizes that it runs with: what is worked out
     of tokens counts as what grows with them, what is worked out of weights alone as fixed.
@@ -330,7 +328,9 @@ class _Flattening:
             self.target.compute_capability,
         )
         work = choose(asked)[0].work
-        node = replace(node, flops=node.flops + Amount(2.0 * groups * work.rows * math.prod(matrix)))
+        node = replace(
+            node, flops=node.flops + Amount(2.0 * groups * work.rows * math.prod(matrix))
+        )
         if not work.block:
             return node
         arrays = node.inputs[:2] if sums else (node.inputs[0], node.outputs[0])

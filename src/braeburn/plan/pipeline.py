@@ -172,19 +172,13 @@ def dealt(run: Run, model: ModelConfig, mesh: MeshConfig) -> Dealt:
         model: that is trained.
         mesh: of resolved sizes, with a pipeline.
     """
-    sizes = tuple(mesh.sizes.items())
-    return _dealt(run.rules, run.precision, model, sizes, mesh.stages_per_device)
+    return _dealt(run.rules, run.precision, model, mesh, mesh.stages_per_device)
 
 
-@cache
+@by_identity
 def _dealt(
-    rules: ShardingRules,
-    precision: Precision,
-    model: ModelConfig,
-    sizes: tuple[tuple[str, int], ...],
-    each: int,
+    rules: ShardingRules, precision: Precision, model: ModelConfig, mesh: MeshConfig, each: int
 ) -> Dealt:
-    mesh = MeshConfig.model_validate({**dict(sizes), "stages_per_device": each})
     within = Execution(mesh, rules, precision).of_stage
     division = divided(model, mesh.pipeline * each)
     layers = layer_bytes = table = norms = 0.0

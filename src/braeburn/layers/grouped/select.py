@@ -72,7 +72,9 @@ BACKENDS = (
     Backend("ragged_dot", _for("tpu", "rocm"), ragged.product),
     # Of a group's last block half is empty.
     Backend("triton", triton.why_not, triton.product, fills=True, work=Work(triton.BLOCK / 2)),
-    Backend("counted", _for("cuda"), counted.product, work=Work(1.0 * counted.BLOCK, counted.BLOCK)),
+    Backend(
+        "counted", _for("cuda"), counted.product, work=Work(1.0 * counted.BLOCK, counted.BLOCK)
+    ),
     Backend("blocks", _for(), blocks.product),
 )
 
