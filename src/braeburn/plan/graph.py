@@ -17,7 +17,6 @@ from braeburn.layers.attention.cudnn import FURTHER_DOCUMENTS
 from braeburn.layers.dispatch import FURTHER_ROUNDS
 from braeburn.layers.grouped.request import Request as GroupedRequest
 from braeburn.layers.grouped.select import Target as GroupedTarget
-from braeburn.layers.grouped.select import Work as GroupedWork
 from braeburn.layers.grouped.select import choose
 
 FLOAT = 4
@@ -200,7 +199,10 @@ class Traced(NamedTuple):
     target: GroupedTarget = GroupedTarget("tpu")
 
 
-def flatten(closed: Any, traced: Traced = Traced()) -> Graph:
+AS_TRACED = Traced()
+
+
+def flatten(closed: Any, traced: Traced = AS_TRACED) -> Graph:
     """The graph of a closed jaxpr.
 
     Args:
@@ -316,7 +318,7 @@ class _Flattening:
         one, other = (var.aval for var in equation.invars[:2])
         result = equation.outvars[0].aval
         sums = result.ndim == 3  # over the rows of a group, as its gradient does
-        groups, *matrix = (result if sums else other).shape
+        groups, height, width = (result if sums else other).shape
         (ragged,) = equation.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
         count = float(one.shape[ragged])
         asked = GroupedRequest(
@@ -324,13 +326,12 @@ class _Flattening:
             one.dtype,
             one.shape[ragged],
             groups,
-            *matrix,
+            height,
+            width,
             self.target.compute_capability,
         )
         work = choose(asked)[0].work
-        node = replace(
-            node, flops=node.flops + Amount(2.0 * groups * work.rows * math.prod(matrix))
-        )
+        node = replace(node, flops=node.flops + Amount(2.0 * groups * work.rows * height * width))
         if not work.block:
             return node
         arrays = node.inputs[:2] if sums else (node.inputs[0], node.outputs[0])
@@ -341,7 +342,7 @@ class _Flattening:
         moved = 4 * FLOAT if sums else 3 * jnp.dtype(one.dtype).itemsize
         return replace(
             node,
-            element_wise=blocks * (moved * math.prod(matrix)),
+            element_wise=blocks * (moved * height * width),
             live=sum((value.bytes for value in arrays), Amount()),
         )
 
@@ -419,7 +420,7 @@ class _ByOrigin(_Flattening):
     forward_alone = True
 
     def __init__(self, held: Callable[[Any], float]):
-        super().__init__(Traced())
+        super().__init__(AS_TRACED)
         self.held = held
 
     def fullness(self, size: Amount) -> float:
@@ -761,13 +762,13 @@ def live_bytes(
     written = _in_memory(steps, results, _CHEAP if forward_alone else _RECOMPUTED)
     elsewhere = results | {array(value) for value in inputs}
     arrays = {
-        value: each for value, each in _held(steps, written).items() if value not in elsewhere
+        value: span for value, span in _held(steps, written).items() if value not in elsewhere
     }
     made: dict[int, list[Value]] = {}
     ending: dict[int, list[Value]] = {}
-    for value, each in arrays.items():
-        made.setdefault(each.begin, []).append(value)
-        ending.setdefault(each.end, []).append(value)
+    for value, span in arrays.items():
+        made.setdefault(span.begin, []).append(value)
+        ending.setdefault(span.end, []).append(value)
     held: set[Value] = set()
     total = Amount()
     found = []

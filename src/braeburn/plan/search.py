@@ -390,7 +390,7 @@ def _within(work: Work, target: Target, links: Links) -> Iterator[_Tried]:
         if set(offload.activations) <= set(remat.names if remat.policy == "save_named" else ())
     ]
     number = OFFLOADS.index(offload)
-    left = {}
+    left: dict[int, Work] = {}
     for mesh, remat in itertools.product(_interleavings(sizes, work.model), remats):
         one = _changed(work, {"mesh": mesh, "remat": remat})
         # Worked out here, for all that is varied below.

@@ -1,10 +1,10 @@
 """The grouped product as one loop over blocks of rows, whose number is known before it runs.
 
-It is for what `triton` does not take on NVIDIA's GPUs, which would wait for the host to tell how
-long any other loop is, and for which XLA has no kernel of `ragged_dot`. There are as many blocks as rows and groups can need at
-most: M / `BLOCK` and one for each group. Those that are not needed work on rows behind all others.
-The last block of a group may reach into the rows of the next group, which then writes over what it
-left there.
+It is for what `triton` does not take on NVIDIA's GPUs. These would wait for the host to tell how
+long any other loop is, and XLA has no kernel of `ragged_dot` for them. There are as many blocks as
+rows and groups can need at most: M / `BLOCK` and one for each group. Those that are not needed work
+on rows behind all others. The last block of a group may reach into the rows of the next group,
+which then writes over what it left there.
 """
 
 from typing import Any, NamedTuple
