@@ -767,11 +767,16 @@ def _as_compiled(total: CollectiveTotal, sizes: MeshConfig, target: Target) -> C
     """What libtpu makes of collectives on weights over many chips: sums of whole arrays, which move
     them twice.
 
-    So it writes most gradients' reduce-scatters over 256 chips or more, and all-gathers over the
-    whole of a three-dimensional slice as sums with zeros; over 128 chips it writes neither.
+    So it writes reduce-scatters over a whole slice, and most over 256 chips or more; and
+    all-gathers over the whole of a three-dimensional slice. The whole may be that of `fsdp` or of
+    `fsdp` and `expert` joined. Over a part of a slice, of 128 chips or fewer, it writes neither.
     """
-    if target.facts.family != "tpu" or total.axis != "fsdp" or sizes.fsdp < 256:
+    if target.facts.family != "tpu" or "fsdp" not in total.axes:
         return total
-    whole = sizes.fsdp == target.chips_per_slice and target.facts.dimensions == 3
-    summed = total.kind == "reduce-scatter" or (total.kind == "all-gather" and whole)
+    size_of = sizes.sizes
+    chips = math.prod(size_of[axis] for axis in total.axes)
+    whole = chips == target.chips_per_slice
+    summed = (total.kind == "reduce-scatter" and (whole or chips >= 256)) or (
+        total.kind == "all-gather" and whole and target.facts.dimensions == 3
+    )
     return replace(total, kind="all-reduce") if summed else total

@@ -696,12 +696,13 @@ class _Held(NamedTuple):
     Attributes:
         begin: the operation that makes it, by its number.
         end: the last that reads it.
-        sources: what the fusion has read that makes it; nothing where none does.
+        sources: what the fusion has read that makes it, in the order of the program; nothing where
+            none does.
     """
 
     begin: int
     end: int
-    sources: frozenset[Value]
+    sources: tuple[Value, ...]
 
 
 def _held(steps: Sequence[_Step], written: set[Value]) -> dict[Value, _Held]:
@@ -711,23 +712,24 @@ def _held(steps: Sequence[_Step], written: set[Value]) -> dict[Value, _Held]:
     """
     begins: dict[Value, int] = {}
     ends: dict[Value, int] = {}
-    sources: dict[Value, frozenset[Value]] = {}
-    fusions: list[tuple[int, frozenset[Value]]] = []
+    sources: dict[Value, tuple[Value, ...]] = {}
+    fusions: list[tuple[int, set[Value]]] = []
     for index, step in enumerate(steps):
-        reads = frozenset[Value]()
+        # In the order of the program, so that every trace gives the same.
+        reads: dict[Value, None] = {}
         for value in step.inputs:
-            reads |= {value} if value in written else sources.get(value, {value})
+            reads |= dict.fromkeys((value,) if value in written else sources.get(value, (value,)))
         for value in step.outputs:
-            sources[value] = frozenset() if step.node.apart else reads
+            sources[value] = () if step.node.apart else tuple(reads)
             if value not in written:
                 continue
             begins[value] = index
             if not step.node.apart:
                 there = max((begins.get(each, -1) for each in reads), default=-1)
                 begins[value] = next(
-                    (at for at, read in fusions if there < at and not reads.isdisjoint(read)), index
+                    (at for at, read in fusions if there < at and not read.isdisjoint(reads)), index
                 )
-                fusions.append((begins[value], reads))
+                fusions.append((begins[value], set(reads)))
         if step.node.apart or not written.isdisjoint(step.outputs):
             at = max((begins.get(value, index) for value in step.outputs), default=index)
             for value in (*reads, *step.outputs):
@@ -781,13 +783,13 @@ def live_bytes(
         ]
         for value in begun:
             for each in arrays[value].sources:
-                if each in held and arrays[each].end == index and each.bytes == value.bytes:
+                ends_here = each in held and arrays[each].end == index
+                if ends_here and each.bytes == value.bytes and each not in freed:
                     freed.append(each)
                     break
-        for value in freed:
-            if value in held:
-                held.discard(value)
-                total = total + value.bytes * -1
+        for value in dict.fromkeys(freed):
+            held.discard(value)
+            total = total + value.bytes * -1
         for value in begun:
             held.add(value)
             total = total + value.bytes

@@ -397,23 +397,21 @@ def _within(work: Work, target: Target, links: Links) -> Iterator[_Tried]:
         assert one.totals and (sizes.pipeline == 1 or one.dealt)
         left[len(left)] = one
     numbers = _accumulations(work.stage, sizes)
-    waits = {
-        mesh.stages_per_device: _least_waiting(
-            [
+    waits = {}
+    for mesh in _interleavings(sizes, work.model):
+        possible = [steps for steps in numbers if _deals_out(mesh, steps)]
+        if possible:
+            ends = [
                 _changed(work, {"accumulation_steps": steps, "mesh": mesh, "remat": remats[0]})
-                for steps in (numbers[0], numbers[-1])
-            ],
-            target,
-            links,
-        )
-        for mesh in _interleavings(sizes, work.model)
-    }
+                for steps in (possible[0], possible[-1])
+            ]
+            waits[mesh.stages_per_device] = _least_waiting(ends, target, links)
     every = []
     for steps in numbers:
         found = {
             index: _changed(one, {"accumulation_steps": steps, "mesh": one.mesh})
             for index, one in left.items()
-            if one.mesh.stages_per_device == 1 or steps % sizes.pipeline == 0
+            if _deals_out(one.mesh, steps)
         }
         ways = []
         for index, one in found.items():
@@ -431,6 +429,11 @@ def _within(work: Work, target: Target, links: Links) -> Iterator[_Tried]:
         left = {index: one for index, one in left.items() if index not in fitting}
     # Those first that may be the fastest.
     yield from sorted(every, key=lambda tried: tried.least)
+
+
+def _deals_out(mesh: MeshConfig, steps: int) -> bool:
+    """Whether so many microbatches flow through several stages of each device in turns."""
+    return mesh.stages_per_device == 1 or steps % mesh.pipeline == 0
 
 
 # So much less is taken for a bound than is worked out, for the rounding of sums.

@@ -124,13 +124,19 @@ def _products(
                 return total + _multiply(of_rows, matrices[group, column, part], (1, 1))
             return total + _multiply(of_rows, matrices[group, part, column], (1, 0))
 
-        @pallas.when(counts[block] > 0)
-        def _() -> None:
-            # None behind the last group.
-            steps = jnp.where(group < num_groups, inputs // summed, 0)
-            total = lax.fori_loop(0, steps, add, jnp.zeros((BLOCK, columns), jnp.float32))
+        def store(total: Array) -> None:
             where = result.at[pallas.ds(start, BLOCK), column]
             triton.store(where, total.astype(result.dtype), mask=is_of_group)
+
+        nothing = jnp.zeros((BLOCK, columns), jnp.float32)
+
+        @pallas.when((counts[block] > 0) & (group < num_groups))
+        def _() -> None:
+            store(lax.fori_loop(0, inputs // summed, add, nothing))
+
+        @pallas.when((counts[block] > 0) & (group == num_groups))
+        def _() -> None:
+            store(nothing)
 
     behind = (count - jnp.sum(sizes)).astype(sizes.dtype)
     blocks = blocks_of(jnp.append(sizes, behind), count, BLOCK)
@@ -165,7 +171,7 @@ def _outer_products(
             )
             return total + _multiply(one.T, other, (1, 0))
 
-        steps = (size + SUMMED - 1) // SUMMED
+        steps = lax.div(size + (SUMMED - 1), jnp.int32(SUMMED))
         total = lax.fori_loop(0, steps, add, jnp.zeros((height, width), jnp.float32))
         result[group, row, column] = total.astype(result.dtype)
 
