@@ -3,16 +3,17 @@ replicas alone.
 """
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 
 from braeburn.config import MeshConfig, override
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import parse_target
-from braeburn.plan.cost import estimate
+from braeburn.plan.cost import estimate, estimate_work, work_of
+from braeburn.plan.forward import accelerator_of
 from braeburn.plan.ranking import why_nothing_fits
-from braeburn.plan.search import candidates, larger_targets, meshes
+from braeburn.plan.search import REMATS, _fastest, candidates, larger_targets, meshes
 from braeburn.recipes import load
 from braeburn.train.resolved import sizes_of
 
@@ -137,3 +138,34 @@ def test_experts_are_split_where_a_model_has_some() -> None:
         assert again.step == pytest.approx(candidate.estimate.step)
     dense = load("afm-tiny")
     assert all(m.expert == 1 for m in meshes([dense.model], dense.stages["core"], target))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "target", "sizes", "offered"),
+    [
+        ("llama2-7b", "pretrain", "h100:64", {"fsdp": 16, "tensor": 4}, range(7)),
+        ("llama2-70b", "pretrain", "v5p:64", {"fsdp": 8, "pipeline": 8}, range(3, 10)),
+        ("qwen3-30b-a3b", "general", "v5p:64", {"fsdp": 8, "expert": 8}, range(5)),
+    ],
+)
+def test_what_is_passed_over_is_not_faster(
+    recipe: str, stage: str, target: str, sizes: dict[str, int], offered: range
+) -> None:
+    """The fastest of a mesh, beside all that there are."""
+    run, on = load(recipe), parse_target(target)
+    work = work_of(run, stage, MeshConfig(**sizes), accelerator_of(on.facts))
+    links = Links(on, work.mesh)
+    found = _fastest(work, work.mesh, on, links)
+    assert found and found[1].fits
+    every = []
+    each_has = (1, 2) if work.mesh.pipeline > 1 else (1,)
+    for power, remat, each in product(offered, REMATS, each_has):
+        mesh = work.mesh.model_copy(update={"stages_per_device": each})
+        changes = {"accumulation_steps": 2**power, "remat": remat, "mesh": mesh}
+        if each > 1 and 2**power % mesh.pipeline:
+            continue
+        one = work.varied(stage=work.stage.model_copy(update=changes), mesh=mesh)
+        if one.memory_gib <= found[1].usable_gib:
+            every.append(estimate_work(one, on, links).step)
+    assert len(every) > 10
+    assert found[1].step == pytest.approx(min(every), rel=1e-12)
