@@ -169,3 +169,12 @@ def test_what_is_passed_over_is_not_faster(
             every.append(estimate_work(one, on, links).step)
     assert len(every) > 10
     assert found[1].step == pytest.approx(min(every), rel=1e-12)
+
+
+def test_sizes_that_small_primes_divide_are_planned() -> None:
+    """With `tensor=64` few tokens are traced, and 2, 3, 5 and 7 each divide a size of the model."""
+    run = override(load("llama3-70b"), {"mesh.fsdp": 4, "mesh.tensor": 64})
+    found = estimate(run, next(iter(run.stages)), parse_target("v6e:256"))
+    other = override(run, {"mesh.fsdp": 8, "mesh.tensor": 32})
+    half = estimate(other, next(iter(run.stages)), parse_target("v6e:256"))
+    assert found.seconds["matrix"] == pytest.approx(half.seconds["matrix"], rel=0.1)

@@ -173,9 +173,11 @@ class Shapes:
         sizes = {size for model in models for size in _sizes_in(model.model_dump()) if size > 1}
         sizes.add(self.split.experts.shards)
         largest = max(5, min(_LARGEST_PRIME, _MOST_TOKENS // self.split.tensor))
+        # Larger ones only where all others divide some size.
+        numbers = (*range(largest, 1, -1), *range(largest + 1, 10 * _LARGEST_PRIME))
         return next(
             n
-            for n in range(largest, 1, -1)
+            for n in numbers
             if all(n % d for d in range(2, n)) and all(size % n for size in sizes)
         )
 
