@@ -15,9 +15,10 @@ from braeburn.config import MeshConfig
 from braeburn.layers.attention.backend import ATTENTION, Backend, Request, Scope, nothing
 from braeburn.layers.attention.blocked import blocked_attention
 from braeburn.layers.attention.select import choose
+from braeburn.layers.grouped.select import Target as GroupedTarget
 from braeburn.parallel.sequence import gather_sequence
 from braeburn.plan.blocks import attention_call, request_of
-from braeburn.plan.graph import Node, Value, needed
+from braeburn.plan.graph import Node, Traced, Value, needed
 from braeburn.plan.trace import Pass, Program, differentiate, on_each_device, peaks, rematerialize
 
 FLOAT = 4
@@ -77,6 +78,14 @@ class Accelerator:
 
     platform: str = "other"
     compute_capability: tuple[int, int] | None = None
+
+    @property
+    def grouped(self) -> GroupedTarget:
+        """What products of experts are planned for: other chips are taken to have a kernel of
+        `ragged_dot`, as TPUs have.
+        """
+        platform = "tpu" if self.platform == "other" else self.platform
+        return GroupedTarget(platform, self.compute_capability)
 
 
 WITH_KERNEL = Accelerator()
@@ -177,7 +186,7 @@ def _traced(request: Request, run: Callable[..., Any]) -> Program:
         [True, True, True, False, *[True] * len(sinks)],
         [result],
         lambda function: on_each_device(function, mesh, AbstractDevice("", None, "cpu")),
-        0,
+        Traced(),
     )
 
 

@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 from braeburn.config import MeshConfig
 from braeburn.layers.attention.backend import Backend, Request, Scope
 from braeburn.layers.attention.select import Arrays, outlined
-from braeburn.layers.grouped.select import for_accelerators
+from braeburn.layers.grouped.select import planned_for
 from braeburn.parallel.sequence import gather_sequence
 from braeburn.plan.attention import Accelerator, backend_of, kernel_width
 from braeburn.plan.blocks import attention_call, request_of
@@ -135,7 +135,7 @@ def work_of_program(
             return backend.run(*arrays, mesh, scope)
         return attention_call(asked, query, *(gather_sequence(x, mesh) for x in keys))
 
-    with outlined(outline), for_accelerators():
+    with outlined(outline), planned_for(accelerator.grouped):
         closed = jax.make_jaxpr(program.function)(*program.arguments)
     of_tokens = [
         index > 0
