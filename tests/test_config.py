@@ -342,6 +342,8 @@ def test_stages_and_their_steps() -> None:
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-30b-a3b", 30_532_122_624),
         ("qwen3-235b-a22b", 235_093_634_560),
+        ("gpt-oss-20b", 20_914_757_184),
+        ("gpt-oss-120b", 116_829_156_672),
         ("afm-on-device-scratch", 2_737_739_264),
     ],
 )

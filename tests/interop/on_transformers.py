@@ -35,15 +35,17 @@ from hf_models import (
     write,
 )
 from real_demo import Demo, real
+from safetensors.numpy import load_file, save_file
 from theirs import load, their_config, their_logits, their_model
 
 from braeburn.data.tokenizer import PATTERN
+from braeburn.errors import UserError
 from braeburn.evaluate.chat import encode_chat
 from braeburn.evaluate.generate import Generation, Sampling, generate
 from braeburn.interop import gguf, huggingface
 from braeburn.layers.spec import initialize
 from braeburn.models import decoder
-from braeburn.models.families import family_of
+from braeburn.models.families import family_of, gpt_oss
 from braeburn.train import trained
 from support import braeburn
 
@@ -156,6 +158,39 @@ def test_fields_that_change_nothing(fields, tmp_path):
 
 
 @pytest.mark.parametrize("fields", LLAMA_AS_MISTRAL)
+def as_mxfp4(directory: Path) -> None:
+    """Makes the experts of a gpt-oss those of a checkpoint as it is published."""
+    tensors = load_file(directory / "model.safetensors")
+    generator = np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith("_proj")]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        groups = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = generator.integers(0, 256, (*groups, 16), np.uint8)
+        tensors[f"{name}_scales"] = generator.integers(120, 124, groups, np.uint8)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    quantized = {"quant_method": "mxfp4", "modules_to_not_convert": [*kept, "lm_head"]}
+    change_config(directory, quantization_config=quantized)
+
+
+def test_mxfp4_is_read_by_the_way_that_its_refusal_names(tokenizer_file, tmp_path):
+    pattern = gpt_oss.layers(16, num_experts=4, experts_per_token=2, expert_dim=64)
+    model = MODELS["gpt-oss"][0].model_copy(update={"ffn_dim": 64, "pattern": pattern})
+    their_model(model).save_pretrained(tmp_path)
+    as_mxfp4(tmp_path)
+    with pytest.raises(UserError, match=r"Mxfp4Config\(dequantize=True\)"):
+        huggingface.read(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.Mxfp4Config(dequantize=True)
+    )
+    theirs.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    found, params, _ = huggingface.read(tmp_path / "whole")
+    tokens = random_tokens(found, 40)
+    expected = their_logits(theirs.float().eval(), tokens)
+    np.testing.assert_allclose(our_logits(params, tokens, found), expected, rtol=0, atol=TOLERANCE)
+
+
 def test_a_mistral_without_a_window_is_a_llama(fields, tmp_path):
     model = make(qk_norm=False)
     directory = write(tmp_path / "out", random_params(model), model, None)

@@ -30,6 +30,8 @@ from safetensors.numpy import load_file, save_file
 
 from braeburn.errors import UserError
 from braeburn.interop import huggingface
+from braeburn.models.families import gpt_oss
+from braeburn.models.huggingface_config import parse_config
 from braeburn.train.directory import RunDirectory
 from support import braeburn
 
@@ -245,7 +247,7 @@ def an_empty_index(directory: Path) -> None:
 
 
 NORM = "model.norm.weight"
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     [
         (
             config_with(model_type="phi3"),
-            "model_type='phi3' cannot be imported; choose a model of type gemma3_text, llama, ",
+            "model_type='phi3' cannot be imported; choose a model of type .*, gpt_oss, llama, ",
         ),
         (config_without("model_type"), "model_type=None cannot be imported"),
         (config_with(attention_bias=True), "attention_bias=True cannot be imported; choose"),
@@ -275,8 +277,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
             "model_type='mistral' with sliding_window=4096 cannot be imported",
         ),
         (
-            config_with(rope_scaling=YARN),
-            "rope_type='yarn' cannot be imported; choose a model with rope_type default",
+            config_with(rope_scaling=DYNAMIC),
+            "rope_type='dynamic' cannot be imported; choose a model with rope_type default",
         ),
         (config_with(rope_scaling={"rope_type": "linear"}), "rope_type='linear' lacks factor"),
         (
@@ -397,6 +399,61 @@ def test_mixtures_refused(damage, sentence, tokenizer_file, tmp_path):
     with pytest.raises(UserError, match=sentence) as caught:
         huggingface.read(directory)
     assert "\n" not in str(caught.value)
+
+
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            config_with(quantization_config={"quant_method": "mxfp4"}),
+            "quant_method='mxfp4' cannot be imported; load the model by transformers' .*dequantize",
+        ),
+        (config_with(swiglu_limit=8.0), "swiglu_limit=8.0 cannot be imported; choose a model with"),
+        (config_with(attention_bias="x"), "attention_bias='x' cannot be imported; choose a model"),
+        (config_with(layer_types=["full_attention"]), "layer_types names 1 layers and"),
+        (config_with(num_local_experts=5), "has the shape .*, not .*; download the two again"),
+        (config_with(attention_bias=False), "bias and .* has no place"),
+        (tensors_without(GATE_UP), f"{GATE_UP} is missing; download the weights again"),
+    ],
+)
+def test_gpt_oss_refused(damage, sentence, tokenizer_file, tmp_path):
+    model, _ = MODELS["gpt-oss"]
+    directory = write(tmp_path / "out", random_params(model), model, tokenizer_file)
+    damage(directory)
+    with pytest.raises(UserError, match=sentence) as caught:
+        huggingface.read(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_experts_are_found_under_the_names_of_their_quantised_form(tokenizer_file, tmp_path):
+    """As transformers 5 writes what it has read of them, in full precision."""
+    model, _ = MODELS["gpt-oss"]
+    params = random_params(model)
+    directory = write(tmp_path / "out", params, model, tokenizer_file)
+
+    def rename(tensors):
+        for name in [name for name in tensors if name.endswith("_proj")]:
+            tensors[f"{name}_blocks"] = tensors.pop(name)
+
+    edit_tensors(directory, rename)
+    assert_same(huggingface.read(directory)[1], params)
+
+
+def test_a_config_that_leaves_all_out_is_that_of_the_large_gpt_oss():
+    """As transformers takes the fields that a file leaves out."""
+    stated = {
+        "model_type": "gpt_oss",
+        "vocab_size": 201_088,
+        "hidden_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "intermediate_size": 2880,
+    }
+    published = gpt_oss.gpt_oss_120b().model_copy(update={"z_loss": 1e-6})
+    assert parse_config(stated, "config.json") == published
 
 
 def test_a_missing_folder_is_refused(tmp_path):

@@ -152,6 +152,7 @@ CHOSEN = (
     "olmo2",
     "mixtral",
     "qwen3-moe-one-expert",
+    "gpt-oss",
     "afm",
     "afm-on-device-2025",
 )

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from braeburn.config import MeshConfig
 from braeburn.layers import dispatch
 from braeburn.layers.dispatch import Assigned, sum_over_experts
-from braeburn.layers.grouped import grouped_product
+from braeburn.layers.grouped import grouped_product, grouped_vectors
 from braeburn.parallel.mesh import build
 
 EXPERTS, CHOSEN, TOKENS, WIDTH = 8, 2, 48, 6
@@ -21,7 +21,9 @@ RANDOM = np.random.default_rng(0)
 
 
 def compute(matrices: Any, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jnp.tanh(grouped_product(rows, matrices, sizes))
+    matrix, bias = matrices
+    found = grouped_product(rows, matrix, sizes)
+    return jnp.tanh(found + grouped_vectors(bias, sizes, rows.shape[0]))
 
 
 def even() -> np.ndarray:
@@ -48,7 +50,10 @@ def loss_and_gradients(mesh: MeshConfig, experts: np.ndarray) -> Any:
     generator = np.random.default_rng(1)
     tokens = jnp.asarray(generator.standard_normal((TOKENS, WIDTH), np.float32))
     weights = jnp.asarray(generator.random((TOKENS, CHOSEN), np.float32))
-    matrices = jnp.asarray(generator.standard_normal((EXPERTS, WIDTH, WIDTH), np.float32))
+    matrices = tuple(
+        jnp.asarray(generator.standard_normal((EXPERTS, *sizes), np.float32))
+        for sizes in ((WIDTH, WIDTH), (WIDTH,))
+    )
     shares = jnp.asarray(generator.standard_normal((TOKENS, WIDTH), np.float32))
     rows = PartitionSpec(("fsdp", "expert"))
 
@@ -101,7 +106,7 @@ def test_assignments_beyond_the_first_round_are_missed_without_further_ones(
 ) -> None:
     """So that the test above would find a fault in these; even routing has but one round."""
     mesh = MeshConfig.model_validate({"fsdp": 1, "expert": 4, "expert_dispatch": how})
-    monkeypatch.setattr(dispatch, "_further", lambda *_: 0)
+    monkeypatch.setattr(dispatch, "_further", lambda term, count, indices, values: (0, values))
     for routing, same in (("even", True), ("crowded", False)):
         expected = loss_and_gradients(MeshConfig(fsdp=1), ROUTINGS[routing])
         found = loss_and_gradients(mesh, ROUTINGS[routing])
@@ -132,3 +137,42 @@ def test_a_round_has_room_for_a_quarter_more_than_an_even_share() -> None:
     assert dispatch._room(1, 0.25, 8, mesh) == 1
     # It grows with the tokens.
     assert dispatch._room(3 * 64, 2 / 8, 10**9, mesh) == 3 * dispatch._room(64, 2 / 8, 10**9, mesh)
+
+
+def test_further_rounds_add_to_what_the_first_one_gives() -> None:
+    """And so begin when nothing of it is needed any more: with zeros to begin with, XLA runs them
+    while all of the first round is still held.
+    """
+
+    def term(number: Any, indices: Any, values: jax.Array) -> jax.Array:
+        return jnp.sin(values) * (number + 1.0)
+
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.sum(dispatch._over_rounds(term, jnp.int32(3), (), values))
+
+    values = jnp.arange(4.0)
+    np.testing.assert_allclose(jax.grad(total)(values), 6 * jnp.cos(values), rtol=1e-6)
+    program = jax.make_jaxpr(jax.grad(total))(values).jaxpr
+    backward = [eqn for eqn in program.eqns if eqn.primitive.name == "while"][-1]
+    zeros = {
+        var
+        for eqn in program.eqns
+        if eqn.primitive.name == "broadcast_in_dim"
+        for var in eqn.outvars
+    }
+    first = backward.invars[-1]
+    made_by = {var: eqn for eqn in program.eqns for var in eqn.outvars}
+    assert first not in zeros
+    assert made_by[first].primitive.name == "mul"  # of the cosine, the gradient of the first round
+
+
+def test_weights_have_their_gradient_before_rows_have_theirs() -> None:
+    rows, weights = jnp.asarray(RANDOM.random((6, 4))), jnp.asarray(RANDOM.random((6, 1)))
+    cotangent = jnp.asarray(RANDOM.random((6, 4)))
+    found, back = jax.vjp(dispatch.weighted, rows, weights)
+    expected, plain = jax.vjp(lambda r, w: r * w, rows, weights)
+    np.testing.assert_array_equal(found, expected)
+    for one, other in zip(back(cotangent), plain(cotangent), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    program = jax.make_jaxpr(lambda r, w: jax.vjp(dispatch.weighted, r, w)[1](cotangent))
+    assert "optimization_barrier" in str(program(rows, weights))

@@ -62,11 +62,28 @@ def expected(x: np.ndarray, weights: Any, config: Experts) -> tuple[np.ndarray, 
     """Each token by each of its experts, in float64, and the experts of each token."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
-    logits = flat @ w["router"]
+    logits = flat @ w["router"] + w.get("router_logit_bias", 0.0)
     if config.scores == "softmax":
         scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     else:
         scores = 1 / (1 + np.exp(-logits))
+    # gpt-oss: a softmax over the logits of a token's own experts.
+    weighed = np.exp(logits) if config.linear_bias and config.normalize else scores
+
+    def network(row: np.ndarray, name: str, expert: Any = ...) -> np.ndarray:
+        def product(x: np.ndarray, which: str) -> np.ndarray:
+            bias = w.get(f"{name}_{which}_bias")
+            found = x @ w[f"{name}_{which}"][expert]
+            return found if bias is None else found + bias[expert]
+
+        gate, up = product(row, "gate"), product(row, "up")
+        if config.activation == "clamped":
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+            hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+        else:
+            hidden = gate / (1 + np.exp(-gate)) * up
+        return product(hidden, "down")
+
     result, chosen = np.zeros_like(flat), []
     rated = scores + w.get("router_bias", 0.0)
     for token, row in enumerate(flat):
@@ -76,17 +93,13 @@ def expected(x: np.ndarray, weights: Any, config: Experts) -> tuple[np.ndarray, 
         possible = np.where(allowed[:, None], groups, -np.inf).ravel()
         best = np.argsort(-possible)[: config.experts_per_token]
         chosen.append(best)
-        share = scores[token][best]
+        share = weighed[token][best]
         if config.normalize:
             share = share / share.sum()
         for expert, weight in zip(best, share * config.scale, strict=True):
-            gate = row @ w["expert_gate"][expert]
-            hidden = gate / (1 + np.exp(-gate)) * (row @ w["expert_up"][expert])
-            result[token] += weight * (hidden @ w["expert_down"][expert])
+            result[token] += weight * network(row, "expert", expert)
         if config.shared_dim:
-            gate = row @ w["shared_gate"]
-            hidden = gate / (1 + np.exp(-gate)) * (row @ w["shared_up"])
-            result[token] += hidden @ w["shared_down"]
+            result[token] += network(row, "shared")
     return result.reshape(x.shape), np.asarray(chosen)
 
 
@@ -99,6 +112,9 @@ def expected(x: np.ndarray, weights: Any, config: Experts) -> tuple[np.ndarray, 
         {"num_experts": 3, "experts_per_token": 3},
         {"experts_per_token": 1, "normalize": False},
         {"scores": "sigmoid", "bias": True, "shared_dim": 20},
+        {"linear_bias": True},
+        {"linear_bias": True, "activation": "clamped", "experts_per_token": 3},
+        {"linear_bias": True, "activation": "clamped", "bias": True, "shared_dim": 20},
         {"num_experts": 8, "groups": 4, "groups_per_token": 2, "experts_per_token": 3},
         {
             "num_experts": 12,
@@ -130,9 +146,19 @@ def test_no_token_is_lost_where_all_go_to_one_expert() -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_finite_differences() -> None:
+def test_the_clamped_activation_ends_where_it_should() -> None:
+    """Gates beyond 7, and ups beyond 7 either way, are as those at 7."""
+    config = config_of(linear_bias=True, activation="clamped")
+    weights = weights_of(config, ModelConfig(**SIZES))
+    x = 30 * np.random.default_rng(1).standard_normal((1, 40, 24), np.float32)
+    found, _ = module.apply(jnp.asarray(x), Signals(None, None), context_of(config, weights))
+    np.testing.assert_allclose(found, expected(x, weights, config)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"linear_bias": True, "activation": "clamped"}], ids=str)
+def test_gradients_are_finite_differences(changes: dict[str, Any]) -> None:
     """In float64, of the router's weights among all others, losses of the router included."""
-    config = config_of(balance_loss=0.3, router_z_loss=0.2)
+    config = config_of(balance_loss=0.3, router_z_loss=0.2, **changes)
     model = ModelConfig(**SIZES)
     generator = np.random.default_rng(1)
     x, probe = (generator.standard_normal((2, 9, 24)) for _ in range(2))

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braeburn.layers.grouped import BACKENDS, grouped_product
+from braeburn.layers.grouped import BACKENDS, grouped_product, triton
+from braeburn.layers.grouped.request import Request
+from braeburn.layers.grouped.select import choose
 
 
 def expected(rows: np.ndarray, matrices: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -18,10 +20,25 @@ def expected(rows: np.ndarray, matrices: np.ndarray, sizes: np.ndarray) -> np.nd
     return result
 
 
-def inputs(count: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    rows = generator.standard_normal((count, 12), np.float32)
-    return rows, generator.standard_normal((groups, 12, 20), np.float32)
+def inputs(
+    count: int, groups: int, sizes: tuple[int, int] = (12, 20)
+) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((count, sizes[0]), np.float32)
+    return rows, generator.standard_normal((groups, *sizes), np.float32)
+
+
+# Several tiles of columns; sums over tiles of 16.
+TILED = (48, 144)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_gpus():
+    """Kernels for GPUs are interpreted."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(triton, "INTERPRET", True)
+    yield
+    patch.undo()
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
@@ -35,12 +52,14 @@ def inputs(count: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 def test_products_and_gradients(backend, sizes, behind) -> None:
     """Whatever the groups: empty ones, one with all rows, and rows that belong to none."""
     sizes = np.asarray(sizes, np.int32)
-    rows, matrices = inputs(int(sizes.sum()) + behind, len(sizes))
+    tiles = {"sizes": TILED} if backend.name == "triton" else {}
+    rows, matrices = inputs(max(1, int(sizes.sum()) + behind), len(sizes), **tiles)
     counts = jnp.asarray(sizes)
     inside = (np.arange(len(rows)) < sizes.sum())[:, None]
 
     def product(rows, matrices):
-        return jnp.where(inside, backend.product(rows, matrices, counts), 0)
+        found = backend.product(rows, matrices, counts)
+        return found if backend.fills else jnp.where(inside, found, 0)
 
     wanted = expected(rows, matrices, sizes)
     found, back = jax.vjp(product, jnp.asarray(rows), jnp.asarray(matrices))
@@ -56,7 +75,7 @@ def test_products_and_gradients(backend, sizes, behind) -> None:
 
 
 def test_rows_of_no_group_are_zero() -> None:
-    rows, matrices = map(jnp.asarray, inputs(50, 3))
+    rows, matrices = (jnp.asarray(each) for each in inputs(50, 3))
     found = np.asarray(grouped_product(rows, matrices, jnp.array([10, 0, 5], jnp.int32)))
     assert np.any(found[14])
     assert not np.any(found[15:])
@@ -85,3 +104,52 @@ def test_the_type_is_kept(dtype: str) -> None:
     sizes = jnp.array([30, 10], jnp.int32)
     found, back = jax.vjp(lambda r, m: grouped_product(r, m, sizes), rows, matrices)
     assert {leaf.dtype for leaf in (found, *back(found))} == {jnp.dtype(dtype)}
+
+
+def asked(**changes) -> Request:
+    usual = {"platform": "cuda", "dtype": jnp.bfloat16, "rows": 4096, "groups": 128}
+    sizes = {"inputs": 2048, "outputs": 768, "compute_capability": (9, 0)}
+    return Request(**(usual | sizes | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "because"),
+    [
+        ({}, "triton", None),
+        ({"platform": "tpu"}, "ragged_dot", None),
+        ({"platform": "rocm"}, "ragged_dot", None),
+        ({"platform": "cpu"}, "blocks", "it is for NVIDIA's GPUs, not cpu"),
+        ({"dtype": jnp.float32}, "counted", "it would round products of float32"),
+        ({"compute_capability": (7, 5)}, "counted", "it needs compute capability 8.0"),
+        ({"compute_capability": None}, "counted", "it needs compute capability 8.0"),
+        ({"outputs": 760}, "counted", "matrices of 2048 x 760 are no multiples of 16"),
+    ],
+)
+def test_what_the_kernels_do_not_take_falls_to_a_loop(changes, name, because) -> None:
+    backend, passed_over = choose(asked(**changes))
+    assert backend.name == name
+    assert because is None or any(because in reason for reason in passed_over)
+
+
+def test_a_jax_without_triton_falls_to_a_loop(monkeypatch) -> None:
+    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    backend, passed_over = choose(asked())
+    assert backend.name == "counted"
+    assert "not triton: this version of JAX has no Triton" in passed_over
+
+
+def test_kernels_are_lowered_for_gpus_with_their_gradients(monkeypatch) -> None:
+    """Without a GPU, as far as the code of Triton that XLA compiles."""
+    monkeypatch.setattr(triton, "INTERPRET", False)
+
+    def both(rows, matrices, sizes):
+        found, back = jax.vjp(lambda r, m: triton.product(r, m, sizes), rows, matrices)
+        return found, *back(found)
+
+    rows = jax.ShapeDtypeStruct((1000, 2048), jnp.bfloat16)
+    matrices = jax.ShapeDtypeStruct((8, 2048, 768), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
+    lowered = jax.jit(both).trace(rows, matrices, sizes).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("xla.gpu.triton") == 3
+    assert text.count('name = "grouped_products"') == 2

@@ -34,14 +34,17 @@ LAYOUTS = [
 
 @functools.cache
 def params_of(model: ModelConfig) -> Tree:
-    """Initial values with norms that are not all one, which would not show which is where."""
+    """Initial values with norms that are not all one, nor biases all zero, which would not show
+    which is where.
+    """
     generator = np.random.default_rng(1)
     drawn = dict(walk(jax.jit(lambda: initialize(decoder.param_specs(model), 0))()))
 
     def one(path: str, spec: ParamSpec) -> jax.Array:
-        if spec.role != "norm":
+        if spec.role not in ("norm", "bias"):
             return drawn[path]
-        return jnp.asarray(generator.uniform(0.5, 1.5, spec.shape), jnp.float32)
+        least = 0.5 if spec.role == "norm" else -0.5
+        return jnp.asarray(generator.uniform(least, least + 1, spec.shape), jnp.float32)
 
     return map_specs(one, decoder.param_specs(model))
 

@@ -110,7 +110,7 @@ def test_bfloat16_stays_near_float32(context_attention):
 
 
 def test_the_mask_for_older_gpus_gives_what_the_others_give(monkeypatch):
-    def plain(query, key, value, visible):
+    def plain(query, key, value, visible, sinks):
         return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
 
     monkeypatch.setattr(cudnn, "masked_attention", plain)

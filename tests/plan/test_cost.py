@@ -21,11 +21,19 @@ from braeburn.config import (
 )
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import catalogue
+from braeburn.hardware.links import Links
 from braeburn.hardware.targets import parse_target
 from braeburn.layers.spec import count
 from braeburn.models.decoder import param_specs
 from braeburn.plan.collectives import collectives, traffic
-from braeburn.plan.cost import Work, estimate, labelling_seconds, work_of
+from braeburn.plan.cost import (
+    Work,
+    divided_work,
+    estimate,
+    estimate_work,
+    labelling_seconds,
+    work_of,
+)
 from braeburn.plan.search import candidates
 from braeburn.recipes import load
 from braeburn.train.resolved import resolve_stage
@@ -85,6 +93,102 @@ def test_memory_is_what_the_compiler_needs(
     found = estimate(override(load(recipe), changes), stage, parse_target(target))
     assert 0.95 * compiled < found.total_gib < 1.25 * compiled
     assert found.fits == (found.total_gib <= found.usable_gib)
+
+
+# Of mixtures of experts (libtpu 0.0.50.1, jax-cuda13-pjrt 0.12.0.1).
+SPLIT = {"mesh.expert": 8}
+BY_ALL_TO_ALL = SPLIT | {"mesh.expert_dispatch": "all_to_all"}
+PARTS = {"stages.general.accumulation_steps": 4}
+MIXTURES: list[tuple[str, str, dict[str, Any], float]] = [
+    ("qwen3-30b-a3b", "v5p:64", {}, 36.25),
+    ("qwen3-30b-a3b", "v5p:64", SPLIT, 40.15),
+    ("qwen3-30b-a3b", "v5p:64", SPLIT | PARTS, 18.30),
+    ("qwen3-30b-a3b", "v5p:64", BY_ALL_TO_ALL, 39.65),
+    ("qwen3-30b-a3b", "v5p:64", BY_ALL_TO_ALL | PARTS, 17.98),
+    ("qwen3-30b-a3b", "h100:64", {}, 34.82),
+    ("qwen3-30b-a3b", "h100:64", SPLIT, 40.57),
+    ("qwen3-30b-a3b", "h100:64", BY_ALL_TO_ALL, 39.79),
+    ("qwen3-235b-a22b", "v5p:256", BY_ALL_TO_ALL | {"mesh.expert": 16}, 37.88),
+    (
+        "qwen3-30b-a3b",
+        "h100:64",
+        BY_ALL_TO_ALL
+        | PARTS
+        | {"mesh.expert": 4, "remat.policy": "save_named", "remat.names": ["attention"]},
+        24.86,
+    ),
+    (
+        "qwen3-30b-a3b",
+        "v5p:64",
+        {"mesh.pipeline": 4, "stages.general.accumulation_steps": 16},
+        23.52,
+    ),
+    (
+        "qwen3-30b-a3b",
+        "v5p:64",
+        {"mesh.pipeline": 4, "mesh.expert": 4, "stages.general.accumulation_steps": 16},
+        26.53,
+    ),
+]
+
+
+@pytest.mark.parametrize(("recipe", "target", "changes", "compiled"), MIXTURES)
+def test_memory_of_experts_is_what_the_compiler_needs(
+    recipe: str, target: str, changes: dict[str, Any], compiled: float
+) -> None:
+    run = override(load(recipe), {"remat.policy": "full"} | changes)
+    found = estimate(run, "general", parse_target(target))
+    assert found.total_gib == pytest.approx(compiled, rel=0.1)
+
+
+def test_the_plan_counts_the_products_of_the_back_end() -> None:
+    """On NVIDIA's GPUs half of the last block of each expert is empty; without kernels there are
+    as many blocks as there can be at most, each with a copy of its matrix.
+    """
+    run = override(load("qwen3-30b-a3b"), {"remat.policy": "full"})
+    on = [parse_target(f"{chip}:64") for chip in ("v5p", "h100")]
+    tpu, gpu = (divided_work(run, "general", target) for target in on)
+    # Forward, once more, and both gradients.
+    products = 3 + 3 + 6
+    once = 2 * 128 * 2048 * 768 * run.model.num_layers
+    assert gpu.matrix_flops - tpu.matrix_flops == pytest.approx(products * once * 64, rel=1e-6)
+    precise = override(run, {"precision.compute": "float32"})
+    loop, kernel = (divided_work(precise, "general", target) for target in reversed(on))
+    assert loop.matrix_flops - kernel.matrix_flops == pytest.approx(products * once * 256, rel=1e-6)
+    blocks = (8 * loop.tokens / 256 + 128) * run.model.num_layers
+    # At least a matrix copied and read for each block of the nine products of rows.
+    copied = 9 * blocks * 3 * 4 * 2048 * 768
+    assert loop.memory_bytes - kernel.memory_bytes > copied
+    assert loop.memory_gib > kernel.memory_gib
+
+
+@pytest.mark.parametrize(
+    ("target", "mesh", "kinds"),
+    [
+        ("v5p:64", {"fsdp": 64}, {"all-reduce"}),
+        ("v5p:128", {"data": 2, "fsdp": 64}, {"all-gather", "reduce-scatter"}),
+        ("v6e:64", {"fsdp": 64}, {"all-gather", "all-reduce"}),
+        ("v5p:512", {"data": 2, "fsdp": 256}, {"all-gather", "all-reduce"}),
+        ("h100:64", {"fsdp": 64}, {"all-gather", "reduce-scatter"}),
+    ],
+)
+def test_sums_over_whole_slices_are_planned_as_libtpu_writes_them(
+    target: str, mesh: dict[str, int], kinds: set[str]
+) -> None:
+    run, on = load("llama2-7b"), parse_target(target)
+    work = work_of(run, "pretrain", MeshConfig(**mesh))
+    found = estimate_work(work, on, Links(on, work.mesh)).collectives
+    own = {each.kind for each, _, _ in found if each.axis == "fsdp" and each.what == "weights"}
+    assert own == kinds
+
+
+def test_experts_joined_with_fsdp_over_a_whole_slice_are_sums() -> None:
+    run, on = override(load("qwen3-30b-a3b"), {"mesh.expert": 8}), parse_target("v5p:64")
+    kinds: dict[str, set[str]] = {}
+    for each, _, _ in estimate(run, "general", on).collectives:
+        if each.what == "weights":
+            kinds.setdefault(each.axis, set()).add(each.kind)
+    assert kinds == {"fsdp": {"all-gather", "reduce-scatter"}, "fsdp x expert": {"all-reduce"}}
 
 
 LAYOUTS: list[Any] = [

@@ -509,3 +509,39 @@ def test_time_on_gpus():
     )
     assert [k.seconds for k in found.kernels] == pytest.approx(attention)
     assert found.seconds == pytest.approx(77.5e-6 + products + sum(attention), rel=1e-9)
+
+
+def test_kernels_for_experts_count_their_products():
+    scalars = "s32[9]{0}, s32[9]{0}, s32[9]{0}"
+
+    def call(name, kernel, result, operands):
+        return (
+            f'{name} = {result}{{0}} custom-call(%e), custom_call_target="__gpu$xla.gpu.triton", '
+            f"operand_layout_constraints={{{operands}}}, "
+            f'metadata={{op_name="jit(f)/ffn/{kernel}/pallas_call"}}, '
+            'backend_config={ir = "\\22(]{", name = "x"}'
+        )
+
+    rows, matrices = "bf16[65536,4096]{1,0}", "bf16[8,4096,14336]{2,1,0}"
+    results = "bf16[65536,14336]{1,0}"
+    main = (
+        "ENTRY %main (e: bf16[4]) -> bf16[4]",
+        "%e = bf16[4]{0} parameter(0)",
+        call("%pallas_call.1", "grouped_products", results[:-5], f"{scalars}, {rows}, {matrices}"),
+        call(
+            "%pallas_call.2",
+            "grouped_outer_products",
+            matrices[:-7],
+            f"s32[8]{{0}}, s32[8]{{0}}, {rows}, {results}",
+        ),
+        call("%pallas_call.3", "another", "bf16[4]", "bf16[4]{0}"),
+        "ROOT %s = bf16[4]{0} copy(%e)",
+    )
+    found = computing(parse(module(main)), H100)
+    # Of the last block of each group half is empty.
+    once = 2 * (65536 + 8 * 64) * 4096 * 14336 / (989e12 * 0.72)
+    seconds = {kernel.name: kernel.seconds for kernel in found.kernels}
+    assert seconds["grouped_products"] == pytest.approx(once)
+    assert seconds["grouped_outer_products"] == pytest.approx(once)
+    assert found.untimed == ["pallas_call.3"]
+    assert found.seconds == pytest.approx(2 * once)

@@ -344,6 +344,10 @@ def test_an_export_by_hand() -> None:
         for type_ in ("q8_0", "q4_0")
     )
     assert (eight, four) == pytest.approx((parameters * 34 / 32, parameters * 18 / 32))
+    # Gate and up of all experts are one tensor, made beside each of them; their bias comes before.
+    mixture = estimate_export(job, load("gpt-oss-120b").model)
+    gate, bias = 128 * 2880 * 2880, 128 * 2880
+    assert mixture.peak == around + 8 * gate + 4 * gate + 2 * bias
     assert estimate_export(replace(job, host_memory_gb=None), model).fits is None
     assert estimate_export(replace(job, host_memory_gb=8.0), model).fits is False
 

@@ -14,7 +14,7 @@ from braeburn.hardware.targets import parse_target
 from braeburn.layers.attention.backend import BLOCK, Request
 from braeburn.layers.spec import count
 from braeburn.models.decoder import param_specs
-from braeburn.models.families import gemma3
+from braeburn.models.families import gemma3, gpt_oss
 from braeburn.plan import blocks
 from braeburn.plan.attention import Accelerator, attention_of
 from braeburn.plan.cost import Estimate, estimate, work_of
@@ -111,6 +111,21 @@ def test_attention_without_a_kernel_multiplies_what_its_spans_reach() -> None:
     assert found.live < whole.live
 
 
+@pytest.mark.parametrize("ring", [False, True])
+def test_attention_with_sinks_costs_what_it_does_without(ring: bool) -> None:
+    def asked(sinks: bool) -> Any:
+        shards = 4 if ring else 1
+        heads = (2, 1, 32, 32, shards, ring)
+        request = Request("cpu", jnp.dtype(jnp.float32), 1024, *heads, sinks=sinks)
+        return attention_of(Accelerator("cpu"), request)[0]
+
+    found, without = asked(True), asked(False)
+    assert found.forward.flops == without.forward.flops
+    assert found.backward.flops == without.backward.flops
+    assert found.backward.collectives == without.backward.collectives
+    assert found.forward.element_wise > without.forward.element_wise
+
+
 def test_layers_differ_by_window_where_a_back_end_has_none() -> None:
     # cuDNN takes the layers that see all tokens, and for want of a window not the others.
     run, mesh = load("gemma3-1b"), MeshConfig(fsdp=8)
@@ -128,6 +143,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "tail_pattern": (LayerConfig(attention=ReusedAttention()),),
         "tail_layers": 3,
         "num_layers": 7,
+    },
+    "sinks and biases": {
+        "pattern": gpt_oss.layers(16, num_experts=4, experts_per_token=2, expert_dim=64),
+        "num_layers": 4,
+        "qk_norm": False,
     },
 }
 
@@ -148,6 +168,10 @@ def small(tiny: Run, mesh: dict[str, int], policy: str, changes: dict[str, Any])
         pytest.param("windows", {"fsdp": 2, "context": 4}, "full", marks=pytest.mark.deep),
         ("reuse", {"fsdp": 4, "tensor": 2}, "save_named"),
         pytest.param("reuse", {"fsdp": 2, "context": 4}, "full", marks=pytest.mark.deep),
+        pytest.param(
+            "sinks and biases", {"fsdp": 4, "tensor": 2}, "save_named", marks=pytest.mark.deep
+        ),
+        pytest.param("sinks and biases", {"fsdp": 2, "expert": 4}, "full", marks=pytest.mark.deep),
     ],
 )
 def test_collectives_of_layers_that_differ_are_those_of_the_compiled_step(

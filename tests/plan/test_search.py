@@ -3,7 +3,7 @@ replicas alone.
 """
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 
@@ -11,9 +11,10 @@ from braeburn.config import MeshConfig, Precision, override
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import parse_target
 from braeburn.plan.blocks import Split, shapes_of
-from braeburn.plan.cost import estimate
+from braeburn.plan.cost import estimate, estimate_work, work_of
+from braeburn.plan.forward import accelerator_of
 from braeburn.plan.ranking import why_nothing_fits
-from braeburn.plan.search import candidates, larger_targets, meshes
+from braeburn.plan.search import REMATS, _fastest, candidates, larger_targets, meshes
 from braeburn.recipes import load
 from braeburn.train.resolved import sizes_of
 
@@ -144,3 +145,43 @@ def test_a_model_whose_sizes_have_all_small_primes_is_planned_on_wide_tensor_mes
     # Of the primes up to 500 / 64, 7 divides d_model, 5 the vocabulary, 3 the layers and 2 all.
     shapes = shapes_of(load("deepseek-v3").model, Precision(), split=Split(tensor=64))
     assert shapes.marker == 11
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "target", "sizes", "offered"),
+    [
+        ("llama2-7b", "pretrain", "h100:64", {"fsdp": 16, "tensor": 4}, range(7)),
+        ("llama2-70b", "pretrain", "v5p:64", {"fsdp": 8, "pipeline": 8}, range(3, 10)),
+        ("qwen3-30b-a3b", "general", "v5p:64", {"fsdp": 8, "expert": 8}, range(5)),
+    ],
+)
+def test_what_is_passed_over_is_not_faster(
+    recipe: str, stage: str, target: str, sizes: dict[str, int], offered: range
+) -> None:
+    """The fastest of a mesh, beside all that there are."""
+    run, on = load(recipe), parse_target(target)
+    work = work_of(run, stage, MeshConfig(**sizes), accelerator_of(on.facts))
+    links = Links(on, work.mesh)
+    found = _fastest(work, work.mesh, on, links)
+    assert found and found[1].fits
+    every = []
+    each_has = (1, 2) if work.mesh.pipeline > 1 else (1,)
+    for power, remat, each in product(offered, REMATS, each_has):
+        mesh = work.mesh.model_copy(update={"stages_per_device": each})
+        changes = {"accumulation_steps": 2**power, "remat": remat, "mesh": mesh}
+        if each > 1 and 2**power % mesh.pipeline:
+            continue
+        one = work.varied(stage=work.stage.model_copy(update=changes), mesh=mesh)
+        if one.memory_gib <= found[1].usable_gib:
+            every.append(estimate_work(one, on, links).step)
+    assert len(every) > 10
+    assert found[1].step == pytest.approx(min(every), rel=1e-12)
+
+
+def test_sizes_that_small_primes_divide_are_planned() -> None:
+    """With `tensor=64` few tokens are traced, and 2, 3, 5 and 7 each divide a size of the model."""
+    run = override(load("llama3-70b"), {"mesh.fsdp": 4, "mesh.tensor": 64})
+    found = estimate(run, next(iter(run.stages)), parse_target("v6e:256"))
+    other = override(run, {"mesh.fsdp": 8, "mesh.tensor": 32})
+    half = estimate(other, next(iter(run.stages)), parse_target("v6e:256"))
+    assert found.seconds["matrix"] == pytest.approx(half.seconds["matrix"], rel=0.1)

@@ -68,8 +68,8 @@ def whole_gradient(of: blocks.Shapes, remat: Remat) -> Any:
         return cross_entropy.loss(params, batch, of.model, execution)[0]
 
     program = on_each_device(jax.grad(loss), mesh, AbstractDevice("", None, "cpu"))
-    with outlined(lambda request, q, k, v, *_: blocks.attention_call(request, q, k, v)):
-        return flatten(jax.make_jaxpr(program)(params, batch), of.marker)
+    with outlined(lambda request, arrays, *_: blocks.attention_call(request, *arrays[:3])):
+        return flatten(jax.make_jaxpr(program)(params, batch), of.traced)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,11 @@ def test_sizes_between_two_that_are_traced_are_those_of_a_trace(
     assert mixed.weights == pytest.approx(traced.weights)
     for name, size in traced.kept.items():
         assert mixed.kept[name] == pytest.approx(size), name
+    # An array may be written over one that is as large for this size of `tensor` alone.
     for one, other in zip(mixed.live, traced.live, strict=True):
-        assert one[0] == pytest.approx(other[0])
+        assert one[0] == pytest.approx(other[0], rel=0.1)
+    fullest = [max(size.scaled for size, _ in each.live) for each in (mixed, traced)]
+    assert fullest[0] == pytest.approx(fullest[1])
 
 
 def test_nothing_but_attention_crosses_context() -> None:

@@ -1,6 +1,7 @@
 """The mesh: how many devices lie along each axis."""
 
 from collections.abc import Collection
+from operator import attrgetter
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -25,6 +26,9 @@ BY_TRAFFIC: tuple[MeshAxis, ...] = (
 PipelineSchedule = Literal["1f1b", "gpipe"]
 # -1 stands for as many as the devices allow.
 AxisSize = Annotated[int, Field(ge=-1, le=2**24)]
+
+# The size of each axis, which the plan asks for many times.
+_SIZES = attrgetter(*AXES)
 
 
 class MeshConfig(Frozen):
@@ -71,7 +75,7 @@ class MeshConfig(Frozen):
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each axis by its name, in the order of the mesh."""
-        return {axis: getattr(self, axis) for axis in AXES}
+        return dict(zip(AXES, _SIZES(self), strict=True))
 
     @property
     def by_traffic(self) -> dict[str, int]:

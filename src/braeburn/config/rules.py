@@ -71,6 +71,7 @@ class ShardingRules(Frozen):
     norm_embed: Placement = Placement(
         parameters=("fsdp", "tensor"), optimizer=("fsdp", "tensor"), whole_if_uneven=True
     )
+    bias_embed: Placement = Placement()
     norm_heads: Placement = Placement(
         parameters=("tensor",), optimizer=("tensor",), activations=("tensor",)
     )

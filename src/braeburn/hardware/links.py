@@ -54,6 +54,7 @@ class Links:
         """
         self._target, self._names, chip = target, list(mesh.by_traffic), target.facts
         self._known: dict[tuple[str, ...], tuple[str, str]] = {}
+        self._joined: dict[tuple[str, ...], list[Segment]] = {}
         if chip.family == "tpu":
             outer = across_slices(mesh, target.slices)
             within = {axis: size // outer[axis] for axis, size in mesh.by_traffic.items()}
@@ -90,7 +91,9 @@ class Links:
 
     def _along(self, axes: tuple[str, ...]) -> list[Segment]:
         """The link segments of axes, from the outermost inwards."""
-        return [segment for axis in axes for segment in self._segments[axis]]
+        if axes not in self._joined:
+            self._joined[axes] = [each for axis in axes for each in self._segments[axis]]
+        return self._joined[axes]
 
     def seconds(self, kind: str, bytes_: float, axes: tuple[str, ...]) -> float | None:
         """How long a collective takes by the bandwidth of links; None where it is unknown.

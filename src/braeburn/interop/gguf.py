@@ -96,7 +96,7 @@ def write(
     family = family_of(model).gguf
     if family is None:
         raise UserError(
-            f"llama.cpp has no model of type {family_of(model).model_type}; export with --format hf"
+            f"a model of type {family_of(model).model_type} is not written as GGUF; {_ELSEWHERE}"
         )
     if refusal := family.refusal(model) or _yarn_refusal(model):
         raise UserError(refusal)

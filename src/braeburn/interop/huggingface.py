@@ -26,7 +26,7 @@ from braeburn.data.tokenizer import Tokenizer
 from braeburn.disk import remove_stale
 from braeburn.errors import UserError
 from braeburn.interop.tensor_file import CODES, Entry, write_file
-from braeburn.interop.tensors import Tensor, checked, tensors_of
+from braeburn.interop.tensors import Joint, Tensor, checked, family_tensors, joint, tensors_of
 from braeburn.layers.spec import ParamSpec, Tree, map_specs
 from braeburn.models.decoder import param_specs
 from braeburn.models.families import Family, families_by_type, family_of
@@ -107,8 +107,7 @@ def write(
 
     try:
         main_first(f"{partial.name} was made", begin if is_main() else lambda: None)
-        family = family_of(model)
-        tensors = tensors_of(model, family.names, family.norm_offset)
+        tensors = joint(family_tensors(model))
         objection = None
         try:
             with _explaining(directory):
@@ -154,11 +153,11 @@ def _write_settings(
 
 
 def _write_weights(
-    directory: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], files: Files
+    directory: Path, tensors: Sequence[Joint], parameters: Mapping[str, Any], files: Files
 ) -> None:
     """Writes the files of weights; of several processes, each writes its share."""
     sizes = {tensor.name: files.width * math.prod(tensor.shape) for tensor in tensors}
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[Joint]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(sizes[t.name] for t in (*shards[-1], tensor)) > files.max_shard_bytes:
             shards.append([])
@@ -185,11 +184,11 @@ def _write_weights(
 
 
 def _write_file(
-    path: Path, tensors: Sequence[Tensor], parameters: Mapping[str, Any], dtype: WeightType
+    path: Path, tensors: Sequence[Joint], parameters: Mapping[str, Any], dtype: WeightType
 ) -> Iterator[Entry]:
     """Writes a safetensors file, and gives each tensor once it is written."""
 
-    def values(tensor: Tensor) -> Callable[[], np.ndarray]:
+    def values(tensor: Joint) -> Callable[[], np.ndarray]:
         return lambda: tensor.exported(parameters)
 
     return write_file(
@@ -292,7 +291,7 @@ class _Index(BaseModel):
 
 def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None) -> Tree:
     family = family_of(model)
-    tensors = tensors_of(model, family.names, family.norm_offset)
+    tensors = family_tensors(model)
     with ExitStack() as stack:
         holders: dict[str, Any] = {}  # name of a tensor -> the open file that holds it
         places: dict[str, Path] = {}  # name of a tensor -> the path of that file
@@ -302,7 +301,7 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
             read = [name for name in names if not _is_unread(name, family, model)]
             holders |= dict.fromkeys(read, holder)
             places |= dict.fromkeys(read, file)
-        wanted = {tensor.name: tensor.shape for tensor in tensors}
+        wanted = {tensor.name: tensor.whole_shape for tensor in tensors}
         aliases = _aliases(family, model)
         stored = _stored_names(wanted, holders, aliases)
         _check(directory, wanted, stored, holders, aliases)
@@ -329,9 +328,10 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
             of_layer.setdefault(part.layer, []).append(part)
 
         def layer(number: int) -> np.ndarray:
-            if spec.num_experts is None:
-                return values(of_layer[number][0], kept_as)
-            return np.stack([values(part, kept_as) for part in of_layer[number]])
+            first, *others = of_layer[number]
+            if first.expert is None:
+                return values(first, kept_as)
+            return np.stack([values(part, kept_as) for part in (first, *others)])
 
         return Pieces.of_layers(spec.shape, kept_as, layer)
 
@@ -363,10 +363,14 @@ def _is_unread(name: str, family: Family, model: ModelConfig) -> bool:
 
 
 def _aliases(family: Family, model: ModelConfig) -> dict[str, str]:
-    """The tensor that may also stand under another name: of tied embeddings, the embedding under
-    that of the head.
+    """The tensors that may also stand under another name, as the family says, and of tied
+    embeddings, the embedding under that of the head.
     """
-    return {family.names["embedding"]: family.names["head"]} if model.tied_embeddings else {}
+    tied = {family.names["embedding"]: family.names["head"]} if model.tied_embeddings else {}
+    usual = tensors_of(model, family.names)
+    others = tensors_of(model, {**family.names, **family.aliases})
+    pairs = ((one.name, other.name) for one, other in zip(usual, others, strict=True))
+    return tied | {one: other for one, other in pairs if one != other}
 
 
 def _stored_names(
@@ -419,7 +423,8 @@ def _check(
             same = np.array_equal(holders[alias].get_tensor(alias), holders[own].get_tensor(own))
             refuse(
                 [] if same else [alias],
-                f"differs from {own}; set tie_word_embeddings to false in config.json",
+                f"differs from {own}; set tie_word_embeddings to false in config.json, or download "
+                f"the weights again",
             )
     # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
     others = holders.keys() - set(stored.values()) - set(aliases.values())

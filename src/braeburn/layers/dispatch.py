@@ -126,6 +126,30 @@ def _partly_permuted_backward(place: Array, cotangent: Array) -> tuple[Array, No
 partly_permuted.defvjp(_partly_permuted_forward, _partly_permuted_backward)
 
 
+@jax.custom_vjp
+def weighted(rows: Float[Array, "C D"], weights: Float[Array, "C 1"]) -> Float[Array, "C D"]:
+    """Rows times their weights.
+
+    The gradient of the rows is not there before that of the weights is. Nothing waits for the
+    latter, so that XLA would work it out when memory is at its fullest, and hold all rows and their
+    cotangents until then.
+    """
+    return rows * weights
+
+
+def _weighted_forward(rows: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rows * weights, (rows, weights)
+
+
+def _weighted_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    rows, weights = kept
+    of_weights = jnp.sum(cotangent * rows, axis=1, keepdims=True)
+    return lax.optimization_barrier((cotangent * weights, of_weights))
+
+
+weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
 def sum_over_experts(
     assigned: Assigned, matrices: Any, compute: Compute, num_experts: int, mesh: MeshConfig
 ) -> Float[Array, "S D"]:
@@ -178,7 +202,7 @@ def _by_gather(
         token, inside = source // chosen, (jnp.arange(room) < ends[-1])[:, None]
         x_CD = jnp.where(inside, x_SD[token], 0)
         y_CD = compute(matrices, x_CD, jnp.diff(ends, prepend=0))
-        y_CD = y_CD * weights_SK.reshape(-1)[source].astype(y_CD.dtype)[:, None]
+        y_CD = weighted(y_CD, weights_SK.reshape(-1)[source].astype(y_CD.dtype)[:, None])
         return jnp.zeros_like(x_SD).at[token].add(jnp.where(inside, y_CD, 0))
 
     count = -(-jnp.sum(order.sizes) // room) if room < most else None
@@ -220,7 +244,8 @@ def _by_all_to_all(
         here = ordered(expert, own)
         y_CD = compute(matrices, permuted(x_CD, here.of_sorted, here.place), here.sizes)
         # Weighted here, so that the backward pass needs no results sent once more.
-        y_CD = permuted(y_CD, here.place, here.of_sorted) * weights.astype(y_CD.dtype)
+        y_CD = permuted(y_CD, here.place, here.of_sorted)
+        y_CD = weighted(y_CD, weights.astype(y_CD.dtype))
         y_AD = partly_permuted(sent(y_CD), target, source)
         return y_AD.reshape(-1, chosen, y_AD.shape[-1]).sum(1)
 
@@ -262,14 +287,19 @@ def _over_rounds(term: Callable, count: Array | None, indices: Any, values: Any)
         indices: a tree of integer arrays.
         values: see `term`.
     """
-    first = term(0, indices, values)
-    return first if count is None else first + _further(term, count, indices, values)
+    if count is None:
+        return term(0, indices, values)
+    further, values = _further(term, count, indices, values)
+    return term(0, indices, values) + further
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further(term: Callable, count: Array, indices: Any, values: Any) -> Array:
-    """The sum over all rounds but the first. Nothing of them is kept for the backward pass, which
-    computes each of them once more.
+def _further(term: Callable, count: Array, indices: Any, values: Any) -> tuple[Array, Any]:
+    """The sum over all rounds but the first, and the values, which the first round takes from here.
+
+    Nothing of further rounds is kept for the backward pass, which computes each of them once more.
+    It adds what they give to the gradients of the first round, and so begins when nothing of that
+    round is needed any more: all rounds take the memory of one.
     """
     result = jax.eval_shape(term, count, indices, values)
 
@@ -277,22 +307,27 @@ def _further(term: Callable, count: Array, indices: Any, values: Any) -> Array:
         return total + term(number, indices, values)
 
     with jax.named_scope(FURTHER_ROUNDS):
-        return lax.fori_loop(1, count, add, jnp.zeros(result.shape, result.dtype))
+        return lax.fori_loop(1, count, add, jnp.zeros(result.shape, result.dtype)), values
 
 
-def _further_forward(term: Callable, count: Array, indices: Any, values: Any) -> tuple[Array, Any]:
+def _further_forward(
+    term: Callable, count: Array, indices: Any, values: Any
+) -> tuple[tuple[Array, Any], Any]:
     return _further(term, count, indices, values), (count, indices, values)
 
 
-def _further_backward(term: Callable, kept: Any, cotangent: Array) -> tuple[None, None, Any]:
+def _further_backward(
+    term: Callable, kept: Any, cotangents: tuple[Array, Any]
+) -> tuple[None, None, Any]:
     count, indices, values = kept
+    of_result, of_first = cotangents
 
     def add(number: Array, total: Any) -> Any:
         _, transposed = jax.vjp(lambda given: term(number, indices, given), values)
-        return jax.tree.map(jnp.add, total, transposed(cotangent)[0])
+        return jax.tree.map(jnp.add, total, transposed(of_result)[0])
 
     with jax.named_scope(FURTHER_ROUNDS):
-        return None, None, lax.fori_loop(1, count, add, jax.tree.map(jnp.zeros_like, values))
+        return None, None, lax.fori_loop(1, count, add, of_first)
 
 
 _further.defvjp(_further_forward, _further_backward)

@@ -18,11 +18,13 @@ from jaxtyping import Array
 
 # muP-simple role: "matrix" for the weights whose updates shrink with width, the others keep theirs.
 # A "router" decides which experts a token goes to, and is computed with in float32, as norms are.
+# A "bias" is added to the results of a product, or is one more score of attention, as a sink; it is
+# held in float32, as norms are, and starts at zero.
 # A "balance" is what is added to an expert's score for it to be chosen more often or less; no loss
 # trains it, its gradient is how busy the expert was, and it starts at zero.
 # A "mask" is a score that pruning learns for each unit, a "scale" a factor that quantisation
 # learns; neither is part of the finished model.
-Role = Literal["matrix", "embedding", "norm", "router", "balance", "mask", "scale"]
+Role = Literal["matrix", "embedding", "norm", "bias", "router", "balance", "mask", "scale"]
 WORD = 2**32
 
 Tree = dict[str, Any]
@@ -39,7 +41,7 @@ class ParamSpec:
         axes: the logical name of each dimension.
         role: what the optimizer and pruning take it for.
         fan_in: logical axes that the weight is summed over; values are drawn with variance 1 /
-            (their product). Empty for a parameter that starts at one.
+            (their product). Empty for a parameter that starts at one or zero.
         share: of its values, that one token is multiplied by: not all where experts share tokens
             out.
     """
@@ -67,7 +69,7 @@ class ParamSpec:
     @property
     def is_precise(self) -> bool:
         """Whether it is computed with in float32, whatever the type of weights."""
-        return self.role in ("norm", "router", "balance")
+        return self.role in ("norm", "bias", "router", "balance")
 
     def held_in(self, dtype: Any) -> np.dtype:
         """The type that this parameter has where weights have `dtype`."""
@@ -94,7 +96,7 @@ class ParamSpec:
 
     def initial(self, key: Array) -> Array:
         """Float32 initial values. Layer i of a stacked parameter depends on `key` and i alone."""
-        if self.role == "balance":
+        if self.role in ("bias", "balance"):
             return jnp.zeros(self.shape, jnp.float32)
         if not self.fan_in:
             return jnp.ones(self.shape, jnp.float32)
@@ -164,7 +166,7 @@ def abstract(specs: Tree, dtype: Any = jnp.float32) -> Tree:
 
 
 # The roles of a finished model's parameters.
-WEIGHTS: tuple[Role, ...] = ("matrix", "embedding", "norm", "router", "balance")
+WEIGHTS: tuple[Role, ...] = ("matrix", "embedding", "norm", "bias", "router", "balance")
 
 
 def count(specs: Tree, roles: tuple[Role, ...] = WEIGHTS) -> int:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import Execution, LayerConfig, ModelConfig
-from braeburn.layers.attention import cached_attention
+from braeburn.layers.attention import Scope, cached_attention
 from braeburn.layers.spec import ParamSpec, Tree
 from braeburn.layers.sublayers.definition import Kept, sizes_of, sublayer_of
 from braeburn.models import decoder
@@ -47,12 +47,10 @@ class Cached:
         caches = tuple(cache.at[at].set(array) for cache, array in zip(state, arrays, strict=True))
         return caches, caches
 
-    def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
-        """Attention of new tokens to the last `window` positions or, where that is None, to all
-        earlier ones.
-        """
+    def attend(self, query: Array, keys_and_values: Any, scope: Scope) -> Array:
+        """Attention of new tokens to the positions that they see."""
         keys, values = keys_and_values
-        return cached_attention(query, keys, values, self._positions, window)
+        return cached_attention(query, keys, values, self._positions, scope)
 
 
 class Prompts(Packed):

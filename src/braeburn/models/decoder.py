@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import Execution, LayerConfig, ModelConfig, Segment
-from braeburn.layers.attention import attention
+from braeburn.layers.attention import Scope, attention
 from braeburn.layers.embedding import embed
 from braeburn.layers.norm import rms_norm
 from braeburn.layers.spec import EXPERTS, ParamSpec, Tree, map_specs, walk
@@ -529,12 +529,10 @@ class Packed:
         """The arrays as they are."""
         return arrays, state
 
-    def attend(self, query: Array, keys_and_values: Any, window: int | None) -> Array:
-        """Attention within segments, to the last `window` tokens or, where that is None, to all
-        earlier ones.
-        """
+    def attend(self, query: Array, keys_and_values: Any, scope: Scope) -> Array:
+        """Attention within segments."""
         key, value = keys_and_values
-        return attention(query, key, value, self._segment_ids, self._mesh, window)
+        return attention(query, key, value, self._segment_ids, self._mesh, scope)
 
 
 def forward(

@@ -14,5 +14,5 @@ DEFINITION = Definition(
     transformation=_scale_by_adam,
     second_moment=lambda state: state.nu,
     weight_decay=lambda stage: stage.learning_rate * stage.weight_decay,
-    no_decay=frozenset({"norm"}),
+    no_decay=frozenset({"norm", "bias"}),
 )

@@ -302,6 +302,6 @@ DEFINITION = Definition(
     transformation=scale_by_muon,
     second_moment=lambda state: state.second_moment,
     weight_decay=lambda stage: stage.learning_rate * stage.weight_decay,
-    no_decay=frozenset({"norm"}),
+    no_decay=frozenset({"norm", "bias"}),
     update_cost=update_cost,
 )

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 
 from braeburn.config import MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, Backend, Request, nothing
+from braeburn.layers.attention.backend import ATTENTION, Backend, Request, Scope, nothing
 from braeburn.layers.attention.blocked import blocked_attention
 from braeburn.layers.attention.select import choose
+from braeburn.layers.grouped.select import Target as GroupedTarget
 from braeburn.parallel.sequence import gather_sequence
 from braeburn.plan.blocks import attention_call, request_of
-from braeburn.plan.graph import Node, Value, needed
+from braeburn.plan.graph import Node, Traced, Value, needed
 from braeburn.plan.trace import Pass, Program, differentiate, on_each_device, peaks, rematerialize
 
 FLOAT = 4
@@ -78,6 +79,14 @@ class Accelerator:
     platform: str = "other"
     compute_capability: tuple[int, int] | None = None
 
+    @property
+    def grouped(self) -> GroupedTarget:
+        """What products of experts are planned for: other chips are taken to have a kernel of
+        `ragged_dot`, as TPUs have.
+        """
+        platform = "tpu" if self.platform == "other" else self.platform
+        return GroupedTarget(platform, self.compute_capability)
+
 
 WITH_KERNEL = Accelerator()
 
@@ -128,7 +137,7 @@ def kernel_width(request: Request, backend: Backend) -> float:
 def _around_kernel(dtype: Any, heads: tuple[int, int], shards: int, length: int) -> Attention:
     request = Request("", dtype, length, 1, 1, *heads, shards)
 
-    def run(query: Any, key: Any, value: Any, ids: Any, mesh: MeshConfig, window: Any) -> Any:
+    def run(query: Any, key: Any, value: Any, ids: Any, mesh: MeshConfig, scope: Scope) -> Any:
         return attention_call(request, query, *(gather_sequence(x, mesh) for x in (key, value)))
 
     return _costs(_traced(request, run))
@@ -166,13 +175,18 @@ def _traced(request: Request, run: Callable[..., Any]) -> Program:
         for heads in (request.num_heads, request.num_kv_heads)
     )
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    sinks = [jax.ShapeDtypeStruct((request.num_heads,), jnp.float32)] * request.sinks
+
+    def attended(*arguments: Any) -> list[Any]:
+        return [run(*arguments[:4], mesh, Scope(request.window, *arguments[4:]))]
+
     return differentiate(
-        lambda *arguments: [run(*arguments, mesh, request.window)],
-        [query, key, value, ids],
-        [True, True, True, False],
+        attended,
+        [query, key, value, ids, *sinks],
+        [True, True, True, False, *[True] * len(sinks)],
         [result],
         lambda function: on_each_device(function, mesh, AbstractDevice("", None, "cpu")),
-        0,
+        Traced(),
     )
 
 

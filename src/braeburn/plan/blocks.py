@@ -36,14 +36,15 @@ from braeburn.errors import UserError
 from braeburn.layers.attention.backend import ATTENTION, Request
 from braeburn.layers.attention.select import outlined
 from braeburn.layers.dispatch import ROOM_PARTS
-from braeburn.layers.grouped.select import for_accelerators
+from braeburn.layers.grouped.select import Target as GroupedTarget
+from braeburn.layers.grouped.select import planned_for
 from braeburn.layers.spec import Tree, walk
 from braeburn.models import decoder
 from braeburn.objectives import distillation
 from braeburn.objectives.definition import objective_of, text_loss
 from braeburn.parallel.collectives import CONTEXT
 from braeburn.parallel.rules import Kind, mesh_axes
-from braeburn.plan.graph import common_and_carried, total_collectives
+from braeburn.plan.graph import Traced, common_and_carried, total_collectives
 from braeburn.plan.trace import (
     REMATERIALIZED,
     Policy,
@@ -76,11 +77,13 @@ class ExpertSplit(NamedTuple):
         shards: devices along `expert`.
         dispatch: `mesh.expert_dispatch`.
         room: `mesh.expert_room`.
+        target: what their products are planned for.
     """
 
     shards: int = 1
     dispatch: str = "gather"
     room: float = 1.0
+    target: GroupedTarget = GroupedTarget("tpu")
 
 
 class Split(NamedTuple):
@@ -148,6 +151,11 @@ class Shapes:
     split: Split = ONE_PART
     learns: ObjectiveConfig | Distillation = NEXT_TOKEN
     teacher: ModelConfig | None = None
+
+    @property
+    def traced(self) -> Traced:
+        """What a program is traced with."""
+        return Traced(self.marker, self.split.experts.target)
 
     @property
     def mesh(self) -> MeshConfig:
@@ -414,6 +422,12 @@ def request_of(equation: Any) -> Request | None:
 @cache
 def programs(shapes: Shapes) -> Programs:
     """The programs of a stage for a mesh, traced for any device."""
+    # Attention is outlined in what is traced first; experts are also traced anew with gradients.
+    with planned_for(shapes.split.experts.target):
+        return _programs(shapes)
+
+
+def _programs(shapes: Shapes) -> Programs:
     mesh = shapes.mesh
     device = AbstractDevice("", None, "cpu")
     params, stacked = _parameters(shapes.model, shapes.execution)
@@ -436,10 +450,7 @@ def programs(shapes: Shapes) -> Programs:
     loss, structure = _loss(shapes), jax.tree.structure(given)
     leaves = jax.tree.leaves(given)
     moving = [index < len(jax.tree.leaves(params)) for index in range(len(leaves))]
-    with (
-        outlined(lambda request, q, k, v, *_: attention_call(request, q, k, v)),
-        for_accelerators(),
-    ):
+    with outlined(lambda request, arrays, *_: attention_call(request, *arrays[:3])):
         whole = jax.make_jaxpr(wrap(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves))))(
             *leaves
         )
@@ -457,7 +468,7 @@ def programs(shapes: Shapes) -> Programs:
         block
         for eqn, moves in loops.items()
         if not (shapes.teacher and any(moves))
-        for block in _blocks(eqn, moves, wrap, shapes.marker)
+        for block in _blocks(eqn, moves, wrap, shapes.traced)
     )
 
     # What is made of stacked parameters before the loop, as norms that are gathered at once.
@@ -491,7 +502,7 @@ def programs(shapes: Shapes) -> Programs:
     for equation, indices in prepared.items():
         avals = [equation.invars[index].aval for index in indices]
         results += [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    return Programs(blocks, differentiate(around, leaves, moving, results, wrap, shapes.marker))
+    return Programs(blocks, differentiate(around, leaves, moving, results, wrap, shapes.traced))
 
 
 def _first_stacked(equation: Any) -> int:
@@ -553,14 +564,14 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, Literal)]
 
 
-def _blocks(equation: Any, flags: list[bool], wrap: Callable, marker: int) -> list[Block]:
+def _blocks(equation: Any, flags: list[bool], wrap: Callable, traced: Traced) -> list[Block]:
     """The layers of a loop, the equal ones of a pattern as one block.
 
     Args:
         equation: the loop.
         flags: whether each of its inputs depends on what is trained.
         wrap: see `differentiate`.
-        marker: see `flatten`.
+        traced: see `flatten`.
     """
     params, body = equation.params, equation.params["jaxpr"]
     first, count = common_and_carried(equation)
@@ -605,7 +616,7 @@ def _blocks(equation: Any, flags: list[bool], wrap: Callable, marker: int) -> li
                 moves,
                 [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in results],
                 wrap,
-                marker,
+                traced,
             ),
             moves,
             kinds,

@@ -3,11 +3,11 @@ or measured.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 
@@ -34,7 +34,7 @@ from braeburn.parallel.collectives import PIPELINE
 from braeburn.parallel.rules import check
 from braeburn.plan.attention import WITH_KERNEL, Accelerator
 from braeburn.plan.forward import CollectiveTotal, Pass, Teaching, accelerator_of, joined
-from braeburn.plan.graph import Amount, distinct
+from braeburn.plan.graph import Amount, Traced, distinct
 from braeburn.plan.identity import by_identity
 from braeburn.plan.layers import Around, around_of, layers_of
 from braeburn.plan.pipeline import Dealt, Part, dealt, part_of
@@ -186,6 +186,15 @@ class Work(Pass):
     teacher: ModelConfig | None = None
     transformed: int = 0
     of_mesh: ClassVar[tuple[str, ...]] = (*Pass.of_mesh, "update", "around", "working")
+
+    def kept_in(self, other: Self) -> tuple[str, ...]:
+        """The names of what is the same of another, which differs as `varied` allows."""
+        found = self.of_mesh
+        if self.remat is other.remat:
+            found = (*found, "totals")
+        if self.mesh.stages_per_device == other.mesh.stages_per_device:
+            found = (*found, "dealt")
+        return found
 
     @cached_property
     def working(self) -> MeshConfig:
@@ -349,16 +358,22 @@ class Work(Pass):
     @property
     def memory_gib(self) -> float:
         """GiB on a device at the step's fullest moment."""
-        return sum(self.memory().values())
+        return sum(self._memory.values())
 
     def memory(self) -> dict[str, float]:
         """GiB on a device at the step's fullest moment, by part."""
+        return dict(self._memory)
+
+    @cached_property
+    def _memory(self) -> dict[str, float]:
         model, stored = self.model, FLOAT * self.shard
         kept = self.at(self.totals.kept) * self.part.held - self._offloaded_bytes
         # In a layer's backward pass: its weights gathered twice, their gradient, and its
         # activations with theirs.
         gathered, scattered = self.totals.weights
         layer = 2 * gathered + scattered + max(map(self.at, self.totals.live))
+        if self.is_pipelined and self.dealt.is_padded:
+            layer = max(layer, gathered + self._branch_bytes)
         layer += self.at(self.totals.kept) * self.part.fresh
         # In the loss: the hidden states of all tensor shards' tokens with their gradient, and
         # logits of a block.
@@ -386,6 +401,16 @@ class Work(Pass):
         if self.teaching:
             parts["teacher"] = self.teaching.stored_bytes
         return {name: value / GIB for name, value in parts.items()}
+
+    @cached_property
+    def _branch_bytes(self) -> float:
+        """Of the backward pass of a layer that is a branch, as where stages have unequal numbers of
+        layers: all that the branch of its forward pass hands to it, which is held until it ends.
+        """
+        whole = layers_of(self.shapes, Remat(policy="none"))
+        totals = totals_of(whole, self.shapes.tokens, self.sequence)
+        handed_on = self.at(totals.kept) / self.model.num_layers
+        return handed_on + max(map(self.at, totals.live))
 
     @cached_property
     def _message_bytes(self) -> float:
@@ -505,7 +530,7 @@ def _transformed(run: Run, name: str) -> int:
         [True] * len(leaves),
         jax.eval_shape(flat, *leaves),
         lambda function: function,
-        0,
+        Traced(),
     )
     kept = rematerialize(program, None, program.inputs).kept
     # Masks on several axes, and factors, need for their gradients what comes between.
@@ -589,32 +614,96 @@ def timed(
     return found, hidden
 
 
-def estimate_work(work: Work, target: Target, links: Links) -> Estimate:
-    """As `estimate`, of a mesh that is known to divide the stage, laid over links."""
-    chip, stage, model = target.facts, work.stage, work.model
-    peak, room = chip.peak_flops, chip.device_memory_gib
-    assert peak and room  # the catalogue refuses chips without them
+def computing_seconds(work: Work, target: Target) -> dict[str, float]:
+    """Seconds of computing in a step, by part, but for what a pipeline waits."""
+    chip = target.facts
+    peak = chip.peak_flops
+    assert peak  # the catalogue refuses chips without it
     efficiency = EFFICIENCY[chip.family]
-    bandwidth = memory_bandwidth(chip)
+    moved = memory_bandwidth(chip) * efficiency.memory
     seconds = {
         "matrix": work.matrix_flops / (peak * efficiency.matrix),
         "attention": work.attention_flops(efficiency.tile, efficiency.backward)
         / (peak * efficiency.attention)
         + work.attention_products / (peak * efficiency.matrix),
-        "memory_bound": work.memory_bytes / (bandwidth * efficiency.memory),
+        "memory_bound": work.memory_bytes / moved,
     }
     if teaching := work.teaching:
         products = (
             teaching.matrix_flops + teaching.attention_products
         ) / efficiency.matrix + teaching.attention_flops(efficiency.tile) / efficiency.attention
-        moving = teaching.memory_bytes / (bandwidth * efficiency.memory)
-        seconds["teacher"] = products / peak + moving
+        seconds["teacher"] = products / peak + teaching.memory_bytes / moved
+    return seconds
+
+
+class Waiting(NamedTuple):
+    """Seconds of a step in which computing waits for collectives.
+
+    Attributes:
+        flowing: for those of microbatches.
+        once: for those that there are once a step.
+    """
+
+    flowing: float
+    once: float
+
+
+def waiting(work: Work, target: Target, links: Links) -> Waiting:
+    """How long a step waits for collectives over links of known speed."""
+    found = []
+    for asked in (work.microbatch_collectives, work.step_collectives):
+        over_links, beside = timed(asked, work.mesh, target, links)
+        found.append(sum(spent or 0.0 for _, _, spent in over_links) - beside)
+    return Waiting(*found)
+
+
+def least_seconds(
+    work: Work, target: Target, computed: Mapping[str, float], waits: Waiting
+) -> float:
+    """What a step takes at least.
+
+    Args:
+        work: of the step.
+        target: the chips.
+        computed: its `computing_seconds`.
+        waits: how long it waits at least.
+    """
+    total = sum(computed.values())
+    least = total + waits.flowing + waits.once
+    if work.is_pipelined:
+        least += work.part.idle * (total - _once_a_step(work, target) + waits.flowing)
+    return least
+
+
+def _once_a_step(work: Work, target: Target) -> float:
+    """Of the seconds of computing, those of what is done once a step."""
+    chip = target.facts
+    efficiency = EFFICIENCY[chip.family]
+    assert chip.peak_flops
+    moving = work.update_bytes / (memory_bandwidth(chip) * efficiency.memory)
+    return moving + work.update.matrix_flops / (chip.peak_flops * efficiency.matrix)
+
+
+def estimate_work(
+    work: Work, target: Target, links: Links, computed: Mapping[str, float] | None = None
+) -> Estimate:
+    """As `estimate`, of a mesh that is known to divide the stage, laid over links.
+
+    Args:
+        work: of the step.
+        target: the chips.
+        links: of the mesh on them.
+        computed: its `computing_seconds`, where they are known.
+    """
+    chip, stage, model = target.facts, work.stage, work.model
+    peak, room = chip.peak_flops, chip.device_memory_gib
+    assert peak and room  # the catalogue refuses chips without them
+    efficiency = EFFICIENCY[chip.family]
+    seconds = dict(computed or computing_seconds(work, target))
     over_links, beside = timed(work.microbatch_collectives, work.mesh, target, links)
     if work.is_pipelined:
         # A device waits for the first microbatch to reach it and for the last to leave the others.
-        once = work.update_bytes / (bandwidth * efficiency.memory)
-        once += work.update.matrix_flops / (peak * efficiency.matrix)
-        flowing = sum(seconds.values()) - once
+        flowing = sum(seconds.values()) - _once_a_step(work, target)
         waiting = sum(spent or 0.0 for _, _, spent in over_links) - beside
         seconds["bubble"] = work.part.idle * (flowing + waiting)
     collectives: list[tuple[CollectiveTotal, str, float | None]] = []
@@ -678,11 +767,16 @@ def _as_compiled(total: CollectiveTotal, sizes: MeshConfig, target: Target) -> C
     """What libtpu makes of collectives on weights over many chips: sums of whole arrays, which move
     them twice.
 
-    So it writes most gradients' reduce-scatters over 256 chips or more, and all-gathers over the
-    whole of a three-dimensional slice as sums with zeros; over 128 chips it writes neither.
+    So it writes reduce-scatters over a whole slice, and most over 256 chips or more; and
+    all-gathers over the whole of a three-dimensional slice. The whole may be that of `fsdp` or of
+    `fsdp` and `expert` joined. Over a part of a slice, of 128 chips or fewer, it writes neither.
     """
-    if target.facts.family != "tpu" or total.axis != "fsdp" or sizes.fsdp < 256:
+    if target.facts.family != "tpu" or "fsdp" not in total.axes:
         return total
-    whole = sizes.fsdp == target.chips_per_slice and target.facts.dimensions == 3
-    summed = total.kind == "reduce-scatter" or (total.kind == "all-gather" and whole)
+    size_of = sizes.sizes
+    chips = math.prod(size_of[axis] for axis in total.axes)
+    whole = chips == target.chips_per_slice
+    summed = (total.kind == "reduce-scatter" and (whole or chips >= 256)) or (
+        total.kind == "all-gather" and whole and target.facts.dimensions == 3
+    )
     return replace(total, kind="all-reduce") if summed else total

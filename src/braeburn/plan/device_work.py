@@ -12,9 +12,10 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-from braeburn.layers.attention.backend import Backend, Request
-from braeburn.layers.attention.select import outlined
-from braeburn.layers.grouped.select import for_accelerators
+from braeburn.config import MeshConfig
+from braeburn.layers.attention.backend import Backend, Request, Scope
+from braeburn.layers.attention.select import Arrays, outlined
+from braeburn.layers.grouped.select import planned_for
 from braeburn.parallel.sequence import gather_sequence
 from braeburn.plan.attention import Accelerator, backend_of, kernel_width
 from braeburn.plan.blocks import attention_call, request_of
@@ -122,7 +123,8 @@ def work_of_program(
         accelerator: what the choice of attention's back end depends on.
     """
 
-    def outline(request: Request, query: Any, key: Any, value: Any, ids: Any, mesh: Any) -> Any:
+    def outline(request: Request, arrays: Arrays, mesh: MeshConfig, scope: Scope) -> Any:
+        query, *keys = arrays[:3]
         asked = replace(
             request,
             platform=accelerator.platform,
@@ -130,10 +132,10 @@ def work_of_program(
         )
         backend = backend_of(accelerator, asked)
         if backend.kernel is None:
-            return backend.run(query, key, value, ids, mesh, request.window)
-        return attention_call(asked, query, *(gather_sequence(x, mesh) for x in (key, value)))
+            return backend.run(*arrays, mesh, scope)
+        return attention_call(asked, query, *(gather_sequence(x, mesh) for x in keys))
 
-    with outlined(outline), for_accelerators():
+    with outlined(outline), planned_for(accelerator.grouped):
         closed = jax.make_jaxpr(program.function)(*program.arguments)
     of_tokens = [
         index > 0

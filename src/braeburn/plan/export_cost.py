@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from braeburn.config import ModelConfig, WeightType
-from braeburn.interop.tensors import Tensor, tensors_of
+from braeburn.interop.tensors import Joint, family_tensors, joint, tensors_of
 from braeburn.models.families import family_of
 from braeburn.plan.jobs import WIDTHS, Export
 from braeburn.plan.storage import FLOAT
@@ -66,7 +66,7 @@ class Held(NamedTuple):
     left: float
 
 
-def held_of(tensor: Tensor, job: Export, stored: WeightType) -> Held:
+def held_of(tensor: Joint, job: Export, stored: WeightType) -> Held:
     """What an export holds of a tensor: as it is read, in float32 and in the order of the files,
     and as it is written.
 
@@ -75,11 +75,14 @@ def held_of(tensor: Tensor, job: Export, stored: WeightType) -> Held:
         job: the export.
         stored: the type of the checkpoint's weights.
     """
-    count = math.prod(tensor.shape)
-    read = WIDTHS[stored] * count
+    count, parts = math.prod(tensor.shape), len(tensor.parts)
+    read = WIDTHS[stored] * count / parts
     # A checkpoint in float32 whose order is that of the files is not copied.
-    copied = FLOAT * count if tensor.transposed or stored != "float32" else 0
-    values = copied or read
+    is_copied = tensor.parts[0].transposed or stored != "float32"
+    copied = FLOAT * count / parts if is_copied else 0.0
+    # Where parameters share a tensor, it is made beside them, one after the other.
+    shared = FLOAT * count if parts > 1 else 0.0
+    values = shared or copied or read
     if job.format != "gguf":
         made = float(WIDTHS[job.type] * count) if job.type != "float32" else 0.0
         left = made or values
@@ -87,17 +90,17 @@ def held_of(tensor: Tensor, job: Export, stored: WeightType) -> Held:
         # In groups of rows, which are then joined.
         made = BITS[job.type] / 8 * count * (1 if job.type == "f16" else 2)
         left = values
-    return Held(max(read + copied, values + made), left)
+    return Held(max(shared + read + copied, values + made), left)
 
 
-def in_order(model: ModelConfig, job: Export) -> Iterator[Tensor]:
+def in_order(model: ModelConfig, job: Export) -> Iterator[Joint]:
     """The tensors of a model in the order in which they are written."""
     family = family_of(model)
     if job.format != "gguf":
-        yield from sorted(tensors_of(model, family.names), key=lambda tensor: tensor.name)
+        yield from sorted(joint(family_tensors(model)), key=lambda tensor: tensor.name)
         return
     names = family.gguf.names if family.gguf else family.names
-    yield from tensors_of(model, names)
+    yield from joint(tensors_of(model, names))
 
 
 def estimate_export(

@@ -20,6 +20,7 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.hardware.catalogue import Chip
+from braeburn.layers.grouped.select import Target as GroupedTarget
 from braeburn.models.decoder import has_experts
 from braeburn.parallel.collectives import EXPERT
 from braeburn.parallel.rules import stored_along, token_axes
@@ -92,6 +93,22 @@ def _shapes(
     return shapes_of(model, precision, rules, split, learns, sized(teacher) if teacher else None)
 
 
+@cache
+def _planned(shapes: Shapes, target: GroupedTarget) -> Shapes:
+    """The shapes with what products of experts are planned for, where there are any."""
+    if not any(has_experts(each) for each in (shapes.model, shapes.teacher) if each):
+        return shapes
+    experts = shapes.split.experts._replace(target=target)
+    return shapes_of(
+        shapes.model,
+        shapes.precision,
+        shapes.rules,
+        shapes.split._replace(experts=experts),
+        shapes.learns,
+        shapes.teacher,
+    )
+
+
 @dataclass(frozen=True)
 class Pass:
     """A model that works on a stage's batch, over a mesh of resolved sizes.
@@ -110,16 +127,21 @@ class Pass:
     model: ModelConfig
     accelerator: Accelerator = field(default=WITH_KERNEL, kw_only=True)
     # What does not depend on all that `varied` may change.
-    of_mesh: ClassVar[tuple[str, ...]] = ("shapes", "storage", "sequence")
+    of_mesh: ClassVar[tuple[str, ...]] = ("shapes", "storage", "sequence", "token_shards")
 
     def varied(self, **changes: Any) -> Self:
         """The same with another stage or run, which may differ in what is kept for the backward
         pass, in microbatches and in what waits on the host; or on a mesh of the same sizes.
         """
         found = replace(self, **changes)
-        known = ((name, self.__dict__.get(name)) for name in self.of_mesh)
-        found.__dict__.update((name, value) for name, value in known if value is not None)
+        known = self.__dict__
+        names = (name for name in self.kept_in(found) if name in known)
+        found.__dict__.update((name, known[name]) for name in names)
         return found
+
+    def kept_in(self, other: Self) -> tuple[str, ...]:
+        """The names of what is the same of another, which differs as `varied` allows."""
+        return self.of_mesh
 
     @property
     def working(self) -> MeshConfig:
@@ -134,12 +156,16 @@ class Pass:
         return 2 if self.run.precision.compute == "bfloat16" else FLOAT
 
     @cached_property
+    def token_shards(self) -> int:
+        """Devices, or with `tensor` above 1 groups of them, that share out the tokens."""
+        sizes = self.working.sizes
+        axes = token_axes(Execution(self.working, self.run.rules))
+        return math.prod(sizes[axis] for axis in axes)
+
+    @cached_property
     def tokens(self) -> int:
         """Tokens that a device, with the tensor shards that share them, works on at once."""
-        shards = math.prod(
-            self.working.sizes[axis] for axis in token_axes(Execution(self.working, self.run.rules))
-        )
-        return self.stage.batch_tokens // (shards * self.stage.accumulation_steps)
+        return self.stage.batch_tokens // (self.token_shards * self.stage.accumulation_steps)
 
     @cached_property
     def storage(self) -> Storage:
@@ -159,7 +185,9 @@ class Pass:
     def shapes_for(self, model: ModelConfig, teacher: ModelConfig | None = None) -> Shapes:
         """What the programs of a model are traced with, or of a model beside its teacher."""
         learns = self.stage.distillation if teacher else self.stage.objective
-        return _shapes(model, self.run.precision, self.run.rules, self.working, learns, teacher)
+        run = self.run
+        found = _shapes(model, run.precision, run.rules, self.working, learns, teacher)
+        return _planned(found, self.accelerator.grouped)
 
     @cached_property
     def shapes(self) -> Shapes:

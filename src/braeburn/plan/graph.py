@@ -15,7 +15,11 @@ from jax.extend.core import Literal
 
 from braeburn.layers.attention.cudnn import FURTHER_DOCUMENTS
 from braeburn.layers.dispatch import FURTHER_ROUNDS
+from braeburn.layers.grouped.request import Request as GroupedRequest
+from braeburn.layers.grouped.select import Target as GroupedTarget
+from braeburn.layers.grouped.select import choose
 
+FLOAT = 4
 # JAX's names of collectives: how HLO names them, and whether the bytes are those of the result.
 _COLLECTIVES = {
     "all_gather": ("all-gather", True),
@@ -182,15 +186,30 @@ class Graph:
     outputs: list[Value]
 
 
-def flatten(closed: Any, marker: int = 0) -> Graph:
+class Traced(NamedTuple):
+    """What a program was traced with.
+
+    Attributes:
+        marker: a prime that divides the number of tokens that it was traced with, and no other
+            size: arrays whose number of elements it divides grow with the tokens. 0 where all do.
+        target: what products of experts are planned for.
+    """
+
+    marker: int = 0
+    target: GroupedTarget = GroupedTarget("tpu")
+
+
+AS_TRACED = Traced()
+
+
+def flatten(closed: Any, traced: Traced = AS_TRACED) -> Graph:
     """The graph of a closed jaxpr.
 
     Args:
         closed: the program of one device.
-        marker: a prime that divides the number of tokens that it was traced with, and no other
-            size: arrays whose number of elements it divides grow with the tokens. 0 where all do.
+        traced: what it was traced with.
     """
-    return _Flattening(marker).graph(closed.jaxpr)
+    return _Flattening(traced).graph(closed.jaxpr)
 
 
 def flatten_by_origin(
@@ -211,8 +230,14 @@ class _Flattening:
     # Whether there is no backward pass: see `live_bytes`.
     forward_alone = False
 
-    def __init__(self, marker: int):
-        self.marker = marker
+    def __init__(self, traced: Traced):
+        self.marker, self.target = traced
+
+    def fullness(self, size: Amount) -> float:
+        """By which the fullest of several moments is found: the few tokens that are traced weigh
+        too little beside weights, whose memory is counted by layers (`Layers.weights`).
+        """
+        return size.scaled
 
     def scales(self, count: int, sources: Sequence[Value]) -> bool:
         """Whether an array of so many elements, made of other arrays, grows with the tokens."""
@@ -280,7 +305,46 @@ class _Flattening:
         if name == "cond":
             found = [self.loop(equation, inputs, outputs, b, 1) for b in params["branches"]]
             return max(found, key=lambda node: sum(node.flops))
-        return Node(equation, inputs, outputs, flops=self.flops(equation, inputs, outputs))
+        flops = self.flops(equation, inputs, outputs)
+        if name == "ragged_dot_general":
+            return self.grouped(Node(equation, inputs, outputs, flops=flops))
+        return Node(equation, inputs, outputs, flops=flops)
+
+    def grouped(self, node: Node) -> Node:
+        """A product of rows and the matrices of their groups, with what the back end that the
+        target chooses for it does beside.
+        """
+        equation = node.equation
+        one, other = (var.aval for var in equation.invars[:2])
+        result = equation.outvars[0].aval
+        sums = result.ndim == 3  # over the rows of a group, as its gradient does
+        groups, height, width = (result if sums else other).shape
+        (ragged,) = equation.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+        count = float(one.shape[ragged])
+        asked = GroupedRequest(
+            self.target.platform,
+            one.dtype,
+            one.shape[ragged],
+            groups,
+            height,
+            width,
+            self.target.compute_capability,
+        )
+        work = choose(asked)[0].work
+        node = replace(node, flops=node.flops + Amount(2.0 * groups * work.rows * height * width))
+        if not work.block:
+            return node
+        arrays = node.inputs[:2] if sums else (node.inputs[0], node.outputs[0])
+        blocks = Amount(groups, count / work.block)
+        if not arrays[0].count.scaled:
+            blocks = Amount(sum(blocks))
+        # A matrix is copied and read; a sum in float32 is written, and added to another.
+        moved = 4 * FLOAT if sums else 3 * jnp.dtype(one.dtype).itemsize
+        return replace(
+            node,
+            element_wise=blocks * (moved * height * width),
+            live=sum((value.bytes for value in arrays), Amount()),
+        )
 
     def loop(
         self,
@@ -306,7 +370,7 @@ class _Flattening:
         nodes = needed(graph.nodes, graph.outputs)
         collectives = total_collectives(nodes)
         held = live_bytes(nodes, graph.inputs, graph.outputs, forward_alone=self.forward_alone)
-        peak = max((size for _, size in held), default=Amount(), key=sum)
+        peak = max((size for _, size in held), default=Amount(), key=self.fullness)
         return Node(
             equation,
             inputs,
@@ -356,8 +420,11 @@ class _ByOrigin(_Flattening):
     forward_alone = True
 
     def __init__(self, held: Callable[[Any], float]):
-        super().__init__(0)
+        super().__init__(AS_TRACED)
         self.held = held
+
+    def fullness(self, size: Amount) -> float:
+        return sum(size)
 
     def scales(self, count: int, sources: Sequence[Value]) -> bool:
         return any(source.count.scaled for source in sources)
@@ -610,6 +677,69 @@ def element_wise_bytes(
     return total
 
 
+def _overwritten(node: Node, inputs: Sequence[Value]) -> Sequence[Value]:
+    """The operands whose memory an operation's results take, if nothing reads them later."""
+    name, params = node.name, node.equation.params
+    if name in _REPLACING:
+        return inputs[:1]
+    if name == "scan":
+        first, count = common_and_carried(node.equation)
+        return inputs[first : first + count]
+    if name == "while":
+        return inputs[params["cond_nconsts"] + params["body_nconsts"] :]
+    return ()
+
+
+class _Held(NamedTuple):
+    """An array in memory.
+
+    Attributes:
+        begin: the operation that makes it, by its number.
+        end: the last that reads it.
+        sources: what the fusion has read that makes it, in the order of the program; nothing where
+            none does.
+    """
+
+    begin: int
+    end: int
+    sources: tuple[Value, ...]
+
+
+def _held(steps: Sequence[_Step], written: set[Value]) -> dict[Value, _Held]:
+    """Every array that is written to memory, and from when to when it is held.
+
+    What a fusion has read is held until it ends. Fusions that read the same are one.
+    """
+    begins: dict[Value, int] = {}
+    ends: dict[Value, int] = {}
+    sources: dict[Value, tuple[Value, ...]] = {}
+    fusions: list[tuple[int, set[Value]]] = []
+    for index, step in enumerate(steps):
+        # In the order of the program, so that every trace gives the same.
+        reads: dict[Value, None] = {}
+        for value in step.inputs:
+            reads |= dict.fromkeys((value,) if value in written else sources.get(value, (value,)))
+        for value in step.outputs:
+            sources[value] = () if step.node.apart else tuple(reads)
+            if value not in written:
+                continue
+            begins[value] = index
+            if not step.node.apart:
+                there = max((begins.get(each, -1) for each in reads), default=-1)
+                begins[value] = next(
+                    (at for at, read in fusions if there < at and not read.isdisjoint(reads)), index
+                )
+                fusions.append((begins[value], set(reads)))
+        if step.node.apart or not written.isdisjoint(step.outputs):
+            at = max((begins.get(value, index) for value in step.outputs), default=index)
+            for value in (*reads, *step.outputs):
+                ends[value] = max(ends.get(value, 0), at)
+    return {
+        value: _Held(begin, ends.get(value, begin), sources[value])
+        for value, begin in begins.items()
+    }
+
+
 def live_bytes(
     nodes: Sequence[Node],
     inputs: Iterable[Value],
@@ -619,48 +749,53 @@ def live_bytes(
 ) -> list[tuple[Node, Amount]]:
     """Each operation, and the bytes of the arrays that are held while it runs.
 
+    An operation that replaces elements, a loop and a fusion write over what nothing reads later.
+
     Args:
         nodes: the operations in order, all of them needed.
         inputs: values whose memory is counted elsewhere.
         outputs: others of this kind.
         forward_alone: whether there is no backward pass, in which memory is so short that XLA
             recomputes sums and products rather than hold them. Without one they are written where
-            several operations use them, and what a fusion reads is held until it ends.
+            several operations use them.
     """
     steps, array = _steps(nodes)
     results = {array(value) for value in outputs}
     written = _in_memory(steps, results, _CHEAP if forward_alone else _RECOMPUTED)
     elsewhere = results | {array(value) for value in inputs}
-    last: dict[Value, int] = {}
-    # What a fusion has read by the time that it has made a value: it is held until the fusion ends.
-    sources: dict[Value, set[Value]] = {}
-    for index, step in enumerate(steps):
-        read: set[Value] = set()
-        for value in step.inputs:
-            read |= {value} if value in written else sources.get(value, {value})
-        for value in (*step.inputs, *step.outputs):
-            last[value] = index
-        for value in step.outputs:
-            sources[value] = read
-            if forward_alone and value in written:
-                for each in read:
-                    last[each] = index
+    arrays = {
+        value: span for value, span in _held(steps, written).items() if value not in elsewhere
+    }
+    made: dict[int, list[Value]] = {}
     ending: dict[int, list[Value]] = {}
-    for value, index in last.items():
-        ending.setdefault(index, []).append(value)
+    for value, span in arrays.items():
+        made.setdefault(span.begin, []).append(value)
+        ending.setdefault(span.end, []).append(value)
     held: set[Value] = set()
-    fixed = scaled = 0.0
+    total = Amount()
     found = []
-    for index, (node, _, made) in enumerate(steps):
-        for value in made:
-            if value in written and value not in elsewhere:
-                held.add(value)
-                fixed += value.bytes.fixed
-                scaled += value.bytes.scaled
-        found.append((node, Amount(fixed + node.live.fixed, scaled + node.live.scaled)))
+    for index, (node, reads, _) in enumerate(steps):
+        begun = made.get(index, ())
+        freed = [
+            value
+            for value in _overwritten(node, reads)
+            if value in held and arrays[value].end == index
+        ]
+        for value in begun:
+            for each in arrays[value].sources:
+                ends_here = each in held and arrays[each].end == index
+                if ends_here and each.bytes == value.bytes and each not in freed:
+                    freed.append(each)
+                    break
+        for value in dict.fromkeys(freed):
+            held.discard(value)
+            total = total + value.bytes * -1
+        for value in begun:
+            held.add(value)
+            total = total + value.bytes
+        found.append((node, total + node.live))
         for value in ending.get(index, ()):
             if value in held:
                 held.discard(value)
-                fixed -= value.bytes.fixed
-                scaled -= value.bytes.scaled
+                total = total + value.bytes * -1
     return found

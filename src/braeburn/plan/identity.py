@@ -1,12 +1,16 @@
 """Remembering the results of functions of configurations, which a search asks for many times."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from braeburn.config import MeshConfig
 from braeburn.config.base import Frozen
+from braeburn.config.mesh import AXES
 
 Found = TypeVar("Found")
+
+_OF_MESH = attrgetter(*AXES, "expert_dispatch", "expert_room")
 
 
 def by_identity(function: Callable[..., Found]) -> Callable[..., Found]:
@@ -20,7 +24,7 @@ def by_identity(function: Callable[..., Found]) -> Callable[..., Found]:
 
     def identity(argument: Any) -> Any:
         if isinstance(argument, MeshConfig):
-            return (*argument.sizes.values(), argument.expert_dispatch, argument.expert_room)
+            return _OF_MESH(argument)
         return id(argument) if isinstance(argument, Frozen) else argument
 
     def remembering(*arguments: Any) -> Found:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from braeburn.hardware.catalogue import Chip
 from braeburn.layers.attention.splash import SPLASH
+from braeburn.layers.grouped.triton import BLOCK
 from braeburn.plan.collectives import arrays
 from braeburn.plan.cost import EFFICIENCY, memory_bandwidth
 from braeburn.plan.hlo import Execution, Instruction, Module
@@ -20,6 +21,8 @@ _SPEED_OF_LIGHT = re.compile(r'"exec_time_us":([\d.e+\-]+),[^{}]*"name":"sol"')
 # forms.
 _SPLASH = {"splash_mha_fwd": (1, 1), "splash_mha_dkv": (2, 2), "splash_mha_dq": (2, 1)}
 _CUDNN_FORWARD, _CUDNN_BACKWARD = 2, 5
+# Of the product of experts: products, and sums over the rows of a group.
+_GROUPED = re.compile(r"/(grouped_(?:outer_)?products)/")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def computing(module: Module, chip: Chip) -> Computing:
     fraction of the peak, of what else there is the `sol` entry of XLA's cost model (which takes
     bf16 products with a float32 result for products of float32) or, where XLA has no such model of
     the GPU, the bytes that it reads and writes. Attention kernels: their FLOPs, of
-    which causality leaves half, at the plan's fraction of the peak.
+    which causality leaves half, at the plan's fraction of the peak. Kernels for experts: as matrix
+    products.
 
     Raises:
         UserError: something runs in a loop of unknown length.
@@ -77,6 +81,14 @@ def computing(module: Module, chip: Chip) -> Computing:
             if known:
                 spent = before + run.times * flops / (peak * efficiency.attention)  # type: ignore
             kernels[name] = calls + run.times, spent
+        elif "__gpu$xla.gpu.triton" in instruction.rest:
+            grouped = _GROUPED.search(instruction.source)
+            name = grouped[1] if grouped else instruction.name
+            calls, before = kernels.get(name, (0, 0.0))
+            spent = None
+            if grouped and before is not None:
+                spent = before + run.times * _grouped_seconds(instruction, chip)
+            kernels[name] = calls + run.times, spent
         elif instruction.cycles is not None:
             if instruction.cycles == UNKNOWN_CYCLES:
                 untimed.append(instruction.name)
@@ -87,6 +99,29 @@ def computing(module: Module, chip: Chip) -> Computing:
     found = [Kernel(name, round(calls), seconds) for name, (calls, seconds) in kernels.items()]
     untimed += [kernel.name for kernel in found if kernel.seconds is None]
     return Computing(total + sum(kernel.seconds or 0.0 for kernel in found), found, untimed)
+
+
+def _grouped_seconds(instruction: Instruction, chip: Chip) -> float:
+    """Seconds of one call of a kernel for experts: the longer of those of its FLOPs, with what the
+    last block of each group multiplies in vain, and of its bytes.
+    """
+    efficiency, peak = EFFICIENCY[chip.family], chip.peak_flops
+    assert peak
+    operands = [
+        (dtype, shape)
+        for dtype, shape in arrays(instruction.attributes["operand_layout_constraints"])
+        if "f" in dtype
+    ]
+    results = list(arrays(instruction.type))
+    # Rows are one of the operands, and a matrix of each group another or the result.
+    rows = operands[0][1][0]
+    (groups, *matrix) = next(shape for _, shape in (*operands, *results) if len(shape) == 3)
+    multiplied = rows + groups * BLOCK / 2
+    moved = sum(_size(dtype, shape) for dtype, shape in (*operands, *results))
+    return max(
+        2 * multiplied * math.prod(matrix) / (peak * efficiency.matrix),
+        moved / (memory_bandwidth(chip) * efficiency.memory),
+    )
 
 
 def _attention_flops(name: str, instruction: Instruction) -> float | None:

@@ -148,6 +148,7 @@ class Dealt:
         table: numbers of the embedding or the head.
         tables: how many such tables are joined for it.
         norms: numbers of all norms of the model, which are joined whole.
+        is_padded: whether stages have unequal numbers of layers.
     """
 
     layers: float
@@ -155,6 +156,7 @@ class Dealt:
     table: float
     tables: int
     norms: float
+    is_padded: bool
 
     @property
     def is_ready(self) -> bool:
@@ -170,19 +172,13 @@ def dealt(run: Run, model: ModelConfig, mesh: MeshConfig) -> Dealt:
         model: that is trained.
         mesh: of resolved sizes, with a pipeline.
     """
-    sizes = tuple(mesh.sizes.items())
-    return _dealt(run.rules, run.precision, model, sizes, mesh.stages_per_device)
+    return _dealt(run.rules, run.precision, model, mesh, mesh.stages_per_device)
 
 
-@cache
+@by_identity
 def _dealt(
-    rules: ShardingRules,
-    precision: Precision,
-    model: ModelConfig,
-    sizes: tuple[tuple[str, int], ...],
-    each: int,
+    rules: ShardingRules, precision: Precision, model: ModelConfig, mesh: MeshConfig, each: int
 ) -> Dealt:
-    mesh = MeshConfig.model_validate({**dict(sizes), "stages_per_device": each})
     within = Execution(mesh, rules, precision).of_stage
     division = divided(model, mesh.pipeline * each)
     layers = layer_bytes = table = norms = 0.0
@@ -198,4 +194,6 @@ def _dealt(
             own = each * division.longest(name) / spec.shape[0]
             layers += spec.size * own / split
             layer_bytes += spec.size * own / split * travels_in(spec, within).itemsize
-    return Dealt(layers, layer_bytes, table, 1 if model.tied_embeddings else 2, norms)
+    tables = 1 if model.tied_embeddings else 2
+    is_padded = not all(division.is_even(segment) for segment in division.rows)
+    return Dealt(layers, layer_bytes, table, tables, norms, is_padded)

@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from braeburn.config import (
     Execution,
@@ -23,7 +23,16 @@ from braeburn.hardware.torus import extent, placements
 from braeburn.layers.spec import ParamSpec, walk
 from braeburn.parallel.collectives import TENSOR
 from braeburn.parallel.rules import batch_shards
-from braeburn.plan.cost import Estimate, Work, estimate_work, work_of
+from braeburn.plan.cost import (
+    Estimate,
+    Waiting,
+    Work,
+    computing_seconds,
+    estimate_work,
+    least_seconds,
+    waiting,
+    work_of,
+)
 from braeburn.plan.forward import accelerator_of
 from braeburn.plan.storage import axes_of_parameters, specs_of
 
@@ -159,6 +168,11 @@ def _best_of(every: Sequence[MeshConfig], work: Work, name: str, target: Target)
             found.append(_candidate(run, name, _run_of(best[0], name), best[1]))
     found.sort(key=lambda candidate: _rank(candidate.estimate))
     return found
+
+
+def _computed(estimate: Estimate) -> dict[str, float]:
+    """The seconds of computing of an estimate, as `computing_seconds` gives them."""
+    return {part: spent for part, spent in estimate.seconds.items() if part != "bubble"}
 
 
 def larger_targets(run: Run, name: str, target: Target) -> Iterator[tuple[Target, Candidate]]:
@@ -322,9 +336,7 @@ def _fastest(
     """
     room = target.facts.device_memory_gib
     assert room  # the catalogue refuses chips without it
-    fits: list[tuple[Work, Estimate]] = []
-    least: tuple[float, Work] | None = None
-    everything = False
+    least: tuple[float, tuple[int, ...], Work] | None = None
     work = replace(work, mesh=sizes)
     for offload in OFFLOADS:
         if sizes.pipeline > 1 and offload.activations:
@@ -332,30 +344,122 @@ def _fastest(
         offloading = work.varied(run=work.run.model_copy(update={"offload": offload}))
         # Worked out here, for all that is varied below.
         assert offloading.shapes and offloading.storage and offloading.update
-        for steps, mesh in itertools.product(
-            _accumulations(work.stage, sizes), _interleavings(sizes, work.model)
-        ):
-            if mesh.stages_per_device > 1 and steps % mesh.pipeline:
+        assert offloading.token_shards
+        best: tuple[Work, Estimate] | None = None
+        for one, computed, least_step, order in _within(offloading, target, links):
+            if best and least_step >= _rank(best[1])[1]:
                 continue
-            for remat in REMATS:
-                if not set(offload.activations) <= set(
-                    remat.names if remat.policy == "save_named" else ()
-                ):
-                    continue
-                one = _changed(
-                    offloading, {"accumulation_steps": steps, "mesh": mesh, "remat": remat}
-                )
-                needed = one.memory_gib
-                if needed <= room.value:
-                    fits.append((one, estimate_work(one, target, links)))
-                    everything |= remat == REMATS[0] and sizes.pipeline == 1
-                elif least is None or needed < least[0]:
-                    least = needed, one
-            if everything:
-                break  # in more microbatches it would be no faster
-        if fits:
-            return min(fits, key=lambda found: _rank(found[1]))
-    return (least[1], estimate_work(least[1], target, links)) if least else None
+            needed = one.memory_gib
+            if needed <= room.value:
+                found = estimate_work(one, target, links, computed)
+                if best is None or _rank(found) < _rank(best[1]):
+                    best = one, found
+            elif least is None or (needed, order) < least[:2]:
+                least = needed, order, one
+        if best:
+            return best
+    return (least[2], estimate_work(least[2], target, links)) if least else None
+
+
+class _Tried(NamedTuple):
+    """A way to carry out a step.
+
+    Attributes:
+        work: of the step.
+        computed: its `computing_seconds`.
+        least: seconds that it takes at least.
+        order: of two that are equal the lower is taken.
+    """
+
+    work: Work
+    computed: Mapping[str, float]
+    least: float
+    order: tuple[int, ...]
+
+
+def _within(work: Work, target: Target, links: Links) -> Iterator[_Tried]:
+    """The work in each number of microbatches with each of `REMATS`, but for what is no faster than
+    one that came before and fits.
+    """
+    sizes, offload = work.mesh, work.run.offload
+    room = target.facts.device_memory_gib
+    assert room  # the catalogue refuses chips without it
+    remats = [
+        remat
+        for remat in REMATS
+        if set(offload.activations) <= set(remat.names if remat.policy == "save_named" else ())
+    ]
+    number = OFFLOADS.index(offload)
+    left: dict[int, Work] = {}
+    for mesh, remat in itertools.product(_interleavings(sizes, work.model), remats):
+        one = _changed(work, {"mesh": mesh, "remat": remat})
+        # Worked out here, for all that is varied below.
+        assert one.totals and (sizes.pipeline == 1 or one.dealt)
+        left[len(left)] = one
+    numbers = _accumulations(work.stage, sizes)
+    waits = {}
+    for mesh in _interleavings(sizes, work.model):
+        possible = [steps for steps in numbers if _deals_out(mesh, steps)]
+        if possible:
+            ends = [
+                _changed(work, {"accumulation_steps": steps, "mesh": mesh, "remat": remats[0]})
+                for steps in (possible[0], possible[-1])
+            ]
+            waits[mesh.stages_per_device] = _least_waiting(ends, target, links)
+    every = []
+    for steps in numbers:
+        found = {
+            index: _changed(one, {"accumulation_steps": steps, "mesh": one.mesh})
+            for index, one in left.items()
+            if _deals_out(one.mesh, steps)
+        }
+        ways = []
+        for index, one in found.items():
+            computed = computing_seconds(one, target)
+            waiting_least = waits[one.mesh.stages_per_device](steps)
+            bound = least_seconds(one, target, computed, waiting_least)
+            ways.append(_Tried(one, computed, bound, (number, steps, index)))
+        if sizes.pipeline > 1:
+            every += ways  # more microbatches leave a pipeline less idle
+            continue
+        yield from ways
+        fitting = {index for index, one in found.items() if one.memory_gib <= room.value}
+        if remats[0] is REMATS[0] and 0 in fitting:
+            return
+        left = {index: one for index, one in left.items() if index not in fitting}
+    # Those first that may be the fastest.
+    yield from sorted(every, key=lambda tried: tried.least)
+
+
+def _deals_out(mesh: MeshConfig, steps: int) -> bool:
+    """Whether so many microbatches flow through several stages of each device in turns."""
+    return mesh.stages_per_device == 1 or steps % mesh.pipeline == 0
+
+
+# So much less is taken for a bound than is worked out, for the rounding of sums.
+_ROUNDING = 1e-9
+
+
+def _least_waiting(ends: Sequence[Work], target: Target, links: Links) -> Callable[[int], Waiting]:
+    """How long a step waits at least for collectives, by its number of microbatches.
+
+    Bytes and numbers of collectives are linear in it. The more is kept for the backward pass, the
+    fewer are repeated there.
+
+    Args:
+        ends: the work in the fewest and in the most microbatches, with the most that is kept.
+        target: the chips.
+        links: of the mesh on them.
+    """
+    first, last = (waiting(work, target, links) for work in ends)
+    fewest, most = (work.stage.accumulation_steps for work in ends)
+
+    def least(steps: int) -> Waiting:
+        share = (steps - fewest) / max(1, most - fewest)
+        flowing = first.flowing + (last.flowing - first.flowing) * share
+        return Waiting(flowing * (1 - _ROUNDING), first.once * (1 - _ROUNDING))
+
+    return least
 
 
 def _interleavings(sizes: MeshConfig, model: ModelConfig) -> list[MeshConfig]:

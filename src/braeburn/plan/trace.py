@@ -21,6 +21,7 @@ from braeburn.plan.graph import (
     Graph,
     Moved,
     Node,
+    Traced,
     Value,
     element_wise_bytes,
     flatten,
@@ -72,7 +73,7 @@ def differentiate(
     moving: Sequence[bool],
     results: Sequence[Any],
     wrap: Callable[[Callable], Callable],
-    marker: int,
+    traced: Traced,
 ) -> Program:
     """A function and its gradient, traced.
 
@@ -82,7 +83,7 @@ def differentiate(
         moving: whether the gradient is wanted, of each.
         results: the types of what the function returns.
         wrap: gives the function its mesh; see `on_each_device`.
-        marker: see `flatten`.
+        traced: see `flatten`.
     """
 
     def program(arguments: Sequence[Any], above: Sequence[Any]) -> tuple[Any, Any]:
@@ -108,7 +109,7 @@ def differentiate(
         return outputs, pull(above)
 
     closed = jax.make_jaxpr(wrap(program))(list(arguments), list(results))
-    graph = flatten(closed, marker)
+    graph = flatten(closed, traced)
     names = [node.equation.params.get("name") for node in graph.nodes]
     begin = names.index(_BACKWARD) if _BACKWARD in names else len(graph.nodes)
     count = len(results)

@@ -24,6 +24,7 @@ MODULES = {
     "deepseek": ("deepseek-v3",),
     "gemma": ("gemma3-1b",),
     "olmo": ("olmo2-7b",),
+    "gpt_oss": ("gpt-oss-20b", "gpt-oss-120b"),
     "frontier": ("frontier-22b", "frontier-175b", "frontier-1t"),
 }
 BUILT_IN = {name: module for module, names in MODULES.items() for name in names}

@@ -57,11 +57,16 @@ class GroupedQueryConfig(AttentionConfig):
         qk_norm: what the RMSNorm of queries and keys runs over: nothing, each head, or the width of
             all heads. None leaves it to `model.qk_norm`, which chooses between the first two.
         qk_norm_first: whether that norm comes before the rotation, as in most models, or after it.
+        bias: whether queries, keys, values and the output have biases.
+        sinks: whether each query head has a logit of its own, which is trained, among the scores of
+            each of its softmaxes, but no value (gpt-oss): a query need not attend to anything.
     """
 
     makes_keys: ClassVar[bool] = True
     qk_norm: QKNorm | None = None
     qk_norm_first: bool = True
+    bias: bool = False
+    sinks: bool = False
 
 
 class FeedForwardConfig(Frozen):

@@ -22,7 +22,9 @@ class Experts(FeedForwardConfig):
         num_experts: how many there are.
         experts_per_token: how many a token is sent to, those that the router rates highest.
         expert_dim: hidden units of an expert.
-        activation: of the gate.
+        activation: of the gate: "silu", "gelu", or "clamped" as in gpt-oss, where gates of at most
+            7 are multiplied by sigmoid(1.702 gate), and by 1 + up, of which the up is between -7
+            and 7.
         scores: how the router turns logits into the weights of experts: "softmax" over all of them
             (Qwen3), or a "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16).
         normalize: whether the weights of a token's experts are divided by their sum.
@@ -37,6 +39,8 @@ class Experts(FeedForwardConfig):
             weights. No loss trains it: after each step that of an expert with more than an even
             share of all assignments falls by `optimizer.balance_rate`, and that of others rises
             (arXiv 2408.15664).
+        linear_bias: whether the products of the router and of each expert have biases, which are
+            trained as weights are.
         groups: how many groups of equal size experts are in; a token's experts are those of
             `groups_per_token` groups, of which the two best scores have the highest sum
             (DeepSeek-V3).
@@ -52,11 +56,12 @@ class Experts(FeedForwardConfig):
     num_experts: Annotated[int, Field(gt=0, le=MOST_EXPERTS)] = 8
     experts_per_token: Size = 2
     expert_dim: Size = 1024
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Literal["silu", "gelu", "clamped"] = "silu"
     scores: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
     scale: Positive = 1.0
     bias: bool = False
+    linear_bias: bool = False
     groups: Size = 1
     groups_per_token: Size = 1
     shared_dim: Count = 0

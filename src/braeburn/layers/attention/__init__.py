@@ -9,7 +9,7 @@ Shapes are named by letters: B sequences, T positions, N query heads, K key-valu
 and within a back end G = N / K query heads for each key-value head, Q queries of a block.
 """
 
-from braeburn.layers.attention.backend import Backend, Request
+from braeburn.layers.attention.backend import EVERYTHING, Backend, Request, Scope
 from braeburn.layers.attention.blocked import blocked_attention, cached_attention
 from braeburn.layers.attention.masked import cudnn_masked_attention
 from braeburn.layers.attention.packed import cudnn_attention
@@ -18,8 +18,10 @@ from braeburn.layers.attention.splash import splash_attention, splash_mask
 
 __all__ = [
     "BACKENDS",
+    "EVERYTHING",
     "Backend",
     "Request",
+    "Scope",
     "attention",
     "blocked_attention",
     "cached_attention",

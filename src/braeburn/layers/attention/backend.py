@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from braeburn.config import MeshConfig
 from braeburn.layers.platform import Size
@@ -32,6 +33,7 @@ class Request:
         context_shards: devices that share out a sequence.
         ring: whether keys travel from shard to shard; otherwise they are gathered.
         window: positions that a query sees, its own among them; None for all earlier ones.
+        sinks: whether each query head has a sink.
         compute_capability: of an NVIDIA GPU, as (9, 0); None where it is unknown.
     """
 
@@ -45,7 +47,59 @@ class Request:
     context_shards: int = 1
     ring: bool = False
     window: int | None = None
+    sinks: bool = False
     compute_capability: tuple[int, int] | None = None
+
+
+class Scope(NamedTuple):
+    """What the softmax of a query runs over, of the earlier tokens of its segment and beside them.
+
+    Attributes:
+        window: positions that a query sees, its own among them; None for all earlier ones.
+        sinks: a logit for each of this device's query heads, float32 [N], that adds to the sum of
+            every softmax and has no value (gpt-oss); None for none.
+    """
+
+    window: int | None = None
+    sinks: Float[Array, " N"] | None = None
+
+
+EVERYTHING = Scope()
+
+
+def with_sinks(
+    output: Float[Array, "*shape H"], log_z: Float[Array, "*shape"], sinks: Float[Array, "..."]
+) -> tuple[Float[Array, "*shape H"], Float[Array, "*shape"]]:
+    """Attention that has sinks, from that without: for kernels that know of none.
+
+    The gradients of queries, keys and values are what such a kernel makes of these two in place of
+    its own. It forms the weights again by the log-sum-exp, and subtracts from their gradients the
+    mean of these, which is the sum of the output times its gradient. A sink adds nothing to that
+    sum, since it has no value.
+
+    Args:
+        output: of the attention without.
+        log_z: the log-sum-exp of each query's scores, float32.
+        sinks: float32, in a shape that broadcasts to that of `log_z`.
+
+    Returns:
+        The output, in its type, and the log-sum-exp, a sink's logit among its terms.
+    """
+    joint = jnp.logaddexp(log_z, sinks)
+    return (output * jnp.exp(log_z - joint)[..., None]).astype(output.dtype), joint
+
+
+def sink_gradients(
+    sinks: Float[Array, "..."], log_z: Float[Array, "*shape"], mean: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """What each query adds to the gradient of its head's sink.
+
+    Args:
+        sinks: float32, in a shape that broadcasts to that of `log_z`.
+        log_z: of `with_sinks`.
+        mean: the sum over head_dim of the output of `with_sinks` times its gradient, float32.
+    """
+    return -jnp.exp(sinks - log_z) * mean
 
 
 def is_visible(queries: Array, keys: Array, window: int | None) -> Bool[Array, "..."]:
@@ -61,7 +115,7 @@ class Backend:
     Attributes:
         name: for the log.
         why_not: the reason that a request is not supported, or None.
-        run: (query, key, value, segments, mesh, window) -> attended values.
+        run: (query, key, value, segments, mesh, scope) -> attended values.
         kernel: of a fused kernel, the bytes that it needs for a batch of so many sequences beside
             queries, keys, values, its result and a number per query; None of attention in plain
             XLA.
@@ -73,7 +127,7 @@ class Backend:
 
     name: str
     why_not: Callable[[Request], str | None]
-    run: Callable[[Array, Array, Array, Array, MeshConfig, int | None], Array]
+    run: Callable[[Array, Array, Array, Array, MeshConfig, Scope], Array]
     kernel: Callable[[Request, int], int] | None = None
     skips: bool = True
     lanes: int = 1

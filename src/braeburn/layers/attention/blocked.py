@@ -8,7 +8,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend, is_visible
+from braeburn.layers.attention.backend import (
+    ATTENTION,
+    BLOCK,
+    EVERYTHING,
+    MASKED,
+    Backend,
+    Scope,
+    is_visible,
+)
 from braeburn.layers.attention.ring import gathered_attention
 
 LONG_SEQUENCE = 2048
@@ -20,7 +28,7 @@ def blocked_attention(
     value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
-    window: int | None = None,
+    scope: Scope = EVERYTHING,
 ) -> Float[Array, "B t N W"]:
     """Attention in plain XLA that skips the causal upper half, span by span of queries.
 
@@ -35,13 +43,13 @@ def blocked_attention(
         value: its values.
         segment_ids: the segment of each of its tokens.
         mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
-        window: positions that a query sees, its own among them; None for all earlier ones.
+        scope: what a query's softmax runs over.
 
     Returns:
         The attended values, in the type of `query`.
     """
     if mesh.context > 1:
-        return gathered_attention(query, key, value, segment_ids, mesh, window)
+        return gathered_attention(query, key, value, segment_ids, mesh, scope)
     batch, length = query.shape[:2]
     grouped = _by_key_head(query, key.shape[2])
     # Positions last: on CPUs the products and their gradients are up to twice as fast as with
@@ -57,7 +65,7 @@ def blocked_attention(
             _spans(length, math.ceil(length / 8 / BLOCK) * BLOCK),
             _attend_span_in_blocks,
         )
-    outputs = []
+    window, outputs = scope.window, []
     for start, stop in spans:
         positions = jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start))
         first = 0 if window is None or start == 0 else max(0, start - window + 1)
@@ -65,7 +73,7 @@ def blocked_attention(
             (grouped[:, :, :, start:stop], positions, segment_ids[:, start:stop]),
             (key[..., first:stop], value[..., first:stop], segment_ids[:, first:stop]),
             first,
-            window,
+            scope,
         )
         outputs.append(output)
     return checkpoint_name(_by_head(jnp.concatenate(outputs, axis=3)), ATTENTION)
@@ -97,18 +105,19 @@ Keys = tuple[Array, Array, Array]
 
 
 def _attend_span(
-    queries: Queries, keys: Keys, first: int, window: int | None
+    queries: Queries, keys: Keys, first: int, scope: Scope
 ) -> Float[Array, "B K G Q W"]:
     """Queries over keys of which the first is at position `first`."""
     query, positions, query_ids = queries
     key, value, key_ids = keys
     key_positions = jnp.arange(first, first + key.shape[3])
-    earlier = is_visible(positions[:, :, None], key_positions, window)
-    return _attend(query, key, value, earlier & (query_ids[:, :, None] == key_ids[:, None, :]))
+    earlier = is_visible(positions[:, :, None], key_positions, scope.window)
+    visible = earlier & (query_ids[:, :, None] == key_ids[:, None, :])
+    return _attend(query, key, value, visible, scope.sinks)
 
 
 def _attend_span_in_blocks(
-    queries: Queries, keys: Keys, first: int, window: int | None
+    queries: Queries, keys: Keys, first: int, scope: Scope
 ) -> Float[Array, "B K G Q W"]:
     """`_attend_span`, a block of queries at a time."""
     query, positions, query_ids = queries
@@ -123,7 +132,7 @@ def _attend_span_in_blocks(
 
     @jax.checkpoint
     def one_block(_: None, block: Queries) -> tuple[None, Array]:
-        return None, _attend_span(block, keys, first, window)
+        return None, _attend_span(block, keys, first, scope)
 
     _, output = jax.lax.scan(
         one_block, None, (blocks(query, 3), blocks(positions, 1), blocks(query_ids, 1))
@@ -137,11 +146,25 @@ def _attend(
     key: Float[Array, "B K H S"],
     value: Float[Array, "B K W S"],
     visible: Bool[Array, "B Q S"],
+    sinks: Float[Array, " N"] | None,
 ) -> Float[Array, "B K G Q W"]:
     scale = query.shape[-1] ** -0.5
     scores = jnp.einsum("BKGQH,BKHS->BKGQS", query, key, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    weights = _softmax(jnp.where(visible[:, None, None], scores, MASKED), sinks)
     return jnp.einsum("BKGQS,BKWS->BKGQW", weights.astype(value.dtype), value)
+
+
+def _softmax(
+    scores: Float[Array, "B K G Q S"], sinks: Float[Array, " N"] | None
+) -> Float[Array, "B K G Q S"]:
+    """The weights of keys, whose sum with that of a sink is 1."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    logits = sinks.astype(scores.dtype).reshape(1, *scores.shape[1:3], 1, 1)
+    peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), logits)
+    peak = jax.lax.stop_gradient(peak)
+    weights = jnp.exp(scores - peak)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(logits - peak))
 
 
 def cached_attention(
@@ -149,7 +172,7 @@ def cached_attention(
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S W"],
     positions: Int[Array, "B T"],
-    window: int | None = None,
+    scope: Scope = EVERYTHING,
 ) -> Float[Array, "B T N W"]:
     """Attention of new tokens over a cache whose slot s holds the newest position p with p mod S =
     s.
@@ -161,7 +184,7 @@ def cached_attention(
         value: the cached values.
         positions: of the new tokens; a query at position p sees no position behind p. Where there
             are several new tokens, all are below S.
-        window: positions that a query sees, its own among them; None for all earlier ones.
+        scope: what a query's softmax runs over.
 
     Returns:
         The attended values, in the type of `value`.
@@ -170,10 +193,10 @@ def cached_attention(
     newest = positions[:, :, None]
     # A slot behind the newest holds a position of the round before; in the first round, none yet.
     held = newest - (newest - jnp.arange(key.shape[2])) % key.shape[2]
-    visible = (held >= 0) & is_visible(newest, held, window)
+    visible = (held >= 0) & is_visible(newest, held, scope.window)
     scores = jnp.einsum("BKGQH,BKSH->BKGQS", grouped, key, preferred_element_type=jnp.float32)
     scores *= query.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    weights = _softmax(jnp.where(visible[:, None, None], scores, MASKED), scope.sinks)
     return _by_head(jnp.einsum("BKGQS,BKSW->BKGQW", weights.astype(value.dtype), value))
 
 

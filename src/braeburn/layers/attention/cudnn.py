@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from braeburn.config import MeshConfig
-from braeburn.layers.attention.backend import ATTENTION
+from braeburn.layers.attention.backend import ATTENTION, sink_gradients, with_sinks
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence
 
@@ -115,6 +115,7 @@ def packed_attention(
     value: Float[Array, "B t K H"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B t N H"]:
     """Causal attention within segments, in float16 or bfloat16, scaled by 1/sqrt(H).
 
@@ -125,6 +126,7 @@ def packed_attention(
         segment_ids: its tokens' segments, each of which is one run of neighbouring tokens in the
             whole sequence.
         mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
+        sinks: as of `Scope`.
 
     Returns:
         The attended values, in the type of `query`.
@@ -139,8 +141,9 @@ def packed_attention(
     rows = max(1, MAX_ELEMENTS // longest)
     outputs = []
     for first in range(0, query.shape[0], rows):
-        own = [x[first : first + rows] for x in (query, key, value, segment_ids)]
-        outputs.append(_attention(*own, tuple(x[first : first + rows] for x in gathered), mesh))
+        *heads, ids = (x[first : first + rows] for x in (query, key, value, segment_ids))
+        all_keys = tuple(x[first : first + rows] for x in gathered)
+        outputs.append(_attention(Heads(*heads), sinks, ids, all_keys, mesh))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
 
@@ -154,6 +157,7 @@ def masked_attention(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     visible: Bool[Array, "B t T"],
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B t N H"]:
     """Attention through cuDNN under a mask, for GPUs whose cuDNN takes no packed layout: a sequence
     at a time.
@@ -166,18 +170,23 @@ def masked_attention(
         key: of the same type.
         value: of the same type.
         visible: whether a query sees a key; each query sees at least one.
+        sinks: as of `Scope`.
 
     Returns:
         The attended values, in the type of `query`.
     """
-    return lax.map(lambda row: _masked(*(x[None] for x in row))[0], (query, key, value, visible))
+
+    def one_sequence(row: tuple[Array, ...]) -> Array:
+        *heads, seen = (x[None] for x in row)
+        return _masked(Heads(*heads), seen, sinks)[0]
+
+    return lax.map(one_sequence, (query, key, value, visible))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(
-    query: Array,
-    key: Array,
-    value: Array,
+    heads: Heads,
+    sinks: Array | None,
     segment_ids: Array,
     gathered: tuple[Array, ...],
     mesh: MeshConfig,
@@ -185,22 +194,22 @@ def _attention(
     """`packed_attention`, given the keys, values and segments of all context shards, or () where
     there is one.
     """
-    return _attention_forward(query, key, value, segment_ids, gathered, mesh)[0]
+    return _attention_forward(heads, sinks, segment_ids, gathered, mesh)[0]
 
 
 def _attention_forward(
-    query: Array,
-    key: Array,
-    value: Array,
+    heads: Heads,
+    sinks: Array | None,
     segment_ids: Array,
     gathered: tuple[Array, ...],
     mesh: MeshConfig,
 ) -> tuple[Array, tuple[Any, ...]]:
+    query = heads.query
     documents = find_documents(segment_ids, halves=mesh.context > 1)
 
     def attend(call: Array | int) -> tuple[Array, Array]:
         spans = documents.spans(call)
-        return _forward(Heads(query, key, value), Pairs(spans, spans, causal=True))
+        return _forward(heads, Pairs(spans, spans, causal=True))
 
     def one_more(call: Array, result: tuple[Array, Array]) -> tuple[Array, Array]:
         (output, log_z), own = attend(call), documents.tokens(call)
@@ -215,22 +224,25 @@ def _attention_forward(
     for pairs in _earlier_spans(segment_ids, gathered, mesh):
         more = _forward(Heads(query, *gathered[:2]), pairs)
         output, log_z = _merge((output, log_z), more, _inside(pairs.queries, query.shape[1]))
+    if sinks is not None:
+        output, log_z = with_sinks(output, log_z, sinks.astype(log_z.dtype))
     # Named here, so that a backward pass that keeps the result need not attend again for what
     # belongs to it.
     output, log_z = checkpoint_name(output, ATTENTION), checkpoint_name(log_z, ATTENTION)
-    return output, (query, key, value, segment_ids, gathered, output, log_z)
+    return output, (heads, sinks, segment_ids, gathered, output, log_z)
 
 
 def _attention_backward(
     mesh: MeshConfig, residuals: tuple[Any, ...], output_gradient: Array
 ) -> tuple[Any, ...]:
-    query, key, value, segment_ids, gathered, output, log_z = residuals
+    heads, sinks, segment_ids, gathered, output, log_z = residuals
+    query, key, _ = heads
     result = Result(output, log_z, output_gradient)
     documents = find_documents(segment_ids, halves=mesh.context > 1)
 
     def differentiate(call: Array | int) -> tuple[Array, Array, Array]:
         spans = documents.spans(call)
-        return _backward(Heads(query, key, value), Pairs(spans, spans, causal=True), result)
+        return _backward(heads, Pairs(spans, spans, causal=True), result)
 
     def one_more(call: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
         new, own = differentiate(call), documents.tokens(call)
@@ -241,22 +253,32 @@ def _attention_backward(
     gradients = differentiate(0)
     with jax.named_scope(FURTHER_DOCUMENTS):
         gradients = lax.fori_loop(1, documents.calls, one_more, gradients)
+    of_sinks = None if sinks is None else _of_sinks(sinks, result)
     if not gathered:
-        return *gradients, None, ()
+        return Heads(*gradients), of_sinks, None, ()
 
     query_gradient = gradients[0].astype(jnp.float32)
     sums = [jnp.zeros(x.shape, jnp.float32) for x in gathered[:2]]
     for pairs in _earlier_spans(segment_ids, gathered, mesh):
         new = _backward(Heads(query, *gathered[:2]), pairs, result)
-        own = _inside(pairs.queries, query.shape[1])
+        is_own = _inside(pairs.queries, query.shape[1])
         visible = _inside(pairs.keys, gathered[0].shape[1])
-        query_gradient += jnp.where(own[..., None, None], new[0], 0)
+        query_gradient += jnp.where(is_own[..., None, None], new[0], 0)
         sums = [
             total + jnp.where(visible[..., None, None], x, 0)
             for total, x in zip(sums, new[1:], strict=True)
         ]
     further = tuple(total.astype(key.dtype) for total in sums)
-    return query_gradient.astype(query.dtype), *gradients[1:], None, (*further, None)
+    own = Heads(query_gradient.astype(query.dtype), *gradients[1:])
+    return own, of_sinks, None, (*further, None)
+
+
+def _of_sinks(sinks: Float[Array, " N"], result: Result) -> Float[Array, " N"]:
+    """The gradient of the sinks, given what an attention that has them gave."""
+    output, log_z, output_gradient = result
+    mean = jnp.sum(output.astype(jnp.float32) * output_gradient, axis=-1)
+    each = sink_gradients(sinks.astype(jnp.float32), log_z, mean)
+    return jnp.sum(each, axis=(0, 1)).astype(sinks.dtype)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -524,8 +546,8 @@ def _settings(query: Array, mask_type: Any, *, bias: bool, forward: bool) -> dic
 
 
 @jax.custom_vjp
-def _masked(query: Array, key: Array, value: Array, visible: Array) -> Array:
-    return _masked_forward(query, key, value, visible)[0]
+def _masked(heads: Heads, visible: Array, sinks: Array | None) -> Array:
+    return _masked_forward(heads, visible, sinks)[0]
 
 
 def _bias(query: Array, visible: Bool[Array, "B t T"]) -> Array:
@@ -535,31 +557,60 @@ def _bias(query: Array, visible: Bool[Array, "B t T"]) -> Array:
 
 
 def _masked_forward(
-    query: Array, key: Array, value: Array, visible: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    fused, unused = _fused(), jnp.zeros(0, query.dtype)
-    settings = _settings(query, fused.MaskType.NO_MASK, bias=True, forward=True)
-    arrays = (query, key, value, _bias(query, visible), *[unused] * 6)
-    output, statistics = fused._dot_product_attention_fwd_p.bind(*arrays, **settings)
+    heads: Heads, visible: Array, sinks: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
+    output, statistics = masked_forward_call(heads, visible)
+    if sinks is not None:
+        output, log_z = with_sinks(
+            output, jnp.swapaxes(statistics, 1, 2), sinks.astype(statistics.dtype)
+        )
+        statistics = jnp.swapaxes(log_z, 1, 2)
     output, statistics = checkpoint_name(output, ATTENTION), checkpoint_name(statistics, ATTENTION)
-    return output, (query, key, value, visible, statistics, output)
+    return output, (heads, visible, sinks, statistics, output)
 
 
-def _masked_backward(residuals: tuple[Array, ...], output_gradient: Array) -> tuple[Any, ...]:
-    query, key, value, visible, statistics, output = residuals
-    fused, unused = _fused(), jnp.zeros(0, query.dtype)
-    settings = _settings(query, fused.MaskType.NO_MASK, bias=True, forward=False)
-    arrays = (
-        query,
-        key,
-        value,
-        _bias(query, visible),
-        *[unused] * 6,
-        statistics,
-        output,
-        output_gradient,
-    )
-    return *fused._dot_product_attention_bwd_p.bind(*arrays, **settings), None
+def _masked_backward(residuals: tuple[Any, ...], output_gradient: Array) -> tuple[Any, ...]:
+    heads, visible, sinks, statistics, output = residuals
+    result = Result(output, jnp.swapaxes(statistics, 1, 2), output_gradient)
+    of_sinks = None if sinks is None else _of_sinks(sinks, result)
+    gradients = masked_backward_call(heads, visible, statistics, output, output_gradient)
+    return Heads(*gradients), None, of_sinks
+
+
+def masked_forward_call(
+    heads: Heads, visible: Bool[Array, "B t T"]
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B N t"]]:
+    """One call of cuDNN under a mask: its output, and the log-sum-exp of queries, float32."""
+    fused, unused = _fused(), jnp.zeros(0, heads.query.dtype)
+    settings = _settings(heads.query, fused.MaskType.NO_MASK, bias=True, forward=True)
+    arrays = (*heads, _bias(heads.query, visible), *[unused] * 6)
+    return tuple(fused._dot_product_attention_fwd_p.bind(*arrays, **settings))
+
+
+def masked_backward_call(
+    heads: Heads,
+    visible: Bool[Array, "B t T"],
+    statistics: Float[Array, "B N t"],
+    output: Float[Array, "B t N H"],
+    output_gradient: Float[Array, "B t N H"],
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """The call for the gradients of what `masked_forward_call` computes.
+
+    Args:
+        heads: what the forward call was given.
+        visible: what it was given.
+        statistics: the log-sum-exp of queries, float32.
+        output: of the forward pass.
+        output_gradient: its gradient, in the same type.
+
+    Returns:
+        The gradients of queries, keys and values, in the types of these.
+    """
+    fused, unused = _fused(), jnp.zeros(0, heads.query.dtype)
+    settings = _settings(heads.query, fused.MaskType.NO_MASK, bias=True, forward=False)
+    bias = _bias(heads.query, visible)
+    arrays = (*heads, bias, *[unused] * 6, statistics, output, output_gradient)
+    return tuple(fused._dot_product_attention_bwd_p.bind(*arrays, **settings))
 
 
 _masked.defvjp(_masked_forward, _masked_backward)

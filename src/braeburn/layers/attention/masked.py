@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention import cudnn
-from braeburn.layers.attention.backend import Backend, Request, is_visible
+from braeburn.layers.attention.backend import EVERYTHING, Backend, Request, Scope, is_visible
 from braeburn.layers.attention.packed import why_no_kernel_of_cudnn
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence, token_indices
@@ -20,7 +20,7 @@ def cudnn_masked_attention(
     value: Float[Array, "B t K H"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
-    window: int | None = None,
+    scope: Scope = EVERYTHING,
 ) -> Float[Array, "B t N H"]:
     """The fused kernel of cuDNN under a mask of the sequence's length squared, for GPUs before
     Hopper.
@@ -31,16 +31,16 @@ def cudnn_masked_attention(
         value: its values.
         segment_ids: the segment of each of its tokens.
         mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
-        window: positions that a query sees, its own among them; None for all earlier ones.
+        scope: what a query's softmax runs over.
 
     Returns:
         The attended values, in the type of `query`.
     """
     key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
     positions = token_indices(query.shape[1], axis_index(CONTEXT, mesh), mesh.context)
-    earlier = is_visible(positions[:, None], jnp.arange(key.shape[1]), window)
+    earlier = is_visible(positions[:, None], jnp.arange(key.shape[1]), scope.window)
     visible = earlier & (segment_ids[:, :, None] == key_ids[:, None, :])
-    return cudnn.masked_attention(query, key, value, visible)
+    return cudnn.masked_attention(query, key, value, visible, scope.sinks)
 
 
 def _why_not(request: Request) -> str | None:

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers.attention import cudnn
-from braeburn.layers.attention.backend import Backend, Request, nothing
+from braeburn.layers.attention.backend import EVERYTHING, Backend, Request, Scope, nothing
 
 
 def cudnn_attention(
@@ -14,7 +14,7 @@ def cudnn_attention(
     value: Float[Array, "B t K H"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
-    window: int | None = None,
+    scope: Scope = EVERYTHING,
 ) -> Float[Array, "B t N H"]:
     """The fused kernel of cuDNN, told where documents begin and end.
 
@@ -24,13 +24,13 @@ def cudnn_attention(
         value: its values.
         segment_ids: the segment of each of its tokens.
         mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
-        window: None, as the kernel knows no window.
+        scope: what a query's softmax runs over; the kernel knows no window.
 
     Returns:
         The attended values, in the type of `query`.
     """
-    assert window is None
-    return cudnn.packed_attention(query, key, value, segment_ids, mesh)
+    assert scope.window is None
+    return cudnn.packed_attention(query, key, value, segment_ids, mesh, scope.sinks)
 
 
 def _why_not(request: Request) -> str | None:

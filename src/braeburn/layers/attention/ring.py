@@ -29,7 +29,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from braeburn.config import MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, BLOCK, MASKED, Backend, is_visible
+from braeburn.layers.attention.backend import (
+    ATTENTION,
+    BLOCK,
+    EVERYTHING,
+    MASKED,
+    Backend,
+    Scope,
+    is_visible,
+    sink_gradients,
+    with_sinks,
+)
 from braeburn.parallel.collectives import CONTEXT, all_gather, axis_index, reduce_scatter
 from braeburn.parallel.sequence import token_indices
 
@@ -42,6 +52,15 @@ Indices = tuple[Array, Array]
 HalfOfKeys = tuple[Array, Array, Indices]
 # Half of the queries, half of the keys: each 0 or 1, known when tracing or not.
 Pair = tuple[Array | int, Array | int]
+
+
+class Heads(NamedTuple):
+    """What attention is computed of, on a device; N is a multiple of K."""
+
+    query: Float[Array, "B t N H"]
+    key: Float[Array, "B t K H"]
+    value: Float[Array, "B t K W"]
+    sinks: Float[Array, " N"] | None
 
 
 class Way(NamedTuple):
@@ -62,7 +81,7 @@ def ring_attention(
     value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig,
-    window: int | None = None,
+    scope: Scope = EVERYTHING,
 ) -> Float[Array, "B t N W"]:
     """Causal attention within segments, keys and values passed around a ring of two or more context
     shards.
@@ -78,12 +97,13 @@ def ring_attention(
         value: its values.
         segment_ids: the segment of each of its tokens.
         mesh: resolved sizes; the call is inside a `shard_map` over it.
-        window: positions that a query sees, its own among them; None for all earlier ones.
+        scope: what a query's softmax runs over.
 
     Returns:
         The attended values, in the type of `query`.
     """
-    return _attention(query, key, value, segment_ids, mesh, Way(True, window))
+    heads = Heads(query, key, value, scope.sinks)
+    return _attention(heads, segment_ids, mesh, Way(True, scope.window))
 
 
 def gathered_attention(
@@ -92,7 +112,7 @@ def gathered_attention(
     value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig,
-    window: int | None = None,
+    scope: Scope = EVERYTHING,
 ) -> Float[Array, "B t N W"]:
     """`ring_attention` with the keys of all shards gathered at once, in either pass.
 
@@ -102,24 +122,24 @@ def gathered_attention(
         value: its values.
         segment_ids: the segment of each of its tokens.
         mesh: resolved sizes; the call is inside a `shard_map` over it.
-        window: positions that a query sees, its own among them; None for all earlier ones.
+        scope: what a query's softmax runs over.
 
     Returns:
         The attended values, in the type of `query`.
     """
-    return _attention(query, key, value, segment_ids, mesh, Way(False, window))
+    heads = Heads(query, key, value, scope.sinks)
+    return _attention(heads, segment_ids, mesh, Way(False, scope.window))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, way: Way
-) -> Array:
-    return _forward(query, key, value, segment_ids, mesh, way)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _attention(heads: Heads, segment_ids: Array, mesh: MeshConfig, way: Way) -> Array:
+    return _forward(heads, segment_ids, mesh, way)[0]
 
 
 def _forward(
-    query: Array, key: Array, value: Array, segment_ids: Array, mesh: MeshConfig, way: Way
-) -> tuple[Array, tuple[Array, ...]]:
+    heads: Heads, segment_ids: Array, mesh: MeshConfig, way: Way
+) -> tuple[Array, tuple[Any, ...]]:
+    query, key, value, sinks = heads
     queries = (_query_blocks(query, key.shape[2]), _query_indices(segment_ids, mesh))
     keys = jax.tree.map(_halves, (key, value, segment_ids))
     index = axis_index(CONTEXT, mesh)
@@ -162,17 +182,19 @@ def _forward(
         )
 
     output, log_z = state
+    if sinks is not None:
+        output, log_z = with_sinks(output, log_z, _by_key_head(sinks, key.shape[2]))
     # Named here, so that a backward pass that keeps the result need not go round the ring for what
     # belongs to it.
     output = checkpoint_name(_joined_blocks(output).astype(query.dtype), ATTENTION)
     log_z = checkpoint_name(log_z, ATTENTION)
-    return output, (query, key, value, segment_ids, output, log_z)
+    return output, (heads, segment_ids, output, log_z)
 
 
 def _backward(
-    mesh: MeshConfig, way: Way, residuals: tuple[Array, ...], output_gradient: Array
-) -> tuple[Array, Array, Array, None]:
-    query, key, value, segment_ids, output, log_z = residuals
+    mesh: MeshConfig, way: Way, residuals: tuple[Any, ...], output_gradient: Array
+) -> tuple[Heads, None]:
+    (query, key, value, sinks), segment_ids, output, log_z = residuals
     num_kv_heads, scale = key.shape[2], query.shape[3] ** -0.5
     delta = jnp.sum(output_gradient.astype(jnp.float32) * output, axis=-1, keepdims=True)
     queries = (
@@ -242,12 +264,16 @@ def _backward(
     first = _half_of_keys(keys, index, 0, mesh)
     gradients, new = attend((gradients, _at(nothing, 0)), first, 0)
     key_sum, value_sum = jax.tree.map(jnp.add, sums, _put(nothing, new, 0))
-    return (
+    of_sinks = None
+    if sinks is not None:
+        own = sink_gradients(_by_key_head(sinks, num_kv_heads), log_z, queries[3][..., 0])
+        of_sinks = jnp.sum(own, axis=(0, 1, 4)).reshape(-1).astype(sinks.dtype)
+    return Heads(
         _joined_blocks(gradients).astype(query.dtype),
         _joined_halves(key_sum).astype(key.dtype),
         _joined_halves(value_sum).astype(value.dtype),
-        None,
-    )
+        of_sinks,
+    ), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -260,6 +286,11 @@ def _pairs(source: Array | int, index: Array | int) -> tuple[Pair, Pair]:
     same = jnp.where(source < index, 0, 1)
     # The diagonal first: after its own key a query's result is never that of masked keys alone.
     return (same, same), (1, 0)
+
+
+def _by_key_head(sinks: Float[Array, " N"], num_kv_heads: int) -> Float[Array, "K G 1"]:
+    """Sinks as they broadcast to log-sum-exps [blocks, B, K, G, Q]."""
+    return sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1)
 
 
 def _product(subscripts: str, x: Array, y: Array) -> Array:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
-from braeburn.layers.attention.backend import Backend, Request
+from braeburn.layers.attention.backend import EVERYTHING, Backend, Request, Scope
 from braeburn.layers.attention.blocked import BLOCKED
 from braeburn.layers.attention.masked import MASKED_CUDNN
 from braeburn.layers.attention.packed import PACKED
@@ -22,14 +22,16 @@ logger = logging.getLogger(__name__)
 # In the order in which they are asked.
 BACKENDS = (PACKED, MASKED_CUDNN, SPLASH, BLOCKED)
 
-# What takes the place of every back end: see `outlined`.
-Outline = Callable[..., Array]
+# Queries, keys, values and segments.
+Arrays = tuple[Array, Array, Array, Array]
+# What takes the place of every back end.
+Outline = Callable[[Request, Arrays, MeshConfig, Scope], Array]
 _OUTLINE: ContextVar[Outline | None] = ContextVar("outline", default=None)
 
 
 @contextmanager
 def outlined(outline: Outline) -> Iterator[None]:
-    """Within it, `attention` calls `outline` with the request and its own arguments.
+    """Within it, `attention` calls `outline` in the place of a back end.
 
     The plan traces programs so: it works out the costs of attention apart.
     """
@@ -46,7 +48,7 @@ def attention(
     value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
-    window: int | None = None,
+    scope: Scope = EVERYTHING,
 ) -> Float[Array, "B t N W"]:
     """Softmax attention scaled by 1/sqrt(H); each of the K key heads serves N/K neighbouring query
     heads.
@@ -61,7 +63,7 @@ def attention(
         value: its values.
         segment_ids: the segment of each of its tokens.
         mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
-        window: positions that a query sees, its own among them; None for all earlier ones.
+        scope: what a query's softmax runs over.
 
     Returns:
         The attended values, in the type of `query`.
@@ -77,12 +79,13 @@ def attention(
         value_dim=value.shape[3],
         context_shards=mesh.context,
         ring=mesh.context > 1 and mesh.context_attention == "ring",
-        window=window,
+        window=scope.window,
+        sinks=scope.sinks is not None,
         compute_capability=compute_capability,
     )
     if outline := _OUTLINE.get():
-        return outline(request, query, key, value, segment_ids, mesh)
-    return select(request).run(query, key, value, segment_ids, mesh, window)
+        return outline(request, (query, key, value, segment_ids), mesh, scope)
+    return select(request).run(query, key, value, segment_ids, mesh, scope)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import ONE_DEVICE, MeshConfig
-from braeburn.layers.attention.backend import ATTENTION, Backend, Request
+from braeburn.layers.attention.backend import ATTENTION, EVERYTHING, Backend, Request, Scope
 from braeburn.parallel.collectives import CONTEXT, axis_index
 from braeburn.parallel.sequence import gather_sequence, zigzag
 
@@ -28,7 +28,7 @@ def splash_attention(
     value: Float[Array, "B t K W"],
     segment_ids: Int[Array, "B t"],
     mesh: MeshConfig = ONE_DEVICE,
-    window: int | None = None,
+    scope: Scope = EVERYTHING,
 ) -> Float[Array, "B t N W"]:
     """The block-sparse Pallas kernel for TPU, one call for each sequence of the batch.
 
@@ -38,7 +38,7 @@ def splash_attention(
         value: its values.
         segment_ids: the segment of each of its tokens.
         mesh: resolved sizes; with several context shards the call is inside a `shard_map` over it.
-        window: positions that a query sees, its own among them; None for all earlier ones.
+        scope: what a query's softmax runs over.
 
     Returns:
         The attended values, in the type of `query`.
@@ -49,7 +49,8 @@ def splash_attention(
     length, num_heads, head_dim = query.shape[1:]
     shards = mesh.context
     key, value, key_ids = (gather_sequence(x, mesh) for x in (key, value, segment_ids))
-    mask = masks.MultiHeadMask([splash_mask(zigzag(length * shards, shards), window)] * num_heads)
+    order = zigzag(length * shards, shards)
+    mask = masks.MultiHeadMask([splash_mask(order, scope.window)] * num_heads)
     # As large as divide a run of neighbouring tokens, up to the 512 that suit every TPU's memory.
     run = length // 2 if shards > 1 else length
     tile = next((size for size in (512, 256) if run % size == 0), SPLASH_TILE)
@@ -68,7 +69,14 @@ def splash_attention(
 
     ids = splash.SegmentIds(segment_ids, key_ids)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(head_dim), key, value)]
-    return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2).astype(query.dtype)
+    arrays: list[Any] = [*heads_first, ids]
+    of_each: list[int | None] = [0] * len(arrays)
+    if scope.sinks is not None:
+        # The kernel gives their gradient in the type of its result, whatever theirs is.
+        arrays.append(scope.sinks.astype(query.dtype))
+        of_each.append(None)
+    output = jax.vmap(kernel, in_axes=tuple(of_each))(*arrays)
+    return jnp.swapaxes(output, 1, 2).astype(query.dtype)
 
 
 def splash_mask(positions: np.ndarray, window: int | None = None) -> Any:

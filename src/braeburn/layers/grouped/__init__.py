@@ -9,5 +9,6 @@ Shapes are named by letters: M rows, E groups, D columns of a row, F columns of 
 """
 
 from braeburn.layers.grouped.select import BACKENDS, Backend, grouped_product
+from braeburn.layers.grouped.vectors import grouped_vectors
 
-__all__ = ["BACKENDS", "Backend", "grouped_product"]
+__all__ = ["BACKENDS", "Backend", "grouped_product", "grouped_vectors"]

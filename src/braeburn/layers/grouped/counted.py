@@ -1,10 +1,10 @@
 """The grouped product as one loop over blocks of rows, whose number is known before it runs.
 
-It is for NVIDIA's GPUs, which would wait for the host to tell how long any other loop is, and for
-which XLA has no kernel of `ragged_dot`. There are as many blocks as rows and groups can need at
-most: M / `BLOCK` and one for each group. Those that are not needed work on rows behind all others.
-The last block of a group may reach into the rows of the next group, which then writes over what it
-left there.
+It is for what `triton` does not take on NVIDIA's GPUs. These would wait for the host to tell how
+long any other loop is, and XLA has no kernel of `ragged_dot` for them. There are as many blocks as
+rows and groups can need at most: M / `BLOCK` and one for each group. Those that are not needed work
+on rows behind all others. The last block of a group may reach into the rows of the next group,
+which then writes over what it left there.
 """
 
 from typing import Any, NamedTuple
@@ -33,24 +33,25 @@ class Blocks(NamedTuple):
     counts: Int[Array, " N"]
 
 
-def blocks_of(sizes: Int[Array, " E"], num_rows: Any) -> Blocks:
-    """The blocks of groups of rows.
+def blocks_of(sizes: Int[Array, " E"], num_rows: Any, rows: int) -> Blocks:
+    """The blocks of groups of rows: as many as there can be at most.
 
     Args:
         sizes: rows of each group.
         num_rows: of all, those behind the last group among them.
+        rows: of a block.
     """
     num_groups = sizes.shape[0]
-    needed = -(-sizes // BLOCK)
+    needed = -(-sizes // rows)
     ends = jnp.cumsum(needed)
-    numbers = jnp.arange(-(-num_rows // BLOCK) + num_groups, dtype=sizes.dtype)
+    numbers = jnp.arange(-(-num_rows // rows) + num_groups, dtype=sizes.dtype)
     groups = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), num_groups - 1)
     groups = groups.astype(sizes.dtype)
-    before = (numbers - (ends - needed)[groups]) * BLOCK
+    before = (numbers - (ends - needed)[groups]) * rows
     is_needed = numbers < ends[-1]
     first = (jnp.cumsum(sizes) - sizes)[groups]
     starts = jnp.where(is_needed, first + before, num_rows)
-    counts = jnp.where(is_needed, jnp.minimum(sizes[groups] - before, BLOCK), 0)
+    counts = jnp.where(is_needed, jnp.minimum(sizes[groups] - before, rows), 0)
     return Blocks(groups, starts, counts)
 
 
@@ -90,7 +91,7 @@ def _products(rows: Array, matrices: Array, sizes: Int[Array, " E"]) -> Array:
         return lax.dynamic_update_slice_in_dim(result, found, block.starts, 0), None
 
     nothing = jnp.zeros((padded.shape[0], matrices.shape[2]), rows.dtype)
-    result, _ = lax.scan(one, nothing, blocks_of(sizes, rows.shape[0]))
+    result, _ = lax.scan(one, nothing, blocks_of(sizes, rows.shape[0], BLOCK))
     return result[: rows.shape[0]]
 
 
@@ -98,7 +99,7 @@ def _outer_products(
     rows: Float[Array, "M D"], others: Float[Array, "M F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "E D F"]:
     """For each group, the sum over its rows of the outer product of a row and its other one."""
-    blocks = blocks_of(sizes, rows.shape[0])
+    blocks = blocks_of(sizes, rows.shape[0], BLOCK)
     padded, other_padded = _with_room(rows), _with_room(others)
 
     def one(totals: Array, block: Blocks) -> tuple[Array, None]:

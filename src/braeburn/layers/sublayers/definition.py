@@ -10,8 +10,12 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from braeburn.config import AttentionConfig, Execution, FeedForwardConfig, ModelConfig
+from braeburn.layers.attention.backend import Scope
 from braeburn.layers.linear import joined, linear, used
 from braeburn.layers.spec import ParamSpec, Tree
+from braeburn.layers.weights import gathered
+from braeburn.parallel.collectives import TENSOR
+from braeburn.parallel.rules import mesh_axes
 
 # (logical axis, activations whose units it counts, a layer's state) -> the layer's new state.
 ActivationHook = Callable[[str, Array, Any], Any]
@@ -69,9 +73,9 @@ class Memory(Protocol):
         """
 
     def attend(
-        self, query: Float[Array, "B T N H"], keys_and_values: Any, window: int | None
+        self, query: Float[Array, "B T N H"], keys_and_values: Any, scope: Scope
     ) -> Float[Array, "B T N W"]:
-        """The attended values of queries, which see at most the last `window` positions."""
+        """The attended values of queries, whose softmax runs over what `scope` says."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,28 @@ class Context:
         """One of the layer's weights, for several products that come of `x`: see `joined`."""
         with jax.named_scope(name):
             return joined(self.weights[name], x, self.specs[name], self.execution)
+
+    def product(self, x: Array, name: str) -> Array:
+        """`linear`, with the bias of the weight where the layer has one."""
+        found = self.linear(x, name)
+        if f"{name}_bias" not in self.weights:
+            return found
+        return found + self.bias_of(name).astype(found.dtype)
+
+    def bias_of(self, name: str) -> Array:
+        """What this device adds to its products of a weight, in float32: the bias or, where tensor
+        shards have a part of a sum each, a part of the bias.
+        """
+        bias, spec = self.vector(f"{name}_bias"), self.specs[name]
+        split = mesh_axes(spec.axes, spec.shape, "activations", self.execution, spec.role)
+        along = dict(zip(spec.axes, split, strict=True))
+        is_part = any(TENSOR in along[axis] for axis in spec.fan_in)
+        return bias / self.execution.mesh.tensor if is_part else bias
+
+    def vector(self, name: str) -> Array:
+        """One of the layer's biases or its sinks, this device's part of it, in float32."""
+        with jax.named_scope(name):
+            return gathered(self.weights[name], self.specs[name], self.execution)
 
 
 @dataclass(frozen=True)
@@ -180,6 +206,12 @@ def matrix(model: ModelConfig, inputs: tuple[str, ...], outputs: tuple[str, ...]
     """The spec of one layer's matrix, which is multiplied over `inputs`."""
     axes, sizes = (*inputs, *outputs), sizes_of(model)
     return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "matrix", inputs)
+
+
+def bias(model: ModelConfig, *axes: str) -> ParamSpec:
+    """The spec of a vector of one layer that is added to the results of a product."""
+    sizes = sizes_of(model)
+    return ParamSpec(tuple(sizes[axis] for axis in axes), axes, "bias")
 
 
 def norm(model: ModelConfig, *axes: str) -> ParamSpec:

@@ -8,6 +8,7 @@ Shapes are named by letters: S tokens of this device, E experts, k experts of a 
 tokens sorted by expert, D d_model, F hidden units of an expert (its tensor shard's).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,13 +20,27 @@ from jaxtyping import Array, Float, Int
 from braeburn.config import ModelConfig
 from braeburn.config.sublayers.experts import Experts
 from braeburn.layers.dispatch import Assigned, Compute, sum_over_experts
-from braeburn.layers.grouped import grouped_product
+from braeburn.layers.grouped import grouped_product, grouped_vectors
 from braeburn.layers.linear import flat, ready
 from braeburn.layers.spec import EXPERTS, ParamSpec, Tree
 from braeburn.layers.sublayers.definition import Context, Report, Signals, Sublayer
 from braeburn.parallel.rules import token_axes
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+# Where the gate and the up of "clamped" end, and how steep its sigmoid is.
+LIMIT, STEEPNESS = 7.0, 1.702
+
+
+def _clamped(gate: Array, up: Array) -> Array:
+    gate, up = jnp.minimum(gate, LIMIT), jnp.clip(up, -LIMIT, LIMIT)
+    return gate * jax.nn.sigmoid(STEEPNESS * gate) * (up + 1)
+
+
+# (gate, up) -> hidden units.
+ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu": lambda gate, up: jax.nn.gelu(gate) * up,
+    "clamped": _clamped,
+}
 MATRICES = ("expert_gate", "expert_up", "expert_down")
 METRICS = ("router_balance_loss", "router_z_loss", "router_largest_load")
 
@@ -50,7 +65,24 @@ def specs(config: Experts, model: ModelConfig) -> dict[str, ParamSpec]:
         up = ParamSpec((inputs, units), ("embed", "expert_ffn"), "matrix", ("embed",))
         down = ParamSpec((units, inputs), ("expert_ffn", "embed"), "matrix", ("expert_ffn",))
         found |= {"shared_gate": up, "shared_up": up, "shared_down": down}
-    return found
+    return found | (_biases(found) if config.linear_bias else {})
+
+
+def _biases(products: dict[str, ParamSpec]) -> dict[str, ParamSpec]:
+    """The specs of the biases of products, each along the axes that its product is not summed
+    over.
+    """
+    found = {}
+    for name, spec in products.items():
+        sizes = zip(spec.axes, spec.shape, strict=True)
+        left = {axis: size for axis, size in sizes if axis not in spec.fan_in}
+        if spec.role == "matrix":
+            found[f"{name}_bias"] = ParamSpec(
+                tuple(left.values()), tuple(left), "bias", share=spec.share
+            )
+    # The name of the router's own, after the same rule, is that of what balances experts.
+    router = products["router"]
+    return found | {"router_logit_bias": ParamSpec(router.shape[1:], router.axes[1:], "bias")}
 
 
 class Routing(NamedTuple):
@@ -107,11 +139,14 @@ def _expert(context: Context) -> Compute:
     def compute(matrices: Tree, x_MD: Array, sizes: Array) -> Array:
         def product(x: Array, name: str) -> Array:
             with jax.named_scope(name):
-                return grouped_product(x, ready(matrices[name], x), sizes)
+                found = grouped_product(x, ready(matrices[name], x), sizes)
+                if (bias := matrices.get(f"{name}_bias")) is not None:
+                    found = found + grouped_vectors(bias.astype(x.dtype), sizes, x.shape[0])
+                return found
 
         gate_MF = checkpoint_name(product(x_MD, "expert_gate"), "ffn_gate")
         up_MF = checkpoint_name(product(x_MD, "expert_up"), "ffn_up")
-        return product(activate(gate_MF) * up_MF, "expert_down")
+        return product(activate(gate_MF, up_MF), "expert_down")
 
     return compute
 
@@ -125,14 +160,20 @@ def apply(
     # In float32 at least: which experts a token goes to must not hang on how it was rounded.
     precise = x_SD.astype(jnp.promote_types(x_SD.dtype, jnp.float32))
     bias = context.weights["router_bias"] if config.bias else None
-    routing = route(context.linear(precise, "router"), config, bias)
+    logits = context.linear(precise, "router")
+    if config.linear_bias:
+        logits = logits + context.vector("router_logit_bias")
+    routing = route(logits, config, bias)
     matrices = {name: context.joined(x_SD, name) for name in MATRICES}
+    if config.linear_bias:
+        matrices |= {f"{name}_bias": context.bias_of(name) for name in MATRICES}
     assigned = Assigned(x_SD, routing.weights, routing.experts)
     mesh = context.execution.mesh
     y_SD = sum_over_experts(assigned, matrices, _expert(context), config.num_experts, mesh)
     if config.shared_dim:
-        gate_SF, up_SF = (context.linear(x_SD, name) for name in ("shared_gate", "shared_up"))
-        y_SD = y_SD + context.linear(ACTIVATIONS[config.activation](gate_SF) * up_SF, "shared_down")
+        gate_SF, up_SF = (context.product(x_SD, name) for name in ("shared_gate", "shared_up"))
+        hidden_SF = ACTIVATIONS[config.activation](gate_SF, up_SF)
+        y_SD = y_SD + context.product(hidden_SF, "shared_down")
     if signals.report is not None:
         signals = signals._replace(report=_reported(signals, routing, context))
     return y_SD.reshape(x_BTD.shape), signals

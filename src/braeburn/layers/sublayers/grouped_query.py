@@ -8,10 +8,11 @@ from jaxtyping import Array, Float, Int
 
 from braeburn.config import AttentionConfig, GroupedQueryConfig, ModelConfig, QKNorm
 from braeburn.layers import rope
+from braeburn.layers.attention.backend import Scope
 from braeburn.layers.norm import rms_norm, rms_norm_of_heads
 from braeburn.layers.spec import ParamSpec
 from braeburn.layers.sublayers import rotary
-from braeburn.layers.sublayers.definition import Context, Kept, Signals, matrix, norm
+from braeburn.layers.sublayers.definition import Context, Kept, Signals, bias, matrix, norm
 from braeburn.layers.sublayers.rotary import Rotation
 
 
@@ -23,11 +24,16 @@ def qk_norm_of(config: GroupedQueryConfig, model: ModelConfig) -> QKNorm:
 
 
 def query_specs(config: GroupedQueryConfig, model: ModelConfig) -> dict[str, ParamSpec]:
-    """The specs of what makes queries, and of the output."""
+    """The specs of what makes queries, of sinks, and of the output."""
     specs = {
         "query": matrix(model, ("embed",), ("heads", "head_dim")),
         "attention_output": matrix(model, ("heads", "head_dim"), ("embed",)),
     }
+    if config.bias:
+        specs["query_bias"] = bias(model, "heads", "head_dim")
+        specs["attention_output_bias"] = bias(model, "embed")
+    if config.sinks:
+        specs["sinks"] = bias(model, "heads")
     return specs | _norm_spec(config, model, "query_norm", "heads")
 
 
@@ -37,6 +43,11 @@ def key_value_specs(config: GroupedQueryConfig, model: ModelConfig) -> dict[str,
         "key": matrix(model, ("embed",), ("kv_heads", "head_dim")),
         "value": matrix(model, ("embed",), ("kv_heads", "head_dim")),
     }
+    if config.bias:
+        specs |= {
+            "key_bias": bias(model, "kv_heads", "head_dim"),
+            "value_bias": bias(model, "kv_heads", "head_dim"),
+        }
     return specs | _norm_spec(config, model, "key_norm", "kv_heads")
 
 
@@ -114,10 +125,12 @@ def attend_and_project(
     Returns:
         This tensor shard's part of a sum, and the signals with the layer's new state.
     """
-    attended_BTNH = context.memory.attend(query_BTNH, signals.keys_and_values, window)
+    sinks = context.vector("sinks") if context.config.sinks else None
+    scope = Scope(window, sinks)
+    attended_BTNH = context.memory.attend(query_BTNH, signals.keys_and_values, scope)
     state = context.activation_hook("heads", attended_BTNH, signals.state)
     signals = signals._replace(state=state)
-    return context.linear(attended_BTNH, "attention_output"), signals
+    return context.product(attended_BTNH, "attention_output"), signals
 
 
 def self_attention(
@@ -134,9 +147,9 @@ def self_attention(
     Returns:
         This tensor shard's part of a sum, and the new signals.
     """
-    query_BTNH = context.linear(x_BTD, "query")
-    key_BTKH = context.linear(x_BTD, "key")
-    value_BTKH = checkpoint_name(context.linear(x_BTD, "value"), "value")
+    query_BTNH = context.product(x_BTD, "query")
+    key_BTKH = context.product(x_BTD, "key")
+    value_BTKH = checkpoint_name(context.product(x_BTD, "value"), "value")
     found = positioned({"query": query_BTNH, "key": key_BTKH}, context)
     kept = (found["key"], value_BTKH)
     keys_and_values, state = context.memory.keep(kept, signals.state)

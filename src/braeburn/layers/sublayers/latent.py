@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from braeburn.config import ModelConfig
 from braeburn.config.sublayers.latent import LatentAttention
 from braeburn.layers import rope
+from braeburn.layers.attention.backend import EVERYTHING
 from braeburn.layers.norm import rms_norm
 from braeburn.layers.spec import ParamSpec
 from braeburn.layers.sublayers import rotary
@@ -102,7 +103,7 @@ def apply(
         query = jnp.einsum("BTNP,RNP->BTNR", plain_BTNP, up_RNH[..., :plain_dim])
         query = _scaled(jnp.concatenate([query, rotated], axis=-1), context)
         # Of the latents with the rotated part, since a slice of the cache would be a copy of it.
-        found_BTNR = context.memory.attend(query, (held, held), None)[..., :latent_dim]
+        found_BTNR = context.memory.attend(query, (held, held), EVERYTHING)[..., :latent_dim]
         attended_BTNW = jnp.einsum("BTNR,RNW->BTNW", found_BTNR, up_RNH[..., plain_dim:])
     else:
         up_BTNH = context.linear(latent_BTR, "key_value_up")
@@ -112,7 +113,7 @@ def apply(
         query = checkpoint_name(query, "query")
         key = checkpoint_name(jnp.concatenate([keys, shared], axis=-1), "key")
         value = checkpoint_name(up_BTNH[..., plain_dim:], "value")
-        attended_BTNW = context.memory.attend(query, (key, value), None)
+        attended_BTNW = context.memory.attend(query, (key, value), EVERYTHING)
 
     state = context.activation_hook("heads", attended_BTNW, state)
     return context.linear(attended_BTNW, "attention_output"), signals._replace(state=state)

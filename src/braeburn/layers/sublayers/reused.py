@@ -9,7 +9,8 @@ from braeburn.layers.sublayers.definition import Context, Signals, Sublayer
 def _attend(
     x_BTD: Float[Array, "B T D"], signals: Signals, context: Context
 ) -> tuple[Float[Array, "B T D"], Signals]:
-    query = grouped_query.positioned({"query": context.linear(x_BTD, "query")}, context)["query"]
+    query = context.product(x_BTD, "query")
+    query = grouped_query.positioned({"query": query}, context)["query"]
     return grouped_query.attend_and_project(query, signals, context, None)
 
 

@@ -40,6 +40,26 @@ Names = Mapping[str, str]
 
 
 @dataclass(frozen=True)
+class Placing:
+    """How one of our parameters lies in its tensor, where that is not as in a `torch.nn.Linear` of
+    its own.
+
+    Attributes:
+        inputs_first: whether a matrix is [inputs, outputs], as ours are.
+        parts: how many parameters of one layer share the tensor. Along its last dimension they
+            take turns.
+        part: whose turn it is of these, from 0 on.
+    """
+
+    inputs_first: bool = False
+    parts: int = 1
+    part: int = 0
+
+
+USUAL = Placing()
+
+
+@dataclass(frozen=True)
 class Gguf:
     """A family in GGUF, the files that llama.cpp reads.
 
@@ -78,7 +98,10 @@ class Family:
         unread: (model) -> what the names begin with of tensors that are passed over, as those of
             parts that only training has; None where there are none.
         norm_offset: what a norm multiplies by beyond the value that is stored.
-        gguf: how it stands in GGUF files; None where llama.cpp has no such family.
+        aliases: other names that transformers writes some tensors under, by the keys of `names`.
+        placings: of the parameters that lie in their tensors in another way than usual, by the keys
+            of `names`.
+        gguf: how it stands in GGUF files; None where none are written of it.
     """
 
     model_type: str
@@ -92,6 +115,8 @@ class Family:
     more_fields: frozenset[str] = frozenset()
     unread: Callable[[ModelConfig], str | None] = lambda model: None
     norm_offset: float = 0.0
+    aliases: Names = field(default_factory=dict)
+    placings: Mapping[str, Placing] = field(default_factory=dict)
     gguf: Gguf | None = field(default=None)
 
 

@@ -4,7 +4,7 @@ Every field that changes the computation is read under each name that transforme
 with the same value winning, and the same default where it is left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +223,34 @@ def window_of(contents: Contents, defaults: Defaults) -> int | None:
     """The length of the window that some layers may have, in tokens; None for none."""
     stated = "sliding_window" in contents.stated
     return contents.config.sliding_window if stated else defaults.sliding_window
+
+
+def layer_types_of(
+    contents: Contents, defaults: Defaults, num_layers: int, usual: Callable[[int], str]
+) -> list[str]:
+    """What each layer attends to, "sliding_attention" or "full_attention"; the latter in all where
+    there is no window.
+
+    Args:
+        contents: of the file.
+        defaults: of the family.
+        num_layers: of the model.
+        usual: of a layer by its number, counted from 0, where the file does not say.
+
+    Raises:
+        UserError: the file names other kinds, or another number of layers.
+    """
+    found = contents.config.layer_types
+    if found is None:
+        found = [usual(number) for number in range(num_layers)]
+    check_layer_types(found, "'full_attention' and 'sliding_attention'")
+    if len(found) != num_layers:
+        raise UserError(
+            f"layer_types names {len(found)} layers and num_hidden_layers={num_layers}; download "
+            f"config.json again"
+        )
+    has_window = window_of(contents, defaults) is not None
+    return found if has_window else ["full_attention"] * len(found)
 
 
 def sliding_layer_types(contents: Contents) -> str | None:

@@ -15,7 +15,7 @@ from braeburn.models.families.definition import Family, Gguf
 from braeburn.models.families.fields import (
     Contents,
     Defaults,
-    check_layer_types,
+    layer_types_of,
     parse_common,
     parse_scaling,
     refuse_others,
@@ -118,22 +118,6 @@ def _rope(contents: Contents) -> tuple[dict[str, Any], dict[str, Any]]:
     return all_earlier, local
 
 
-def _layer_types(contents: Contents, num_layers: int) -> list[str]:
-    found = contents.config.layer_types
-    if found is None:
-        every = contents.stated.get("sliding_window_pattern", PATTERN_LENGTH)
-        return [
-            "sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)
-        ]
-    check_layer_types(found, "'full_attention' and 'sliding_attention'")
-    if len(found) != num_layers:
-        raise UserError(
-            f"layer_types names {len(found)} layers and num_hidden_layers={num_layers}; download "
-            f"config.json again"
-        )
-    return found
-
-
 def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
     refuse_others(contents.stated, ONLY)
     fields = parse_common(contents, defaults)
@@ -141,9 +125,12 @@ def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
     scalar = contents.stated.get("query_pre_attn_scalar", 256)
     scale = None if scalar == fields["head_dim"] else scalar**-0.5
     window = window_of(contents, defaults)
-    types = _layer_types(contents, fields["num_layers"])
-    if window is None:
-        types = ["full_attention"] * len(types)
+    every = contents.stated.get("sliding_window_pattern", PATTERN_LENGTH)
+
+    def usual(number: int) -> str:
+        return "sliding_attention" if (number + 1) % every else "full_attention"
+
+    types = layer_types_of(contents, defaults, fields["num_layers"], usual)
     sees_last, sees_all = layers(window or 1, scale, local["rope_theta"])
     by_type = {"sliding_attention": sees_last, "full_attention": sees_all}
     return {
