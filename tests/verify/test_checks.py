@@ -450,6 +450,17 @@ def test_experts_are_split_in_layouts_of_models_that_have_some() -> None:
     assert not [name for name in dense if "expert" in name]
 
 
+def test_a_run_whose_loss_hangs_on_microbatches_is_resharded_with_them() -> None:
+    """A pipeline has two at least, and then another balance of experts."""
+    dense = shrink(load("afm-tiny"), 8)
+    sparse = override(dense, {"model.pattern.0.feed_forward.kind": "experts"})
+    for run, steps in ((dense, {1, 2}), (sparse, {1})):
+        runs = list(verify.layouts(run, parse_target("cpu:8")).values())
+        found = verify.elsewhere(run, runs)
+        assert {each.stages["core"].accumulation_steps for each in found} == steps
+        assert all(each.mesh != run.mesh for each in found)
+
+
 @pytest.mark.parametrize(("kind", "epsilon"), [("afm", 1e-8), ("adamw", 1e-4), ("muon", 1e-4)])
 def test_updates_hang_on_no_rounding_where_routers_would_show_it(kind: str, epsilon: float) -> None:
     """Unless the recipe has steadier ones already, or no router."""

@@ -130,8 +130,7 @@ def verify(run: Run, recipe: str, target: Target, say: Say) -> list[Check]:
         checks.append(resume(run, folder, killed, say))
         if compresses(run):
             checks += compare_stages(run, _devices(target), folder, say)
-        others = [other for other in possible if _place(other) != _place(run)]
-        if others:
+        if others := elsewhere(run, possible):
             checks.append(reshard(run, others[-1], folder, say))
     return checks
 
@@ -161,6 +160,25 @@ def layouts(run: Run, target: Target) -> dict[str, Run]:
         name = next(iter(runs))
         runs[f"{name}, 2 accumulated"] = _accumulating(runs[name], 2)
     return runs
+
+
+def by_microbatch(run: Run) -> bool:
+    """Whether a loss of the run hangs on how batches are divided into microbatches."""
+    return any(layer.feed_forward.is_by_microbatch for layer in run.model.layer_configs)
+
+
+def elsewhere(run: Run, others: Sequence[Run]) -> list[Run]:
+    """Those that a run can be resharded from: on other meshes, and with the same microbatches where
+    a loss hangs on them.
+    """
+
+    def microbatches(run: Run) -> list[int]:
+        return [stage.accumulation_steps for stage in run.stages.values()]
+
+    found = [other for other in others if _place(other) != _place(run)]
+    if not by_microbatch(run):
+        return found
+    return [other for other in found if microbatches(other) == microbatches(run)]
 
 
 def _accumulating(run: Run, steps: int) -> Run:
@@ -251,13 +269,11 @@ def compare(reference: Run, runs: dict[str, Run], prepared: Prepared, say: Say) 
     """
     first = next(iter(reference.stages))
     refused = {name: refusal(run) for name, run in runs.items()}
-    by_microbatch = any(
-        layer.feed_forward.is_by_microbatch for layer in reference.model.layer_configs
-    )
+    is_counted = by_microbatch(reference)
 
     def likewise(run: Run) -> Run:
         """What a run is compared with."""
-        return reference.model_copy(update={"stages": run.stages}) if by_microbatch else reference
+        return reference.model_copy(update={"stages": run.stages}) if is_counted else reference
 
     references = {
         likewise(run).stages[first].accumulation_steps: likewise(run) for run in runs.values()
