@@ -116,6 +116,17 @@ def test_steps_on_gpus_of_amd(on, fits):
     assert facts["compiler"]["resident_gib"] < 5
 
 
+def test_experts_have_kernels_on_gpus_of_nvidia():
+    facts = compiled("qwen3-30b-a3b", "h100:64", "--stage", "general", "--set", "remat.policy=full")
+    check(facts)
+    check_bytes(facts)
+    plan = facts["plan"]
+    assert facts["memory_gib"]["required"] == pytest.approx(plan["memory_gib"], rel=0.1)
+    assert facts["compute_seconds"] == pytest.approx(plan["compute_seconds"], rel=0.3)
+    names = {kernel["name"] for kernel in facts["kernels"]}
+    assert names >= {"grouped_products", "grouped_outer_products"}
+
+
 def test_what_cannot_fit_is_told_with_what_would():
     facts = compiled("llama2-70b", "v5e:16", code=1)
     assert facts["memory_gib"]["required"] > facts["memory_gib"]["usable"] == 15.75
