@@ -26,6 +26,15 @@ WORKERS = 4  # processes on the GPU, and as many on the CPU
 LIMITS = {"float32": 1e-4, "rounded": 1e-3, "bfloat16": 0.01}
 ROUNDED = ("int8", "int4", "int2")
 PRODUCTS_IN_FLOAT32 = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+# Recipes of further families.
+FAMILIES = (
+    "gemma3-1b",
+    "olmo2-7b",
+    "afm-on-device-2025-tiny",
+    "qwen3-30b-a3b",
+    "gpt-oss-20b",
+    "deepseek-v3",
+)
 # Small float32 products are right whichever kernel computes them, and choosing takes minutes.
 NO_CHOICE = "--xla_gpu_autotune_level=0"
 
@@ -51,14 +60,13 @@ def runs() -> dict[str, Any]:
         }
     )
     small = {**golden.SIZES, "num_layers": 6}
-    for recipe in ("gemma3-1b", "olmo2-7b", "afm-on-device-2025-tiny"):
+    for recipe in FAMILIES:
         model = recipes.load(recipe).model
-        pattern = tuple(
-            layer.model_copy(update={"attention": layer.attention.shrunk(16)})
-            for layer in model.pattern
-        )
+        patterns = {
+            name: tuple(map(_shrunk, getattr(model, name))) for name in ("pattern", "tail_pattern")
+        }
         sizes = small if model.tail_layers == 0 else {**small, "num_layers": 8, "tail_layers": 3}
-        model = model.model_copy(update={**sizes, "pattern": pattern})
+        model = model.model_copy(update={**sizes, **patterns})
         found[f"{recipe.rpartition('-')[0]}, adamw"] = plain.model_copy(
             update={"model": model, "optimizer": AdamW()}
         )
@@ -67,6 +75,20 @@ def runs() -> dict[str, Any]:
         narrow = run.precision.model_copy(update={"compute": "bfloat16"})
         found[f"{name}, bfloat16"] = run.model_copy(update={"precision": narrow})
     return found
+
+
+def _shrunk(layer: Any) -> Any:
+    """A layer of a narrow model, whose experts are as wide as tensor cores need it."""
+
+    def smaller(size: int) -> int:
+        return min(size, 48)
+
+    return layer.model_copy(
+        update={
+            "attention": layer.attention.shrunk(16, smaller),
+            "feed_forward": layer.feed_forward.shrunk(smaller),
+        }
+    )
 
 
 def print_losses(names: list[str]) -> None:

@@ -54,7 +54,7 @@ def test_a_registered_optimizer_is_whole(kind):
     config = KINDS[kind]()
     assert config.kind == kind and config.fine_tuning_rate > 0
     definition = definition_of(config)
-    assert definition.no_decay <= {"norm", "embedding", "matrix"}
+    assert definition.no_decay <= {"norm", "bias", "embedding", "matrix"}
     specs = param_specs(MODEL)
     moments = state_bytes(config, Parameters(specs, MODEL))
     assert FLOAT * count(specs) <= moments <= 2 * FLOAT * count(specs)

@@ -28,6 +28,7 @@ from braeburn.data.loader import Batches
 from braeburn.data.prepare import Prepared, prepare
 from braeburn.errors import UserError
 from braeburn.hardware.targets import parse_target
+from braeburn.models.decoder import has_experts
 from braeburn.recipes import BUILT_IN, load
 from braeburn.verify import checks as verify
 from braeburn.verify.shrink import ENVIRONMENT, STAND_IN, scale_down, shrink
@@ -305,11 +306,14 @@ def test_shrinking_keeps_the_structure(name: str) -> None:
         for model in (before, after)
     ]
     assert kinds[0] == kinds[1]
-    assert (small.optimizer, small.remat, small.offload) == (
-        large.optimizer,
-        large.remat,
-        large.offload,
-    )
+    assert (small.remat, small.offload) == (large.remat, large.offload)
+    same = large.optimizer
+    if has_experts(before):
+        # Updates that hang on rounding would send tokens to other experts on other layouts.
+        same = same.model_copy(update=same.steady)
+        layer = after.layer_configs[-1].feed_forward
+        assert layer.experts_per_token < layer.num_experts
+    assert small.optimizer == same
     assert small.precision.compute == "float32"
     lengths = [stage.sequence_length for stage in small.stages.values()]
     assert lengths == sorted(lengths) and lengths[0] == 64 and lengths[-1] <= 256

@@ -74,24 +74,30 @@ class Experts(FeedForwardConfig):
         return self.balance_loss > 0
 
     def shrunk(self, smaller: Callable[[int], int]) -> Self:
-        """The same with smaller experts, of which there are at most eight."""
+        """The same with smaller experts, of which there are at most eight, and a token uses at most
+        half where it uses not all of them.
+        """
         count = min(self.num_experts, 8)
+        chosen = self.experts_per_token
+        most = count if chosen == self.num_experts else max(1, count // 2)
         return self.model_copy(
             update={
                 "num_experts": count,
-                "experts_per_token": min(self.experts_per_token, count),
+                "experts_per_token": min(chosen, most),
                 "expert_dim": smaller(self.expert_dim),
                 "shared_dim": smaller(self.shared_dim) if self.shared_dim else 0,
-                **self._groups_of(count),
+                **self._groups_of(count, min(chosen, most)),
             }
         )
 
-    def _groups_of(self, count: int) -> dict[str, int]:
-        """As many groups of fewer experts as there are, or two, where there are several."""
+    def _groups_of(self, count: int, chosen: int) -> dict[str, int]:
+        """As many groups of fewer experts as there are, or two, where there are several, of which
+        as few are used as hold the experts of a token.
+        """
         groups = self.groups if count % self.groups == 0 else math.gcd(count, 2)
         if groups == 1:
             return {"groups": 1, "groups_per_token": 1}
-        needed = -(-min(self.experts_per_token, count) * groups // count)
+        needed = -(-chosen * groups // count)
         return {
             "groups": groups,
             "groups_per_token": max(needed, min(self.groups_per_token, groups)),
