@@ -143,7 +143,7 @@ SMOKE := tests/test_config.py tests/test_cli.py tests/test_install.py tests/data
 	tests/data/test_loader.py tests/data/test_packing.py tests/data/test_prepare.py tests/data/test_tokenizer.py \
 	tests/evaluate/test_generate.py tests/evaluate/test_text.py tests/evaluate/test_on_meshes.py \
 	tests/interop/test_golden_logits.py tests/interop/test_gguf.py tests/interop/test_huggingface.py \
-	tests/interop/test_memory.py tests/models/test_decoder.py tests/optim tests/parallel/test_context.py \
+	tests/interop/test_memory.py tests/layers/test_grouped.py tests/models/test_decoder.py tests/optim tests/parallel/test_context.py \
 	tests/plan/test_hlo.py tests/plan/test_trace.py tests/train/test_stored.py tests/train/test_step.py
 
 $(VENV)-other/.all: $(PINS)

@@ -149,7 +149,13 @@ def test_kernels_are_lowered_for_gpus_with_their_gradients(monkeypatch) -> None:
     rows = jax.ShapeDtypeStruct((1000, 2048), jnp.bfloat16)
     matrices = jax.ShapeDtypeStruct((8, 2048, 768), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
-    lowered = jax.jit(both).trace(rows, matrices, sizes).lower(lowering_platforms=("cuda",))
-    text = lowered.as_text()
+    # JAX 0.12 asks for the GPU that kernels are for.
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("fsdp",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(both).trace(rows, matrices, sizes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 3
     assert text.count('name = "grouped_products"') == 2
