@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -509,3 +511,9 @@ def test_batches_are_a_function_of_the_step(run: Run, prepared: Prepared) -> Non
 def test_weights_of_the_large_model_are_left_out() -> None:
     run = override(load("quickstart"), {"initial_weights": "/nowhere"})
     assert shrink(run, 8).initial_weights is None
+
+
+def test_what_sets_the_environment_of_jax_does_not_import_it() -> None:
+    # JAX would have started with one device for all layouts.
+    program = "import sys, braeburn.verify.shrink; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

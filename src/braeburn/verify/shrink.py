@@ -19,9 +19,9 @@ from braeburn.config import (
     validate,
 )
 from braeburn.config.optimizers.base import OptimizerConfig
+from braeburn.config.sublayers.experts import Experts
 from braeburn.data.corpus import files
 from braeburn.errors import UserError
-from braeburn.models.decoder import has_experts
 
 DEVICES = 8
 # For JAX as it starts. Programs that run for a second are worth no optimisation, which would take
@@ -77,7 +77,7 @@ def shrink(run: Run, num_devices: int) -> Run:
             small = transform.left(small)
     changes: dict[str, Any] = {
         "model": model,
-        "optimizer": _steady(run.optimizer) if has_experts(model) else run.optimizer,
+        "optimizer": _steady(run.optimizer) if _has_experts(model) else run.optimizer,
         "initial_weights": None,
         "stages": stages,
         "mesh": scale_down(run.mesh, num_devices),
@@ -121,6 +121,11 @@ def scale_down(mesh: MeshConfig, num_devices: int) -> MeshConfig:
         if room:
             sizes[min(room, key=sizes.__getitem__)] *= 2
     return mesh.model_copy(update={**sizes, "torus": None})
+
+
+def _has_experts(model: ModelConfig) -> bool:
+    # By the configuration alone: this module sets the environment that JAX is to start in.
+    return any(isinstance(layer.feed_forward, Experts) for layer in model.layer_configs)
 
 
 def _steady(optimizer: OptimizerConfig) -> OptimizerConfig:
