@@ -139,7 +139,7 @@ def write(
 
 
 def _yarn_refusal(model: ModelConfig) -> str | None:
-    """Why llama.cpp would rotate otherwise than a model with YaRN does; None where it would not."""
+    """Why llama.cpp would rotate in another way than a model with YaRN; None where it would not."""
     scaling = model.rope_scaling
     if scaling is None or scaling.kind != "yarn":
         return None

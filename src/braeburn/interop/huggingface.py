@@ -295,10 +295,13 @@ def _open_weights(directory: Path, model: ModelConfig, dtype: WeightType | None)
     with ExitStack() as stack:
         holders: dict[str, Any] = {}  # name of a tensor -> the open file that holds it
         places: dict[str, Path] = {}  # name of a tensor -> the path of that file
+        unread = family.unread(model)
+        # Weights of a model without its head lack the prefix.
+        passed_over = (unread, unread.removeprefix("model.")) if unread else ()
         for file in _weight_files(directory):
             holder = stack.enter_context(_opened(file))
             names = holder.keys()
-            read = [name for name in names if not _is_unread(name, family, model)]
+            read = [name for name in names if not name.startswith(passed_over)]
             holders |= dict.fromkeys(read, holder)
             places |= dict.fromkeys(read, file)
         wanted = {tensor.name: tensor.whole_shape for tensor in tensors}
@@ -356,17 +359,13 @@ def _opened(file: Path) -> Iterator[Any]:
         yield holder
 
 
-def _is_unread(name: str, family: Family, model: ModelConfig) -> bool:
-    """Whether a tensor is one that the family passes over."""
-    begins = family.unread(model)
-    return begins is not None and name.startswith((begins, begins.removeprefix("model.")))
-
-
 def _aliases(family: Family, model: ModelConfig) -> dict[str, str]:
     """The tensors that may also stand under another name, as the family says, and of tied
     embeddings, the embedding under that of the head.
     """
     tied = {family.names["embedding"]: family.names["head"]} if model.tied_embeddings else {}
+    if not family.aliases:
+        return tied
     usual = tensors_of(model, family.names)
     others = tensors_of(model, {**family.names, **family.aliases})
     pairs = ((one.name, other.name) for one, other in zip(usual, others, strict=True))

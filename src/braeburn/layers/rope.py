@@ -100,8 +100,8 @@ def rotate_neighbours(
     x_BTNH: Float[Array, "B T N H"], cosine: Float[Array, "B T 1 P"], sine: Float[Array, "B T 1 P"]
 ) -> Float[Array, "B T N H"]:
     """Rotates each pair (2i, 2i + 1) of every head by its position's angle; the type of `x_BTNH` is
-    kept. The first of all pairs come first in the result, the second ones last, so that it is
-    multiplied only by what was rotated alike.
+    kept. The first of all pairs come first in the result, the second ones last: it may only be
+    multiplied by what was rotated in this way, too.
     """
     pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
     return _rotated(pairs[..., 0], pairs[..., 1], (cosine, sine), x_BTNH)

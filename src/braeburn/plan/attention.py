@@ -19,9 +19,9 @@ from braeburn.layers.grouped.select import Target as GroupedTarget
 from braeburn.parallel.sequence import gather_sequence
 from braeburn.plan.blocks import attention_call, request_of
 from braeburn.plan.graph import Node, Traced, Value, needed
+from braeburn.plan.storage import FLOAT
 from braeburn.plan.trace import Pass, Program, differentiate, on_each_device, peaks, rematerialize
 
-FLOAT = 4
 # Tokens of half a shard that are traced around a kernel, whatever there are.
 KERNEL_LENGTH = 64
 

@@ -650,11 +650,19 @@ class Waiting(NamedTuple):
 
 def waiting(work: Work, target: Target, links: Links) -> Waiting:
     """How long a step waits for collectives over links of known speed."""
-    found = []
-    for asked in (work.microbatch_collectives, work.step_collectives):
-        over_links, beside = timed(asked, work.mesh, target, links)
-        found.append(sum(spent or 0.0 for _, _, spent in over_links) - beside)
-    return Waiting(*found)
+    return Waiting(
+        *(
+            _waited(*timed(asked, work.mesh, target, links))
+            for asked in (work.microbatch_collectives, work.step_collectives)
+        )
+    )
+
+
+def _waited(
+    over_links: Iterable[tuple[CollectiveTotal, str, float | None]], beside: float
+) -> float:
+    """Of the seconds of collectives, as `timed` gives them, those without computing beside."""
+    return sum(spent or 0.0 for _, _, spent in over_links) - beside
 
 
 def least_seconds(
@@ -671,17 +679,26 @@ def least_seconds(
     total = sum(computed.values())
     least = total + waits.flowing + waits.once
     if work.is_pipelined:
-        least += work.part.idle * (total - _once_a_step(work, target) + waits.flowing)
+        least += _bubble(work, target, total, waits.flowing)
     return least
 
 
-def _once_a_step(work: Work, target: Target) -> float:
-    """Of the seconds of computing, those of what is done once a step."""
+def _bubble(work: Work, target: Target, computing: float, flowing: float) -> float:
+    """Seconds in which a device of a pipeline waits for the first microbatch to reach it and for
+    the last to leave the others.
+
+    Args:
+        work: of the step.
+        target: the chips.
+        computing: seconds of it.
+        flowing: seconds that microbatches wait for collectives.
+    """
     chip = target.facts
     efficiency = EFFICIENCY[chip.family]
     assert chip.peak_flops
-    moving = work.update_bytes / (memory_bandwidth(chip) * efficiency.memory)
-    return moving + work.update.matrix_flops / (chip.peak_flops * efficiency.matrix)
+    once = work.update_bytes / (memory_bandwidth(chip) * efficiency.memory)
+    once += work.update.matrix_flops / (chip.peak_flops * efficiency.matrix)
+    return work.part.idle * (computing - once + flowing)
 
 
 def estimate_work(
@@ -702,10 +719,8 @@ def estimate_work(
     seconds = dict(computed or computing_seconds(work, target))
     over_links, beside = timed(work.microbatch_collectives, work.mesh, target, links)
     if work.is_pipelined:
-        # A device waits for the first microbatch to reach it and for the last to leave the others.
-        flowing = sum(seconds.values()) - _once_a_step(work, target)
-        waiting = sum(spent or 0.0 for _, _, spent in over_links) - beside
-        seconds["bubble"] = work.part.idle * (flowing + waiting)
+        flowing = _waited(over_links, beside)
+        seconds["bubble"] = _bubble(work, target, sum(seconds.values()), flowing)
     collectives: list[tuple[CollectiveTotal, str, float | None]] = []
     hidden = 0.0
     if offloaded := work.host_bytes:

@@ -18,8 +18,8 @@ from braeburn.layers.dispatch import FURTHER_ROUNDS
 from braeburn.layers.grouped.request import Request as GroupedRequest
 from braeburn.layers.grouped.select import Target as GroupedTarget
 from braeburn.layers.grouped.select import choose
+from braeburn.plan.storage import FLOAT
 
-FLOAT = 4
 # JAX's names of collectives: how HLO names them, and whether the bytes are those of the result.
 _COLLECTIVES = {
     "all_gather": ("all-gather", True),

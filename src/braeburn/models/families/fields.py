@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from braeburn.config import LARGEST_SIZES, LayerConfig, ModelConfig
+from braeburn.config.sublayers.sliding import SlidingAttention
 from braeburn.errors import UserError
 from braeburn.reading import shown
 
@@ -48,6 +49,7 @@ class Defaults:
         rms_norm_eps: added to the mean square.
         tie_word_embeddings: whether the embedding is the head.
         rope_theta: the base of the rotation.
+        rope: what is said of rotary embeddings; None for nothing.
     """
 
     num_key_value_heads: int | None = None
@@ -57,6 +59,7 @@ class Defaults:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     rope_theta: float = 10_000.0
+    rope: Mapping[str, Any] | None = None
 
 
 class Config(BaseModel):
@@ -168,12 +171,10 @@ def parse_common(contents: Contents, defaults: Defaults) -> dict[str, Any]:
 
 def parse_rope(contents: Contents, defaults: Defaults) -> dict[str, Any]:
     """The fields of a `ModelConfig` of rotary embeddings that are the same in all layers."""
-    theta = contents.config.rope_theta
+    rope, theta = contents.rope or defaults.rope or {}, contents.config.rope_theta
     return {
-        "rope_base": contents.rope.get(
-            "rope_theta", defaults.rope_theta if theta is None else theta
-        ),
-        "rope_scaling": parse_scaling(contents.rope, contents.config, defaults),
+        "rope_base": rope.get("rope_theta", defaults.rope_theta if theta is None else theta),
+        "rope_scaling": parse_scaling(rope, contents.config, defaults),
     }
 
 
@@ -251,6 +252,27 @@ def layer_types_of(
         )
     has_window = window_of(contents, defaults) is not None
     return found if has_window else ["full_attention"] * len(found)
+
+
+def window_layers(model: ModelConfig) -> list[bool]:
+    """Whether each layer sees the last tokens alone."""
+    return [isinstance(layer.attention, SlidingAttention) for layer in model.layer_configs]
+
+
+def window_attention(model: ModelConfig) -> SlidingAttention | None:
+    """The attention of the layers that see the last tokens alone, if there are any."""
+    for layer in model.layer_configs:
+        if isinstance(layer.attention, SlidingAttention):
+            return layer.attention
+    return None
+
+
+def layer_types_field(model: ModelConfig) -> list[str]:
+    """The field `layer_types`, which `layer_types_of` reads."""
+    return [
+        "sliding_attention" if has_window else "full_attention"
+        for has_window in window_layers(model)
+    ]
 
 
 def sliding_layer_types(contents: Contents) -> str | None:

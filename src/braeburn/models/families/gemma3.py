@@ -15,6 +15,7 @@ from braeburn.models.families.definition import Family, Gguf
 from braeburn.models.families.fields import (
     Contents,
     Defaults,
+    layer_types_field,
     layer_types_of,
     parse_common,
     parse_scaling,
@@ -22,6 +23,8 @@ from braeburn.models.families.fields import (
     scaling_fields,
     shortest_pattern,
     uneven_heads,
+    window_attention,
+    window_layers,
     window_of,
 )
 from braeburn.reading import shown
@@ -143,30 +146,15 @@ def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
     }
 
 
-def _are_sliding(model: ModelConfig) -> list[bool]:
-    return [isinstance(layer.attention, SlidingAttention) for layer in model.layer_configs]
-
-
-def _sliding(model: ModelConfig) -> SlidingAttention | None:
-    """The attention of the layers that see the last tokens, if there are any."""
-    for layer in model.layer_configs:
-        if isinstance(layer.attention, SlidingAttention):
-            return layer.attention
-    return None
-
-
 def _fields(model: ModelConfig) -> dict[str, Any]:
-    sliding, stretched = _sliding(model), scaling_fields(model)
+    sliding, stretched = window_attention(model), scaling_fields(model)
     scale = model.layer_configs[0].attention.scale
     local = (sliding.rope_base if sliding else None) or LOCAL_ROPE_THETA
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": model.head_dim if scale is None else round(scale**-2),
         "sliding_window": sliding.window if sliding else DEFAULTS.sliding_window,
-        "layer_types": [
-            "sliding_attention" if is_sliding else "full_attention"
-            for is_sliding in _are_sliding(model)
-        ],
+        "layer_types": layer_types_field(model),
         # transformers 5 reads the first of these, transformers 4 the others.
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": model.rope_base} | stretched,
@@ -179,12 +167,12 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _gguf_keys(model: ModelConfig) -> Mapping[str, Any]:
-    sliding = _sliding(model)
+    sliding = window_attention(model)
     if sliding is None:
         return {}
     return {
         "attention.sliding_window": sliding.window,
-        "attention.sliding_window_pattern": _are_sliding(model),
+        "attention.sliding_window_pattern": window_layers(model),
         "rope.freq_base_swa": float(sliding.rope_base or LOCAL_ROPE_THETA),
     }
 

@@ -14,12 +14,14 @@ from braeburn.models.families.definition import Family, Placing
 from braeburn.models.families.fields import (
     Contents,
     Defaults,
+    layer_types_field,
     layer_types_of,
     parse_common,
-    parse_scaling,
+    parse_rope,
     refuse_others,
     rope_fields,
     shortest_pattern,
+    window_attention,
     window_of,
 )
 from braeburn.models.families.mixtures import Sizes, names, parse_experts
@@ -32,14 +34,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "swiglu_limit": (7.0,),
     "quantization_config": (None,),
 }
-DEFAULTS = Defaults(
-    num_key_value_heads=8,
-    head_dim=64,
-    max_position_embeddings=131_072,
-    sliding_window=128,
-    rms_norm_eps=1e-5,
-    rope_theta=150_000.0,
-)
 # What transformers takes where a file says nothing of rotary embeddings.
 ROPE: Mapping[str, Any] = {
     "rope_type": "yarn",
@@ -49,6 +43,15 @@ ROPE: Mapping[str, Any] = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
+DEFAULTS = Defaults(
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=131_072,
+    sliding_window=128,
+    rms_norm_eps=1e-5,
+    rope_theta=150_000.0,
+    rope=ROPE,
+)
 _SIZES: Sizes = {
     "num_experts": ("num_local_experts", 128),
     "experts_per_token": ("num_experts_per_tok", 4),
@@ -127,10 +130,8 @@ def _has_bias(model: ModelConfig) -> bool:
 
 def _window(model: ModelConfig) -> int | None:
     """How many tokens those layers see that do not see all; None where there are none."""
-    for layer in model.layer_configs:
-        if isinstance(layer.attention, SlidingAttention):
-            return layer.attention.window
-    return None
+    attention = window_attention(model)
+    return attention.window if attention else None
 
 
 def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
@@ -144,7 +145,6 @@ def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
         )
     refuse_others(stated, ONLY)
     fields = parse_common(contents, defaults)
-    rope, theta = contents.rope or ROPE, contents.config.rope_theta
     window = window_of(contents, defaults)
 
     def alternating(number: int) -> str:
@@ -160,9 +160,8 @@ def _parse(contents: Contents, defaults: Defaults) -> dict[str, Any]:
     by_type = {"sliding_attention": sees_last, "full_attention": sees_all}
     return {
         **fields,
+        **parse_rope(contents, defaults),
         "qk_norm": False,
-        "rope_base": rope.get("rope_theta", defaults.rope_theta if theta is None else theta),
-        "rope_scaling": parse_scaling(rope, contents.config, defaults),
         "pattern": shortest_pattern([by_type[type_] for type_ in types]),
     }
 
@@ -175,12 +174,7 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
         "attention_bias": _has_bias(model),
         "swiglu_limit": 7.0,
         "sliding_window": _window(model) or DEFAULTS.sliding_window,
-        "layer_types": [
-            "sliding_attention"
-            if isinstance(each.attention, SlidingAttention)
-            else "full_attention"
-            for each in model.layer_configs
-        ],
+        "layer_types": layer_types_field(model),
         **rope_fields(model),
         **{field: getattr(experts, ours) for ours, (field, _) in _SIZES.items()},
     }
