@@ -3,12 +3,14 @@ test-compile`.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 
 from braeburn.hardware.catalogue import catalogue
 from braeburn.hardware.targets import parse_target
 from braeburn.plan.child import check_compiler
+from braeburn.plan.collectives import KINDS
 from support import process
 
 SERVER, DEVICE = ("afm-server", "v4:8x1024"), ("afm-on-device-scratch", "v5p:2048")
@@ -32,6 +34,7 @@ def compiled(recipe, on, *arguments, code=0):
         "compute_seconds",
         "flop_bound_seconds",
         "overlapped",
+        "scheduled",
         "serial",
         "bytes",
         "compiler",
@@ -44,7 +47,11 @@ def check(facts, resident_gib=5):
     """What holds of every step that fits, compiled in so much of this machine's memory."""
     assert facts["fits"] and facts["memory_gib"]["required"] > 0
     assert facts["compute_seconds"] >= facts["flop_bound_seconds"]
-    assert facts["overlapped"] <= facts["serial"]
+    assert facts["overlapped"] <= facts["scheduled"] <= facts["serial"]
+    # Each start was paired with its end, or reading the program had been refused.
+    text = Path(facts["program"]).read_text(encoding="utf-8")
+    for kind in KINDS:
+        assert text.count(f" {kind}-start(") == text.count(f" {kind}-done(")
     assert not facts["untimed"] and all(row["axes"] for row in facts["collectives"])
     assert facts["compiler"]["resident_gib"] < resident_gib
 

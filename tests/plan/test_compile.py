@@ -186,6 +186,54 @@ def test_traffic_within_a_slice_and_across(tmp_path):
     assert found.interval == (communication, found.computing.seconds + communication)
 
 
+def test_what_the_schedule_hides_is_in_the_step(tmp_path):
+    groups = "replica_groups=mesh['fsdp'=32,'tensor'=2] {'fsdp'}, dimensions={0}"
+    form = f"(bf16[2,{MIB}]{{1,0}}, bf16[64,{MIB}]{{1,0}})"
+    lines = [
+        f"%g = {form} all-gather-start(%p), {groups}",
+        '%f = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"105000"}',
+        f"%d = bf16[64,{MIB}]{{1,0}} all-gather-done(%g)",
+        '%h = f32[8]{0} fusion(%d), backend_config={"estimated_cycles":"1050000"}',
+        f"%w = bf16[32,{MIB}]{{1,0}} all-gather(%p), {groups.replace('fsdp', 'tensor')}",
+    ]
+    answer = answered(tmp_path, straight(*lines), {"fsdp": 32, "tensor": 2})
+    found = program.Compilation(load("llama2-7b"), "pretrain", parse_target("v4:64"), answer)
+    # 0.1 ms of a v4's cycles beside a gather that takes longer.
+    rows = {row.axes: row for row in found.traffic if row.axes != ()}
+    assert rows["fsdp",].asynchronous == 1 and rows["tensor",].asynchronous == 0
+    assert rows["fsdp",].hidden_seconds == pytest.approx(1e-4)
+    assert rows["fsdp",].seconds > 2e-4
+    assert found.scheduled == pytest.approx(found.interval[1] - 1e-4)
+    facts = found.summary()
+    by_axes = {tuple(row["axes"]): row for row in facts["axes"]}
+    assert by_axes["fsdp",]["hidden_seconds"] == rows["fsdp",].hidden_seconds
+    assert sum(row["seconds"] for row in facts["axes"]) == pytest.approx(
+        facts["serial"] - facts["compute_seconds"]
+    )
+
+
+def test_two_that_go_opposite_ways_take_the_time_of_one(tmp_path):
+    # A ring of four over a mesh of 16 x 4.
+    ring = [(4 * i + k, 4 * i + (k + 1) % 4) for i in range(16) for k in range(4)]
+    form = f"(bf16[{MIB}]{{0}}, bf16[{MIB}]{{0}}, u32[], u32[])"
+    seconds = []
+    for pairs in ([ring], [ring, [(b, a) for a, b in ring]], [ring, ring]):
+        written = [",".join(f"{{{a},{b}}}" for a, b in one) for one in pairs]
+        lines = [
+            f"%cp.{i} = {form} collective-permute-start(%p), source_target_pairs={{{one}}}"
+            for i, one in enumerate(written)
+        ]
+        lines += [
+            f"%d.{i} = bf16[8]{{0}} collective-permute-done(%cp.{i})" for i in range(len(pairs))
+        ]
+        answer = answered(tmp_path, straight(*lines), {"fsdp": 16, "tensor": 4})
+        target = parse_target("v4:64")
+        found = program.Compilation(load("llama2-7b"), "pretrain", target, answer)
+        seconds.append(sum(row.seconds for row in found.traffic))
+    one, both_ways, one_way = seconds
+    assert both_ways == pytest.approx(one) and one_way == pytest.approx(2 * one)
+
+
 def test_a_teacher_computes_a_third_of_training(tmp_path):
     answer = answered(tmp_path, straight(), {"fsdp": 128})
     run = load("llama2-7b")
@@ -232,6 +280,7 @@ def test_the_command_prints_what_the_compiler_says(child, tmp_path):
     text = braeburn("compile", "llama2-7b", "--on", "v4:2x64", "--mesh", "replica=1,fsdp=128")
     assert asked[1]["run"]["mesh"]["replica"] == 1 and asked[1]["run"]["mesh"]["fsdp"] == 128
     assert "fits: 20.00 GiB of 30.75" in text.out
+    assert "with the overlap that the schedule shows" in text.out
     assert "1 transfers that are not the sum of gradients leave a slice" in text.out
 
 

@@ -33,6 +33,9 @@ class Collective:
         times: how often it runs: the product of the trip counts of the loops around it.
         conditional: whether it is in a branch that may not be taken.
         source: the operation of the traced program that it comes from.
+        computation: the name of the computation that it stands in.
+        direction: of a permute that goes one way along an axis "+" or "-"; "" of all others, whose
+            data goes both ways.
     """
 
     name: str
@@ -43,6 +46,13 @@ class Collective:
     times: float
     conditional: bool
     source: str
+    computation: str
+    direction: str = ""
+
+    @property
+    def site(self) -> tuple[str, str]:
+        """Where in the program it is: its computation and its instruction."""
+        return self.computation, self.name
 
     @property
     def bytes(self) -> int:
@@ -132,7 +142,14 @@ def transfers(module: Module, axes: tuple[str, ...]) -> list[Collective]:
             times = run.known_length().times
             found.append(
                 Collective(
-                    instruction.name, written, *whole[pair], axes, times, run.conditional, source
+                    instruction.name,
+                    written,
+                    *whole[pair],
+                    axes,
+                    times,
+                    run.conditional,
+                    source,
+                    run.computation,
                 )
             )
     return found
@@ -177,6 +194,8 @@ def _arrays_of(run: Execution, opcode: str, mesh_shape: Mapping[str, int]) -> It
             run.times,
             run.conditional,
             instruction.source,
+            run.computation,
+            _direction(pairs, tuple(mesh_shape.items())) if pairs else "",
         )
 
 
@@ -238,3 +257,20 @@ def _axes(
     axes = tuple(axis for axis, along in coordinates if (along != along[:, :1]).any())
     known = not whole or groups.shape[1] == math.prod(sizes[axis] for axis in axes)
     return (axes if known else None), groups.shape[1]
+
+
+@cache
+def _direction(pairs: str, mesh: tuple[tuple[str, int], ...]) -> str:
+    """Which way along an axis a permute goes that moves every part as far as any other: "+" towards
+    the next devices, "-" towards those before, as the shorter way round is; "" where neither is
+    shorter, or parts go different ways.
+    """
+    sizes = dict(mesh)
+    groups = _groups(pairs, math.prod(sizes.values()))
+    ways = set()
+    for size, along in zip(
+        sizes.values(), np.unravel_index(groups, tuple(sizes.values())), strict=True
+    ):
+        steps = (along[:, 1] - along[:, 0]) % size
+        ways |= {int(np.sign(size - 2 * step)) for step in np.unique(steps) if step}
+    return {1: "+", -1: "-"}[ways.pop()] if len(ways) == 1 and 0 not in ways else ""

@@ -139,33 +139,47 @@ class Module:
         Branches appear as if each of them was taken, or as often as `taken` says; what a fusion is
         made of appears as well as the fusion.
         """
-        yield from self._walk(Execution(Instruction("", "", "", "", ""), self.entry))
+        yield from self._walk(self.beginning)
 
     def _walk(self, place: Execution) -> Iterator[Execution]:
-        for instruction in self.computations[place.computation].values():
-            here = replace(place, instruction=instruction)
+        for here in self.instructions(place):
             yield here
-            if instruction.opcode == "while":
-                trips = self._trips(here)
-                here = replace(here, caller=None)
-                if trips is None and not (self.one_round and place.computation == self.entry):
-                    here = replace(here, endless=place.endless or instruction.name)
-                names, times = (
-                    instruction.called("body", "condition"),
-                    place.times * (1 if trips is None else trips),
-                )
-            elif instruction.opcode.endswith(("-done", "-update")) or "%" not in instruction.rest:
-                continue  # what was started ran then
-            else:
-                branches = instruction.opcode == "conditional"
-                caller = here if instruction.opcode == "call" else None
-                times = place.times * (self.taken if branches and not place.conditional else 1)
-                here = replace(here, conditional=place.conditional or branches, caller=caller)
-                names = instruction.called(
-                    *(["to_apply"] if instruction.opcode == "call" else _CALLS)
-                )
-            for name in names:
-                yield from self._walk(replace(here, computation=name, times=times))
+            for part in self.inside(here):
+                yield from self._walk(part)
+
+    @property
+    def beginning(self) -> Execution:
+        """The entry computation, as `instructions` takes it."""
+        return Execution(Instruction("", "", "", "", ""), self.entry)
+
+    def instructions(self, place: Execution) -> Iterator[Execution]:
+        """The instructions of the computation of `place`, in the order of the text, which is that
+        of the schedule.
+        """
+        for instruction in self.computations[place.computation].values():
+            yield replace(place, instruction=instruction)
+
+    def inside(self, run: Execution) -> Iterator[Execution]:
+        """The computations that an instruction runs, each as `instructions` takes it: the body of a
+        loop, branches, what a fusion is made of.
+        """
+        instruction = run.instruction
+        if instruction.opcode == "while":
+            trips, here = self._trips(run), replace(run, caller=None)
+            if trips is None and not (self.one_round and run.computation == self.entry):
+                here = replace(here, endless=run.endless or instruction.name)
+            names = instruction.called("body", "condition")
+            times = run.times * (1 if trips is None else trips)
+        elif instruction.opcode.endswith(("-done", "-update")) or "%" not in instruction.rest:
+            return  # what was started ran then
+        else:
+            branches = instruction.opcode == "conditional"
+            caller = run if instruction.opcode == "call" else None
+            times = run.times * (self.taken if branches and not run.conditional else 1)
+            here = replace(run, conditional=run.conditional or branches, caller=caller)
+            names = instruction.called(*(["to_apply"] if instruction.opcode == "call" else _CALLS))
+        for name in names:
+            yield replace(here, computation=name, times=times)
 
     def _trips(self, place: Execution) -> int | None:
         """How often a loop runs: XLA's own account of it, or else what its counter begins with and

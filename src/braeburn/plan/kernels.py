@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from braeburn.hardware.catalogue import Chip
 from braeburn.layers.attention.splash import SPLASH
@@ -60,45 +61,68 @@ def computing(module: Module, chip: Chip) -> Computing:
     Raises:
         UserError: something runs in a loop of unknown length.
     """
-    peak, efficiency = chip.peak_flops, EFFICIENCY[chip.family]
-    assert peak  # the catalogue refuses chips without it
-    clock = chip.clock_ghz.value * 1e9 if chip.clock_ghz else math.inf
     total, untimed = 0.0, []
     kernels: dict[str, tuple[float, float | None]] = {}
     for run in module.walk():
         instruction = run.known_length().instruction
-        if not run.times:
+        if not run.times or not (work := work_of(module, run, chip)):
             continue
-        if kernel := re.search(
-            r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*)"', instruction.rest
-        ):
-            name = re.sub(r"(_segmented|_no_residuals|_residuals)*[.\d]*$", "", instruction.name)
-            name = name if kernel[1] == "tpu_custom_call" else kernel[1].removeprefix("__")
-            flops = _attention_flops(name, instruction)
-            calls, before = kernels.get(name, (0, 0.0))
-            known = flops is not None and before is not None
-            spent = None
-            if known:
-                spent = before + run.times * flops / (peak * efficiency.attention)  # type: ignore
-            kernels[name] = calls + run.times, spent
-        elif "__gpu$xla.gpu.triton" in instruction.rest:
-            grouped = _GROUPED.search(instruction.source)
-            name = grouped[1] if grouped else instruction.name
-            calls, before = kernels.get(name, (0, 0.0))
-            spent = None
-            if grouped and before is not None:
-                spent = before + run.times * _grouped_seconds(instruction, chip)
-            kernels[name] = calls + run.times, spent
-        elif instruction.cycles is not None:
-            if instruction.cycles == UNKNOWN_CYCLES:
-                untimed.append(instruction.name)
-            else:
-                total += run.times * instruction.cycles / clock
-        elif chip.family in ("nvidia", "amd"):
-            total += run.times * _gpu_seconds(module, run, chip)
+        if work.kernel:
+            calls, before = kernels.get(work.kernel, (0, 0.0))
+            known = work.seconds is not None and before is not None
+            spent = before + run.times * work.seconds if known else None  # type: ignore
+            kernels[work.kernel] = calls + run.times, spent
+        elif work.seconds is None:
+            untimed.append(instruction.name)
+        else:
+            total += run.times * work.seconds
     found = [Kernel(name, round(calls), seconds) for name, (calls, seconds) in kernels.items()]
     untimed += [kernel.name for kernel in found if kernel.seconds is None]
     return Computing(total + sum(kernel.seconds or 0.0 for kernel in found), found, untimed)
+
+
+class Computed(NamedTuple):
+    """What an instruction computes.
+
+    Attributes:
+        kernel: its name, where it is a kernel that is not the compiler's own; "" elsewhere.
+        seconds: of running it once; None where that is not known.
+    """
+
+    kernel: str
+    seconds: float | None
+
+
+def work_of(module: Module, run: Execution, chip: Chip) -> Computed | None:
+    """What an instruction computes by itself, without the computations that it runs; None where
+    nothing is known to take time.
+
+    Args:
+        module: that it is in.
+        run: the instruction.
+        chip: that it is compiled for.
+    """
+    instruction, efficiency, peak = run.instruction, EFFICIENCY[chip.family], chip.peak_flops
+    assert peak  # the catalogue refuses chips without it
+    if kernel := re.search(
+        r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*)"', instruction.rest
+    ):
+        name = re.sub(r"(_segmented|_no_residuals|_residuals)*[.\d]*$", "", instruction.name)
+        name = name if kernel[1] == "tpu_custom_call" else kernel[1].removeprefix("__")
+        flops = _attention_flops(name, instruction)
+        return Computed(name, None if flops is None else flops / (peak * efficiency.attention))
+    if "__gpu$xla.gpu.triton" in instruction.rest:
+        if grouped := _GROUPED.search(instruction.source):
+            return Computed(grouped[1], _grouped_seconds(instruction, chip))
+        return Computed(instruction.name, None)
+    if instruction.cycles is not None:
+        if instruction.cycles == UNKNOWN_CYCLES:
+            return Computed("", None)
+        clock = chip.clock_ghz.value * 1e9 if chip.clock_ghz else math.inf
+        return Computed("", instruction.cycles / clock)
+    if chip.family in ("nvidia", "amd"):
+        return Computed("", _gpu_seconds(module, run, chip))
+    return None
 
 
 def _grouped_seconds(instruction: Instruction, chip: Chip) -> float:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from braeburn.config import MeshConfig, ModelConfig, Run, override
 from braeburn.errors import UserError
@@ -21,6 +21,7 @@ from braeburn.plan.collectives import Collective, collectives, transfers
 from braeburn.plan.cost import estimate, online_teacher
 from braeburn.plan.hlo import Module, parse, unread
 from braeburn.plan.kernels import Computing, computing
+from braeburn.plan.overlap import Overlap, Site, overlaps
 from braeburn.plan.ranking import Ranking
 from braeburn.plan.search import Candidate, candidates, larger_targets
 from braeburn.train.metrics import flops_per_token
@@ -44,6 +45,18 @@ MOST_CHANGES = 3
 class Traffic:
     """All collectives of one kind along the same axes: bytes on each chip in a step, and seconds on
     their link.
+
+    Attributes:
+        kind: as HLO names it, "all-gather".
+        axes: of the mesh; None where they are not known.
+        link: that they take.
+        calls: in a step.
+        bytes: of all.
+        seconds: of all, one after the other; None where the link's speed is not known. Two permutes
+            that go opposite ways at the same time count as one.
+        asynchronous: of the calls, those that are started and awaited apart.
+        beside_seconds: of computing between start and end, of all that are.
+        hidden_seconds: of `seconds`, those that pass beside computing: see `overlap.Overlap`.
     """
 
     kind: str
@@ -51,6 +64,17 @@ class Traffic:
     link: str
     calls: int
     bytes: int
+    seconds: float | None
+    asynchronous: int = 0
+    beside_seconds: float = 0.0
+    hidden_seconds: float = 0.0
+
+
+class Moved(NamedTuple):
+    """A collective with the kind of its link, and its seconds there each time that it runs."""
+
+    collective: Collective
+    link: str
     seconds: float | None
 
 
@@ -132,8 +156,8 @@ class Compiled:
         return transfers(self.module, tuple(axis for axis in mesh.sizes if across[axis] > 1))
 
     @cached_property
-    def traffic(self) -> list[Traffic]:
-        """Every collective by kind and axes, within slices and across, what moves most first."""
+    def moved(self) -> list[Moved]:
+        """Every collective within slices, and every transfer across, over more than one device."""
         mesh, across = self._across
         within = {axis: size // across[axis] for axis, size in mesh.sizes.items()}
         slices, each = math.prod(across.values()), self.target.chips_per_slice
@@ -141,14 +165,60 @@ class Compiled:
             replace(self.target, slices=self.target.slices // slices),
             mesh.model_copy(update=within),
         )
-        rows = _rows(collectives(self.module, within), inside, None)
+        found = [_over(one, inside, one.axes) for one in collectives(self.module, within)]
         if self.transfers:
-            rows += _rows(
-                self.transfers,
-                Links(self.target, MeshConfig(replica=slices, fsdp=each)),
-                ("replica",),
-            )
+            outside = Links(self.target, MeshConfig(replica=slices, fsdp=each))
+            found += [_over(one, outside, ("replica",)) for one in self.transfers]
+        return [one for one in found if one.collective.axes != ()]
+
+    @cached_property
+    def overlaps(self) -> dict[Site, Overlap]:
+        """What the program's schedule has beside each collective."""
+        timed = {id(one.collective): one.seconds for one in self.moved}
+        found = [one.collective for one in self.moved]
+        return overlaps(self.module, self.target.facts, found, lambda one: timed[id(one)])
+
+    @cached_property
+    def traffic(self) -> list[Traffic]:
+        """Every collective by kind, axes and link, what moves most first."""
+        groups: dict[tuple[str, tuple[str, ...] | None, str], list[Moved]] = {}
+        for one in self.moved:
+            key = one.collective.kind, one.collective.axes, one.link
+            groups.setdefault(key, []).append(one)
+        rows = [self._row(*key, members) for key, members in groups.items()]
         return sorted(rows, key=lambda row: -row.bytes)
+
+    def _row(
+        self, kind: str, axes: tuple[str, ...] | None, link: str, members: list[Moved]
+    ) -> Traffic:
+        calls = moved = started = beside = hidden = 0.0
+        seconds: float | None = 0.0
+        for one in members:
+            times, overlap = one.collective.times, self.overlaps[one.collective.site]
+            # Of two that go opposite ways at the same time each has half of the time of both.
+            part = times / 2 if overlap.shared else times
+            calls += times
+            moved += times * one.collective.bytes
+            started += times if overlap.asynchronous else 0.0
+            beside += times * overlap.beside
+            if one.seconds is None:
+                seconds = None
+            elif seconds is not None:
+                seconds += part * one.seconds
+                hidden += part * one.seconds * self._hidden[one.collective.site]
+        whole = round(calls), round(moved), seconds, round(started)
+        return Traffic(kind, axes, link, *whole, beside, hidden)
+
+    @cached_property
+    def _hidden(self) -> dict[Site, float]:
+        """Of the seconds of each collective, the fraction that passes beside computing."""
+        sums: dict[Site, float] = {}
+        for one in self.moved:
+            site = one.collective.site
+            sums[site] = sums.get(site, 0.0) + (one.seconds or 0.0)
+        return {
+            site: self.overlaps[site].hidden / sums[site] if sums[site] else 0.0 for site in sums
+        }
 
     @property
     def interval(self) -> tuple[float, float | None]:
@@ -163,6 +233,35 @@ class Compiled:
         return max(compute, communication), None if unknown else compute + communication
 
     @property
+    def scheduled(self) -> float | None:
+        """Seconds of a step with as much communication beside computing as the schedule shows; None
+        if a link's speed is unknown.
+        """
+        least, serial = self.interval
+        if serial is None:
+            return None
+        return max(least, serial - sum(row.hidden_seconds for row in self.traffic))
+
+    @property
+    def by_axes(self) -> list[dict[str, Any]]:
+        """Seconds of collectives along the same mesh axes, and those of them that pass beside
+        computing, as JSON.
+        """
+        groups: dict[tuple[str, ...] | None, list[Traffic]] = {}
+        for row in self.traffic:
+            groups.setdefault(row.axes, []).append(row)
+        return [
+            {
+                "axes": axes,
+                "seconds": None
+                if any(row.seconds is None for row in rows)
+                else sum(row.seconds or 0.0 for row in rows),
+                "hidden_seconds": sum(row.hidden_seconds for row in rows),
+            }
+            for axes, rows in groups.items()
+        ]
+
+    @property
     def measured(self) -> dict[str, Any]:
         """What is known of a program that was compiled whole."""
         axes = [axis for axis, size in self.answer["mesh"].items() if size > 1]
@@ -175,7 +274,9 @@ class Compiled:
                 axis: sum(row.bytes for row in self.traffic if axis in (row.axes or ()))
                 for axis in axes
             },
+            "axes": self.by_axes,
             "overlapped": self.interval[0],
+            "scheduled": self.scheduled,
             "serial": self.interval[1],
             "program": self.answer["program"],
         }
@@ -305,24 +406,11 @@ class Compilation(Compiled):
         }
 
 
-def _rows(found: list[Collective], links: Links, axes: tuple[str, ...] | None) -> list[Traffic]:
-    groups: dict[tuple[str, tuple[str, ...] | None], list[Collective]] = {}
-    for collective in found:
-        if collective.axes != ():
-            groups.setdefault((collective.kind, collective.axes), []).append(collective)
-    rows = []
-    for (kind, named), members in groups.items():
-        on = axes or named
-        each = [(c.times, links.seconds(kind, c.bytes, on) if on else None) for c in members]
-        seconds = (
-            None
-            if any(once is None for _, once in each)
-            else sum(n * (once or 0.0) for n, once in each)
-        )
-        calls = round(sum(c.times for c in members))
-        moved = round(sum(c.bytes * c.times for c in members))
-        rows.append(Traffic(kind, named, links.name(on) if on else "?", calls, moved, seconds))
-    return rows
+def _over(one: Collective, links: Links, axes: tuple[str, ...] | None) -> Moved:
+    """A collective with its link and its seconds along axes, None where they are not known."""
+    if not axes:
+        return Moved(one, "?", None)
+    return Moved(one, links.name(axes), links.seconds(one.kind, one.bytes, axes))
 
 
 def changes_that_fit(

@@ -116,16 +116,21 @@ def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
         (kernel["name"], f"{kernel['calls']:,}", _seconds(kernel["seconds"]))
         for kernel in facts["kernels"]
     ]
-    yield [("",), ("collective", "axes", "link", "calls", "GiB a step", "seconds")] + [
+    yield [("",), ("collective", "axes", "link", "calls", "GiB a step", "seconds", "hidden")] + [
         (
             row["kind"],
-            "?" if row["axes"] is None else " x ".join(row["axes"]),
+            _named(row["axes"]),
             row["link"],
             f"{row['calls']:,}",
             f"{row['bytes'] / GIB:,.3f}",
             _seconds(row["seconds"]),
+            _seconds(row["hidden_seconds"]),
         )
         for row in facts["collectives"]
+    ]
+    yield [("",), ("seconds by axis", "collectives", "hidden")] + [
+        (_named(row["axes"]), _seconds(row["seconds"]), _seconds(row["hidden_seconds"]))
+        for row in facts["axes"]
     ]
     named = {
         axis: (facts["bytes"][axis] / GIB, plan["bytes"][axis] / GIB) for axis in facts["bytes"]
@@ -147,6 +152,7 @@ def _speed(facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Rows]:
             _seconds(facts["overlapped"]),
             _seconds(plan["overlapped"]),
         ),
+        ("with the overlap that the schedule shows", _seconds(facts["scheduled"]), ""),
         ("none beside it", _seconds(facts["serial"]), _seconds(plan["serial"])),
         ("predicted", "", _seconds(plan["step_seconds"])),
     ]
@@ -184,6 +190,10 @@ def _slices(slices: dict[str, Any]) -> Iterator[Rows]:
         ]
     else:
         yield [(f"only the sum of gradients leaves a slice: {amounts}",)]
+
+
+def _named(axes: list[str] | None) -> str:
+    return "?" if axes is None else " x ".join(axes)
 
 
 def _seconds(value: float | None) -> str:
