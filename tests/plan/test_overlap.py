@@ -142,6 +142,27 @@ def test_the_long_form_of_a_start():
     assert hidden(program(*lines, parts=[part])) == {"rs": 1}
 
 
+def test_what_sparse_cores_carry_out_begins_with_its_operands():
+    part = (
+        "%called (q: f32[4]) -> f32[8]",
+        "%q = f32[4]{0} parameter(0)",
+        f"ROOT %ag = f32[8]{{0}} all-gather(%q), {ALONG % 'fsdp'}",
+    )
+    form = "((f32[4]{0}), f32[8]{0})"
+    lines = [
+        '%s = ((), (), (s32[1])) call-start(), async_execution_thread="sparsecore", '
+        "to_apply=%called",
+        cycles("a", 9000),
+        f"%u = {form} call-update(%s, %p)",
+        cycles("b", 700),
+        "%d = f32[8]{0} call-done(%u)",
+        cycles("c", 9000),
+    ]
+    assert hidden(program(*lines, parts=[part])) == {"ag": 0.7}
+    with pytest.raises(UserError, match="s in main is started and never awaited"):
+        read(program(*lines[:4], parts=[part]))
+
+
 def test_what_is_sent_to_another_slice_goes_until_it_is_received():
     gradient = "f32[16,8,128]{2,1,0}"
     copied, token, received, sent, *ends = megascale(1, "ALL_REDUCE", gradient, gradient)

@@ -56,6 +56,22 @@ class Flag:
     reason: str
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """The fractions of the time of collectives that pass beside computing, and where they are from.
+
+    Attributes:
+        weights: of those on weights and gradients.
+        tokens: of those on hidden states.
+        reason: the compiled programs whose schedules show it.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    weights: Annotated[float, Field(ge=0, le=1)]
+    tokens: Annotated[float, Field(ge=0, le=1)]
+    reason: str
+
+
 # A bare number is a figure too.
 Known = Annotated[
     Figure | None,
@@ -101,6 +117,7 @@ class Chip:
     described_as: str = ""
     compute_capability: tuple[int, int] | None = None  # of NVIDIA's GPUs
     flags: tuple[Flag, ...] = ()  # with which programs are compiled for it
+    hidden: Hidden | None = None  # of programs with these; None where no schedule was read
 
     @property
     def peak_flops(self) -> float | None:
@@ -252,7 +269,8 @@ def _validate(kind: Any, value: Any, where: str) -> Any:
     except ValidationError as error:
         if error.errors()[0]["type"] == "unexpected_keyword_argument":
             *path, last = (where, *map(str, error.errors()[0]["loc"]))
-            known = [field.name for parent in (Chip, Figure, Flag) for field in fields(parent)]
+            parents = (Chip, Figure, Flag, Hidden)
+            known = [field.name for parent in parents for field in fields(parent)]
             raise UserError(
                 f"'{'.'.join(path)}.{last}' is not a field; {did_you_mean(last, known)}"
             ) from None

@@ -372,6 +372,7 @@ def repeat_functions(
         for config in (layer.attention, layer.feed_forward)
     }
     keeps_shared, specs = reuses(model), param_specs(model)
+    in_loop = model.scan_layers and all(segment.repeats > 1 for segment in model.segments)
 
     def run_layer(config: LayerConfig, specs: Tree) -> Callable:
         def body(x_BTD: Array, signals: Signals, weights: Tree) -> tuple[Array, Signals]:
@@ -394,7 +395,7 @@ def repeat_functions(
             # stored for the backward pass.
             return x_BTD, signals if keeps_shared else signals._replace(keys_and_values=None)
 
-        return rematerialized(body, execution) if rematerialize else body
+        return rematerialized(body, execution, in_loop=in_loop) if rematerialize else body
 
     found: dict[str, Repeat] = {}
     for segment in model.segments:
@@ -476,7 +477,9 @@ def unstack(stacked: Any, num_layers: int) -> list[Any]:
     ]
 
 
-def rematerialized(body: Callable, execution: Execution, always: bool = False) -> Callable:
+def rematerialized(
+    body: Callable, execution: Execution, *, always: bool = False, in_loop: bool = False
+) -> Callable:
     """A layer that keeps for the backward pass only what the policy says, and never its gathered
     weights.
 
@@ -484,6 +487,9 @@ def rematerialized(body: Callable, execution: Execution, always: bool = False) -
         body: the layer.
         execution: how it is carried out.
         always: whether inputs are kept as what they are also where the policy keeps everything.
+        in_loop: whether forward and backward pass are loops of their own, so that XLA cannot take
+            what is recomputed from the forward pass. Elsewhere barriers keep it from that, and from
+            fusing what was kept with what reads it.
     """
     remat, offload, policies = execution.remat, execution.offload, jax.checkpoint_policies
     if offload.activations:
@@ -509,7 +515,7 @@ def rematerialized(body: Callable, execution: Execution, always: bool = False) -
     else:
         return body
 
-    return jax.checkpoint(body, policy=policy)
+    return jax.checkpoint(body, policy=policy, prevent_cse=not in_loop)
 
 
 class Packed:

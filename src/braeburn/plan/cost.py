@@ -22,7 +22,7 @@ from braeburn.config import (
     ShardingRules,
 )
 from braeburn.errors import UserError
-from braeburn.hardware.catalogue import Chip, Confidence, weakest
+from braeburn.hardware.catalogue import Chip, Confidence, Hidden, weakest
 from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors
@@ -60,9 +60,8 @@ class Efficiency:
         memory: fraction of the memory's bandwidth in element-wise work, of the fewest bytes that it
             could move.
         weights_hidden: fraction of the collectives on weights and gradients that overlaps with
-            computing.
-        tokens_hidden: fraction of the collectives on hidden states, which computing waits for, that
-            does.
+            computing, for chips whose own is not in the catalogue.
+        tokens_hidden: the same of the collectives on hidden states, which computing waits for.
         tile: queries and keys that the attention kernel takes at once.
         backward: products of queries and keys that it forms in its backward pass; forward there are
             two.
@@ -571,6 +570,14 @@ def estimate(run: Run, name: str, target: Target) -> Estimate:
     return estimate_work(work, target, Links(target, work.mesh))
 
 
+def hidden_fractions(chip: Chip) -> Hidden:
+    """What computing hides of collectives on a chip: as the schedules of compiled programs show,
+    or as is assumed of its family.
+    """
+    assumed = EFFICIENCY[chip.family]
+    return chip.hidden or Hidden(assumed.weights_hidden, assumed.tokens_hidden, "")
+
+
 def memory_bandwidth(chip: Chip) -> float:
     """Bytes that the memory of a device moves in a second by its specification; infinite where that
     is unknown.
@@ -594,7 +601,7 @@ def timed(
         The collectives, None for seconds where the link's speed is unknown; and of all seconds
         those that pass beside computing.
     """
-    efficiency = EFFICIENCY[target.facts.family]
+    beside = hidden_fractions(target.facts)
     found: list[tuple[CollectiveTotal, str, float | None]] = []
     hidden = 0.0
     for each in asked:
@@ -608,9 +615,7 @@ def timed(
         early = total.what == "weights" and (
             links.name(axes) != "DCN" or total.kind == "all-reduce"
         )
-        hidden += (spent or 0.0) * (
-            efficiency.weights_hidden if early else efficiency.tokens_hidden
-        )
+        hidden += (spent or 0.0) * (beside.weights if early else beside.tokens)
     return found, hidden
 
 
@@ -727,7 +732,7 @@ def estimate_work(
         spent: float | None = offloaded / (HOST_GB_PER_S * 1e9)
         copies = CollectiveTotal("host", "copy", offloaded, 1, "weights")
         collectives.append((copies, "PCIe", spent))
-        hidden += (spent or 0.0) * efficiency.weights_hidden
+        hidden += (spent or 0.0) * hidden_fractions(chip).weights
     a_step, beside_it = timed(work.step_collectives, work.mesh, target, links)
     collectives += [*over_links, *a_step]
     hidden += beside + beside_it

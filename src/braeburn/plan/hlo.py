@@ -177,7 +177,8 @@ class Module:
             caller = run if instruction.opcode == "call" else None
             times = run.times * (self.taken if branches and not run.conditional else 1)
             here = replace(run, conditional=run.conditional or branches, caller=caller)
-            names = instruction.called(*(["to_apply"] if instruction.opcode == "call" else _CALLS))
+            by_call = instruction.opcode in ("call", "call-start")
+            names = instruction.called(*(["to_apply"] if by_call else _CALLS))
         for name in names:
             yield replace(here, computation=name, times=times)
 

@@ -10,7 +10,7 @@ from braeburn.hardware.links import Links
 from braeburn.hardware.targets import Target
 from braeburn.layers.spec import count
 from braeburn.parallel.rules import batch_shards
-from braeburn.plan.cost import EFFICIENCY, GIB, memory_bandwidth
+from braeburn.plan.cost import EFFICIENCY, GIB, hidden_fractions, memory_bandwidth
 from braeburn.plan.job_cost import JobEstimate, estimate_job, job_work
 from braeburn.plan.jobs import WIDTHS, Evaluate, JobOn
 from braeburn.plan.search import NOMINAL_BYTES_PER_S, Sequences, divides, meshes
@@ -104,7 +104,7 @@ def least_seconds(on: JobOn, sizes: MeshConfig) -> float:
     if sharded > 1 and sizes.expert == 1 and chip.link_gb_per_s:
         gathered = moved * (sharded - 1) / sharded
         links = chip.link_gb_per_s.value * 1e9 / chip.devices_per_chip
-        once = max(once, gathered / links * (1 - efficiency.weights_hidden))
+        once = max(once, gathered / links * (1 - hidden_fractions(chip).weights))
     return once * (job.max_new_tokens - 1)
 
 

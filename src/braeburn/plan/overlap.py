@@ -25,10 +25,10 @@ _CHAIN = re.compile(r'chain_id="(\d+)"')
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 # Written by XLA for GPUs: a start that waits for the end.
 _SYNCHRONOUS = '"is_sync":true'
-# "async-start" is the long form of a start, with the collective in a computation of its own; other
-# work may be started so as well.
-_GENERAL = "async-start"
-_STARTS = (_GENERAL, *(f"{kind}-start" for kind in KINDS))
+# Starts of a computation, which may hold a collective: the long form of XLA, and that of what the
+# SparseCores of TPUs carry out, which has its operands with the update that follows.
+_GENERAL = ("async-start", "call-start")
+_STARTS = (*_GENERAL, *(f"{kind}-start" for kind in KINDS))
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,21 @@ class _Schedule:
         """Follows one run of a computation, in the order of its schedule."""
         block = _Block()
         flying: dict[str, list[_Flight]] = {}
+        waiting: dict[str, list[Site]] = {}
         body = self._module.computations[place.computation]
         chains = self._chains(place)
         for run in self._module.instructions(place):
             instruction = run.known_length().instruction
             parts = list(self._module.inside(run))
             if instruction.opcode in _STARTS or instruction.opcode == "send":
-                self._start(run, parts, flying)
+                sites = self._started(run, parts)
+                if instruction.arguments:
+                    self._take_off(instruction.name, sites, flying)
+                else:
+                    waiting[instruction.name] = sites
+            elif instruction.opcode.endswith("-update") and len(instruction.arguments) > 1:
+                name = _beginning(instruction, body)
+                self._take_off(name, waiting.pop(name, []), flying)
             for chain, names in chains.items():
                 if instruction.name == names[0]:
                     self._take_off(chain, [self._site_of(chain, parts)], flying)
@@ -182,28 +190,22 @@ class _Schedule:
             block.seconds += inner.seconds
             block.taken.update(inner.taken)
 
-    def _start(
-        self, run: Execution, parts: list[Execution], flying: dict[str, list[_Flight]]
-    ) -> None:
-        """Notes the collective that an instruction starts, if it does."""
+    def _started(self, run: Execution, parts: list[Execution]) -> list[Site]:
+        """The collectives that an instruction starts and does not wait for."""
         instruction = run.instruction
         sites = [(run.computation, instruction.name)]
-        if instruction.opcode == _GENERAL:
+        if instruction.opcode in _GENERAL:
             sites = [site for part in parts for site in self._sites(part)]
         sites = [site for site in sites if site in self._ways]
-        if not sites and instruction.opcode not in (_GENERAL, "send"):
+        if not sites and instruction.opcode not in (*_GENERAL, "send"):
             raise unread(f"{instruction.name} starts a collective that was not counted")
-        if sites and _SYNCHRONOUS not in instruction.rest:
-            self._take_off(instruction.name, sites, flying)
+        return [] if _SYNCHRONOUS in instruction.rest else sites
 
     def _end(
         self, done: Instruction, body: Mapping[str, Instruction], flying: dict[str, list[_Flight]]
     ) -> None:
         """Notes the end of a collective, if an instruction awaits one."""
-        kind = done.opcode.removesuffix("-done")
-        name = done.arguments[0]
-        while body[name].opcode.endswith("-update"):
-            name = body[name].arguments[0]
+        kind, name = done.opcode.removesuffix("-done"), _beginning(done, body)
         if kind == "recv":  # what was sent by its partner is there
             name = _sender(body[name], body) or name
         elif kind == "send":
@@ -222,7 +224,8 @@ class _Schedule:
                 if free and other.ways and other.ways == _opposite(flight.ways):
                     flight.partner, other.partner = other, flight
             started.append(flight)
-        flying[name] = started
+        if started:
+            flying[name] = started
 
     def _land(self, flights: list[_Flight]) -> None:
         for flight in flights:
@@ -274,6 +277,14 @@ def _opposite(ways: frozenset[Way]) -> frozenset[Way]:
     if len({direction for _, direction in ways}) > 1:
         return frozenset()
     return frozenset((axis, {"+": "-", "-": "+"}[direction]) for axis, direction in ways)
+
+
+def _beginning(end: Instruction, body: Mapping[str, Instruction]) -> str:
+    """The name of the start that an update or an end belongs to."""
+    name = end.arguments[0]
+    while body[name].opcode.endswith("-update"):
+        name = body[name].arguments[0]
+    return name
 
 
 def _sender(received: Instruction, body: Mapping[str, Instruction]) -> str:

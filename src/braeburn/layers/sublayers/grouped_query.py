@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+import jax
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -91,6 +93,9 @@ def _normalised(
 def positioned(x: Mapping[str, Array], context: Context) -> dict[str, Array]:
     """Queries and keys, normalised and rotated.
 
+    What the backward pass may find kept of them by their names is their projections where a norm
+    follows, whose gradient needs them, and otherwise the result.
+
     Args:
         x: projections [B, T, heads, H], any of "query" and "key".
         context: weights and configuration of the layer.
@@ -98,7 +103,11 @@ def positioned(x: Mapping[str, Array], context: Context) -> dict[str, Array]:
     Returns:
         Those of the same names. Queries are scaled where the layer's scale is not the usual one.
     """
-    found = dict(x)
+    normed = {name for name in x if f"{name}_norm" in context.weights}
+    found = {
+        name: checkpoint_name(with_whole_cotangent(value), name) if name in normed else value
+        for name, value in x.items()
+    }
     steps = [
         lambda name, value: _normalised(value, f"{name}_norm", context),
         lambda _, value: rope.rotate(value, *context.prepared),
@@ -108,7 +117,32 @@ def positioned(x: Mapping[str, Array], context: Context) -> dict[str, Array]:
     if "query" in found and context.config.scale is not None:
         # Every back end divides scores by sqrt(head_dim).
         found["query"] *= context.config.scale * math.sqrt(context.model.head_dim)
-    return {name: checkpoint_name(value, name) for name, value in found.items()}
+    return {
+        name: value if name in normed else checkpoint_name(value, name)
+        for name, value in found.items()
+    }
+
+
+@jax.custom_vjp
+def with_whole_cotangent(projected: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """A projection as it is, whose cotangent is an array before the products that read it.
+
+    XLA for TPUs would work out the gradients of norm and rotation within these products, again for
+    each tile: in AFM-server's step one of them took up to three times its cycles
+    (`docs/decisions.md`).
+    """
+    return projected
+
+
+def _with_whole_cotangent_forward(projected: Array) -> tuple[Array, None]:
+    return projected, None
+
+
+def _with_whole_cotangent_backward(_: None, cotangent: Array) -> tuple[Array]:
+    return (lax.optimization_barrier(cotangent),)
+
+
+with_whole_cotangent.defvjp(_with_whole_cotangent_forward, _with_whole_cotangent_backward)
 
 
 def attend_and_project(
