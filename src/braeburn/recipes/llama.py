@@ -8,6 +8,7 @@ from braeburn.config import (
     AdamW,
     Checkpoint,
     Data,
+    MeshConfig,
     ModelConfig,
     NamedActivation,
     Remat,
@@ -30,6 +31,7 @@ SIZE_70B: dict[str, Any] = {
 # What the backward pass finds kept: as much as fits, with a batch of the recipe, 512 chips of 95 GB
 # with 70B and 256 of 32 GB with 8B.
 WIDE: tuple[NamedActivation, ...] = ("query", "key", "value", "attention", "attention_output")
+ALL: tuple[NamedActivation, ...] = (*WIDE, "ffn_gate", "ffn_up")
 LEAST: tuple[NamedActivation, ...] = ("attention",)
 COMMON: dict[str, Any] = {
     "qk_norm": False,
@@ -46,15 +48,27 @@ LLAMA3: dict[str, Any] = COMMON | {
 
 
 def llama2_7b() -> Run:
-    """Llama 2 7B: 2T tokens, sequences of 4096, batches of 4M."""
+    """Llama 2 7B: 2T tokens, sequences of 4096, batches of 4M.
+
+    Weights are split over 64 chips and not over all: libtpu writes gathers over a whole slice of
+    three dimensions, and sums over 256 chips, as sums of whole arrays.
+    """
     model = ModelConfig(**SIZE_8B, num_kv_heads=32, ffn_dim=11_008, **LLAMA2)
     return _run(
-        "llama2-7b", model, tokens=2_000_000_000_000, sequence_length=4096, learning_rate=3e-4
-    )
+        "llama2-7b",
+        model,
+        tokens=2_000_000_000_000,
+        sequence_length=4096,
+        learning_rate=3e-4,
+        keep=ALL,
+    ).replace(mesh=MeshConfig(data=-1, fsdp=64))
 
 
 def llama2_70b() -> Run:
-    """Llama 2 70B: 2T tokens, sequences of 4096, batches of 4M."""
+    """Llama 2 70B: 2T tokens, sequences of 4096, batches of 4M.
+
+    Weights are split over 128 chips, for the reason that `llama2_7b` has.
+    """
     model = ModelConfig(**SIZE_70B, **LLAMA2)
     return _run(
         "llama2-70b",
@@ -62,8 +76,8 @@ def llama2_70b() -> Run:
         tokens=2_000_000_000_000,
         sequence_length=4096,
         learning_rate=1.5e-4,
-        keep=WIDE,
-    )
+        keep=(*WIDE, "ffn_up"),
+    ).replace(mesh=MeshConfig(data=-1, fsdp=128))
 
 
 def llama3_8b() -> Run:
@@ -99,7 +113,7 @@ def _run(
     tokens: int,
     sequence_length: int,
     learning_rate: float,
-    keep: tuple[NamedActivation, ...] = Remat().names,
+    keep: tuple[NamedActivation, ...],
 ) -> Run:
     pretrain = Stage(
         tokens=tokens,
