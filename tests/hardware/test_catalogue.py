@@ -192,6 +192,18 @@ def test_flags_have_reasons() -> None:
     assert all(flag.reason for chip in catalogue().values() for flag in chip.flags)
 
 
+def test_what_computing_hides_is_told_where_schedules_were_read(tmp_path: Path) -> None:
+    told = {name: chip.hidden for name, chip in catalogue().items() if chip.hidden}
+    assert set(told) == {"v4", "v5e", "v5p", "v6e"}
+    assert all(hidden.reason for hidden in told.values())
+    # Nothing on a v4 is started and awaited apart.
+    assert (told["v4"].weights, told["v4"].tokens) == (0, 0)
+    own = tmp_path / "chips.toml"
+    own.write_text('[v4.hidden]\nweights = 1.2\ntokens = 0\nreason = "seen"\n')
+    with pytest.raises(UserError, match=r"v4\.hidden\.weights"):
+        catalogue(own)
+
+
 def test_chips_by_what_jax_calls_them() -> None:
     assert chip_of("TPU v5") == catalogue()["v5p"]
     assert chip_of("NVIDIA H100 80GB HBM3") == catalogue()["h100"]

@@ -449,7 +449,7 @@ class Work(Pass):
                 CollectiveTotal(PIPELINE, "reduce-scatter", table, own.tables, "update"),
             ]
         copies = (
-            ("all-reduce", "weights", self.storage.summed),
+            ("all-reduce", "gradients", self.storage.summed),
             ("all-gather", "update", self.storage.updated),
         )
         found += [
@@ -612,9 +612,7 @@ def timed(
         found.append((total, links.name(axes), spent))
         # A layer's weights from another slice are sent and received in that layer, which waits for
         # them.
-        early = total.what == "weights" and (
-            links.name(axes) != "DCN" or total.kind == "all-reduce"
-        )
+        early = total.what == "weights" and links.name(axes) != "DCN"
         hidden += (spent or 0.0) * (beside.weights if early else beside.tokens)
     return found, hidden
 
@@ -732,7 +730,7 @@ def estimate_work(
         spent: float | None = offloaded / (HOST_GB_PER_S * 1e9)
         copies = CollectiveTotal("host", "copy", offloaded, 1, "weights")
         collectives.append((copies, "PCIe", spent))
-        hidden += (spent or 0.0) * hidden_fractions(chip).weights
+        hidden += (spent or 0.0) * efficiency.weights_hidden
     a_step, beside_it = timed(work.step_collectives, work.mesh, target, links)
     collectives += [*over_links, *a_step]
     hidden += beside + beside_it

@@ -51,8 +51,9 @@ class CollectiveTotal:
         kind: as HLO names it; "copy" of copies.
         bytes: on one device, as `plan.collectives.Collective.bytes` counts them.
         times: how many there are.
-        what: "weights", with gradients and what waits on the host, which can be had early; or
-            "tokens" or "update", which computing waits for.
+        what: "weights", with the gradients that take the way back, which go on beside the computing
+            of a layer; or "tokens", "gradients" that are summed once a step, or "update", which
+            computing waits for.
     """
 
     axis: str
