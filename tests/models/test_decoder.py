@@ -149,6 +149,34 @@ def test_remat_saves_memory(params):
     assert full < named < none / 2
 
 
+def program_of_the_gradient(model, remat):
+    execution, shapes = replace(FLOAT32, remat=remat), spec.abstract(decoder.param_specs(model))
+    batch = random_batch()
+    return str(
+        jax.make_jaxpr(jax.grad(lambda p: cross_entropy.loss(p, batch, model, execution)[0]))(
+            shapes
+        )
+    )
+
+
+def test_what_is_kept_of_normalised_queries_and_keys_saves_their_products():
+    names = ("value", "attention", "ffn_gate", "ffn_up")
+    less, more = (
+        program_of_the_gradient(MODEL, Remat(policy="save_named", names=(*more, *names)))
+        for more in ((), ("query", "key"))
+    )
+    assert less.count("dot_general[") == more.count("dot_general[") + 2
+    # Cotangents of the two are arrays before the products that read them.
+    assert more.count("optimization_barrier") == 2
+
+
+def test_layers_in_a_loop_have_no_barriers():
+    remat = Remat(policy="full")
+    assert "prevent_cse=True" not in program_of_the_gradient(MODEL, remat)
+    apart = MODEL.model_copy(update={"scan_layers": False})
+    assert "prevent_cse=True" in program_of_the_gradient(apart, remat)
+
+
 def test_bfloat16_computes_close_to_float32(params):
     (exact, _), _ = gradient(params)
     (half, _), gradients = gradient(params, execution=Execution())

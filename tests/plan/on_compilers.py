@@ -135,7 +135,7 @@ def test_experts_have_kernels_on_gpus_of_nvidia():
 
 
 def test_what_cannot_fit_is_told_with_what_would():
-    facts = compiled("llama2-70b", "v5e:16", code=1)
+    facts = compiled("llama3-70b", "v5e:16", code=1)
     assert facts["memory_gib"]["required"] > facts["memory_gib"]["usable"] == 15.75
     assert facts["changes"] and all(
         parse_target(c["target"], catalogue()).chips > 16 for c in facts["changes"]

@@ -321,7 +321,7 @@ def test_too_few_chips(child, tmp_path):
     known = answered(tmp_path, straight(), {"fsdp": 4})
     del known["memory"], known["program"]
     answers.append(known | {"required_gib": 342.0, "available_gib": 15.75})
-    answer = braeburn("compile", "llama2-7b", "--on", "v5e:4")
+    answer = braeburn("compile", "llama3-8b", "--on", "v5e:4")
     assert answer.code == 1 and "would fit on v5e:" in answer.out
 
 
