@@ -28,8 +28,7 @@ SERVER_BATCH_TOKENS = 4096 * 4096
 WEB = ("web", "code", "maths", "long")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-# Not queries and keys: their norm needs what it normalised, so that their products are formed again
-# in any case.
+# Not queries and keys: their products are cheaper to form again than others, for what they take.
 KEEP = Remat(
     policy="save_named", names=("value", "attention", "attention_output", "ffn_gate", "ffn_up")
 )
