@@ -52,7 +52,9 @@ def check(facts, resident_gib=5):
     text = Path(facts["program"]).read_text(encoding="utf-8")
     for kind in KINDS:
         assert text.count(f" {kind}-start(") == text.count(f" {kind}-done(")
-    assert not facts["untimed"] and all(row["axes"] for row in facts["collectives"])
+    # SparseCores look up a number for each token, which libtpu gives no time for.
+    assert all(name.startswith("gather_offload") for name in facts["untimed"])
+    assert all(row["axes"] for row in facts["collectives"])
     assert facts["compiler"]["resident_gib"] < resident_gib
 
 
@@ -112,7 +114,9 @@ def test_steps_that_fit(recipe, on, arguments):
 # An MI250X is two devices, of which neither has room for the recipe's step.
 @pytest.mark.parametrize(("on", "fits"), [("mi300x:64", True), ("mi250x:64", False)])
 def test_steps_on_gpus_of_amd(on, fits):
-    facts = compiled("llama2-7b", on, code=0 if fits else 1)
+    names = ["query", "key", "value", "attention", "ffn_gate", "ffn_up"]
+    layout = ["--mesh", "data=1,fsdp=-1", "--set", f"remat.names={json.dumps(names)}"]
+    facts = compiled("llama2-7b", on, *layout, code=0 if fits else 1)
     assert facts["fits"] == fits
     planned = facts["plan"]["memory_gib"]
     assert facts["memory_gib"]["required"] == pytest.approx(planned, rel=0.05)

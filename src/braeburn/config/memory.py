@@ -11,7 +11,7 @@ NamedActivation = Literal[
 
 class Remat(Frozen):
     """What the forward pass keeps for the backward pass: all, only each layer's input, or that and
-    `names`.
+    `names`. Of queries and keys that are normalised it is their projections, which the norm reads.
     """
 
     policy: Literal["none", "full", "save_named"] = "none"
