@@ -252,7 +252,12 @@ def decoder(
     states, token_weights = surroundings.states, surroundings.token_weights
     # A layer's matrices are gathered as each is multiplied, and again in its backward pass.
     params = gathered_norms(params, param_specs(model), execution)
-    repeats = repeat_functions(positions, surroundings, model, execution)
+    # A loop of one round is none to XLA. Where a round has several layers, barriers also keep them
+    # from being recomputed all at once.
+    in_loop = model.scan_layers and all(
+        segment.repeats > 1 and len(segment.pattern) == 1 for segment in model.segments
+    )
+    repeats = repeat_functions(positions, surroundings, model, execution, in_loop=in_loop)
     x_BTD = embedded(params["embedding"], ids, model, execution)
     new_states = {}
     carry = Carry(x_BTD, None, None if token_weights is None else empty_report(model))
@@ -353,6 +358,7 @@ def repeat_functions(
     model: ModelConfig,
     execution: Execution,
     rematerialize: bool = True,
+    in_loop: bool = False,
 ) -> dict[str, Repeat]:
     """What runs one repeat of the pattern of each segment, by its name.
 
@@ -363,6 +369,7 @@ def repeat_functions(
         execution: how it is carried out.
         rematerialize: whether each layer keeps only what the policy says; otherwise the caller
             sees to that.
+        in_loop: as of `rematerialized`.
     """
     memory, _, activation_hook, token_weights = surroundings
     token_weights = None if token_weights is None else jnp.asarray(token_weights)
@@ -372,7 +379,6 @@ def repeat_functions(
         for config in (layer.attention, layer.feed_forward)
     }
     keeps_shared, specs = reuses(model), param_specs(model)
-    in_loop = model.scan_layers and all(segment.repeats > 1 for segment in model.segments)
 
     def run_layer(config: LayerConfig, specs: Tree) -> Callable:
         def body(x_BTD: Array, signals: Signals, weights: Tree) -> tuple[Array, Signals]:
