@@ -24,16 +24,20 @@ ATTENTION_ONLY: tuple[NamedActivation, ...] = ("query", "key", "value", "attenti
 
 
 def _run(
-    name: str, model: ModelConfig, sequences: int, kept: tuple[NamedActivation, ...] = ALL_PRODUCTS
+    name: str,
+    model: ModelConfig,
+    sequences: int,
+    kept: tuple[NamedActivation, ...] = ALL_PRODUCTS,
+    length: int = SEQUENCE_LENGTH,
 ) -> Run:
     return Run(
         name=name,
         model=model,
         stages={
             "pretrain": Stage(
-                tokens=sequences * SEQUENCE_LENGTH * 1000,
-                sequence_length=SEQUENCE_LENGTH,
-                batch_tokens=sequences * SEQUENCE_LENGTH,
+                tokens=sequences * length * 1000,
+                sequence_length=length,
+                batch_tokens=sequences * length,
                 mixture={"random": 1.0},
                 learning_rate=3e-4,
                 weight_decay=0.1,
@@ -88,3 +92,10 @@ def dense_3b_80gb() -> Run:
 def dense_3b_141gb() -> Run:
     """3B, Qwen3-4B with eight layers fewer and 20 query heads."""
     return _run("dense-3b", _model(2560, 28, 20, 9728), sequences=8)
+
+
+def dense_toy_80gb() -> Run:
+    """A model to try the scripts with where there is no GPU: seconds on a CPU."""
+    sizes = {"vocab_size": 512, "head_dim": 32}
+    model = _model(128, 2, 4, 256).model_copy(update=sizes)
+    return _run("dense-toy", model, sequences=4, length=256)

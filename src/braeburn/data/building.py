@@ -132,19 +132,24 @@ class Building:
         """Tokens written so far."""
         return self._in_full_shards + (self._open[0].count if self._open else 0)
 
-    def append(self, tokens: np.ndarray, starts_document: bool) -> None:
-        """Writes tokens into as many shards as they need; the first may start a document."""
+    def append(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """Writes tokens into as many shards as they need.
+
+        Args:
+            tokens: of any number of documents, one behind the other.
+            starts: the positions among them at which documents start, ascending.
+        """
         tokens = np.ascontiguousarray(tokens, self._dtype)
+        starts = np.asarray(starts, "<i8") + self.tokens
         while len(tokens):
             if self._open is None:
                 self._open = self._opened("tokens", "wb"), self._opened("documents", "wb")
             of_tokens, of_documents = self._open
-            if starts_document:
-                of_documents.append(np.array([self.tokens], "<i8"))
-                starts_document = False
             taken = tokens[: self._shard_tokens - of_tokens.count]
+            own = np.searchsorted(starts, self.tokens + len(taken))
+            of_documents.append(starts[:own])
             of_tokens.append(taken)
-            tokens = tokens[len(taken) :]
+            tokens, starts = tokens[len(taken) :], starts[own:]
             if of_tokens.count == self._shard_tokens:
                 self._end_shard()
 

@@ -2,6 +2,7 @@
 integer.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ _ROUNDS = 8
 _WORD = (1 << 64) - 1
 
 
+@functools.lru_cache(maxsize=1024, typed=True)  # many sequences share an epoch or a block
 def derive_key(*parts: int | str) -> int:
     """64 bits that the parts determine, the same in every process and version of Python."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")

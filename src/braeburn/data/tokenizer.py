@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from braeburn.atomic import write_atomically
+from braeburn.data.fast_encoding import QWEN2_PATTERN, Encode, fast_encoder, slow_ids
 from braeburn.data.tokenizer_check import check_tokenizer
 from braeburn.data.tokenizer_settings import (
     GENERATION_CONFIG,
@@ -34,11 +35,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
-# Qwen2's: words, single digits, punctuation and white space apart.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
-    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = QWEN2_PATTERN
 SMALLEST_VOCABULARY = 257  # every byte and the document boundary
 # Begin tokens in order of preference where no file names one, each with the end tokens that go with
 # it.
@@ -383,8 +380,13 @@ class Tokenizer:
     def encode_pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text alone, without boundary tokens, int32, on all cores."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        if self._fast is not None:
+            return self._fast(texts)
+        return slow_ids(self._tokenizer, texts)
+
+    @functools.cached_property
+    def _fast(self) -> Encode | None:
+        return fast_encoder(self._tokenizer, json.loads(self.json))
 
     def encodes_alike(self, left: str, right: str) -> bool:
         """Whether a text has the same words and tokens in these two pieces as in one."""
