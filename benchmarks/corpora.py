@@ -35,7 +35,7 @@ def sources(files: Sequence[Path], folder: Path) -> dict[str, Source]:
     found = {}
     for file in files:
         path = folder / f"{file.stem}.jsonl"
-        rows = "".join(json.dumps({"text": text}) + "\n" for text in _documents(file))
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in documents_of(file))
         # A file that is written again counts as another, and is tokenised again.
         if not path.exists() or path.read_text() != rows:
             write_atomically(path, rows)
@@ -43,7 +43,7 @@ def sources(files: Sequence[Path], folder: Path) -> dict[str, Source]:
     return found
 
 
-def _documents(file: Path) -> Iterator[str]:
+def documents_of(file: Path) -> Iterator[str]:
     """The rows of a file of JSON lines, of each all strings; of other files runs of lines."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     if file.suffix == ".jsonl":

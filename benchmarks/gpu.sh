@@ -14,6 +14,8 @@
 #              kinds      gpu_kinds.py: small runs of every kind against the CPU             kinds.json, .log
 #              train      gpu_train.py: whole runs against the CPU, killed, resumed          train.json, .log
 #              attention  gpu_attention.py: back ends against float64, and their speed       attention.json, .log
+#   SIZE     "toy" runs every part on models so small that all ends within two minutes on a CPU, to see that the scripts
+#            work; cuDNN's attention is then lowered for a GPU and not run. The defaults below are those without it
 #   TIME     seconds for all parts together, 540 by default: what is left over when they are spent is not run
 #   PYTHON   the Python with JAX for the GPU; python3 by default
 #   CARD     80 or 141, for the size of batches; by default what nvidia-smi tells
@@ -22,6 +24,8 @@
 #   TORCH_MODELS   which of them with PyTorch; 1_5b by default
 #   TORCH_SEQUENCES  the batches to try there, the first that fits is timed; "8 4 2" by default
 #   ATTENTION      arguments of gpu_attention.py, such as --check-only
+#
+# `torch` is left out, and a line says so, where PyTorch or transformers is not installed.
 #
 # `product` needs JAX alone. `speed` needs these beyond JAX and NumPy; it loads no orbax, grain or tokenizers. `train` and
 # `kinds` need all that Braeburn does, `torch` PyTorch and transformers. On a machine with a network, for Python 3.12,
@@ -52,13 +56,30 @@ fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
 parts=${PARTS:-product speed torch kinds train attention}
-models=${MODELS:-1_5b 0_6b 3b}
-profiled=${PROFILED-1_5b}
+size=${SIZE:-whole}
+toy= kinds=() steps= product=
+case $size in
+whole)
+	models=${MODELS:-1_5b 0_6b 3b} profiled=${PROFILED-1_5b} torch_models=${TORCH_MODELS:-1_5b}
+	;;
+toy)
+	models=${MODELS:-toy} profiled=${PROFILED-toy} torch_models=${TORCH_MODELS:-tiny}
+	toy=--toy product="--width 256" steps="--steps 3" kinds=("qwen3, adamw")
+	TORCH_SEQUENCES=${TORCH_SEQUENCES:-2} CARD=80
+	;;
+*)
+	echo "error: SIZE is $size; choose whole or toy" >&2
+	exit 2
+	;;
+esac
 deadline=$((SECONDS + ${TIME:-540}))
 mkdir -p "$out"
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+if [ $size = toy ]; then # nearly all of whose time is that of compilers
+	export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/programs}
+fi
 if [ -n "$wheels" ]; then
 	"$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$work/site" \
 		"$wheels"/*.whl
@@ -94,25 +115,30 @@ run() { # NAME COMMAND ...: its output is shown, and kept in OUT with its messag
 for part in $parts; do
 	echo "== $part"
 	case $part in
-	product) run product "$python" "$here/gpu_product.py" ;;
-	attention) run attention "$python" "$here/gpu_attention.py" ${ATTENTION:-} ;;
-	kinds) run kinds $share "$python" "$here/gpu_kinds.py" ;;
-	train) run train $share "$python" "$here/gpu_train.py" "$work/runs" ;;
+	product) run product "$python" "$here/gpu_product.py" $product ;;
+	attention) run attention "$python" "$here/gpu_attention.py" $toy ${ATTENTION:-} ;;
+	kinds) run kinds $share "$python" "$here/gpu_kinds.py" ${kinds[@]+"${kinds[@]}"} ;;
+	train) run train $share "$python" "$here/gpu_train.py" "$work/runs" $toy ;;
 	speed)
 		for model in $models; do
 			profile=$([ "$model" != "$profiled" ] || echo "--profile $work/profile")
 			run "$model" "$python" "$here/throughput.py" "$here/gpu_recipes.py:dense_${model}_${CARD}gb" --json \
-				$profile "$@"
+				$steps $profile "$@"
 			if [ -n "$profile" ] && cp "$work"/profile/plugins/profile/*/*.xplane.pb "$out/profile.xplane.pb"; then
-				run kernels "$python" "$here/kernels.py" "$out/profile.xplane.pb"
+				run kernels "$python" "$here/kernels.py" "$out/profile.xplane.pb" --json
 			fi
 		done
 		;;
 	torch)
-		for model in ${TORCH_MODELS:-1_5b}; do
-			run "torch-$model" "$python" "$here/gpu_torch.py" "$model" --sequences ${TORCH_SEQUENCES:-8 4 2}
-			run "torch-$model-compiled" "$python" "$here/gpu_torch.py" "$model" --compile \
-				--sequences ${TORCH_SEQUENCES:-8 4 2}
+		if ! "$python" -c "import torch, transformers" 2>/dev/null; then
+			echo "torch is left out: PyTorch or transformers is not installed" | tee "$out/torch.log"
+			continue
+		fi
+		for model in $torch_models; do
+			for compiled in "" --compile; do
+				run "torch-$model${compiled:+-compiled}" "$python" "$here/gpu_torch.py" "$model" $compiled $steps \
+					--sequences ${TORCH_SEQUENCES:-8 4 2}
+			done
 		done
 		;;
 	*)

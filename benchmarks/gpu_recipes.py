@@ -6,7 +6,22 @@ and layer, two bytes for each value that remat keeps. AdamW; `--set optimizer.ki
 command line takes the other one.
 """
 
-from braeburn.config import AdamW, Data, ModelConfig, NamedActivation, Remat, Run, Source, Stage
+from pathlib import Path
+
+from braeburn.config import (
+    ONE_DEVICE,
+    AdamW,
+    Checkpoint,
+    Data,
+    ModelConfig,
+    NamedActivation,
+    Precision,
+    Remat,
+    Run,
+    Schedule,
+    Source,
+    Stage,
+)
 
 SEQUENCE_LENGTH = 4096
 # With these no product but those that feed query and key is computed twice.
@@ -99,3 +114,27 @@ def dense_toy_80gb() -> Run:
     sizes = {"vocab_size": 512, "head_dim": 32}
     model = _model(128, 2, 4, 256).model_copy(update=sizes)
     return _run("dense-toy", model, sequences=4, length=256)
+
+
+def train_toy() -> Run:
+    """What gpu_train.py trains where there is no GPU: two stages of ten steps, on this folder."""
+    stage = Stage(
+        tokens=10 * 256,
+        sequence_length=64,
+        batch_tokens=256,
+        mixture={"code": 1.0},
+        learning_rate=5e-3,
+        schedule=Schedule(warmup_steps=2),
+    )
+    sizes = {"vocab_size": 300, "head_dim": 16}
+    folder = Path(__file__).parent
+    return Run(
+        name="train-toy",
+        model=_model(32, 1, 2, 64).model_copy(update=sizes),
+        stages={"core": stage, "continued": stage.model_copy(update={"learning_rate": 1e-3})},
+        data=Data(sources={"code": Source(paths=(str(folder / "*.py"),))}, held_out=0.0),
+        checkpoint=Checkpoint(every_steps=5),
+        mesh=ONE_DEVICE,
+        precision=Precision(compute="float32"),
+        optimizer=AdamW(),
+    )

@@ -20,10 +20,12 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 def speeds(out: Path) -> list[str]:
     """A line for each model that was timed, by Braeburn and by PyTorch."""
-    product = (rows_of(out / "product.json") or [{}])[-1].get("flops_per_second")
+    row_of_product = (rows_of(out / "product.json") or [{}])[-1]
+    product = row_of_product.get("flops_per_second")
     lines = []
     if product:
-        lines.append(f"one product of 8192 x 8192 x 8192: {product / 1e12:.0f} TFLOP/s")
+        width = row_of_product["width"]
+        lines.append(f"one product of {width} x {width} x {width}: {product / 1e12:.3g} TFLOP/s")
     for file in sorted(out.glob("*.json")):
         for row in rows_of(file):
             if "tokens_per_second" not in row:
@@ -41,6 +43,15 @@ def speeds(out: Path) -> list[str]:
     return lines
 
 
+def kernels(out: Path) -> list[str]:
+    """A line for each of the kernels that took longest."""
+    found = (rows_of(out / "kernels.json") or [{"kernels": []}])[-1]
+    return [
+        f"{row['share']:6.1%} {row['calls']:6} {row['seconds'] * 1e3:9.2f} ms  {row['kernel'][:90]}"
+        for row in found["kernels"]
+    ]
+
+
 def checks(out: Path) -> list[str]:
     """A line for each part that compares."""
     lines = []
@@ -56,16 +67,22 @@ def checks(out: Path) -> list[str]:
     worst = [
         max(row.get(part, 0.0) for part in ("output", "query", "key", "value"))
         for row in attention
-        if "shape" in row
+        if "output" in row
     ]
     if worst:
         lines.append(f"attention: {len(worst)} checks, the largest error {max(worst):.4f}")
     lines += [
-        f"{row['back_end']:<28} {row['documents']:>3} documents {row.get('spans', 0):>3} a call "
-        f"{row.get('seconds', float('nan')) * 1e3:8.2f} ms {row.get('error', '')}"
+        f"attention: {row['back_end']}, {row['shape']}: {row['not run']}"
         for row in attention
-        if "documents" in row
+        if "shape" in row and "not run" in row
     ]
+    for row in attention:
+        if "documents" in row:
+            time = f"{row['seconds'] * 1e3:8.2f} ms" if "seconds" in row else ""
+            lines.append(
+                f"{row['back_end']:<28} {row['documents']:>3} documents {row.get('spans', 0):>3} "
+                f"a call {time} {row.get('error', row.get('not run', ''))}"
+            )
     return lines
 
 
@@ -74,7 +91,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="what gpu.sh wrote to")
     out = parser.parse_args().out
-    print("\n".join(["== summary", *speeds(out), *checks(out)]))
+    left_out = out / "torch.log"
+    rest = left_out.read_text().splitlines() if left_out.exists() else []
+    print("\n".join(["== summary", *speeds(out), *kernels(out), *checks(out), *rest]))
     return 0
 
 

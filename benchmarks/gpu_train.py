@@ -1,13 +1,14 @@
 """A whole run of three stages on a GPU beside the same run on the CPU, killed and resumed,
 evaluated and sampled.
 
-    python benchmarks/gpu_train.py OUT
+    python benchmarks/gpu_train.py OUT [--toy]
 
 Prints the largest relative difference of the losses of all steps: of float32 and bfloat16 on the
 GPU against float32 on the CPU, and of a run that was killed, resumed, asked to stop and resumed
 again against the undisturbed one, with XLA's deterministic operations. Reads no data but Python's
 standard library. Exits with 1 where a command fails, where float32 differs by more than 0.002 on
-average over the last ten steps, or where the disturbed run differs at all.
+average over the last ten steps, or where the disturbed run differs at all. `--toy` takes steps so
+few and small that it ends soon on a CPU.
 """
 
 import argparse
@@ -18,10 +19,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-# 60 steps of 16 sequences of 1024 tokens with several documents each.
-STEPS = 60
 SETTINGS = {
     "stages.core.tokens": 30 * 16_384,
     "stages.core.batch_tokens": 16_384,
@@ -37,9 +38,34 @@ SETTINGS = {
     "checkpoint.every_steps": 10,
     "evaluation.tokens": 65_536,
 }
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-# Disturbed after so many steps: by SIGKILL in the first stage, by SIGTERM in the second.
-KILL_AFTER, STOP_AFTER = 25, 38
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained.
+
+    Attributes:
+        recipe: what is trained.
+        settings: of the recipe.
+        steps: of all stages.
+        kill_after: steps before SIGKILL, in the first stage.
+        stop_after: steps before SIGTERM, in the second.
+        deterministic: flags of XLA with which a run gives the same bits again.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    steps: int
+    kill_after: int
+    stop_after: int
+    deterministic: str = "--xla_gpu_deterministic_ops=true"
+
+
+# 60 steps of 16 sequences of 1024 tokens with several documents each.
+WHOLE = Size("quickstart", SETTINGS, steps=60, kill_after=25, stop_after=38)
+TOY_RECIPE = f"{Path(__file__).with_name('gpu_recipes.py')}:train_toy"
+# A CPU needs no flag for that.
+TOY = Size(TOY_RECIPE, {}, steps=20, kill_after=7, stop_after=14, deterministic="")
 
 
 def braeburn(*arguments: str, platform: str = "", flags: str = "") -> subprocess.Popen[str]:
@@ -85,15 +111,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder for the runs")
-    out = parser.parse_args().out
+    parser.add_argument("--toy", action="store_true", help="few and small steps")
+    arguments = parser.parse_args()
+    out, size = arguments.out, TOY if arguments.toy else WHOLE
     out.mkdir(parents=True, exist_ok=True)
-    settings = [part for path, value in SETTINGS.items() for part in ("--set", f"{path}={value}")]
+    settings = [
+        part for path, value in size.settings.items() for part in ("--set", f"{path}={value}")
+    ]
 
     def begin(
         name: str, compute: str, *, platform: str = "", flags: str = ""
     ) -> subprocess.Popen[str]:
         precision = ("--set", f"precision.compute={compute}")
-        arguments = ("train", "quickstart", "--out", str(out / name), *settings, *precision)
+        arguments = ("train", size.recipe, "--out", str(out / name), *settings, *precision)
         return braeburn(*arguments, platform=platform, flags=flags)
 
     def ended(name: str, process: subprocess.Popen[str]) -> list[float]:
@@ -139,10 +169,10 @@ def main() -> int:
         "gpu-bfloat16-again": begin("gpu-bfloat16-again", "bfloat16"),
         "gpu-float32": begin("gpu-float32", "float32"),
     }
-    exact = train("gpu-deterministic", "bfloat16", flags=DETERMINISTIC)
-    disturb("gpu-disturbed", "bfloat16", KILL_AFTER, signal.SIGKILL, DETERMINISTIC)
-    disturb("gpu-disturbed", "bfloat16", STOP_AFTER, signal.SIGTERM, DETERMINISTIC)
-    resumed = train("gpu-disturbed", "bfloat16", flags=DETERMINISTIC)
+    exact = train("gpu-deterministic", "bfloat16", flags=size.deterministic)
+    disturb("gpu-disturbed", "bfloat16", size.kill_after, signal.SIGKILL, size.deterministic)
+    disturb("gpu-disturbed", "bfloat16", size.stop_after, signal.SIGTERM, size.deterministic)
+    resumed = train("gpu-disturbed", "bfloat16", flags=size.deterministic)
     found = {name: ended(name, process) for name, process in together.items()}
     reference, narrow, again, wide = found.values()
     result = {
@@ -164,7 +194,9 @@ def main() -> int:
     (out / "result.json").write_text(json.dumps(result))
     return (
         0
-        if difference(wide, reference, 10) < 0.002 and len(narrow) == STEPS and resumed == exact
+        if difference(wide, reference, 10) < 0.002
+        and len(narrow) == size.steps
+        and resumed == exact
         else 1
     )
 

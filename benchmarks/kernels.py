@@ -1,4 +1,4 @@
-"""The kernels that took longest in a profile of a GPU, as JAX's profiler wrote it.
+"""The kernels that took longest in a profile of a GPU or CPU, as JAX's profiler wrote it.
 
     python benchmarks/kernels.py PROFILE [--top 10] [--json]
 
@@ -33,6 +33,8 @@ def class_of(kernel: str) -> str:
 def kernels(profile: Path) -> dict[str, Any]:
     """Seconds, calls and share of each kernel, the longest first, the share of each class, and the
     seconds from the first to the last.
+
+    Of a program that ran on a CPU the kernels are its operations, by all threads together.
     """
     from jax.profiler import ProfileData
 
@@ -40,13 +42,18 @@ def kernels(profile: Path) -> dict[str, Any]:
     calls: collections.Counter[str] = collections.Counter()
     classes: collections.Counter[str] = collections.Counter()
     begin, end = float("inf"), 0.0
-    for plane in ProfileData.from_file(str(profile)).planes:
-        if not plane.name.startswith("/device:GPU:0"):
+    planes = list(ProfileData.from_file(str(profile)).planes)
+    of_gpu = [plane for plane in planes if plane.name.startswith("/device:GPU:0")]
+    plane_name, line_name = ("/device:GPU:0", "Stream") if of_gpu else ("/host:CPU", "tf_XLA")
+    for plane in planes:
+        if not plane.name.startswith(plane_name):
             continue
         for line in plane.lines:
-            if not line.name.startswith("Stream"):
+            if not line.name.startswith(line_name):
                 continue
             for event in line.events:
+                if "::" in event.name:  # not an operation, but what runs several
+                    continue
                 name = re.sub(r"[_.]\d+$", "", event.name)
                 seconds[name] += event.duration_ns / 1e9
                 calls[name] += 1
@@ -55,8 +62,9 @@ def kernels(profile: Path) -> dict[str, Any]:
                 classes[class_of(name)] += event.duration_ns / 1e9
     total = sum(seconds.values())
     if not total:
-        raise SystemExit(f"error: {profile} has no kernel of a GPU; profile a run on one")
+        raise SystemExit(f"error: {profile} has no kernel; profile a run of some steps")
     return {
+        "device": "GPU" if of_gpu else "CPU",
         "busy_seconds": total,
         "seconds": (end - begin) / 1e9,
         "kernels": [

@@ -7,8 +7,10 @@ jaxtyping and rich with what these need: no orbax, grain or tokenizers.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import logging
 import os
 import platform
 import resource
@@ -59,19 +61,28 @@ def peak_memory() -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set of the process"
 
 
-def attention_backend(run: "Run", stage: "Stage") -> str:
-    """The back end that the stage's attention runs on."""
-    import jax.numpy as jnp
+class AttentionBackends(logging.Handler):
+    """Collects the names of the back ends that attention was traced with, as the log tells them."""
 
-    from braeburn.layers.attention import Request, select, traced_for
+    def __init__(self) -> None:
+        """Begins to listen, until `close`."""
+        from braeburn.layers.attention import select
 
-    model = run.model
-    dtype = jnp.dtype(run.precision.compute)
-    heads = (model.num_heads, model.num_kv_heads, model.head_dim)
-    platform, capability = traced_for()
-    return select(
-        Request(platform, dtype, stage.sequence_length, *heads, compute_capability=capability)
-    ).name
+        super().__init__(logging.INFO)
+        self.names: list[str] = []
+        self._logger = logging.getLogger(select.__module__)
+        self._logger.addHandler(self)
+        self._logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes a line of the log."""
+        if isinstance(record.args, tuple) and record.args[1] not in self.names:
+            self.names.append(str(record.args[1]))
+
+    def close(self) -> None:
+        """Listens no more."""
+        self._logger.removeHandler(self)
+        super().close()
 
 
 def measure(
@@ -92,7 +103,8 @@ def measure(
     stage, specs = run.stages[name], param_specs(run.model)
     began = time.perf_counter()
     resolved = resolve_stage(run, name)
-    layout, program = resolved.layout, compile_stage(resolved)
+    with contextlib.closing(AttentionBackends()) as backends:
+        layout, program = resolved.layout, compile_stage(resolved)
     compile_seconds = time.perf_counter() - began
     state = initial_state(resolved)
     rows = range(stage.batch_size)
@@ -133,7 +145,7 @@ def measure(
         "compute": run.precision.compute,
         "optimizer": run.optimizer.kind,
         "remat": run.remat.policy,
-        "attention": attention_backend(run, stage),
+        "attention": ", ".join(backends.names),
         "steps": len(seconds),
         "tokens_per_second": stage.batch_tokens / median,
         "step_seconds_median": median,

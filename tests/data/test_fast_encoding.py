@@ -24,7 +24,9 @@ GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "u
 
 
 def added(content: str, **flags: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False) | flags
+    flags = (
+        dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False) | flags
+    )
     return {"id": 900, "content": content, **flags}
 
 
