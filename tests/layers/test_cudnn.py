@@ -3,6 +3,7 @@ float64 NumPy.
 """
 
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,14 @@ import pytest
 from jax.export import DisabledSafetyCheck, export
 from jax.sharding import PartitionSpec as P
 
+from braeburn import recipes
 from braeburn.config import ONE_DEVICE, MeshConfig
 from braeburn.layers import attention
 from braeburn.layers.attention import cudnn
 from braeburn.parallel.sequence import zigzag
 from braeburn.plan.hlo import parse
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import abstract_batch, abstract_state, stage_step
 
 
 def span_rows(array, lengths, offsets):
@@ -138,6 +142,12 @@ def results(run, query, key, value, segments):
     return output, *gradients
 
 
+FUSED = (
+    "fmhaSoftmax",
+    "fmhaSoftmaxBackward",
+    "fmhaScaleBiasSoftmax",
+    "fmhaScaleBiasSoftmaxBackward",
+)
 DOCUMENTS = {
     "one document": [[64], [64]],
     "different numbers": [[20, 30, 14], [64]],
@@ -255,13 +265,7 @@ def lowered(run, mesh, heads=(8, 2), length=512):
         gradient = jax.shard_map(
             gradient, mesh=devices, in_specs=split, out_specs=split, check_vma=False
         )
-    names = (
-        "fmhaSoftmax",
-        "fmhaSoftmaxBackward",
-        "fmhaScaleBiasSoftmax",
-        "fmhaScaleBiasSoftmaxBackward",
-    )
-    allowed = [DisabledSafetyCheck.custom_call(f"__cudnn${name}") for name in names]
+    allowed = [DisabledSafetyCheck.custom_call(f"__cudnn${name}") for name in FUSED]
     return export(jax.jit(gradient), platforms=["cuda"], disabled_checks=allowed)(
         wide, narrow, narrow, ids
     ).mlir_module()
@@ -335,3 +339,65 @@ def test_gradients_are_asked_to_be_the_same_bits_where_xla_is(monkeypatch, flags
     backward = [line for line in text.splitlines() if "__cudnn$fmhaSoftmaxBackward(" in line]
     assert backward and text.count('"force_deterministic": true') == forced * len(backward)
     assert all(('"force_deterministic": true' in line) == bool(forced) for line in backward)
+
+
+def jax_operands(query, key, segments):
+    """Lengths and offsets of documents as JAX's own attention hands them to cuDNN."""
+    fused = cudnn._fused()
+    documents = cudnn.find_documents(segments).spans(0)
+    there = documents.length > 0
+    lengths = jnp.where(there, documents.length, -1)
+    edges = jnp.concatenate(
+        [documents.start, documents.start[:, -1:] + documents.length[:, -1:]], 1
+    )
+    present = jnp.concatenate([there, jnp.zeros_like(there[:, :1])], 1)
+    offsets = jnp.where(present, edges, -1)
+    return fused._fix_seqlen_offsets(lengths, lengths, offsets, offsets, query, key)
+
+
+def present(lengths, offsets):
+    """The spans that are there, in order: length and offset."""
+    lengths, offsets = np.asarray(lengths).ravel(), np.asarray(offsets).ravel()
+    return [(int(n), int(offset)) for n, offset in zip(lengths, offsets, strict=False) if n > 0]
+
+
+@pytest.mark.parametrize("lengths", [DOCUMENTS["one document"], [[20, 30, 14], [3, 60, 1]]])
+def test_lengths_and_offsets_are_those_that_jax_hands_to_cudnn(lengths):
+    query, key, _, segments = inputs(lengths)
+    # Before 0.11.1 JAX counts the elements of keys by the heads of queries: repeated, they agree.
+    if tuple(map(int, jax.__version__.split(".")[:3])) < (0, 11, 1):
+        key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    spans = cudnn.find_documents(segments).spans(0)
+    own = cudnn.operands(query, key, spans, spans)
+    theirs = jax_operands(query, key, segments)
+    assert present(own.query_lengths, own.query_offsets) == present(theirs[0], theirs[2])
+    assert present(own.key_lengths, own.key_offsets) == present(theirs[1], theirs[3])
+
+
+def test_a_train_step_for_an_h100_attends_through_cudnn_alone(monkeypatch):
+    monkeypatch.setattr(sys.modules[attention.select.__module__], "traced_for", hopper)
+    run = recipes.load("afm-tiny")
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+    precision = run.precision.model_copy(update={"compute": "bfloat16"})
+    model = run.model.model_copy(update=sizes)
+    run = run.replace(model=model, precision=precision, mesh=ONE_DEVICE)
+    resolved = resolve_stage(run, "core")
+    state, batch = abstract_state(resolved), abstract_batch(resolved)
+    here = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
+    allowed = [DisabledSafetyCheck.custom_call(f"__cudnn${name}") for name in FUSED]
+    step = export(jax.jit(stage_step(resolved)), platforms=["cuda"], disabled_checks=allowed)
+    found = calls(step(*here).mlir_module())
+    stage = run.stages["core"]
+    rows, length = stage.batch_size, stage.sequence_length
+    query, key = (f"{rows}x{length}x{heads}x64xbf16" for heads in (4, 2))
+    layout = [f"{rows}x{cudnn.SPANS}xi32"] * 2 + [f"{rows}x{cudnn.SPANS + 1}xi32"] * 2
+    statistics = f"{rows * cudnn.SPANS}x4x{length}xf32"
+    backward = [query, key, key, statistics, query, query, *layout]
+    expected = {"fmhaSoftmax": [query, key, key, *layout], "fmhaSoftmaxBackward": backward}
+    assert {name for name, *_ in found} == expected.keys()
+    for name, mask, spans, operands in found:
+        assert (mask, spans, operands) == ("PADDING_CAUSAL", cudnn.SPANS, expected[name])
+
+
+def hopper():
+    return "cuda", (9, 0)
