@@ -178,6 +178,6 @@ class OnlyTheProbe:
         self._engine = fastokens._native.Tokenizer.from_json_str(text)
 
     def encode_batch_flat(self, texts: list[str], split_special_tokens: bool) -> Any:
-        if texts != [PROBE]:
+        if texts[0] != PROBE:
             raise ValueError("match limit exceeded")
         return self._engine.encode_batch_flat(texts, split_special_tokens=split_special_tokens)

@@ -16,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     import tokenizers
 
+_NOT_THE_ENGINES = (KeyboardInterrupt, SystemExit)
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
 
 # Qwen2's: words, single digits, punctuation and white space apart.
@@ -59,10 +60,17 @@ def fast_encoder(tokenizer: "tokenizers.Tokenizer", contents: dict[str, Any]) ->
         alone = contents | {"post_processor": None, "truncation": None, "padding": None}
         engine = Tokenizer.from_json_str(json.dumps(alone))
         encode = _encoder(engine, tokenizer)
-        same = np.array_equal(encode([PROBE])[0], slow_ids(tokenizer, [PROBE])[0])
+        names = [token["content"] for token in contents.get("added_tokens", ())]
+        probes = [PROBE, *(f"a{name}b {name} {name}" for name in names)]
+        pairs = zip(encode(probes), slow_ids(tokenizer, probes), strict=True)
+        same = all(np.array_equal(fast, slow) for fast, slow in pairs)
     except ImportError:
         return None
-    except Exception as error:  # of another version, or for a file that only the library reads
+    except BaseException as error:
+        # Of another version, or for a file that only the library reads. A panic of native code is
+        # no Exception.
+        if isinstance(error, _NOT_THE_ENGINES):
+            raise
         logging.getLogger(__name__).debug("fastokens is not used: %s", error)
         return None
     if same:
@@ -84,7 +92,9 @@ def _encoder(engine: Any, tokenizer: "tokenizers.Tokenizer") -> Encode:
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         try:
             flat, edges = engine.encode_batch_flat(list(texts), split_special_tokens=True)
-        except (ValueError, RuntimeError):  # its regular expressions have limits
+        except BaseException as error:  # its regular expressions have limits
+            if isinstance(error, _NOT_THE_ENGINES):
+                raise
             return slow_ids(tokenizer, texts)
         ids = np.frombuffer(flat, "<u4").astype(np.int32, copy=False)
         return np.split(ids, np.frombuffer(edges, "<u8")[1:-1].astype(np.int64))
