@@ -1,4 +1,7 @@
-from braeburn.config import Run
+from braeburn import recipes
+from braeburn.config import ONE_DEVICE, Run
+from braeburn.train.resolved import resolve_stage
+from braeburn.train.stages import lower_stage
 
 
 def test_model_at_a_step_is_that_of_the_stage_that_made_it(tiny: Run) -> None:
@@ -19,3 +22,15 @@ def test_offsets_of_stages(tiny: Run) -> None:
     core, continued = tiny.stages["core"], tiny.stages["continued"]
     assert tiny.tokens_by(0) == 0 and tiny.tokens_by(6) == 6 * core.batch_tokens
     assert tiny.tokens_by(7) == 6 * core.batch_tokens + continued.batch_tokens
+
+
+def test_the_program_of_more_layers_is_no_larger() -> None:
+    """What is traced and compiled does not grow with depth where layers are scanned."""
+
+    def size(layers: int) -> int:
+        run = recipes.load("afm-on-device-2025-tiny")  # two stacks, one of which reuses keys
+        depth = {"num_layers": layers, "tail_layers": layers // 2}
+        run = run.replace(model=run.model.model_copy(update=depth), mesh=ONE_DEVICE)
+        return len(lower_stage(resolve_stage(run, "core")).as_text())
+
+    assert size(80) < 1.02 * size(8)
