@@ -52,7 +52,7 @@ def kernels(profile: Path) -> dict[str, Any]:
             if not line.name.startswith(line_name):
                 continue
             for event in line.events:
-                if "::" in event.name:  # not an operation, but what runs several
+                if not of_gpu and "::" in event.name:  # not an operation, but what runs several
                     continue
                 name = re.sub(r"[_.]\d+$", "", event.name)
                 seconds[name] += event.duration_ns / 1e9
