@@ -3,9 +3,10 @@
     python benchmarks/batches.py [--gigabytes 0.5] [--seconds 3] [--workers 0]
 
 Token shards of random ids are written to a temporary folder: several sources, with documents as
-long as a case says. For each case it prints tokens a second of one process: of `read`, the batches
-one after the other in one thread, and of `fed`, as `braeburn train` takes them: read ahead by its
-thread, or by `--workers` processes, and placed on the device.
+long as a case says. For each case it prints tokens a second of one process, and a second of a
+processor, which other work on the machine changes less: of `read`, the batches one after the other
+in one thread, and of `fed`, as `braeburn train` takes them: read ahead by its thread, or by
+`--workers` processes, and placed on the device.
 """
 
 import argparse
@@ -82,16 +83,16 @@ def write_shards(folder: Path, tokens: int, document: int, seed: int) -> Any:
     return TokenShards.open(folder, TOKENIZER)
 
 
-def rate(items: Iterator[int], seconds: float) -> float:
-    """Tokens a second of what an iterator gives the sizes of, over so many seconds after its first
-    two items.
+def rates(items: Iterator[int], seconds: float) -> tuple[float, float]:
+    """Tokens a second, and a second of a processor, of what an iterator gives the sizes of, over so
+    many seconds after its first two items.
     """
     next(items)
     next(items)
-    began, tokens = time.perf_counter(), 0
+    began, busy, tokens = time.perf_counter(), time.process_time(), 0
     while (elapsed := time.perf_counter() - began) < seconds:
         tokens += next(items)
-    return tokens / elapsed
+    return tokens / elapsed, tokens / (time.process_time() - busy)
 
 
 def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -135,7 +136,9 @@ def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, A
 
     found: dict[str, Any] = {"case": case}
     for name, items in (("read", read()), ("fed", fed())):
-        found[f"{name}_tokens_per_second"] = rate(items, options.seconds)
+        wall, processor = rates(items, options.seconds)
+        found[f"{name}_tokens_per_second"] = wall
+        found[f"{name}_tokens_per_processor_second"] = processor
         items.close()  # type: ignore[attr-defined]
     return found
 
@@ -159,11 +162,12 @@ def main() -> int:
         if options.json:
             print(json.dumps(row | {"load_average": os.getloadavg()[0]}), flush=True)
             continue
-        print(
-            f"{case:<32} read {row['read_tokens_per_second'] / 1e6:7.2f}M tokens/s   "
-            f"fed {row['fed_tokens_per_second'] / 1e6:7.2f}M tokens/s",
-            flush=True,
+        shown = (
+            f"{name} {row[f'{name}_tokens_per_second'] / 1e6:6.2f}M tokens/s, "
+            f"{row[f'{name}_tokens_per_processor_second'] / 1e6:6.2f}M a second of a processor"
+            for name in ("read", "fed")
         )
+        print(f"{case:<32} {'   '.join(shown)}", flush=True)
     return 0
 
 
