@@ -59,6 +59,7 @@ def _run(
             )
         },
         data=Data(sources={"random": Source(paths=("random",))}),
+        mesh=ONE_DEVICE,
         optimizer=AdamW(),
         remat=Remat(policy="save_named", names=kept),
     )
