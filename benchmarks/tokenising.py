@@ -1,14 +1,14 @@
 """How fast text becomes tokens: Braeburn beside Hugging Face tokenizers, tiktoken and rs-bpe.
 
-    python benchmarks/tokenising.py [--vocabulary 16384] [--rounds 7] [--data FILE ...]
+    python benchmarks/tokenising.py [--vocabulary 16384] [--rounds 3] [--data FILE ...]
 
 All encode the same documents with the same vocabulary, one thread each, in batches of a million
 characters, in rounds that alternate; ids are compared first. Seconds are those of the processor, so
-that other work on the machine matters little. `first` is the rate of the first pass,
-whose words no cache has seen, `later` the median of the rounds after it. The text is that of
-benchmarks/corpora.py and the Python files of the standard library, each once. A vocabulary is
-trained on it with Braeburn; `--vocabulary cl100k` takes the one that rs-bpe brings along, the only
-kind that rs-bpe encodes with. Libraries that are not installed are left out:
+that other work on the machine matters little. `first` is the rate of the first pass, whose words no
+cache has seen, `later` the median of the rounds after it. The text is that of benchmarks/corpora.py
+and 200 Python files of the standard library, each once. A vocabulary is trained on it with
+Braeburn; `--vocabulary cl100k` takes the one that rs-bpe brings along, the only kind that rs-bpe
+encodes with. Libraries that are not installed are left out:
 
     pip install tiktoken rs-bpe
 """
@@ -36,13 +36,14 @@ from corpora import NAMES, SHARED, documents_of
 Encode = Callable[[list[str]], list[Any]]
 BATCH_CHARACTERS = 2**20
 CL100K_ENTRIES = 100_256
+FILES = 200  # of the standard library
 
 
 def texts(files: Sequence[Path]) -> list[str]:
     """The documents."""
     files = files or [SHARED / name for name in NAMES if (SHARED / name).exists()]
     library = Path(json.__file__).resolve().parents[1]
-    code = [path.read_text(errors="replace") for path in sorted(library.glob("**/*.py"))[:1500]]
+    code = [path.read_text(errors="replace") for path in sorted(library.glob("**/*.py"))[:FILES]]
     return [text for file in files for text in documents_of(file)] + code
 
 
@@ -168,7 +169,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--vocabulary", default="16384", help="entries to train, or cl100k")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="corpora")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     options = parser.parse_args()
