@@ -22,7 +22,8 @@ def run(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 @pytest.mark.parametrize(
