@@ -28,7 +28,7 @@ from braeburn.config.data import Data, Source
 from braeburn.config.directory import read_identity, read_run
 from braeburn.config.distillation import Distillation
 from braeburn.config.execution import KEEP_ALL, Execution
-from braeburn.config.memory import NO_OFFLOAD, NamedActivation, Offload, Precision, Remat
+from braeburn.config.memory import NO_OFFLOAD, Matmul, NamedActivation, Offload, Precision, Remat
 from braeburn.config.mesh import (
     AXES,
     BY_TRAFFIC,
@@ -93,6 +93,7 @@ __all__ = [
     "FullAttention",
     "GroupedQueryConfig",
     "LayerConfig",
+    "Matmul",
     "MeshAxis",
     "MeshConfig",
     "ModelConfig",

@@ -34,8 +34,11 @@ class Execution:
 
     @property
     def forward_only(self) -> "Execution":
-        """The same without a backward pass, for which nothing is kept."""
-        return replace(self, remat=KEEP_ALL, offload=NO_OFFLOAD)
+        """The same without a backward pass, for which nothing is kept. Products in 8 bits are for
+        training: what they round away, the finished model has.
+        """
+        precision = self.precision.in_compute
+        return replace(self, remat=KEEP_ALL, offload=NO_OFFLOAD, precision=precision)
 
     @property
     def of_stage(self) -> "Execution":

@@ -25,15 +25,30 @@ class Remat(Frozen):
     )
 
 
+# What the products of the matrices of layers are computed in; see `Precision`.
+Matmul = Literal["compute", "fp8", "fp8_rows", "int8"]
+
+
 class Precision(Frozen):
     """The type of activations and of the weights as they are multiplied; parameters and optimizer
     are float32.
 
     `reduce` is the type in which fully sharded gradients are summed over devices.
+
+    `matmul` is what the products of layers' matrices are computed in while a model is trained:
+    `compute` for the type of `compute`; `fp8`, with one scale for each array, or `fp8_rows`, with
+    one for each row and column; or `int8`, but for the gradients of weights. Embedding, head,
+    routers and the matrices of experts, and all that runs forward alone, keep to `compute`.
     """
 
     compute: Literal["float32", "bfloat16"] = "bfloat16"
     reduce: Literal["float32", "bfloat16"] = "float32"
+    matmul: Matmul = "compute"
+
+    @property
+    def in_compute(self) -> "Precision":
+        """The same with all products in the type of `compute`."""
+        return self if self.matmul == "compute" else self.model_copy(update={"matmul": "compute"})
 
 
 class Offload(Frozen):

@@ -153,6 +153,12 @@ class Run(Frozen):
                 )
             for field, transform in stage.transforms.items():
                 transform.check(f"stages.{name}.{field}", model)
+                if transform.rounds and self.precision.matmul != "compute":
+                    raise ValueError(
+                        f"stages.{name}.{field} rounds weights as they will be shipped, and "
+                        f"precision.matmul={self.precision.matmul!r} would round them once more; "
+                        f"set precision.matmul to 'compute' or stages.{name}.{field} to null"
+                    )
                 model = transform.left(model)
         if self.total_steps > MOST_STEPS:
             raise ValueError(

@@ -91,7 +91,10 @@ class Chip:
     )
     family: Literal["tpu", "nvidia", "amd", "other"] = "other"  # of chips with one compiler
     bf16_tflops: Known = None  # dense peak, or of fp16 where there is no bf16
-    int8_tops: Known = None  # dense peak, or of fp8 where the note says so
+    int8_tops: Known = None  # dense peak
+    # Dense peak with e4m3 and e5m2 as the Open Compute Project has them, and XLA's products in fp8
+    # with them; a chip that has others alone has none here.
+    fp8_tflops: Known = None
     memory_gb: Known = None
     memory_gb_per_s: Known = None
     link_gb_per_s: Known = None  # one way, all scale-up links of a chip together

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt16
 
 from braeburn.config import Execution
+from braeburn.layers import low_precision
 from braeburn.layers.spec import ParamSpec
 from braeburn.layers.weights import from_bits, gathered, not_before
 
@@ -103,6 +104,10 @@ def linear(
     """
     weight = used(weight, x, spec, execution)
     summed = len(spec.fan_in)
+    if (lowering := low_precision.lowering(spec, execution)) is not None:
+        inputs = flat(x) if summed == 1 else x
+        found = low_precision.product(inputs, weight, lowering)
+        return found.reshape(*x.shape[: x.ndim - summed], *weight.shape[summed:])
     if weight.ndim == 2:
         return product(x, weight)
     if not execution.split_tokens:

@@ -74,10 +74,14 @@ class Accelerator:
         platform: as `Request` has it; "other" of chips that JAX has no compiler for, which are
             taken to have a fused kernel.
         compute_capability: of an NVIDIA GPU.
+        fp8: how many times faster products are in fp8 than in bf16.
+        int8: the same in int8.
     """
 
     platform: str = "other"
     compute_capability: tuple[int, int] | None = None
+    fp8: float = 1.0
+    int8: float = 1.0
 
     @property
     def grouped(self) -> GroupedTarget:

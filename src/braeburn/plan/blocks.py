@@ -77,7 +77,7 @@ class ExpertSplit(NamedTuple):
         shards: devices along `expert`.
         dispatch: `mesh.expert_dispatch`.
         room: `mesh.expert_room`.
-        target: what their products are planned for.
+        target: what their products, and those in 8 bits, are planned for.
     """
 
     shards: int = 1
@@ -95,12 +95,15 @@ class Split(NamedTuple):
         context: devices along `context`, where more than attention depends on them.
         experts: of a model that has experts, how these are sharded: `expert` is then not among
             `stored`.
+        eight_bits: how many times faster the device is in the products of `precision.matmul` than
+            in others.
     """
 
     tensor: int = 1
     stored: tuple[str, ...] = ()
     context: int = 1
     experts: ExpertSplit = ExpertSplit()
+    eight_bits: float = 1.0
 
 
 ONE_PART = Split()
@@ -155,7 +158,7 @@ class Shapes:
     @property
     def traced(self) -> Traced:
         """What a program is traced with."""
-        return Traced(self.marker, self.split.experts.target)
+        return Traced(self.marker, self.split.experts.target, self.split.eight_bits)
 
     @property
     def mesh(self) -> MeshConfig:

@@ -31,7 +31,7 @@ from braeburn.plan.cost import online_teacher
 from braeburn.plan.job_programs import job_layout, programs_of
 from braeburn.plan.jobs import JOBS, model_after
 from braeburn.plan.topologies import PACKAGES, topology
-from braeburn.train.compiler_flags import options
+from braeburn.train.compiler_flags import flags_for, options
 from braeburn.train.resolved import resolve_stage
 from braeburn.train.stages import lower_stage
 
@@ -65,7 +65,8 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     described = topology(target)
     lower = _lowered_program if request.get("job") else _lowered_step
     lowered, of_layout = lower(run, request, described.devices)
-    flags: dict[str, Any] = options(target.facts.flags)
+    precision = run.precision.in_compute if request.get("job") else run.precision
+    flags: dict[str, Any] = options(flags_for(target.facts, precision))
     packages = ["jax", "jaxlib", PACKAGES[target.facts.family]]
     if described.has_cost_model:
         flags["xla_gpu_collect_cost_model_stats"] = True

@@ -24,6 +24,7 @@ from braeburn.config import (
 from braeburn.errors import UserError
 from braeburn.hardware.catalogue import Chip, Confidence, Hidden, weakest
 from braeburn.hardware.links import Links
+from braeburn.hardware.products import check_matmul, peak_of
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import Factors
 from braeburn.layers.spec import abstract, walk
@@ -545,6 +546,7 @@ def divided_work(run: Run, name: str, target: Target) -> Work:
         UserError: the mesh does not fit the target, or divide the stage or its teacher; or that is
             not there.
     """
+    check_matmul(run.precision, target.facts)
     sizes = sizes_of(run, name, target.devices)
     work = work_of(run, name, sizes, accelerator_of(target.facts))
     if work.teacher:
@@ -737,7 +739,8 @@ def estimate_work(
     compute, communication = sum(seconds.values()), sum(spent or 0.0 for _, _, spent in collectives)
     step = max(compute, communication, compute + communication - hidden)
     flops = _flops_per_token(model, stage.sequence_length) * stage.batch_tokens
-    figures = [figure for figure in (chip.bf16_tflops, chip.memory_gb_per_s) if figure]
+    peaks = (chip.bf16_tflops, peak_of(chip, work.run.precision.matmul))
+    figures = [figure for figure in (*peaks, chip.memory_gb_per_s) if figure]
     return Estimate(
         memory=work.memory(),
         usable_gib=room.value,

@@ -20,7 +20,7 @@ from braeburn.config import (
     Stage,
 )
 from braeburn.hardware.catalogue import Chip
-from braeburn.layers.grouped.select import Target as GroupedTarget
+from braeburn.hardware.products import speedup
 from braeburn.models.decoder import has_experts
 from braeburn.parallel.collectives import EXPERT
 from braeburn.parallel.rules import stored_along, token_axes
@@ -72,7 +72,8 @@ class CollectiveTotal:
 def accelerator_of(chip: Chip) -> Accelerator:
     """What the choice of attention's back end depends on, of a chip of the catalogue."""
     platform = {"tpu": "tpu", "nvidia": "cuda", "amd": "rocm"}.get(chip.family, "other")
-    return Accelerator(platform, chip.compute_capability)
+    fp8, int8 = speedup(chip, "fp8"), speedup(chip, "int8")
+    return Accelerator(platform, chip.compute_capability, fp8, int8)
 
 
 @by_identity
@@ -95,18 +96,19 @@ def _shapes(
 
 
 @cache
-def _planned(shapes: Shapes, target: GroupedTarget) -> Shapes:
-    """The shapes with what products of experts are planned for, where there are any."""
-    if not any(has_experts(each) for each in (shapes.model, shapes.teacher) if each):
+def _planned(shapes: Shapes, accelerator: Accelerator) -> Shapes:
+    """The shapes with what products in 8 bits and of experts are planned for, where there are any."""
+    split, matmul = shapes.split, shapes.precision.matmul
+    if matmul != "compute":
+        faster = accelerator.int8 if matmul == "int8" else accelerator.fp8
+        split = split._replace(eight_bits=faster)
+    experts = any(has_experts(each) for each in (shapes.model, shapes.teacher) if each)
+    if experts or matmul != "compute":
+        split = split._replace(experts=split.experts._replace(target=accelerator.grouped))
+    if split == shapes.split:
         return shapes
-    experts = shapes.split.experts._replace(target=target)
     return shapes_of(
-        shapes.model,
-        shapes.precision,
-        shapes.rules,
-        shapes.split._replace(experts=experts),
-        shapes.learns,
-        shapes.teacher,
+        shapes.model, shapes.precision, shapes.rules, split, shapes.learns, shapes.teacher
     )
 
 
@@ -188,7 +190,7 @@ class Pass:
         learns = self.stage.distillation if teacher else self.stage.objective
         run = self.run
         found = _shapes(model, run.precision, run.rules, self.working, learns, teacher)
-        return _planned(found, self.accelerator.grouped)
+        return _planned(found, self.accelerator)
 
     @cached_property
     def shapes(self) -> Shapes:

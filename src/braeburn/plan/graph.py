@@ -18,6 +18,7 @@ from braeburn.layers.dispatch import FURTHER_ROUNDS
 from braeburn.layers.grouped.request import Request as GroupedRequest
 from braeburn.layers.grouped.select import Target as GroupedTarget
 from braeburn.layers.grouped.select import choose
+from braeburn.layers.low_precision import EIGHT_BITS
 from braeburn.plan.storage import FLOAT
 
 # JAX's names of collectives: how HLO names them, and whether the bytes are those of the result.
@@ -147,7 +148,7 @@ class Node:
         equation: of the jaxpr that it comes from.
         inputs: the values that it reads.
         outputs: those that it makes.
-        flops: of its matrix products.
+        flops: of its matrix products, at the speed of those in the type to compute in.
         element_wise: bytes that a loop's own element-wise work moves; see `element_wise_bytes`.
         collectives: the bytes and number of its collectives, by kind.
         live: bytes that a loop holds beside its operands and results.
@@ -193,10 +194,13 @@ class Traced(NamedTuple):
         marker: a prime that divides the number of tokens that it was traced with, and no other
             size: arrays whose number of elements it divides grow with the tokens. 0 where all do.
         target: what products of experts are planned for.
+        eight_bits: how many times faster products in 8 bits are than others, which have a FLOP of
+            theirs counted as so much less.
     """
 
     marker: int = 0
     target: GroupedTarget = GroupedTarget("tpu")
+    eight_bits: float = 1.0
 
 
 AS_TRACED = Traced()
@@ -231,7 +235,7 @@ class _Flattening:
     forward_alone = False
 
     def __init__(self, traced: Traced):
-        self.marker, self.target = traced
+        self.marker, self.target, self.eight_bits = traced
 
     def fullness(self, size: Amount) -> float:
         """By which the fullest of several moments is found: the few tokens that are traced weigh
@@ -277,9 +281,19 @@ class _Flattening:
         return self.value(var.aval) if isinstance(var, Literal) else values[var]
 
     def walk(self, jaxpr: Any, values: dict[Any, Value], nodes: list[Node]) -> None:
+        # What is rounded to 8 bits for several products is rounded once, as XLA has it.
+        rounded: dict[Any, tuple[Value, ...]] = {}
         for equation in jaxpr.eqns:
             inputs = tuple(self.read(var, values) for var in equation.invars)
             inner = inlined(equation)
+            if inner is None and (known := _rounding(equation, values)) is not None:
+                if known in rounded:
+                    values.update(zip(equation.outvars, rounded[known], strict=True))
+                    continue
+                rounded[known] = tuple(self.value(var.aval, inputs) for var in equation.outvars)
+                values.update(zip(equation.outvars, rounded[known], strict=True))
+                nodes.append(self.node(equation, inputs, rounded[known]))
+                continue
             if inner is None:
                 outputs = tuple(self.value(var.aval, inputs) for var in equation.outvars)
                 values.update(zip(equation.outvars, outputs, strict=True))
@@ -387,9 +401,29 @@ class _Flattening:
 
     def flops(self, equation: Any, inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Amount:
         total = product_flops(equation)
+        if _is_in_eight_bits(equation):
+            total /= self.eight_bits
         # A product summed over the tokens, as the gradient of a weight, grows with them too.
         scales = any(value.count.scaled for value in (*inputs, *outputs))
         return Amount(0.0, total) if scales else Amount(total)
+
+
+def _is_in_eight_bits(equation: Any) -> bool:
+    """Whether an operation is a product in 8 bits, or rounds for one."""
+    return EIGHT_BITS in str(equation.source_info.name_stack)
+
+
+def _rounding(equation: Any, values: Mapping[Any, Value]) -> Any:
+    """What an operation that rounds to 8 bits does and of what, the same for equal ones of a pass;
+    None of others.
+    """
+    if equation.primitive.name in _APART or not _is_in_eight_bits(equation):
+        return None
+    read = tuple(
+        str(var) if isinstance(var, Literal) else id(values[var]) for var in equation.invars
+    )
+    is_backward = "transpose(" in str(equation.source_info.name_stack)
+    return equation.primitive.name, str(equation.params), read, is_backward
 
 
 def product_flops(equation: Any) -> float:

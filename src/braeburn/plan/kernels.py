@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from braeburn.hardware.catalogue import Chip
+from braeburn.hardware.products import speedup
 from braeburn.layers.attention.splash import SPLASH
 from braeburn.layers.grouped.triton import BLOCK
 from braeburn.plan.collectives import arrays
@@ -197,13 +198,17 @@ def _gpu_seconds(module: Module, run: Execution, chip: Chip) -> float:
     speed = peak * efficiency.matrix
     # At which products read their operands, which few rows wait for.
     bandwidth = memory_bandwidth(chip) * efficiency.memory
+    products, inner = [], body
     if "__cublas" in instruction.rest:
-        return _product_seconds(instruction, body, speed, bandwidth)
-    if instruction.opcode == "fusion":
+        products = [instruction]
+    elif instruction.opcode == "fusion":
         inner = module.computations[instruction.called("calls")[0]]
         products = [found for found in inner.values() if found.opcode == "dot"]
-        if products:
-            return sum(_product_seconds(found, inner, speed, bandwidth) for found in products)
+    if products:
+        return sum(
+            _product_seconds(found, inner, speed * _speedup(found, inner, chip), bandwidth)
+            for found in products
+        )
     if microseconds := _SPEED_OF_LIGHT.search(instruction.rest):
         return float(microseconds[1]) / 1e6
     if instruction.opcode != "fusion":
@@ -254,6 +259,14 @@ def _written(result: Instruction, fusion: Mapping[str, Instruction]) -> float:
 
 def _bytes_of(instruction: Instruction) -> float:
     return sum(_size(dtype, shape) for dtype, shape in arrays(instruction.type))
+
+
+def _speedup(product: Instruction, body: Mapping[str, Instruction], chip: Chip) -> float:
+    """How many times faster a product is than one in bf16, by the types of its operands."""
+    types = {arrays(body[name].type)[0][0] for name in product.arguments[:2]}
+    if types == {"s8"}:
+        return speedup(chip, "int8")
+    return speedup(chip, "fp8") if all(name.startswith("f8") for name in types) else 1.0
 
 
 def _product_seconds(

@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 from braeburn.config import MeshConfig, ModelConfig, Run, override
 from braeburn.errors import UserError
 from braeburn.hardware.links import Links
+from braeburn.hardware.products import speedup
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import across_slices
+from braeburn.layers.low_precision import in_eight_bits
+from braeburn.layers.spec import walk
 from braeburn.models.decoder import param_specs
 from braeburn.parallel.schedule import schedule_of
 from braeburn.plan.child import compile_in_child
@@ -334,11 +337,15 @@ class Compilation(Compiled):
 
         teacher = online_teacher(self.run, self.stage)
         # A teacher runs forward alone, a third of training.
-        flops = least(self.run.models()[self.stage].trained) + (
-            least(teacher) / 3 if teacher else 0
-        )
-        peak = self.target.facts.peak_flops
+        model = self.run.models()[self.stage].trained
+        flops = least(model) + (least(teacher) / 3 if teacher else 0)
+        peak, matmul = self.target.facts.peak_flops, self.run.precision.matmul
         assert peak
+        if matmul != "compute":
+            # Forward, backward, and the gradient of weights.
+            faster = 1 - 1 / speedup(self.target.facts, matmul)
+            covered = sum(spec.size for _, spec in walk(param_specs(model)) if in_eight_bits(spec))
+            flops -= 2 * covered * (2 if matmul == "int8" else 3) * faster
         return flops * stage.batch_tokens / (self.target.devices * peak)
 
     @cached_property

@@ -18,6 +18,7 @@ from braeburn.config import (
 )
 from braeburn.errors import UserError
 from braeburn.hardware.links import Links
+from braeburn.hardware.products import check_matmul
 from braeburn.hardware.targets import Target
 from braeburn.hardware.torus import extent, placements
 from braeburn.layers.spec import ParamSpec, walk
@@ -97,6 +98,7 @@ def candidates(run: Run, name: str, target: Target) -> list[Candidate]:
     Raises:
         UserError: the stage's teacher is not there.
     """
+    check_matmul(run.precision, target.facts)
     own = run.stages[name].mesh or run.mesh
     work = work_of(run, name, own, accelerator_of(target.facts))
     models = [*run.models()[name], *([work.teacher] if work.teacher else [])]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from braeburn.hardware.catalogue import Flag, chip_of
+from braeburn.config import Precision
+from braeburn.hardware.catalogue import Chip, Flag, chip_of
 
 
 def cache_compilations() -> None:
@@ -19,11 +20,19 @@ def cache_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def compiler_flags(device_kind: str) -> dict[str, str | bool]:
-    """The catalogue's options of XLA for a device as JAX calls it, by name; none where it is not
-    known.
-    """
-    return options(chip.flags if (chip := chip_of(device_kind)) else ())
+# Without it XLA may write products in 8 bits as kernels of Triton, which multiply in bf16.
+CUBLAS_ALONE = Flag("xla_gpu_enable_triton_gemm", False, "has cuBLASLt multiply in 8 bits")
+
+
+def compiler_flags(device_kind: str, precision: Precision) -> dict[str, str | bool]:
+    """The options of XLA for a device as JAX calls it, by name; none where it is not known."""
+    return options(flags_for(chip, precision)) if (chip := chip_of(device_kind)) else {}
+
+
+def flags_for(chip: Chip, precision: Precision) -> tuple[Flag, ...]:
+    """The catalogue's options of XLA for a chip, with what products in 8 bits need."""
+    in_eight_bits = chip.family == "nvidia" and precision.matmul != "compute"
+    return (*chip.flags, *([CUBLAS_ALONE] if in_eight_bits else []))
 
 
 def options(flags: Iterable[Flag]) -> dict[str, str | bool]:

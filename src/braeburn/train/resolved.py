@@ -11,6 +11,8 @@ import optax
 
 from braeburn.config import Execution, MeshConfig, ModelConfig, Run, Stage, StageModels
 from braeburn.errors import UserError
+from braeburn.hardware.catalogue import chip_of
+from braeburn.hardware.products import check_matmul
 from braeburn.layers.spec import Tree, walk
 from braeburn.models.decoder import param_specs
 from braeburn.optim.build import build_optimizer
@@ -163,6 +165,7 @@ def _layout(run: Run, name: str, specs: Tree, devices: Sequence[Any] | None) -> 
     if -1 not in (run.stages[name].mesh or run.mesh).sizes.values():
         sizes_of(run, name)  # before the devices are looked for
     devices = jax.devices() if devices is None else devices
+    check_matmul(run.precision, chip_of(devices[0].device_kind))
     sizes = sizes_of(run, name, len(devices))
     if (run.offload.optimizer or run.offload.activations) and not can_offload(devices[0]):
         raise UserError(

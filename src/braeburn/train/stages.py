@@ -193,7 +193,8 @@ def compile_stage(resolved: ResolvedStage) -> Program:
     """
     began = time.monotonic()
     layout = resolved.layout
-    flags = compiler_flags(layout.mesh.devices.flat[0].device_kind)
+    kind = layout.mesh.devices.flat[0].device_kind
+    flags = compiler_flags(kind, layout.execution.precision)
     with layout.compiling():
         compiled = lower_stage(resolved).compile(flags or None)
     return Program(resolved, compiled, time.monotonic() - began)

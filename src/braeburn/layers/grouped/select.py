@@ -108,6 +108,12 @@ def planned_for(target: Target) -> Iterator[None]:
         _PLANNED.reset(before)
 
 
+def planned_platform() -> str | None:
+    """The platform that the traced program is planned for; None where it is to run."""
+    planned = _PLANNED.get()
+    return planned.platform if planned else None
+
+
 def grouped_product(
     rows: Float[Array, "M D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "M F"]:
