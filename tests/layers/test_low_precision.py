@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,18 +21,18 @@ NARROW = ParamSpec((24, 16), ("embed", "ffn"), "matrix", ("embed",))
 HEADS = ParamSpec((3, 8, 16), ("heads", "head_dim", "embed"), "matrix", ("heads", "head_dim"))
 
 
-def rounded(x, dims, format, matmul):
+def rounded(x, dims, form, matmul):
     """The rounded numbers and their unit, in float64."""
     largest = np.max(np.abs(x), axis=None if matmul == "fp8" else dims, keepdims=True)
     if matmul == "int8":
         largest = np.maximum(largest, np.float32(1e-30))
         steps = np.rint(x * (np.float32(127) / largest))
         return steps.astype(np.float64), (largest * np.float32(1 / 127)).astype(np.float64)
-    fraction, power = np.frexp(largest.astype(np.float64) / LARGEST[format])
+    fraction, power = np.frexp(largest.astype(np.float64) / LARGEST[form])
     power = np.where(fraction == 0.5, power - 1, np.where(largest == 0, -126, power))
     unit = np.exp2(np.clip(power, -126, 126).astype(np.float64))
     scaled = (x / unit).astype(np.float32)
-    return scaled.astype(format.dtype).astype(np.float64), unit
+    return scaled.astype(form.dtype).astype(np.float64), unit
 
 
 def multiplied(one, other, formats, matmul):
@@ -92,24 +91,24 @@ def test_products_and_gradients_are_those_of_rounded_numbers(matmul, spec):
         st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4
     ),
     matmul=st.sampled_from(KINDS),
-    format=st.sampled_from([E4M3, E5M2]),
+    form=st.sampled_from([E4M3, E5M2]),
 )
-def test_numbers_are_rounded_as_numpy_rounds_them(values, matmul, format):
+def test_numbers_are_rounded_as_numpy_rounds_them(values, matmul, form):
     # What XLA flushes to zero is left out.
     x = np.array(values, np.float32).reshape(2, 2)
     x[np.abs(x) < 1e-30] = 0
-    found = low_precision._rounded(jnp.asarray(x), (1,), format, matmul, ())
-    wanted, unit = rounded(x, 1, format, matmul)
+    found = low_precision._rounded(jnp.asarray(x), (1,), form, matmul, ())
+    wanted, unit = rounded(x, 1, form, matmul)
     np.testing.assert_array_equal(np.asarray(found.values, np.float64), wanted)
     np.testing.assert_array_equal(np.asarray(found.unit, np.float64), unit)
 
 
-@pytest.mark.parametrize("format", [E4M3, E5M2])
-def test_the_largest_number_is_what_the_format_ends_with(format):
+@pytest.mark.parametrize("form", [E4M3, E5M2])
+def test_the_largest_number_is_what_the_format_ends_with(form):
     for largest in (1.0, 1.75, np.nextafter(np.float32(1.75), np.float32(2)), 448.0, 3e-5):
-        found = low_precision._rounded(jnp.asarray([largest, 0]), (0,), format, "fp8", ())
+        found = low_precision._rounded(jnp.asarray([largest, 0]), (0,), form, "fp8", ())
         top = float(found.values[0])
-        assert LARGEST[format] / 2 <= top <= LARGEST[format]
+        assert LARGEST[form] / 2 <= top <= LARGEST[form]
         assert top * float(found.unit[0]) == pytest.approx(float(largest), rel=0.13)
 
 

@@ -38,9 +38,9 @@ def check_matmul(precision: Precision, chip: Chip | None) -> None:
     matmul = precision.matmul
     if chip is None or matmul == "compute" or peak_of(chip, matmul):
         return
-    has: list[Matmul] = ["compute"]
-    has += [other for other in ("fp8", "int8") if peak_of(chip, other)]  # type: ignore[misc]
+    others: tuple[Matmul, ...] = ("int8", "fp8", "compute")
+    has = [other for other in others if peak_of(chip, other)]
     raise UserError(
         f"precision.matmul={matmul!r} is nothing that {chip.title} has products of, as far as the "
-        f"catalogue knows; set precision.matmul to {' or '.join(map(repr, reversed(has)))}"
+        f"catalogue knows; set precision.matmul to {' or '.join(map(repr, has))}"
     )

@@ -5,11 +5,11 @@ and rounded; the product is multiplied by both units. The unit follows from the 
 (current scaling), so that nothing is cut off and nothing is remembered from step to step. There is
 one for each array, or one for each row and column that is multiplied.
 
-| matmul     | products                        | activations, weights | gradients | units           |
-| ---------- | ------------------------------- | -------------------- | --------- | --------------- |
-| `fp8`      | all three                       | e4m3                 | e5m2      | of arrays       |
-| `fp8_rows` | all three                       | e4m3                 | e5m2      | of rows         |
-| `int8`     | all but the gradient of weights | int8                 | int8      | of rows         |
+| matmul     | products                        | activations, weights | gradients | units     |
+| ---------- | ------------------------------- | -------------------- | --------- | --------- |
+| `fp8`      | all three                       | e4m3                 | e5m2      | of arrays |
+| `fp8_rows` | all three                       | e4m3                 | e5m2      | of rows   |
+| `int8`     | all but the gradient of weights | int8                 | int8      | of rows   |
 
 On a mesh each device rounds the part that it has. The units of fp8 are powers of two, and leave the
 digits of a number as they are: under the unit of a part a number is rounded as under that of the
@@ -47,7 +47,7 @@ MOST_INT8 = 127
 _LEAST = 1e-30
 
 
-class Format(NamedTuple):
+class Float8(NamedTuple):
     """A floating-point number of 8 bits, whose largest is 1.75 times a power of two.
 
     Attributes:
@@ -59,8 +59,8 @@ class Format(NamedTuple):
     exponent: int
 
 
-E4M3 = Format(jnp.float8_e4m3fn, 8)
-E5M2 = Format(jnp.float8_e5m2, 15)
+E4M3 = Float8(jnp.float8_e4m3fn, 8)
+E5M2 = Float8(jnp.float8_e5m2, 15)
 
 
 class Rounded(NamedTuple):
@@ -174,14 +174,14 @@ product.defvjp(_forward, _backward)
 
 
 def _rounded(
-    x: Array, summed: Sequence[int], format: Format, matmul: Matmul, along: tuple[str, ...]
+    x: Array, summed: Sequence[int], float8: Float8, matmul: Matmul, along: tuple[str, ...]
 ) -> Rounded:
     """An array in 8 bits.
 
     Args:
         x: the array.
         summed: the dimensions that its product is summed over.
-        format: of fp8.
+        float8: of fp8 its format.
         matmul: as `Precision` has it.
         along: the axes of the mesh that split these dimensions.
     """
@@ -190,9 +190,9 @@ def _rounded(
         largest = jnp.max(lax.abs(x), axis=dims, keepdims=True).astype(jnp.float32)
         if matmul == "int8":
             return _int8(x, _of_whole_rows(largest, along))
-        unit, inverse = _powers_of_two(largest, format.exponent)
+        unit, inverse = _powers_of_two(largest, float8.exponent)
         # Exact in the type of `x`, whose digits it leaves.
-        return Rounded((x * inverse.astype(x.dtype)).astype(format.dtype), unit)
+        return Rounded((x * inverse.astype(x.dtype)).astype(float8.dtype), unit)
 
 
 def _of_whole_rows(largest: Array, along: tuple[str, ...]) -> Array:
@@ -252,25 +252,45 @@ def _product(
         summed: the dimensions of each that are summed over.
         dtype: of the result.
     """
+    units: Sequence[Array] = (one.unit, other.unit)
+    values, sums, takes_units = _as_multiplied(one, other, dtype)
     contracted = ((tuple(summed[0]), tuple(summed[1])), ((), ()))
-    values, units = (one.values, other.values), (one.unit, other.unit)
-    platform, is_whole = traced_for()[0], all(unit.size == 1 for unit in units)
-    is_integer = one.values.dtype == jnp.int8
-    sums = jnp.int32 if is_integer else dtype
-    if (planned := planned_platform()) == "tpu" or (planned == "cuda" and is_whole):
-        # They multiply by the units as they write the product, and the plan has both as one.
-        sums, units = dtype, ()
-    elif platform == "cuda" and is_whole and not is_integer:
-        # XLA makes this one product of cuBLASLt in fp8, which takes both units.
-        values = tuple(x.astype(dtype) * unit.astype(dtype) for x, unit in zip(values, units))
-        units = ()
-    elif platform != "tpu" and not is_integer:
-        values = tuple(x.astype(dtype) for x in values)
     with jax.named_scope(EIGHT_BITS):
-        found = lax.dot_general(*values, contracted, preferred_element_type=sums)
+        found = lax.dot_general(values[0], values[1], contracted, preferred_element_type=sums)
+    if takes_units:
+        return found
     # The dimensions of the first come first in the result.
-    for unit, own, is_first in zip(units, summed, (True, False), strict=False):
+    for unit, own, is_first in zip(units, summed, (True, False), strict=True):
         left = [size for dim, size in enumerate(unit.shape) if dim not in own]
         ones = [1] * (found.ndim - len(left))
         found = found.astype(jnp.float32) * unit.reshape(left + ones if is_first else ones + left)
     return found.astype(dtype)
+
+
+def _as_multiplied(one: Rounded, other: Rounded, dtype: Any) -> tuple[list[Array], Any, bool]:
+    """What the compiler of a platform is given for a product in 8 bits.
+
+    Args:
+        one: the first array.
+        other: the second.
+        dtype: of the result.
+
+    Returns:
+        The operands, the type of the sums, and whether the product has the units in it.
+    """
+    values, units = [one.values, other.values], [one.unit, other.unit]
+    planned, (platform, _) = planned_platform(), traced_for()
+    of_arrays = all(unit.size == 1 for unit in units)
+    if planned == "tpu" or (planned == "cuda" and of_arrays):
+        # They multiply by the units as they write the product: for the plan the two are one.
+        return values, dtype, True
+    if one.values.dtype == jnp.int8:
+        return values, jnp.int32, False
+    if platform == "tpu":
+        return values, dtype, False
+    values = [x.astype(dtype) for x in values]
+    if platform == "cuda" and of_arrays:
+        # XLA makes this one product of cuBLASLt in fp8, to which it gives both units.
+        values = [x * unit.astype(dtype) for x, unit in zip(values, units, strict=True)]
+        return values, dtype, True
+    return values, dtype, False

@@ -97,7 +97,7 @@ def _shapes(
 
 @cache
 def _planned(shapes: Shapes, accelerator: Accelerator) -> Shapes:
-    """The shapes with what products in 8 bits and of experts are planned for, where there are any."""
+    """The shapes with what products in 8 bits and of experts are planned for, if there are any."""
     split, matmul = shapes.split, shapes.precision.matmul
     if matmul != "compute":
         faster = accelerator.int8 if matmul == "int8" else accelerator.fp8
