@@ -9,8 +9,8 @@ Layouts that no source states are marked as assumed.
 
 Mixtures of experts are beside dense models, and so are the pipelines of Frontier, whose counter has
 the work that is computed again in it: 4 units in place of 3, so that of the fraction of the peak
-that it gives three quarters are the model's own. Published speeds in float8 have no row: the plan
-is for bfloat16.
+that it gives three quarters are the model's own. Of speeds in float8 there are those of dense
+models: the plan has experts in bfloat16, whose products in float8 others publish.
 
 Sources: [1] AXLearn, arXiv 2507.05411, table of training speed, with the meshes and remat of its
 public configurations (fuji.py, honeycrisp.py). [2] Step times in honeycrisp.py. [3] Step times in
@@ -23,7 +23,8 @@ Nous Research's torchtitan with DeepEP, on 8 GPUs of the size of a B200. [9] Dee
 Google published it, with MaxText's configuration deepseek3_671b_v5p_1024. [10] Google's recipes for
 TPU7x (tpu-recipes, training/ironwood), each with the layout, batch and remat of its script; those
 of DeepSeek-V3 sum gradients in bfloat16. [11] NVIDIA, Megatron-Bridge's table of performance:
-gpt-oss-120b in bfloat16, with tokens dealt out to experts evenly.
+gpt-oss-120b in bfloat16, with tokens dealt out to experts evenly. [12] torchtitan's benchmarks of
+Llama 3.1 of December 2024, with float8 and one scale for each array, gathered in float8.
 """
 
 import argparse
@@ -71,6 +72,8 @@ class Row:
     aside: str = ""
 
 
+FP8 = {"precision.matmul": "fp8"}
+SLOWER_H100 = "GPUs held to 500 W, with memory of 2.4 TB/s"
 _EXPERTS = "model.pattern.0.feed_forward"
 MIXTRAL = {
     "model.d_model": 4096,
@@ -301,6 +304,57 @@ ROWS = (
         12.27,
         fields={"stages.pretrain.batch_tokens": 1024 * 8192},
         keep=("query", "key", "value", "attention"),
+    ),
+    Row(
+        "[10]",
+        "llama3-70b",
+        "tpu7x:64",
+        {"fsdp": 128},
+        7.93,
+        fields={"stages.pretrain.batch_tokens": 256 * 8192, **FP8},
+        keep=("query", "key", "value", "attention"),
+        limit=0.25,
+    ),
+    Row(
+        "[10]",
+        "llama3-70b",
+        "tpu7x:256",
+        {"fsdp": 512},
+        7.95,
+        fields={"stages.pretrain.batch_tokens": 1024 * 8192, **FP8},
+        keep=("query", "key", "value", "attention"),
+        limit=0.25,
+    ),
+    Row(
+        "[12] torchtitan",
+        "llama3-8b",
+        "h100:8",
+        {"fsdp": 8},
+        tokens_per_second=8532,
+        fields={"stages.pretrain.batch_tokens": 16 * 8192, **FP8},
+        keep=PRODUCTS,
+        assumed="remat",
+        aside=SLOWER_H100,
+    ),
+    Row(
+        "[12] torchtitan",
+        "llama3-8b",
+        "h100:128",
+        {"fsdp": 128},
+        tokens_per_second=8380,
+        fields={"stages.pretrain.batch_tokens": 256 * 8192, **FP8},
+        keep=PRODUCTS,
+        assumed="remat",
+        aside=SLOWER_H100,
+    ),
+    Row(
+        "[12] torchtitan",
+        "llama3-70b",
+        "h100:256",
+        {"fsdp": 32, "tensor": 8},
+        tokens_per_second=829,
+        fields={"stages.pretrain.batch_tokens": 512 * 8192, **FP8},
+        aside=SLOWER_H100,
     ),
     Row(
         "[7] Marin, 28.2% MFU",

@@ -394,6 +394,10 @@ def test_the_tiny_chain_has_the_same_stages_and_rounds_at_the_end() -> None:
     run, large = RUNS["afm-on-device-tiny"], RUNS["afm-on-device"]
     assert list(run.stages) == [*large.stages, "quantized"]
     assert run.stages["quantized"].quantization == config.Quantization(kind="int4", group_size=32)
+    with pytest.raises(UserError, match=r"would round them once more; set precision\.matmul to"):
+        override(run, {"precision.matmul": "fp8"})
+    without = {"precision.matmul": "fp8", "stages.quantized.quantization": None}
+    assert override(run, without).precision.matmul == "fp8"
     models = run.models()
     assert models["larger"].left.ffn_dim == 3 * models["prune"].left.ffn_dim
     for name, stage in large.stages.items():

@@ -129,6 +129,21 @@ def test_what_is_not_finite_is_seen(matmul, bad):
 
 
 @pytest.mark.parametrize("matmul", KINDS)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_what_other_compilers_are_given_comes_to_the_same(platform, matmul, monkeypatch):
+    given = arrays(2, (6, 24), NARROW.shape, (6, 16))
+    execution = Execution(precision=Precision(compute="float32", matmul=matmul))
+    wanted = products(NARROW, execution, *given)
+    asked = []
+    monkeypatch.setattr(
+        low_precision, "traced_for", lambda: (asked.append(platform), (platform, None))[1]
+    )
+    for found, same in zip(products(NARROW, execution, *given), wanted, strict=True):
+        np.testing.assert_allclose(found, same, rtol=1e-6, atol=1e-6)
+    assert asked
+
+
+@pytest.mark.parametrize("matmul", KINDS)
 def test_zeros_give_zeros(matmul):
     execution = Execution(precision=Precision(compute="float32", matmul=matmul))
     zeros = [np.zeros(shape, np.float32) for shape in ((4, 24), NARROW.shape, (4, 16))]

@@ -443,7 +443,7 @@ def test_published_step_times_are_predicted() -> None:
     )
     rows = json.loads(done.stdout)
     held = [row for row in rows if row["limit"]]
-    assert len(held) == 16
+    assert len(held) == 18
     assert all(abs(row["error"]) <= row["limit"] for row in held)
     assert done.returncode == 0
 
@@ -457,6 +457,43 @@ def test_estimates_follow_the_catalogue(tmp_path: Path) -> None:
     )
     assert twice.seconds["matrix"] == pytest.approx(once.seconds["matrix"] / 2)
     assert (once.confidence, twice.confidence) == ("V", "U")
+
+
+@pytest.mark.parametrize(("matmul", "products"), [("fp8", 3), ("int8", 2)])
+def test_products_in_8_bits_are_planned_at_their_peak(
+    tiny: Run, matmul: str, products: int
+) -> None:
+    """Of the layers' matrices forward, backward and for weights; in int8 not for weights. Half of
+    the time of these is saved, and nothing of what else there is.
+    """
+    sizes = {"mesh.fsdp": 8, "remat.policy": "none"}
+    target = parse_target("h100:8")
+    before, after = (
+        divided_work(override(tiny, sizes | {"precision.matmul": kind}), "core", target)
+        for kind in ("compute", matmul)
+    )
+    matrices = count(param_specs(before.model), ("matrix",))
+    assert before.matrix_flops - after.matrix_flops == pytest.approx(
+        matrices * 2 * products * before.tokens * (1 - 989 / 1979), rel=1e-6
+    )
+    estimates = [
+        estimate(override(tiny, sizes | {"precision.matmul": kind}), "core", target)
+        for kind in ("compute", matmul)
+    ]
+    # The fraction of the peak stays that of bf16.
+    assert estimates[0].mfu * estimates[0].step == pytest.approx(
+        estimates[1].mfu * estimates[1].step
+    )
+    assert estimates[1].seconds["memory_bound"] > estimates[0].seconds["memory_bound"]
+
+
+def test_a_chip_without_such_products_is_refused() -> None:
+    run = override(load("llama2-7b"), {"precision.matmul": "fp8"})
+    with pytest.raises(UserError, match=r"TPU v5p.*set precision\.matmul to 'int8' or 'compute'"):
+        estimate(run, "pretrain", parse_target("v5p:256"))
+    with pytest.raises(UserError, match=r"precision\.matmul='fp8'"):
+        candidates(run, "pretrain", parse_target("v5p:256"))
+    estimate(override(run, {"precision.matmul": "int8"}), "pretrain", parse_target("v5p:256"))
 
 
 def test_experts_cost_what_their_tokens_use(tiny: Run) -> None:

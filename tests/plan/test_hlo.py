@@ -511,6 +511,30 @@ def test_time_on_gpus():
     assert found.seconds == pytest.approx(77.5e-6 + products + sum(attention), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("types", "target", "faster"),
+    [
+        (("f8e5m2", "f8e4m3fn"), "__cublas$lt$matmul$f8", 1979 / 989),
+        (("s8", "s8"), "__cublas$lt$matmul", 1979 / 989),
+        (("bf16", "bf16"), "__cublas$lt$matmul", 1.0),
+    ],
+)
+def test_products_in_8_bits_have_their_own_peak(types, target, faster):
+    size = 8192  # so large that no product waits for its bytes
+    one, other = (f"{name}[{size},{size}]" for name in types)
+    main = (
+        f"ENTRY %main (p: {one}, w: {other}) -> f32[{size},{size}]",
+        f"%p = {one}{{1,0}} parameter(0)",
+        f"%w = {other}{{1,0}} parameter(1)",
+        f"%c = (f32[{size},{size}]{{1,0}}, s8[64]{{0}}) custom-call(%p, %w), "
+        f'custom_call_target="{target}", backend_config={{"gemm_backend_config":'
+        '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
+        f"ROOT %g = f32[{size},{size}]{{1,0}} get-tuple-element(%c), index=0",
+    )
+    found = computing(parse(module(main)), H100).seconds
+    assert found == pytest.approx(2 * size**3 / (989e12 * faster * 0.72), rel=1e-9)
+
+
 def test_kernels_for_experts_count_their_products():
     scalars = "s32[9]{0}, s32[9]{0}, s32[9]{0}"
 
