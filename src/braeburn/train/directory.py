@@ -42,6 +42,7 @@ FREE_TO_CHANGE = (
         "evaluation",
         "model.scan_layers",
         "precision.reduce",
+        "precision.matmul",
     ),
     "model.max_position_embeddings",
     *("data.workers", "data.prefetch", "data.cache", "data.local_cache_bytes", "data.accept"),
