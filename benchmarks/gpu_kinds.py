@@ -5,8 +5,9 @@ that prune, distil and quantise.
 
 The runs are those of tests/golden_losses.py on one device, and models of further families. Prints a
 row for each: the largest relative difference of the losses of 20 steps. In float32, with products
-in full float32, it is at most 1e-4, or 1e-3 where weights are rounded to few levels; in bfloat16
-the mean of the last five losses differs by at most 0.01. Exits with 1 where one is larger.
+in full float32, it is at most 1e-4, or 1e-3 where weights are rounded to few levels; in bfloat16,
+and with products in 8 bits, the mean of the last five losses differs by at most 0.01. Exits with 1
+where one is larger.
 """
 
 import argparse
@@ -23,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 STEPS_AT_THE_END = 5
 WORKERS = 4  # processes on the GPU, and as many on the CPU
-LIMITS = {"float32": 1e-4, "rounded": 1e-3, "bfloat16": 0.01}
+LIMITS = {"float32": 1e-4, "rounded": 1e-3, "narrow": 0.01}
+# What the names of runs end in whose losses are compared at the end alone.
+IN_EIGHT_BITS = ("fp8", "fp8_rows", "int8 products")
+NARROW = ("bfloat16", *IN_EIGHT_BITS)
 ROUNDED = ("int8", "int4", "int2")
 PRODUCTS_IN_FLOAT32 = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 # Recipes of further families.
@@ -40,7 +44,7 @@ NO_CHOICE = "--xla_gpu_autotune_level=0"
 
 
 def runs() -> dict[str, Any]:
-    """Each run by its name; those in bfloat16 end in its name."""
+    """Each run by its name; those in bfloat16 or 8 bits end in one of `NARROW`."""
     import golden_losses as golden
     from braeburn import recipes
     from braeburn.config import AdamW
@@ -74,6 +78,10 @@ def runs() -> dict[str, Any]:
         run = found[name]
         narrow = run.precision.model_copy(update={"compute": "bfloat16"})
         found[f"{name}, bfloat16"] = run.model_copy(update={"precision": narrow})
+    # In float32, so that nothing but the products differs.
+    for name in IN_EIGHT_BITS:
+        eight = plain.precision.model_copy(update={"matmul": name.removesuffix(" products")})
+        found[f"qwen3, adamw, {name}"] = plain.model_copy(update={"precision": eight})
     return found
 
 
@@ -158,9 +166,9 @@ def compare(row: dict[str, Any], expected: list[float]) -> bool:
     if not found or not expected:
         return False
     row["last"] = found[-1]
-    if name.endswith("bfloat16"):
+    if name.endswith(NARROW):
         found, expected = ([sum(x[-STEPS_AT_THE_END:])] for x in (found, expected))
-        row["limit"] = LIMITS["bfloat16"]
+        row["limit"] = LIMITS["narrow"]
     else:
         row["limit"] = LIMITS["rounded" if name in ROUNDED else "float32"]
     row["difference"] = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))

@@ -80,6 +80,12 @@ def _model(d_model: int, num_layers: int, num_heads: int, ffn_dim: int) -> Model
     )
 
 
+def _in_fp8(run: Run) -> Run:
+    """The same with the products of layers in fp8."""
+    precision = run.precision.model_copy(update={"matmul": "fp8"})
+    return run.model_copy(update={"name": f"{run.name}-fp8", "precision": precision})
+
+
 def dense_0_6b_80gb() -> Run:
     """0.6B, the shape of Qwen3-0.6B."""
     return _run("dense-0.6b", _model(1024, 28, 16, 3072), sequences=12)
@@ -98,6 +104,26 @@ def dense_1_5b_80gb() -> Run:
 def dense_1_5b_141gb() -> Run:
     """1.5B, Qwen3-1.7B with four layers fewer."""
     return _run("dense-1.5b", _model(2048, 24, 16, 6144), sequences=16)
+
+
+def dense_1_5b_fp8_80gb() -> Run:
+    """1.5B, with the products of layers in fp8."""
+    return _in_fp8(dense_1_5b_80gb())
+
+
+def dense_1_5b_fp8_141gb() -> Run:
+    """1.5B, with the products of layers in fp8."""
+    return _in_fp8(dense_1_5b_141gb())
+
+
+def dense_3b_fp8_80gb() -> Run:
+    """3B, with the products of layers in fp8."""
+    return _in_fp8(dense_3b_80gb())
+
+
+def dense_3b_fp8_141gb() -> Run:
+    """3B, with the products of layers in fp8."""
+    return _in_fp8(dense_3b_141gb())
 
 
 def dense_3b_80gb() -> Run:

@@ -13,7 +13,7 @@ one for each array, or one for each row and column that is multiplied.
 
 On a mesh each device rounds the part that it has. The units of fp8 are powers of two, and leave the
 digits of a number as they are: under the unit of a part a number is rounded as under that of the
-whole, but for the smallest ones, below 2^-14 of the largest, where the two differ by at most 2^-17
+whole, but for the smallest ones, below 2^-13 of the largest, where the two differ by at most 2^-17
 of it. So they take no collective, and none over all devices that share out tokens. The units of
 int8 are not, and are those of whole rows: where the shards of `tensor` have a part of a row each,
 it is the largest of these parts. A row of what the gradient of a weight is summed over is one of
