@@ -38,8 +38,8 @@ def test_what_a_chip_lacks_is_refused(chip: str, matmul: Matmul, advice: str) ->
     with pytest.raises(UserError) as refused:
         check_matmul(Precision(matmul=matmul), facts)
     assert str(refused.value) == (
-        f"precision.matmul={matmul!r} is nothing that {facts.title} has products of, as far as "
-        f"the catalogue knows; set precision.matmul to {advice}"
+        f"precision.matmul={matmul!r} needs products in {matmul[:4].rstrip('_')}, which "
+        f"{facts.title} has not, or the catalogue does not know; set precision.matmul to {advice}"
     )
     for other in ("int8", "fp8", "compute"):
         if repr(other) in advice:

@@ -40,7 +40,9 @@ def check_matmul(precision: Precision, chip: Chip | None) -> None:
         return
     others: tuple[Matmul, ...] = ("int8", "fp8", "compute")
     has = [other for other in others if peak_of(chip, other)]
+    name = "int8" if matmul == "int8" else "fp8"
     raise UserError(
-        f"precision.matmul={matmul!r} is nothing that {chip.title} has products of, as far as the "
-        f"catalogue knows; set precision.matmul to {' or '.join(map(repr, has))}"
+        f"precision.matmul={matmul!r} needs products in {name}, which {chip.title} "
+        f"has not, or the catalogue does not know; set precision.matmul to "
+        f"{' or '.join(map(repr, has))}"
     )
