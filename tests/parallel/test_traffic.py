@@ -19,6 +19,7 @@ from braeburn.models import decoder
 from braeburn.objectives import vocabulary
 from braeburn.optim.definition import Parameters, update_cost
 from braeburn.plan.collectives import Collective, collectives, traffic
+from braeburn.plan.cost import work_of
 from braeburn.train.resolved import resolve_stage
 from braeburn.train.stages import compile_stage
 from support import deep_but
@@ -139,10 +140,15 @@ def test_a_pipeline_exchanges_weights_once_and_a_message_a_slot(tiny: Run) -> No
 
 
 def compiled(
-    tiny: Run, mesh: dict[str, Any], accumulation_steps: int = 1, kind: str = "adamw"
+    tiny: Run,
+    mesh: dict[str, Any],
+    accumulation_steps: int = 1,
+    kind: str = "adamw",
+    matmul: str = "compute",
 ) -> tuple[str, list[Collective]]:
     """The text of the train step on a mesh under a kind of optimizer, and its collectives."""
     changes = {"mesh.fsdp": 1, "stages.core.accumulation_steps": accumulation_steps}
+    changes["precision.matmul"] = matmul
     changes |= {f"mesh.{axis}": size for axis, size in mesh.items()} | {"optimizer.kind": kind}
     run = override(tiny, SIZES | changes)
     stage = resolve_stage(run, "core")
@@ -209,6 +215,36 @@ def test_an_update_adds_what_its_optimizer_declares(
     for collective in update_cost(run.optimizer, parameters).collectives:
         declared[collective.kind, (collective.axis,)] += collective.bytes
     assert found == plain + declared
+
+
+# In int8 the largest number of each row that tensor shards have a part of: of tokens and weights,
+# forward of the two products that sum over heads and hidden units, backward of the five others.
+UNITS = {"fp8": 0, "int8": FLOAT * 7 * L * (B * T + D)}
+
+
+@pytest.mark.parametrize("matmul", deep_but(("int8",), UNITS))
+def test_products_in_8_bits_add_the_units_of_split_rows(matmul: str, tiny: Run) -> None:
+    mesh, expected = LAYOUTS["tensor"]
+    _, found = compiled(tiny, mesh, matmul=matmul)
+    rest = [c for c in found if c.shape and c.dtype != "s32"]
+    expected = expected | {
+        ("all-reduce", "tensor"): expected["all-reduce", "tensor"] + UNITS[matmul]
+    }
+    assert traffic(rest) == {(kind, (axis,)): size for (kind, axis), size in expected.items()}
+    sizes = MeshConfig.model_validate({"fsdp": 1} | mesh)
+    planned = [
+        sum(
+            total.bytes
+            for total in work_of(
+                override(tiny, SIZES | {"precision.matmul": kind, "remat.policy": "none"}),
+                "core",
+                sizes,
+            ).microbatch_collectives
+            if (total.axis, total.kind) == ("tensor", "all-reduce")
+        )
+        for kind in ("compute", matmul)
+    ]
+    assert planned[1] - planned[0] == UNITS[matmul]
 
 
 def whole_arrays(text: str, mesh: dict[str, int]) -> list[tuple[int, ...]]:
