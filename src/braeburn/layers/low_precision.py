@@ -281,13 +281,12 @@ def _as_multiplied(one: Rounded, other: Rounded, dtype: Any) -> tuple[list[Array
     values, units = [one.values, other.values], [one.unit, other.unit]
     planned, (platform, _) = planned_platform(), traced_for()
     of_arrays = all(unit.size == 1 for unit in units)
+    sums = jnp.int32 if one.values.dtype == jnp.int8 else dtype
     if planned == "tpu" or (planned == "cuda" and of_arrays):
         # They multiply by the units as they write the product: for the plan the two are one.
         return values, dtype, True
-    if one.values.dtype == jnp.int8:
-        return values, jnp.int32, False
-    if platform == "tpu":
-        return values, dtype, False
+    if planned or platform == "tpu" or sums == jnp.int32:
+        return values, sums, False
     values = [x.astype(dtype) for x in values]
     if platform == "cuda" and of_arrays:
         # XLA makes this one product of cuBLASLt in fp8, to which it gives both units.
