@@ -3,6 +3,7 @@ test-compile`.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,24 @@ def test_experts_have_kernels_on_gpus_of_nvidia():
     assert facts["compute_seconds"] == pytest.approx(plan["compute_seconds"], rel=0.3)
     names = {kernel["name"] for kernel in facts["kernels"]}
     assert names >= {"grouped_products", "grouped_outer_products"}
+
+
+# Seven matrices of a layer forward and for both gradients; in int8 not for those of weights.
+@pytest.mark.parametrize(
+    ("recipe", "on", "matmul", "written", "least"),
+    [
+        ("llama3-8b", "h100:8", "fp8", r'custom_call_target="__cublas\$lt\$matmul\$f8"', 21),
+        ("llama2-7b", "v5p:64", "int8", r"= s32\[\S+ (?:dot|convolution)\(", 14),
+    ],
+)
+def test_products_in_8_bits_are_those_of_the_chip(recipe, on, matmul, written, least):
+    facts = compiled(
+        recipe, on, "--set", f"precision.matmul={matmul}", "--set", "model.num_layers=2"
+    )
+    check(facts)
+    check_bytes(facts)
+    program = Path(facts["program"]).read_text(encoding="utf-8")
+    assert len(re.findall(written, program)) >= least
 
 
 def test_what_cannot_fit_is_told_with_what_would():
