@@ -155,6 +155,8 @@ def test_products_in_8_bits_are_those_of_the_chip(recipe, on, matmul, written, l
     check_bytes(facts)
     program = Path(facts["program"]).read_text(encoding="utf-8")
     assert len(re.findall(written, program)) >= least
+    # None of them in bfloat16.
+    assert not re.search(r'__cublas\$lt\$matmul", [^\n]*/eight_bits/', program)
 
 
 def test_what_cannot_fit_is_told_with_what_would():

@@ -20,7 +20,10 @@ def test_flags_of_devices() -> None:
     assert list(compiler_flags("TPU v5p", FP8)) == [flag.name for flag in catalogue()["v5p"].flags]
     assert compiler_flags("cpu", FP8) == compiler_flags("TPU v99", FP8) == {}
     assert compiler_flags("NVIDIA H100 80GB HBM3", BF16) == {}
-    assert compiler_flags("NVIDIA H100 80GB HBM3", FP8) == {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_flags("NVIDIA H100 80GB HBM3", FP8) == {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_dot_merger_threshold_mb": "0",
+    }
 
 
 def test_flags_reach_the_compiler(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,20 @@ def cache_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-# Without it XLA may write products in 8 bits as kernels of Triton, which multiply in bf16.
-CUBLAS_ALONE = Flag("xla_gpu_enable_triton_gemm", False, "has cuBLASLt multiply in 8 bits")
+# Of NVIDIA's GPUs, for products in 8 bits.
+IN_EIGHT_BITS = (
+    Flag(
+        "xla_gpu_enable_triton_gemm",
+        False,
+        "has cuBLASLt multiply; kernels of Triton would widen the operands to bf16 first",
+    ),
+    Flag(
+        "xla_gpu_dot_merger_threshold_mb",
+        0,
+        "keeps products of one array apart, as those of keys and values: made one, whose matrices "
+        "have different scales, they are multiplied in bf16",
+    ),
+)
 
 
 def compiler_flags(device_kind: str, precision: Precision) -> dict[str, str | bool]:
@@ -31,8 +43,8 @@ def compiler_flags(device_kind: str, precision: Precision) -> dict[str, str | bo
 
 def flags_for(chip: Chip, precision: Precision) -> tuple[Flag, ...]:
     """The catalogue's options of XLA for a chip, with what products in 8 bits need."""
-    in_eight_bits = chip.family == "nvidia" and precision.matmul != "compute"
-    return (*chip.flags, *([CUBLAS_ALONE] if in_eight_bits else []))
+    more = chip.family == "nvidia" and precision.matmul != "compute"
+    return chip.flags + (IN_EIGHT_BITS if more else ())
 
 
 def options(flags: Iterable[Flag]) -> dict[str, str | bool]:
