@@ -20,6 +20,7 @@
 #   PYTHON   the Python with JAX for the GPU; python3 by default
 #   CARD     80 or 141, for the size of batches; by default what nvidia-smi tells
 #   MODELS   which of the three; "1_5b 0_6b 3b" by default
+#   EIGHT_BITS     which of them with products in fp8 as well, where the chip has them; "1_5b_fp8 3b_fp8" by default
 #   PROFILED which of them to profile; 1_5b by default
 #   TORCH_MODELS   which of them with PyTorch; 1_5b by default
 #   TORCH_SEQUENCES  the batches to try there, the first that fits is timed; "8 4 2" by default
@@ -73,6 +74,8 @@ toy)
 	;;
 esac
 deadline=$((SECONDS + ${TIME:-540}))
+# At toy size there is none of these.
+eight_bits=${EIGHT_BITS-$([ "${SIZE:-whole}" = toy ] || echo "1_5b_fp8 3b_fp8")}
 mkdir -p "$out"
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 work=$(mktemp -d)
@@ -120,7 +123,7 @@ for part in $parts; do
 	kinds) run kinds $share "$python" "$here/gpu_kinds.py" ${kinds[@]+"${kinds[@]}"} ;;
 	train) run train $share "$python" "$here/gpu_train.py" "$work/runs" $toy ;;
 	speed)
-		for model in $models; do
+		for model in $models $eight_bits; do
 			profile=$([ "$model" != "$profiled" ] || echo "--profile $work/profile")
 			run "$model" "$python" "$here/throughput.py" "$here/gpu_recipes.py:dense_${model}_${CARD}gb" --json \
 				$steps $profile "$@"
