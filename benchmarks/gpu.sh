@@ -20,7 +20,7 @@
 #   PYTHON   the Python with JAX for the GPU; python3 by default
 #   CARD     80 or 141, for the size of batches; by default what nvidia-smi tells
 #   MODELS   which of the three; "1_5b 0_6b 3b" by default
-#   EIGHT_BITS     which of them with products in fp8 as well, where the chip has them; "1_5b_fp8 3b_fp8" by default
+#   EIGHT_BITS     which of them with products in fp8; "1_5b_fp8 3b_fp8" by default, to be "" on a GPU without fp8
 #   PROFILED which of them to profile; 1_5b by default
 #   TORCH_MODELS   which of them with PyTorch; 1_5b by default
 #   TORCH_SEQUENCES  the batches to try there, the first that fits is timed; "8 4 2" by default
