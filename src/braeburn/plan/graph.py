@@ -286,18 +286,15 @@ class _Flattening:
         for equation in jaxpr.eqns:
             inputs = tuple(self.read(var, values) for var in equation.invars)
             inner = inlined(equation)
-            if inner is None and (known := _rounding(equation, values)) is not None:
-                if known in rounded:
-                    values.update(zip(equation.outvars, rounded[known], strict=True))
-                    continue
-                rounded[known] = tuple(self.value(var.aval, inputs) for var in equation.outvars)
-                values.update(zip(equation.outvars, rounded[known], strict=True))
-                nodes.append(self.node(equation, inputs, rounded[known]))
-                continue
             if inner is None:
-                outputs = tuple(self.value(var.aval, inputs) for var in equation.outvars)
+                known = _rounding(equation, values)
+                outputs = rounded.get(known)
+                if outputs is None:
+                    outputs = tuple(self.value(var.aval, inputs) for var in equation.outvars)
+                    nodes.append(self.node(equation, inputs, outputs))
+                if known is not None:
+                    rounded[known] = outputs
                 values.update(zip(equation.outvars, outputs, strict=True))
-                nodes.append(self.node(equation, inputs, outputs))
                 continue
             inner_values = dict(zip(inner.invars, inputs, strict=True))
             inner_values |= {var: self.value(var.aval) for var in inner.constvars}
