@@ -12,6 +12,7 @@ sys.path.insert(0, str(FOLDER))
 
 import protocol  # noqa: E402
 import runner  # noqa: E402
+import scaling  # noqa: E402
 
 RUNNER = (sys.executable, FOLDER / "runner.py", "--only")
 TINY = {
@@ -97,3 +98,16 @@ def test_an_unknown_program_is_named() -> None:
     done = subprocess.run([*RUNNER, "tensorflow"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--only tensorflow is none of braeburn, " in done.stderr
+
+
+def test_one_size_is_changed_at_a_time() -> None:
+    work = protocol.Work()
+    longer = scaling.changed(work, "length", 1024)
+    assert (longer.length, longer.tokens) == (1024, work.tokens)
+    wider = scaling.changed(work, "width", 768)
+    assert (wider.heads, wider.kv_heads, wider.ffn) == (12, 4, 2048)
+    assert wider.head_dim == work.head_dim
+    deeper = scaling.changed(work, "layers", 16)
+    # All but the head's products double.
+    head = 6 * work.vocab * work.width * work.tokens
+    assert deeper.flops - head == 2 * (work.flops - head)
