@@ -216,6 +216,7 @@ def test_memory_and_collectives_follow_the_rules(
 
 def test_rules_reach_the_programs_that_are_traced() -> None:
     run, target = load("llama2-7b"), parse_target("v5p:256")
+    run = override(run, {"mesh.data": 1, "mesh.fsdp": 256})
     whole = override(run, {"rules.embed.parameters": [], "rules.embed.optimizer": []})
     usual, kept = (estimate(each, "pretrain", target) for each in (run, whole))
     assert kept.memory["parameters"] > 100 * usual.memory["parameters"]
@@ -224,7 +225,7 @@ def test_rules_reach_the_programs_that_are_traced() -> None:
         return sum(
             total.bytes
             for total, _, _ in found.collectives
-            if total.what == "weights" and total.axis == "fsdp"
+            if total.what in ("weights", "gradients") and total.axis == "fsdp"
         )
 
     # Of matrices: gathered in both passes in bfloat16, and gradients summed in float32; or these
