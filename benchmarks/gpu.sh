@@ -62,9 +62,11 @@ toy= kinds=() steps= product=
 case $size in
 whole)
 	models=${MODELS:-1_5b 0_6b 3b} profiled=${PROFILED-1_5b} torch_models=${TORCH_MODELS:-1_5b}
+	eight_bits=${EIGHT_BITS-1_5b_fp8 3b_fp8}
 	;;
 toy)
 	models=${MODELS:-toy} profiled=${PROFILED-toy} torch_models=${TORCH_MODELS:-tiny}
+	eight_bits=${EIGHT_BITS-}
 	toy=--toy product="--width 256" steps="--steps 3" kinds=("qwen3, adamw")
 	TORCH_SEQUENCES=${TORCH_SEQUENCES:-2} CARD=80
 	;;
@@ -74,8 +76,6 @@ toy)
 	;;
 esac
 deadline=$((SECONDS + ${TIME:-540}))
-# At toy size there is none of these.
-eight_bits=${EIGHT_BITS-$([ "${SIZE:-whole}" = toy ] || echo "1_5b_fp8 3b_fp8")}
 mkdir -p "$out"
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 work=$(mktemp -d)

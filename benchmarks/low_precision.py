@@ -18,27 +18,15 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from braeburn.config import Matmul, Run, override
+from braeburn.config import Matmul, Run
 from braeburn.jsonfile import json_lines
-from braeburn.recipes import load
 from braeburn.train.loop import train
+from short_runs import first_stage, held_out_loss, stage_end
 
 
 def run_of(arguments: argparse.Namespace, matmul: str, seed: int) -> Run:
     """One training run of the comparison."""
-    run = load("quickstart")
-    run = run.replace(stages={"core": run.stages["core"]})
-    return override(
-        run,
-        {
-            "seed": seed,
-            "precision.matmul": matmul,
-            "stages.core.tokens": arguments.tokens,
-            "stages.core.schedule.warmup_steps": arguments.tokens // 512 // 16,
-            "evaluation.tokens": arguments.held_out,
-            "data.cache": str(arguments.out / "data"),
-        },
-    )
+    return first_stage(arguments, seed, {"precision.matmul": matmul})
 
 
 def measured(arguments: argparse.Namespace, matmul: str, seed: int) -> dict[str, Any]:
@@ -46,14 +34,10 @@ def measured(arguments: argparse.Namespace, matmul: str, seed: int) -> dict[str,
     directory = arguments.out / f"{matmul}-{seed}"
     if not train(run_of(arguments, matmul, seed), directory).finished:
         raise SystemExit(f"{directory} is not finished")
-    (end,) = [
-        event for event in json_lines(directory / "events.jsonl") if event["event"] == "stage_end"
-    ]
-    held_out = end["held_out"].values()
-    tokens = sum(source["tokens"] for source in held_out)
+    end = stage_end(directory)
     losses = [row["loss"] for row in json_lines(directory / "metrics.jsonl")]
     return {
-        "held_out": sum(source["loss"] * source["tokens"] for source in held_out) / tokens,
+        "held_out": held_out_loss(end),
         "trained": statistics.mean(losses[-len(losses) // 4 :]),
         "skipped": end["skipped"],
     }

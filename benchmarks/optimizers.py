@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from braeburn.config import Run, override
+from braeburn.config import Run
 from braeburn.config.optimizers import KINDS
 from braeburn.jsonfile import json_lines
-from braeburn.recipes import load
 from braeburn.train.loop import train
+from short_runs import first_stage, held_out_loss, stage_end
 
 # The middle of the search, and weight decay: AFM's is what a weight loses in a step, that of others
 # is multiplied by the learning rate.
@@ -33,19 +33,13 @@ MOST_RATES = 6
 
 def run_of(arguments: argparse.Namespace, kind: str, rate: float, seed: int) -> Run:
     """One training run of the comparison."""
-    run = load("quickstart")
-    run = run.replace(stages={"core": run.stages["core"]})
-    return override(
-        run,
+    return first_stage(
+        arguments,
+        seed,
         {
-            "seed": seed,
             "optimizer.kind": kind,
-            "stages.core.tokens": arguments.tokens,
-            "stages.core.schedule.warmup_steps": arguments.tokens // 512 // 16,
             "stages.core.learning_rate": rate,
             "stages.core.weight_decay": WEIGHT_DECAY.get(kind, WEIGHT_DECAY_OF_OTHERS),
-            "evaluation.tokens": arguments.held_out,
-            "data.cache": str(arguments.out / "data"),
         },
     )
 
@@ -56,17 +50,13 @@ def measured(arguments: argparse.Namespace, kind: str, rate: float, seed: int) -
     began = time.monotonic()
     if not train(run_of(arguments, kind, rate, seed), directory).finished:
         raise SystemExit(f"{directory} is not finished")
-    (end,) = [
-        event for event in json_lines(directory / "events.jsonl") if event["event"] == "stage_end"
-    ]
-    held_out = end["held_out"].values()
-    tokens = sum(source["tokens"] for source in held_out)
+    end = stage_end(directory)
     rows = list(json_lines(directory / "metrics.jsonl"))
     result = {
         "kind": kind,
         "learning_rate": rate,
         "seed": seed,
-        "held_out": sum(source["loss"] * source["tokens"] for source in held_out) / tokens,
+        "held_out": held_out_loss(end),
         "step_seconds": statistics.median(row["step_seconds"] for row in rows[10:]),
         "skipped": end["skipped"],
     }

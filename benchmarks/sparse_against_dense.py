@@ -38,6 +38,7 @@ from braeburn.models.decoder import param_specs
 from braeburn.train.compiler_flags import cache_compilations
 from braeburn.train.loop import train
 from corpora import sources
+from short_runs import held_out_loss, stage_end
 
 KINDS = ("dense", "sparse")
 HEAD_DIM = 16
@@ -98,14 +99,9 @@ def measure(run: Run, directory: Path) -> dict[str, Any]:
     """What a run gives, once it is trained."""
     if not train(run, directory).finished:
         raise KeyboardInterrupt  # the same command goes on
-    (end,) = [
-        event for event in json_lines(directory / "events.jsonl") if event["event"] == "stage_end"
-    ]
-    held_out = end["held_out"].values()
     rows = list(json_lines(directory / "metrics.jsonl"))
     return {
-        "held_out": sum(each["loss"] * each["tokens"] for each in held_out)
-        / sum(each["tokens"] for each in held_out),
+        "held_out": held_out_loss(stage_end(directory)),
         "step_seconds": statistics.median(row["step_seconds"] for row in rows[10:]),
         "largest_load": rows[-1].get("router_largest_load"),
     }

@@ -70,6 +70,7 @@ def main() -> None:
     import braeburn
     from braeburn.config import override
     from braeburn.layers.spec import count
+    from braeburn.models.decoder import param_specs
     from braeburn.train.resolved import resolve_stage
     from braeburn.train.stages import compile_stage, initial_state
 
@@ -101,8 +102,6 @@ def main() -> None:
         return float(metrics["loss"])
 
     first = step(0)
-    from braeburn.models.decoder import param_specs
-
     serving.ready(
         first,
         versions={"braeburn": braeburn.__version__, "jax": jax.__version__},

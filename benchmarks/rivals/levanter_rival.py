@@ -18,7 +18,8 @@ def main() -> None:
     import haliax
     import jax
     import jax.numpy as jnp
-    import levanter.tracker
+    import levanter
+    from levanter.layers.attention import AttentionMask
     from levanter.models.lm_model import LmExample, compute_next_token_loss
     from levanter.models.qwen import Qwen3Config
     from levanter.optim import AdamConfig
@@ -69,8 +70,6 @@ def main() -> None:
         @haliax.named_jit(axis_resources=trainer.compute_axis_mapping)
         def example(tokens: haliax.NamedArray) -> LmExample:
             mask = haliax.ones(axes, dtype=jnp.int32)
-            from levanter.layers.attention import AttentionMask
-
             return LmExample(tokens=tokens, loss_mask=mask, attn_mask=AttentionMask.causal())
 
         # Levanter shifts the tokens itself and so has no target for the last one.

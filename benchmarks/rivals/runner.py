@@ -42,14 +42,12 @@ class Entry:
         script: of this folder.
         setting: its options.
         environment: variables of its process.
-        jax_rival: whether it is one of the rivals written in JAX.
     """
 
     library: str
     script: str
     setting: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    jax_rival: bool = False
 
 
 # `braeburn train` starts itself again with this variable.
@@ -61,14 +59,12 @@ ENTRIES = {
     ),
     "torch": Entry("torch", "torch_rival.py"),
     "torch-compiled": Entry("torch", "torch_rival.py", {"compile": True}),
-    "maxtext": Entry("maxtext", "maxtext_rival.py", jax_rival=True),
+    "maxtext": Entry("maxtext", "maxtext_rival.py"),
     "maxtext-scanned": Entry(
-        "maxtext", "maxtext_rival.py", {"scan_layers": True, "remat_policy": "full"}, jax_rival=True
+        "maxtext", "maxtext_rival.py", {"scan_layers": True, "remat_policy": "full"}
     ),
-    "levanter": Entry("levanter", "levanter_rival.py", jax_rival=True),
-    "levanter-remat": Entry(
-        "levanter", "levanter_rival.py", {"gradient_checkpointing": True}, jax_rival=True
-    ),
+    "levanter": Entry("levanter", "levanter_rival.py"),
+    "levanter-remat": Entry("levanter", "levanter_rival.py", {"gradient_checkpointing": True}),
 }
 
 
@@ -248,7 +244,7 @@ def summary(
     for name, program in programs.items():
         times = [seconds(each[name]) for each in rounds]
         median = statistics.median(times)
-        first = programs["braeburn"].name if "braeburn" in programs else name
+        first = "braeburn" if "braeburn" in programs else name
         ratios = [seconds(each[name]) / seconds(each[first]) for each in rounds]
         between = [each[name].seconds[0] for each in alternating]
         steps = len(rounds[0][name].seconds)

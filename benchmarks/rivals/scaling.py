@@ -54,14 +54,14 @@ def measured(work: protocol.Work, base: runner.Program, arguments: argparse.Name
     try:
         ratios = []
         for turn in range(arguments.rounds):
-            pair = [program, base][:: 1 if turn % 2 else -1]
+            programs = {"changed": program, "as it is": base}
             found = {
-                id(each): runner.quiet_block(
-                    each, arguments.steps + 1, arguments.other, arguments.tries
+                name: runner.quiet_block(
+                    programs[name], arguments.steps + 1, arguments.other, arguments.tries
                 )
-                for each in pair
+                for name in runner.rotated(list(programs), turn)
             }
-            ratios.append(runner.seconds(found[id(program)]) / runner.seconds(found[id(base)]))
+            ratios.append(runner.seconds(found["changed"]) / runner.seconds(found["as it is"]))
         return statistics.median(ratios)
     finally:
         program.end()

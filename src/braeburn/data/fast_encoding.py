@@ -7,6 +7,7 @@ others, such as those whose regular expressions meet another version of Unicode 
 where fastokens is not installed, the library itself encodes.
 """
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,6 @@ def fast_encoder(tokenizer: "tokenizers.Tokenizer", contents: dict[str, Any]) ->
     if not agrees_on(contents):
         return None
     try:
-        import json
-
         from fastokens import Tokenizer
 
         # What stands around a text, or cuts it off, is no matter of the text alone.
